@@ -1,0 +1,146 @@
+"""Lightning OPD, refreshes in between, and standard OPD side by side on the laptop task: accuracy, reverse KL, wall time, what the teacher had to do.
+
+    python benchmarks/refresh.py --runs runs/refresh --json refresh.json                       # all of it: about 15 minutes on 2 cores
+    python benchmarks/refresh.py --runs runs/refresh --only prepare                            # or piece by piece; a piece that was killed goes on
+    python benchmarks/refresh.py --runs runs/refresh --only lightning every10 drift every1
+    python benchmarks/refresh.py --runs runs/refresh --only table --json refresh.json
+
+All variants go on from copies of the same four stages (demonstrate, sft, rollout, score), see the same prompts in the same order for as many steps, and are
+evaluated on the same held-out prompts. Seconds are those of the distill stage as the clock showed them, over all attempts, starts of servers included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LOPD = Path(sys.executable).with_name("lopd")
+STAGES = ("demonstrate", "sft", "rollout", "score")
+NUM_STEPS, BATCH = 40, 96
+SETTINGS = (
+    f"prompts.opd.num_prompts={NUM_STEPS * BATCH}",  # so that Lightning OPD sees each response once
+    f"distill.num_steps={NUM_STEPS}",
+    f"distill.batch_size={BATCH}",
+    "distill.sync_every=0",
+    "distill.checkpoint_every=10",
+    "distill.log_every=5",
+    "distill.refresh.keep_teacher=true",
+    "evaluate.equal_compute_baseline=false",
+)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "lightning": (),
+    "every10": ("distill.refresh.every=10",),
+    "every10_shared": ("distill.refresh.every=10", "distill.refresh.keep_teacher=false"),
+    "drift": ("distill.refresh.min_effective_share=0.97", "distill.refresh.num_responses=960"),
+    "every1": ("distill.refresh.every=1",),
+}
+TITLES = {
+    "lightning": "never (Lightning OPD)",
+    "every10": "every 10 steps",
+    "every10_shared": "every 10 steps, teacher started for each",
+    "drift": "effective share < 0.97",
+    "every1": "every step (standard OPD)",
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/refresh"), help="folder of the run directories (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=("prepare", *VARIANTS, "table"), help="pieces; absent: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    return parser.parse_args()
+
+
+def lopd(verb: str, run_dir: Path, *overrides: str) -> None:
+    """Runs a verb to its end; its seconds, over all attempts, stand in RUN_DIR.wall.json."""
+    wall_file = run_dir.with_name(f"{run_dir.name}.wall.json")
+    began = time.monotonic()
+    try:
+        subprocess.run([LOPD, verb, ROOT / "examples" / "tiny_moe.toml", f"run.dir={run_dir}", *SETTINGS, *overrides], check=True)
+    finally:
+        wall = json.loads(wall_file.read_text()) if wall_file.exists() else {}
+        wall[verb] = wall.get(verb, 0.0) + time.monotonic() - began
+        wall_file.write_text(json.dumps(wall))
+
+
+def prepare(runs: Path) -> None:
+    for stage in STAGES:
+        lopd(stage, runs / "prepared")
+
+
+def run_variant(runs: Path, name: str) -> None:
+    run_dir = runs / name
+    if not run_dir.exists():
+        partial = runs / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for stage in STAGES:
+            shutil.copytree(runs / "prepared" / stage, partial / stage)
+        shutil.copy2(runs / "prepared" / "config.json", partial)
+        partial.rename(run_dir)
+    lopd("distill", run_dir, *VARIANTS[name])
+    lopd("evaluate", run_dir, *VARIANTS[name])
+
+
+def is_evaluated(run_dir: Path) -> bool:
+    manifest = run_dir / "evaluate" / "manifest.json"
+    return manifest.exists() and bool(json.loads(manifest.read_text())["complete"])
+
+
+def figures_of(run_dir: Path) -> dict[str, Any]:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    wall = json.loads(run_dir.with_name(f"{run_dir.name}.wall.json").read_text())
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in steps if row["stage"] == "distill" and row["kind"] == "train"]
+    made = json.loads((run_dir / "distill" / "manifest.json").read_text())["extra"].get("refreshes", [])
+    return {
+        "accuracy": {name: summary["accuracy"][name] for name in ("sft", "distilled", "teacher")},
+        "accuracy_standard_error": summary["accuracy_standard_error"]["distilled"],
+        "reverse_kl": {name: summary["reverse_kl"][name] for name in ("sft", "distilled")},
+        "reverse_kl_standard_error": summary["reverse_kl_standard_error"]["distilled"],
+        "distill_seconds": wall["distill"],
+        "training_seconds": sum(row["seconds"] for row in steps),
+        "teacher": summary["teacher_work"],
+        "refreshed_before_steps": [refresh["step"] for refresh in made],
+        "effective_sample_share": [round(row["effective_sample_share"], 4) for row in steps],
+        "chi_square": [round(row["chi_square"], 4) for row in steps],
+    }
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    lines = ["| refresh | refreshes | accuracy, % | reverse KL, nats per token | least effective share | distill, s | teacher tokens | teacher, s |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, of in figures.items():
+        accuracy = f"{100 * of['accuracy']['distilled']:.1f} ± {100 * of['accuracy_standard_error']:.1f}"
+        divergence = f"{of['reverse_kl']['distilled']:.4f} ± {of['reverse_kl_standard_error']:.4f}"
+        work, share, wall = of["teacher"], f"{min(of['effective_sample_share']):.2f}", f"{of['distill_seconds']:.0f}"
+        cells = (TITLES[name], work["refreshes"], accuracy, divergence, share, wall, f"{work['tokens']:,}", f"{work['seconds']:.0f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments()
+    pieces = options.only or ["prepare", *VARIANTS, "table"]
+    options.runs.mkdir(parents=True, exist_ok=True)
+    runs = options.runs.resolve()
+    if "prepare" in pieces:
+        prepare(runs)
+    for name in VARIANTS:
+        if name in pieces:
+            run_variant(runs, name)
+    if "table" in pieces:
+        figures = {name: figures_of(runs / name) for name in VARIANTS if is_evaluated(runs / name)}
+        if options.json is not None:
+            options.json.write_text(json.dumps({"num_steps": NUM_STEPS, "batch_size": BATCH, "variants": figures}, indent=1) + "\n")
+        sys.stdout.write(table(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()

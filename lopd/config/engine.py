@@ -1,0 +1,81 @@
+"""Knobs of the SGLang servers and of the weights that go into them between steps."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from lopd.config.base import SPEED_ONLY, Section
+
+
+class SGLangSection(Section):
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Number format of the served weights.")
+    tensor: int = Field(default=1, ge=1, description="Tensor-parallel size of a server.")
+    expert: int = Field(default=1, ge=1, description="Expert-parallel size of a server.")
+    data: int = Field(default=1, ge=1, description="SGLang's own data-parallel size: copies of the model inside a server.", json_schema_extra=SPEED_ONLY)
+    replicas: int = Field(default=1, ge=1, description="Servers of a model; requests are spread over them.", json_schema_extra=SPEED_ONLY)
+    context_length: int = Field(default=4096, ge=8, description="Prompt and response together, in tokens.")
+    max_running_requests: int = Field(default=64, ge=1, description="Requests a server decodes at once.", json_schema_extra=SPEED_ONLY)
+    max_in_flight: int = Field(default=128, ge=1, description="Requests the client keeps open at once with each server.", json_schema_extra=SPEED_ONLY)
+    mem_fraction: float = Field(default=0.8, gt=0, lt=1, description="Share of device memory for weights and KV cache.", json_schema_extra=SPEED_ONLY)
+    max_total_tokens: int | None = Field(default=None, ge=64, description="KV cache size in tokens; absent: from mem_fraction.", json_schema_extra=SPEED_ONLY)
+    deterministic: bool = Field(default=True, description="Deterministic inference: a request's seed fixes its response.")
+    host: str = Field(default="127.0.0.1", description="Address that servers listen on; wider than loopback only where asked.", json_schema_extra=SPEED_ONLY)
+    port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port of the first server, the next has the next; absent: free ones.", json_schema_extra=SPEED_ONLY
+    )
+    start_timeout_s: float = Field(default=600, gt=0, description="Seconds a server may take to become healthy.", json_schema_extra=SPEED_ONLY)
+    request_timeout_s: float = Field(default=600, gt=0, description="Seconds one request may take.", json_schema_extra=SPEED_ONLY)
+    retries: int = Field(default=3, ge=0, description="Repeats of a failed request, with backoff.", json_schema_extra=SPEED_ONLY)
+    restarts: int = Field(
+        default=2, ge=0, description="Restarts in a row of a server that dies without having answered anything between.", json_schema_extra=SPEED_ONLY
+    )
+    outage_timeout_s: float = Field(
+        default=900, ge=0, description="Seconds a client waits for a server that cannot be reached, as while it is restarted.", json_schema_extra=SPEED_ONLY
+    )
+    hang_timeout_s: float = Field(
+        default=300, gt=0, description="Seconds without any answer to open requests after which a server must prove its health.", json_schema_extra=SPEED_ONLY
+    )
+    teacher_urls: list[str] = Field(
+        default_factory=list, description="Servers of the teacher that run already; their key in LOPD_SGLANG_KEY.", json_schema_extra=SPEED_ONLY
+    )
+    student_urls: list[str] = Field(
+        default_factory=list, description="Servers of the student's architecture that run already; weights go in by disk.", json_schema_extra=SPEED_ONLY
+    )
+    extra_args: dict[str, Any] = Field(default_factory=dict, description="Any other SGLang ServerArgs field, checked by name.")
+
+
+class SyncSection(Section):
+    """Weights from the trainer into running servers (sglang_rollout/weight_sync, docs/weight_sync.md)."""
+
+    transport: Literal["disk", "tensor", "distributed"] = Field(
+        default="disk",
+        description="disk: a folder; tensor: memory shared on the host (CUDA IPC on a GPU); distributed: broadcast (NCCL, gloo).",
+        json_schema_extra=SPEED_ONLY,
+    )
+    bucket_bytes: int = Field(
+        default=512 * 2**20, ge=2**10, description="Weights that are gathered and sent at a time: bounds the extra memory.", json_schema_extra=SPEED_ONLY
+    )
+    running_requests: Literal["finish", "pause", "keep", "abort"] | None = Field(
+        default=None,
+        description="finish: end on the old weights; pause: go on, all read again; keep: go on with old keys and values; abort. Absent: finish (disk), pause.",
+        json_schema_extra=SPEED_ONLY,
+    )
+    verify: Literal["tensors", "scores", "off"] | None = Field(
+        default=None,
+        description="After a sync compare every tensor's fingerprint, or scores of a few responses. Absent: tensors, of servers of others scores.",
+        json_schema_extra=SPEED_ONLY,
+    )
+    num_probes: int = Field(default=4, ge=1, description='Responses scored for verify = "scores".', json_schema_extra=SPEED_ONLY)
+    tolerance: float = Field(default=0.1, gt=0, description="Mean difference of a response, nats a token; 1e-4 suits float32.", json_schema_extra=SPEED_ONLY)
+    delta: bool = Field(default=False, description="Send only tensors that have changed since the last sync (not by disk).", json_schema_extra=SPEED_ONLY)
+    timeout_s: float = Field(default=300, gt=0, description="Seconds a server may take for one call of a sync.", json_schema_extra=SPEED_ONLY)
+
+    @model_validator(mode="after")
+    def _possible(self) -> SyncSection:
+        if self.transport != "disk" and self.running_requests == "finish":
+            raise ValueError(f'"finish" needs transport = "disk": by {self.transport}, new requests would meet a mixture of versions between two buckets')
+        if self.transport == "disk" and self.delta:
+            raise ValueError('delta needs transport = "tensor" or "distributed": a folder must hold every tensor')
+        return self

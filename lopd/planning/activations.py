@@ -1,0 +1,48 @@
+"""Bytes of activations that a layer keeps for its backward pass, per token of a microbatch and per rank.
+
+Counted on the modules that run here, tensor by tensor (tests/planning/test_measured.py holds the count of the local layers to what autograd really saves).
+With sequence parallelism everything but the rotary tables is split over the tensor ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lopd.megatron.architecture import Architecture
+
+WORK_SHARE = 0.5  # gradients of a layer's activations, over what it keeps: the layer whose backward pass runs needs so much more
+ROUTER_BYTES = 11  # per token and expert: logits, probabilities, chosen or not
+
+
+@dataclass(frozen=True, slots=True)
+class LayerActivations:
+    """Bytes per token and rank. experts: the part that grows with the tokens an expert rank is given. boundary: the layer's input alone."""
+
+    shared: float
+    experts: float
+    boundary: float
+
+    def kept(self, imbalance: float) -> float:
+        """imbalance: tokens of the busiest expert rank over the mean."""
+        return self.shared + self.experts * imbalance
+
+
+def layer_activations(arch: Architecture, *, tensor: int, size: int, engine: bool) -> LayerActivations:
+    """size: bytes of a number (2 or 4). engine: Transformer Engine's norms; torch's keep float32 copies of bfloat16 inputs."""
+    hidden, queries, keys = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    # two norms: input, (normalised input,) output. Of bfloat16 torch's norm keeps the first two in float32.
+    copies = 2 * size if engine else (3 * size if size == 4 else 2 * 4 + size)
+    attention: float = 2 * hidden * copies
+    attention += size * (queries + 2 * keys)  # what the first projection gives
+    if arch.qk_norm:
+        attention += (size * queries if engine or size == 4 else 4 * (queries + keys)) + (0 if engine else 4 * (queries + keys))
+    attention += size * (queries + keys) + size * queries  # rotated queries and keys; what attention gives
+    rotary = size * 4 * arch.head_dim
+    mlp, experts = 0.0, 0.0
+    if arch.num_experts:
+        chosen = arch.experts_per_token
+        experts = size * chosen * (hidden + 6 * arch.moe_ffn_hidden_size)  # permuted input; both halves, SiLU, other half, product, weighted product
+        attention += ROUTER_BYTES * arch.num_experts
+    else:
+        mlp = size * 5.0 * arch.ffn_hidden_size
+    return LayerActivations(shared=(attention + mlp) / tensor + rotary, experts=experts / tensor, boundary=size * hidden / tensor)

@@ -1,0 +1,98 @@
+"""The two forms of the smoke run: sizes, layout and settings, and the model folder with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopd.config import SGLangSection, TrainSection
+from lopd.megatron.architecture import Architecture, read_architecture
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_COMMON = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+    "num_hidden_layers": 4, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "use_sliding_window": False, "router_aux_loss_coef": 0.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_NODE_MODEL = {
+    **_COMMON, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "vocab_size": 151936, "max_position_embeddings": 32768, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_CPU_MODEL = {
+    **_COMMON, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 512, "max_position_embeddings": 512, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """num_sequences of sequence_len tokens a step. attention_tolerance: between packed attention and torch's on each sequence alone."""
+
+    name: str
+    model: dict[str, Any]
+    training: TrainSection
+    server: SGLangSection
+    num_sequences: int
+    sequence_len: int
+    collective_elements: int
+    attention_tolerance: float
+
+
+NODE = Form(
+    name="8 GPUs: Qwen3-30B-A3B with 4 layers, TP4 EP8",
+    model=_NODE_MODEL,
+    training=TrainSection.model_validate(
+        {
+            "num_steps": 2, "max_tokens_per_microbatch": 12288, "recompute": "full", "parallel": {"ranks": 8, "tensor": 4, "expert": 8},
+            "optimizer": {"lr": 1e-5}, "timeout_s": 300,
+        }
+    ),
+    server=SGLangSection.model_validate({"tensor": 2, "context_length": 4096, "mem_fraction": 0.3, "max_running_requests": 16, "restarts": 0}),
+    num_sequences=32,
+    sequence_len=2048,
+    collective_elements=2**27,  # 512 MiB
+    attention_tolerance=2e-2,
+)  # fmt: skip
+CPU = Form(
+    name="CPU: a tiny mixture of experts, TP2 EP2",
+    model=_CPU_MODEL,
+    training=TrainSection.model_validate(
+        {
+            "num_steps": 2, "max_tokens_per_microbatch": 512, "dtype": "float32", "parallel": {"ranks": 2, "tensor": 2, "expert": 2}, "optimizer": {"lr": 1e-3},
+            "timeout_s": 120,
+        }
+    ),
+    server=SGLangSection.model_validate(
+        {"dtype": "float32", "context_length": 128, "mem_fraction": 0.1, "max_total_tokens": 4096, "max_running_requests": 8, "restarts": 0}
+    ),
+    num_sequences=8,
+    sequence_len=64,
+    collective_elements=2**16,
+    attention_tolerance=1e-5,
+)  # fmt: skip
+FORMS = {"node": NODE, "cpu": CPU}
+
+
+def write_model(form: Form, folder: Path, tokenizer: Path) -> Architecture:
+    """A Hugging Face checkpoint of the form's shape with random weights, and another folder's tokenizer (any will do: prompts are token ids)."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lopd.megatron.hf_mapping import hf_shapes
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(form.model, indent=1), encoding="utf-8")
+    for name in _TOKENIZER:
+        shutil.copyfile(tokenizer / name, folder / name)
+    architecture = read_architecture(folder)
+    dtype = getattr(torch, form.model["torch_dtype"])
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.ones(shape, dtype=dtype) if len(shape) == 1 else (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        for name, shape in hf_shapes(architecture).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return architecture

@@ -1,0 +1,37 @@
+"""Rollout: the SFT student answers each OPD prompt, once. a ~ pi_ref(. | q); these responses stay frozen while distill learns from them."""
+
+from __future__ import annotations
+
+from lopd.artifacts import identify_model
+from lopd.stages.context import Stage, StageContext
+from lopd.stages.domains import roll_out_by_domain
+from lopd.stages.sampling import sample_stage
+from lopd.stages.training import MODEL
+
+
+def run(context: StageContext) -> None:
+    config, student = context.config, context.folder_of("sft") / MODEL
+    writer = context.writer(
+        models={"base_student": context.identity("student"), "student": identify_model(student)},
+        sampling=context.sampling_record(config.rollout),
+        lineage=context.manifest_of("sft").lineage,
+        shard_size=config.rollout.shard_size,
+    )
+    if config.models.teachers:
+        parts = roll_out_by_domain(context, writer, student)
+        writer.finish(served=context.served, parts=parts)
+        return
+    sample_stage(context, writer, config.rollout, prompt_set="opd", role="student", model=student, title="rollouts")
+    writer.finish(served=context.served)
+
+
+STAGE = Stage(
+    name="rollout",
+    summary="The SFT student, on SGLang, answers each OPD prompt once.",
+    kind="rollouts",
+    knobs=("task", "sglang", "rollout"),
+    models=(),
+    prompts=("opd",),
+    parents=lambda config: ("sft",),
+    run=run,
+)

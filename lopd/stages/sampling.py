@@ -1,0 +1,157 @@
+"""Sampling and scoring into an artifact: each response published exactly once, in shards whose members never change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lopd import cache
+from lopd.artifacts import ArtifactWriter, read_shard
+from lopd.config import Sampling
+from lopd.records import Ints, Key, Manifest, Prompt, Response, TeacherScores
+from lopd.report.console import progress
+from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
+from sglang_rollout.sampling import SamplingParams, SamplingRequest, request_seed
+from sglang_rollout.scoring import ScoreRequest
+
+if TYPE_CHECKING:
+    from lopd.stages.context import StageContext
+    from sglang_rollout.client import SGLangEngine
+
+
+def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -> SamplingParams:
+    """The engine's parameters from a config section; responses stop at the end tokens that any of the models' files name.
+
+    Teacher and student both count: a base student's files may know only <|endoftext|>, though it has learnt to end as the teacher does.
+    """
+    return SamplingParams(
+        temperature=changes.get("temperature", section.temperature),
+        top_p=changes.get("top_p", section.top_p),
+        top_k=changes.get("top_k", section.top_k),
+        min_p=changes.get("min_p", section.min_p),
+        max_new_tokens=section.max_new_tokens,
+        stop_token_ids=end_token_ids(models),
+    )
+
+
+def end_token_ids(models: Iterable[Path]) -> tuple[int, ...]:
+    """The ids that end a response, by the files of any of the models, ascending."""
+    return tuple(sorted({token for model in models for token in stop_token_ids(model, load_tokenizer(model))}))
+
+
+def sample_stage(context: StageContext, writer: ArtifactWriter, section: Sampling, *, prompt_set: str, role: str, model: Path, title: str) -> None:
+    """Serves ``model`` and samples a prompt set of the configuration into a stage's artifact."""
+    prompts, prompt_ids = context.prompts(prompt_set, model)
+    if not writer.missing(-(-len(prompts) * section.samples_per_prompt // writer.shard_size)):
+        return  # workers have published all: no server is needed
+    with context.serve(role, model) as engine:
+        sample_into(
+            writer,
+            engine,
+            prompts,
+            prompt_ids,
+            sampling_params(section, context.end_models),
+            samples_per_prompt=section.samples_per_prompt,
+            seed=context.config.run.seed,
+            purpose=context.stage.name,
+            title=title,
+        )
+
+
+def sample_into(
+    writer: ArtifactWriter,
+    engine: SGLangEngine,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[Ints],
+    params: SamplingParams,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+    purpose: str,
+    title: str,
+) -> None:
+    """Samples what is not yet published. A request's seed derives from (seed, prompt, sample index, purpose), so a resumed stage asks for the same.
+
+    Beyond the prompts, only the responses of shards in flight are in memory.
+    """
+    total, shard_size = len(prompts) * samples_per_prompt, writer.shard_size
+    num_shards = -(-total // shard_size)
+
+    def size(shard: int) -> int:
+        return min(shard_size, total - shard * shard_size)
+
+    def members(shard: int) -> Iterator[tuple[Key, Ints]]:
+        for position in range(shard * shard_size, shard * shard_size + size(shard)):
+            prompt, sample_index = divmod(position, samples_per_prompt)  # the samples of a prompt follow each other and share its prefix
+            yield (prompts[prompt].prompt_id, sample_index), prompt_ids[prompt]
+
+    missing = writer.missing(num_shards)
+    if not missing:
+        return
+    shard_of: dict[Key, int] = {}  # of requests in flight
+    done: dict[int, dict[Key, Response]] = {}  # of shards in flight
+
+    def requests() -> Iterator[SamplingRequest]:
+        for index in missing:
+            done[index] = {}
+            for key, ids in members(index):
+                shard_of[key] = index
+                yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
+
+    mine = sum(size(index) for index in range(num_shards) if writer.is_mine(index))
+    with progress(title, total=mine, done=mine - sum(map(size, missing)), unit="responses") as bar:
+        for response in engine.generate(requests(), params):
+            index = shard_of.pop(response.key)
+            done[index][response.key] = response
+            bar.advance(1)
+            if len(done[index]) == size(index):
+                responses = done.pop(index)
+                writer.publish_shard(index, cache.to_table([responses[key] for key, _ in members(index)]))
+
+
+def by_length(responses: Iterable[Response]) -> list[Response]:
+    """Neighbours of like length, the longest first, and the samples of a prompt one after the other, so that they share its prefix: what a server batches."""
+    groups: dict[str, list[Response]] = {}
+    for response in responses:
+        groups.setdefault(response.prompt_id, []).append(response)
+    samples = [sorted(group, key=lambda response: -len(response.token_ids)) for group in groups.values()]
+    samples.sort(key=lambda group: -len(group[0].prompt_ids) - len(group[0].token_ids))
+    return [response for group in samples for response in group]
+
+
+def score_into(
+    writer: ArtifactWriter, engine: SGLangEngine | None, source: Path, rollouts: Manifest, *, title: str, logprob_bits: int = 32, top_k: int = 0
+) -> None:
+    """The teacher's log-probabilities of every response of an artifact; shard i of the result holds the responses of shard i of the source.
+
+    top_k: also the teacher's so many likeliest tokens.
+    """
+    missing = writer.missing(len(rollouts.shards))
+    if not missing:
+        return
+    assert engine is not None, "without an engine only what is complete already"
+    responses: dict[int, list[Response]] = {}  # of the shards in flight only
+    scores: dict[int, dict[Key, TeacherScores]] = {}
+    shard_of: dict[Key, int] = {}
+
+    def requests() -> Iterator[ScoreRequest]:
+        for index in missing:
+            shard = rollouts.shards[index]
+            responses[index] = [response for response, _ in cache.from_table(read_shard(source, shard), where=str(source / shard.name))]
+            scores[index] = {}
+            shard_of.update({response.key: index for response in responses[index]})
+            for response in by_length(responses[index]):
+                yield ScoreRequest(response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids)
+
+    mine = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
+    already = mine - sum(rollouts.shards[index].rows for index in missing)
+    with progress(title, total=mine, done=already, unit="responses") as bar:
+        for score in engine.score(requests(), top_k=top_k):
+            index = shard_of.pop(score.key)
+            scores[index][score.key] = score
+            bar.advance(1)
+            if len(scores[index]) == len(responses[index]):
+                ordered = responses.pop(index)
+                writer.publish_shard(index, cache.to_table(ordered, [scores[index][response.key] for response in ordered], logprob_bits=logprob_bits))
+                del scores[index]

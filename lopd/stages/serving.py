@@ -1,0 +1,46 @@
+"""One server that serves several models in turn: weights are exchanged in place where the architecture is the same, otherwise it is started anew."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lopd.stages.context import StageContext
+    from sglang_rollout.client import SGLangEngine
+
+_NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+class ModelServer:
+    """Use as a context manager; use(model) gives an engine that answers with that model until the next use."""
+
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
+        self._open = contextlib.ExitStack()
+        self._engine: SGLangEngine | None = None
+        self._architecture: Any = None
+
+    def __enter__(self) -> ModelServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def use(self, model: Path, *, version: str) -> SGLangEngine:
+        """EngineError: the server does not start or refuses the weights."""
+        architecture = _architecture(model)
+        if self._engine is not None and architecture == self._architecture:
+            self._engine.update_weights_from_disk(model, version=version)
+            return self._engine
+        self._open.close()
+        self._engine = self._open.enter_context(self._context.serve("evaluated", model))
+        self._architecture = architecture
+        return self._engine
+
+
+def _architecture(model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}

@@ -1,0 +1,145 @@
+"""One rank of sft or distill, started by torchrun: ``python -m lopd.stages.train_worker JOB.json``.
+
+Reads like the method: load the frozen responses, then per step a refresh where it is due, one batch, one forward and one backward, one optimizer step; every so
+often a weight sync with an evaluation, and a checkpoint to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lopd.artifacts import publish_json
+from lopd.megatron import parallel
+from lopd.megatron.launch import reporting_errors
+from lopd.megatron.trainer import StepMetrics, Trainer
+from lopd.megatron.weights import save_hf
+from lopd.records import Sample
+from lopd.report.console import training_line
+from lopd.report.metrics import MetricsLog
+from lopd.stages.batches import Batches, Refreshes
+from lopd.stages.training import SERVER_KEY, TrainingJob
+from lopd.stages.training_data import load_samples, objective_of
+
+_BUCKET_BYTES = 512 * 2**20
+
+
+def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
+    settings, distill = job.settings, job.config.distill
+    samples = load_samples(job)
+    trainer = Trainer(
+        settings,
+        model_dir=job.initial,
+        init=job.init,
+        init_std=job.config.sft.init_std,
+        seed=job.config.run.seed,
+        objective=objective_of(job),
+        entropy=job.objective == "distill" and distill.student_entropy,
+        checkpoint_dir=job.checkpoints,
+    )
+    say = partial(_say, job)
+    state: dict[str, Any] = trainer.resume(say) or {"num_tokens": 0, "first_loss": None, "last_loss": None, "weight_syncs": 0}
+    main = parallel.rank() == 0
+    metrics = MetricsLog(job.config.run.dir) if main else None
+    if metrics is not None:
+        metrics.truncate_after(job.stage, trainer.step)
+    student = StudentServer(job, trainer, servers, samples, metrics) if servers is not None else None
+    if student is not None and distill.sync_every and trainer.step == 0:
+        student.evaluate(0)
+    batches = Batches(samples, job)
+    refreshes = Refreshes(job, state, student.push) if student is not None and distill.refresh.is_on else None
+    if refreshes is not None and (resumed := refreshes.resume(say)) is not None:
+        batches.learn_from(*resumed)
+    for step in range(trainer.step, job.num_steps):
+        if refreshes is not None and refreshes.due:
+            batches.learn_from(refreshes(step, say), step)
+        microbatches, num_tokens = batches(step)
+        result = trainer.train_step(microbatches)
+        done = step + 1
+        if refreshes is not None:
+            refreshes.observe(done, result.metrics)
+        state["num_tokens"] += num_tokens
+        state["first_loss"] = result.loss if state["first_loss"] is None else state["first_loss"]
+        state["last_loss"] = result.loss
+        if metrics is not None:
+            _report(job, metrics, result, num_tokens, {} if refreshes is None else {"refreshes": len(refreshes.made)})
+        if student is not None and distill.sync_every and (done % distill.sync_every == 0 or done == job.num_steps):
+            student.push(done)
+            student.evaluate(done)
+            state["weight_syncs"] += 1
+        if done % settings.checkpoint_every == 0 and done < job.num_steps:
+            trainer.save_checkpoint(state)
+    trainer.finish_checkpoint()
+    save_hf(trainer.export(bucket_bytes=_BUCKET_BYTES), job.model, source=job.initial, shard_bytes=job.config.export.shard_bytes)
+    if main:
+        publish_json(job.result, {"num_steps": job.num_steps, **state})
+        if metrics is not None:
+            metrics.close()
+    parallel.barrier()
+
+
+def _report(job: TrainingJob, metrics: MetricsLog, result: StepMetrics, num_tokens: int, more: Mapping[str, int]) -> None:
+    figures = {**result.as_dict(), "processed_tokens": num_tokens, "processed_tokens_per_s": num_tokens / max(result.seconds, 1e-9), **more}
+    metrics.train(job.stage, result.step, figures)
+    if result.step % job.settings.log_every == 0 or result.step in (1, job.num_steps):
+        sys.stdout.write(training_line(job.stage, result.step, job.num_steps, figures) + "\n")
+        sys.stdout.flush()
+
+
+def _say(job: TrainingJob, text: str) -> None:
+    """A line that lopd.stages.training shows on screen."""
+    sys.stdout.write(f"{job.stage} {text}\n")
+    sys.stdout.flush()
+
+
+class StudentServer:
+    """The running servers that get the student's weights. Every rank has one and calls it together; rank 0's alone talks to the servers."""
+
+    def __init__(self, job: TrainingJob, trainer: Trainer, servers: Mapping[str, Any], samples: Sequence[Sample], metrics: MetricsLog | None) -> None:
+        """They serve the weights that the training began with. servers: of servers_json. samples: some are scored where syncs are verified by scores.
+        metrics: of rank 0."""
+        from lopd.stages.sync import StudentWeights, SyncEvaluation
+
+        self._job, self._metrics = job, metrics
+        self._evaluation = SyncEvaluation(job.config, job.initial, servers["urls"], os.environ[SERVER_KEY]) if metrics is not None else None
+        engine = self._evaluation.engine if self._evaluation is not None else None
+        folder, weights_file = job.folder / "sync", servers["weights_file"]
+        self._weights = StudentWeights(trainer, samples, job.config.sync, engine, folder=folder, template=job.initial, weights_file=weights_file)
+        self._pushed = 0
+
+    def push(self, step: int) -> None:
+        """Puts the weights after so many steps into it, as version ``step-N``, unless it has them."""
+        if step == self._pushed:
+            return
+        report = self._weights.push(f"step-{step}")
+        if report is not None:
+            _say(self._job, f"step {step}/{self._job.num_steps}: weights synced, {report.line()}")
+        self._pushed = step
+
+    def evaluate(self, step: int) -> None:
+        """Answers to held-out prompts by the weights that it has."""
+        if self._evaluation is not None and self._metrics is not None:
+            figures = self._evaluation.run()
+            self._metrics.eval(self._job.stage, step, figures)
+            accuracy, count = figures["accuracy"], figures["num_prompts"]
+            _say(self._job, f"step {step}/{self._job.num_steps}: synced weights, accuracy {accuracy:.3f} on {count} prompts")
+        parallel.barrier()
+
+
+def main(job_file: Path) -> None:
+    raw = json.loads(job_file.read_text(encoding="utf-8"))
+    servers = raw.pop("servers")
+    job = TrainingJob.from_json(raw)
+    with reporting_errors():
+        parallel.initialize(job.settings.parallel, seed=job.config.run.seed, timeout_s=job.settings.timeout_s)
+        run(job, servers)
+        parallel.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

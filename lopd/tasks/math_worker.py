@@ -1,0 +1,44 @@
+"""Are two mathematical answers equal? A worker (lopd.tasks.workers) around math-verify, whose parsing and simplification may take for ever."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+from lopd.tasks.workers import serve
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from sympy import Eq
+
+    in_box = [LatexExtractionConfig(boxed_match_priority=0)]
+    anywhere = [LatexExtractionConfig(), ExprExtractionConfig()]
+
+    @lru_cache(maxsize=256)
+    def gold_of(text: str) -> Any:
+        return parse(f"${text}$", anywhere, parsing_timeout=None) or parse(text, anywhere, parsing_timeout=None)
+
+    def equal(gold: Any, answer: Any) -> bool:
+        return bool(verify(gold, answer, timeout_seconds=None))  # the worker's own limit holds; math-verify's would need the alarm for itself
+
+    def compute(job: dict[str, Any]) -> dict[str, Any]:
+        gold = gold_of(job["gold"])
+        if not gold:
+            return {"failed": "gold"}
+        answer = parse(f"\\boxed{{{job['answer']}}}", in_box, parsing_timeout=None)
+        if not answer:
+            return {"failed": "parse"}
+        right = equal(gold, answer)
+        if right and isinstance(answer[0], Eq) and not answer[0].lhs.free_symbols:
+            right = equal(gold, [answer[0].lhs])  # math-verify looks at the right side of an equation alone: 205=204 would be right for 204
+        return {"right": right}
+
+    compute({"gold": "\\frac{1}{2}", "answer": "0.5"})  # what is built at the first use is built before the first limit runs
+    serve(compute)
+
+
+if __name__ == "__main__":
+    main()

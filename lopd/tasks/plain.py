@@ -1,0 +1,44 @@
+"""Plain text: the answer of a response is, letter by letter, one of the prompt's."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from lopd.records import Prompt
+from lopd.tasks.answers import FileTask
+from lopd.tasks.verdicts import Verdict, answer_line, last_box
+
+
+class Plain(FileTask):
+    """The task ``plain``. A prompt's answer may hold several right ones, one a line, where ``alternatives`` is set."""
+
+    name: ClassVar[str] = "plain"
+
+    answer_in: Literal["whole", "last_line", "answer_line", "box"] = Field(
+        default="whole", description="Where the answer stands: all after the thinking, the last line that is not empty, what follows Answer:, the last box."
+    )
+    ignore_case: bool = Field(default=False, description="Capital and small letters are the same.")
+    alternatives: bool = Field(default=False, description="Each line of a prompt's answer is a right one.")
+
+    def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
+        """See FileTask. White space at both ends does not count, and inside any amount is one space."""
+        found = self._find(part)
+        if not found:
+            return Verdict(False, "no answer")
+        accepted = {self._plain(line) for line in (gold.splitlines() if self.alternatives else [gold])}
+        shown = found if len(found) <= 200 else f"{found[:200]}..."
+        return Verdict(True, found=shown) if self._plain(found) in accepted else Verdict(False, "wrong answer", shown)
+
+    def _find(self, part: str) -> str | None:
+        if self.answer_in == "box":
+            return last_box(part)
+        if self.answer_in == "answer_line":
+            return answer_line(part)
+        lines = part.strip().splitlines()
+        return part.strip() if self.answer_in == "whole" else lines[-1].strip() if lines else None
+
+    def _plain(self, text: str) -> str:
+        one = " ".join(text.split())
+        return one.casefold() if self.ignore_case else one

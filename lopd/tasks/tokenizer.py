@@ -1,0 +1,63 @@
+"""Tokenizers from a Hugging Face folder: offline, without code from the checkpoint. ``transformers`` is imported only when one is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from lopd.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, from its files alone; code that the checkpoint names is not run. DataError: a file is missing or damaged."""
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"no {' and no '.join(missing)}", where=str(folder), remedy="give a Hugging Face folder with a fast tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        # transformers lets any exception of the tokenizers library through, whose classes are plain Exception: hence the wide net
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        remedy = "repair the tokenizer's files; one that needs code from the checkpoint cannot be used"
+        raise DataError(f"tokenizer cannot be loaded ({_first_line(error)})", where=str(folder), remedy=remedy) from error
+    return tokenizer
+
+
+def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end a response, ascending: eos of generation_config.json, of config.json and of the tokenizer. DataError: none of them names one."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (OSError, ValueError, AttributeError) as error:
+                raise DataError(f"cannot be read as a JSON object ({_first_line(error)})", where=str(path)) from None
+            found.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        remedy = "add eos_token_id to generation_config.json, or eos_token to tokenizer_config.json"
+        raise DataError("no token ends a response", where=str(folder), remedy=remedy)
+    return tuple(sorted(found))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArray[Any]) -> str:
+    """The text a verifier sees: special tokens and the end token included, no space tidied away."""
+    text = tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,61 @@
+"""Checkpoints: what megatron.core.dist_checkpointing leaves running."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+from megatron_patches.registry import patch, replace, require
+
+
+@patch(
+    upstream="megatron/core/dist_checkpointing/strategies/filesystem_async.py:_get_write_results_queue",
+    checked="megatron-core 0.16.1",
+    until="a synchronous save starts no manager process",
+    without_cuda=False,
+)
+def results_queue_in_process() -> None:
+    """A save passes its writers' results through the queue of a multiprocessing Manager, started once per rank. That costs 1 to 2 s and 200 MB a rank,
+    imports the main module again, and the manager outlives a rank that is killed. It is needed where an asynchronous save runs in another process; a
+    synchronous one puts and gets in the same thread, so a plain queue does. An asynchronous save would fail loudly, with no results."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
+
+    require(filesystem, "_get_write_results_queue", parameters=(), source="ctx.Manager().Queue()")
+    results: queue.Queue[Any] = queue.Queue()
+    replace(filesystem, "_get_write_results_queue", lambda: results)
+
+
+@patch(
+    upstream="megatron/core/dist_checkpointing/strategies/filesystem_async.py:FileSystemWriterAsync.write_preloaded_data_multiproc",
+    checked="megatron-core 0.16.1",
+    until="a synchronous save forks no writers",
+    without_cuda=False,
+)
+def writers_are_threads() -> None:
+    """A save forks a process for each of its files. A rank that is killed meanwhile leaves them behind for ever, each waiting for a queue that nobody empties
+    and holding the rank's memory; and a fork copies locks that other threads (gloo's, a heartbeat) may hold. Threads of the rank write the same files: most
+    of their time is I/O and copying, outside the interpreter's lock."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
+
+    writer = filesystem.FileSystemWriterAsync
+    parameters = ("transform_list", "use_msc", "rank", "write_buckets", "global_results_queue")
+    require(writer, "write_preloaded_data_multiproc", parameters=parameters, source='mp.get_context("fork")')
+    one = ("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync")
+    write = require(writer, "write_preloaded_data", parameters=one, source="results_queue.put(local_output)")
+
+    def write_preloaded_data_multiproc(transform_list: Any, use_msc: bool, rank: int, write_buckets: Any, global_results_queue: Any) -> None:
+        results: queue.Queue[Any] = queue.Queue()
+        running: queue.Queue[int] = queue.Queue()
+        threads = []
+        for number, bucket in enumerate(write_buckets):
+            running.put(number)
+            threads.append(threading.Thread(target=write, args=(transform_list, number, bucket, results, running, True), kwargs={"use_msc": use_msc}))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+        outcomes = dict(results.get() for _ in threads)
+        failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
+        global_results_queue.put(failed[0] if failed else outcomes)
+
+    replace(writer, "write_preloaded_data_multiproc", staticmethod(write_preloaded_data_multiproc))

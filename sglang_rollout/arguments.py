@@ -1,0 +1,117 @@
+"""SGLang's ServerArgs from ours, and the check of what a user adds to them."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import ipaddress
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lopd.config import SGLangSection
+from lopd.errors import ConfigError, EngineError
+
+_OURS = {  # field of ServerArgs -> the key of ours that sets it
+    "model_path": "models.teacher and models.student",
+    "tokenizer_path": "models.teacher and models.student",
+    "host": "sglang.host",
+    "port": "sglang.port",
+    "api_key": "nothing: a random key is made for each server",
+    "admin_api_key": "nothing: a random key is made for each server",
+    "trust_remote_code": "nothing: code shipped inside a checkpoint is never run",
+    "skip_tokenizer_init": "nothing: prompts and responses are token ids",
+    "dtype": "sglang.dtype",
+    "tp_size": "sglang.tensor",
+    "ep_size": "sglang.expert",
+    "dp_size": "sglang.data",
+    "base_gpu_id": "sglang.replicas: each server takes the next GPUs",
+    "weight_version": "nothing: the stage that puts weights in names them",
+    "context_length": "sglang.context_length",
+    "max_running_requests": "sglang.max_running_requests",
+    "max_total_tokens": "sglang.max_total_tokens",
+    "mem_fraction_static": "sglang.mem_fraction",
+    "enable_deterministic_inference": "sglang.deterministic",
+}
+
+_SECRET = re.compile(r"(?:^|_)(?:key|token|secret|password)$")
+
+
+def server_arguments(model_dir: Path, settings: SGLangSection, port: int, *, version: str | None = None) -> dict[str, Any]:
+    """Fields of ServerArgs for a server of this checkpoint, as JSON values; the key is not among them. version: of its weights, where they have one."""
+    arguments: dict[str, Any] = {
+        "model_path": str(model_dir),
+        "host": settings.host,
+        "port": port,
+        "trust_remote_code": False,
+        "skip_tokenizer_init": True,  # token ids are the truth
+        "skip_server_warmup": True,  # our own first request is the warm-up; SGLang's sleeps a second before it asks
+        "log_level_http": "warning",  # else a line per request
+        "dtype": settings.dtype,
+        "tp_size": settings.tensor,
+        "ep_size": settings.expert,
+        "dp_size": settings.data,
+        "context_length": settings.context_length,
+        "max_running_requests": settings.max_running_requests,
+        "mem_fraction_static": settings.mem_fraction,
+        "enable_deterministic_inference": settings.deterministic,
+    }
+    if settings.max_total_tokens is not None:
+        arguments["max_total_tokens"] = settings.max_total_tokens
+    if version is not None:
+        arguments["weight_version"] = version
+    return arguments
+
+
+def check_settings(settings: SGLangSection) -> None:
+    """ConfigError: what can be found wrong with the section before a server is started or asked."""
+    check_extra_args(settings.extra_args)
+    check_host(settings.host)
+    check_urls(settings)
+
+
+def check_urls(settings: SGLangSection) -> None:
+    """ConfigError for what is no URL in teacher_urls and student_urls."""
+    for name in ("teacher_urls", "student_urls"):
+        for url in getattr(settings, name):
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError(f"{url!r} is no URL", where=f"sglang.{name}", remedy="give http://host:port")
+
+
+def check_host(host: str) -> None:
+    """ConfigError unless it is an IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise ConfigError(f"{host!r} is no IP address", where="sglang.host", remedy="127.0.0.1 for this machine alone, or the address to listen on") from None
+
+
+def scrubbed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with what may be a secret hidden, for a manifest: a user's extra_args can hold one."""
+    return {name: "***" if value is not None and _SECRET.search(name) else value for name, value in arguments.items()}
+
+
+@cache
+def known_fields() -> tuple[str, ...]:
+    """The fields of the installed SGLang's ServerArgs, read from its source: importing it takes seconds and needs a server's environment."""
+    package = importlib.util.find_spec("sglang")
+    if package is None or package.origin is None:
+        raise EngineError("SGLang is not installed", remedy="install requirements/cpu.lock or the gpu extra")
+    source = Path(package.origin).parent / "srt" / "server_args.py"
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs":
+            return tuple(item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
+    raise EngineError("class ServerArgs is not where it was", where=str(source), remedy="use a supported SGLang version (0.5.17 and later)")
+
+
+def check_extra_args(extra: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is no field of the installed ServerArgs (with the nearest one), or one that lopd sets itself."""
+    for name in extra:
+        if name in _OURS:
+            raise ConfigError(f"{name} is set by lopd", where="sglang.extra_args", remedy=f"it follows {_OURS[name]}")
+        if name not in known_fields():
+            nearest = difflib.get_close_matches(name, known_fields(), n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown SGLang argument {name}", where="sglang.extra_args", remedy=f"the nearest one is {nearest}")

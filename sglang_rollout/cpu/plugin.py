@@ -1,0 +1,243 @@
+"""What changes SGLang on a CPU. SGLang calls ``activate`` in each of its processes (entry point ``sglang.srt.plugins``); elsewhere it does nothing.
+
+1. Seeds on a CPU. SGLang honours a request's ``sampling_seed`` only with ``enable_deterministic_inference``, and refuses that with the attention backend
+   torch_native: it is added to the list of backends that are allowed.
+   Upstream: sglang/srt/server_args.py, DETERMINISTIC_ATTENTION_BACKEND_CHOICES (0.5.22 and later: sglang/srt/arg_groups/choices.py).
+   Can go: when upstream lists torch_native.
+2. That mode then swaps torch's matmul, log_softmax and mean for Triton kernels that need a GPU, so that a row's result does not depend on its batch. On a
+   CPU only products of few rows do: those are computed with more rows (sglang_rollout.cpu.kernels.with_enough_rows).
+   Upstream: sglang/srt/batch_invariant_ops; LogitsProcessor._compute_lm_head. Can go: when upstream has a batch-invariant mode on a CPU.
+3. Seeded sampling hashes (seed, position, token id) in a Triton kernel, on a CPU as well: the same 32-bit MurmurHash3 in torch, bit for bit.
+   Upstream: sglang/kernels/ops/sampling/murmur_hash.py, used by sglang/srt/layers/sampler.py. Can go: when upstream has a CPU form.
+4. torch_native attends to one request after the other in Python, two thirds of a decode step of 64 requests: requests of similar length together, four
+   times as fast (sglang_rollout.cpu.kernels.decode_attention). Encoder-decoder models and sliding windows keep upstream's loop.
+   Upstream: sglang/srt/layers/attention/torch_native_backend.py ("TODO: this loop process a sequence per iter"). Can go: when upstream batches it.
+5. Weights that come through shared memory (sync.transport = "tensor"): torch maps the sender's memory anew for every bucket, and the page faults cost three
+   times what the copy does. The last two mappings are kept, as torch does for CUDA's.
+   Upstream: torch/multiprocessing/reductions.py, rebuild_storage_filename. Can go: when torch keeps them.
+6. Weights that come by broadcast (sync.transport = "distributed") are loaded one by one while the next are received, not all after the last. Only saves time:
+   left out where upstream takes other arguments.
+   Upstream: sglang/srt/model_executor/model_runner_components/weight_updater.py, WeightUpdater.update_weights_from_distributed. Can go: at any time.
+
+Versions: sglang 0.5.17 to 0.5.23. A place that is no longer as described raises, and the server does not start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+
+from sglang_rollout import served_weights
+from sglang_rollout.cpu.kernels import decode_attention, with_enough_rows
+
+OURS = "LOPD_SERVER"  # environment variable: this is a server that lopd started
+_MASK = 0xFFFFFFFF
+_KEPT_MAPPINGS = 2  # a sender uses two buffers in turns
+
+
+def on_cpu() -> bool:
+    """True in a process of a server that runs on a CPU (SGLang's own switch)."""
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+
+
+def activate() -> None:
+    """Apply the changes above; nothing unless the environment says that the server runs on a CPU. RuntimeError: upstream has moved.
+
+    In a server that lopd started, on a GPU too, it can then tell fingerprints of its weights (sglang_rollout.served_weights).
+    """
+    global _active
+    if _active:
+        return
+    if on_cpu():
+        _allow_deterministic_torch_native()
+        _make_batch_invariant()
+        _hash_in_torch()
+        _batch_decode_attention()
+        _keep_shared_memory_mapped()
+        _load_while_receiving()
+    if os.environ.get(OURS) == "1":
+        served_weights.install()
+    _active = True
+
+
+_active = False
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _need(holder: Any, name: str) -> Any:
+    if not hasattr(holder, name):
+        raise RuntimeError(f"sglang_rollout.cpu.plugin: {holder.__name__}.{name} is gone; this SGLang version needs another patch")
+    return getattr(holder, name)
+
+
+def _need_parameters(function: Any, names: tuple[str, ...]) -> None:
+    found = tuple(inspect.signature(function).parameters)
+    if found != names:
+        raise RuntimeError(f"sglang_rollout.cpu.plugin: {function.__qualname__} takes {found}, no longer {names}; this SGLang version needs another patch")
+
+
+def _allow_deterministic_torch_native() -> None:
+    try:
+        holder = _module("sglang.srt.arg_groups.choices")
+    except ModuleNotFoundError:
+        holder = _module("sglang.srt.server_args")
+    choices = _need(holder, "DETERMINISTIC_ATTENTION_BACKEND_CHOICES")
+    if not isinstance(choices, list):
+        raise RuntimeError(f"sglang_rollout.cpu.plugin: DETERMINISTIC_ATTENTION_BACKEND_CHOICES is a {type(choices).__name__}, no longer a list")
+    if "torch_native" not in choices:
+        choices.append("torch_native")
+
+
+def _make_batch_invariant() -> None:
+    operators = _module("sglang.srt.batch_invariant_ops")
+    processor = _need(_module("sglang.srt.layers.logits_processor"), "LogitsProcessor")
+    original = _need(processor, "_compute_lm_head")
+    _need_parameters(original, ("self", "hidden_states", "lm_head", "embedding_bias"))
+    _need(operators, "enable_batch_invariant_mode")
+
+    def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
+        torch.nn.functional.linear = with_enough_rows(torch.nn.functional.linear)
+
+        def compute_lm_head(self: Any, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: torch.Tensor | None = None) -> torch.Tensor:
+            return with_enough_rows(lambda x: original(self, x, lm_head, embedding_bias))(hidden_states)
+
+        processor._compute_lm_head = compute_lm_head
+
+    operators.enable_batch_invariant_mode = enable_batch_invariant_mode
+
+
+def _hash_in_torch() -> None:
+    definition = _module("sglang.kernels.ops.sampling.murmur_hash")
+    sampler = _module("sglang.srt.layers.sampler")  # it binds the name when it is imported
+    for holder in (definition, sampler):
+        _need_parameters(_need(holder, "murmur_hash32"), ("seed", "positions", "col_indices"))
+        holder.murmur_hash32 = murmur_hash32
+
+
+def _batch_decode_attention() -> None:
+    backend = _need(_module("sglang.srt.layers.attention.torch_native_backend"), "TorchNativeAttnBackend")
+    original = _need(backend, "_run_sdpa_forward_decode")
+    tensors = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens", "encoder_lens")
+    _need_parameters(original, ("self", *tensors, "scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size"))
+
+    def run_sdpa_forward_decode(
+        self: Any,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        scaling: float | None = None,
+        **named: Any,
+    ) -> torch.Tensor:
+        caches = (k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
+        if encoder_lens is not None or named.get("sliding_window_size") is not None:
+            return cast(torch.Tensor, original(self, query, output, *caches, encoder_lens, scaling, **named))
+        return decode_attention(query, output, *caches, scaling)
+
+    backend._run_sdpa_forward_decode = run_sdpa_forward_decode
+
+
+def _keep_shared_memory_mapped() -> None:
+    reductions = _module("torch.multiprocessing.reductions")
+    original = _need(reductions, "rebuild_storage_filename")
+    kept: dict[Any, Any] = {}  # name of the memory -> its storage, newest last
+
+    def rebuild_storage_filename(cls: Any, manager: Any, handle: Any, *rest: Any, **named: Any) -> Any:
+        storage = original(cls, manager, handle, *rest, **named)  # torch gives the same one again while one is alive
+        kept.pop(handle, None)
+        kept[handle] = storage
+        while len(kept) > _KEPT_MAPPINGS:
+            del kept[next(iter(kept))]
+        return storage
+
+    reductions.rebuild_storage_filename = rebuild_storage_filename
+
+
+def _load_while_receiving() -> None:
+    try:
+        module = _module("sglang.srt.model_executor.model_runner_components.weight_updater")
+    except ModuleNotFoundError:
+        return
+    original = getattr(getattr(module, "WeightUpdater", None), "update_weights_from_distributed", None)
+    if original is None or tuple(inspect.signature(original).parameters) != ("self", "names", "dtypes", "shapes", "group_name", "load_format"):
+        return
+
+    def update_weights_from_distributed(
+        self: Any, names: list[str], dtypes: list[Any], shapes: list[list[int]], group_name: str, load_format: str | None = None
+    ) -> tuple[bool, str]:
+        refused = module._unsupported_derived_weight_cache_error()
+        if load_format is not None or refused is not None or group_name not in self._model_update_group:
+            return cast(tuple[bool, str], original(self, names, dtypes, shapes, group_name, load_format))
+        self._assert_weight_cache_inactive("update_weights_from_distributed")
+        group = self._model_update_group[group_name]
+        handles: list[Any] = []
+        try:
+            numbers = [dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype) for dtype in dtypes]
+            weights = [torch.empty(shape, dtype=number, device=self.device) for number, shape in zip(numbers, shapes, strict=True)]
+            handles += [torch.distributed.broadcast(weight, src=0, group=group, async_op=True) for weight in weights]
+
+            def received() -> Iterator[tuple[str, torch.Tensor]]:
+                for name, weight, handle in zip(names, weights, handles, strict=True):
+                    handle.wait()
+                    yield name, weight
+
+            self.get_model().load_weights(received())
+            for handle in handles:  # a loader may leave some out
+                handle.wait()
+            return True, "Succeeded to update parameter online."
+        except Exception as error:
+            with contextlib.suppress(RuntimeError):  # the same failure once more
+                for handle in handles:
+                    handle.wait()
+            return False, f"Failed to update parameter online: {error}. The weights are partially updated."
+
+    module.WeightUpdater.update_weights_from_distributed = update_weights_from_distributed
+
+
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 of the four 32-bit words (low seed, high seed, position, column).
+
+    seed: any integer type [N]; positions [N]; col_indices [M]. Returns uint32 [N, M].
+    """
+    # uint64 has few operators on a CPU; the low 63 bits are all that a non-negative seed has, and int64 wraps as C does
+    seeds = seed.to(torch.int64)[:, None]  # [N, 1]
+    words = (seeds & _MASK, (seeds >> 32) & _MASK, positions.to(torch.int64)[:, None] & _MASK, col_indices.to(torch.int64)[None, :] & _MASK)
+    state = torch.zeros_like(seeds)
+    for word in words:
+        state = _mix(state, word)
+    return _finish(state ^ 16).to(torch.uint32)  # 16 bytes were hashed
+
+
+def _times(values: torch.Tensor, factor: int) -> torch.Tensor:
+    """values * factor modulo 2^32; the halves keep every product below 2^63."""
+    low = (values & 0xFFFF) * factor
+    high = ((values >> 16) * factor) & 0xFFFF
+    return (low + (high << 16)) & _MASK
+
+
+def _rotate(values: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((values << bits) | (values >> (32 - bits))) & _MASK
+
+
+def _mix(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    word = _times(_rotate(_times(word, 0xCC9E2D51), 15), 0x1B873593)
+    return (_rotate(state ^ word, 13) * 5 + 0xE6546B64) & _MASK
+
+
+def _finish(state: torch.Tensor) -> torch.Tensor:
+    state = _times(state ^ (state >> 16), 0x85EBCA6B)
+    state = _times(state ^ (state >> 13), 0xC2B2AE35)
+    return state ^ (state >> 16)

@@ -1,0 +1,107 @@
+"""In a server's processes: fingerprints of the weights that it really uses, under the names and in the layout of the Hugging Face checkpoint.
+
+SGLang fuses and splits what it loads (query, key and value in one matrix, all experts in another, each rank its share). Where the parts of a tensor end up is
+not written down here: SGLang's own loader is run once on tensors without data (device meta), and its copies are recorded instead of made. So this holds for
+every architecture whose loader copies slices, and for any tensor- and expert-parallel layout.
+
+What changes in SGLang: WeightChecker.handle (sglang/srt/utils/weight_checker.py), behind POST /weights_checker, learns one more action. SGLang's own checksum
+of the fused parameters cannot be compared with a trainer's tensors, and needs a GPU. Versions: 0.5.17 to 0.5.23. Can go: when SGLang tells checksums of
+checkpoint tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sglang_rollout.checkpoint import tensor_shapes
+from sglang_rollout.fingerprints import part_fingerprint
+
+FINGERPRINTS, DTYPES = "lopd.fingerprints:", "lopd.dtypes:"  # actions, followed by the folder of a checkpoint with the tensors' names and shapes
+NOT_FED = ""  # in the place of a tensor's name
+_COPIES = ("aten::_to_copy", "aten::clone", "aten::contiguous")
+
+
+def install() -> None:
+    """RuntimeError: upstream has moved."""
+    checker = importlib.import_module("sglang.srt.utils.weight_checker").WeightChecker
+    original = checker.handle
+    if tuple(inspect.signature(original).parameters) != ("self", "action", "allow_quant_error"):
+        raise RuntimeError("sglang_rollout.served_weights: WeightChecker.handle takes other arguments; this SGLang version needs another patch")
+
+    def handle(self: Any, action: str, allow_quant_error: bool = False) -> dict[str, Any] | None:
+        kind, colon, folder = action.partition(":")
+        if kind + colon not in (FINGERPRINTS, DTYPES):
+            result: dict[str, Any] | None = original(self, action, allow_quant_error)
+            return result
+        told = _told(self, Path(folder), parts=kind + colon == FINGERPRINTS)
+        return {"checksums": told, "per_gpu_checksum": "", "parallelism_info": self._parallelism_info().model_dump()}
+
+    checker.handle = handle
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Instead of a copy from a tensor without data into a parameter, remembers it; nothing else is changed either."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.copies: list[tuple[Tensor, Tensor]] = []  # (part of a parameter, part of a meta tensor)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name
+        if name == "aten::copy_":
+            if args[1].is_meta and not args[0].is_meta:
+                self.copies.append((args[0], args[1]))
+            return args[0]
+        if name in _COPIES and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0].view_as(args[0])  # to another device or dtype on its way into the parameter
+        if function._schema.is_mutable and args and isinstance(args[0], Tensor) and not args[0].is_meta:
+            return args[0]  # padding that is filled with zeros
+        return function(*args, **(kwargs or {}))
+
+
+def _told(checker: Any, template_dir: Path, *, parts: bool) -> dict[str, str]:
+    """Tensor -> JSON of {"dtype", "parts": [[offset, shape, strides, fingerprint], ...]}: what this rank holds of it, positions in elements.
+
+    Under NOT_FED the JSON of a list: this rank's parameters that no tensor goes into.
+    """
+    model = checker._get_model()
+    key = (str(template_dir), tuple(parameter.data_ptr() for parameter in model.parameters()))
+    if getattr(checker, "_lopd_key", None) != key:
+        checker._lopd_layout, checker._lopd_key = _layout(model, tensor_shapes(template_dir)), key
+    fed = {held.untyped_storage().data_ptr() for _, copies in checker._lopd_layout.values() for held, _ in copies}
+    parameters = model.named_parameters()  # scales of a cache in 8 bits are of one element, and not from a checkpoint
+    told = {NOT_FED: json.dumps([name for name, held in parameters if held.numel() > 1 and held.untyped_storage().data_ptr() not in fed])}
+    for name, (columns, copies) in checker._lopd_layout.items():
+        entry: dict[str, Any] = {"dtype": str(copies[0][0].dtype).removeprefix("torch.")}
+        if parts:
+            entry["parts"] = []
+            for held, source in copies:
+                offset, strides = source.storage_offset(), list(source.stride())
+                entry["parts"].append([offset, list(source.shape), strides, part_fingerprint(held, offset, strides, columns)])
+        told[name] = json.dumps(entry)
+    return told
+
+
+def _layout(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, list[tuple[Tensor, Tensor]]]]:
+    """Tensor -> (its columns, what of it this rank holds, each with the part of the full tensor)."""
+    sources = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        model.load_weights(iter(sources.items()))
+    names = {source.untyped_storage()._cdata: name for name, source in sources.items()}
+    layout: dict[str, tuple[int, list[tuple[Tensor, Tensor]]]] = {}
+    for held, source in recorder.copies:
+        name = names[source.untyped_storage()._cdata]
+        if held.shape != source.shape:
+            source = source.expand(held.shape)
+        columns = shapes[name][-1] if shapes[name] else 1
+        layout.setdefault(name, (columns, []))[1].append((held.detach(), source))
+    return layout

@@ -1,0 +1,240 @@
+"""Keeping a server alive: who restarts it, when that is given up, and which weights a restarted one must serve.
+
+The process that owns a server watches it from a thread. The weights may be put into it by another process (a trainer's rank), so what they are stands in a
+file beside the server's log. Clients of a server that is being restarted wait for it (sglang_rollout.connections); nobody tells them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from lopd.errors import EngineError
+
+_LOOK_EVERY_S = 0.1
+_FAILED_PROBES = 3  # in a row, before a server that is silent counts as hanging: a long prefill can keep it from answering one
+
+
+# --- the newest weights --------------------------------------------------------------------------------------------------------------------------------
+
+
+def remember_weights(file: Path, model_dir: Path, version: str) -> None:
+    """Say, for whoever restarts the server, that it now serves this checkpoint under this version. Atomic: a reader sees the former or the new.
+
+    Call it once the server has the weights, and before the folder of the former ones is removed. model_dir must stay as long as it is the newest.
+    """
+    _write(file, {"model_dir": str(model_dir.resolve()), "version": version})
+
+
+def _write(file: Path, content: dict[str, str | None]) -> None:
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def remember_unsaved_weights(file: Path, version: str) -> None:
+    """Say that the newest weights went in without a folder (by tensor, by broadcast): a server that dies then cannot be given them again.
+
+    It is not started on older ones instead: whoever put them in must do so anew.
+    """
+    _write(file, {"model_dir": None, "version": version})
+
+
+def remembered_weights(file: Path) -> tuple[Path, str] | None:
+    """Checkpoint folder and version of the newest weights, or None where the server still has those that it was started with.
+
+    EngineError: damaged file, or weights that are in no folder.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model_dir, version = content["model_dir"], str(content["version"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"the newest weights are not to be read ({error})", where=str(file), remedy="run the same command again") from None
+    if model_dir is None:
+        raise EngineError(f"weights {version} are in no folder, so a server cannot be started with them", where=str(file), remedy="run the same command again")
+    return Path(model_dir), version
+
+
+def ask_for_restart(weights_file: Path) -> None:
+    """Have the owner end the server (all that share the file) and start it again with the newest weights; from whatever process. Returns at once.
+
+    For one who finds the server hanging, or left with half an update.
+    """
+    _request(weights_file).touch()
+
+
+def _request(weights_file: Path) -> Path:
+    return weights_file.with_name(f"{weights_file.name}.restart")
+
+
+# --- the watching thread -------------------------------------------------------------------------------------------------------------------------------
+
+
+class Activity:
+    """What the requests of this process tell of a server: is anything open, how long has it been silent, has it answered at all. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open, self._since, self.answered = 0, time.monotonic(), False
+
+    def begin(self) -> None:
+        """A request was sent."""
+        with self._lock:
+            if self._open == 0:
+                self._since = time.monotonic()
+            self._open += 1
+
+    def end(self, *, answered: bool) -> None:
+        """It was answered, or failed."""
+        with self._lock:
+            self._open -= 1
+            if answered:
+                self._since, self.answered = time.monotonic(), True
+
+    def silence_s(self) -> float:
+        """Seconds since the last answer, or since the oldest request; 0 where nothing is open."""
+        with self._lock:
+            return time.monotonic() - self._since if self._open else 0.0
+
+    def begin_silence(self) -> None:
+        """Count the silence from now."""
+        with self._lock:
+            self._since = time.monotonic()
+
+
+class Watched(Protocol):
+    """What the watcher needs of a server."""
+
+    name: str
+    log: Path
+    weights_file: Path
+    activity: Activity
+
+    def alive(self) -> bool: ...
+
+    def responds(self) -> bool: ...
+
+    def reachable(self) -> bool: ...
+
+    def end_process(self) -> None: ...
+
+    def relaunch(self) -> None: ...
+
+    def death(self) -> EngineError: ...
+
+
+class Watcher:
+    """Starts a server again when its process has ended, when it hangs, or when asked to (ask_for_restart).
+
+    restarts: how many in a row, without an answer or new weights between them, before ``failure`` is set and the server stays dead. hang_timeout_s: silence,
+    with requests of this process open, after which its health is asked; without any, so often it is asked whether it is there at all. tell: gets a line
+    about each restart.
+    """
+
+    def __init__(self, server: Watched, *, restarts: int, hang_timeout_s: float, tell: Callable[[str], None] | None = None) -> None:
+        self._server, self._restarts, self._hang_timeout_s, self._tell = server, restarts, hang_timeout_s, tell
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"watch-{server.name}", daemon=True)
+        self._deaths = 0  # in a row
+        self._failed_probes, self._next_look = 0, 0.0
+        self._weights_at_start = self._asked = 0.0
+        self.num_restarts = 0
+        self.failure: EngineError | None = None
+
+    def start(self) -> None:
+        self._asked = _time_of(_request(self._server.weights_file))  # of a former run
+        self._weights_at_start = _time_of(self._server.weights_file)
+        self._begin_patience()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No restart begins after this. One that is under way ends once the server's process is ended; join() waits for that."""
+        self._stop.set()
+
+    def join(self) -> None:
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_LOOK_EVERY_S):
+            trouble = self._server.death() if not self._server.alive() else self._trouble()
+            if trouble is not None and not self._revive(trouble):
+                return
+
+    def _trouble(self) -> EngineError | None:
+        """Why a server whose process lives must end."""
+        server, asked = self._server, _time_of(_request(self._server.weights_file))
+        if asked > self._asked:  # by time, because several servers may share the file
+            self._asked = asked
+            return EngineError(f"a restart of the {server.name} server was asked for", where=str(server.log))
+        silent = server.activity.silence_s() >= self._hang_timeout_s
+        if silent:
+            responds = server.responds()
+        elif self._failed_probes or time.monotonic() >= self._next_look:
+            responds = server.reachable()  # who waits for an answer may be another process: its trainer, say
+        else:
+            return None
+        if responds:
+            self._begin_patience(silence=silent)
+            return None
+        self._failed_probes += 1
+        if self._failed_probes < _FAILED_PROBES:
+            return None
+        what = f"the {server.name} server hangs: {_FAILED_PROBES} questions in a row about its health were not answered"
+        return EngineError(what, where=str(server.log), limit=f"sglang.hang_timeout_s = {self._hang_timeout_s:g}", remedy="read the log")
+
+    def _begin_patience(self, *, silence: bool = True) -> None:
+        self._failed_probes = 0
+        self._next_look = time.monotonic() + self._hang_timeout_s
+        if silence:  # a main process that answers says nothing of a scheduler that does not
+            self._server.activity.begin_silence()
+
+    def _revive(self, last: EngineError) -> bool:
+        """Start the server until it is healthy; False where that is given up."""
+        progressed = self._server.activity.answered or _time_of(self._server.weights_file) != self._weights_at_start
+        self._deaths = 1 if progressed else self._deaths + 1
+        while not self._stop.is_set():
+            if self._deaths > self._restarts:
+                self._server.end_process()
+                self.failure = self._given_up(last)
+                return False
+            self._say(f"{last.what}; starting it again")
+            try:
+                self._server.activity.answered = False
+                self._server.relaunch()
+                self.num_restarts += 1
+                self._begin_patience()
+                self._weights_at_start = _time_of(self._server.weights_file)
+                return True
+            except EngineError as error:
+                last = error
+                self._deaths += 1
+        return False
+
+    def _given_up(self, last: EngineError) -> EngineError:
+        if self._restarts == 0:
+            return last
+        what = f"the {self._server.name} server died {self._deaths} times in a row without answering a request; at last: {last.what}"
+        return EngineError(what, where=last.where, limit=f"sglang.restarts = {self._restarts}", remedy=last.remedy)
+
+    def _say(self, line: str) -> None:
+        if self._tell is not None:
+            self._tell(line)
+
+
+def _time_of(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

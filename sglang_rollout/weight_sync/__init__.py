@@ -1,0 +1,24 @@
+"""New weights into running servers: one interface, three transports (docs/weight_sync.md)."""
+
+from __future__ import annotations
+
+from sglang_rollout.weight_sync.building import build_receiver
+from sglang_rollout.weight_sync.disk import DiskWeightReceiver, load_folder
+from sglang_rollout.weight_sync.distributed import DistributedWeightReceiver
+from sglang_rollout.weight_sync.interface import Bucket, SyncReport, WeightReceiver
+from sglang_rollout.weight_sync.tensor import TensorWeightReceiver
+from sglang_rollout.weight_sync.verification import Probe, ScoreVerification, TensorVerification
+
+__all__ = [
+    "Bucket",
+    "DiskWeightReceiver",
+    "DistributedWeightReceiver",
+    "Probe",
+    "ScoreVerification",
+    "SyncReport",
+    "TensorVerification",
+    "TensorWeightReceiver",
+    "WeightReceiver",
+    "build_receiver",
+    "load_folder",
+]

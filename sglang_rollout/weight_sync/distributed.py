@@ -1,0 +1,166 @@
+"""Weights by broadcast from the trainer's rank 0 into every rank of the servers: NCCL between GPUs, gloo on a CPU. Nothing is pickled.
+
+A sync has a process group of its own: a server that was restarted, or a group that broke, is then nothing special. Its rendezvous listens on loopback only, so
+trainer and servers are on one host. NCCL wants every rank on a GPU of its own: where trainer and server share one, the transport is "tensor".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from lopd.errors import EngineError
+from sglang_rollout.client import SGLangEngine
+from sglang_rollout.weight_sync.in_place import InPlaceReceiver
+from sglang_rollout.weight_sync.interface import Bucket, finished, nbytes, started
+
+_LOOPBACK = "127.0.0.1"
+_LEAVING_TIMEOUT_S = 10.0
+_POLL_S = 0.01
+
+
+class DistributedWeightReceiver(InPlaceReceiver):
+    """Every tensor is broadcast from where it lies. Extra memory: none here; in each rank of a server one bucket."""
+
+    transport = "distributed"
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._group: Any = None
+        self._group_name = ""
+        self._servers_wait = False  # in a broadcast: they hear nothing else
+
+    def _join(self) -> None:
+        """Form the group. EngineError: a server refuses or dies, or it does not stand within the timeout."""
+        self._group_name, self._servers_wait = f"lopd-{secrets.token_hex(4)}", False
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        offsets, world_size = [], 1
+        for ranks in self._session.num_ranks:
+            offsets.append(world_size)
+            world_size += ranks
+        timeout = datetime.timedelta(seconds=self._timeout_s)
+        store, port = _store_on_loopback(world_size, timeout)
+        body = {"master_address": _LOOPBACK, "master_port": port, "backend": backend, "group_name": self._group_name, "world_size": world_size}
+        joining = {
+            engine.url: started(partial(self._call, engine, "/init_weights_update_group", {**body, "rank_offset": offset}))
+            for engine, offset in zip(self._engines, offsets, strict=True)
+        }
+        _await_ranks(store, world_size if backend == "gloo" else 1, joining, self._timeout_s)
+        self._group = _form_group(backend, store, world_size, self._group_name, timeout)
+        finished(joining, self._timeout_s)
+
+    def _send(self, bucket: Bucket) -> None:
+        body = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": self._group_name,
+            "flush_cache": False,
+        }
+        tensors = [tensor.detach().contiguous() for _, tensor in bucket]
+        copied = nbytes(tensor for tensor, (_, given) in zip(tensors, bucket, strict=True) if tensor.data_ptr() != given.data_ptr())
+        self.report.extra_bytes = max(self.report.extra_bytes, copied)
+        taking = {engine.url: started(partial(self._call, engine, "/update_weights_from_distributed", body)) for engine in self._engines}
+        broadcast: Future[Any] = started(partial(_broadcast, self._group, tensors))
+        try:
+            finished({**taking, "broadcast": broadcast}, self._timeout_s + 10)
+        except EngineError:
+            self._servers_wait = not all(future.done() for future in taking.values())
+            raise
+
+    def _call(self, engine: SGLangEngine, path: str, body: dict[str, Any]) -> Any:
+        return engine.call("POST", path, body, timeout_s=self._timeout_s)
+
+    def _leave(self) -> None:
+        group, self._group = self._group, None
+        if group is None:
+            return
+        if not self._servers_wait:  # else the end of the connection frees them
+            body = {"group_name": self._group_name}
+            for engine in self._engines:  # it also frees a broadcast of ours that a server has refused to take
+                with contextlib.suppress(EngineError):
+                    engine.call("POST", "/destroy_weights_update_group", body, timeout_s=min(self._timeout_s, _LEAVING_TIMEOUT_S))
+        with contextlib.suppress(RuntimeError, ValueError):
+            dist.destroy_process_group(group)
+
+
+def _store_on_loopback(world_size: int, timeout: datetime.timedelta) -> tuple[Any, int]:
+    """Where the ranks find each other, and its port. torch's own way of making one would listen on every interface."""
+    listener = socket.socket()
+    listener.bind((_LOOPBACK, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    torch_distributed: Any = dist
+    return torch_distributed.TCPStore(_LOOPBACK, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()), port
+
+
+def _await_ranks(store: Any, num_keys: int, joining: Mapping[str, Future[Any]], timeout_s: float) -> None:
+    """Returns once the servers' ranks have come to the store: forming a group without them could not be broken off.
+
+    num_keys: what they leave there, one key together and with gloo one each; NCCL's leave no more. EngineError: a server fails, or the time is up.
+    """
+    began = time.monotonic()
+    while store.num_keys() < num_keys:
+        for future in joining.values():
+            if future.done():
+                future.result()
+        if time.monotonic() - began > timeout_s:
+            raise EngineError("the servers' ranks did not come to the group", limit="sync.timeout_s", remedy="see the servers' logs")
+        time.sleep(_POLL_S)
+
+
+def _form_group(backend: str, store: Any, world_size: int, name: str, timeout: datetime.timedelta) -> Any:
+    """The group in which this process is rank 0, made as SGLang's servers make theirs. EngineError: a server is lost on the way."""
+    torch_distributed: Any = dist
+    helper: Any = distributed_c10d
+    try:
+        with _gloo_on_loopback():
+            prefixed = torch_distributed.PrefixStore(name, store)
+            group, _ = helper._new_process_group_helper(world_size, 0, [], dist.Backend(backend), prefixed, group_name=name, timeout=timeout)
+    except RuntimeError as error:
+        what = f"the group of trainer and servers did not form ({_first_line(error)})"
+        raise EngineError(what, limit="sync.timeout_s", remedy="see the servers' logs") from None
+    helper._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
+
+
+def _broadcast(group: Any, tensors: list[Tensor]) -> None:
+    """EngineError: a server's rank did not take them within the group's timeout, or is gone."""
+    try:
+        for work in [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in tensors]:
+            work.wait()
+        if tensors[0].is_cuda:
+            torch.cuda.synchronize(tensors[0].device)
+    except RuntimeError as error:
+        raise EngineError(f"the broadcast to the servers broke off ({_first_line(error)})", limit="sync.timeout_s", remedy="see the servers' logs") from None
+
+
+@contextlib.contextmanager
+def _gloo_on_loopback() -> Iterator[None]:
+    """gloo takes the interface from the environment when a group is made; without it, that of the host's name."""
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GLOO_SOCKET_IFNAME"]
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = before
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[0][:200]

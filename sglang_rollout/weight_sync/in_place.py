@@ -1,0 +1,108 @@
+"""What the transports share that change a server's weights while it holds requests back, bucket by bucket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from lopd.errors import EngineError
+from sglang_rollout.client import SGLangEngine
+from sglang_rollout.weight_sync.delta import Unchanged
+from sglang_rollout.weight_sync.interface import Bucket, Inventory, SyncReport, nbytes
+from sglang_rollout.weight_sync.session import RunningRequests, UpdateSession
+from sglang_rollout.weight_sync.verification import TensorVerification
+
+
+class InPlaceReceiver:
+    """The servers' weights change from the first bucket on; requests are held back from begin until commit.
+
+    template_dir: a checkpoint with the names and shapes of the tensors. ask_for_restart: of servers that a failed sync has left with half of it. A transport
+    adds _send, and _join and _leave where it has something to open and close.
+    """
+
+    transport: ClassVar[str]
+
+    def __init__(
+        self,
+        engines: Sequence[SGLangEngine],
+        template_dir: Path,
+        *,
+        running_requests: RunningRequests = "pause",
+        timeout_s: float = 300.0,
+        verification: TensorVerification | None = None,
+        unchanged: Unchanged | None = None,
+        ask_for_restart: Callable[[], None] | None = None,
+    ) -> None:
+        assert running_requests != "finish", "between two buckets new requests would meet a mixture"
+        self.report = SyncReport(self.transport)
+        self._engines, self._template_dir, self._timeout_s = tuple(engines), template_dir, timeout_s
+        self._inventory = Inventory(template_dir, f"weight sync ({self.transport})")
+        self._session = UpdateSession(self._engines, running_requests, timeout_s)
+        self._verification, self._unchanged, self._ask_for_restart = verification, unchanged, ask_for_restart
+        self._began = 0.0
+
+    def begin(self, version: str) -> None:
+        """Hold requests back. EngineError: a server refuses, or serves another architecture."""
+        self._began, self.report = time.perf_counter(), SyncReport(self.transport, version)
+        self._inventory.begin(version)
+        self._inventory.check_served(self._engines, self._timeout_s)
+        if self._verification is not None:
+            self._verification.begin(self._engines, self._template_dir)
+        if self._unchanged is not None:
+            self._unchanged.begin(self._engines, self._timeout_s)
+        self._session.open(version, in_place=True)
+        try:
+            self._join()
+        except EngineError:
+            self.abandon()
+            raise
+
+    def receive(self, bucket: Bucket) -> None:
+        """Send a bucket; it may be changed as soon as this returns. EngineError: a tensor is not the model's, or a server fails."""
+        self._inventory.take(bucket)
+        self.report.num_tensors += len(bucket)
+        self.report.num_bytes += nbytes(tensor for _, tensor in bucket)
+        known = {name: self._verification.expect(name, tensor) for name, tensor in bucket} if self._verification is not None else {}
+        if self._unchanged is not None:
+            bucket = self._unchanged.changed(bucket, known)
+        if not bucket:
+            return
+        self._session.weights_changed()
+        self._send(bucket)
+        self.report.sent_tensors += len(bucket)
+        self.report.sent_bytes += nbytes(tensor for _, tensor in bucket)
+
+    def commit(self) -> None:
+        """Have the servers answer with the new weights. EngineError: tensors are missing, the servers' differ from what was sent, or a server fails."""
+        self._inventory.check_complete()
+        self._settle()
+        self._leave()
+        self._session.weights_changed()  # of a sync that had nothing to send the version is new all the same
+        self._session.end_of_changes()
+        if self._verification is not None:
+            self.report.verified_tensors = self._verification.check(self._engines)
+        self._session.close()
+        if self._unchanged is not None:
+            self._unchanged.commit(self.report.version)
+        self.report.seconds = time.perf_counter() - self._began
+
+    def abandon(self) -> None:
+        """Servers whose weights were not touched go on. The others hold a mixture: they stay paused and report an incomplete version until a sync succeeds, or
+        are started again where somebody can."""
+        self._leave()
+        if self._session.abandon() and self._ask_for_restart is not None:
+            self._ask_for_restart()
+
+    def _join(self) -> None:
+        """Open what buckets go through."""
+
+    def _send(self, bucket: Bucket) -> None:
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        """Wait for what _send may have left under way."""
+
+    def _leave(self) -> None:
+        """Close it, without an error, and within the timeout; called twice where commit fails."""

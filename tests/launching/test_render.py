@@ -1,0 +1,165 @@
+"""What would be submitted to Slurm and Kubernetes: the reviewed files in golden/ against what nemo-run renders, and against shellcheck and a schema.
+
+LOPD_WRITE_GOLDEN=1 writes them anew (then read the difference). The comparison needs nemo-run's environment (requirements/install_launch.sh).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from lopd.errors import LopdError
+from lopd.launching import Target, launch
+from lopd.launching.bridge import launch_python
+from tests.launching.test_plan import plan_of
+
+GOLDEN = Path(__file__).with_name("golden")
+CASES: dict[str, tuple[Target, list[str]]] = {
+    "slurm": ("slurm", []),
+    "slurm_without_container": ("slurm", ["launch.image=", "launch.device=cpu", "launch.setup=module load python", "sft.parallel={ranks=2, nodes=2}"]),
+    "k8s": ("k8s", []),
+}
+# nemo-run's own lines: unquoted words and arrays of its template, and variables that only a torchrun of its own would use
+NEMO_RUNS_OWN = "SC2034,SC2086,SC2128,SC2206,SC2207"
+STRING = {"type": "string", "minLength": 1}
+TRAIN_JOB: dict[str, Any] = {  # the part of Kubeflow Trainer's TrainJob (trainer.kubeflow.org/v1alpha1) that is used
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "trainer.kubeflow.org/v1alpha1"},
+        "kind": {"const": "TrainJob"},
+        "metadata": {
+            "type": "object",
+            "required": ["name", "namespace"],
+            "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 33}, "namespace": STRING},
+        },
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["runtimeRef", "trainer"],
+            "properties": {
+                "runtimeRef": {"type": "object", "required": ["name"]},
+                "trainer": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["numNodes", "image", "command"],
+                    "properties": {
+                        "numNodes": {"type": "integer", "minimum": 1},
+                        "numProcPerNode": {"type": "integer", "minimum": 1},
+                        "image": {"type": "string", "pattern": ":(?!latest)"},
+                        "command": {"type": "array", "items": STRING},
+                        "env": {"type": "array", "items": {"type": "object", "required": ["name", "value"], "properties": {"value": {"type": "string"}}}},
+                        "resourcesPerNode": {
+                            "type": "object",
+                            "additionalProperties": False,
+                            "properties": {key: {"type": "object", "additionalProperties": STRING} for key in ("limits", "requests")},
+                        },
+                    },
+                },
+                "podTemplateOverrides": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["targetJobs", "spec"],
+                        "properties": {
+                            "spec": {
+                                "type": "object",
+                                "additionalProperties": False,
+                                "required": ["securityContext"],
+                                "properties": {
+                                    "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+                                    "containers": {"type": "array", "items": {"type": "object", "required": ["name", "volumeMounts"]}},
+                                    "securityContext": {"type": "object", "required": ["runAsNonRoot"], "properties": {"runAsNonRoot": {"const": True}}},
+                                },
+                            }
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def plan_for(case: str) -> Any:
+    target, overrides = CASES[case]
+    return plan_of(target, overrides)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_files(case: str, tmp_path: Path) -> None:
+    try:
+        launch_python()
+    except LopdError as error:
+        pytest.skip(str(error))
+    launch(plan_for(case), render_to=tmp_path)
+    rendered = {path.name: path.read_text().replace(sys.executable, "/environment/bin/python") for path in tmp_path.iterdir()}
+    if os.environ.get("LOPD_WRITE_GOLDEN") == "1":
+        shutil.rmtree(GOLDEN / case, ignore_errors=True)
+        (GOLDEN / case).mkdir(parents=True)
+        for name, text in rendered.items():
+            (GOLDEN / case / name).write_text(text)
+    assert rendered == {path.name: path.read_text() for path in (GOLDEN / case).iterdir()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_files_are_of_this_plan(case: str) -> None:
+    """Holds without nemo-run too: one file a job, with the job's command, dependencies and size."""
+    plan = plan_for(case)
+    assert sorted(path.stem for path in (GOLDEN / case).iterdir()) == sorted(job.name for job in plan.jobs)
+    for job in plan.jobs:
+        text = next((GOLDEN / case).glob(f"{job.name}.*")).read_text()
+        shares = {other.name: other.share for other in plan.jobs}
+        word = "after" if case == "k8s" else "afterany" if job.after and all(shares[name] for name in job.after) else "afterok"
+        assert re.findall(rf"^# {word} (.*)$", text, re.MULTILINE) == list(job.after)
+        command = ["/environment/bin/python" if word == sys.executable else word for word in job.command]
+        if case == "k8s":
+            body = yaml.safe_load(text)
+            assert body["spec"]["trainer"]["command"] == command
+            assert body["spec"]["trainer"]["numNodes"] == max(job.nodes, job.workers)
+        else:
+            assert "/shared/math.toml" in text
+            assert re.search(rf"^srun .* {re.escape(job.stage)} /shared/math.toml", text, re.MULTILINE)
+            assert f"#SBATCH --nodes={job.nodes}\n" in text
+            assert (f"#SBATCH --array=0-{job.workers - 1}\n" in text) == (job.workers > 1)
+            assert ("TORCHX_MAX_RETRIES=0\n" in text) == (job.workers > 1), "an array must not be requeued as a whole"
+            assert (f"#SBATCH --gpus-per-node={job.gpus}\n" in text) == (job.gpus > 0)
+
+
+def shellcheck(*files: Path, exclude: str) -> str:
+    checker = Path(sys.executable).with_name("shellcheck")
+    return subprocess.run([checker, f"--exclude={exclude}", *files], capture_output=True, text=True, check=False).stdout
+
+
+def test_batch_scripts_pass_shellcheck(tmp_path: Path) -> None:
+    files = sorted(GOLDEN.glob("slurm*/*.sh"))
+    assert files
+    assert shellcheck(*files, exclude=NEMO_RUNS_OWN) == ""
+    broken = tmp_path / "broken.sh"
+    broken.write_text(files[0].read_text().replace("exitcode=$?", 'exitcode="$?'))
+    assert shellcheck(broken, exclude=NEMO_RUNS_OWN) != ""
+
+
+def test_train_jobs_follow_the_schema() -> None:
+    files = sorted((GOLDEN / "k8s").glob("*.yaml"))
+    bodies = [yaml.safe_load(path.read_text()) for path in files]
+    assert bodies
+    for body in bodies:
+        jsonschema.validate(body, TRAIN_JOB)
+    bodies[0]["spec"]["trainer"]["env"] = [{"name": "A", "value": 1}]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(bodies[0], TRAIN_JOB)
+
+
+def test_scripts_of_the_documentation_pass_shellcheck() -> None:
+    assert shellcheck(*sorted(Path(__file__).parent.glob("*.sh")), exclude="") == ""

@@ -1,0 +1,95 @@
+"""Bodies for tests.megatron.launch.run_ranks with a stand-in for Transformer Engine on the path (stand_in_engine), which Megatron-Core then finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+LAYOUTS = {"tensor and expert": {"tensor": 2, "expert": 2}, "expert tensor": {"expert_tensor": 2}}
+
+
+def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
+    import megatron.core.optimizer as optimizers
+
+    from lopd.megatron import model as model_module
+    from lopd.megatron import parallel
+    from lopd.megatron import trainer as trainer_module
+    from megatron_patches import layer_spec
+    from tests.megatron.parity_cases import Case, difference, load_model
+    from tests.megatron.trainer_cases import settings_of, train, trainer_of
+
+    result: dict[str, Any] = {"found": bool(layer_spec.gpt_layer_specs.HAVE_TE), "used without a GPU": layer_spec.has_transformer_engine()}
+    for module in (model_module, trainer_module):  # as with a GPU and bfloat16, but in float32, so that differences show
+        module.uses_engine = lambda dtype: True
+    case = Case(Path(moe))
+    for name, layout in LAYOUTS.items():
+        model = load_model(case, {"ranks": 2, **layout})
+        result[name] = {"difference": difference(model, case), "names": sorted(name for name, _ in model.named_parameters())}
+        result[name]["changed"] = _changed(model, case)
+    for name, other in (("dense", Case(Path(dense))), ("biased", Case(Path(biased)))):
+        model = load_model(other, {"ranks": 2, "tensor": 2})
+        result[name] = {
+            "difference": difference(model, other),
+            "names": sorted(name for name, _ in model.named_parameters()),
+            "changed": _changed(model, other),
+        }
+    result["one expert wrong"] = difference(_swapped(load_model(case, {"ranks": 2, "expert": 2})), case)
+    both = LAYOUTS["tensor and expert"]
+    result["optimizer"] = type(trainer_of(moe, settings_of(both)).optimizer.megatron.chained_optimizers[0].optimizer).__name__
+    result["training"] = train(trainer_of(moe, settings_of(both)))
+    result["pipeline"] = train(trainer_of(moe, settings_of({"pipeline": 2})))
+    result["recomputed"] = train(trainer_of(moe, settings_of(both, recompute="full")))
+    result["resumed"] = _resumed(moe, folder)
+    for module in (model_module, trainer_module):
+        module.uses_engine = lambda dtype: False
+    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    result["local training"] = train(trainer_of(moe, settings_of(both)))
+    result["refused"] = _refused(moe, folder)
+    parallel.shutdown()
+    return result
+
+
+def _changed(model: Any, case: Any) -> list[str]:
+    """Names whose bits are not those of the checkpoint, after a way there and back."""
+    from lopd.megatron import parallel
+    from lopd.megatron.weights import export_hf
+
+    exported = dict(pair for bucket in export_hf(model, case.arch, bucket_bytes=40_000) for pair in bucket)
+    if parallel.rank() != 0:
+        return []
+    expected = load_file(case.folder / "model.safetensors")
+    same = {name for name in exported.keys() & expected.keys() if torch.equal(exported[name], expected[name])}
+    return sorted((exported.keys() | expected.keys()) - same)
+
+
+def _swapped(model: Any) -> Any:
+    """Control: on each rank two experts change places."""
+    with torch.no_grad():
+        grouped = model.decoder.layers[0].mlp.experts.linear_fc1
+        first, second = grouped.weight0.clone(), grouped.weight1.clone()
+        grouped.weight0.copy_(second)
+        grouped.weight1.copy_(first)
+    return model
+
+
+def _resumed(moe: str, folder: str) -> dict[str, Any]:
+    from tests.megatron.trainer_cases import microbatches_of, settings_of, train, trainer_of
+
+    settings = settings_of(LAYOUTS["tensor and expert"], num_steps=3)
+    first = trainer_of(moe, settings, checkpoints=folder)
+    first.train_step(microbatches_of(0))
+    first.save_checkpoint({})
+    resumed = trainer_of(moe, settings, checkpoints=folder)
+    resumed.resume()
+    return {"unbroken": train(first, 3), "resumed": train(resumed, 3)}
+
+
+def _refused(moe: str, folder: str) -> str:
+    """A checkpoint of the other layers."""
+    from tests.megatron.trainer_cases import refused, settings_of, trainer_of
+
+    trainer = trainer_of(moe, settings_of(LAYOUTS["tensor and expert"], num_steps=3), checkpoints=folder)
+    return refused(trainer.resume)

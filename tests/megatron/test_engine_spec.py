@@ -1,0 +1,82 @@
+"""Transformer Engine's layer spec, chosen where it is there: the same model under other parameter names. Run with a stand-in in plain torch, no GPU needed;
+that the real one does the same is for a machine that has it (docs/gpu_results.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.megatron.engine_cases import LAYOUTS, two_ranks
+from tests.megatron.launch import ROOT, run_ranks
+from tests.megatron.parity_cases import LIMIT
+from tests.models import write_qwen3_dense, write_qwen3_moe
+
+STAND_IN = Path(__file__).parent / "stand_in_engine"
+
+
+def write_qwen2(folder: Path) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=512, max_position_embeddings=512, initializer_range=0.15, tie_word_embeddings=False, **sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("engine")
+    models = {"moe": write_qwen3_moe(root / "moe"), "dense": write_qwen3_dense(root / "dense"), "biased": write_qwen2(root / "biased")}
+    path = {"PYTHONPATH": f"{STAND_IN}:{ROOT}"}
+    return run_ranks(two_ranks, 2, env=path, folder=str(root / "checkpoints"), **{name: str(folder) for name, folder in models.items()})
+
+
+def test_it_is_used_where_it_imports_and_a_gpu_is_there(measured: list[dict[str, Any]]) -> None:
+    assert measured[0]["found"]
+    assert measured[0]["used without a GPU"] == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("model", [*LAYOUTS, "dense", "biased"])
+def test_a_model_of_its_modules_is_that_of_transformers(model: str, measured: list[dict[str, Any]]) -> None:
+    for rank in measured:
+        assert max(rank[model]["difference"].values()) <= LIMIT
+
+
+def test_experts_in_each_others_place_would_be_noticed(measured: list[dict[str, Any]]) -> None:
+    assert max(measured[0]["one expert wrong"].values()) > 100 * LIMIT
+
+
+@pytest.mark.parametrize("model", [*LAYOUTS, "dense", "biased"])
+def test_weights_go_there_and_back_bit_for_bit(model: str, measured: list[dict[str, Any]]) -> None:
+    assert measured[0][model]["changed"] == []
+
+
+def test_its_parameters_have_its_names(measured: list[dict[str, Any]]) -> None:
+    """So that the tests above are of these names, not of the local ones."""
+    layer = "decoder.layers.0."
+    moe, dense = set(measured[0]["tensor and expert"]["names"]), set(measured[0]["biased"]["names"])
+    assert {f"{layer}self_attention.linear_qkv.layer_norm_weight", f"{layer}pre_mlp_layernorm.weight", f"{layer}mlp.experts.linear_fc1.weight1"} <= moe
+    assert {f"{layer}self_attention.linear_qkv.bias", f"{layer}mlp.linear_fc1.layer_norm_weight"} <= dense
+    assert not [name for name in moe | dense if "local_experts" in name or "input_layernorm" in name]
+
+
+@pytest.mark.parametrize("training", ["training", "recomputed", "pipeline"])
+def test_five_steps_are_those_of_the_local_layers_and_torchs_optimizer(training: str, measured: list[dict[str, Any]]) -> None:
+    assert measured[0]["optimizer"] == "FusedAdam"
+    for figures in ("loss", "grad_norm"):
+        assert measured[0][training][figures] == pytest.approx(measured[0]["local training"][figures], rel=1e-5)
+
+
+def test_a_training_resumes_and_not_from_a_checkpoint_of_the_other_layers(measured: list[dict[str, Any]]) -> None:
+    """Its FusedAdam counts updates in its groups, where a resume puts them."""
+    found = measured[0]["resumed"]
+    assert found["resumed"] == {key: values[-2:] for key, values in found["unbroken"].items()}
+    assert "checkpoint was written with layers = transformer_engine; limit: this run has local" in measured[0]["refused"]

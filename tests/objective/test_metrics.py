@@ -1,0 +1,156 @@
+"""Reverse KL from frozen samples by exact enumeration, the other figures by their definitions, and the reduction of sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lopd.errors import DataError
+from lopd.objective import Lightning, TokenBatch, reduce_metrics, reverse_kl_terms
+
+NUM_STATES, VOCAB_SIZE = 5, 11
+
+
+def random_policies(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi of sampler, student and teacher in each of a few states, float64 [states, V]; the student has moved about half a nat from the sampler."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, NUM_STATES, VOCAB_SIZE, generator=generator, dtype=torch.float64)
+    sampling = torch.log_softmax(logits[0], -1)
+    student = torch.log_softmax(logits[0] + 0.7 * logits[1], -1)
+    teacher = torch.log_softmax(logits[0] + logits[2], -1)
+    return sampling, student, teacher
+
+
+def exact_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student.exp() * (student - teacher)).sum(-1)  # [states]
+
+
+class TestReverseKl:
+    def test_estimator_is_unbiased(self) -> None:
+        """Its expectation over every token that the sampler can choose is the KL of each state, to 1e-12."""
+        sampling, student, teacher = random_policies()
+        expectation = (sampling.exp() * reverse_kl_terms(student, teacher, sampling)).sum(-1)
+        torch.testing.assert_close(expectation, exact_reverse_kl(student, teacher), rtol=1e-12, atol=1e-12)
+
+    def test_without_the_weight_it_is_biased(self) -> None:
+        """Control: pretending that the current student did the sampling is off by 2% to 16%, and exact only where it did."""
+        sampling, student, teacher = random_policies()
+        unweighted = reverse_kl_terms(student, teacher, student)
+        truth = exact_reverse_kl(student, teacher)
+        assert torch.all(((sampling.exp() * unweighted).sum(-1) / truth - 1).abs() > 0.015)
+        torch.testing.assert_close((student.exp() * unweighted).sum(-1), truth, rtol=1e-12, atol=1e-12)
+
+    def test_reported_figure_is_the_mean_over_the_rollouts_tokens(self) -> None:
+        """A rollout that holds each token as often as the sampler would choose it in 1000 draws reports the exact KL of that empirical sampler."""
+        counts = torch.tensor([500, 300, 150, 50])
+        sampling = (counts.double() / 1000).log()
+        student = torch.tensor([0.3, 0.3, 0.3, 0.1], dtype=torch.float64).log()
+        teacher = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
+        drawn = torch.repeat_interleave(torch.arange(4), counts)
+        reported = metrics(student[drawn], teacher[drawn], sampling[drawn])
+        assert reported["reverse_kl"] == pytest.approx(exact_reverse_kl(student, teacher).item(), rel=1e-12)
+        assert reported["weight"] == pytest.approx(1.0, rel=1e-12)
+        chi2 = float((student.exp() ** 2 / sampling.exp()).sum()) - 1
+        assert reported["weight_squared"] == pytest.approx(1 + chi2, rel=1e-12)
+        assert reported["effective_sample_share"] == pytest.approx(1 / (1 + chi2), rel=1e-12)
+
+    @given(st.lists(st.tuples(*[st.floats(-1e4, 0.0)] * 3), min_size=1, max_size=20))
+    def test_terms_are_finite_and_never_negative(self, rows: list[tuple[float, float, float]]) -> None:
+        student, teacher, sampling = torch.tensor(rows, dtype=torch.float64).T
+        terms = reverse_kl_terms(student, teacher, sampling)
+        assert torch.all(torch.isfinite(terms))
+        assert torch.all(terms >= 0)
+
+    def test_caps_only_act_on_absurd_ratios(self) -> None:
+        """Below e^20 the term is the formula as written; beyond it is smaller than the formula, not larger."""
+        sampling = torch.tensor([-1.0, -19.0, -30.0], dtype=torch.float64)
+        student = torch.tensor([-18.0, -1.0, -1.0], dtype=torch.float64)
+        teacher = torch.tensor([-0.5, -3.0, -4.0], dtype=torch.float64)
+        advantage, weight = teacher - student, (student - sampling).exp()
+        plain = weight * (advantage.exp() - 1 - advantage)
+        terms = reverse_kl_terms(student, teacher, sampling)
+        torch.testing.assert_close(terms[:2], plain[:2], rtol=1e-9, atol=0)
+        assert 0 < terms[2] < plain[2] / 100
+
+
+def metrics(student: Tensor, teacher: Tensor, sampling: Tensor | None, clip: float = 10.0) -> dict[str, float]:
+    """Reported metrics of one sequence of loss tokens."""
+    batch = TokenBatch(
+        loss_mask=torch.ones(len(student), dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, len(student)], dtype=torch.int32),
+        num_sequences=1,
+        teacher_logprobs=teacher,
+        sampling_logprobs=sampling,
+    )
+    output = Lightning(clip)(student, batch)
+    assert not any(value.requires_grad for value in output.metric_sums.values())
+    assert all(value.dtype is torch.float64 for value in output.metric_sums.values())
+    return reduce_metrics({name: value.item() for name, value in output.metric_sums.items()})
+
+
+def test_advantage_figures_are_those_of_the_unclipped_advantage() -> None:
+    rng = np.random.default_rng(5)
+    student, teacher = rng.uniform(-5, -0.1, (2, 400))
+    reported = metrics(torch.tensor(student), torch.tensor(teacher), None, clip=2.0)
+    advantage = teacher - student
+    assert reported["advantage"] == pytest.approx(advantage.mean(), rel=1e-12)
+    assert reported["advantage_std"] == pytest.approx(advantage.std(), rel=1e-9)
+    assert reported["clipped_share"] == pytest.approx((np.abs(advantage) > 2.0).mean(), rel=1e-12)
+    assert reported["advantage"] != pytest.approx(np.clip(advantage, -2, 2).mean(), rel=1e-3)
+
+
+def test_the_gap_of_the_gradient_and_its_bound() -> None:
+    rng = np.random.default_rng(6)
+    student, teacher, sampling = rng.uniform(-3, -0.1, (3, 400))
+    reported = metrics(*(torch.tensor(values) for values in (student, teacher, sampling)))
+    weight, advantage = np.exp(student - sampling), teacher - student
+    assert reported["gradient_gap"] == pytest.approx(np.abs((weight - 1) * advantage).mean(), rel=1e-9)
+    assert reported["gradient_gap_bound"] == pytest.approx(np.sqrt((advantage**2).mean() * ((weight - 1) ** 2).mean()), rel=1e-9)
+    assert reported["gradient_gap"] < reported["gradient_gap_bound"]
+    assert reported["gradient_gap_bound"] != pytest.approx(reported["advantage_std"] * np.sqrt(reported["chi_square"]), rel=1e-3), "control: spread, E[w] = 1"
+    same = torch.tensor(sampling)
+    at_the_start = metrics(same, torch.tensor(teacher), same)
+    assert at_the_start["gradient_gap"] == at_the_start["gradient_gap_bound"] == 0.0
+
+
+def test_figures_that_need_sampling_logprobs_are_left_out_without_them() -> None:
+    values = torch.full((3,), -1.0)
+    assert not {"reverse_kl", "gradient_gap", "gradient_gap_bound"} & metrics(values, values, None).keys()
+    assert metrics(values, values, values)["reverse_kl"] == 0.0
+
+
+def test_a_step_without_loss_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="no token of this step carries loss"):
+        reduce_metrics({"num_tokens": 0.0, "num_responses": 0.0, "nll": 0.0})
+
+
+def test_weights_of_whole_responses_and_of_tokens() -> None:
+    """Two responses whose tokens became e^0.1 and e^-0.3 times as likely."""
+    sampling = torch.full((5,), -1.0, dtype=torch.float64)
+    student = sampling + torch.tensor([0.1, 0.1, -0.3, -0.3, -0.3], dtype=torch.float64)
+    batch = TokenBatch(torch.ones(5, dtype=torch.bool), torch.tensor([0, 2, 5]), 2, teacher_logprobs=sampling, sampling_logprobs=sampling)
+    reported = reduce_metrics({name: value.item() for name, value in Lightning()(student, batch).metric_sums.items()})
+    assert reported["sequence_log_weight"] == pytest.approx((0.2 - 0.9) / 2, rel=1e-9)
+    assert reported["sequence_log_weight_std"] == pytest.approx((0.2 + 0.9) / 2, rel=1e-9)
+    assert reported["chi_square"] == pytest.approx(np.mean(np.exp(2 * (student - sampling).numpy())) - 1, rel=1e-9)
+
+
+def test_student_entropy_is_reported_where_the_trainer_gives_it() -> None:
+    values = torch.full((3,), -1.0)
+    batch = TokenBatch(torch.tensor([True, True, False]), torch.tensor([0, 3]), 1, teacher_logprobs=values)
+    assert "student_entropy" not in reduce_metrics({name: value.item() for name, value in Lightning()(values, batch).metric_sums.items()})
+    given = replace(batch, student_entropy=torch.tensor([1.0, 2.0, torch.nan]))
+    assert reduce_metrics({name: value.item() for name, value in Lightning()(values, given).metric_sums.items()})["student_entropy"] == 1.5
+
+
+def test_parts_are_reduced_among_their_like() -> None:
+    sums = {"num_tokens": 4.0, "advantage": 4.0, "advantage_squared": 4.0, "num_tokens/x": 1.0, "advantage/x": 3.0, "advantage_squared/x": 9.0}
+    assert reduce_metrics(sums) == {"num_tokens": 4.0, "advantage": 1.0, "advantage_std": 0.0, "num_tokens/x": 1.0, "advantage/x": 3.0, "advantage_std/x": 0.0}
+    empty = reduce_metrics({**sums, "num_tokens/x": 0.0})
+    assert "advantage/x" not in empty

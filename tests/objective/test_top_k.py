@@ -1,0 +1,142 @@
+"""Top-K KL against divergences over whole vocabularies, written with torch's own functions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from lopd.errors import ConfigError
+from lopd.objective import Distillation, EarlyTokenGain, Lightning, TokenBatch, TopKKL, TruncatedImportance, reduce_metrics
+from tests.objective.pieces import relative_difference
+
+NUM_TOKENS, VOCAB_SIZE, K = 12, 13, 4
+Direction = Literal["reverse", "forward"]
+Support = Literal["tail", "renormalised"]
+
+
+def logits_and_teacher(seed: int = 0, distance: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The student's logits with gradient and the teacher's log-probabilities, float64 [T, V]; at distance 0 they are the same distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    common, moved = 2 * torch.randn(2, NUM_TOKENS, VOCAB_SIZE, generator=generator, dtype=torch.float64)
+    return (common + distance * moved).requires_grad_(), torch.log_softmax(common, -1)
+
+
+def batch_of(logits: Tensor, teacher: Tensor, num_chosen: int) -> TokenBatch:
+    """Two responses, the second of which has two tokens without loss."""
+    top, ids = teacher.topk(num_chosen, -1)
+    return TokenBatch(
+        loss_mask=torch.tensor([True] * (NUM_TOKENS - 2) + [False] * 2),
+        cu_seqlens=torch.tensor([0, 5, NUM_TOKENS], dtype=torch.int32),
+        num_sequences=2,
+        teacher_logprobs=teacher[:, 0],
+        teacher_top_logprobs=top,
+        student_top_logprobs=torch.log_softmax(logits, -1).gather(1, ids),
+    )
+
+
+def loss_of(objective: TopKKL, logits: Tensor, teacher: Tensor, num_chosen: int) -> Tensor:
+    output = Distillation(objective)(torch.log_softmax(logits, -1)[:, 0], batch_of(logits, teacher, num_chosen))
+    return output.loss_sum / output.num_items
+
+
+def coarse(logprobs: Tensor, ids: Tensor, support: Support) -> Tensor:
+    """Probabilities on the chosen tokens, and what becomes of the others: one more outcome, or nothing. A plain loop."""
+    found = []
+    for row, chosen in zip(logprobs.exp(), ids, strict=True):
+        inside = row[chosen]
+        outside = row.sum() - inside.sum()
+        found.append(torch.cat([inside, outside[None]]) if support == "tail" else inside / inside.sum())
+    return torch.stack(found)
+
+
+def dense_kl(logits: Tensor, teacher: Tensor, direction: Direction, support: Support, num_chosen: int) -> Tensor:
+    """Mean over the two responses of the mean over their loss tokens."""
+    ids = teacher.topk(num_chosen, -1).indices
+    student, target = coarse(torch.log_softmax(logits, -1), ids, support), coarse(teacher, ids, support)
+    first, second = (student, target) if direction == "reverse" else (target, student)
+    each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(-1)  # KL(first || second), [T]
+    return torch.stack([each[:5].mean(), each[5 : NUM_TOKENS - 2].mean()]).mean()
+
+
+@pytest.mark.parametrize("support", ["tail", "renormalised"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_loss_and_gradient_equal_the_dense_reference(direction: Direction, support: Support) -> None:
+    logits, teacher = logits_and_teacher()
+    loss = loss_of(TopKKL(direction, support), logits, teacher, K)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    for other_direction in ("reverse", "forward"):
+        for other_support in ("tail", "renormalised"):
+            reference = dense_kl(logits, teacher, other_direction, other_support, K)  # type: ignore[arg-type]
+            (expected,) = torch.autograd.grad(reference, logits)
+            if (other_direction, other_support) == (direction, support):
+                torch.testing.assert_close(loss, reference, rtol=1e-10, atol=0)
+                assert relative_difference(gradient, expected) < 1e-9
+            else:
+                assert relative_difference(gradient, expected) > 1e-2, f"control: {other_direction}, {other_support}"
+    assert torch.all(gradient[NUM_TOKENS - 2 :] == 0), "tokens without loss"
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_with_a_tail_it_is_a_lower_bound_that_k_of_the_whole_vocabulary_reaches(direction: Direction) -> None:
+    logits, teacher = logits_and_teacher()
+    bounds = [loss_of(TopKKL(direction, "tail"), logits, teacher, num_chosen).item() for num_chosen in range(1, VOCAB_SIZE + 1)]
+    assert all(larger > smaller - 1e-12 for smaller, larger in itertools.pairwise(bounds))
+    whole = dense_kl(logits, teacher, direction, "renormalised", VOCAB_SIZE).item()
+    assert bounds[-1] == pytest.approx(whole, rel=1e-9)
+    assert bounds[K] < 0.99 * whole
+
+
+def test_only_the_tail_sees_what_leaks_out_of_the_chosen_tokens() -> None:
+    """A student with the teacher's proportions inside of the K tokens and far more probability outside: no loss after renormalising."""
+    _, teacher = logits_and_teacher()
+    ids = teacher.topk(K, -1).indices
+    leaking = torch.full_like(teacher, 3.0).scatter(1, ids, teacher.gather(1, ids)).requires_grad_()
+    renormalised, tail = (loss_of(TopKKL("reverse", support), leaking, teacher, K) for support in ("renormalised", "tail"))  # type: ignore[arg-type]
+    assert abs(renormalised.item()) < 1e-12
+    assert torch.autograd.grad(renormalised, leaking)[0].abs().max() < 1e-12
+    assert tail > 1.0
+
+
+@pytest.mark.parametrize("support", ["tail", "renormalised"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_vanishes_where_student_equals_teacher(direction: Direction, support: Support) -> None:
+    logits, teacher = logits_and_teacher(distance=0.0)
+    loss = loss_of(TopKKL(direction, support), logits, teacher, K)
+    assert abs(loss.item()) < 1e-12
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-12
+    apart, _ = logits_and_teacher(distance=0.1)
+    assert loss_of(TopKKL(direction, support), apart, teacher, K) > 1e-4
+
+
+def test_float32_scores_that_add_up_to_more_than_one_stay_finite() -> None:
+    teacher = torch.log(torch.tensor([[0.7, 0.3 + 1e-6]]))
+    student = torch.log(torch.tensor([[0.6, 0.4]])).requires_grad_()
+    batch = TokenBatch(torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]), 1, teacher_top_logprobs=teacher, student_top_logprobs=student)
+    for direction in ("reverse", "forward"):
+        losses = TopKKL(direction).token_losses(torch.zeros(1), batch)  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad(losses.sum(), student)
+        assert torch.all(torch.isfinite(losses))
+        assert torch.all(torch.isfinite(gradient))
+
+
+def test_reports_the_divergence_and_both_tails() -> None:
+    logits, teacher = logits_and_teacher()
+    batch = batch_of(logits, teacher, K)
+    output = Distillation(TopKKL("forward", "tail", "token_mean"))(torch.log_softmax(logits, -1)[:, 0], batch)
+    figures = reduce_metrics({name: value.item() for name, value in output.metric_sums.items()})
+    assert figures["top_k_kl"] == pytest.approx((output.loss_sum / output.num_items).item(), rel=1e-12)
+    ids = teacher.topk(K, -1).indices[:-2]
+    assert figures["teacher_tail"] == pytest.approx((1 - teacher[:-2].exp().gather(1, ids).sum(-1)).mean().item(), rel=1e-9)
+    assert figures["student_tail"] == pytest.approx((1 - torch.softmax(logits, -1)[:-2].gather(1, ids).sum(-1)).mean().item(), rel=1e-9)
+    assert figures["clipped_share"] == 0
+
+
+def test_token_weights_are_refused() -> None:
+    for weighting in (TruncatedImportance(), EarlyTokenGain()):
+        with pytest.raises(ConfigError, match="sampled token"):
+            Distillation(TopKKL(), weightings=(weighting,))
+        Distillation(Lightning(), weightings=(weighting,))

@@ -1,0 +1,71 @@
+"""``lopd`` with real ranks but fake servers, in a process that can be killed: ``python -m tests.pipeline.refreshing FOLDER VERB CONFIG OVERRIDES...``.
+
+FOLDER/asked.jsonl tells, over all commands, what the servers were asked: one line a sampled or scored response and a line for each set of weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lopd import cli
+from lopd.stages.context import StageContext
+from sglang_rollout.client import SGLangEngine
+from tests.sglang.fake_server import KEY, FakeServer
+
+DELAY = "LOPD_TEST_DELAY_S"  # of each answer
+REFUSES = "LOPD_TEST_REFUSES"  # a role whose server refuses to score
+
+
+class RecordingServer(FakeServer):
+    """Its responses follow from the weights that it was given, as a real server's do."""
+
+    def __init__(self, role: str, folder: Path, model: Path) -> None:
+        super().__init__()
+        self._role, self._record = role, folder / "asked.jsonl"
+        self.model_path, self.delay_s = str(model), float(os.environ.get(DELAY, "0"))
+        self._take(model)
+
+    def _take(self, model: Path) -> None:
+        self._salt = sum(zlib.crc32(path.read_bytes()) for path in model.glob("*.safetensors"))
+
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/update_weights_from_disk":
+            self._take(Path(body["model_path"]))
+            self._note({"weights": body["weight_version"]})
+        if path == "/generate" and "sampling_seed" in body["sampling_params"]:
+            seed = body["sampling_params"]["sampling_seed"]
+            body["sampling_params"]["sampling_seed"] = seed + self._salt
+            status, answer = super()._answer(path, body)
+            self._note({"seed": seed, "version": answer["meta_info"]["weight_version"]})
+            return status, answer
+        if path == "/generate" and len(body["input_ids"]) > 1:
+            if os.environ.get(REFUSES) == self._role:
+                return 400, {"error": {"message": "as told"}}
+            self._note({"scored": body["input_ids"]})
+        return super()._answer(path, body)
+
+    def _note(self, what: dict[str, Any]) -> None:
+        with self._record.open("a") as handle:
+            handle.write(json.dumps({"role": self._role, **what}) + "\n")
+
+
+def main(folder: Path, *arguments: str) -> None:
+    @contextlib.contextmanager
+    def serve(context: StageContext, role: str, model: Path) -> Iterator[SGLangEngine]:
+        with RecordingServer(role, folder, model) as server:
+            yield SGLangEngine(server.url, KEY, context.config.sglang)
+
+    StageContext.serve = serve  # type: ignore[method-assign,assignment]
+    sys.argv = ["lopd", *arguments]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,186 @@
+"""Plans against what is known: what fits one node of 8 x 80 GB, and the paper's GPU hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lopd.cli import app
+from lopd.errors import ConfigError
+from lopd.planning import Assumptions, node_of
+from lopd.planning.assumptions import read_assumptions
+from lopd.planning.layouts import changed, nearest_that_fits
+from lopd.planning.models import planned_models
+from lopd.planning.parameters import parameters_by_formula
+from lopd.planning.plan import as_json
+from tests.planning.configs import PAPER_8B, REFERENCE_30B, config_of, plan_of
+
+
+def test_the_reference_layout_fits(tmp_path: Path) -> None:
+    plan = plan_of(REFERENCE_30B, tmp_path)
+    assert plan.fits, plan.problems
+    assert 24 < plan.memory["distill"].gpu_total / 2**30 < 36, "24 GB of weights and gradients, and what a step needs"
+    assert plan.memory["distill"].host["optimizer"] == pytest.approx(16 * (30.5e9 + 4 * 14.8e6), rel=0.01), "copy, moments and gradient of everything"
+
+
+LONG = "distill.max_tokens_per_microbatch=65536"  # five times the reference's
+
+
+def test_without_the_offload_it_is_the_optimizer_that_breaks(tmp_path: Path) -> None:
+    offloaded, kept = plan_of(REFERENCE_30B, tmp_path), plan_of(REFERENCE_30B, tmp_path, ["distill.megatron={}"])
+    shard = 3_623_878_656 + 394_868_736 // 2  # experts have one copy, everything else two
+    assert kept.memory["distill"].gpu["optimizer"] - offloaded.memory["distill"].gpu["optimizer"] == 12 * shard
+    assert kept.memory["distill"].gpu_total > 0.9 * kept.node.gpu.memory, "tight even at the reference's microbatches"
+    assert plan_of(REFERENCE_30B, tmp_path, [LONG]).fits
+    plan = plan_of(REFERENCE_30B, tmp_path, [LONG, "distill.megatron={}"])
+    assert [problem.stage for problem in plan.problems] == ["distill"]
+    assert "largest term: optimizer" in plan.problems[0].what
+    assert plan_of(REFERENCE_30B, tmp_path, [LONG, "distill.megatron={}"], gpu="h200-141gb").fits
+
+
+def test_standard_opd_does_not_fit_beside_the_trainer(tmp_path: Path) -> None:
+    """The paper: 30B-A3B standard OPD is out of memory on this node. It is so without offload even at the least memory that servers could do with."""
+    lean = ["sglang.mem_fraction=0.25", "sglang.tensor=4", "sglang.replicas=2", "distill.megatron={}"]
+    beside = plan_of(REFERENCE_30B, tmp_path, lean, cohost=True)
+    assert "distill" in [problem.stage for problem in beside.problems]
+    assert plan_of(PAPER_8B.replace("Qwen3-32B", "Qwen3-8B"), tmp_path, ["sglang.mem_fraction=0.15", "distill.recompute=full"], cohost=True).fits, (
+        "an 8B pair would"
+    )
+
+
+def test_the_papers_gpu_hours(tmp_path: Path) -> None:
+    """30 GPU hours: rollouts 10, scoring 4, training 16, by code that runs two more forward passes a step. Ours, without them, takes fewer."""
+    theirs = plan_of(PAPER_8B, tmp_path, extra_forward_passes=2)
+    for stage, hours in {"rollout": 10, "score": 4, "distill": 16}.items():
+        assert theirs.gpu_hours(stage) == pytest.approx(hours, rel=0.15), stage
+    assert as_json(theirs)["gpu_hours"]["lightning_opd"] == pytest.approx(30, rel=0.1)
+    ours = plan_of(PAPER_8B, tmp_path)
+    assert ours.gpu_hours("distill") < 0.65 * theirs.gpu_hours("distill")
+
+
+def test_hours_follow_their_causes(tmp_path: Path) -> None:
+    plain = plan_of(PAPER_8B, tmp_path, startup_s=0)
+    assert plan_of(PAPER_8B, tmp_path, ["distill.num_steps=300"], startup_s=0).gpu_hours("distill") == pytest.approx(2 * plain.gpu_hours("distill"))
+    assert plan_of(PAPER_8B, tmp_path, ["distill.recompute=full"], startup_s=0).gpu_hours("distill") == pytest.approx(4 / 3 * plain.gpu_hours("distill"))
+    assert plan_of(PAPER_8B, tmp_path, ["rollout.samples_per_prompt=2"], startup_s=0).gpu_hours("score") == pytest.approx(
+        2 * plain.gpu_hours("score"), rel=0.01
+    )
+    fewer = plan_of(PAPER_8B, tmp_path, ["sglang.replicas=2"], startup_s=0)
+    assert fewer.gpu_hours("rollout") > 1.3 * plain.gpu_hours("rollout"), "the node is held while half of it idles"
+
+
+def test_a_small_cache_bounds_the_concurrency(tmp_path: Path) -> None:
+    plan = plan_of(PAPER_8B, tmp_path, ["sglang.mem_fraction=0.45", "sglang.max_running_requests=256"])
+    figures = plan.memory["demonstrate"].figures
+    per_token = 2 * 64 * 4 * 128 * 2  # keys and values, layers, heads of a rank of TP2, numbers of a head, bytes
+    assert figures["kv_tokens"] == pytest.approx((0.45 * node_of("h100-80gb", 8).gpu.memory - 32.76e9 * 2 / 2) / per_token, rel=0.001)
+    assert figures["concurrency"] < 64
+    broken = plan_of(PAPER_8B, tmp_path, ["sglang.mem_fraction=0.4", "sglang.context_length=16384"])
+    assert any("KV cache" in problem.what for problem in broken.problems)
+
+
+def test_a_server_beside_the_trainer_counts(tmp_path: Path) -> None:
+    assert plan_of(PAPER_8B, tmp_path).fits
+    plan = plan_of(PAPER_8B, tmp_path, ["distill.sync_every=10"])
+    assert [problem.stage for problem in plan.problems] == ["distill"]
+    assert "student's server: KV cache" in plan.memory["distill"].gpu
+
+
+def test_the_nearest_that_fits(tmp_path: Path) -> None:
+    config = config_of(REFERENCE_30B, tmp_path, [LONG, "distill.megatron={}", "sft.parallel.tensor=1", "sft.parallel.expert=1"])
+    models, node = planned_models(config, {}), node_of("h100-80gb", 8)
+    found = nearest_that_fits(config, models, node, Assumptions(), build=False)
+    assert found is not None
+    assert found.plan.fits
+    assert {key.partition(".")[0] for key in found.changes} == {"sft", "distill"}, "the servers fit as they are"
+    assert not any(key.endswith(("ranks", "recompute")) for key in found.changes), "what was right stays"
+    again = nearest_that_fits(changed(config, found.changes), models, node, Assumptions(), build=False)
+    assert again is not None
+    assert not again.changes, "what fits stays as it is"
+    pasted = config_of(REFERENCE_30B, tmp_path, [LONG, *found.overrides])
+    assert pasted == changed(config_of(REFERENCE_30B, tmp_path, [LONG]), found.changes), "the overrides can be pasted"
+
+
+def test_servers_beside_a_trainer_get_smaller(tmp_path: Path) -> None:
+    config = config_of(PAPER_8B.replace("Qwen3-32B", "Qwen3-8B"), tmp_path)
+    models, node = planned_models(config, {}), node_of("h100-80gb", 8)
+    found = nearest_that_fits(config, models, node, Assumptions(), cohost=True, build=False)
+    assert found is not None
+    assert found.plan.fits
+    assert found.changes["sglang.mem_fraction"] < 0.3
+    evaluating = config_of(PAPER_8B, tmp_path, ["distill.sync_every=10"])
+    alone = nearest_that_fits(evaluating, planned_models(evaluating, {}), node, Assumptions(), build=False)
+    assert alone is not None
+    assert alone.changes == {"distill.sync_every": 0}, "the teacher of 32B leaves no smaller share"
+
+
+def test_nothing_fits_a_single_small_gpu(tmp_path: Path) -> None:
+    config = config_of(REFERENCE_30B, tmp_path)
+    assert nearest_that_fits(config, planned_models(config, {}), node_of("rtx4090-24gb", 1), Assumptions(), build=False) is None
+
+
+def test_a_layout_larger_than_the_node(tmp_path: Path) -> None:
+    assert any("wants 8 GPUs, the node has 4" in problem.what for problem in plan_of(PAPER_8B, tmp_path, gpus=4).problems)
+
+
+def test_a_training_over_two_nodes(tmp_path: Path) -> None:
+    one, two = plan_of(REFERENCE_30B, tmp_path), plan_of(REFERENCE_30B, tmp_path, ["distill.parallel.ranks=16", "distill.parallel.nodes=2"])
+    assert two.fits, two.problems
+    assert two.memory["distill"].host["optimizer"] == pytest.approx(one.memory["distill"].host["optimizer"] / 2, rel=0.05), "each holds half of the moments"
+    assert two.work["distill"].seconds < 0.7 * one.work["distill"].seconds
+    assert two.gpu_hours("distill") > one.gpu_hours("distill"), "two nodes are held"
+    assert any("wants 16 GPUs" in problem.what for problem in plan_of(REFERENCE_30B, tmp_path, ["distill.parallel.ranks=16"]).problems)
+
+
+def test_a_teacher_that_megatron_scores_with(tmp_path: Path) -> None:
+    served = plan_of(PAPER_8B, tmp_path)
+    ours = plan_of(PAPER_8B, tmp_path, ["score.engine=megatron", "score.forward.parallel.ranks=8", "score.forward.parallel.tensor=4"])
+    assert "KV cache" in served.memory["score"].gpu
+    assert "KV cache" not in ours.memory["score"].gpu
+    assert ours.memory["score"].gpu["weights"] == pytest.approx(2 * 32.76e9 / 4, rel=0.001)
+    assert ours.gpu_hours("score") == pytest.approx(served.gpu_hours("score")), "the same forward pass on as many GPUs"
+
+
+@pytest.mark.parametrize(("override", "code", "expected"), [("run.seed=1", 0, "fits 8 x h100-80gb"), ("sft.parallel.tensor=1", 2, "does not fit sft")])
+def test_the_verdict_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, code: int, expected: str) -> None:
+    monkeypatch.setattr("lopd.planning.plan.count_parameters", lambda jobs: [parameters_by_formula(job.arch, job.parallel) for job in jobs])
+    config_of(PAPER_8B, tmp_path)
+    found = CliRunner().invoke(app, ["plan", str(tmp_path / "config.toml"), override, "--suggest"])
+    assert found.exit_code == code, found.output
+    assert expected in found.output
+    assert "the configuration fits as it is" in found.output if code == 0 else "the nearest that fits: sft." in found.output
+
+
+def test_disk_and_samples(tmp_path: Path) -> None:
+    plan = plan_of(PAPER_8B, tmp_path)
+    tokens = 17_398 * 0.9 * (4096 - 200)
+    assert plan.disk["rollouts and cache"] == pytest.approx(2 * 6.64 * tokens, rel=0.01)
+    often = [
+        plan_of(PAPER_8B, tmp_path, ["distill.checkpoint_every=10", f"distill.keep_checkpoints={keep}"]).disk["checkpoints to resume from"] for keep in (1, 4)
+    ]
+    assert often[1] - often[0] == 3 * 14 * plan.total, "weights, two moments and the float32 copy"
+    assert plan.memory["distill"].host["samples"] == pytest.approx(8 * 13 * tokens, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("dense_utilization=0.4", "nearest is dense_utilisation"),
+        ("moe_utilisation=2", "at most 1"),
+        ("startup_s=fast", "a number"),
+        ("prompt_len=0", "above 0"),
+    ],
+)
+def test_wrong_assumptions_are_refused(setting: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        read_assumptions([setting])
+
+
+def test_an_unknown_gpu_and_an_unknown_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nearest is h100-80gb"):
+        node_of("h100-80", 8)
+    config = config_of(PAPER_8B.replace("Qwen3-8B-Base", "Somebodys-8B"), tmp_path)
+    with pytest.raises(ConfigError, match="--student-config FILE"):
+        planned_models(config, {})

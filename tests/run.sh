@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Prepares the environment where needed; lint, types, all tests. Arguments go to pytest. LOPD_SLOW=1 also runs what takes many minutes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../requirements/environment.sh"
+cd "$root"
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -p no:cacheprovider -n 2 --dist loadscope --no-loadscope-reorder "$@"

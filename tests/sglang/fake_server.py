@@ -1,0 +1,131 @@
+"""A small HTTP server that speaks SGLang's /generate, for the failures a real server does not produce on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from lopd.config import SGLangSection
+from sglang_rollout.client import SGLangEngine
+from tests.sglang.answers import LOGPROB, STOP_ID, VOCAB_SIZE, generation
+
+__all__ = ["KEY", "LOGPROB", "STOP_ID", "VOCAB_SIZE", "FakeServer"]
+KEY = "the-key"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the default of 5 a burst of connections waits a second for TCP to ask again
+
+
+class FakeServer:
+    """Answers like SGLang. Set the attributes to make it fail; read calls and most_at_once to see what it was asked."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.delay_s = 0.0
+        self.failures: list[int] = []  # HTTP statuses for the next requests to /generate; 0 drops the connection
+        self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
+        self.version = "0.5.17"
+        self.model_info: dict[str, Any] = {}  # more of what it says of its model and of itself
+        self.server_info: dict[str, Any] = {"skip_tokenizer_init": True}
+        self.tokens: list[int] = []  # of any text
+        self.weight_version = "default"
+        self.model_path = ""
+        self.refuse_update = ""
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.most_at_once = 0
+        self._at_once = 0
+        self._connections: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", port), self._handler())
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    def __enter__(self) -> FakeServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        for connection in self._connections:  # a server that has ended answers on none
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def engine(self, *, key: str = KEY, **settings: Any) -> SGLangEngine:
+        return SGLangEngine(self.url, key, SGLangSection(**{"max_in_flight": 8, "context_length": 128, "outage_timeout_s": 5, **settings}))
+
+    def paths(self, path: str) -> list[dict[str, Any]]:
+        """The bodies that were sent to one path."""
+        return [body for called, body in self.calls if called == path]
+
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/generate":
+            with self._lock:
+                failure = self.failures.pop(0) if self.failures else None
+            time.sleep(self.delay_s)
+            return (200, self.change(generation(body, self.weight_version))) if failure is None else (failure, {"error": {"message": "as told"}})
+        if path == "/server_info":
+            return 200, {"version": self.version, **self.server_info}
+        if path == "/tokenize":
+            return 200, {"tokens": self.tokens}
+        if path == "/model_info":
+            return 200, {"weight_version": self.weight_version, "model_path": self.model_path, **self.model_info}
+        if path == "/update_weights_from_disk":
+            if self.refuse_update:
+                return 400, {"success": False, "message": self.refuse_update}
+            self.weight_version = body["weight_version"]
+        elif path not in ("/abort_request", "/flush_cache", "/begin_weight_update", "/end_weight_update"):
+            return 404, {"detail": "Not Found"}
+        return 200, {"success": True}
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                fake._connections.append(self.connection)
+
+            def do_POST(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length) or b"{}")
+                with fake._lock:
+                    fake.calls.append((self.path, body))
+                    if self.path == "/generate":
+                        fake._at_once += 1
+                        fake.most_at_once = max(fake.most_at_once, fake._at_once)
+                try:
+                    status, answer = (401, {"error": "Unauthorized"}) if self.headers["Authorization"] != f"Bearer {KEY}" else fake._answer(self.path, body)
+                finally:
+                    if self.path == "/generate":
+                        with fake._lock:
+                            fake._at_once -= 1
+                if status == 0:
+                    self.close_connection = True
+                    return
+                data = json.dumps(answer).encode()
+                with contextlib.suppress(ConnectionError):  # the client may have left
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            do_GET = do_POST
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler

@@ -1,0 +1,252 @@
+"""A server that dies or hangs is started again with the newest weights, and nobody loses an answer; one that dies again and again stops the stage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lopd.errors import EngineError
+from sglang_rollout import supervision
+from sglang_rollout.client import SGLangEngine
+from sglang_rollout.scoring import ScoreRequest
+from sglang_rollout.server import SGLangServer
+from sglang_rollout.supervision import Activity, Watcher, ask_for_restart, remember_unsaved_weights, remember_weights, remembered_weights
+from tests.models import VOCAB_SIZE
+from tests.sglang.conftest import sampling, sampling_requests, settings
+
+# --- the newest weights --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_weights_are_remembered_and_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "weights.json"
+    assert remembered_weights(file) is None
+    for version in ("step-1", "step-2"):
+        remember_weights(file, tmp_path / version, version)
+        assert remembered_weights(file) == (tmp_path / version, version)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"version": "1"}'])
+def test_a_damaged_memory_is_an_error_not_the_first_weights(tmp_path: Path, content: str) -> None:
+    (tmp_path / "weights.json").write_text(content)
+    with pytest.raises(EngineError, match="newest weights"):
+        remembered_weights(tmp_path / "weights.json")
+
+
+def test_weights_in_no_folder_are_not_replaced_by_older_ones(tmp_path: Path) -> None:
+    remember_weights(tmp_path / "weights.json", tmp_path, "step-1")
+    remember_unsaved_weights(tmp_path / "weights.json", "step-2")
+    with pytest.raises(EngineError, match="weights step-2 are in no folder"):
+        remembered_weights(tmp_path / "weights.json")
+
+
+# --- when it is given up, without a server -------------------------------------------------------------------------------------------------------------
+
+
+class Frail:
+    """A server that dies when told; fails_to_start: how many starts fail after that."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self.log, self.weights_file, self.activity = "student", folder / "log", folder / "weights.json", Activity()
+        self.num_starts = self.num_ends = self.fails_to_start = 0
+        self.is_alive = self.is_responding = self.is_reachable = True
+
+    def alive(self) -> bool:
+        return self.is_alive
+
+    def responds(self) -> bool:
+        return self.is_responding
+
+    def reachable(self) -> bool:
+        return self.is_reachable
+
+    def end_process(self) -> None:
+        self.num_ends += 1
+        self.is_alive = False
+
+    def relaunch(self) -> None:
+        self.num_starts += 1
+        if self.fails_to_start:
+            self.fails_to_start -= 1
+            raise EngineError("it did not start: no memory")
+        self.is_alive = self.is_responding = self.is_reachable = True
+
+    def death(self) -> EngineError:
+        return EngineError("it died; its log ends: the last line", where=str(self.log))
+
+
+@pytest.fixture
+def frail(tmp_path: Path) -> Frail:
+    return Frail(tmp_path)
+
+
+def watching(server: Frail, restarts: int, *, hang_timeout_s: float = 60, tell: list[str] | None = None) -> Watcher:
+    watcher = Watcher(server, restarts=restarts, hang_timeout_s=hang_timeout_s, tell=tell.append if tell is not None else None)
+    watcher.start()
+    return watcher
+
+
+def until(what: str, condition: object, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def die(server: Frail, watcher: Watcher) -> None:
+    server.is_alive = False
+    until("neither restarted nor given up", lambda: server.alive() or watcher.failure is not None)
+
+
+def test_three_deaths_in_a_row_are_the_end(frail: Frail) -> None:
+    told: list[str] = []
+    watcher = watching(frail, 2, tell=told)
+    for death in range(3):
+        assert watcher.failure is None, death
+        die(frail, watcher)
+    assert watcher.failure is not None
+    assert "died 3 times in a row without answering a request; at last: it died; its log ends: the last line" in str(watcher.failure)
+    assert "sglang.restarts = 2" in str(watcher.failure)
+    assert (frail.num_starts, len(told)) == (2, 2)
+    assert not frail.alive()
+
+
+@pytest.mark.parametrize("progress", ["answer", "weights"])
+def test_an_answer_or_new_weights_between_deaths_begin_the_count_anew(frail: Frail, progress: str) -> None:
+    watcher = watching(frail, 2)
+    for death in range(7):
+        if progress == "answer":
+            frail.activity.begin()
+            frail.activity.end(answered=True)
+        else:
+            remember_weights(frail.weights_file, frail.log.parent, f"step-{death}")
+            os.utime(frail.weights_file, (death, death))
+        die(frail, watcher)
+    assert (frail.num_starts, watcher.num_restarts, watcher.failure) == (7, 7, None)
+    watcher.stop()
+    watcher.join()
+
+
+def test_failed_requests_are_no_progress(frail: Frail) -> None:
+    watcher = watching(frail, 2)
+    for _ in range(3):
+        frail.activity.begin()
+        frail.activity.end(answered=False)
+        die(frail, watcher)
+    assert watcher.failure is not None
+
+
+def test_a_start_that_fails_is_a_death_too(frail: Frail) -> None:
+    frail.fails_to_start = 99
+    watcher = watching(frail, 2)
+    die(frail, watcher)
+    assert "at last: it did not start: no memory" in str(watcher.failure)
+    assert frail.num_starts == 2
+
+
+def test_without_restarts_a_death_is_the_end_at_once(frail: Frail) -> None:
+    watcher = watching(frail, 0)
+    die(frail, watcher)
+    assert str(watcher.failure).startswith(f"{frail.log}: it died; its log ends: the last line")
+    assert frail.num_starts == 0
+
+
+def test_silence_alone_is_no_death_but_silence_and_no_sign_of_health_is(frail: Frail) -> None:
+    watcher = watching(frail, 2, hang_timeout_s=0.05)
+    frail.is_responding = False
+    time.sleep(0.5)  # nothing is open: nobody asks after its health
+    assert frail.num_starts == 0
+    frail.is_responding = True
+    frail.activity.begin()
+    time.sleep(0.5)  # open and silent, but healthy
+    assert frail.num_starts == 0
+    frail.is_responding = False
+    until("a hanging server is started again", lambda: frail.num_starts == 1)
+    watcher.stop()
+    watcher.join()
+
+
+def test_a_main_process_that_answers_does_not_hide_a_scheduler_that_does_not(frail: Frail) -> None:
+    watcher = watching(frail, 2, hang_timeout_s=0.25)
+    time.sleep(0.1)
+    frail.is_responding = False
+    frail.activity.begin()  # between two looks at the main process
+    until("a hanging scheduler is found", lambda: frail.num_starts == 1)
+    watcher.stop()
+    watcher.join()
+
+
+def test_a_frozen_server_is_found_also_where_others_wait_for_it(frail: Frail) -> None:
+    watcher = watching(frail, 2, hang_timeout_s=0.05)
+    frail.is_reachable = False
+    until("a frozen server is started again", lambda: frail.num_starts == 1)
+    watcher.stop()
+    watcher.join()
+
+
+def test_any_process_can_ask_for_a_restart(frail: Frail) -> None:
+    ask_for_restart(frail.weights_file)  # of a former run: means nothing
+    told: list[str] = []
+    watcher = watching(frail, 2, tell=told)
+    time.sleep(0.3)
+    assert frail.num_starts == 0
+    ask_for_restart(frail.weights_file)
+    until("started again", lambda: watcher.num_restarts == 1)
+    time.sleep(0.3)
+    assert (frail.num_starts, told) == (1, ["a restart of the student server was asked for; starting it again"])
+    watcher.stop()
+    watcher.join()
+
+
+# --- the real one --------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def restarted(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
+    log = tmp_path_factory.mktemp("restarted") / "server.log"
+    with SGLangServer(student_dir, settings(restarts=2, hang_timeout_s=2, context_length=256, max_in_flight=16), log=log) as running:
+        yield running
+
+
+def kill(server: SGLangServer) -> None:
+    os.killpg(server.group_id, signal.SIGKILL)
+
+
+def scores_of(engine: SGLangEngine) -> dict[tuple[str, int], np.ndarray]:  # type: ignore[type-arg]
+    items = [ScoreRequest(r.prompt_id, r.sample_index, r.prompt_ids[:6], r.prompt_ids[6:]) for r in sampling_requests(8)]
+    return {score.key: score.teacher_logprobs for score in engine.score(items, vocab_size=VOCAB_SIZE)}
+
+
+def test_a_restarted_server_has_the_newest_weights_for_clients_of_any_process(restarted: SGLangServer, other_dir: Path) -> None:
+    owner = SGLangEngine(restarted.url, restarted.api_key, restarted.settings, server=restarted)
+    elsewhere = SGLangEngine(restarted.url, restarted.api_key, restarted.settings)  # as in a trainer's rank: no handle on the server
+    first, address = scores_of(elsewhere), (restarted.url, restarted.api_key, restarted.num_restarts + 1)
+    owner.update_weights_from_disk(other_dir, version="step-7")
+    newest = scores_of(elsewhere)
+    kill(restarted)
+    again = scores_of(elsewhere)  # sent to a server that is not there
+    assert (restarted.url, restarted.api_key, restarted.num_restarts) == address
+    assert elsewhere.model_info()["weight_version"] == "step-7"
+    for key, logprobs in again.items():
+        np.testing.assert_array_equal(logprobs, newest[key])
+        assert not np.allclose(logprobs, first[key], atol=1e-3)
+
+
+def test_a_server_that_hangs_is_started_again(restarted: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_FAILED_PROBES", 1)
+    engine = SGLangEngine(restarted.url, restarted.api_key, restarted.settings, server=restarted)
+    restarts = restarted.num_restarts
+    os.killpg(restarted.group_id, signal.SIGSTOP)
+    answers: list[object] = []
+    reader = threading.Thread(target=lambda: answers.extend(engine.generate(sampling_requests(4), sampling(max_new_tokens=4))))
+    reader.start()
+    reader.join(timeout=60)
+    assert not reader.is_alive()
+    assert (len(answers), restarted.num_restarts) == (4, restarts + 1)

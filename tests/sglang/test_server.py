@@ -1,0 +1,266 @@
+"""Starting, watching and ending a real server: what goes wrong is explained within a bound, and nothing outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from lopd.errors import ConfigError, EngineError
+from lopd.processes import group_alive
+from sglang_rollout.arguments import known_fields
+from sglang_rollout.client import SGLangEngine
+from sglang_rollout.server import SGLangServer, check_extra_args, lasting_port, log_summary, scratch_folder
+from tests.models import EOS_ID
+from tests.sglang.conftest import sampling, sampling_requests, settings
+
+
+def members(group: int) -> list[psutil.Process]:
+    """The living processes of a group, oldest first."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def gone_within(group: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not group_alive(group):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_sockets_get_a_short_path_where_tmpdir_is_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    short = scratch_folder()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 80)))
+    (tmp_path / ("x" * 80)).mkdir()
+    long = scratch_folder()
+    for folder in (short, long):
+        assert folder.startswith("/tmp/lopd-sglang-")
+        os.rmdir(folder)
+    assert not list((tmp_path / ("x" * 80)).iterdir())
+
+
+# --- extra_args ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
+    assert {"model_path", "attention_backend", "disable_radix_cache", "schedule_policy"} <= set(known_fields())
+    code = "import sys, sglang_rollout.server as s; s.check_extra_args({'schedule_policy': 'fcfs'}); print([m for m in sys.modules if m.startswith('sglang.')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("atention_backend", "the nearest one is attention_backend"),
+        ("api_key", "set by lopd"),
+        ("trust_remote_code", "never run"),
+        ("tp_size", "sglang.tensor"),
+    ],
+)
+def test_extra_arguments_are_checked_by_name_before_anything_starts(student_dir: Path, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_extra_args({name: "x"})
+    with pytest.raises(ConfigError, match=message):
+        SGLangServer(student_dir, settings(extra_args={name: "x"}), log=tmp_path / "log").start()
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can split experts")
+def test_split_experts_are_refused_on_a_cpu(student_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sglang.expert: .* above 1 on a CPU"):
+        SGLangServer(student_dir, settings(expert=2), log=tmp_path / "log").start()
+
+
+@pytest.mark.parametrize(("host", "reached"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("10.1.2.3", "10.1.2.3"), ("::", "[::1]")])
+def test_a_server_listens_where_it_is_told_and_is_reached_there(student_dir: Path, tmp_path: Path, host: str, reached: str) -> None:
+    server = SGLangServer(student_dir, settings(host=host), log=tmp_path / "log")
+    server.port = 1234
+    assert (server.arguments["host"], server.url) == (host, f"http://{reached}:1234")
+    assert SGLangServer(student_dir, settings(), log=tmp_path / "log").settings.host == "127.0.0.1"
+
+
+def test_what_is_no_address_is_refused_before_anything_starts(student_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'my-host' is no IP address"):
+        SGLangServer(student_dir, settings(host="my-host"), log=tmp_path / "log").start()
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_port_of_ours_is_never_one_that_the_kernel_gives_to_a_client() -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert not [port for port in (lasting_port() for _ in range(200)) if first <= port <= last]
+
+
+def test_a_record_hides_what_may_be_a_secret(student_dir: Path, tmp_path: Path) -> None:
+    server = SGLangServer(student_dir, settings(extra_args={"ssl_keyfile_password": "hunter2", "schedule_policy": "fcfs"}), log=tmp_path / "log")
+    server.port = 1234
+    arguments = server.record()["arguments"]
+    assert isinstance(arguments, dict)
+    assert (arguments["ssl_keyfile_password"], arguments["schedule_policy"], arguments["tp_size"]) == ("***", "fcfs", 1)
+    assert server.api_key not in str(server.record())
+
+
+# --- what cannot start -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_named_before_anything_starts(student_dir: Path, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(EngineError, match=rf"port {port} is taken"):
+            SGLangServer(student_dir, settings(port=port), log=tmp_path / "log").start()
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "everything"])
+def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(student_dir: Path, tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "model"
+    if missing != "everything":
+        shutil.copytree(student_dir, folder)
+        (folder / missing).unlink()
+    with pytest.raises(EngineError, match="the teacher checkpoint has no"):
+        SGLangServer(folder, settings(), log=tmp_path / "log", name="teacher").start()
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(student_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(student_dir, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    server = SGLangServer(folder, settings(), log=tmp_path / "log")
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"did not start; its log ends: .*[Ss]afetensor") as caught:
+        server.start()
+    assert time.monotonic() - began < 60
+    assert str(tmp_path / "log") in str(caught.value)
+    assert not server.alive()
+    assert [process for process in psutil.Process().children(recursive=True) if str(folder) in " ".join(process.cmdline())] == []
+
+
+def test_a_context_longer_than_the_models_is_refused(student_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"sglang.context_length = 513 is more than the 512 positions"):
+        SGLangServer(student_dir, settings(context_length=513), log=tmp_path / "log").start()
+
+
+def test_a_server_that_is_not_healthy_in_time_is_ended(student_dir: Path, tmp_path: Path) -> None:
+    server = SGLangServer(student_dir, settings(start_timeout_s=0.5), log=tmp_path / "log")
+    waited: list[float] = []
+    with pytest.raises(EngineError, match=r"not healthy after \d s; .*sglang.start_timeout_s = 0.5"):
+        server.start(progress=waited.append)
+    assert waited
+    assert waited == sorted(waited)
+    assert not server.alive()
+
+
+def test_the_cause_is_found_under_a_traceback_and_shutdown_messages(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "[2026] fine\nTraceback (most recent call last):\n  File x\nValueError: the cause\n[2026] SIGQUIT received. It usually means one child failed.\n"
+    )
+    assert log_summary(log) == "ValueError: the cause"
+    log.write_text("one\ntwo\n")
+    assert log_summary(log) == "one | two"
+    log.write_text("ValueError: of a former start\n--- starting the student server on port 1\nthree\n")
+    assert log_summary(log) == "three"
+    log.write_text("three\n[2026] Decode batch, #running-req: 2\n[2026] Prefill batch, #new-seq: 1\n")
+    assert log_summary(log) == "three"
+
+
+# --- a running one ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_stands_in_no_command_line_and_in_no_log_and_only_loopback_listens(server: SGLangServer) -> None:
+    processes = members(server.group_id)
+    assert len(processes) >= 3
+    assert not any(server.api_key in " ".join(process.cmdline()) for process in processes)
+    assert server.api_key not in server.log.read_text()
+    assert server.api_key not in " ".join(server.command)
+    listening = {c.laddr.ip for process in processes for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+
+
+def test_keys_are_never_the_same(student_dir: Path, tmp_path: Path) -> None:
+    keys = {SGLangServer(student_dir, settings(), log=tmp_path / "log").api_key for _ in range(10)}
+    assert len(keys) == 10
+    assert all(len(key) >= 32 for key in keys)
+
+
+def test_health_and_cache(engine: SGLangEngine) -> None:
+    assert engine.health()
+    assert engine.server_version() >= (0, 5, 17)
+    engine.flush_cache()
+
+
+def _kill_scheduler(server: SGLangServer) -> None:
+    next(process for process in members(server.group_id) if "scheduler" in process.name()).kill()
+
+
+def _kill_everything(server: SGLangServer) -> None:
+    os.killpg(server.group_id, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("kill", "bound_s"), [(_kill_everything, 5), (_kill_scheduler, 20)], ids=["group", "scheduler"])
+def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
+    student_dir: Path, tmp_path: Path, kill: Callable[[SGLangServer], None], bound_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tempfile.mkdtemp(dir="/tmp")  # of its own, so that what is left behind is seen; short, because sockets live in it
+    monkeypatch.setattr("tempfile.tempdir", scratch)
+    with SGLangServer(student_dir, settings(context_length=500, max_running_requests=8), log=tmp_path / "log") as server:
+        group = server.group_id
+        assert list(Path(scratch).glob("lopd-sglang-*"))
+        engine = SGLangEngine(server.url, server.api_key, server.settings, server=server)
+        long = sampling(max_new_tokens=480, stop_token_ids=(EOS_ID,))
+        responses = engine.generate(sampling_requests(200), long)
+        next(responses)
+        kill(server)
+        began = time.monotonic()
+        with pytest.raises(EngineError, match=rf"{tmp_path / 'log'}: the student server died; its log ends: "):
+            list(responses)
+        assert time.monotonic() - began < bound_s
+        with pytest.raises(EngineError, match="died"):
+            engine.model_info()
+    server.stop()  # a second time
+    assert gone_within(group, 5)
+    os.rmdir(scratch)  # nothing is left in it
+
+
+def test_a_server_ends_with_its_parent_even_at_kill_9(student_dir: Path, tmp_path: Path) -> None:
+    code = f"""
+        import time
+        from pathlib import Path
+        from sglang_rollout.server import SGLangServer
+        from tests.sglang.conftest import settings
+        with SGLangServer(Path({str(student_dir)!r}), settings(), log=Path({str(tmp_path / "log")!r})) as server:
+            print(server.group_id, flush=True)
+            time.sleep(600)
+    """
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=root)
+    assert parent.stdout is not None
+    group = int(parent.stdout.readline())
+    assert len(members(group)) >= 3
+    parent.kill()
+    parent.wait()
+    assert gone_within(group, 5)

@@ -1,0 +1,90 @@
+"""Servers that stop, die or refuse in the middle of a sync: a clear error in bounded time, and the next sync works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lopd.errors import EngineError
+from sglang_rollout.client import SGLangEngine
+from sglang_rollout.server import SGLangServer
+from sglang_rollout.weight_sync import WeightReceiver, load_folder
+from tests.sglang.conftest import settings
+from tests.sglang.test_parity import MAX_DIFFERENCE
+from tests.sglang.weight_syncing import TRANSPORTS, Named, receiver, send, tensors, worst_difference
+
+TIMEOUT_S = 1.0
+BOUND_S = 15.0  # the timeout, once for the call and twice for tidying up, on a busy machine
+
+
+def finish(to: WeightReceiver, named: Named) -> None:
+    to.receive(named)
+    to.commit()
+
+
+@pytest.fixture(scope="module")
+def victims(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SGLangServer]]:
+    """A server for each transport, to be killed; restarts = 0: they stay dead."""
+    folder = tmp_path_factory.mktemp("victims")
+    servers = {name: SGLangServer(student_dir, settings(restarts=0), log=folder / f"{name}.log") for name in TRANSPORTS}
+    with ThreadPoolExecutor(len(servers)) as pool:
+        starts = [pool.submit(server.start) for server in servers.values()]
+    try:
+        for start in starts:
+            start.result()
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_server_killed_in_the_middle(transport: str, victims: dict[str, SGLangServer], student_dir: Path, tmp_path: Path) -> None:
+    server = victims[transport]
+    to = receiver(transport, SGLangEngine(server.url, server.api_key, server.settings), tmp_path, student_dir, timeout_s=60.0)
+    named = tensors(student_dir)
+    to.begin("v1")
+    to.receive(named[:5])
+    os.killpg(server.group_id, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(EngineError):
+        finish(to, named[5:])
+    to.abandon()
+    assert time.monotonic() - began < BOUND_S  # long before the timeout: a lost connection is noticed
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_server_stopped_in_the_middle(transport: str, engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+    to = receiver(transport, engine, tmp_path, student_dir, timeout_s=TIMEOUT_S, verify="off")
+    named = tensors(other_dir)
+    to.begin("v1")
+    to.receive(named[:5])
+    assert engine.server is not None
+    os.killpg(engine.server.group_id, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        with pytest.raises(EngineError, match=r"[Tt]ime"):
+            finish(to, named[5:])
+        to.abandon()
+        assert time.monotonic() - began < BOUND_S
+    finally:
+        os.killpg(engine.server.group_id, signal.SIGCONT)
+    send(receiver(transport, engine, tmp_path, student_dir), "v2", tensors(student_dir))  # what was left half done does not matter to the next
+    assert engine.model_info()["weight_version"] == "v2"
+    assert worst_difference(engine, student_dir) <= MAX_DIFFERENCE
+    load_folder([engine], student_dir, "default")
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_a_trainer_that_gives_up_leaves_no_server_waiting(transport: str, engine: SGLangEngine, student_dir: Path, tmp_path: Path) -> None:
+    to = receiver(transport, engine, tmp_path, student_dir)
+    to.begin("v1")
+    to.abandon()  # nothing was sent: the old weights go on serving
+    assert worst_difference(engine, student_dir) <= MAX_DIFFERENCE
+    assert engine.model_info()["weight_version"] == "default"

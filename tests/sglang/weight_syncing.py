@@ -1,0 +1,88 @@
+"""What the tests of weight sync share: receivers of every transport, tensors of a folder, and a fake server that takes updates."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from lopd.config import SyncSection
+from sglang_rollout.client import SGLangEngine
+from sglang_rollout.scoring import ScoreRequest
+from sglang_rollout.weight_sync import WeightReceiver, build_receiver
+from tests.sglang.conftest import sampling_requests
+from tests.sglang.fake_server import FakeServer
+from tests.sglang.test_parity import HuggingFace
+
+TRANSPORTS = ("disk", "tensor", "distributed")
+Named = list[tuple[str, torch.Tensor]]
+
+
+def tensors(folder: Path) -> Named:
+    return sorted(load_file(folder / "model.safetensors").items())
+
+
+def buckets(named: Named, size: int = 64) -> Iterator[Named]:
+    for start in range(0, len(named), size):
+        yield named[start : start + size]
+
+
+def receiver(transport: str, engine: SGLangEngine, folder: Path, template: Path, **settings: Any) -> WeightReceiver:
+    section = SyncSection(transport=transport, **{"timeout_s": 60.0, **settings})  # type: ignore[arg-type]
+    return build_receiver(section, [engine], folder=folder, template_dir=template)
+
+
+def send(to: WeightReceiver, version: str, named: Named, *, size: int = 64) -> None:
+    """All of one sync; abandoned where it fails."""
+    try:
+        to.begin(version)
+        for bucket in buckets(named, size):
+            to.receive(bucket)
+        to.commit()
+    except BaseException:
+        to.abandon()
+        raise
+
+
+def worst_difference(engine: SGLangEngine, folder: Path, count: int = 4) -> float:
+    """Largest difference between the server's scores and Hugging Face with the weights of folder."""
+    reference = HuggingFace(folder)
+    items = [ScoreRequest(r.prompt_id, 0, r.prompt_ids[:4], r.prompt_ids[4:]) for r in sampling_requests(count)]
+    expected = {item.key: reference.logprobs(item.prompt_ids, item.token_ids) for item in items}
+    return max(float(np.abs(score.teacher_logprobs - expected[score.key]).max()) for score in engine.score(items))
+
+
+class UpdatedFake(FakeServer):
+    """A fake server that takes updates of weights. refuse: path -> message of its refusal; info: more of /server_info."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refuse: dict[str, str] = {}
+        self.info: dict[str, Any] = {"tp_size": 1, "disable_radix_cache": False}
+        self.paused = False
+
+    @property
+    def updates(self) -> list[str]:
+        """The paths called, without questions."""
+        return [path.partition("?")[0] for path, _ in self.calls if path not in ("/server_info", "/model_info", "/weights_checker")]
+
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        path = urllib.parse.urlsplit(path).path
+        if path in self.refuse:
+            return 400, {"success": False, "message": self.refuse[path]}
+        if path == "/server_info":
+            return 200, {"version": self.version, **self.info}
+        if path in ("/pause_generation", "/continue_generation"):
+            self.paused = path == "/pause_generation"
+            return 200, {}
+        if path == "/update_weight_version":
+            self.weight_version = body["new_version"]
+            return 200, {"success": True}
+        if path in ("/update_weights_from_tensor", "/flush_cache", "/abort_request"):
+            return 200, {"success": True}
+        return super()._answer(path, body)

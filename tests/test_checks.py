@@ -1,0 +1,301 @@
+"""lopd check finds everything that is wrong at once and touches nothing; lopd run and each stage refuse before they start anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lopd import checks
+from lopd.config import load_config
+from lopd.errors import LopdError
+from tests.stand_ins import STAGES, Lopd, StandIns, command, contents, cut, write_project, write_prompts
+
+CORES = len(os.sched_getaffinity(0))
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the number of devices is that of CPU cores here")
+
+
+@pytest.fixture
+def lopd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lopd:
+    return command(monkeypatch, capsys)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_project(tmp_path)
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    """Any child process is an error; a stage that came so far would be seen in the stand-ins."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    return StandIns().install(monkeypatch)
+
+
+def wrong(config: Path, *overrides: str) -> list[str]:
+    """Every finding of lopd check that is wrong, with the name of its check."""
+    return [f"{row['name']} | {row['finding']}" for row in checks.as_rows(load_config(config, overrides)) if not row["ok"]]
+
+
+# ---- a project in which nothing is wrong ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_right_project_passes_and_nothing_is_written_or_started(config: Path, lopd: Lopd, nothing_starts: StandIns) -> None:
+    before = contents(config.parent)
+    shown = lopd("check", config).succeeded().out
+    assert "wrong" not in shown
+    assert {line.split()[1] for line in shown.splitlines()} >= {"teacher", "student", "tokenizers", "layouts", "prompts", "server", "folders", "disk"}
+    rows = json.loads(lopd("check", config, "--json").succeeded().out)
+    assert all(row["ok"] for row in rows)
+    assert contents(config.parent) == before
+    assert not nothing_starts.started
+
+
+# ---- all at once ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_wrong_is_found_in_one_go_and_run_refuses(config: Path, lopd: Lopd, nothing_starts: StandIns) -> None:
+    mistakes = {  # override -> what must be said of it
+        "models.teacher=absent": "models.teacher: no such folder",
+        "sft.parallel.expert=3": "number of experts (8) does not divide by expert (3)",
+        "distill.parallel.tensor=4": "number of key-value heads (2) does not divide by tensor (4)",
+        "distill.parallel.pipeline=2": "number of layers (3) does not divide by pipeline (2)",
+        "distill.parallel.ranks=512": f"distill.parallel.ranks = 512; limit: {CORES} CPU cores",
+        "sft.max_tokens_per_microbatch=64": "sft.max_tokens_per_microbatch = 64; limit: at least one full sequence: 128",
+        "prompts.sft.seed=3": "also held-out prompts of prompts.eval",
+        "prompts.opd.file=absent.jsonl": "absent.jsonl: no such file",
+        "sglang.tensor=64": f"sglang.tensor = 64; limit: {CORES} CPU cores",
+        "sglang.expert=2": "sglang.expert = 2: SGLang's plain-torch experts are not split; limit: 1 without a GPU",
+        "sglang.max_total_tokens=64": "sglang.max_total_tokens = 64",
+        "sglang.extra_args.atention_backend=triton": "unknown SGLang argument atention_backend; remedy: the nearest one is attention_backend",
+        "evaluate.min_p=0.1": "evaluate.min_p = 0.1 with sglang.deterministic",
+        "run.dir=teacher": "run.dir holds files that no run made",
+        "export.dir=student": "holds files that are not ours",
+    }
+    before = contents(config.parent)
+    shown = lopd("check", config, *mistakes)
+    assert shown.code == 2
+    for said in mistakes.values():
+        assert said in shown.out, said
+    refused = lopd("run", config, *mistakes).refused("models.teacher: no such folder", "more: lopd check tells all")
+    assert f"and {shown.out.count('wrong ') - 1} more" in refused
+    assert contents(config.parent) == before
+    assert not nothing_starts.started
+
+
+def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) -> None:
+    mistakes = ("distill.num_step=3", "sft.dtype=fp32", "rollout.top_p=2", "run.seed=true", "lr=1")
+    shown = lopd("check", config, *mistakes)
+    assert shown.code == 2
+    assert shown.out.count("wrong") == len(mistakes) == len(shown.out.splitlines())
+    for said in ("unknown key distill.num_step; remedy: the nearest known key is distill.num_steps", "'float32' or 'bfloat16'", "<= 1", "run.seed = true"):
+        assert said in shown.out
+    lopd("run", config, *mistakes).refused("and 4 more", "lopd check tells all")
+
+
+# ---- one by one -------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "distill"])
+@pytest.mark.parametrize(
+    ("layout", "fragments"),
+    [
+        ({"tensor": 3, "ranks": 3}, ["attention heads (4) does not divide by tensor (3)", "key-value heads (2) does"]),
+        ({"expert": 3, "ranks": 3}, ["number of experts (8) does not divide by expert (3); remedy: expert may be 1, 2"]),
+        ({"pipeline": 2, "ranks": 2}, ["number of layers (3) does not divide by pipeline (2); remedy: pipeline may be 1"]),
+        ({"expert_tensor": 7, "ranks": 7}, ["hidden size of an expert", "expert_tensor (7)"]),
+        ({"tensor": 2, "ranks": 1}, ["ranks = 1 is no multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"]),
+        ({"expert": 2, "ranks": 1}, ["ranks = 1 is no multiple of expert * expert_tensor * pipeline = 2"]),
+        ({"context": 2, "ranks": 2}, ["context = 2 is not supported yet; limit: context = 1"]),
+        ({"ranks": CORES + 1}, [f"parallel.ranks = {CORES + 1}; limit: {CORES} CPU cores; remedy: set"]),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit(config: Path, stage: str, layout: dict[str, int], fragments: list[str]) -> None:
+    found = wrong(config, *(f"{stage}.parallel.{key}={value}" for key, value in layout.items()))
+    assert found
+    assert all(line.startswith("layouts | ") and stage in line for line in found)
+    for fragment in fragments:
+        assert any(fragment in line for line in found), f"{fragment!r} not in {found}"
+
+
+def test_layouts_that_fit(config: Path) -> None:
+    found = checks.layouts(load_config(config, [f"{stage}.parallel.{key}=2" for stage in ("sft", "distill") for key in ("ranks", "tensor", "expert")]))
+    assert all(isinstance(finding, str) for finding in found) or CORES < 2
+
+
+def other_tokenizer(folder: Path) -> None:
+    path = folder / "student" / "tokenizer.json"
+    table = json.loads(path.read_text())
+    vocabulary = table["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(table))
+
+
+def small_vocabulary(folder: Path) -> None:
+    for role in ("teacher", "student"):
+        edit_json(folder / role / "config.json", vocab_size=16)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def without_a_tensor(folder: Path) -> None:
+    path = folder / "student" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path)
+
+
+SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
+    (lambda folder: shutil.rmtree(folder / "student"), ["student | ", "models.student: no such folder"]),
+    (lambda folder: (folder / "student" / "config.json").unlink(), ["student | ", "student/config.json: no such file"]),
+    (lambda folder: cut(folder / "teacher" / "config.json"), ["teacher | ", "teacher/config.json: cannot be read"]),
+    (lambda folder: (folder / "teacher" / "config.json").write_text("[]"), ["teacher | ", "teacher/config.json"]),
+    (
+        lambda folder: edit_json(folder / "student" / "config.json", model_type="gpt2"),
+        ["student | ", "model_type 'gpt2' is not supported; limit: one of"],
+    ),
+    (lambda folder: edit_json(folder / "teacher" / "config.json", max_position_embeddings=64), ["context | ", "context_length = 128; limit:", "teacher: 64"]),
+    (lambda folder: (folder / "teacher" / "model.safetensors").unlink(), ["teacher | ", "teacher/model.safetensors: no such file"]),
+    (lambda folder: cut(folder / "teacher" / "model.safetensors"), ["teacher | ", "teacher/model.safetensors: damaged"]),
+    (lambda folder: cut(folder / "student" / "model.safetensors", to=0.0), ["student | ", "student/model.safetensors: damaged"]),
+    (without_a_tensor, ["student | ", "1 tensors missing, e.g. model.norm.weight"]),
+    (lambda folder: edit_json(folder / "student" / "config.json", num_hidden_layers=4), ["student | ", "tensors missing, e.g. model.layers.3."]),
+    (lambda folder: edit_json(folder / "student" / "config.json", moe_intermediate_size=96), ["student | ", "config.json says"]),
+    (other_tokenizer, ["tokenizers | ", "tokenizer of the student", "differs from the teacher's; limit: sha256 of tokenizer.json"]),
+    (small_vocabulary, ["tokenizers | ", "the tokenizer of the teacher has 32 tokens; limit: vocab_size of config.json: 16"]),
+    (lambda folder: (folder / "teacher" / "tokenizer.json").unlink(), ["tokenizers | ", "teacher: no tokenizer.json"]),
+    (lambda folder: cut(folder / "student" / "tokenizer.json"), ["tokenizers | ", "student: tokenizer cannot be loaded"]),
+    (lambda folder: cut(folder / "student" / "tokenizer_config.json"), ["tokenizers | ", "student"]),
+    (lambda folder: edit_json(folder / "teacher" / "generation_config.json", eos_token_id=99), ["tokenizers | ", "end token 99 of the teacher; limit"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "fragments"), SPOILED, ids=[fragments[-1][:50] for _, fragments in SPOILED])
+def test_a_spoiled_model(config: Path, spoil: Callable[[Path], object], fragments: list[str]) -> None:
+    spoil(config.parent)
+    found = wrong(config)
+    assert any(all(fragment in line for fragment in fragments) for line in found), found
+
+
+QUESTION = {"prompt_id": "a", "question": "81+06=?", "answer": "87"}
+OTHER = {"prompt_id": "b", "question": "11+06=?", "answer": "17"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "fragments"),
+    [
+        ([], ["the prompt set is empty"]),
+        ([QUESTION, {**OTHER, "prompt_id": "a"}], ["eval.jsonl:2: duplicate prompt_id 'a', first on line 1"]),
+        ([QUESTION, {**OTHER, "question": "1+" * 100}], ["prompt 'b' has", "leaves no room for a response; limit: fewer than 128 (sglang.context_length)"]),
+        ([QUESTION, {"prompt_id": "b", "question": "11+06=?"}], ["eval.jsonl:2: prompt 'b' has no answer"]),
+        ([QUESTION, {"prompt_id": 7, "question": "x"}], ["eval.jsonl:2: prompt_id is 7"]),
+        ([{**QUESTION, "question": "Was ist das?"}], ["prompt 'a' cannot be rendered"]),
+    ],
+    ids=lambda value: value[-1][:40] if value and isinstance(value[-1], str) else None,
+)
+def test_a_prompts_file_that_cannot_be_used(config: Path, rows: list[dict[str, Any]], fragments: list[str]) -> None:
+    write_prompts(config.parent / "eval.jsonl", rows)
+    (line,) = wrong(config, 'prompts.eval={file="eval.jsonl"}')
+    assert line.startswith("prompts | prompts.eval: ")
+    for fragment in fragments:
+        assert fragment in line
+
+
+def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
+    write_prompts(config.parent / "eval.jsonl", [QUESTION])
+    write_prompts(config.parent / "opd.jsonl", [OTHER, {**QUESTION, "prompt_id": "other name, same question"}])
+    (line,) = wrong(config, 'prompts.eval={file="eval.jsonl"}', 'prompts.opd={file="opd.jsonl"}')
+    assert "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, first 'other name, same question'" in line
+    assert wrong(config, 'prompts.eval={file="eval.jsonl"}') == [], "the control"
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("task.name=arithmetic", "task.name: unknown task 'arithmetic'; remedy: the nearest known one is register_arithmetic"),
+        ("task.options.num_operation=3", "no option num_operation; remedy: the nearest known one is num_operations"),
+        ("task.options.num_operations=99", "task.options.num_operations"),
+        ("prompts.sft={seed=1}", "prompts.sft: a prompt set has neither file nor num_prompts"),
+        ("prompts.sft.seed=999", "seed 999 of generated prompts; limit: 0 to 255"),
+    ],
+)
+def test_a_task_or_prompt_set_that_does_not_exist(config: Path, override: str, fragment: str) -> None:
+    assert any(fragment in line for line in wrong(config, override))
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_port_that_is_taken_matters_to_the_stages_that_serve(config: Path, lopd: Lopd, listening: int, nothing_starts: StandIns) -> None:
+    (line,) = wrong(config, f"sglang.port={listening}")
+    assert f"server | 127.0.0.1: sglang.port = {listening} is taken; remedy: leave sglang.port out" in line
+    for verb in ("run", "demonstrate"):
+        lopd(verb, config, f"sglang.port={listening}").refused(f"sglang.port = {listening} is taken")
+    lopd("export", config, f"sglang.port={listening}").refused("export needs distill, which is absent")
+    assert not nothing_starts.started
+
+
+def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    for override, fragment in (
+        ("run.dir=file", "run.dir: a file is in the way"),
+        ("run.dir=file/run", "run.dir: a file is in the way"),
+        ("run.dir=full", "run.dir holds files that no run made, first 'thesis.tex'"),
+        ("run.dir=.", "run.dir holds files that no run made, first 'config.toml'"),
+        ("export.dir=file", "export.dir: a file is in the way"),
+        ("export.dir=full", "holds files that are not ours (no lopd.json) and would be replaced"),
+    ):
+        found = wrong(config, override)
+        assert len(found) == 1, found
+        assert fragment in found[0]
+    (tmp_path / "empty").mkdir()
+    assert wrong(config, "run.dir=empty", "export.dir=empty/export") == [], "the control"
+
+
+def test_demonstrations_from_elsewhere(config: Path) -> None:
+    assert any("demonstrations | " in line and "absent: no manifest.json" in line for line in wrong(config, "sft.demonstrations=absent"))
+
+
+def test_too_little_room(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))  # type: ignore[attr-defined]
+    (line,) = wrong(config)
+    assert line.startswith("disk | ")
+    assert "0.00 GiB free; limit: about 0.0" in line
+
+
+def test_every_check_belongs_to_stages_that_exist() -> None:
+    assert checks.ALL_STAGES == STAGES
+    for name, (_, stages) in checks.CHECKS.items():
+        assert set(stages) <= set(STAGES), name
+
+
+def test_one_failing_check_keeps_no_other_from_running(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: object) -> NoReturn:
+        raise LopdError("broken", where="here", remedy="mend it")
+
+    monkeypatch.setitem(checks.CHECKS, "teacher", (failing, STAGES))
+    names = [name for name, _ in checks.check(load_config(config))]
+    assert names[0] == "teacher"
+    assert set(names) >= {"layouts", "prompts", "disk"}
