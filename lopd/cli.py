@@ -14,17 +14,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lopd import __version__
-from lopd.audit_cli import audit
-from lopd.cache_cli import app as cache_app
 from lopd.config import Config, InvalidConfig, known_keys, load_config, nearest_key
 from lopd.errors import EXIT_CODE, ConfigError, LopdError
-from lopd.evaluate_cli import EPILOG as EVALUATE_EPILOG
-from lopd.evaluate_cli import evaluate
-from lopd.launch_cli import launch, with_place
-from lopd.parity_cli import parity
-from lopd.plan_cli import plan
-from lopd.prepare_cli import doctor, fetch
-from lopd.prompts_cli import app as prompts_app
+from lopd.verbs.audit import audit
+from lopd.verbs.cache import app as cache_app
+from lopd.verbs.evaluate import EPILOG as EVALUATE_EPILOG
+from lopd.verbs.evaluate import evaluate
+from lopd.verbs.launch import launch, with_place
+from lopd.verbs.parity import parity
+from lopd.verbs.plan import plan
+from lopd.verbs.prepare import doctor, fetch
+from lopd.verbs.prompts import app as prompts_app
 
 _EPILOG = "First steps:  lopd check CONFIG,  then  lopd run CONFIG.   An example: examples/tiny_moe.toml.   Every knob: lopd knobs"
 app = typer.Typer(

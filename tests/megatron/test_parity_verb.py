@@ -18,8 +18,8 @@ from lopd.cli import app
 from lopd.config import load_config
 from lopd.errors import ConfigError
 from lopd.parity import agreement
-from lopd.parity_cli import compare
 from lopd.records import Response, TeacherScores, token_hash
+from lopd.verbs.parity import compare
 from tests.megatron.test_scorer import of_transformers, requests_of
 from tests.models import write_qwen3_moe
 

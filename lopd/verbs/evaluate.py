@@ -10,7 +10,7 @@ import typer
 
 from lopd.config import config_from, load_config
 from lopd.errors import ConfigError, LopdError
-from lopd.launch_cli import Node, follows
+from lopd.verbs.launch import Node, follows
 
 if TYPE_CHECKING:
     from lopd.config import Config
