@@ -7,9 +7,7 @@ import json
 import os
 import re
 import secrets
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,9 +19,11 @@ import httpx
 from lopd.config import SGLangSection
 from lopd.errors import EngineError
 from lopd.processes import GuardedProcess, free_port, last_lines, port_taken
+from sglang_rollout.addresses import interface_of
 from sglang_rollout.arguments import check_extra_args, check_host, scrubbed, server_arguments
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
 from sglang_rollout.launch import KEY_VARIABLE
+from sglang_rollout.scratch import Scratch
 from sglang_rollout.supervision import Activity, Watcher, remembered_weights
 
 __all__ = ["SGLangServer", "check_extra_args"]
@@ -31,7 +31,6 @@ __all__ = ["SGLangServer", "check_extra_args"]
 _POLL_S, _PROBE_TIMEOUT_S = 0.05, 30.0
 _PORT_ATTEMPTS = 3  # a free port can be taken by another program in the seconds until the server listens
 _START_LINE = "--- starting"  # in the log, before what a server writes
-_SCRATCH_PATH_MAX = 80  # bytes; a Unix socket's path may have 107, and SGLang puts sockets of random names into its TMPDIR
 _ERROR_LINE = re.compile(r"^(?:\[[^]]*\] )?(?:[\w.]*(?:Error|Exception|Interrupt)\b: ?.*|.*\bOut of memory\b.*)")
 
 
@@ -62,7 +61,7 @@ class SGLangServer:
         self.port = 0
         self._version: str | None = None  # of weights that are not those of model_dir
         self._process: GuardedProcess | None = None
-        self._scratch: str | None = None
+        self._scratch: Scratch | None = None
         self._healthy = False
         self._changing = threading.Lock()  # a process is begun or ended
         self._watcher = Watcher(self, restarts=settings.restarts, hang_timeout_s=settings.hang_timeout_s, tell=tell)
@@ -138,7 +137,7 @@ class SGLangServer:
                 self._process.stop(grace_s=0.5)  # it has nothing to save; on SIGTERM it would wait 5 s for a GPU to settle
                 self._process = None
             if self._scratch is not None:
-                shutil.rmtree(self._scratch, ignore_errors=True)
+                self._scratch.remove()
                 self._scratch = None
 
     def relaunch(self) -> None:
@@ -225,23 +224,23 @@ class SGLangServer:
         with self._changing:
             if self._watcher.stopping:
                 raise EngineError(f"the {self.name} server was stopped", where=str(self.log))
-            self._scratch = scratch_folder()
+            self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:
                 output.write(f"{_START_LINE} the {self.name} server on port {self.port}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
                 output.flush()
-                self._process = GuardedProcess(self.command, env=self._environment(self._scratch), output=output)
+                self._process = GuardedProcess(self.command, env=self._environment(self._scratch.path), output=output)
         self._wait_until_healthy(progress)
         self._healthy = True
 
     def _client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, trust_env=False)
 
-    def _environment(self, scratch: str) -> Mapping[str, str]:
+    def _environment(self, scratch: Path) -> Mapping[str, str]:
         environment = {
             **os.environ,
             KEY_VARIABLE: self.api_key,
-            "TMPDIR": scratch,  # SGLang leaves its sockets behind
+            "TMPDIR": str(scratch),  # SGLang leaves its sockets behind
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{scratch}/rendezvous",  # torch's own TCP rendezvous listens on every interface
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
@@ -249,7 +248,8 @@ class SGLangServer:
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # log-probabilities at temperature 1, whatever the sampling temperature
         }
         if not _has_gpu():
-            environment.update(cpu_environment(self.settings.tensor))
+            host = self.settings.host  # a trainer of another machine, which reaches the server there, also broadcasts its weights to it
+            environment.update(cpu_environment(self.settings.tensor, "lo" if ipaddress.ip_address(host).is_unspecified else interface_of(host)))
         return environment
 
     def _wait_until_healthy(self, progress: Callable[[float], None] | None) -> None:
@@ -288,15 +288,6 @@ def _has_gpu() -> bool:
     import torch  # here: `lopd check` needs this module and not the second it takes to import torch
 
     return torch.cuda.is_available()
-
-
-def scratch_folder() -> str:
-    """A new private folder for a server's sockets and temporary files: in TMPDIR, or in /tmp where TMPDIR is too long a path for a socket."""
-    folder = tempfile.mkdtemp(prefix="lopd-sglang-")
-    if len(os.fsencode(folder)) <= _SCRATCH_PATH_MAX:
-        return folder
-    os.rmdir(folder)
-    return tempfile.mkdtemp(prefix="lopd-sglang-", dir="/tmp")
 
 
 def lasting_port() -> int:

@@ -33,7 +33,7 @@ from typing import Any, cast
 
 import torch
 
-from sglang_rollout import served_weights
+from sglang_rollout import load_files, served_weights
 from sglang_rollout.cpu.kernels import decode_attention, with_enough_rows
 
 OURS = "LOPD_SERVER"  # environment variable: this is a server that lopd started
@@ -49,7 +49,8 @@ def on_cpu() -> bool:
 def activate() -> None:
     """Apply the changes above; nothing unless the environment says that the server runs on a CPU. RuntimeError: upstream has moved.
 
-    In a server that lopd started, on a GPU too, it can then tell fingerprints of its weights (sglang_rollout.served_weights).
+    In a server that lopd started, on a GPU too, it can then tell fingerprints of its weights (sglang_rollout.served_weights), and leaves no file in /dev/shm
+    (sglang_rollout.load_files).
     """
     global _active
     if _active:
@@ -63,6 +64,7 @@ def activate() -> None:
         _load_while_receiving()
     if os.environ.get(OURS) == "1":
         served_weights.install()
+        load_files.install()
     _active = True
 
 

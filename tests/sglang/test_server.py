@@ -22,7 +22,8 @@ from lopd.errors import ConfigError, EngineError
 from lopd.processes import group_alive
 from sglang_rollout.arguments import known_fields
 from sglang_rollout.client import SGLangEngine
-from sglang_rollout.server import SGLangServer, check_extra_args, lasting_port, log_summary, scratch_folder
+from sglang_rollout.scratch import remove_orphans
+from sglang_rollout.server import SGLangServer, check_extra_args, lasting_port, log_summary
 from tests.models import EOS_ID
 from tests.sglang.conftest import sampling, sampling_requests, settings
 
@@ -46,18 +47,6 @@ def gone_within(group: int, seconds: float) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-def test_sockets_get_a_short_path_where_tmpdir_is_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", "/tmp")
-    short = scratch_folder()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 80)))
-    (tmp_path / ("x" * 80)).mkdir()
-    long = scratch_folder()
-    for folder in (short, long):
-        assert folder.startswith("/tmp/lopd-sglang-")
-        os.rmdir(folder)
-    assert not list((tmp_path / ("x" * 80)).iterdir())
 
 
 # --- extra_args ------------------------------------------------------------------------------------------------------------------------------------
@@ -229,7 +218,7 @@ def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
     monkeypatch.setattr("tempfile.tempdir", scratch)
     with SGLangServer(student_dir, settings(context_length=500, max_running_requests=8), log=tmp_path / "log") as server:
         group = server.group_id
-        assert list(Path(scratch).glob("lopd-sglang-*"))
+        assert list(Path(scratch).glob("lopd-sglang-*/sglang_loads_*"))
         engine = SGLangEngine(server.url, server.api_key, server.settings, server=server)
         long = sampling(max_new_tokens=480, stop_token_ids=(EOS_ID,))
         responses = engine.generate(sampling_requests(200), long)
@@ -246,7 +235,8 @@ def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
     os.rmdir(scratch)  # nothing is left in it
 
 
-def test_a_server_ends_with_its_parent_even_at_kill_9(student_dir: Path, tmp_path: Path) -> None:
+def test_a_server_ends_with_its_parent_even_at_kill_9(student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tempfile.mkdtemp(dir="/tmp")
     code = f"""
         import time
         from pathlib import Path
@@ -257,10 +247,15 @@ def test_a_server_ends_with_its_parent_even_at_kill_9(student_dir: Path, tmp_pat
             time.sleep(600)
     """
     root = Path(__file__).parents[2]
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=root)
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, "TMPDIR": scratch})
     assert parent.stdout is not None
     group = int(parent.stdout.readline())
     assert len(members(group)) >= 3
+    monkeypatch.setattr("tempfile.tempdir", scratch)
+    remove_orphans()  # what the next server does: this one is still there
+    assert list(Path(scratch).glob("lopd-sglang-*/sglang_loads_*"))
     parent.kill()
     parent.wait()
     assert gone_within(group, 5)
+    remove_orphans()
+    os.rmdir(scratch)  # nothing is left in it
