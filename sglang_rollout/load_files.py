@@ -22,4 +22,4 @@ def install() -> None:
     def shm_path_for(ipc_name: str) -> str:
         return str(Path(os.environ["TMPDIR"]) / Path(original(ipc_name)).name)
 
-    module.shm_path_for = shm_path_for
+    module.shm_path_for = shm_path_for  # type: ignore[attr-defined]
