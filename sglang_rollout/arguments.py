@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lopd.config import SGLangSection
+from lopd.config import SGLangSection, SyncSection
 from lopd.errors import ConfigError, EngineError
+from sglang_rollout.addresses import check_reach
 
 _OURS = {  # field of ServerArgs -> the key of ours that sets it
     "model_path": "models.teacher and models.student",
@@ -66,11 +67,12 @@ def server_arguments(model_dir: Path, settings: SGLangSection, port: int, *, ver
     return arguments
 
 
-def check_settings(settings: SGLangSection) -> None:
-    """ConfigError: what can be found wrong with the section before a server is started or asked."""
+def check_settings(settings: SGLangSection, sync: SyncSection) -> None:
+    """ConfigError: what can be found wrong with the sections before a server is started or asked."""
     check_extra_args(settings.extra_args)
     check_host(settings.host)
     check_urls(settings)
+    check_reach(sync, settings.student_urls)
 
 
 def check_urls(settings: SGLangSection) -> None:

@@ -20,6 +20,7 @@ from lopd.config import SGLangSection
 from lopd.errors import EngineError
 from lopd.processes import GuardedProcess, free_port, last_lines, port_taken
 from sglang_rollout.addresses import interface_of
+from sglang_rollout.addresses import interface_of
 from sglang_rollout.arguments import check_extra_args, check_host, scrubbed, server_arguments
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
 from sglang_rollout.launch import KEY_VARIABLE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -54,6 +55,11 @@ class SyncSection(Section):
         description="disk: a folder; tensor: memory shared on the host (CUDA IPC on a GPU); distributed: broadcast (NCCL, gloo).",
         json_schema_extra=SPEED_ONLY,
     )
+    host: str = Field(
+        default="127.0.0.1",
+        description="Where servers join a broadcast: an IPv4 address of the trainer's first machine; auto: the one towards them. Unencrypted.",
+        json_schema_extra=SPEED_ONLY,
+    )
     bucket_bytes: int = Field(
         default=512 * 2**20, ge=2**10, description="Weights that are gathered and sent at a time: bounds the extra memory.", json_schema_extra=SPEED_ONLY
     )
@@ -74,6 +80,13 @@ class SyncSection(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> SyncSection:
+        if self.host != "auto":
+            try:
+                known = not ipaddress.IPv4Address(self.host).is_unspecified  # servers are told the address: 0.0.0.0 says nothing
+            except ValueError:
+                known = False
+            if not known:
+                raise ValueError(f'host = "{self.host}" is no IPv4 address of this machine: name one, or auto')
         if self.transport != "disk" and self.running_requests == "finish":
             raise ValueError(f'"finish" needs transport = "disk": by {self.transport}, new requests would meet a mixture of versions between two buckets')
         if self.transport == "disk" and self.delta:

@@ -29,8 +29,8 @@ def cpu_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, **needed}
 
 
-def cpu_environment(num_workers: int) -> dict[str, str]:
-    """Environment of a server on a CPU. num_workers: its tensor-parallel size.
+def cpu_environment(num_workers: int, interface: str = "lo") -> dict[str, str]:
+    """Environment of a server on a CPU. num_workers: its tensor-parallel size. interface: of its collectives, weight syncs among them.
 
     One thread for each worker: with more, torch splits attention by how much there is to do, and a response would depend on its neighbours. Small models
     are not faster with two.
@@ -39,7 +39,7 @@ def cpu_environment(num_workers: int) -> dict[str, str]:
         "SGLANG_USE_CPU_ENGINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # tensor-parallel workers talk over loopback
+        "GLOO_SOCKET_IFNAME": interface,
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # memory for incoming weights is used again, not given back and faulted in anew for every bucket
         "MALLOC_TRIM_THRESHOLD_": str(2**30),
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile of one small sampling function costs 13 s at the first request, and a C++ compiler

@@ -40,7 +40,7 @@ def build_receiver(
             verification=verification,
             remember=partial(remember_weights, weights_file) if weights_file is not None else None,
         )
-    in_place = TensorWeightReceiver if settings.transport == "tensor" else DistributedWeightReceiver
+    in_place = TensorWeightReceiver if settings.transport == "tensor" else partial(DistributedWeightReceiver, host=settings.host)
     return in_place(
         engines,
         template_dir,

@@ -1,18 +1,17 @@
 """Weights by broadcast from the trainer's rank 0 into every rank of the servers: NCCL between GPUs, gloo on a CPU. Nothing is pickled.
 
-A sync has a process group of its own: a server that was restarted, or a group that broke, is then nothing special. Its rendezvous listens on loopback only, so
-trainer and servers are on one host. NCCL wants every rank on a GPU of its own: where trainer and server share one, the transport is "tensor".
+A sync has a process group of its own: a server that was restarted, or a group that broke, is then nothing special. Its ranks meet on loopback, or where
+sync.host says (sglang_rollout/addresses.py). NCCL wants every rank on a GPU of its own: where trainer and server share one, the transport is "tensor".
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -23,25 +22,36 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from lopd.errors import EngineError
+from sglang_rollout.addresses import LOOPBACK, gloo_on, interface_of, meeting_address
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, nbytes, started
 
-_LOOPBACK = "127.0.0.1"
 _LEAVING_TIMEOUT_S = 10.0
-_POLL_S = 0.01
+_POLL_S = 0.002
+_BROADCAST = "broadcast"
 
 
 class DistributedWeightReceiver(InPlaceReceiver):
-    """Every tensor is broadcast from where it lies. Extra memory: none here; in each rank of a server one bucket."""
+    """Every tensor is broadcast from where it lies, while the next bucket is gathered. Extra memory: one bucket here, the one before; in a server's rank one,
+    or on a CPU none for the tensors that it holds whole.
+    """
 
     transport = "distributed"
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(self, *arguments: Any, host: str = LOOPBACK, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self._host, self._address, self._interface = host, LOOPBACK, "lo"
         self._group: Any = None
         self._group_name = ""
         self._servers_wait = False  # in a broadcast: they hear nothing else
+        self._under_way: dict[str, Future[Any]] = {}  # of the newest bucket: the servers' answers and the broadcast
+
+    def begin(self, version: str) -> None:
+        """As InPlaceReceiver. ConfigError: sync.host is no address of this machine."""
+        self._address = meeting_address(self._host, [engine.url for engine in self._engines])
+        self._interface = interface_of(self._address)  # before any request is held back
+        super().begin(version)
 
     def _join(self) -> None:
         """Form the group. EngineError: a server refuses or dies, or it does not stand within the timeout."""
@@ -52,14 +62,14 @@ class DistributedWeightReceiver(InPlaceReceiver):
             offsets.append(world_size)
             world_size += ranks
         timeout = datetime.timedelta(seconds=self._timeout_s)
-        store, port = _store_on_loopback(world_size, timeout)
-        body = {"master_address": _LOOPBACK, "master_port": port, "backend": backend, "group_name": self._group_name, "world_size": world_size}
+        store, port = _store_at(self._address, world_size, timeout)
+        body = {"master_address": self._address, "master_port": port, "backend": backend, "group_name": self._group_name, "world_size": world_size}
         joining = {
             engine.url: started(partial(self._call, engine, "/init_weights_update_group", {**body, "rank_offset": offset}))
             for engine, offset in zip(self._engines, offsets, strict=True)
         }
         _await_ranks(store, world_size if backend == "gloo" else 1, joining, self._timeout_s)
-        self._group = _form_group(backend, store, world_size, self._group_name, timeout)
+        self._group = _form_group(backend, store, world_size, self._group_name, timeout, self._interface)
         finished(joining, self._timeout_s)
 
     def _send(self, bucket: Bucket) -> None:
@@ -71,21 +81,29 @@ class DistributedWeightReceiver(InPlaceReceiver):
             "flush_cache": False,
         }
         tensors = [tensor.detach().contiguous() for _, tensor in bucket]
-        copied = nbytes(tensor for tensor, (_, given) in zip(tensors, bucket, strict=True) if tensor.data_ptr() != given.data_ptr())
-        self.report.extra_bytes = max(self.report.extra_bytes, copied)
+        self.report.extra_bytes = max(self.report.extra_bytes, nbytes(tensors))
+        former = self._under_way
+        broadcast: Future[Any] = started(partial(_broadcast, self._group, tensors, former.get(_BROADCAST)))
         taking = {engine.url: started(partial(self._call, engine, "/update_weights_from_distributed", body)) for engine in self._engines}
-        broadcast: Future[Any] = started(partial(_broadcast, self._group, tensors))
+        self._under_way = {**taking, _BROADCAST: broadcast}
+        self._await(former)
+
+    def _settle(self) -> None:
+        self._await(self._under_way)
+        self._under_way = {}
+
+    def _await(self, futures: Mapping[str, Future[Any]]) -> None:
         try:
-            finished({**taking, "broadcast": broadcast}, self._timeout_s + 10)
+            finished(futures, self._timeout_s + 10)
         except EngineError:
-            self._servers_wait = not all(future.done() for future in taking.values())
+            self._servers_wait = True  # if not for this bucket, for the next
             raise
 
     def _call(self, engine: SGLangEngine, path: str, body: dict[str, Any]) -> Any:
         return engine.call("POST", path, body, timeout_s=self._timeout_s)
 
     def _leave(self) -> None:
-        group, self._group = self._group, None
+        group, self._group, self._under_way = self._group, None, {}
         if group is None:
             return
         if not self._servers_wait:  # else the end of the connection frees them
@@ -97,14 +115,14 @@ class DistributedWeightReceiver(InPlaceReceiver):
             dist.destroy_process_group(group)
 
 
-def _store_on_loopback(world_size: int, timeout: datetime.timedelta) -> tuple[Any, int]:
+def _store_at(address: str, world_size: int, timeout: datetime.timedelta) -> tuple[Any, int]:
     """Where the ranks find each other, and its port. torch's own way of making one would listen on every interface."""
     listener = socket.socket()
-    listener.bind((_LOOPBACK, 0))
+    listener.bind((address, 0))
     listener.listen()
     port = listener.getsockname()[1]
     torch_distributed: Any = dist
-    return torch_distributed.TCPStore(_LOOPBACK, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()), port
+    return torch_distributed.TCPStore(address, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()), port
 
 
 def _await_ranks(store: Any, num_keys: int, joining: Mapping[str, Future[Any]], timeout_s: float) -> None:
@@ -122,12 +140,12 @@ def _await_ranks(store: Any, num_keys: int, joining: Mapping[str, Future[Any]], 
         time.sleep(_POLL_S)
 
 
-def _form_group(backend: str, store: Any, world_size: int, name: str, timeout: datetime.timedelta) -> Any:
+def _form_group(backend: str, store: Any, world_size: int, name: str, timeout: datetime.timedelta, interface: str) -> Any:
     """The group in which this process is rank 0, made as SGLang's servers make theirs. EngineError: a server is lost on the way."""
     torch_distributed: Any = dist
     helper: Any = distributed_c10d
     try:
-        with _gloo_on_loopback():
+        with gloo_on(interface):
             prefixed = torch_distributed.PrefixStore(name, store)
             group, _ = helper._new_process_group_helper(world_size, 0, [], dist.Backend(backend), prefixed, group_name=name, timeout=timeout)
     except RuntimeError as error:
@@ -137,8 +155,10 @@ def _form_group(backend: str, store: Any, world_size: int, name: str, timeout: d
     return group
 
 
-def _broadcast(group: Any, tensors: list[Tensor]) -> None:
-    """EngineError: a server's rank did not take them within the group's timeout, or is gone."""
+def _broadcast(group: Any, tensors: list[Tensor], after: Future[Any] | None) -> None:
+    """Once the one before has ended. EngineError: a server's rank did not take them within the group's timeout, or is gone."""
+    if after is not None:
+        after.result()
     try:
         for work in [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in tensors]:
             work.wait()
@@ -146,20 +166,6 @@ def _broadcast(group: Any, tensors: list[Tensor]) -> None:
             torch.cuda.synchronize(tensors[0].device)
     except RuntimeError as error:
         raise EngineError(f"the broadcast to the servers broke off ({_first_line(error)})", limit="sync.timeout_s", remedy="see the servers' logs") from None
-
-
-@contextlib.contextmanager
-def _gloo_on_loopback() -> Iterator[None]:
-    """gloo takes the interface from the environment when a group is made; without it, that of the host's name."""
-    before = os.environ.get("GLOO_SOCKET_IFNAME")
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["GLOO_SOCKET_IFNAME"]
-        else:
-            os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
 def _first_line(error: RuntimeError) -> str:
