@@ -17,7 +17,6 @@ from lopd.config import SGLangSection
 from lopd.errors import ConfigError, EngineError
 from lopd.records import Response, TeacherScores
 from sglang_rollout import scoring
-from sglang_rollout.checkpoint import check_same_tensors, tensor_shapes
 from sglang_rollout.connections import Connections, message_of, parsed
 from sglang_rollout.launch import KEY_VARIABLE
 from sglang_rollout.sampling import SamplingParams, SamplingRequest, generate_payload, new_tokens_allowed, read_response
@@ -25,8 +24,6 @@ from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.server import SGLangServer
 from sglang_rollout.streaming import Work, stream
 from sglang_rollout.supervision import remember_weights
-
-_BRACKETED_UPDATES_SINCE = (0, 5, 22)  # from this version on, weights change only between /begin_weight_update and /end_weight_update
 
 _REPEATABLE = frozenset({"/update_weights_from_disk", "/flush_cache"})  # doing it twice is doing it once
 _POLL_S, _NOTICED_S = 0.05, 1.0  # a death is noticed by then
@@ -45,8 +42,6 @@ class SGLangEngine:
         self.url, self.api_key, self.settings, self.server = url.rstrip("/"), api_key, settings, server
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._vocab_size = vocab_size
-        self._tensor_shapes: dict[str, tuple[int, ...]] | None = None
-        self._bracketed_updates: bool | None = None
 
     @property
     def engines(self) -> tuple[SGLangEngine, ...]:
@@ -145,25 +140,13 @@ class SGLangEngine:
         self.call("POST", "/flush_cache")
 
     def update_weights_from_disk(self, model_dir: Path, *, version: str, timeout_s: float = 300.0) -> None:
-        """Serve the weights of another checkpoint of the same architecture; requests under way end first, cached prefixes are forgotten.
+        """Serve the weights of another checkpoint of the same architecture, on each server; requests under way end first, cached prefixes are forgotten.
 
-        EngineError: other tensors than the served model's, or the server refuses (its message is given), is silent for timeout_s, or reports another
-        version. In the first two cases it serves the weights it had.
+        A server of ours that is started again will have them. EngineError: as sglang_rollout.weight_sync.load_folder.
         """
-        check_same_tensors(self._served_tensor_shapes(), model_dir)
-        body = {"model_path": str(model_dir), "weight_version": version, "flush_cache": True, "abort_all_requests": False}
-        if self._bracketed_updates is None:
-            self._bracketed_updates = self.server_version() >= _BRACKETED_UPDATES_SINCE
-        if self._bracketed_updates:
-            self.call("POST", "/begin_weight_update", {}, timeout_s=timeout_s)
-        try:
-            self.call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
-        finally:
-            if self._bracketed_updates:
-                self.call("POST", "/end_weight_update", {}, timeout_s=timeout_s)
-        reported = self.model_info()["weight_version"]
-        if reported != version:
-            raise EngineError(f"the server reports weight version {reported!r} after the update to {version!r}", where=self.url)
+        from sglang_rollout.weight_sync import load_folder  # which is built on engines
+
+        load_folder(self.engines, model_dir, version, timeout_s=timeout_s)
         if self.server is not None:
             remember_weights(self.server.weights_file, model_dir, version)
 
@@ -221,11 +204,6 @@ class SGLangEngine:
     def _client(self, timeout: httpx.Timeout) -> httpx.Client:
         tls = self.url.startswith("https:")  # without it, loading all certificates would cost every call 50 ms for nothing
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout, trust_env=False, verify=tls)
-
-    def _served_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        if self._tensor_shapes is None:  # asked once: every later checkpoint has the same
-            self._tensor_shapes = tensor_shapes(Path(self.model_info()["model_path"]))
-        return self._tensor_shapes
 
     def _served_vocab_size(self) -> int:
         if self._vocab_size is None:

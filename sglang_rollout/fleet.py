@@ -51,10 +51,6 @@ class SGLangFleet(SGLangEngine):
         """Forget every cached prefix, on each. EngineError while requests are running."""
         self._on_each(lambda engine: engine.flush_cache())
 
-    def update_weights_from_disk(self, model_dir: Path, *, version: str, timeout_s: float = 300.0) -> None:
-        """As SGLangEngine's, on all at the same time."""
-        self._on_each(lambda engine: engine.update_weights_from_disk(model_dir, version=version, timeout_s=timeout_s))
-
     def health(self) -> bool:
         """True where each generates a token within ten seconds."""
         return all(engine.health() for engine in self._engines)

@@ -89,6 +89,7 @@ def test_weights_and_calls_go_to_each(fakes: tuple[FakeServer, FakeServer], stud
     fakes[1].refuse_update = "as told"
     with pytest.raises(EngineError, match=f"{fakes[1].url}: .*as told"):
         engine.update_weights_from_disk(student_dir, version="step-4")
+    until("the other has them", lambda: fakes[0].weight_version == "step-4")  # nobody waits for it once one has refused
     with pytest.raises(EngineError, match=r"weight version 'step-3', where .* has 'step-4'"):
         engine.model_info()
 
