@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -114,16 +115,18 @@ def last_lines(path: Path, count: int = 8) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when its parent ends; holds across exec, not for children."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when its parent ends; holds across exec, not for children. parent: its process id, where this may come after its end."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _guard(command: Sequence[str]) -> int:
     pipe = int(os.environ.pop(_GUARD_FD))
     signal.signal(signal.SIGTERM, lambda *_: None)  # the group gets it too; stay until the command has ended
     signal.signal(signal.SIGINT, lambda *_: None)
-    child = subprocess.Popen(command, preexec_fn=die_with_parent)
+    child = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
 
     def watch() -> None:
         while os.read(pipe, 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +48,18 @@ def test_the_announcement_of_a_killed_run_is_not_joined(tmp_path: Path) -> None:
         return asked > 20
 
     assert await_announcement(path, done=done, interval_s=0.01) is None
-    asked = 0
-    os.utime(path)  # control: a file that changes while it is watched is
-    timer = threading.Timer(0.05, os.utime, [path, (time.time() + 5, time.time() + 5)])
-    timer.start()
+    # control: a file that changes while it is watched is
+    joined = threading.Event()
+
+    def beat() -> None:
+        while not joined.wait(0.05):
+            os.utime(path)
+
+    first_machine = threading.Thread(target=beat, daemon=True)
+    first_machine.start()
     assert await_announcement(path, done=lambda: False, interval_s=0.02) == ("10.0.0.1", 4000)
-    timer.join()
+    joined.set()
+    first_machine.join()
 
 
 def test_nothing_to_join_once_the_stage_is_done(tmp_path: Path) -> None:
@@ -64,21 +69,24 @@ def test_nothing_to_join_once_the_stage_is_done(tmp_path: Path) -> None:
 def test_a_machine_follows_every_training_of_the_stage_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first machine may be started again in the middle: two announcements are two trainings joined, at the address of each."""
     joined: list[dict[str, Any]] = []
-    ended = [threading.Event(), threading.Event()]
+    ended, withdrawn = ([threading.Event(), threading.Event()] for _ in range(2))
 
     def run_ranks(module: str, args: list[str], **about: Any) -> None:
+        number = len(joined)
         joined.append(about)
-        ended[len(joined) - 1].set()
+        ended[number].set()
+        assert withdrawn[number].wait(120), "the ranks of all machines end together"
 
     monkeypatch.setattr(training, "run_ranks", run_ranks)
     settings = TrainSection.model_validate({"parallel": {"ranks": 4, "nodes": 2}, "timeout_s": 5.0})
 
     def first_machine() -> None:
-        for port, over in zip((4000, 4001), ended, strict=True):
+        for port, over, gone in zip((4000, 4001), ended, withdrawn, strict=True):
             with announcing(tmp_path / ANNOUNCEMENT_FILE, "10.0.0.1", port):
-                assert over.wait(20)
+                assert over.wait(120)
+            gone.set()
 
-    driver = threading.Thread(target=first_machine)
+    driver = threading.Thread(target=first_machine, daemon=True)
     driver.start()
     assert training.follow(tmp_path, settings, 1, 2, done=lambda: len(joined) == 2) == 2
     driver.join()
