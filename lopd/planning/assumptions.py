@@ -40,6 +40,7 @@ class Assumptions:
     # memory of a GPU
     context_bytes: float = _say(1.0 * _GIB, "CUDA context, cuBLAS workspaces, loaded kernels")
     nccl_bytes: float = _say(1.5 * _GIB, "NCCL's buffers of a trainer with more than one rank (about 0.25 GiB a communicator)")
+    context_nccl_bytes: float = _say(0.5 * _GIB, "NCCL's buffers of context ranks, which exchange keys and values besides: two communicators more")
     fragmentation: float = _say(0.06, "share of the allocated memory that the allocator cannot use")
     expert_imbalance: float = _say(1.5, "tokens of the busiest expert rank over the mean: its activations are as many times larger")
     served_runtime_bytes: float = _say(4.0 * _GIB, "a server's CUDA context, CUDA graphs, communicators and activations")
@@ -48,12 +49,12 @@ class Assumptions:
     served_host_bytes: float = _say(8.0 * _GIB, "host memory of a server process")
     rank_host_bytes: float = _say(6.0 * _GIB, "host memory of a trainer's rank besides the offloaded optimizer and the samples")
     bytes_per_token: float = _say(6.64, "cache on disk per response token, measured on a cache of this project")
-    sample_bytes_per_token: float = _say(13, "host memory per token of the responses that a trainer's rank holds: ids, mask, two log-probabilities")
+    sample_bytes_per_token: float = _say(13, "host memory per token of the samples that a trainer's rank holds: ids, mask, two log-probabilities")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
-            above_zero = each.name not in ("extra_forward_passes", "startup_s", "fragmentation", "context_bytes", "nccl_bytes")
+            above_zero = each.name not in ("extra_forward_passes", "startup_s", "fragmentation", "context_bytes", "nccl_bytes", "context_nccl_bytes")
             is_share = each.name.endswith(("_utilisation", "_share", "_efficiency")) or each.name == "fragmentation"
             if not (value > 0 or (value == 0 and not above_zero)) or (is_share and value > 1):
                 limit = ("above 0" if above_zero else "0 or more") + (", at most 1" if is_share else "")

@@ -17,17 +17,18 @@ def disk_bytes(config: Config, parameters: int, amounts: Amounts, assumed: Assum
     A training needs no checkpoint to resume from where it saves none before its end.
     """
     checkpoints = 0.0
-    for section in (config.sft, config.distill):
+    for section in (config.distill,) if config.sft.checkpoint is not None else (config.sft, config.distill):
         saved = min((section.num_steps - 1) // section.checkpoint_every, section.keep_checkpoints + 1)
         checkpoints += saved * parameters * (CHECKPOINT_BYTES + SIZES[section.dtype])
-    demonstrations = 0.0 if config.sft.demonstrations is not None else amounts.sft_prompts * config.demonstrate.samples_per_prompt * amounts.demonstration_len
+    demonstrations = amounts.sft_prompts * config.demonstrate.samples_per_prompt * amounts.demonstration_len
     rollouts = amounts.opd_prompts * config.rollout.samples_per_prompt * amounts.rollout_len
+    made = {"demonstrations": config.sft.demonstrations is None and config.sft.checkpoint is None, "rollouts": config.distill.cache is None}
     models = 5 if config.evaluate.equal_compute_baseline else 4
     answers = amounts.eval_prompts * config.evaluate.samples_per_prompt * amounts.answer_len * models
     return {
         "checkpoints to resume from": checkpoints,
         "models": float(MODELS * parameters * SIZES[config.distill.dtype]),
-        "demonstrations": demonstrations * assumed.bytes_per_token,
-        "rollouts and cache": 2 * rollouts * assumed.bytes_per_token,
+        "demonstrations": demonstrations * assumed.bytes_per_token * made["demonstrations"],
+        "rollouts and cache": 2 * rollouts * assumed.bytes_per_token * made["rollouts"],
         "answers": answers * assumed.bytes_per_token,
     }

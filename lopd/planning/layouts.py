@@ -16,7 +16,7 @@ from lopd.megatron.architecture import layout_problems
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.hardware import Node
 from lopd.planning.models import PlannedModel
-from lopd.planning.plan import TRAINED, Plan, make_plan
+from lopd.planning.plan import TRAINED, Plan, given_stages, make_plan
 
 SERVED = ("demonstrate", "rollout", "score", "evaluate")
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, "use_precision_aware_optimizer": True}
@@ -68,7 +68,7 @@ def nearest_that_fits(
     if servers is None:
         return None
     chosen |= servers
-    for name in TRAINED:
+    for name in (stage for stage in TRAINED if stage not in given_stages(config)):
         others = {key: value for key, value in harmless.items() if not key.startswith(f"{name}.") and key not in chosen}
         live = name == "distill" and (cohost or config.distill.sync_every > 0 or config.distill.refresh.is_on)
         stages = (*SERVED, name) if live else (name,)
@@ -83,7 +83,7 @@ def nearest_that_fits(
 
 def _one_gpu() -> dict[str, Any]:
     """A layout that divides every model, for the training that is not looked at."""
-    return {"parallel.ranks": 1, "parallel.nodes": 1, "parallel.tensor": 1, "parallel.pipeline": 1, "parallel.expert": 1, "parallel.expert_tensor": 1}
+    return {f"parallel.{key}": 1 for key in ("ranks", "nodes", "tensor", "pipeline", "context", "expert", "expert_tensor")}
 
 
 def _servers(config: Config, models: Mapping[str, PlannedModel], node: Node) -> Iterator[dict[str, Any]]:
@@ -108,12 +108,13 @@ def _trainings(config: Config, models: Mapping[str, PlannedModel], node: Node, n
     sparse = student.num_experts > 0
     ranks = node.num_gpus * section.parallel.nodes
     sizes = _powers(ranks)
-    for tensor, pipeline, expert, expert_tensor in itertools.product(sizes, sizes, sizes if sparse else [1], sizes if sparse else [1]):
-        layout = {"ranks": ranks, "tensor": tensor, "pipeline": pipeline, "expert": expert, "expert_tensor": expert_tensor, "context": 1}
+    contexts = sorted({1, section.parallel.context})  # one that is asked for may stay; none is proposed, since it has never been run on a GPU
+    for tensor, pipeline, context, expert, expert_tensor in itertools.product(sizes, sizes, contexts, sizes if sparse else [1], sizes if sparse else [1]):
+        layout = {"ranks": ranks, "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert, "expert_tensor": expert_tensor}
         parallel = section.parallel.model_copy(update=layout)
-        if tensor * pipeline > ranks or expert * expert_tensor * pipeline > ranks or any(layout_problems(student, parallel)):
+        if tensor * pipeline * context > ranks or expert * expert_tensor * pipeline > ranks or any(layout_problems(student, parallel)):
             continue
-        keys = {f"{name}.parallel.{key}": value for key, value in layout.items() if key != "context"}
+        keys = {f"{name}.parallel.{key}": value for key, value in layout.items()}
         for recompute, table, servers in itertools.product(_recomputes(section), _tables(section), _servers_beside(config) if live else [{}]):
             yield {**keys, f"{name}.recompute": recompute, f"{name}.megatron": table, **servers}
 

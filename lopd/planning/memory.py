@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lopd.config import ForwardSection, SGLangSection, TrainSection
+from lopd.config import ForwardSection, ParallelSection, SGLangSection, TrainSection
 from lopd.megatron.architecture import Architecture
 from lopd.planning.activations import WORK_SHARE, layer_activations
 from lopd.planning.assumptions import Assumptions
@@ -15,6 +15,12 @@ from lopd.planning.parameters import StageParameters, parameters_by_formula
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_BLOCK = 256 * 2**20  # lopd.megatron.logprobs.BLOCK_BYTES on CUDA
 BLOCKS_AT_ONCE = 2  # a block of float32 logits and its rounded gradient, and what torch makes between
+MEMORY_TOKENS = 2**23  # lopd.stages.training_data.MEMORY_TOKENS: response tokens that a rank holds as samples; a larger artifact is read from disk by index
+KEPT_TOKENS = 2**20  # lopd.cache.reader.CacheReader's kept_tokens: what a rank then keeps decoded
+DECODED_BYTES = 30  # per kept token, measured there
+INDEX_BYTES = 40  # per response of an artifact on disk: the check that none comes twice, and the order of an epoch with its sorting
+SAMPLE_BYTES = 650  # of a sample besides what its tokens take: the objects
+RING_BUFFERS = 4  # context parallelism: keys and values that travel round the ranks while others are computed, and their gradients on the way back
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +40,22 @@ class MemoryUse:
         return sum(self.host.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Data:
+    """An artifact of responses: how many, and their mean lengths in tokens."""
+
+    responses: float
+    prompt_len: float
+    response_len: float
+
+
 # ---- the trainer ----------------------------------------------------------------------------------------------------------------------------------
 
 
 def trainer_memory(
-    arch: Architecture, settings: TrainSection, stages: list[StageParameters], assumed: Assumptions, *, samples_tokens: float = 0, engine: bool = True
+    arch: Architecture, settings: TrainSection, stages: list[StageParameters], assumed: Assumptions, *, data: Data | None = None, engine: bool = True
 ) -> MemoryUse:
-    """Of the fullest rank. stages: parameters of a rank by pipeline stage. samples_tokens: of the responses that each rank holds in host memory.
+    """Of the fullest rank. stages: parameters of a rank by pipeline stage. data: what it learns from.
 
     engine: Transformer Engine's layers (on a GPU); without, the local ones.
     """
@@ -49,10 +64,18 @@ def trainer_memory(
     here = settings.parallel.ranks // settings.parallel.nodes
     host = {
         "optimizer": sum(offloaded for _, offloaded in uses) / settings.parallel.pipeline * here,
-        "samples": samples_tokens * assumed.sample_bytes_per_token * here,
+        "samples": (sample_bytes(data, settings, assumed) if data is not None else 0.0) * here,
         "processes": here * assumed.rank_host_bytes,
     }
     return MemoryUse(gpu, host)
+
+
+def sample_bytes(data: Data, settings: TrainSection, assumed: Assumptions) -> float:
+    """Host memory of one rank for what it learns from: all of it where that is little; else the row groups read last, one step's responses, and an index."""
+    each = (data.prompt_len + data.response_len) * assumed.sample_bytes_per_token + SAMPLE_BYTES
+    if data.responses * data.response_len <= MEMORY_TOKENS:
+        return data.responses * each
+    return KEPT_TOKENS * DECODED_BYTES + settings.batch_size * each + data.responses * INDEX_BYTES
 
 
 def _stage_memory(
@@ -71,8 +94,13 @@ def _stage_memory(
     if index == len(stages) - 1:
         gpu["log-probabilities"] = logprob_bytes(arch, settings)
     gpu["fragmentation"] = assumed.fragmentation * sum(gpu.values())
-    gpu["context, NCCL"] = assumed.context_bytes + (assumed.nccl_bytes if parallel.ranks > 1 else 0)
+    gpu["context, NCCL"] = runtime_bytes(parallel, assumed)
     return gpu, on_host
+
+
+def runtime_bytes(parallel: ParallelSection, assumed: Assumptions) -> float:
+    """What a rank's process has on its GPU besides tensors; context ranks have communicators of their own."""
+    return assumed.context_bytes + (assumed.nccl_bytes if parallel.ranks > 1 else 0) + (assumed.context_nccl_bytes if parallel.context > 1 else 0)
 
 
 def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[float, float]:
@@ -97,19 +125,29 @@ def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[floa
 
 
 def activation_bytes(arch: Architecture, settings: TrainSection, stage: int, assumed: Assumptions, engine: bool) -> float:
-    """What is kept for the backward pass of the microbatches in flight (1F1B: the first stage has as many as there are stages), and one layer's work."""
-    parallel, tokens = settings.parallel, settings.max_tokens_per_microbatch
-    layer = layer_activations(arch, tensor=parallel.tensor, size=SIZES[settings.dtype], engine=engine)
+    """What is kept for the backward pass of the microbatches in flight (1F1B: the first stage has as many as there are stages), and one layer's work.
+
+    A microbatch's tokens are shared by the context ranks; in the layer whose attention runs, keys and values of the others pass through.
+    """
+    parallel, size = settings.parallel, SIZES[settings.dtype]
+    tokens = settings.max_tokens_per_microbatch / parallel.context
+    layer = layer_activations(arch, tensor=parallel.tensor, size=size, engine=engine)
     spread = assumed.expert_imbalance if parallel.expert > 1 else 1.0
     layers, in_flight = arch.num_layers // parallel.pipeline, parallel.pipeline - stage
+    ring = ring_bytes(arch, parallel, size) if parallel.context > 1 else 0.0
     if settings.recompute == "full":
-        return tokens * (layers * in_flight * layer.boundary + (1 + WORK_SHARE) * layer.kept(spread))
-    return tokens * (layers * in_flight + WORK_SHARE) * layer.kept(spread)
+        return tokens * (layers * in_flight * layer.boundary + (1 + WORK_SHARE) * layer.kept(spread) + ring)
+    return tokens * ((layers * in_flight + WORK_SHARE) * layer.kept(spread) + ring)
+
+
+def ring_bytes(arch: Architecture, parallel: ParallelSection, size: int) -> float:
+    """Per token of a context rank."""
+    return RING_BUFFERS * 2 * size * arch.num_kv_heads * arch.head_dim / parallel.tensor
 
 
 def logprob_bytes(arch: Architecture, settings: TrainSection | ForwardSection) -> float:
     """Output layer: all tokens' hidden states with their gradient in float32, blocks of logits, and the weight's gradient before it is added up."""
-    size, tensor, tokens = SIZES[settings.dtype], settings.parallel.tensor, settings.max_tokens_per_microbatch
+    size, tensor, tokens = SIZES[settings.dtype], settings.parallel.tensor, settings.max_tokens_per_microbatch / settings.parallel.context
     whole = tokens * arch.padded_vocab_size / tensor * 4
     hidden = tokens * arch.hidden_size * (size + 4 + size)
     weight_gradient = arch.padded_vocab_size / tensor * arch.hidden_size * size
@@ -122,11 +160,13 @@ def forward_memory(arch: Architecture, settings: ForwardSection, assumed: Assump
     for index, held in enumerate(stages := parameters_by_formula(arch, settings.parallel)):
         size, parallel = SIZES[settings.dtype], settings.parallel
         layer = layer_activations(arch, tensor=parallel.tensor, size=size, engine=True)
-        gpu = {"weights": float(held.total * size), "activations": settings.max_tokens_per_microbatch * layer.kept(assumed.expert_imbalance)}
+        ring = ring_bytes(arch, parallel, size) if parallel.context > 1 else 0.0
+        tokens = settings.max_tokens_per_microbatch / parallel.context
+        gpu = {"weights": float(held.total * size), "activations": tokens * (layer.kept(assumed.expert_imbalance) + ring)}
         if index == len(stages) - 1:
             gpu["log-probabilities"] = logprob_bytes(arch, settings)
         gpu["fragmentation"] = assumed.fragmentation * sum(gpu.values())
-        gpu["context, NCCL"] = assumed.context_bytes + (assumed.nccl_bytes if parallel.ranks > 1 else 0)
+        gpu["context, NCCL"] = runtime_bytes(parallel, assumed)
         uses.append(gpu)
     host = {"processes": settings.parallel.ranks * assumed.rank_host_bytes}
     return MemoryUse(max(uses, key=lambda gpu: sum(gpu.values())), host, {"gpus": settings.parallel.ranks})

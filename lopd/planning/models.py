@@ -27,8 +27,17 @@ class PlannedModel:
 
 
 def planned_models(config: Config, given: Mapping[str, Path]) -> dict[str, PlannedModel]:
-    """By role. given: config.json files (or folders with one) that win over what the configuration names. LopdError: one of them cannot be had."""
-    return {role: _planned_model(role, Path(getattr(config.models, role)), given.get(role)) for role in ROLES}
+    """By role: teacher, student, and teachers.DOMAIN of each domain with a teacher of its own.
+
+    given: config.json files (or folders with one) that win over what the configuration names. LopdError: one of them cannot be had.
+    """
+    own = {f"teachers.{domain}": _planned_model(f"teachers.{domain}", Path(folder), None) for domain, folder in config.models.teachers.items()}
+    return {**{role: _planned_model(role, Path(getattr(config.models, role)), given.get(role)) for role in ROLES}, **own}
+
+
+def teacher_roles(models: Mapping[str, PlannedModel]) -> list[str]:
+    """Of all teachers: that of the other domains, then those of a domain."""
+    return [role for role in models if role.startswith("teacher")]
 
 
 def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
@@ -40,11 +49,8 @@ def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
     if name in KNOWN_MODELS:
         table = KNOWN_MODELS[name]
         return PlannedModel(name, Architecture(**FAMILIES[table["model_type"]](table, name)), f"what is known of {name} (not downloaded)")
-    raise ConfigError(
-        f"models.{role} is not there, and its shape is not known",
-        where=str(folder),
-        remedy=f"give its config.json: lopd plan CONFIG --{role}-config FILE (or lopd fetch CONFIG)",
-    )
+    remedy = f"give its config.json: lopd plan CONFIG --{role}-config FILE (or lopd fetch CONFIG)" if role in ROLES else "name a folder with a config.json"
+    raise ConfigError(f"models.{role} is not there, and its shape is not known", where=str(folder), remedy=remedy)
 
 
 def public_name(folder: Path) -> str:

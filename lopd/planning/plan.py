@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from lopd.planning.assumptions import Assumptions
 from lopd.planning.disk import disk_bytes
 from lopd.planning.hardware import Node
 from lopd.planning.hours import Amounts, Work, baseline_steps, sampling_work, scoring_work, training_work
-from lopd.planning.memory import MemoryUse, forward_memory, server_memory, trainer_memory
-from lopd.planning.models import PlannedModel
+from lopd.planning.memory import Data, MemoryUse, forward_memory, server_memory, trainer_memory
+from lopd.planning.models import PlannedModel, teacher_roles
 from lopd.planning.parameters import CountJob, StageParameters, count_parameters, parameters_by_formula, total_and_active
 
 STAGES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate")
@@ -53,7 +53,12 @@ class Plan:
     def tight(self) -> list[str]:
         """Trainings that fit, but barely. A server's memory is what mem_fraction says, and needs no such margin."""
         limit = self.node.gpu.memory
-        return [stage for stage in TRAINED if TIGHT * limit < self.memory[stage].gpu_total <= limit]
+        return [stage for stage in self.trained if TIGHT * limit < self.memory[stage].gpu_total <= limit]
+
+    @property
+    def trained(self) -> list[str]:
+        """The trainings of this run: no sft where its student is given."""
+        return [stage for stage in TRAINED if stage in self.memory]
 
     @property
     def teacher_total(self) -> int:
@@ -72,7 +77,7 @@ def make_plan(config: Config, models: Mapping[str, PlannedModel], node: Node, as
     cohost: as standard OPD has it, teacher and student are served live beside the trainer. ConfigError: a layout does not divide the student.
     """
     student = models["student"].arch
-    for name in TRAINED:
+    for name in (stage for stage in TRAINED if stage not in given_stages(config)):
         for problem in layout_problems(student, getattr(config, name).parallel, where=f"{name}.parallel"):
             raise problem
     per_rank, (total, active) = _count(config, models, build), total_and_active(student)
@@ -83,9 +88,18 @@ def make_plan(config: Config, models: Mapping[str, PlannedModel], node: Node, as
     return Plan(config, node, models, assumed, amounts, total, active, per_rank, memory, work, disk, _problems(config, memory, disk, node))
 
 
+def given_stages(config: Config) -> set[str]:
+    """What this run does not make, because the configuration names it (lopd.pipeline leaves out the same)."""
+    given = {"demonstrate"} if config.sft.demonstrations is not None else set()
+    if config.sft.checkpoint is not None:
+        given |= {"demonstrate", "sft"}
+    return given | {"rollout", "score"} if config.distill.cache is not None else given
+
+
 def _count(config: Config, models: Mapping[str, PlannedModel], build: bool) -> dict[str, list[StageParameters]]:
     student = models["student"].arch
-    layouts = {name: getattr(config, name).parallel for name in TRAINED}
+    # context ranks hold the same parameters, and build only where Transformer Engine is
+    layouts = {name: getattr(config, name).parallel.model_copy(update={"context": 1}) for name in TRAINED if name not in given_stages(config)}
     if not build:
         return {name: parameters_by_formula(student, layout) for name, layout in layouts.items()}
     counted = count_parameters([CountJob(student, layout) for layout in layouts.values()])
@@ -112,31 +126,34 @@ def _memory(
     def server(role: str, mean_len: float, scoring: bool = False) -> MemoryUse:
         return _server(config, models[role], node, assumed, amounts.prompt_len + mean_len, scoring)
 
-    def trainer(name: str, tokens: float) -> MemoryUse:
-        return trainer_memory(student, getattr(config, name), per_rank[name], assumed, samples_tokens=tokens)
+    def trainer(name: str, responses: float, mean_len: float) -> MemoryUse:
+        return trainer_memory(student, getattr(config, name), per_rank[name], assumed, data=Data(responses, amounts.prompt_len, mean_len))
 
-    def scorer() -> MemoryUse:
+    def scorer(role: str) -> MemoryUse:
         if config.score.engine == "megatron":
-            return forward_memory(models["teacher"].arch, config.score.forward, assumed)
-        return server("teacher", amounts.rollout_len, scoring=True)
+            return forward_memory(models[role].arch, config.score.forward, assumed)
+        return server(role, amounts.rollout_len, scoring=True)
 
-    demonstrations = amounts.sft_prompts * config.demonstrate.samples_per_prompt * amounts.demonstration_len
-    rollouts = amounts.opd_prompts * config.rollout.samples_per_prompt * amounts.rollout_len
-    uses = {
-        "demonstrate": server("teacher", amounts.demonstration_len),
-        "sft": trainer("sft", demonstrations),
-        "rollout": server("student", amounts.rollout_len),
-        "score": scorer(),
-        "distill": trainer("distill", rollouts),
-        "evaluate": max((server(role, amounts.answer_len, scoring=role == "teacher") for role in models), key=lambda use: use.gpu_total),
+    def fullest(uses: Iterable[MemoryUse]) -> MemoryUse:
+        return max(uses, key=lambda use: (round(use.gpu_total / 2**20), use.gpu["weights"]))  # of servers that fill the same share, that of least KV cache
+
+    teachers, made = teacher_roles(models), {stage for stage in STAGES if stage not in given_stages(config)}
+    demonstrations, rollouts = amounts.sft_prompts * config.demonstrate.samples_per_prompt, amounts.opd_prompts * config.rollout.samples_per_prompt
+    ways: dict[str, Callable[[], MemoryUse]] = {
+        "demonstrate": lambda: fullest(server(role, amounts.demonstration_len) for role in teachers),  # one after the other
+        "sft": lambda: trainer("sft", demonstrations, amounts.demonstration_len),
+        "rollout": lambda: server("student", amounts.rollout_len),
+        "score": lambda: fullest(scorer(role) for role in teachers),
+        "distill": lambda: trainer("distill", rollouts, amounts.rollout_len),
+        "evaluate": lambda: fullest(server(role, amounts.answer_len, scoring=role == "teacher") for role in ("teacher", "student")),
     }
+    uses = {stage: way() for stage, way in ways.items() if stage in made}
     refresh = config.distill.refresh
     live = ["student"] if config.distill.sync_every > 0 or refresh.is_on or cohost else []
     live += ["teacher"] if refresh.is_on or cohost else []
-    if config.sft.demonstrations is not None:
-        del uses["demonstrate"]
     for role in live:
-        uses["distill"] = _beside(uses["distill"], server(role, amounts.rollout_len, scoring=role == "teacher"), role)
+        beside = server("student", amounts.rollout_len) if role == "student" else fullest(server(one, amounts.rollout_len, scoring=True) for one in teachers)
+        uses["distill"] = _beside(uses["distill"], beside, role)
     return uses
 
 
@@ -154,7 +171,7 @@ def _beside(trainer: MemoryUse, server: MemoryUse, role: str) -> MemoryUse:
 
 
 def _work(config: Config, models: Mapping[str, PlannedModel], node: Node, assumed: Assumptions, amounts: Amounts, total: int) -> dict[str, Work]:
-    student, teacher = models["student"].arch, models["teacher"].arch
+    student, teachers = models["student"].arch, teacher_roles(models)
     sizes = {role: total_and_active(model.arch)[0] for role, model in models.items()}
     demonstrations = amounts.sft_prompts * config.demonstrate.samples_per_prompt
     rollouts = amounts.opd_prompts * config.rollout.samples_per_prompt
@@ -168,20 +185,22 @@ def _work(config: Config, models: Mapping[str, PlannedModel], node: Node, assume
         length = amounts.prompt_len + response_len
         return training_work(student, settings, node, assumed, num_steps=num_steps, sequence_len=length, parameters=total)
 
-    def score(responses: float, mean_len: float, ranks: int = config.sglang.tensor * config.sglang.data * config.sglang.replicas) -> Work:
-        return scoring_work(teacher, ranks, node, assumed, responses=responses, mean_len=mean_len)
+    served_ranks = config.sglang.tensor * config.sglang.data * config.sglang.replicas
 
-    scoring_ranks = {"ranks": config.score.forward.parallel.ranks} if config.score.engine == "megatron" else {}
+    def score(responses: float, mean_len: float, ranks: int = served_ranks, role: str = "teacher") -> Work:
+        return scoring_work(models[role].arch, ranks, node, assumed, responses=responses, mean_len=mean_len)
 
-    own_demonstrations = config.sft.demonstrations is None
+    scoring_ranks = config.score.forward.parallel.ranks if config.score.engine == "megatron" else served_ranks
+    none, share = Work(0, 0, 0, 0), 1 / len(teachers)  # prompts files are not read: every teacher is taken to have as many
     work = {
-        "demonstrate": sample("teacher", demonstrations, amounts.demonstration_len) if own_demonstrations else Work(0, 0, 0, 0),
+        "demonstrate": sum((sample(role, share * demonstrations, amounts.demonstration_len) for role in teachers), none),
         "sft": train(config.sft, config.sft.num_steps, amounts.demonstration_len),
         "rollout": sample("student", rollouts, amounts.rollout_len),
-        "score": score(rollouts, amounts.rollout_len, **scoring_ranks),
+        "score": sum((score(share * rollouts, amounts.rollout_len, scoring_ranks, role) for role in teachers), none),
         "distill": train(config.distill, config.distill.num_steps, amounts.rollout_len),
         "evaluate": sample("teacher", answers, amounts.answer_len),
     }
+    work |= dict.fromkeys(given_stages(config), none)
     served = 4 if config.evaluate.equal_compute_baseline else 3  # base, SFT, distilled student, and the baseline
     for _ in range(served):
         work["evaluate"] += sample("student", answers, amounts.answer_len) + score(amounts.eval_prompts, amounts.answer_len)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lopd.planning.assumptions import meanings
 from lopd.planning.layouts import Suggestion
-from lopd.planning.plan import LIGHTNING, TIGHT, TRAINED, Plan
+from lopd.planning.plan import LIGHTNING, TIGHT, Plan
 
 _GIB = 2**30
 WIDTH = 118  # of tables in a file or a pipe
@@ -61,9 +61,10 @@ def _console() -> Console:
 
 def _head(plan: Plan) -> Iterable[str]:
     for role, model in plan.models.items():
-        yield f"{role}: {model.name}, by {model.source}"
+        domain = role.removeprefix("teachers.")
+        yield f"{role if domain == role else f'teacher of {domain}'}: {model.name}, by {model.source}"
     yield f"student: {_many(plan.total)} parameters, {_many(plan.active)} of them active for a token"
-    for name in TRAINED:
+    for name in plan.trained:
         parallel, stages = getattr(plan.config, name).parallel, plan.per_rank[name]
         layout = ", ".join(f"{key} {value}" for key, value in parallel.model_dump().items() if key != "distributed_optimizer" and (value > 1 or key == "ranks"))
         held = " / ".join(_many(stage.total) for stage in stages)

@@ -81,7 +81,7 @@ def _measure(folder: Path, case: dict[str, Any], settings: TrainSection) -> dict
 def _trainer(folder: Path, case: dict[str, Any], settings: TrainSection) -> tuple[Trainer, Microbatch]:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(case["model"]))
-    parallel.initialize(settings.parallel, seed=1, timeout_s=60)
+    parallel.initialize(settings.parallel, seed=1, timeout_s=500)
     trainer = Trainer(settings, model_dir=folder, init="random", init_std=0.02, seed=1, objective=Supervised(), checkpoint_dir=None)
     generator = np.random.default_rng(parallel.data_rank())
     samples = [Sample(generator.integers(4, 512, LENGTH).astype(np.int32), np.arange(LENGTH) > 9, None, None) for _ in range(SEQUENCES)]

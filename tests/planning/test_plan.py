@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from lopd.cache.reader import CacheReader
 from lopd.cli import app
 from lopd.errors import ConfigError
 from lopd.planning import Assumptions, node_of
 from lopd.planning.assumptions import read_assumptions
 from lopd.planning.layouts import changed, nearest_that_fits
+from lopd.planning.memory import INDEX_BYTES, KEPT_TOKENS, MEMORY_TOKENS, SAMPLE_BYTES
 from lopd.planning.models import planned_models
 from lopd.planning.parameters import parameters_by_formula
-from lopd.planning.plan import as_json
+from lopd.planning.plan import STAGES, as_json
+from lopd.stages import training_data
 from tests.planning.configs import PAPER_8B, REFERENCE_30B, config_of, plan_of
 
 
@@ -161,7 +165,65 @@ def test_disk_and_samples(tmp_path: Path) -> None:
         plan_of(PAPER_8B, tmp_path, ["distill.checkpoint_every=10", f"distill.keep_checkpoints={keep}"]).disk["checkpoints to resume from"] for keep in (1, 4)
     ]
     assert often[1] - often[0] == 3 * 14 * plan.total, "weights, two moments and the float32 copy"
-    assert plan.memory["distill"].host["samples"] == pytest.approx(8 * 13 * tokens, rel=0.01)
+
+
+def test_a_rank_holds_few_samples_and_reads_many_from_disk(tmp_path: Path) -> None:
+    """As lopd.stages.training_data does, with its limits."""
+    few, length = 2_000, 0.9 * (4096 - 200)
+    assert few * length < MEMORY_TOKENS
+    small = plan_of(PAPER_8B, tmp_path, [f"prompts.opd.num_prompts={few}"])
+    assert small.memory["distill"].host["samples"] == pytest.approx(8 * few * (13 * (length + 200) + SAMPLE_BYTES))
+    demonstrations = [plan_of(PAPER_8B, tmp_path, [f"prompts.sft.num_prompts={count}"]).memory["sft"].host["samples"] for count in (300_000, 600_000)]
+    assert demonstrations[1] - demonstrations[0] == pytest.approx(8 * 300_000 * INDEX_BYTES), "only the index grows"
+    assert demonstrations[1] < 2**30 < 8 * 13 * 300_000 * 1000, "control: all in memory would be far more"
+    assert training_data.MEMORY_TOKENS == MEMORY_TOKENS
+    assert inspect.signature(CacheReader).parameters["kept_tokens"].default == KEPT_TOKENS
+
+
+def test_what_is_given_is_not_planned(tmp_path: Path) -> None:
+    whole = plan_of(PAPER_8B, tmp_path)
+    assert set(whole.memory) == set(STAGES)
+    for override, given in (
+        ("sft.demonstrations=elsewhere", {"demonstrate"}),
+        ("sft.checkpoint=elsewhere", {"demonstrate", "sft"}),
+        ("distill.cache=elsewhere", {"rollout", "score"}),
+    ):
+        plan = plan_of(PAPER_8B, tmp_path, [override])
+        assert set(STAGES) - set(plan.memory) == given
+        assert {stage for stage in STAGES if plan.gpu_hours(stage) == 0} == given
+        assert sum(plan.disk.values()) < sum(whole.disk.values())
+    broken = "sft.parallel.tensor=1"
+    assert not plan_of(PAPER_8B, tmp_path, [broken]).fits
+    assert plan_of(PAPER_8B, tmp_path, [broken, "sft.checkpoint=elsewhere"]).fits, "a layout that is not used does not matter"
+    config = config_of(PAPER_8B, tmp_path, ["sft.checkpoint=elsewhere", "distill.parallel.tensor=1"])
+    found = nearest_that_fits(config, planned_models(config, {}), node_of("h100-80gb", 8), Assumptions(), build=False)
+    assert found is not None
+    assert {key.partition(".")[0] for key in found.changes} == {"distill"}
+
+
+def test_teachers_of_domains(tmp_path: Path) -> None:
+    alone = plan_of(PAPER_8B.replace("Qwen3-32B", "Qwen3-8B"), tmp_path)
+    plan = plan_of(PAPER_8B.replace("Qwen3-32B", "Qwen3-8B"), tmp_path, ['models.teachers={ math = "Qwen3-32B" }'], startup_s=0)
+    big = plan_of(PAPER_8B, tmp_path, startup_s=0)
+    small = plan_of(PAPER_8B.replace("Qwen3-32B", "Qwen3-8B"), tmp_path, startup_s=0)
+    for stage in ("demonstrate", "score"):
+        assert plan.memory[stage].gpu == big.memory[stage].gpu, "the fullest of what is served in turn"
+        assert plan.gpu_hours(stage) == pytest.approx((big.gpu_hours(stage) + small.gpu_hours(stage)) / 2, rel=1e-6), "half of the prompts each"
+    assert plan.memory["evaluate"].gpu == alone.memory["evaluate"].gpu
+    assert as_json(plan)["models"]["teachers.math"]["name"] == "Qwen3-32B"
+
+
+def test_context_ranks_share_a_microbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopd.planning.plan.layout_problems", lambda *_, **__: iter(()))
+    four, two = "distill.parallel.tensor=4", "distill.parallel.tensor=2"
+    without, cut = plan_of(PAPER_8B, tmp_path, [two]), plan_of(PAPER_8B, tmp_path, [two, "distill.parallel.context=2"])
+    for term in ("weights", "gradients", "optimizer"):
+        assert cut.memory["distill"].gpu[term] == without.memory["distill"].gpu[term], "parameters are not cut; data and context ranks share the optimizer"
+    keys_and_values = 16384 // 2 * 4 * 2 * 2 * 8 * 128 / 2
+    assert cut.memory["distill"].gpu["activations"] == pytest.approx(without.memory["distill"].gpu["activations"] / 2 + keys_and_values)
+    assert cut.memory["distill"].gpu["context, NCCL"] == without.memory["distill"].gpu["context, NCCL"] + 2**29
+    assert cut.memory["distill"].gpu_total < without.memory["distill"].gpu_total
+    assert plan_of(PAPER_8B, tmp_path, [four]).memory["distill"].gpu["weights"] < cut.memory["distill"].gpu["weights"], "control: tensor ranks cut parameters"
 
 
 @pytest.mark.parametrize(
