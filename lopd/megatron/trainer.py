@@ -35,6 +35,7 @@ from lopd.megatron.checkpoint import Checkpoints, Trained
 from lopd.megatron.health import StepHealth
 from lopd.megatron.inference import forward_microbatch, score_microbatches
 from lopd.megatron.model import DTYPES, build_model, init_random, uses_engine
+from lopd.megatron.offload import DeviceMemory
 from lopd.megatron.optimizer import Optimizer
 from lopd.megatron.overrides import build, read_overrides
 from lopd.megatron.weights import export_hf, load_hf
@@ -117,6 +118,7 @@ class Trainer:
             distributed=distributed,
             overrides=overrides.optimizer,
         )
+        self.memory = DeviceMemory(self.model, self.optimizer.megatron)  # a server on the same device takes turns with it
         self._health = StepHealth(self.module, self.architecture, settings.dtype)
         self._config = self.module.config
         self._config.finalize_model_grads_func = finalize_model_grads
@@ -137,6 +139,7 @@ class Trainer:
         TrainingError: the numbers differ, or loss or gradient norm is not finite; then nothing was updated. DataError: no token carries loss.
         """
         start = time.perf_counter()
+        self.memory.require()
         if self._checkpoints is not None:
             self._checkpoints.publish_written()
         self._check_count(len(microbatches))
@@ -269,10 +272,12 @@ class Trainer:
 
     def logprobs_of(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """The same of several microbatches, which follow each other through the pipeline. Every data rank must give the same number."""
+        self.memory.require_weights()
         return [logprobs for logprobs, _ in score_microbatches(self.model, microbatches)]
 
     def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
         """The weights under their Hugging Face names, bucket by bucket; see lopd.megatron.weights.export_hf."""
+        self.memory.require_weights()
         return export_hf(self.module, self.architecture, bucket_bytes=bucket_bytes)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------------------------------------
@@ -306,6 +311,7 @@ class Trainer:
         return state
 
     def _trained(self) -> Trained:
+        self.memory.require()
         self.optimizer.create_state()
         return Trained(self.module, self.architecture, self.optimizer.megatron)
 

@@ -1,0 +1,52 @@
+"""A trainer that leaves its device between steps: its storages are emptied, and it trains on to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.megatron.launch import run_ranks
+from tests.megatron.offload_cases import CASES, STEPS, leave_and_come_back
+from tests.models import write_qwen3_moe
+
+LAYOUTS: dict[int, dict[str, Any]] = {1: {}, 2: {"expert": 2}}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.slow)])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of every rank, of one and of two (experts split, everything else data-parallel)."""
+    folder = tmp_path_factory.mktemp("offload")
+    return run_ranks(leave_and_come_back, request.param, model=str(write_qwen3_moe(folder / "model")), folder=str(folder), layout=LAYOUTS[request.param])
+
+
+def test_it_trains_on_to_the_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name in (f"{case} {optimizer}" for case in CASES for optimizer in ("distributed", "plain")):
+            assert rank[name]["left"] == rank[name]["stayed"], name
+            assert len(set(rank[name]["left"]["loss"])) == STEPS
+        assert rank["forgetful"]["loss"] != rank["float32 distributed"]["stayed"]["loss"]  # the control: the optimizer's state came back as zeros
+
+
+def test_what_leaves_is_no_longer_held(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, result in rank.items():
+            if name in ("forgetful", "refused"):
+                continue
+            before, without_optimizer, nothing, after = result["memory"][:4]
+            assert min(before.values()) > 0
+            assert before["weights"] >= result["resident"]
+            assert before["gradients"] >= result["resident"] * (1 if "float32" in name else 1.9) * ("frozen" not in name)
+            assert without_optimizer == {"gradients": 0, "optimizer": 0, "weights": before["weights"]}
+            assert nothing == {"gradients": 0, "optimizer": 0, "weights": 0}
+            assert after == before
+    float32, bfloat16 = (ranks[0][f"{case} plain"]["memory"][0] for case in ("float32", "bfloat16"))
+    assert float32["optimizer"] == 2 * float32["weights"]  # two moments; what they update are the weights
+    assert 5.9 < bfloat16["optimizer"] / bfloat16["weights"] <= 6  # and a float32 copy; norms of 64 elements are padded in buffers
+
+
+def test_nobody_reads_what_is_away(ranks: list[dict[str, Any]]) -> None:
+    optimizer, everything = "gradients and optimizer are on the host", "the weights are on the host"
+    for rank in ranks:
+        said = [line.split(":")[0] for line in rank["refused"]]
+        assert said == [optimizer] * 3 + [everything] * 3
