@@ -7,6 +7,9 @@ summed over blocks is the small [T, H] gradient, in float32.
 The backward pass computes the logits again, because a loss may weigh tokens by what their log-probabilities are: that weight is known only after the
 forward pass, and without it the weight's gradient, a sum over tokens, cannot be formed. Where all logits fit into one block they are kept instead. Tokens
 whose gradient is zero (prompts, padding) take no part in the backward pass.
+
+Two kernels do what lies between the matrix products: "blocks", plain torch, here; "triton", fused with the product of the logits (logprobs_triton.py). What
+belongs to the contract, ranks, padding, which tokens and rows there are, is the same code for both.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}  # float32 logits that exist at once; on a CPU smaller ones are slower (docs/benchmarks.md)
+BLOCK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}  # logits or their gradients that exist at once; on a CPU less is slower (docs/benchmarks.md)
+ROWS_ALIGNED = 256  # blocks of more rows have a multiple of it: rows of bfloat16 that do not begin at 16 bytes are slow to multiply on a GPU
+KERNELS = {"cpu": "blocks", "cuda": "blocks"}  # what measured best on a device; on a GPU nothing has been measured yet (docs/gpu_results.md)
 
 
 def token_logprobs(
@@ -30,6 +35,7 @@ def token_logprobs(
     vocab_size: int | None = None,
     entropy: bool = False,
     block_bytes: int | None = None,
+    kernel: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(labels[t]), float32 and shaped as labels, and where asked for the entropy of p(. | t), float32 [T]; natural log, temperature 1, differentiable.
 
@@ -37,6 +43,7 @@ def token_logprobs(
     r * R to (r + 1) * R; group None: all of them. labels int64 [T], or [T, K]: several tokens at each
     place. vocab_size: rows past it are padding, which has no probability (None: there are none).
     Its gradient for hidden is this rank's share: whoever gathered or copied hidden sums it. block_bytes: at most about so much for logits at a time.
+    kernel: "blocks" or "triton"; None: KERNELS of the device.
 
     Products, sums and exponentials are in float32, on a CPU also of bfloat16 inputs; on CUDA the gradient of the logits is rounded to the inputs' type for
     its two products. log p = x_y - L and entropy = L - sum_j p_j x_j, where L = log sum_j exp x_j; gradients 1[j = y] - p_j and -p_j (log p_j + entropy).
@@ -47,7 +54,8 @@ def token_logprobs(
     rows = max(0, min(num_rows, (size * num_rows if vocab_size is None else vocab_size) - first))
     limit = block_bytes or BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"])
     local_labels = labels.reshape(len(labels), -1) - first  # [T, K]
-    logprobs, spread = _TokenLogprobs.apply(hidden, weight, local_labels, rows, group if size > 1 else None, entropy, limit)
+    kernel = kernel or KERNELS.get(hidden.device.type, "blocks")
+    logprobs, spread = _TokenLogprobs.apply(hidden, weight, local_labels, rows, group if size > 1 else None, entropy, limit, kernel)
     return logprobs.view(labels.shape), spread if entropy else None
 
 
@@ -56,39 +64,22 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, group: Any, entropy: bool, limit: int
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, group: Any, entropy: bool, limit: int, kernel: str
     ) -> tuple[Tensor, Tensor]:  # [T, K], [T] or [0]
-        num_tokens = hidden.shape[0]
-        top = hidden.new_full((num_tokens,), -torch.inf, dtype=torch.float32)  # running maximum of the logits
-        total = torch.zeros_like(top)  # of exp(x - top)
-        chosen = top.new_zeros(labels.shape)  # x of the labels [T, K], 0 where another rank has it
-        weighted = torch.zeros_like(top)  # of exp(x - top) * (x - top)
         kept = None
-        block = _Block(hidden, weight, rows, limit)
-        for start, stop in block.bounds():
-            logits = block.logits(start, stop)  # [T, stop - start]
-            index, here = _within(labels, start, stop)
-            chosen += torch.where(here, logits.gather(1, index), 0.0)
-            new_top = torch.maximum(top, logits.amax(1))
-            if block.is_whole and (hidden.requires_grad or weight.requires_grad):
-                kept = logits
-                shifted = logits - new_top[:, None]
-            else:
-                shifted = logits.sub_(new_top[:, None])
-            old = (top - new_top).exp_()
-            if entropy:
-                exponentials = shifted.exp()
-                weighted = old * (weighted + torch.where(total > 0, total * (top - new_top), 0.0)) + shifted.mul_(exponentials).sum(1)
-            else:
-                exponentials = shifted.exp_()
-            total = total * old + exponentials.sum(1)
-            top = new_top
+        if kernel == "triton":
+            from lopd.megatron import logprobs_triton  # here, because only this kernel needs triton
+
+            top, total, weighted, chosen = logprobs_triton.softmax_statistics(hidden, weight, labels, rows, entropy)
+        else:
+            keep = hidden.requires_grad or weight.requires_grad
+            top, total, weighted, chosen, kept = _softmax_statistics(_Block(hidden, weight, rows, limit), labels, entropy, keep)
         log_sum = top + total.log()
         spread = total.log() - weighted / total if entropy else total[:0]
         if group is not None:
             log_sum, chosen, spread = _over_ranks(log_sum, chosen, spread, group)
         ctx.save_for_backward(hidden, weight, labels, log_sum, spread, kept)
-        ctx.rows, ctx.entropy, ctx.limit = rows, entropy, limit
+        ctx.rows, ctx.entropy, ctx.limit, ctx.kernel = rows, entropy, limit, kernel
         return chosen - log_sum[:, None], spread
 
     @staticmethod
@@ -104,28 +95,70 @@ class _TokenLogprobs(torch.autograd.Function):
             kept = None if kept is None else kept[used]
             if ctx.entropy:
                 spread, grad_spread = spread[used], grad_spread[used]
+        if not ctx.entropy:
+            spread = grad_spread = None
         block = _Block(hidden, weight, ctx.rows, ctx.limit)
-        pull = grad_logprobs.sum(1)  # on the normalisation, [T]
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
             grad_weight[ctx.rows :] = 0
         for start, stop in block.bounds():
-            log_p = block.logits(start, stop).sub_(log_sum[:, None]) if kept is None else kept - log_sum[:, None]  # [T, stop - start]
-            if ctx.entropy:
-                factor = (log_p + spread[:, None]).mul_(grad_spread[:, None]).add_(pull[:, None]).neg_()
-                grad = log_p.exp_().mul_(factor)
+            if ctx.kernel == "triton":
+                from lopd.megatron import logprobs_triton
+
+                grad = block.empty_gradient(start, stop)
+                logprobs_triton.logit_gradients(hidden, weight[start:stop], labels - start, log_sum, grad_logprobs, spread, grad_spread, grad)
             else:
-                grad = log_p.exp_().mul_(-pull[:, None])
-            index, here = _within(labels, start, stop)
-            grad.scatter_add_(1, index, torch.where(here, grad_logprobs, 0.0))
+                log_p = block.logits(start, stop).sub_(log_sum[:, None]) if kept is None else kept - log_sum[:, None]
+                grad = _logit_gradients(log_p, labels - start, grad_logprobs, spread, grad_spread)
             block.add_hidden_gradient(grad_hidden, grad, start, stop)
             if grad_weight is not None:
                 block.put_weight_gradient(grad_weight, grad, start, stop)
         grad_hidden = grad_hidden.to(hidden.dtype)
         if used is not None:
             grad_hidden = torch.zeros_like(all_hidden).index_copy_(0, used, grad_hidden)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _softmax_statistics(block: _Block, labels: Tensor, entropy: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Of all rows: maximum of the logits x, sum exp(x - maximum), where asked for sum exp(x - maximum) (x - maximum), else 0, each float32 [T]; x of the labels
+    [T, K], 0 where another rank has it; and the logits, where they are to be kept and are one block."""
+    top = torch.full((len(labels),), -torch.inf, dtype=torch.float32, device=labels.device)
+    total = torch.zeros_like(top)
+    chosen = top.new_zeros(labels.shape)
+    weighted = torch.zeros_like(top)
+    kept = None
+    for start, stop in block.bounds():
+        logits = block.logits(start, stop)  # [T, stop - start]
+        index, here = _within(labels - start, stop - start)
+        chosen += torch.where(here, logits.gather(1, index), 0.0)
+        new_top = torch.maximum(top, logits.amax(1))
+        if block.is_whole and keep:
+            kept = logits
+            shifted = logits - new_top[:, None]
+        else:
+            shifted = logits.sub_(new_top[:, None])
+        old = (top - new_top).exp_()
+        if entropy:
+            exponentials = shifted.exp()
+            weighted = old * (weighted + torch.where(total > 0, total * (top - new_top), 0.0)) + shifted.mul_(exponentials).sum(1)
+        else:
+            exponentials = shifted.exp_()
+        total = total * old + exponentials.sum(1)
+        top = new_top
+    return top, total, weighted, chosen, kept
+
+
+def _logit_gradients(log_p: Tensor, labels: Tensor, grad_logprobs: Tensor, spread: Tensor | None, grad_spread: Tensor | None) -> Tensor:
+    """Of a block's log-probabilities [T, R], which it overwrites; labels [T, K] count from the block's first row; spread None: no gradient by the entropy."""
+    pull = grad_logprobs.sum(1)  # on the normalisation, [T]
+    index, here = _within(labels, log_p.shape[1])
+    if spread is not None:
+        factor = (log_p + spread[:, None]).mul_(grad_spread[:, None]).add_(pull[:, None]).neg_()
+        grad = log_p.exp_().mul_(factor)
+    else:
+        grad = log_p.exp_().mul_(-pull[:, None])
+    return grad.scatter_add_(1, index, torch.where(here, grad_logprobs, 0.0))
 
 
 class _Block:
@@ -141,6 +174,8 @@ class _Block:
         num_tokens = max(1, hidden.shape[0])
         num_blocks = max(1, -(-rows * num_tokens * 4 // limit))
         self._step = max(1, -(-rows // num_blocks))
+        if self._step > ROWS_ALIGNED:
+            self._step = -(-self._step // ROWS_ALIGNED) * ROWS_ALIGNED
         self._buffer = None if self._wide else torch.empty(num_tokens * self._step, device=hidden.device)
 
     @property
@@ -161,6 +196,13 @@ class _Block:
         out = self._buffer[: num_tokens * (stop - start)].view(num_tokens, stop - start)
         return torch.mm(self._hidden, rows.float(), out=out)
 
+    def empty_gradient(self, start: int, stop: int) -> Tensor:
+        """[T, stop - start] for the gradient of the logits, in the type of its products; valid until the next call."""
+        shape = (self._hidden.shape[0], stop - start)
+        if self._buffer is None:
+            return torch.empty(shape, dtype=self._hidden.dtype, device=self._hidden.device)
+        return self._buffer[: shape[0] * shape[1]].view(shape)
+
     def add_hidden_gradient(self, total: Tensor, grad: Tensor, start: int, stop: int) -> None:
         """total [T, H] += grad [T, stop - start] of the logits times the block's rows."""
         rows = self._weight[start:stop]
@@ -179,10 +221,9 @@ class _Block:
             target[start:stop] = grad.t() @ self._hidden
 
 
-def _within(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Column of each label in the block [start, stop), clamped, and whether it is there, both [T, K]. No shape depends on the data: nothing waits for a GPU."""
-    index = labels - start
-    return index.clamp(0, stop - start - 1), (index >= 0) & (index < stop - start)
+def _within(labels: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Labels clamped to a block of so many rows, and whether they are there, both [T, K]. No shape depends on the data: nothing waits for a GPU."""
+    return labels.clamp(0, num_rows - 1), (labels >= 0) & (labels < num_rows)
 
 
 def _over_ranks(log_sum: Tensor, chosen: Tensor, spread: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,59 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lopd.megatron.logprobs import token_logprobs
 from tests.megatron.launch import ROOT, run_ranks
-
-LIMIT = 1e-5
-NUM_TOKENS, HIDDEN, VOCAB = 37, 24, 302
-SMALL_BLOCK = NUM_TOKENS * 50 * 4  # seven blocks, the last one shorter
-PADDED_FROM = 291  # rows of vocabulary where some are padding; the second of two ranks holds padding then
-
-
-class Case:
-    """Random hidden states, weight, labels and upstream gradients that are zero for every third token."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, vocab: int = VOCAB) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.hidden = torch.randn(NUM_TOKENS, HIDDEN, generator=generator).to(dtype)
-        self.weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
-        self.labels = torch.randint(0, vocab, (NUM_TOKENS,), generator=generator)
-        self.upstream = torch.randn(2, NUM_TOKENS, generator=generator)  # of log-probabilities and of entropies
-        self.upstream[:, ::3] = 0
-        self.vocab = vocab
-
-    def run(self, way: Any, dtype: torch.dtype, part: slice = slice(None)) -> dict[str, Tensor]:
-        """Values and gradients of way(hidden, weight) -> (logprobs, entropy), weight being these rows."""
-        hidden, weight = (tensor.to(dtype).clone().requires_grad_() for tensor in (self.hidden, self.weight[part]))
-        logprobs, entropy = way(hidden, weight)
-        (logprobs * self.upstream[0]).sum().add((entropy * self.upstream[1]).sum()).backward()
-        return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), "hidden": hidden.grad, "weight": weight.grad}
-
-    def dense(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        def way(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            distribution = torch.distributions.Categorical(logits=hidden @ weight[: self.vocab].t())
-            return distribution.log_prob(self.labels), distribution.entropy()
-
-        return self.run(way, dtype)
-
-    def blocks(self, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Tensor]:
-        settings = {"block_bytes": SMALL_BLOCK, "vocab_size": self.vocab, "entropy": True, **settings}
-        return self.run(lambda hidden, weight: token_logprobs(hidden, weight, self.labels, **settings), dtype)
-
-
-def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """Largest, relative to the largest entry."""
-    return {name: ((ours[name].double() - theirs[name].double()).abs().max() / theirs[name].abs().max()).item() for name in theirs}
+from tests.megatron.logprob_cases import LIMIT, PADDED_FROM, SMALL_BLOCK, TRITON_CASES, VOCAB, VOCABULARIES, Case, compile_kernel, differences, on_two_ranks
 
 
 @pytest.mark.parametrize("block_bytes", [1, SMALL_BLOCK, None], ids=["single rows", "blocks", "all rows kept"])
@@ -75,7 +34,7 @@ def test_what_is_wrong_is_noticed(fault: str) -> None:
     elif fault == "row":
         case.weight[17] *= 1.01
     elif fault == "upstream":
-        case.upstream[0, 1] *= 1.01
+        case.upstream[1] *= 1.01
     found = differences(case.blocks(vocab_size=VOCAB if fault == "padding counted" else PADDED_FROM), expected)
     assert max(found.values()) > 10 * LIMIT
     assert fault != "upstream" or found["logprobs"] < LIMIT < min(found["hidden"], found["weight"])
@@ -100,32 +59,37 @@ def test_bfloat16_is_computed_in_float32(block_bytes: int | None) -> None:
     assert rounded["logprobs"] > 100 * LIMIT
 
 
+def on_gpu(case: Case) -> Case:
+    for name in ("hidden", "weight", "labels", "upstream", "upstream_entropy"):
+        setattr(case, name, getattr(case, name).cuda())
+    return case
+
+
+LARGE = {"num_tokens": 300, "num_rows": 9_001, "hidden_size": 200, "vocab": 8_990}  # several tiles and splits of every size, none of them full
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "value_limit", "gradient_limit"), [(torch.float32, LIMIT, LIMIT), (torch.bfloat16, LIMIT, 2**-6)], ids=str)
-def test_on_a_gpu(dtype: torch.dtype, value_limit: float, gradient_limit: float) -> None:
-    case = Case(dtype)
+@pytest.mark.parametrize("sizes", [{}, {"num_labels": 3, "vocab": PADDED_FROM}, LARGE], ids=["one label", "three labels", "large"])
+@pytest.mark.parametrize("kernel", ["blocks", "triton"])
+def test_on_a_gpu(kernel: str, sizes: dict[str, int], dtype: torch.dtype, value_limit: float, gradient_limit: float) -> None:
+    """Against the dense form in float64; a second time to the bit."""
+    case = on_gpu(Case(dtype, **sizes))
     expected = case.dense()
-    for name in ("hidden", "weight", "labels", "upstream"):
-        setattr(case, name, getattr(case, name).cuda())
-    for block_bytes in (SMALL_BLOCK, None):
-        found = {name: tensor.cpu() for name, tensor in case.blocks(dtype, block_bytes=block_bytes).items()}
+    for block_bytes in (len(case.hidden) * len(case.weight), None):
+        found, again = (case.blocks(dtype, block_bytes=block_bytes, kernel=kernel) for _ in range(2))
         measured = differences(found, expected)
         assert max(measured["logprobs"], measured["entropy"]) < value_limit
         assert max(measured["hidden"], measured["weight"]) < gradient_limit
+        assert all(torch.equal(found[name], again[name]) for name in found)
+    case.labels[4] = (case.labels[4] + 1) % case.vocab
+    assert differences(case.blocks(dtype, kernel=kernel), expected)["logprobs"] > 10 * LIMIT
 
 
 def test_several_tokens_at_each_place() -> None:
-    case = Case()
-    labels = torch.stack([case.labels, case.labels.flip(0), case.labels.roll(5)], dim=1)  # [T, 3]
-    upstream = torch.randn(labels.shape, generator=torch.Generator().manual_seed(1))
-    results = []
-    for way in (lambda h, w: token_logprobs(h, w, labels, block_bytes=SMALL_BLOCK)[0], lambda h, w: (h @ w.t()).log_softmax(1).gather(1, labels)):
-        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-        logprobs = way(hidden, weight)
-        (logprobs * upstream).sum().backward()
-        results.append({"logprobs": logprobs.detach(), "hidden": hidden.grad, "weight": weight.grad})
-    assert max(differences(*results).values()) < LIMIT
+    case = Case(num_labels=3)
+    assert max(differences(case.blocks(), case.dense()).values()) < LIMIT
 
 
 def test_entropy_is_not_computed_unasked() -> None:
@@ -136,6 +100,7 @@ def test_entropy_is_not_computed_unasked() -> None:
 def test_no_token_carries_a_gradient() -> None:
     case = Case()
     case.upstream.zero_()
+    case.upstream_entropy.zero_()
     found = case.blocks()
     assert not found["hidden"].any()
     assert not found["weight"].any()
@@ -146,40 +111,51 @@ def test_frozen_weight_and_frozen_hidden_states() -> None:
     expected = case.dense()
     hidden = case.hidden.clone().requires_grad_()
     logprobs, entropy = token_logprobs(hidden, case.weight, case.labels, entropy=True, block_bytes=SMALL_BLOCK)
-    ((logprobs * case.upstream[0]) + (entropy * case.upstream[1])).sum().backward()
+    ((logprobs * case.upstream) + (entropy * case.upstream_entropy)).sum().backward()
     assert ((hidden.grad - expected["hidden"]).abs().max() / expected["hidden"].abs().max()).item() < LIMIT
     assert token_logprobs(case.hidden, case.weight, case.labels)[0].grad_fn is None
 
 
-VOCABULARIES = {"all rows": VOCAB, "second rank has padding only": 150}
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What each of two ranks found, all in one launch; its environment has Triton's interpreter, which no other test sees."""
+    return run_ranks(on_two_ranks, 2, env={"TRITON_INTERPRET": "1"})
 
 
-def _on_two_ranks() -> dict[str, float]:
-    """Each rank holds half of the rows; the gradient of the hidden states is summed as Megatron's gathering would."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    part = slice(dist.get_rank() * VOCAB // 2, (dist.get_rank() + 1) * VOCAB // 2)
-    results = {}
-    for rows, vocab in VOCABULARIES.items():
-        case = Case(vocab=vocab)
-        expected = case.dense()
-        expected["weight"] = expected["weight"][part]
-        for name, block_bytes in (("blocks", SMALL_BLOCK), ("kept", None)):
-            for group in (dist.group.WORLD, None):
-                settings: dict[str, Any] = {"group": group, "block_bytes": block_bytes, "vocab_size": vocab if group else None}
-                found = case.run(partial(token_logprobs, labels=case.labels, entropy=True, **settings), torch.float32, part)
-                dist.all_reduce(found["hidden"])
-                results[f"{rows}, {name}{'' if group else ', not reduced'}"] = max(differences(found, expected).values())
-    dist.destroy_process_group()
-    return results
-
-
-def test_two_tensor_ranks_give_the_same() -> None:
-    for rank in run_ranks(_on_two_ranks, 2):
-        assert len(rank) == 8
-        for name, difference in rank.items():
+def test_two_tensor_ranks_give_the_same(ranks: list[dict[str, Any]]) -> None:
+    """With both kernels."""
+    for rank in ranks:
+        assert len(rank["split rows"]) == len(VOCABULARIES) * 3 * 2
+        for name, difference in rank["split rows"].items():
             assert (difference > 100 * LIMIT) == name.endswith("not reduced"), (name, difference)
+
+
+GRADIENT_LIMITS = {"bfloat16": 2**-8, "first tile far above": 1e-4}  # rounded to bfloat16; logits of 100, whose own rounding is 4e-6
+
+
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_the_triton_kernels_values_and_gradients_are_those_of_all_logits(name: str, ranks: list[dict[str, Any]]) -> None:
+    """In Triton's interpreter, on a CPU."""
+    found = next(rank["one rank"][name] for rank in ranks if name in rank["one rank"])
+    values = {key: found[key] for key in found if key in ("logprobs", "entropy")}
+    if name.startswith("control"):
+        assert max(values.values()) > 10 * LIMIT, found
+    else:
+        assert max(values.values(), default=0.0) < LIMIT, found
+        assert max(found["hidden"], found["weight"]) < GRADIENT_LIMITS.get(name, LIMIT), found
+        assert ("entropy" in found) == (name not in ("without entropy", "no gradient"))
+    assert name != "no gradient" or not any(found.values())
+
+
+@pytest.mark.parametrize("kernel", ["_statistics_kernel", "_gradient_kernel"])
+def test_the_triton_kernels_compile_for_an_h100(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the interpreter does not show: the compiler takes them, the tiles fit into its shared memory, products are its tensor cores', no sum is atomic."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compile_kernel(kernel, torch.bfloat16, num_labels=1)
+    code = compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+    assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in code
+    assert not re.search(r"\b(atom|red)\.", code)
 
 
 def test_memory_is_a_fraction_of_the_dense_form(tmp_path: Path) -> None:
