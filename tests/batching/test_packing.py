@@ -123,18 +123,18 @@ def test_a_budget_below_the_padding_is_refused() -> None:
 
 
 def test_a_step_is_planned_and_built_quickly() -> None:
-    """512 samples of 700,000 tokens for 8 ranks: 15 ms on one core of 2024; the bound leaves room for a busy machine."""
+    """512 samples of 700,000 tokens for 8 ranks: 15 ms of processor time on one core of 2024; the step itself takes seconds."""
     lengths = realistic_lengths()
     samples = [Sample(np.zeros(n, np.int32), np.ones(n, np.bool_), np.zeros(n, np.float32), np.zeros(n, np.float32)) for n in lengths]
 
     def seconds() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         for microbatches in plan_step(lengths, 8, 16384, 8):
             for members in microbatches:
                 build_microbatch([samples[index] for index in members], 8)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    assert min(seconds() for _ in range(5)) < 0.1
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 def realistic_lengths() -> np.ndarray[tuple[int], np.dtype[np.int64]]:

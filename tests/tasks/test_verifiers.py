@@ -24,7 +24,7 @@ from lopd.tasks.code import last_code_block, read_tests, same_output
 from lopd.tasks.verdicts import Verdict, answer_line, final_part, judge_all, last_box
 from lopd.tasks.workers import WorkerPool, WorkerTimeoutError
 
-LIMIT_S = 1.0
+LIMIT_S = 2.0  # of processor time; what is right takes a twentieth of it
 TASKS = {
     "math": get_task("math", {"limit_s": LIMIT_S}),
     "plain": get_task("plain", {}),
@@ -177,16 +177,14 @@ def test_case(case: Case, verdicts: dict[Case, Verdict]) -> None:
 
 def test_a_bomb_costs_the_limit_and_the_next_answer_is_judged() -> None:
     """Control: the same comparison with a harmless answer takes a small part of the limit."""
-    pool = WorkerPool("lopd.tasks.math_worker", limit_s=0.5, memory_mb=1024, size=1)
+    pool = WorkerPool("lopd.tasks.math_worker", limit_s=2.0, memory_mb=1024, size=1)
     assert pool.ask({"gold": "1/2", "answer": "0.5"}) == {"right": True}
     start = time.process_time(), time.monotonic()
     with pytest.raises(WorkerTimeoutError):
         pool.ask({"gold": "7", "answer": "9^{9^{9^{9}}}"})
     assert time.process_time() - start[0] < 0.5, "what takes the time is another process"
-    assert time.monotonic() - start[1] < 5 * 0.5 + 2
-    before = time.monotonic()
+    assert time.monotonic() - start[1] < 60, "it would take for ever"
     assert pool.ask({"gold": "1/2", "answer": "0.5"}) == {"right": True}
-    assert time.monotonic() - before < 60
     pool.close()
 
 
@@ -209,7 +207,7 @@ threading.Event().wait()
         workers = [int(word) for word in parent.stdout.readline().split()]
         parent.kill()
     assert len(workers) == 2
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while any(group_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(group_alive(pid) for pid in workers)
