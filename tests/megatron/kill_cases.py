@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from lopd.processes import free_port
+from lopd.megatron.torchrun import open_store
 from tests.megatron.trainer_cases import microbatches_of, settings_of, trainer_of, weights_digest
 
 LAYOUT = {"tensor": 2, "expert": 2}
@@ -47,13 +47,26 @@ def train(model: str, folder: Path) -> None:
         (folder / "done.json").write_text(json.dumps({"steps": state["steps"], "weights": digest}))
 
 
-def fork_ranks(model: str, folder: Path) -> list[int]:
-    port = free_port()
+def fork_store() -> tuple[int, int]:
+    """(process id, port) of the ranks' store, held by a process of its own as by torchrun: no other program can take the port before rank 0 has bound it."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        store = open_store()
+        os.write(write_end, f"{store.port}\n".encode())
+        signal.pause()
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        return child, int(pipe.readline())
+
+
+def fork_ranks(model: str, folder: Path, port: int) -> list[int]:
     children = []
     for rank in range(NUM_RANKS):
         child = os.fork()
         if child == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
             code = 1
             try:
                 train(model, folder)
@@ -73,13 +86,26 @@ def _num_lines(folder: Path) -> int:
 
 def attempt(model: str, folder: Path, generator: random.Random | None) -> str:
     """A start of the training; with a generator killed at a moment of its choice, if it has not ended by then: killed, done or failed."""
+    store, port = fork_store()
+    try:
+        was_killed = _watch(fork_ranks(model, folder, port), folder, generator)
+    finally:
+        os.kill(store, signal.SIGKILL)
+        os.waitpid(store, 0)
+    if (folder / "done.json").exists():
+        return "done"
+    return "killed" if was_killed else "failed"
+
+
+def _watch(children: list[int], folder: Path, generator: random.Random | None) -> bool:
+    """Until both ranks have ended; kills as the generator says. Whether it has."""
     began, before = time.monotonic(), _num_lines(folder)
-    children = fork_ranks(model, folder)
     num_steps = generator.choice([0, 0, 1, 1, 2, 2, 3, 4, 5]) if generator is not None else NUM_STEPS
     pause_s = generator.uniform(0.0, 2.0 if num_steps == 0 else 0.3) if generator is not None else 0.0
     victims = generator.choice([children, children[:1], children[1:]]) if generator is not None else []
+    was_killed = False
     reached: float | None = None
-    codes: dict[int, int] = {}
+    codes: dict[int, int] = {}  # what waitpid says of those that have ended
     while len(codes) < NUM_RANKS:
         if reached is None and _num_lines(folder) - before >= num_steps:
             reached = time.monotonic()
@@ -87,34 +113,37 @@ def attempt(model: str, folder: Path, generator: random.Random | None) -> str:
             for child in victims:
                 if child not in codes:
                     os.kill(child, signal.SIGKILL)
+                    was_killed = True
             victims = []
         for child in children:
-            if child not in codes and os.waitpid(child, os.WNOHANG)[0] == child:
-                codes[child] = 1
-        assert time.monotonic() - began < 200, "an attempt hangs"
-        if codes and len(codes) < NUM_RANKS and not (folder / "done.json").exists():
+            if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0] == child:
+                codes[child] = ended[1]
+        assert time.monotonic() - began < 400, "an attempt hangs"
+        if any(codes.values()) and len(codes) < NUM_RANKS:
             time.sleep(0.2)  # what torchrun does when a rank has died
             for child in children:
                 if child not in codes:
                     os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
-    if (folder / "done.json").exists():
-        return "done"
-    return "killed" if generator is not None else "failed"
+    return was_killed
 
 
 def main(model: str, root: Path, num_kills: int, seed: int) -> dict[str, Any]:
+    """Kills at least so many times, and until some training has gone on from a checkpoint: where in a training a kill lands is the machine's choice too."""
     generator = random.Random(seed)
     whole = root / "unbroken"
     whole.mkdir()
     assert attempt(model, whole, None) == "done", "the unbroken training failed"
     results: dict[str, Any] = {"unbroken": json.loads((whole / "done.json").read_text()), "trainings": [], "kills": 0, "saves_interrupted": 0, "resumed_at": []}
-    while results["kills"] < num_kills:
+
+    def more() -> bool:
+        return results["kills"] < num_kills or not any(results["resumed_at"])
+
+    while more():
         folder = root / f"training-{len(results['trainings'])}"
         folder.mkdir()
         while not (folder / "done.json").exists():
-            more = results["kills"] < num_kills
-            outcome = attempt(model, folder, generator if more else None)
+            outcome = attempt(model, folder, generator if more() else None)
             assert outcome != "failed", f"a training that was killed cannot go on; see above (seed {seed})"
             if outcome == "killed":
                 results["kills"] += 1

@@ -26,9 +26,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lopd.processes import GuardedProcess, free_port, last_lines
+from lopd.processes import GuardedProcess, last_lines
 
 ROOT = Path(__file__).resolve().parents[2]
+HANGS_S = 500.0  # what takes so long hangs; the longest body takes half a minute on a quiet machine
 
 
 class RanksFailed(AssertionError):
@@ -36,13 +37,13 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    body: Callable[..., Any], num_ranks: int, *, threads: int = 1, timeout_s: float = 150, env: Mapping[str, str] | None = None, **arguments: Any
+    body: Callable[..., Any], num_ranks: int, *, threads: int = 1, timeout_s: float = HANGS_S, env: Mapping[str, str] | None = None, **arguments: Any
 ) -> list[Any]:
     """Call body(**arguments) on num_ranks processes of one CPU thread each (or threads); the list of their results, by rank. RanksFailed on any failure."""
     with tempfile.TemporaryDirectory(prefix="lopd-ranks-") as name:
         folder = Path(name)
         (folder / "call.json").write_text(json.dumps({"module": body.__module__, "function": body.__qualname__, "arguments": arguments}))
-        code = _torchrun(["-m", "tests.megatron.launch", str(folder)], num_ranks, folder / "log", threads, timeout_s, env or {})
+        code = _torchrun(["--module", "lopd.megatron.launch", "tests.megatron.launch", str(folder)], num_ranks, folder / "log", threads, timeout_s, env or {})
         results = [folder / f"rank{rank}.json" for rank in range(num_ranks)]
         if code != 0 or not all(path.exists() for path in results):
             ending = f"did not end within {timeout_s:.0f} s" if code is None else f"ended with code {code}"
@@ -50,7 +51,7 @@ def run_ranks(
         return [json.loads(path.read_text()) for path in results]
 
 
-def run_script(script: Path, num_ranks: int, *arguments: str, threads: int = 1, timeout_s: float = 150, env: Mapping[str, str] | None = None) -> str:
+def run_script(script: Path, num_ranks: int, *arguments: str, threads: int = 1, timeout_s: float = HANGS_S, env: Mapping[str, str] | None = None) -> str:
     """Run a python script on num_ranks ranks; its output, or RanksFailed."""
     with tempfile.TemporaryDirectory(prefix="lopd-ranks-") as name:
         log = Path(name) / "log"
@@ -72,7 +73,8 @@ def _torchrun(command: list[str], num_ranks: int, log: Path, threads: int, timeo
         "TOKENIZERS_PARALLELISM": "false",
         **env,
     }
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    # lopd's own torchrun holds its store's port from the start: one that is chosen here could be another program's before it is bound.
+    launcher = [sys.executable, "-m", "lopd.megatron.torchrun", f"--nproc-per-node={num_ranks}", "--max-restarts=0"]
     with log.open("wb") as output:
         process = GuardedProcess([*launcher, *command], env=environment, output=output, cwd=ROOT)
         try:

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 from lopd.errors import DataError
-from lopd.megatron.launch import ERROR_FILE, reporting_errors
+from lopd.megatron.launch import ERROR_FILE, HEARTBEATS, reporting_errors
 
 
 def train(case: str, timeout_s: float) -> None:
-    """Collectives without end over gloo, as a training has them; rank 1 leaves them at the third."""
+    """Collectives without end over gloo, as a training has them; rank 1 leaves them at the third. timeout_s: of a collective."""
     from lopd.config import ParallelSection
     from lopd.megatron import parallel
 
@@ -27,7 +27,7 @@ def train(case: str, timeout_s: float) -> None:
     for step in range(10):
         if step == 3 and parallel.rank() == 1:
             if case == "absent":
-                time.sleep(600)
+                time.sleep(3600)
             print("rank 1 stops itself")
             os.kill(os.getpid(), signal.SIGSTOP)
         parallel.gather_objects(step)
@@ -39,7 +39,7 @@ def main(case: str, timeout_s: float) -> None:
     sys.stdout.write(f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads: {os.environ['LOPD_CASE']}\n")
     if case == "works":
         if rank == 0:  # as torch's torch_shm_manager: a session of its own, and the rank's stderr
-            subprocess.Popen(["sleep", "60"], start_new_session=True)
+            subprocess.Popen(["sleep", "3600"], start_new_session=True)
         return
     if case == "slow":
         with reporting_errors():
@@ -47,16 +47,20 @@ def main(case: str, timeout_s: float) -> None:
         print(f"rank {rank} is done")
         return
     if case in ("stopped", "absent"):
+        import lopd.megatron.parallel  # noqa: F401  # before anybody watches: what a library does while it is loaded may keep the heartbeat waiting
+
         with reporting_errors():
-            train(case, timeout_s)
+            train(case, timeout_s if case == "absent" else 3600)
     if case == "stopped early":
         with reporting_errors():
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(4)
+            other = Path(os.environ[HEARTBEATS], "1")
+            while not (other.exists() and "State:\tT" in Path(f"/proc/{other.read_text()}/status").read_text()):
+                time.sleep(0.1)
             raise RuntimeError("Timed out waiting 4000ms for recv operation to complete")
     if rank == 0:
-        time.sleep(600)  # waits for the other, as in a collective
+        time.sleep(3600)  # waits for the other, as in a collective
     if case == "reports":
         with reporting_errors():
             raise DataError("no token carries loss", where="batch 3", limit="at least 1", remedy="drop empty responses")
@@ -64,7 +68,7 @@ def main(case: str, timeout_s: float) -> None:
         raise RuntimeError("gradients of the wrong shape")
     if case == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)  # "waits"
+    time.sleep(3600)  # "waits"
 
 
 if __name__ == "__main__":

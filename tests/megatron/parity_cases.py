@@ -47,7 +47,7 @@ def load_model(case: Case, layout: dict[str, int], arch: Architecture | None = N
     from lopd.megatron.weights import load_hf
 
     section = ParallelSection(**layout)
-    parallel.initialize(section, seed=1, timeout_s=60)
+    parallel.initialize(section, seed=1, timeout_s=500)
     model = build_model(arch or case.arch, **{"parallel": section, "dtype": "float32", "recompute": "none", "moe_aux_loss": 0.0, **settings})
     load_hf(model, arch or case.arch, case.folder)
     return model

@@ -12,7 +12,7 @@ import pytest
 from lopd.errors import TrainingError
 from tests.megatron.checkpoint_cases import CASES, CROSSINGS, LAST_STEP, SAVED_AT, TO_ONE_RANK, on_one_rank, resume_and_compare, save_and_die
 from tests.megatron.launch import RanksFailed, run_ranks
-from tests.megatron.test_launch import eventually_none
+from tests.megatron.test_launch import eventually_none, mark_of
 from tests.models import write_qwen3_dense, write_qwen3_moe
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_qwen3_moe(root / "model", vocab_size=515)  # of 520 rows with padding, so that every change of layout cuts those anew too
     write_qwen3_dense(root / "dense")
     with pytest.raises(RanksFailed, match="all saved, one step lost"):
-        run_ranks(save_and_die, 2, model=str(root / "model"), dense=str(root / "dense"), folder=str(root), env={"LOPD_CASE": "save and die"})
+        run_ranks(save_and_die, 2, model=str(root / "model"), dense=str(root / "dense"), folder=str(root), env={"LOPD_CASE": mark_of(root)})
     return root
 
 
@@ -115,7 +115,7 @@ def test_the_last_two_are_kept_and_the_newest_is_named(folder: Path, kept: list[
 
 def test_nothing_outlives_a_rank_that_was_killed_after_saving(folder: Path) -> None:
     """Megatron's own save starts a manager process that would."""
-    assert eventually_none("save and die")
+    assert eventually_none(mark_of(folder))
 
 
 def test_what_is_ours_in_a_checkpoint_is_json(folder: Path, kept: list[str]) -> None:

@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def knobs(run: Path, teacher: Path) -> list[str]:
     one = [f"distill.parallel.{size}=1" for size in ("ranks", "tensor", "expert")]
-    forward = ["score.forward.dtype=float32", "score.forward.timeout_s=100", "distill.dtype=float32", "distill.timeout_s=100", "sglang.dtype=float32"]
+    forward = ["score.forward.dtype=float32", "score.forward.timeout_s=500", "distill.dtype=float32", "distill.timeout_s=500", "sglang.dtype=float32"]
     return [f"run.dir={run / 'run'}", f"models.teacher={teacher}", f"models.student={run / 'run/sft/model'}", *one, *forward]
 
 

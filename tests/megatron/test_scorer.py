@@ -22,8 +22,8 @@ from tests.models import write_qwen3_moe
 
 LIMIT = 1e-5
 MAX_TOKENS = 64
-TENSOR = ForwardSection(parallel={"ranks": 2, "tensor": 2, "expert": 2}, dtype="float32", max_tokens_per_microbatch=MAX_TOKENS, timeout_s=100)
-DATA = ForwardSection(parallel={"ranks": 2, "expert": 2}, dtype="float32", max_tokens_per_microbatch=MAX_TOKENS, timeout_s=100)
+TENSOR = ForwardSection(parallel={"ranks": 2, "tensor": 2, "expert": 2}, dtype="float32", max_tokens_per_microbatch=MAX_TOKENS, timeout_s=500)
+DATA = ForwardSection(parallel={"ranks": 2, "expert": 2}, dtype="float32", max_tokens_per_microbatch=MAX_TOKENS, timeout_s=500)
 
 
 def requests_of(count: int, seed: int = 0) -> list[ScoreRequest]:
@@ -104,7 +104,7 @@ def test_what_stops_the_ranks_is_told_where_the_scores_are_awaited(model: Path, 
     folder.mkdir()
     (folder / "config.json").write_bytes((model / "config.json").read_bytes())
     with pytest.raises(ArtifactError, match="no such file"):  # noqa: SIM117
-        with MegatronScorer(folder, ForwardSection(dtype="float32", timeout_s=100), folder=tmp_path) as engine:
+        with MegatronScorer(folder, ForwardSection(dtype="float32", timeout_s=500), folder=tmp_path) as engine:
             list(engine.score(requests_of(2)))
 
 

@@ -40,7 +40,7 @@ def body(model: str, tensor: int) -> dict[str, Any]:
     """Of the first step from the same weights, in each direction: figures, and the gradients of two weights (this rank's rows). One microbatch is empty."""
     layout = {"tensor": tensor, "expert": tensor}
     settings = settings_of(layout, optimizer={"lr": 1e-12, "weight_decay": 0.0, "clip_grad": 0.0})
-    parallel.initialize(settings.parallel, seed=1, timeout_s=60)
+    parallel.initialize(settings.parallel, seed=1, timeout_s=500)
     logprobs.BLOCK_BYTES["cpu"] = 40_000  # of 256 or 512 rows some 50 at a time
     samples = with_top_k(samples_of(0, 8))
     microbatches = [build_microbatch(samples[:5], 2), build_microbatch(samples[5:], 2), build_microbatch([], 2)]
@@ -78,7 +78,6 @@ def reference(model: Path, direction: str) -> dict[str, Any]:
     return {"loss": loss.item(), "grad_norm": norm.item(), "top_k_kl": torch.cat(responses).mean().item(), "tail": torch.cat(tails).mean().item(), **gradients}
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_step_is_that_of_dense_logits(ranks: int, tmp_path: Path) -> None:
     model = write_qwen3_moe(tmp_path / "model")

@@ -40,7 +40,7 @@ def _loaded(folder: Path, layout: dict[str, int], dtype: str = "float32") -> tup
 
     arch = read_architecture(folder)
     section = ParallelSection(**layout)
-    parallel.initialize(section, seed=1, timeout_s=60)
+    parallel.initialize(section, seed=1, timeout_s=500)
     model = build_model(arch, parallel=section, dtype=dtype, recompute="none", moe_aux_loss=0.0)
     load_hf(model, arch, folder)
     return model, arch

@@ -58,7 +58,7 @@ def settings_of(layout: dict[str, Any] | None = None, **fields: Any) -> TrainSec
 
 
 def trainer_of(model: str, settings: TrainSection, objective: Objective | None = None, checkpoints: str | None = None) -> Trainer:
-    parallel.initialize(settings.parallel, seed=1, timeout_s=60)
+    parallel.initialize(settings.parallel, seed=1, timeout_s=500)
     folder = None if checkpoints is None else Path(checkpoints)
     return Trainer(settings, model_dir=Path(model), init="checkpoint", init_std=0.02, seed=1, objective=objective or Lightning(), checkpoint_dir=folder)
 

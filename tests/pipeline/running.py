@@ -21,6 +21,7 @@ from typing import Any
 from lopd import pipeline
 from lopd.artifacts import read_manifest
 from lopd.config import Config, load_config
+from tests.pipeline.holding import HOLDS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "tiny_moe.toml"
@@ -40,19 +41,28 @@ class Finished:
 
 
 class Command:
-    """``lopd VERB examples/tiny_moe.toml run.dir=RUN_DIR OVERRIDES...``, started in a session of its own."""
+    """``lopd VERB examples/tiny_moe.toml run.dir=RUN_DIR OVERRIDES...``, started in a session of its own.
 
-    def __init__(self, verb: str, run_dir: Path, overrides: Sequence[str], *, config: Path = EXAMPLE) -> None:
+    holds: places at which it waits until it is released or killed, each STAGE-NUMBER: so many shards published, or this step logged (tests.pipeline.holding).
+    """
+
+    def __init__(self, verb: str, run_dir: Path, overrides: Sequence[str], *, config: Path = EXAMPLE, holds: Sequence[str] = ()) -> None:
         self._mark = uuid.uuid4().hex
         self._groups: set[int] = set()
         outputs = run_dir.with_name(f"{run_dir.name}.commands")
         outputs.mkdir(parents=True, exist_ok=True)
         self._stdout, self._stderr = outputs / f"{self._mark}.out", outputs / f"{self._mark}.err"
+        self._holds = outputs / f"{self._mark}.holds"
+        self._holds.mkdir()
+        for place in holds:
+            (self._holds / place).touch()
+        program = [sys.executable, "-m", "tests.pipeline.holding"] if holds else [LOPD]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._began = time.monotonic()
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self._process = subprocess.Popen(
-                [LOPD, verb, config, f"run.dir={run_dir}", *overrides],
-                env={**os.environ, MARK: self._mark},
+                [*program, verb, config, f"run.dir={run_dir}", *overrides],
+                env={**os.environ, MARK: self._mark, HOLDS: str(self._holds), "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -64,7 +74,7 @@ class Command:
         """What stands on its screen now."""
         return self._stdout.read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 400) -> Finished:
+    def wait(self, timeout_s: float = 1200) -> Finished:
         """Until it has ended; a command that hangs is killed and fails the test."""
         try:
             code = self._process.wait(timeout_s)
@@ -73,7 +83,7 @@ class Command:
             raise AssertionError(f"still running after {timeout_s} s; its output ends:\n{self.output[-2000:]}") from None
         return Finished(code, self.output, self._stderr.read_text(errors="replace"), time.monotonic() - self._began)
 
-    def wait_until(self, reached: Callable[[], bool], what: str, timeout_s: float = 200) -> None:
+    def wait_until(self, reached: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
         """Until reached() is true; the command must still be running then."""
         deadline = time.monotonic() + timeout_s
         while not reached():
@@ -82,6 +92,13 @@ class Command:
             if time.monotonic() > deadline:
                 raise AssertionError(f"not within {timeout_s} s: {what}; its output ends:\n{self.output[-2000:]}")
             time.sleep(0.03)
+
+    def wait_for(self, place: str) -> None:
+        """Until it waits at this one of its holds."""
+        self.wait_until((self._holds / f"{place}.held").exists, f"hold {place}")
+
+    def release(self, place: str) -> None:
+        (self._holds / f"{place}.held").unlink()
 
     @property
     def running(self) -> bool:
@@ -119,7 +136,7 @@ class Command:
                     found.append(process)
         return found
 
-    def ends_completely(self, within_s: float = 10) -> bool:
+    def ends_completely(self, within_s: float = 60) -> bool:
         """Whether no process of it is left within so many seconds."""
         deadline = time.monotonic() + within_s
         while self.processes():
@@ -157,7 +174,7 @@ def listening_addresses(command: Command) -> Iterator[set[tuple[str, str]]]:
     stop = threading.Event()
 
     def look() -> None:
-        while not stop.wait(0.3):
+        while not stop.wait(1.0):
             seen.update(_listening(command.processes()))
 
     watcher = threading.Thread(target=look, daemon=True)

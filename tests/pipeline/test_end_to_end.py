@@ -27,7 +27,7 @@ from sglang_rollout.server import SGLangServer
 from tests.pipeline.conftest import NUM_STEPS, SHORT, CompletedRun
 from tests.pipeline.running import EXAMPLE, LOOPBACK, STAGES, lopd, metrics, tensorboard
 
-pytestmark = pytest.mark.timeout(900)  # whichever test is first makes the run
+pytestmark = pytest.mark.timeout(1800)  # whichever test is first makes the run
 
 MODELS = ("base", "sft", "sft_longer", "distilled", "teacher")
 MOST_AT_FIRST, LEAST_AT_LAST, LEAST_RATIO = 0.70, 0.90, 10.0  # of accuracies, and of the reverse KL before to that after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,10 @@ from lopd.artifacts import read_manifest
 from tests.pipeline.conftest import NUM_STEPS, SHORT, CompletedRun
 from tests.pipeline.running import Command, FileState, Finished, deterministic, files, fingerprints, lopd, metrics, shards, states, tensorboard
 
-pytestmark = pytest.mark.timeout(900)  # whichever test is first makes the run
+pytestmark = pytest.mark.timeout(1800)  # whichever test is first makes the run
 
 LEARNT = ("demonstrate", "sft", "rollout", "score", "distill")  # what is equal bit for bit; evaluate and export name folders
-RANK, SERVER = "lopd.stages.train_worker", "sglang::scheduler"
+RANK, HELD_RANK, SERVER = "-u -m lopd.stages.train_worker", "-u -m tests.pipeline.holding", "sglang::scheduler"
 
 
 def assert_same_result(run_dir: Path, never_killed: Path, stages: tuple[str, ...] = LEARNT) -> None:
@@ -41,7 +41,7 @@ def kill(command: Command, number: signal.Signals = signal.SIGKILL) -> Finished:
     """Ends lopd alone by a signal and sees that all the rest ends by itself."""
     assert len(command.processes()) > 1, "it has children"
     command.send(number)
-    finished = command.wait(30)
+    finished = command.wait(120)
     assert command.ends_completely(), f"left: {command.processes()}"
     return finished
 
@@ -61,30 +61,32 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: Comple
     run_dir = done_up_to("sft")
     kept: dict[str, FileState] = {}
 
-    def start(verb: str = "run") -> Command:
-        return Command(verb, run_dir, [*SHORT, "distill.checkpoint_every=2"])
+    def start(verb: str = "run", holds: Sequence[str] = ()) -> Command:
+        return Command(verb, run_dir, [*SHORT, "distill.checkpoint_every=2"], holds=holds)
 
     def nothing_is_rewritten() -> None:
         now = {f"{stage}/{name}": file for stage in ("rollout", "score") for name, file in shards(run_dir, stage).items()}
         assert kept.items() <= now.items()
         kept.update(now)
 
-    command = start()
     first = rng.randint(1, 2)
-    command.wait_until(lambda: num_shards(run_dir, "rollout") >= first, f"{first} shards of rollouts")
+    command = start(holds=[f"rollout-{first}"])
+    command.wait_for(f"rollout-{first}")
     assert kill(command).code == -signal.SIGKILL
+    assert num_shards(run_dir, "rollout") == first
     nothing_is_rewritten()
     assert states(run_dir, SHORT)["rollout"] == "partial"
 
-    command = start()
-    second = rng.randint(1, 3)
-    command.wait_until(lambda: num_shards(run_dir, "score") >= second, f"{second} shards of scores")
+    second, step = rng.randint(1, 3), 2 * rng.randint(2, 3) + 1  # the save after step 4 has completed the one after step 2
+    command = start(holds=[f"score-{second}", f"distill-{step}"])
+    command.wait_for(f"score-{second}")
     command.kill_child(SERVER)
     command.wait_until(lambda: "the teacher server died" in command.output, "its death is told")
+    assert num_shards(run_dir, "score") == second
     nothing_is_rewritten()
+    command.release(f"score-{second}")
 
-    step = 2 * rng.randint(1, 3) + 1
-    command.wait_until(lambda: steps_done(run_dir, "distill") >= step, f"step {step} of distill")
+    command.wait_for(f"distill-{step}")
     kill(command)
     assert steps_done(run_dir, "distill") == step, "between two checkpoints"
     nothing_is_rewritten()
@@ -103,10 +105,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: Comple
 def test_training_goes_on_after_a_rank_was_killed(completed: CompletedRun, done_up_to: Callable[[str], Path]) -> None:
     run_dir = done_up_to("demonstrate")
     overrides = [*SHORT, "sft.checkpoint_every=1"]
-    command = Command("sft", run_dir, overrides)
-    command.wait_until(lambda: "sft 2/4" in command.output, "the second step")
-    command.kill_child(RANK)
-    failed = command.wait(60)
+    command = Command("sft", run_dir, overrides, holds=["sft-3"])
+    command.wait_for("sft-3")
+    command.kill_child(HELD_RANK)
+    failed = command.wait(120)
     assert failed.code == 2
     assert_one_line(failed)
     assert "train.log" in failed.stderr
@@ -143,7 +145,7 @@ MICRO = (
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(4800)
 @pytest.mark.parametrize("seed", [11, 12])
 def test_many_kills_at_random_moments(seed: int, tmp_path: Path) -> None:
     """From nothing to the end on one rank; lopd, a rank or a server killed at any moment of any stage."""
@@ -167,7 +169,7 @@ def test_many_kills_at_random_moments(seed: int, tmp_path: Path) -> None:
                 command.sleep(rng.uniform(3, 20))  # it is started again, and the run goes on
         if command.running:
             command.send(signal.SIGKILL)
-            command.wait(30)
+            command.wait(120)
             num_kills += 1
         assert command.ends_completely()
     assert num_kills > 1

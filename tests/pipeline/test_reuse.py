@@ -17,7 +17,7 @@ from lopd.records import Response, float32, int32
 from tests.pipeline.conftest import NUM_STEPS, SHORT, CompletedRun
 from tests.pipeline.running import STAGES, config_of, files, fingerprints, lopd, metrics, states
 
-pytestmark = pytest.mark.timeout(900)  # whichever test is first makes the run
+pytestmark = pytest.mark.timeout(1800)  # whichever test is first makes the run
 
 OTHER = (
     *SHORT,
@@ -35,13 +35,19 @@ def artifacts(run_dir: Path) -> dict[str, object]:
     return {name: state for pattern in ARTIFACTS for name, state in files(run_dir, pattern).items()}
 
 
+def of_what_starts(run_dir: Path) -> dict[str, object]:
+    """The logs of servers and ranks, to which each start adds."""
+    return {name: state for pattern in ("*/sglang*.log", "**/train.log") for name, state in files(run_dir, pattern).items()}
+
+
 def test_the_same_command_again_does_nothing_and_touches_nothing(completed: CompletedRun) -> None:
-    before, rows = artifacts(completed.folder), (completed.folder / "metrics.jsonl").read_bytes()
+    before, logs, rows = artifacts(completed.folder), of_what_starts(completed.folder), (completed.folder / "metrics.jsonl").read_bytes()
     figures = json.loads((completed.folder / "summary.json").read_text())
     again = lopd("run", completed.folder, SHORT)
     assert [line for line in again.stdout.splitlines() if ": " in line][: len(STAGES)] == [f"{stage}: reused" for stage in STAGES]
-    assert again.seconds < completed.command.seconds / 4
     assert artifacts(completed.folder) == before
+    assert of_what_starts(completed.folder) == logs, "no server and no rank was started"
+    assert {name.rpartition("/")[2] for name in logs} == {"sglang-teacher.log", "sglang-student.log", "sglang.log", "train.log"}, sorted(logs)
     assert (completed.folder / "metrics.jsonl").read_bytes() == rows
     summary = json.loads((completed.folder / "summary.json").read_text())
     assert {stage["status"] for stage in summary.pop("stages")} == {"reused"}

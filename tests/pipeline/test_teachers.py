@@ -19,7 +19,7 @@ from lopd.records import TopK
 from tests.pipeline.conftest import SHORT
 from tests.pipeline.running import ROOT, Command
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TEACHER = ROOT / "examples" / "tiny_models" / "teacher"
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-from lopd.megatron.launch import ERROR_FILE, reporting_errors
+from lopd.megatron.launch import reporting_errors
 
-COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 4.0
+COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 3.0
 
 
 def wait(job_file: Path) -> None:
@@ -19,20 +19,27 @@ def wait(job_file: Path) -> None:
     from lopd.stages.batches import Refreshes
     from lopd.stages.training import TrainingJob
 
-    ready = Path(os.environ[ERROR_FILE]).parent  # ranks meet after their imports, which may take longer for one than the timeout
-    (ready / f"ready-{os.environ['RANK']}").touch()
-    while len(list(ready.glob("ready-*"))) < 2:
-        time.sleep(0.02)
-    parallel.initialize(ParallelSection(ranks=2), seed=1, timeout_s=COLLECTIVE_TIMEOUT_S)
+    parallel.initialize(ParallelSection(ranks=2), seed=1, timeout_s=600)
     job = TrainingJob.from_json(json.loads(job_file.read_text()))
     refreshes = Refreshes(job, {"refresh_due": "2 steps"}, push=lambda step: None)
+    parallel.gather_objects("here")
+    collectives_last(COLLECTIVE_TIMEOUT_S)
     samples = refreshes(2, say)
+    collectives_last(600)  # what the ranks read after the wait takes one of them longer than the other
     parallel.gather_objects(len(samples))
     say(f"rank {parallel.rank()} learns from {len(samples)}, due: {refreshes.due}")
-    if parallel.rank() == 0:  # the control: as long, but the other rank waits in a collective
-        time.sleep(REFRESH_S)
+    collectives_last(COLLECTIVE_TIMEOUT_S)
+    while parallel.rank() == 0:  # the control: the other rank waits in a collective
+        time.sleep(1)
     parallel.gather_objects("late")
     say("waited in a collective")
+
+
+def collectives_last(timeout_s: float) -> None:
+    """From now on so long at most."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(datetime.timedelta(seconds=timeout_s))
 
 
 def say(line: str) -> None:
