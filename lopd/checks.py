@@ -17,7 +17,7 @@ from lopd.cache.reader import CacheReader
 from lopd.config import Config, ForwardSection, TrainSection
 from lopd.errors import ConfigError, DataError, LopdError
 from lopd.lineage_checks import cache, checkpoint, demonstrations, lineage, teachers
-from lopd.megatron.architecture import Architecture, layout_problems, read_architecture, scorer_problems
+from lopd.megatron.architecture import Architecture, context_problems, layout_problems, read_architecture, scorer_problems
 from lopd.megatron.hf_files import CheckpointReader
 from lopd.records import Prompt
 from lopd.tasks import get_task
@@ -161,6 +161,7 @@ def scorer(config: Config) -> Iterator[Finding]:
 
 def _oversized(name: str, section: TrainSection | ForwardSection, context_length: int) -> Iterator[ConfigError]:
     most, unit = _devices()
+    yield from context_problems(section.parallel, section.dtype, where=f"{name}.parallel")
     if section.parallel.ranks > most * section.parallel.nodes:
         what = f"{name}.parallel.ranks = {section.parallel.ranks}" + (f" on {section.parallel.nodes} nodes" if section.parallel.nodes > 1 else "")
         remedy = f"set {name}.parallel.ranks={most * section.parallel.nodes} or fewer"
@@ -272,9 +273,10 @@ def verifier(config: Config) -> Iterator[Finding]:
 def server(config: Config) -> Iterator[Finding]:
     """What a server is started with, and what it is asked for."""
     from sglang_rollout.arguments import check_settings
+    from sglang_rollout.shared_gpus import colocation_problems
 
     settings = config.sglang
-    problems: list[LopdError] = [*_server_sizes(config), *_unsupported_sampling(config)]
+    problems: list[LopdError] = [*_server_sizes(config), *_unsupported_sampling(config), *colocation_problems(config, on_gpu=_devices()[1] != CORES)]
     try:
         check_settings(settings, config.sync)
     except LopdError as error:

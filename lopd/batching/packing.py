@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.batching.context import multiples, padded_lengths
 from lopd.errors import ConfigError, DataError
 
 Indices: TypeAlias = NDArray[np.int64]
@@ -35,11 +36,17 @@ def microbatch_capacity(max_tokens: int, pad_multiple: int) -> int:
     return capacity
 
 
-def refuse_too_long(lengths: Sequence[int] | Indices, max_tokens: int, pad_multiple: int = 1, names: Sequence[object] | None = None) -> None:
-    """DataError for samples that fit into no microbatch. Worth a call on all data before the first step. names: of the samples, for the message."""
+def refuse_too_long(
+    lengths: Sequence[int] | Indices, max_tokens: int, pad_multiple: int = 1, names: Sequence[object] | None = None, *, context: int = 1
+) -> None:
+    """DataError for samples that fit into no microbatch. Worth a call on all data before the first step. names: of the samples, for the message.
+
+    context: ranks that share a microbatch, for which samples are padded too (lopd.batching.context).
+    """
     lengths = np.asarray(lengths, dtype=np.int64)
+    _, pad_multiple = multiples(context, pad_multiple)
     capacity = microbatch_capacity(max_tokens, pad_multiple)
-    too_long = np.flatnonzero(lengths > capacity)
+    too_long = np.flatnonzero(padded_lengths(lengths, context) > capacity)
     if len(too_long):
         first = int(too_long[0])
         longest = int(lengths.max())
@@ -52,11 +59,12 @@ def refuse_too_long(lengths: Sequence[int] | Indices, max_tokens: int, pad_multi
         )
 
 
-def plan_step(lengths: Sequence[int] | Indices, num_ranks: int, max_tokens: int, pad_multiple: int = 1) -> StepPlan:
+def plan_step(lengths: Sequence[int] | Indices, num_ranks: int, max_tokens: int, pad_multiple: int = 1, *, context: int = 1) -> StepPlan:
     """Samples of one step to [rank][microbatch] index arrays; the same input gives the same plan.
 
     lengths [N]: tokens of each sample, at least 1. max_tokens: bound of a microbatch after padding to pad_multiple. Every rank gets the same number of
-    microbatches, few enough that first-fit-decreasing would not need fewer. A microbatch is empty only if there are fewer samples than microbatches.
+    microbatches, few enough that first-fit-decreasing would not need fewer. A microbatch is empty only if there are fewer samples than microbatches. context:
+    ranks that share each microbatch; then the bound is kept after what lopd.batching.context pads, too.
 
     Balance: microbatches are filled longest sample first, each into the cheapest microbatch with room; so two microbatches differ by at most the cost
     of the costliest sample, unless the budget stood in the way. Sorted by cost they are dealt in rounds of num_ranks, the costliest to the rank with the least
@@ -67,7 +75,9 @@ def plan_step(lengths: Sequence[int] | Indices, num_ranks: int, max_tokens: int,
     assert num_ranks >= 1, num_ranks
     assert lengths.ndim == 1, lengths.shape
     assert len(lengths) == 0 or lengths.min() >= 1, "a sample has at least one token"
-    refuse_too_long(lengths, max_tokens, pad_multiple)
+    refuse_too_long(lengths, max_tokens, pad_multiple, context=context)
+    lengths = padded_lengths(lengths, context)
+    _, pad_multiple = multiples(context, pad_multiple)
     capacity = microbatch_capacity(max_tokens, pad_multiple)
     costs = sample_costs(lengths)
     longest_first = np.argsort(-lengths, kind="stable").tolist()

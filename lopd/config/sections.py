@@ -78,7 +78,7 @@ class ParallelSection(Section):
     ranks: int = Field(default=1, ge=1, description="Processes on this machine (one per GPU; on a CPU at most one per core).")
     tensor: int = Field(default=1, ge=1, description="Tensor-parallel size; above 1 with sequence parallelism.")
     pipeline: int = Field(default=1, ge=1, description="Pipeline-parallel size.")
-    context: int = Field(default=1, ge=1, description="Context-parallel size (needs Transformer Engine).")
+    context: int = Field(default=1, ge=1, description="Context-parallel size: ranks that each compute a part of every sequence (needs Transformer Engine).")
     expert: int = Field(default=1, ge=1, description="Expert-parallel size.")
     expert_tensor: int = Field(default=1, ge=1, description="Tensor-parallel size inside an expert.")
     distributed_optimizer: bool = Field(default=True, description="Optimizer state sharded over data-parallel ranks.")
@@ -97,7 +97,9 @@ class ForwardSection(Section):
 
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="Number format of weights and activations.")
-    max_tokens_per_microbatch: int = Field(default=16384, ge=8, description="Token budget of a packed microbatch, per rank.", json_schema_extra=SPEED_ONLY)
+    max_tokens_per_microbatch: int = Field(
+        default=16384, ge=8, description="Token budget of a packed microbatch, per data rank: context ranks share it.", json_schema_extra=SPEED_ONLY
+    )
     timeout_s: float = Field(default=600, gt=0, description="Seconds a collective may wait for a lost rank.", json_schema_extra=SPEED_ONLY)
     threads_per_rank: int = Field(default=1, ge=1, description="CPU threads of a rank (ignored on a GPU).", json_schema_extra=SPEED_ONLY)
 
@@ -139,7 +141,7 @@ class TrainSection(Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     num_steps: int = Field(default=150, ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=256, ge=1, description="Responses per step, over all ranks.")
-    max_tokens_per_microbatch: int = Field(default=16384, ge=8, description="Token budget of a packed microbatch, per rank.")
+    max_tokens_per_microbatch: int = Field(default=16384, ge=8, description="Token budget of a packed microbatch, per data rank: context ranks share it.")
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="Number format of weights and activations.")
     recompute: Literal["none", "selective", "full"] = Field(default="none", description="Activations recomputed in the backward pass.")
     moe_aux_loss: float = Field(default=0.0, ge=0, description="Coefficient of the load-balancing loss.")

@@ -1,8 +1,9 @@
-"""A model's shape, read from a Hugging Face config.json, and whether a layout of ranks divides it. Pure Python: no torch, no megatron."""
+"""A model's shape, read from a Hugging Face config.json, and whether a layout of ranks divides it. No torch and no megatron but in context_problems."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,6 @@ def validate_layout(arch: Architecture, parallel: ParallelSection, *, where: str
 def layout_problems(arch: Architecture, parallel: ParallelSection, *, where: str = "parallel") -> Iterator[ConfigError]:
     """Everything of ranks, heads, experts, layers, vocabulary and hidden sizes that does not divide by the layout."""
     tp, pp, cp, ep, etp, ranks = parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, parallel.expert_tensor, parallel.ranks
-    if cp > 1:
-        # It needs Transformer Engine's attention over sequences that are each cut into 2 * cp parts. None of that could be run here, so none of it is offered.
-        remedy = "set context to 1; tensor divides the activations of long sequences too"
-        yield ConfigError(f"context = {cp} is not supported yet", where=where, limit="context = 1", remedy=remedy)
     if arch.num_experts == 0 and (ep > 1 or etp > 1):
         yield ConfigError(f"expert = {ep}, expert_tensor = {etp}, but {arch.family} has no experts", where=where, limit="1 and 1", remedy="set both to 1")
     dense, sparse = tp * pp * cp, ep * etp * pp
@@ -121,6 +118,14 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
         yield ConfigError(f"nodes = {score.forward.parallel.nodes}", where="score.forward.parallel", limit="1: this scorer runs on one machine")
     if arch is not None:
         yield from layout_problems(arch, score.forward.parallel, where="score.forward.parallel")
+
+
+def context_problems(parallel: ParallelSection, dtype: str, *, where: str) -> Iterator[ConfigError]:
+    """Context ranks on a machine, or with a dtype, for which there is no attention across ranks. Only to answer that, Megatron-Core is imported."""
+    if parallel.context > 1:
+        with warnings.catch_warnings(action="ignore"):  # it tells at length of what is not installed
+            from lopd.megatron import model
+        yield from model.context_problems(parallel, dtype, where=where)
 
 
 def _ranks_remedy(ranks: int, product: int) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lopd.megatron import parallel
 from lopd.megatron.architecture import Architecture
+from lopd.megatron.context import num_computed, part_of
 from lopd.megatron.flops import peak_flops, training_flops
 from lopd.records import Microbatch
 
@@ -30,7 +31,7 @@ class StepHealth:
         """module: this rank's part of the model. Hooks its routers, if it has any."""
         self._arch = architecture
         self._expert_tokens = torch.zeros(architecture.num_layers, architecture.num_experts, dtype=torch.float64, device=parallel.device())
-        self._counted: slice | None = None  # rows of a router's input that are tokens of samples; None: do not count
+        self._counted: Tensor | None = None  # bool [tokens], rows of a router's input that are tokens of samples; None: do not count
         cuda = torch.cuda.is_available()
         self._peak = peak_flops(torch.cuda.get_device_name(), dtype) if cuda else None
         for router in module.modules():
@@ -45,8 +46,8 @@ class StepHealth:
     @contextlib.contextmanager
     def counting(self, microbatch: Microbatch) -> Iterator[None]:
         """Around a forward pass that belongs to the step; what recompute repeats in the backward pass is outside and not counted twice."""
-        rows = len(microbatch.token_ids) // parallel.tensor_size()  # with sequence parallelism a tensor rank's routers see a part of the tokens
-        self._counted = slice(0, max(0, _num_real(microbatch) - parallel.tensor_rank() * rows))
+        rows = np.split(part_of(microbatch).index, parallel.tensor_size())  # with sequence parallelism a tensor rank's routers see a part of the tokens
+        self._counted = torch.as_tensor(rows[parallel.tensor_rank()] < _num_real(microbatch), device=parallel.device())
         try:
             yield
         finally:
@@ -54,15 +55,16 @@ class StepHealth:
 
     def _count(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         if self._counted is not None:
-            self._expert_tokens[router.layer_number - 1] += output[1][self._counted].sum(dim=0)  # output[1]: bool [tokens, experts], after any drops
+            chosen = output[1] & self._counted[:, None]  # output[1]: bool [tokens, experts], after any drops
+            self._expert_tokens[router.layer_number - 1] += chosen.sum(dim=0)
 
     def vector(self, microbatches: Sequence[Microbatch]) -> Tensor:
         """This rank's part, float64 [N], of the same length on every rank; to be added over all ranks."""
         own = torch.zeros(2 + parallel.world_size(), dtype=torch.float64)
         flops = torch.zeros(parallel.data_size(), dtype=torch.float64)
-        if parallel.is_last_stage() and parallel.tensor_rank() == 0:  # once per data rank
+        if parallel.speaks_for_data_rank():
             own[0] = sum(_num_real(microbatch) for microbatch in microbatches)
-            own[1] = sum(len(microbatch.token_ids) for microbatch in microbatches)
+            own[1] = sum(num_computed(microbatch) for microbatch in microbatches)
             flops[parallel.data_rank()] = sum(training_flops(self._arch, _lengths(microbatch)) for microbatch in microbatches)
         own[2 + parallel.rank()] = peak_memory_bytes()
         return torch.cat([own.to(parallel.device()), flops.to(parallel.device()), self._expert_tokens.flatten()])

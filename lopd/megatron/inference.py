@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lopd.megatron import parallel
+from lopd.megatron.context import gather, part_of
 from lopd.megatron.model import forward
 from lopd.records import Microbatch
 
@@ -19,21 +21,24 @@ from lopd.records import Microbatch
 def forward_microbatch(model: Any, microbatch: Microbatch, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
     """Last stage: log-probabilities of the labels [T], and their entropy [T] where asked for. Elsewhere hidden states, and None.
 
-    With a teacher's top-K [T, 1 + K]: of the label, then of the teacher's tokens.
+    With a teacher's top-K [T, 1 + K]: of the label, then of the teacher's tokens. Context ranks compute a part each, and all of them get the whole.
     """
-    device = parallel.device()
-    labels = torch.as_tensor(microbatch.labels, device=device)
+    device, part = parallel.device(), part_of(microbatch)
+    labels = microbatch.labels
     if microbatch.teacher_top is not None:
-        labels = torch.cat([labels[:, None], torch.as_tensor(microbatch.teacher_top.ids, device=device).long()], dim=1)
+        labels = np.column_stack([labels, microbatch.teacher_top.ids])  # int64
     output = forward(
         model,
-        token_ids=torch.as_tensor(microbatch.token_ids, device=device),
-        cu_seqlens=torch.as_tensor(microbatch.cu_seqlens, device=device),
-        max_seqlen=microbatch.max_seqlen,
-        labels=labels,
+        token_ids=torch.as_tensor(part.take(microbatch.token_ids), device=device),
+        cu_seqlens=torch.as_tensor(part.cu_seqlens, device=device),
+        max_seqlen=part.max_seqlen,
+        labels=torch.as_tensor(part.take(labels), device=device),
         entropy=entropy,
     )
-    return output if parallel.is_last_stage() else (output, None)
+    if not parallel.is_last_stage():
+        return output, None
+    logprobs, spread = output
+    return gather(logprobs, part), None if spread is None else gather(spread, part)
 
 
 @torch.no_grad()

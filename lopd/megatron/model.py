@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lopd.config import ParallelSection
+from lopd.errors import ConfigError
 from lopd.megatron import parallel as ranks
 from lopd.megatron.architecture import Architecture, validate_layout
 from lopd.megatron.hf_mapping import hf_shapes
@@ -67,9 +69,11 @@ def build_model(
     A GPTModel, in Megatron's Float16Module where dtype is bfloat16; ``model.config`` is its TransformerConfig, with calculate_per_token_loss set: losses are
     sums, and finalize_model_grads divides by the number of items. recompute: none, selective (attention) or full. moe_aux_loss: coefficient of the
     load-balancing loss. overrides: fields of TransformerConfig that win over ours (lopd.megatron.overrides).
-    ConfigError: the layout does not divide the model, or Megatron-Core refuses the settings.
+    ConfigError: the layout does not divide the model or needs Transformer Engine where it is not, or Megatron-Core refuses the settings.
     """
     validate_layout(arch, parallel)
+    for problem in context_problems(parallel, dtype):
+        raise problem
     config = transformer_config(arch, parallel=parallel, dtype=dtype, recompute=recompute, moe_aux_loss=moe_aux_loss, overrides=overrides)
     model = LogprobModel(
         num_tokens_known=arch.vocab_size,
@@ -96,6 +100,20 @@ def uses_engine(dtype: str) -> bool:
     Its attention over packed sequences has kernels of 16 bits and less only; float32, which is for tests, takes the local layers.
     """
     return has_transformer_engine() and dtype == "bfloat16"
+
+
+def context_problems(parallel: ParallelSection, dtype: str, *, where: str = "parallel") -> Iterator[ConfigError]:
+    """Context ranks where the layers would not be Transformer Engine's, whose attention alone goes across ranks."""
+    if parallel.context == 1 or uses_engine(dtype):
+        return
+    if not gpt_layer_specs.HAVE_TE:
+        lack = "which does not import here"
+    elif not has_transformer_engine():
+        lack = "which needs a GPU, and there is none here"
+    else:
+        lack = f"whose attention has no kernels for {dtype}"
+    remedy = "set context to 1; tensor divides the activations of long sequences too"
+    yield ConfigError(f"context = {parallel.context} needs Transformer Engine, {lack}", where=where, limit="context = 1 without it", remedy=remedy)
 
 
 def transformer_config(
@@ -196,15 +214,20 @@ def forward(
     Last stage with labels: (logprobs, as lopd.megatron.logprobs.token_logprobs gives them, entropy [T] or None), the same on every tensor rank.
     Last stage without labels: float32 logits [1, T, vocabulary / tp], padded columns included. Other stages: hidden states.
 
-    token_ids int64 [T]: sequences one after the other; T divides by tp (pad with one more sequence). cu_seqlens int32 [S+1]: their bounds, from 0 to T.
+    token_ids int64 [T]: sequences one after the other; T divides by tp (pad with one more sequence). cu_seqlens int32 [S+1]: their bounds, from 0 to T. Of
+    several context ranks each gives its part of every sequence (lopd.batching.context), and T times their number is the last of the bounds.
     max_seqlen: length of the longest, or more. labels int64 [T]: the tokens that follow, or any where it does not matter; [T, K] for several.
     Positions start at 0 in each sequence; position_ids are ignored (rotary embeddings count from cu_seqlens).
     """
     length = token_ids.shape[0]
     assert length % ranks.tensor_size() == 0, f"{length} tokens do not divide by {ranks.tensor_size()} tensor ranks"
     # Megatron takes a rotary table as long as the whole row for one of absolute positions. Only a lone sequence may look like that.
-    longest = min(max_seqlen, length) if cu_seqlens.numel() == 2 else min(max_seqlen, length - 1)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+    whole = length * ranks.context_size()
+    longest = min(max_seqlen, whole) if cu_seqlens.numel() == 2 else min(max_seqlen, whole - 1)
+    bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
+    if whole > length:  # Transformer Engine demands them; the same tensors say that there is no room between sequences: what pads them is computed as tokens
+        bounds |= {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens}
+    packed = PackedSeqParams(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, **bounds)
     positions = None if position_ids is None else position_ids.unsqueeze(0)
     wanted = {} if labels is None else {"labels": labels.unsqueeze(0), "entropy": entropy}
     return model(token_ids.unsqueeze(0), positions, None, packed_seq_params=packed, **wanted)

@@ -1,7 +1,8 @@
 """Ranks and process groups. The only file that asks megatron.core.parallel_state.
 
-tp, pp, ep, etp, dp: tensor, pipeline, expert, tensor inside an expert, data. Every rank of a tensor and pipeline group sees the same microbatches; ranks
-with different data_rank() see different ones. Experts are spread over all ranks of a pipeline stage, across data ranks too.
+tp, pp, cp, ep, etp, dp: tensor, pipeline, context, expert, tensor inside an expert, data. Every rank of a tensor, pipeline and context group is given the same
+microbatches; ranks with different data_rank() are given different ones. Of a microbatch each context rank computes a part (lopd.megatron.context). Experts are
+spread over all ranks of a pipeline stage, across context and data ranks too.
 """
 
 from __future__ import annotations
@@ -99,13 +100,31 @@ def data_size() -> int:
 
 
 def data_group() -> Any:
-    """Ranks that hold the same dense weights and see different microbatches."""
+    """Ranks that hold the same dense weights and see different microbatches; one such group for each context rank."""
     return parallel_state.get_data_parallel_group()
 
 
 def data_context_group() -> Any:
     """data_group() and the context ranks: over which dense gradients are summed."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def speaks_for_data_rank() -> bool:
+    """True on one of the ranks that are given the same microbatches, on the last pipeline stage: what belongs to a microbatch is counted there, once."""
+    return is_last_stage() and tensor_rank() == 0 and context_rank() == 0
+
+
+def context_rank() -> int:
+    return int(parallel_state.get_context_parallel_rank())
+
+
+def context_size() -> int:
+    return int(parallel_state.get_context_parallel_world_size())
+
+
+def context_group() -> Any:
+    """Ranks that share the tokens of one microbatch."""
+    return parallel_state.get_context_parallel_group()
 
 
 def expert_data_group() -> Any:

@@ -131,7 +131,8 @@ class MegatronScorer:
             what = f"{len(request.prompt_ids)} prompt tokens and {len(request.token_ids)} response tokens"
             raise DataError(what, where=name, limit="at least one of each: the first token of a sequence has no log-probability")
         length = len(request.prompt_ids) + len(request.token_ids)
-        refuse_too_long([length], self._settings.max_tokens_per_microbatch, self._settings.parallel.tensor, [name])
+        parallel = self._settings.parallel
+        refuse_too_long([length], self._settings.max_tokens_per_microbatch, parallel.tensor, [name], context=parallel.context)
         return length
 
     def _send(self, chunk: _Chunk) -> None:

@@ -30,7 +30,7 @@ def run(spool: Path) -> None:
     number = 1
     while (chunk := _next(spool, number)) is not None:
         answers = answer(model, chunk, max_tokens=settings.max_tokens_per_microbatch, entropy=entropy)
-        if parallel.is_last_stage() and parallel.tensor_rank() == 0:
+        if parallel.speaks_for_data_rank():
             write_numbers(spool / f"out-{number:06d}-{parallel.data_rank():04d}.npz", **answers)
         number += 1
     parallel.barrier()
@@ -54,7 +54,7 @@ def answer(model: Any, chunk: dict[str, Any], *, max_tokens: int, entropy: bool)
     prompt_lens, lengths = chunk["prompt_lens"], chunk["prompt_lens"] + chunk["response_lens"]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     multiple = parallel.tensor_size()
-    plan = plan_step(lengths, parallel.data_size(), max_tokens, multiple)[parallel.data_rank()]
+    plan = plan_step(lengths, parallel.data_size(), max_tokens, multiple, context=parallel.context_size())[parallel.data_rank()]
 
     def sample(index: int) -> Sample:
         tokens = chunk["tokens"][bounds[index] : bounds[index + 1]].astype(np.int32)

@@ -32,6 +32,7 @@ from lopd.errors import TrainingError
 from lopd.megatron import parallel
 from lopd.megatron.architecture import read_architecture
 from lopd.megatron.checkpoint import Checkpoints, Trained
+from lopd.megatron.context import num_computed
 from lopd.megatron.health import StepHealth
 from lopd.megatron.inference import forward_microbatch, score_microbatches
 from lopd.megatron.model import DTYPES, build_model, init_random, uses_engine
@@ -134,7 +135,7 @@ class Trainer:
     # ---- one step ---------------------------------------------------------------------------------------------------------------------------------
 
     def train_step(self, microbatches: Sequence[Microbatch]) -> StepMetrics:
-        """One optimizer step on this data rank's microbatches; ranks with the same data_rank get the same ones, and every data rank the same number.
+        """One optimizer step on this data rank's microbatches; ranks with the same data_rank give the same ones, and every data rank the same number.
 
         TrainingError: the numbers differ, or loss or gradient norm is not finite; then nothing was updated. DataError: no token carries loss.
         """
@@ -184,13 +185,16 @@ class Trainer:
         return output, partial(self._loss, microbatch, entropy)
 
     def _loss(self, microbatch: Microbatch, entropy: Tensor | None, logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's loss function: sum of losses, number of items, and what is summed for the metrics (float64)."""
+        """Megatron's loss function: sum of losses, number of items, and what is summed for the metrics (float64).
+
+        Every context rank has all log-probabilities and the same loss, but gradients of its own part alone; so only the first of them counts the items.
+        """
         batch = replace(TokenBatch.from_microbatch(microbatch, parallel.device()), student_entropy=None if entropy is None else entropy.detach())
         if microbatch.teacher_top is not None:
             batch, logprobs = replace(batch, student_top_logprobs=logprobs[:, 1:]), logprobs[:, 0]
         result: LossOutput = self.objective(logprobs, batch)
         sums = {"loss": result.loss_sum.detach().double(), "num_items": result.num_items.double(), **result.metric_sums}
-        return result.loss_sum, result.num_items, sums
+        return result.loss_sum, result.num_items * (parallel.context_rank() == 0), sums
 
     def _check_count(self, count: int) -> None:
         """Ranks with unequal numbers would wait for each other until the timeout."""
@@ -206,7 +210,7 @@ class Trainer:
     def _reduce(self, outputs: Sequence[Mapping[str, Tensor]], health: Tensor) -> tuple[dict[str, float], list[float]]:
         """Sums over microbatches and data ranks, and of every rank's health vector, on every rank: one all-reduce.
 
-        To the former the first tensor rank of each last stage contributes.
+        To the former one rank of each data rank contributes.
         """
         if not self._metric_names:
             names = [[*outputs[0]] if outputs else None]
@@ -216,7 +220,7 @@ class Trainer:
             self._metric_names = names[0]
         num_metrics = len(self._metric_names)
         total = torch.cat([torch.zeros(num_metrics, dtype=torch.float64, device=parallel.device()), health])
-        if parallel.is_last_stage() and parallel.tensor_rank() == 0:
+        if parallel.speaks_for_data_rank():
             for output in outputs:
                 assert [*output] == self._metric_names, "an objective reports the same metrics for every microbatch"
                 total[:num_metrics] += torch.stack([*output.values()])
@@ -227,8 +231,9 @@ class Trainer:
     def _scale_balancing_loss(self, microbatches: Sequence[Microbatch]) -> None:
         """Makes the experts' load-balancing loss a mean over the step's microbatches, weighted by their tokens, whatever the layout and the objective.
 
-        Megatron's router multiplies the loss of a microbatch by the tokens on its rank, a tensor-parallel share of the microbatch, and at the end everything
-        is divided by the number of items, which may be responses. Both would change the coefficient: the first by 1 / tp, the second by tokens per item.
+        Megatron's router multiplies the loss of a microbatch by the tokens on its rank, a share of the microbatch for each tensor and context rank, and at the
+        end everything is divided by the number of items, which may be responses. The first would change the coefficient by 1 / (tp cp), the second by tokens
+        per item.
         """
         if self.settings.moe_aux_loss == 0 or not self.architecture.num_experts:
             return
@@ -238,9 +243,10 @@ class Trainer:
             batch = replace(batch, student_top_logprobs=batch.teacher_top_logprobs)
             # How many items there are depends on masks alone; any log-probabilities will do.
             counts[0] += self.objective(torch.zeros(len(microbatch.token_ids), device=parallel.device()), batch).num_items
-            counts[1] += len(microbatch.token_ids)
+            counts[1] += num_computed(microbatch)
         dist.all_reduce(counts, group=parallel.data_group())
-        self._config.moe_aux_loss_coeff = self.settings.moe_aux_loss * parallel.tensor_size() * (counts[0] / counts[1]).item()
+        shares = parallel.tensor_size() * parallel.context_size()
+        self._config.moe_aux_loss_coeff = self.settings.moe_aux_loss * shares * (counts[0] / counts[1]).item()
 
     def _not_finite(self, what: str, here: bool, suspects: Sequence[Microbatch]) -> TrainingError:
         """Collective, on the way out: names the ranks where it came from, the responses of their suspect microbatches, and the checkpoint to go on from."""

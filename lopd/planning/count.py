@@ -21,6 +21,7 @@ EXPERT = ".mlp.experts."
 
 def count(arch: Architecture, parallel: ParallelSection) -> list[StageParameters]:
     """What a rank of each pipeline stage holds. ConfigError: the layout does not divide the model."""
+    parallel = parallel.model_copy(update={"context": 1})  # context ranks hold the same weights, and only Transformer Engine's layers can be built for several
     return [_count_stage(arch, parallel, stage * parallel.ranks // parallel.pipeline) for stage in range(parallel.pipeline)]
 
 

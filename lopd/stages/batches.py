@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from lopd.batching import ResponseOrder, build_microbatch, plan_step
 from lopd.batching.order import epoch_permutation
+from lopd.errors import EngineError
 from lopd.megatron import parallel
 from lopd.objective.drift import RefreshRule
 from lopd.records import Microbatch, Sample
-from lopd.stages.refreshed import SCORES, Refresh, finished
+from lopd.stages.refreshed import LOST, ROLLOUTS, SCORES, Refresh, finished
 from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import load_samples
 
 POLL_S = 0.1
+MOST_SENDS = 5  # of the same weights, to a server that loses them
 
 
 class Batches:
@@ -39,8 +41,8 @@ class Batches:
         """This rank's microbatches of a step, and the number of tokens of the whole step over all ranks."""
         chosen = [self._samples[index] for index in self.indices(step)]  # once: they may lie on disk
         lengths = [len(sample) for sample in chosen]
-        multiple = self._settings.parallel.tensor
-        plan = plan_step(lengths, parallel.data_size(), self._settings.max_tokens_per_microbatch, multiple)
+        multiple, context = self._settings.parallel.tensor, self._settings.parallel.context
+        plan = plan_step(lengths, parallel.data_size(), self._settings.max_tokens_per_microbatch, multiple, context=context)
         mine = plan[parallel.data_rank()]
         return [build_microbatch([chosen[i] for i in indices], multiple) for indices in mine], sum(lengths)
 
@@ -53,12 +55,26 @@ class Batches:
         return [index if epoch == 0 else int(epoch_permutation(count, self._seed, epoch)[index]) for epoch, index in rounds]
 
 
+class Server(Protocol):
+    """The student's, and whose turn it is where it shares the trainer's GPUs; every rank calls these together."""
+
+    shares: bool  # GPUs with the trainer
+
+    def push(self, step: int, *, again: bool = False) -> None:
+        """Puts the weights after so many steps into it, as version ``step-N``; again: even if it has had them. It then answers."""
+
+    def leave(self) -> None:
+        """For the teacher, or whoever else needs the GPUs."""
+
+    def train(self) -> None:
+        """For the next step."""
+
+
 class Refreshes:
     """When a refresh is due, and how one comes about; the same on every rank. state: goes into checkpoints with the training."""
 
-    def __init__(self, job: TrainingJob, state: dict[str, Any], push: Callable[[int], None]) -> None:
-        """push: puts the weights after so many steps into the student's server, as version ``step-N``; every rank calls it together."""
-        self._job, self._push = job, push
+    def __init__(self, job: TrainingJob, state: dict[str, Any], server: Server) -> None:
+        self._job, self._server = job, server
         self._rule = RefreshRule.from_config(job.config.distill)
         self._state = state
         state.setdefault("refreshes", [])
@@ -82,11 +98,17 @@ class Refreshes:
         """Fresh responses of the present weights, for step ``step`` (from 0) on. say: a line that the process with the servers hears."""
         refresh = Refresh(len(self.made) + 1, step, self._state["refresh_due"], version=f"step-{step}")
         if finished(refresh, self._job.folder) is None:  # else made by a command that was killed after it
-            self._push(step)
-            self._ask(refresh, say)
+            if parallel.rank() == 0:
+                say(f"step {step}/{self._job.num_steps}: refresh {refresh.number} ({refresh.reason})")
+            if self._server.shares:  # the teacher comes when the student's server has left
+                self._make(refresh, ROLLOUTS, say)
+                self._server.leave()
+                self._ask(refresh, SCORES, say)
+            else:
+                self._make(refresh, SCORES, say)
         self._state["refreshes"].append(dataclasses.asdict(refresh))
         self._state["refresh_due"] = None
-        return self._wait_for(refresh)
+        return self._learn(refresh)
 
     def resume(self, say: Callable[[str], None]) -> tuple[Sequence[Sample], int] | None:
         """The refreshed responses that a resumed training was learning from, and the step they begin at; None: it has come to no refresh yet."""
@@ -94,17 +116,37 @@ class Refreshes:
             return None
         refresh = self.made[-1]
         if finished(refresh, self._job.folder) is None:  # somebody has removed scores; the rollouts may still be there
-            self._ask(refresh, say)
-        return self._wait_for(refresh), refresh.step
+            self._server.leave()
+            self._ask(refresh, SCORES, say)
+        return self._learn(refresh), refresh.step
 
-    def _ask(self, refresh: Refresh, say: Callable[[str], None]) -> None:
+    def _make(self, refresh: Refresh, until: str, say: Callable[[str], None]) -> None:
+        """Has it made by the present weights, which are sent again where a server has lost them. EngineError: that happens again and again."""
+        for attempt in range(MOST_SENDS):
+            self._server.push(refresh.step, again=attempt > 0)
+            if parallel.rank() == 0:
+                (self._job.folder / LOST).unlink(missing_ok=True)
+            parallel.barrier()  # nobody takes the former loss for one of the weights that were just sent
+            self._ask(refresh, until, say, can_send=True)
+            if self._wait_for(refresh, until):
+                return
+        raise EngineError(f"the student's server lost its weights {MOST_SENDS} times in refresh {refresh.number}", remedy="read its log")
+
+    def _ask(self, refresh: Refresh, until: str, say: Callable[[str], None], *, can_send: bool = False) -> None:
         if parallel.rank() == 0:
-            refresh.ask(self._job.folder)
-            say(f"step {refresh.step}/{self._job.num_steps}: refresh {refresh.number} ({refresh.reason})")
+            refresh.ask(self._job.folder, until=until, can_send=can_send)
+            say(f"step {refresh.step}/{self._job.num_steps}: refresh {refresh.number}: waiting for {until}")  # the process with the servers hears it
 
-    def _wait_for(self, refresh: Refresh) -> Sequence[Sample]:
-        """Waits for the published scores, in no collective, which would time out: sampling and scoring may take hours. Meanwhile the heartbeat goes on, and
-        if they cannot be made, the process that makes them ends this one."""
-        while finished(refresh, self._job.folder) is None:
+    def _wait_for(self, refresh: Refresh, part: str = SCORES) -> bool:
+        """Waits until it is published, in no collective, which would time out: sampling and scoring may take hours. Meanwhile the heartbeat goes on, and if it
+        cannot be made, the process that makes it ends this one. False: the server has lost the weights."""
+        while finished(refresh, self._job.folder, part) is None:
+            if (self._job.folder / LOST).exists():
+                return False
             time.sleep(POLL_S)
+        return True
+
+    def _learn(self, refresh: Refresh) -> Sequence[Sample]:
+        self._wait_for(refresh)
+        self._server.train()
         return load_samples(dataclasses.replace(self._job, data=refresh.folder(self._job.folder) / SCORES))

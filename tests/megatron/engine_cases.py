@@ -18,6 +18,7 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     from lopd.megatron import parallel
     from lopd.megatron import trainer as trainer_module
     from megatron_patches import layer_spec
+    from tests.megatron import context_cases
     from tests.megatron.parity_cases import Case, difference, load_model
     from tests.megatron.trainer_cases import settings_of, train, trainer_of
 
@@ -41,6 +42,7 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     result["optimizer"] = type(trainer_of(moe, settings_of(both)).optimizer.megatron.chained_optimizers[0].optimizer).__name__
     result["training"] = train(trainer_of(moe, settings_of(both)))
     result["pipeline"] = train(trainer_of(moe, settings_of({"pipeline": 2})))
+    result["context"] = context_cases.two_ranks(moe)
     result["recomputed"] = train(trainer_of(moe, settings_of(both, recompute="full")))
     result["resumed"] = _resumed(moe, folder)
     for module in (model_module, trainer_module):

@@ -165,7 +165,7 @@ def test_layouts_that_divide(tmp_path: Path, layout: dict[str, int]) -> None:
         ({"ranks": 3, "expert": 3}, "number of experts (128) does not divide by expert (3)"),
         ({"ranks": 5, "pipeline": 5}, "number of layers (48) does not divide by pipeline (5)"),
         ({"ranks": 5, "expert_tensor": 5}, "hidden size of an expert (768) does not divide by expert_tensor (5)"),
-        ({"ranks": 2, "context": 2}, "context = 2 is not supported"),
+        ({"ranks": 6, "context": 4}, "ranks = 6 is no multiple of tensor * pipeline * context = 4"),
     ],
     ids=str,
 )

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.megatron.context_cases import CONTROLS
 from tests.megatron.engine_cases import LAYOUTS, two_ranks
 from tests.megatron.launch import ROOT, run_ranks
 from tests.megatron.parity_cases import LIMIT
+from tests.megatron.test_trainer import difference
 from tests.models import write_qwen3_dense, write_qwen3_moe
 
 STAND_IN = Path(__file__).parent / "stand_in_engine"
@@ -80,3 +82,29 @@ def test_a_training_resumes_and_not_from_a_checkpoint_of_the_other_layers(measur
     found = measured[0]["resumed"]
     assert found["resumed"] == {key: values[-2:] for key, values in found["unbroken"].items()}
     assert "checkpoint was written with layers = transformer_engine; limit: this run has local" in measured[0]["refused"]
+
+
+# ---- context parallelism (on four ranks: test_context.py) -------------------------------------------------------------------------------------------
+
+
+def test_five_steps_of_two_context_ranks_are_those_of_one_rank(measured: list[dict[str, Any]]) -> None:
+    """Uneven sequences, and a last microbatch without samples. Weights may differ more: AdamW divides small gradients by their size."""
+    for rank in measured:
+        found, alone = rank["context"]["right"], rank["context"]["one rank"]
+        assert difference(found, alone) < 1e-5
+        assert found["weights"] < 1e-4
+        assert difference(alone, rank["local training"]) < 1e-5
+    assert measured[0]["context"]["right"]["weights"] > 0, "nothing was compared"
+
+
+def test_context_ranks_count_every_token_once(measured: list[dict[str, Any]]) -> None:
+    found, alone = (measured[0]["context"][name]["first"] for name in ("right", "one rank"))
+    assert found.pop("padding_share") > alone.pop("padding_share"), "each sequence is padded to a multiple of four tokens"
+    assert found == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", CONTROLS)
+def test_a_wrong_cut_and_wrong_positions_would_be_noticed(fault: str, measured: list[dict[str, Any]]) -> None:
+    found = measured[0]["context"][fault]
+    assert difference(found, measured[0]["context"]["one rank"]) > 1e-3
+    assert found["weights"] > 1e-3

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from transformer_engine.pytorch.context import attention_across_ranks
+
 
 class _CudaRNGStatesTracker:
     """A base class that Megatron-Core asks for when it is imported."""
@@ -141,13 +143,37 @@ class GroupedLinear(torch.nn.Module):
 
 
 class DotProductAttention(torch.nn.Module):
-    def __init__(self, num_attention_heads: int, kv_channels: int, *, num_gqa_groups: int, attention_dropout: float, softmax_scale: Any, **_: Any) -> None:
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int,
+        *,
+        num_gqa_groups: int,
+        attention_dropout: float,
+        softmax_scale: Any,
+        cp_group: Any = None,
+        cp_global_ranks: list[int] | None = None,
+        cp_comm_type: str = "p2p",
+        **_: Any,
+    ) -> None:
         super().__init__()
         assert attention_dropout == 0
-        self._scale = softmax_scale or kv_channels**-0.5
+        assert cp_group is None or len(cp_global_ranks or []) == cp_group.size()
+        self._scale, self._group, self.cp_comm_type = softmax_scale or kv_channels**-0.5, cp_group, cp_comm_type
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, attn_mask_type: str, qkv_format: str, cu_seqlens_q: Tensor, max_seqlen_q: int, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        *,
+        attn_mask_type: str,
+        qkv_format: str,
+        cu_seqlens_q: Tensor,
+        max_seqlen_q: int,
+        cu_seqlens_q_padded: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         from megatron_patches.attention import PaddedGroups, packed_attention
 
@@ -156,4 +182,7 @@ class DotProductAttention(torch.nn.Module):
         assert mask is None
         assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
         assert cu_seqlens_q.dtype == torch.int32
+        if self._group is not None:
+            assert cu_seqlens_q_padded is cu_seqlens_q, "Transformer Engine would take it for room between the sequences"
+            return attention_across_ranks(query, key, value, cu_seqlens_q, self._group, scale=self._scale).flatten(1)
         return packed_attention(query, key, value, PaddedGroups.of(cu_seqlens_q.tolist(), query.device), scale=self._scale).flatten(1)
