@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(_folder(item.nodeid), len(order)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two threads of a small model wait for each other longer than they work, on a busy machine many times longer; and sums depend on their number."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return _FolderScheduling(config, log)
 

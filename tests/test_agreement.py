@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from lopd import cache
 from lopd.config import ParallelSection, SGLangSection, TrainSection

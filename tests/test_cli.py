@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "sglang", "megatron", "pyarrow", "matplotlib",
 
 def lopd(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
     """The script that installation made, in a process of its own, without a terminal."""
-    done = subprocess.run([LOPD, *arguments], cwd=cwd, env=dict(env or os.environ), capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+    done = subprocess.run([LOPD, *arguments], cwd=cwd, env=dict(env or os.environ), capture_output=True, timeout=500, stdin=subprocess.DEVNULL)
     return Result(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
@@ -60,7 +60,7 @@ except SystemExit:
     pass
 sys.stderr.write("MODULES " + " ".join({{name.partition(".")[0] for name in sys.modules}}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=True)
     return set(done.stderr.rpartition("MODULES ")[2].split())
 
 

@@ -20,7 +20,7 @@ from megatron_patches.registry import UpstreamChanged, replace, require
 
 def _alone(code: str) -> dict[str, Any]:
     """Run code in a process of its own, since patches stay installed; the last line it prints is JSON."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -18,7 +18,7 @@ SMALL = ("launch.device=cpu", "launch.workers=2", "prompts.sft.num_prompts=64", 
 
 
 def lopd(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lopd.cli", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=280)
+    return subprocess.run([sys.executable, "-m", "lopd.cli", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=550)
 
 
 def status(run: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,6 @@ from tests.megatron.trainer_cases import MAX_TOKENS, NUM_STEPS, PEAK_LR, one_ran
 from tests.models import write_qwen3_dense, write_qwen3_moe
 
 LAYOUTS = ["data", "data, plain optimizer", "tensor and expert", "tensor and expert, plain optimizer", "tensor", "expert", "expert tensor", "pipeline"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads of a small model wait for each other longer than they work, on a busy machine many times longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

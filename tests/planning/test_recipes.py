@@ -94,7 +94,7 @@ def run_script(name: str, folder: Path, *arguments: str) -> subprocess.Completed
         **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "LOPD_HUB": str(folder / "hub"),
         "LOPD_RUNS": str(folder / "runs"), "COLUMNS": "400",
     }  # fmt: skip
-    return subprocess.run(["bash", str(EXAMPLES / f"run_{name}.sh"), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=120)
+    return subprocess.run(["bash", str(EXAMPLES / f"run_{name}.sh"), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=500)
 
 
 def test_a_recipe_says_all_that_is_missing_and_goes_no_further(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_wrong_arguments_of_a_recipe(tmp_path: Path) -> None:
 def test_the_plans_json(tmp_path: Path) -> None:
     """As the command line gives it, with parameters counted through Megatron-Core."""
     command = [sys.executable, "-m", "lopd.cli", "plan", str(EXAMPLES / "run_qwen3_30b_a3b.toml"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["parameters"]["total"] == 30_532_122_624
