@@ -63,6 +63,9 @@ _TRAINER = {  # field -> why the trainer does not let go of it
     "use_custom_fsdp": "weights are loaded and exported by Megatron's own layouts",
     "init_model_with_meta_device": "weights are loaded into the model as it stands",
     "num_distributed_optimizer_instances": "the process groups are made for one",
+    "hybrid_context_parallel": "every sequence is cut over all context ranks",
+    "max_seqlen_per_dp_cp_rank": "every sequence is cut over all context ranks",
+    "hierarchical_context_parallel_sizes": "the process groups are made for one level of context ranks",
     "defer_embedding_wgrad_compute": "the output layer is part of the log-probabilities, which never hold its logits",
     "cross_entropy_loss_fusion": "log-probabilities are computed without logits, in float32",
     "cross_entropy_fusion_impl": "log-probabilities are computed without logits, in float32",
@@ -97,6 +100,9 @@ def read_overrides(table: Mapping[str, Any], *, where: str = "megatron") -> Over
         for kind in owners:
             found[kind][name] = _value(name, value, _field_types()[kind][name], where)
     _refuse_missing_hardware(table, where)
+    if table.get("cp_comm_type", "p2p") not in ("p2p", "a2a"):
+        limit = "p2p or a2a for all layers: all_gather takes no packed sequences (Transformer Engine 2.16), a2a+p2p needs process groups of two levels"
+        raise ConfigError(f"cp_comm_type = {table['cp_comm_type']!r}", where=where, limit=limit)
     return Overrides(**found)
 
 

@@ -42,7 +42,7 @@ def test_each_field_goes_where_megatron_has_it() -> None:
     [
         ("moe_expert_capacity_factor", 1, 1.0),
         ("bucket_size", 40_000_000, 40_000_000),
-        ("cp_comm_type", ["p2p", "a2a"], ["p2p", "a2a"]),
+        ("cp_comm_type", "a2a", "a2a"),
         ("main_grads_dtype", "float32", torch.float32),
         ("moe_router_dtype", "fp64", "fp64"),
         ("recompute_modules", ["core_attn", "moe_act"], ["core_attn", "moe_act"]),
@@ -64,6 +64,8 @@ def test_values_of_the_right_type_are_taken(name: str, value: object, taken: obj
         ("main_grads_dtype", "bf16", "float32, bfloat16"),
         ("attention_backend", "flas", "flash, fused"),
         ("timers", 1, "TOML cannot write"),
+        ("cp_comm_type", "all_gather", "p2p or a2a for all layers"),
+        ("cp_comm_type", ["p2p", "a2a"], "p2p or a2a for all layers"),
     ],
 )
 def test_values_of_another_type_are_refused_with_the_right_one(name: str, value: object, limit: str) -> None:
@@ -87,6 +89,8 @@ def test_an_unknown_field_is_refused_with_the_nearest() -> None:
         ("init_method_std", "the knob sft.init_std"),
         ("num_layers", "the model's config.json"),
         ("overlap_param_gather", "the trainer (weights are read between steps"),
+        ("context_parallel_size", "the knob distill.parallel.context"),
+        ("hybrid_context_parallel", "the trainer (every sequence is cut over all context ranks"),
     ],
 )
 def test_a_field_of_somebody_else_is_refused_with_its_owner(name: str, owner: str) -> None:
