@@ -212,10 +212,10 @@ class Watcher:
             self._say(f"{last.what}; starting it again")
             try:
                 self._server.activity.answered = False
+                self._weights_at_start = _time_of(self._server.weights_file)  # what comes while it starts is progress
                 self._server.relaunch()
-                self.num_restarts += 1
                 self._begin_patience()
-                self._weights_at_start = _time_of(self._server.weights_file)
+                self.num_restarts += 1
                 return True
             except EngineError as error:
                 last = error
