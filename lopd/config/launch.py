@@ -21,6 +21,11 @@ class SlurmSection(Section):
 class KubernetesSection(Section):
     namespace: str = Field(default="default", description="Namespace of the jobs.", json_schema_extra=SPEED_ONLY)
     runtime: str = Field(default="torch-distributed", description="ClusterTrainingRuntime of Kubeflow Trainer.", json_schema_extra=SPEED_ONLY)
+    pod_field: Literal["runtimePatches", "podTemplateOverrides"] = Field(
+        default="runtimePatches",
+        description="Field of a TrainJob that mounts the volume: runtimePatches (Kubeflow Trainer 2.2 and later) or podTemplateOverrides (2.1).",
+        json_schema_extra=SPEED_ONLY,
+    )
     claim: str = Field(
         default="lopd", description="PersistentVolumeClaim with the config, the models and run.dir, shared by all nodes.", json_schema_extra=SPEED_ONLY
     )

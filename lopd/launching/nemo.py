@@ -71,17 +71,33 @@ def kubernetes_executor(job: Job, plan: Plan) -> Any:
         gpus_per_node=job["gpus"] or None,
         cpu_requests=str(job["cpus"]),
         labels={"app.kubernetes.io/name": "lopd", "app.kubernetes.io/component": job["name"]},
-        volumes=[
-            {"name": "runs", "persistentVolumeClaim": {"claimName": cluster["claim"]}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
-        ],
-        volume_mounts=[{"name": "runs", "mountPath": cluster["mount"]}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
-        pod_spec_overrides={"securityContext": {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "runAsNonRoot": True}},
+        spec_kwargs=pod_patch(pod_spec(cluster), cluster["pod_field"]),
         env_vars=dict(settings["env"]),
         train_job_basename=f"lopd-{job['name']}",
         packager=run.Packager(),
         retries=settings["retries"],
     )
+
+
+def pod_spec(cluster: dict[str, Any]) -> dict[str, Any]:
+    """What the runtime's pods are given besides image and command."""
+    return {
+        "volumes": [
+            {"name": "runs", "persistentVolumeClaim": {"claimName": cluster["claim"]}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+        ],
+        "containers": [{"name": "node", "volumeMounts": [{"name": "runs", "mountPath": cluster["mount"]}, {"name": "shared-memory", "mountPath": "/dev/shm"}]}],
+        "securityContext": {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "runAsNonRoot": True},
+    }
+
+
+def pod_patch(pod: dict[str, Any], field: str) -> dict[str, Any]:
+    """The field of a TrainJob's spec that says so. A cluster drops what its version of Kubeflow Trainer does not know: podTemplateOverrides, which is all that
+    nemo-run 0.11.1 writes, is 2.1's, and cannot say who the pods run as (the image does)."""
+    if field == "podTemplateOverrides":
+        return {field: [{"targetJobs": [{"name": "node"}], "spec": {key: pod[key] for key in ("volumes", "containers")}}]}
+    jobs = [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]
+    return {field: [{"manager": "lopd", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": jobs}}}}]}
 
 
 def docker_executor(job: Job, plan: Plan) -> Any:

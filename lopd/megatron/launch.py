@@ -22,6 +22,7 @@ from typing import NoReturn
 from lopd import errors
 from lopd.artifacts import remove_folder
 from lopd.errors import EXIT_CODE, LopdError, TrainingError
+from lopd.megatron.lost_nodes import COLLECTIVE, ERROR_SUFFIX, HEARTBEATS_SUFFIX, forget_others, lost_peer, state_of_others
 from lopd.megatron.nodes import ANNOUNCEMENT, NODE, Node, interface_towards, own_address
 from lopd.processes import GuardedProcess, die_with_parent, last_lines
 
@@ -31,7 +32,6 @@ ANNOUNCEMENT_FILE = "first_node.json"  # beside the log: where the first of seve
 JOIN_S = 600.0  # how long machines wait for each other before the first step: imports from a busy file system take minutes
 BEAT_S = 1.0
 MISSED_BEATS = 5  # where another rank has given up, so many missing ones name the rank that it waited for
-_COLLECTIVE = "collective"  # where a TrainingError came up that says no more than that a rank waited in vain
 _AGAIN = "the same command goes on from the newest checkpoint"
 
 
@@ -60,10 +60,10 @@ def run_ranks(
     the address and port in join.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    error_file = log.with_name(log.name + ".error.json")
+    error_file = log.with_name(log.name + ERROR_SUFFIX)
     error_file.unlink(missing_ok=True)
     here = range(ranks) if node is None else range(ranks // node.count * node.index, ranks // node.count * (node.index + 1))
-    watch = _Watch(log.with_name(log.name + ".heartbeats"), here, timeout_s, error_file)
+    watch = _Watch(log.with_name(log.name + HEARTBEATS_SUFFIX), here, timeout_s, error_file)
     command = [
         *(sys.executable, "-m", "lopd.megatron.torchrun", f"--nproc-per-node={len(here)}", "--max-restarts=0"),
         *(() if node is None else (f"--rdzv-conf=timeout={math.ceil(max(timeout_s, JOIN_S))}",)),
@@ -83,6 +83,8 @@ def run_ranks(
         interface = interface_towards(own_address(environment) if join is None else join[0])
         environment |= {NODE: node.text, ANNOUNCEMENT: str(log.with_name(ANNOUNCEMENT_FILE)), "GLOO_SOCKET_IFNAME": interface}
         environment.setdefault("NCCL_SOCKET_IFNAME", interface)
+        if join is None:
+            forget_others(log, node)
     read_end, write_end = os.pipe()
     try:
         with log.open("ab") as log_file:
@@ -104,10 +106,14 @@ def run_ranks(
         remove_folder(watch.folder)
     if code != 0:
         reported = _reported(error_file)
-        if reported is not None and reported.where != _COLLECTIVE:
+        if reported is not None and reported.where != COLLECTIVE:
             raise reported
         unexplained = TrainingError(f"the trainer ended with code {code}: {' | '.join(_telling_lines(log))}", where=str(log), remedy=f"see the log; {_AGAIN}")
-        raise watch.error(log) or reported or unexplained
+        found = watch.error(log) or reported or unexplained
+        if node is not None:
+            what = f"{found.what}; {state_of_others(log, node, MISSED_BEATS * BEAT_S)}"
+            found = TrainingError(what, where=found.where, limit=found.limit, remedy=found.remedy)
+        raise found
 
 
 class _Watch:
@@ -208,10 +214,12 @@ def reporting_errors() -> Iterator[None]:
     except LopdError as error:
         _report(error)
     except RuntimeError as error:
-        if not _is_timeout(error):
+        lost = lost_peer(error) if NODE in os.environ else None
+        if lost is None and not _is_timeout(error):
             raise
-        what = f"rank {os.environ.get('RANK')} waited too long for the other ranks ({str(error).strip().splitlines()[0][:200]})"
-        _report(TrainingError(what, where=_COLLECTIVE, limit="timeout_s", remedy=f"see in the log what the others did; {_AGAIN}"))
+        did = "waited too long for the other ranks" if lost is None else f"lost its connection to {lost}"
+        what = f"rank {os.environ.get('RANK')} {did} ({str(error).strip().splitlines()[0][:200]})"
+        _report(TrainingError(what, where=COLLECTIVE, limit="timeout_s" if lost is None else "", remedy=f"see in the log what the others did; {_AGAIN}"))
     if heartbeat is not None:
         heartbeat.unlink(missing_ok=True)
 

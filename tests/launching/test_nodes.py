@@ -1,4 +1,4 @@
-"""How several machines find each other. Two of them for real: tests/launching/nodes_on_this_host.sh."""
+"""How several machines find each other. Two of them for real: tests/launching/test_three_machines.py."""
 
 from __future__ import annotations
 

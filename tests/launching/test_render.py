@@ -27,10 +27,35 @@ CASES: dict[str, tuple[Target, list[str]]] = {
     "slurm": ("slurm", []),
     "slurm_without_container": ("slurm", ["launch.image=", "launch.device=cpu", "launch.setup=module load python", "sft.parallel={ranks=2, nodes=2}"]),
     "k8s": ("k8s", []),
+    "k8s_trainer_2_1": ("k8s", ["launch.kubernetes.pod_field=podTemplateOverrides", "launch.workers=1"]),
 }
 # nemo-run's own lines: unquoted words and arrays of its template, and variables that only a torchrun of its own would use
 NEMO_RUNS_OWN = "SC2034,SC2086,SC2128,SC2206,SC2207"
 STRING = {"type": "string", "minLength": 1}
+
+
+def table(properties: dict[str, Any]) -> dict[str, Any]:
+    """Of exactly these fields: a cluster drops what it does not know."""
+    return {"type": "object", "additionalProperties": False, "required": list(properties), "properties": properties}
+
+
+def one(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "maxItems": 1, "items": table(properties)}
+
+
+def nested(keys: tuple[str, ...], inner: dict[str, Any]) -> dict[str, Any]:
+    return table({keys[0]: nested(keys[1:], inner)} if keys else inner)
+
+
+POD: dict[str, Any] = table(
+    {
+        "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+        "containers": {"type": "array", "items": table({"name": {"const": "node"}, "volumeMounts": {"type": "array", "minItems": 1}})},
+        "securityContext": {"type": "object", "required": ["runAsNonRoot"], "properties": {"runAsNonRoot": {"const": True}}},
+    }
+)
+POD_2_1 = table({key: POD["properties"][key] for key in ("volumes", "containers")})
+NODE = {"name": {"const": "node"}, "template": nested(("spec", "template"), {"spec": POD})}
 TRAIN_JOB: dict[str, Any] = {  # the part of Kubeflow Trainer's TrainJob (trainer.kubeflow.org/v1alpha1) that is used
     "type": "object",
     "additionalProperties": False,
@@ -66,25 +91,8 @@ TRAIN_JOB: dict[str, Any] = {  # the part of Kubeflow Trainer's TrainJob (traine
                         },
                     },
                 },
-                "podTemplateOverrides": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "required": ["targetJobs", "spec"],
-                        "properties": {
-                            "spec": {
-                                "type": "object",
-                                "additionalProperties": False,
-                                "required": ["securityContext"],
-                                "properties": {
-                                    "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
-                                    "containers": {"type": "array", "items": {"type": "object", "required": ["name", "volumeMounts"]}},
-                                    "securityContext": {"type": "object", "required": ["runAsNonRoot"], "properties": {"runAsNonRoot": {"const": True}}},
-                                },
-                            }
-                        },
-                    },
-                },
+                "runtimePatches": one({"manager": {"const": "lopd"}, "trainingRuntimeSpec": nested(("template", "spec"), {"replicatedJobs": one(NODE)})}),
+                "podTemplateOverrides": one({"targetJobs": one({"name": {"const": "node"}}), "spec": POD_2_1}),
             },
         },
     },
@@ -120,10 +128,10 @@ def test_golden_files_are_of_this_plan(case: str) -> None:
     for job in plan.jobs:
         text = next((GOLDEN / case).glob(f"{job.name}.*")).read_text()
         shares = {other.name: other.share for other in plan.jobs}
-        word = "after" if case == "k8s" else "afterany" if job.after and all(shares[name] for name in job.after) else "afterok"
+        word = "after" if case.startswith("k8s") else "afterany" if job.after and all(shares[name] for name in job.after) else "afterok"
         assert re.findall(rf"^# {word} (.*)$", text, re.MULTILINE) == list(job.after)
         command = ["/environment/bin/python" if word == sys.executable else word for word in job.command]
-        if case == "k8s":
+        if case.startswith("k8s"):
             body = yaml.safe_load(text)
             assert body["spec"]["trainer"]["command"] == command
             assert body["spec"]["trainer"]["numNodes"] == max(job.nodes, job.workers)
@@ -150,15 +158,20 @@ def test_batch_scripts_pass_shellcheck(tmp_path: Path) -> None:
     assert shellcheck(broken, exclude=NEMO_RUNS_OWN) != ""
 
 
-def test_train_jobs_follow_the_schema() -> None:
-    files = sorted((GOLDEN / "k8s").glob("*.yaml"))
+@pytest.mark.parametrize(("case", "field"), [("k8s", "runtimePatches"), ("k8s_trainer_2_1", "podTemplateOverrides")])
+def test_train_jobs_follow_the_schema(case: str, field: str) -> None:
+    files = sorted((GOLDEN / case).glob("*.yaml"))
     bodies = [yaml.safe_load(path.read_text()) for path in files]
     assert bodies
     for body in bodies:
         jsonschema.validate(body, TRAIN_JOB)
+        assert set(body["spec"]) == {"runtimeRef", "trainer", field}, "what mounts the volumes, in the words of this version of the trainer"
     bodies[0]["spec"]["trainer"]["env"] = [{"name": "A", "value": 1}]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(bodies[0], TRAIN_JOB)
+    bodies[1]["spec"][field][0]["target"] = "node"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(bodies[1], TRAIN_JOB)
 
 
 def test_scripts_of_the_documentation_pass_shellcheck() -> None:
