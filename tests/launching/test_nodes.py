@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from lopd.config import TrainSection
 from lopd.errors import ConfigError
+from lopd.megatron import nodes
 from lopd.megatron.launch import ANNOUNCEMENT_FILE
 from lopd.megatron.nodes import ADDRESS, NODE, Node, announcing, await_announcement, interface_towards, own_address, this_node
 from lopd.stages import training
@@ -78,6 +80,8 @@ def test_a_machine_follows_every_training_of_the_stage_until_it_is_done(tmp_path
         assert withdrawn[number].wait(120), "the ranks of all machines end together"
 
     monkeypatch.setattr(training, "run_ranks", run_ranks)
+    monkeypatch.setattr(training, "await_announcement", partial(await_announcement, interval_s=0.05))
+    monkeypatch.setattr(nodes, "_BEAT_S", 0.05)
     settings = TrainSection.model_validate({"parallel": {"ranks": 4, "nodes": 2}, "timeout_s": 5.0})
 
     def first_machine() -> None:

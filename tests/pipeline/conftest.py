@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,17 @@ SHORT = (
     "sft.log_every=1",
 )
 """The example in less time: each rollout is seen once, at twice the learning rate. The last two decide nothing of the result."""
+
+
+EXAMPLE_RANKS = 2
+THE_EXAMPLES = ("test_end_to_end", "test_kill", "test_reuse", "test_teachers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if len(os.sched_getaffinity(0)) < EXAMPLE_RANKS:
+        for item in items:
+            if item.path.parent == Path(__file__).parent and item.path.stem in THE_EXAMPLES:
+                item.add_marker(pytest.mark.skip(reason=f"the example trains on {EXAMPLE_RANKS} ranks; lopd refuses more ranks than CPU cores"))
 
 
 @dataclass(frozen=True)
