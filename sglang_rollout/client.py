@@ -32,6 +32,10 @@ Q = TypeVar("Q", SamplingRequest, ScoreRequest)
 A = TypeVar("A")
 
 
+class OtherWeights(EngineError):
+    """A server has other weights than it must answer with: it was started again. Send them again, then ask again."""
+
+
 class SGLangEngine:
     """Samples and scores on the server at url.
 
@@ -56,9 +60,10 @@ class SGLangEngine:
 
     # --- streams -----------------------------------------------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Iterable[SamplingRequest], params: SamplingParams) -> Iterator[Response]:
+    def generate(self, requests: Iterable[SamplingRequest], params: SamplingParams, *, version: str | None = None) -> Iterator[Response]:
         """Sample every request; responses come as they finish, in any order. sampling_logprobs are at temperature 1.
 
+        version: of the weights that must answer. OtherWeights: others did, as after a restart of a server whose newest weights are in no folder.
         EngineError: the server died, refuses, or answers what it must not. DataError: a prompt that fills the context.
         """
         if params.min_p > 0 and self.settings.deterministic:
@@ -67,6 +72,7 @@ class SGLangEngine:
                 remedy="set min_p = 0 or sglang.deterministic = false",
             )
 
+        urls = ", ".join(engine.url for engine in self.engines)
         rescore = params.temperature != 1 and self.server is None  # a server of ours gives log-probabilities at temperature 1 by itself
         vocabulary = self._served_vocab_size() if rescore else 0
 
@@ -74,6 +80,8 @@ class SGLangEngine:
             allowed = new_tokens_allowed(request, params, self.settings.context_length)
             answer = await calls.generate(request, lambda name: generate_payload(request, params, allowed, name))
             response = read_response(request, params, allowed, answer)
+            if version is not None and response.weight_version != version:
+                raise OtherWeights(f"a response of the weights {response.weight_version}, where {version} were asked", where=urls)
             return await self._at_temperature_one(calls, response, vocabulary) if rescore else response
 
         yield from self._stream(requests, sample)

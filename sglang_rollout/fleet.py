@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.config import SGLangSection
-from lopd.errors import EngineError
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.client import OtherWeights, SGLangEngine
 from sglang_rollout.server import SGLangServer
 
 
@@ -36,11 +35,11 @@ class SGLangFleet(SGLangEngine):
             engine.check_alive()
 
     def model_info(self) -> dict[str, Any]:
-        """What the first says of its model. EngineError: another has another weight version."""
+        """What the first says of its model. OtherWeights: another has another weight version."""
         first, *others = (engine.model_info() for engine in self._engines)
         for engine, info in zip(self._engines[1:], others, strict=True):
             if info["weight_version"] != first["weight_version"]:
-                raise EngineError(
+                raise OtherWeights(
                     f"weight version {info['weight_version']!r}, where {self.url} has {first['weight_version']!r}",
                     where=engine.url,
                     remedy="put the same weights into all servers",

@@ -20,7 +20,6 @@ from lopd.config import SGLangSection
 from lopd.errors import EngineError
 from lopd.processes import GuardedProcess, free_port, last_lines, port_taken
 from sglang_rollout.addresses import interface_of
-from sglang_rollout.addresses import interface_of
 from sglang_rollout.arguments import check_extra_args, check_host, scrubbed, server_arguments
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
 from sglang_rollout.launch import KEY_VARIABLE
@@ -55,6 +54,7 @@ class SGLangServer:
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.model_dir, self.settings, self.log, self.name, self.replica = model_dir, settings, log, name, replica
+        self._first_model_dir = model_dir
         self.api_key = api_key or secrets.token_urlsafe(32)
         self.weights_file = weights_file or log.with_name(f"{log.name}.weights.json")
         """Where the newest weights are remembered (sglang_rollout.supervision), by whichever process puts them into the server."""
@@ -142,12 +142,10 @@ class SGLangServer:
                 self._scratch = None
 
     def relaunch(self) -> None:
-        """Start it again: same address and key, the newest weights. For the watcher. EngineError as start()."""
+        """Start it again: same address and key, the newest weights that are in a folder. For the watcher. EngineError as start()."""
         self.end_process()
-        newest = remembered_weights(self.weights_file)
-        if newest is not None:
-            self.model_dir, self._version = newest
-            self._check_checkpoint()
+        self.model_dir, self._version = remembered_weights(self.weights_file) or (self._first_model_dir, None)
+        self._check_checkpoint()
         self._launch(None)
 
     def alive(self) -> bool:

@@ -38,17 +38,16 @@ def _write(file: Path, content: dict[str, str | None]) -> None:
 
 
 def remember_unsaved_weights(file: Path, version: str) -> None:
-    """Say that the newest weights went in without a folder (by tensor, by broadcast): a server that dies then cannot be given them again.
-
-    It is not started on older ones instead: whoever put them in must do so anew.
+    """Say that the newest weights went in without a folder (by tensor, by broadcast): a server that dies then comes back with those of its first start, under
+    their version. Whoever needs the newest sees that by the version, and puts them in anew (OtherWeights of sglang_rollout.client).
     """
     _write(file, {"model_dir": None, "version": version})
 
 
 def remembered_weights(file: Path) -> tuple[Path, str] | None:
-    """Checkpoint folder and version of the newest weights, or None where the server still has those that it was started with.
+    """Checkpoint folder and version of the newest weights; None: a server is to start with its first ones, as there are no others, or they are in no folder.
 
-    EngineError: damaged file, or weights that are in no folder.
+    EngineError: damaged file.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -57,9 +56,7 @@ def remembered_weights(file: Path) -> tuple[Path, str] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"the newest weights are not to be read ({error})", where=str(file), remedy="run the same command again") from None
-    if model_dir is None:
-        raise EngineError(f"weights {version} are in no folder, so a server cannot be started with them", where=str(file), remedy="run the same command again")
-    return Path(model_dir), version
+    return None if model_dir is None else (Path(model_dir), version)
 
 
 def ask_for_restart(weights_file: Path) -> None:

@@ -85,7 +85,7 @@ class Engine:
     answered: int = 0
     fail_after: tuple[int, Exception] | None = None
 
-    def generate(self, requests: Iterable[SamplingRequest], params: SamplingParams) -> Iterator[Response]:
+    def generate(self, requests: Iterable[SamplingRequest], params: SamplingParams, *, version: str | None = None) -> Iterator[Response]:
         for request in requests:
             self._count()
             tokens = int32([*np.random.default_rng(request.seed).integers(4, 30, 12), params.stop_token_ids[0]])
@@ -142,7 +142,7 @@ class StandIns:
         return result
 
     def install(self, patch: pytest.MonkeyPatch) -> StandIns:
-        patch.setattr(StageContext, "serve", lambda context, role, model: self.serve(context, role, model))
+        patch.setattr(StageContext, "serve", lambda context, role, model, settings=None: self.serve(context, role, model))
         for stage in (sft, distill, evaluate):
             patch.setattr(stage, "train", self.train)
         return self

@@ -77,6 +77,11 @@ class SyncSection(Section):
     tolerance: float = Field(default=0.1, gt=0, description="Mean difference of a response, nats a token; 1e-4 suits float32.", json_schema_extra=SPEED_ONLY)
     delta: bool = Field(default=False, description="Send only tensors that have changed since the last sync (not by disk).", json_schema_extra=SPEED_ONLY)
     timeout_s: float = Field(default=300, gt=0, description="Seconds a server may take for one call of a sync.", json_schema_extra=SPEED_ONLY)
+    colocate: bool = Field(
+        default=False,
+        description="Server and trainer take turns with the same GPUs: each gives its memory back while the other works (docs/weight_sync.md).",
+        json_schema_extra=SPEED_ONLY,
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> SyncSection:
@@ -89,6 +94,10 @@ class SyncSection(Section):
                 raise ValueError(f'host = "{self.host}" is no IPv4 address of this machine: name one, or auto')
         if self.transport != "disk" and self.running_requests == "finish":
             raise ValueError(f'"finish" needs transport = "disk": by {self.transport}, new requests would meet a mixture of versions between two buckets')
+        if self.colocate and self.transport == "distributed":
+            raise ValueError('colocate needs transport = "tensor" or "disk": NCCL does not broadcast between two processes of one GPU')
+        if self.colocate and self.delta:
+            raise ValueError("delta with colocate: a server that has given its memory back holds nothing that could be left out")
         if self.transport == "disk" and self.delta:
             raise ValueError('delta needs transport = "tensor" or "distributed": a folder must hold every tensor')
         return self

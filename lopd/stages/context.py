@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import MANIFEST, ArtifactWriter, Share, identify_model, read_manifest
-from lopd.config import Config, result_keys
+from lopd.config import Config, SGLangSection, result_keys
 from lopd.records import Manifest, ModelIdentity, Prompt
 from lopd.report.console import say
 from lopd.tasks.rows import content_hash
@@ -115,9 +115,9 @@ class StageContext:
         return load_prompts(chosen, task, tokenizer, context_length=self.config.sglang.context_length, need_answers=name == "eval")
 
     @contextlib.contextmanager
-    def serve(self, role: str, model: Path) -> Iterator[SGLangEngine]:
+    def serve(self, role: str, model: Path, settings: SGLangSection | None = None) -> Iterator[SGLangEngine]:
         """SGLang with this model, as long as the block lasts: servers of our own, which end with this process, whatever ends it, or those of
-        sglang.teacher_urls or sglang.student_urls. EngineError: it does not start, or is another model.
+        sglang.teacher_urls or sglang.student_urls. settings: of ours, in place of the section sglang. EngineError: it does not start, or is another model.
         """
         from sglang_rollout.external import probe_logprobs, vocab_size_of
         from sglang_rollout.fleet import serve
@@ -130,7 +130,7 @@ class StageContext:
             yield engine
             return
         self.log(f"starting SGLang with {model}")
-        with serve(model, self.config.sglang, log=self.folder / f"sglang-{role}.log", name=role, tell=self.log) as engine:
+        with serve(model, settings or self.config.sglang, log=self.folder / f"sglang-{role}.log", name=role, tell=self.log) as engine:
             probe = probe_logprobs(engine, vocab_size_of(model)) if is_teacher else None  # servers of others can be held against it later
             self._served[role] = lambda: {"servers": [one.server.record() for one in engine.engines if one.server is not None], "probe": probe}
             yield engine

@@ -19,6 +19,7 @@ from lopd.stages.context import Stage, StageContext
 from lopd.stages.refresh import Refresher
 from lopd.stages.refreshed import Refresh, describe
 from lopd.stages.training import MODEL, TrainingJob, train
+from sglang_rollout.shared_gpus import training_settings
 
 
 def run(context: StageContext) -> None:
@@ -37,7 +38,10 @@ def run(context: StageContext) -> None:
     )
     refreshed = config.distill.refresh.is_on
     if (config.distill.sync_every or refreshed) and not job.result.exists():
-        with context.serve("student", sft_model) as engine, Refresher(context, engine, sft_model) if refreshed else nullcontext() as refresher:
+        with (
+            context.serve("student", sft_model, training_settings(config)) as engine,
+            Refresher(context, engine, sft_model) if refreshed else nullcontext() as refresher,
+        ):
             result = train(job, engine=engine, attend=None if refresher is None else refresher.attend)
     else:
         result = train(job)

@@ -21,10 +21,11 @@ from lopd.config import Config
 from lopd.errors import ArtifactError, EngineError
 from lopd.records import Manifest, Prompt
 from lopd.stages.context import StageContext
-from lopd.stages.refreshed import REQUEST, ROLLOUTS, SCORES, SECONDS, Refresh
+from lopd.stages.refreshed import LOST, REQUEST, ROLLOUTS, SCORES, SECONDS, Refresh
 from lopd.stages.sampling import sample_into, sampling_params
 from lopd.stages.score import check_teacher, score_responses
 from lopd.stages.teacher import serve_teacher
+from sglang_rollout.client import OtherWeights
 
 if TYPE_CHECKING:
     from sglang_rollout.client import SGLangEngine
@@ -56,7 +57,8 @@ class Refresher:
         self._scored = context.manifest_of("score")
         self._lineage = check_teacher(context, self._scored)
         self._request = context.folder / REQUEST
-        self._request.unlink(missing_ok=True)  # of a command that was killed: the server has other weights now
+        for of_a_killed_command in (self._request, context.folder / LOST):  # the server has other weights now
+            of_a_killed_command.unlink(missing_ok=True)
         self._kept = contextlib.ExitStack()
         self._teacher: SGLangEngine | None = None  # where it is kept
 
@@ -69,9 +71,19 @@ class Refresher:
     def attend(self) -> None:
         """EngineError, ArtifactError, DataError: it cannot be done; the ranks would wait for ever, so let it end them."""
         while self._request.exists():
-            refresh = Refresh(**json.loads(self._request.read_text(encoding="utf-8")))
+            asked = json.loads(self._request.read_text(encoding="utf-8"))
             self._request.unlink()  # now: once the scores are published the ranks may ask for the next
-            self._score(refresh, self._sample(refresh))
+            refresh = Refresh(**asked["refresh"])
+            try:
+                rollouts = self._sample(refresh, can_send=asked["can_send"])
+            except OtherWeights as error:
+                if not asked["can_send"]:
+                    raise
+                self._context.log(f"{error.what}; they are sent again")
+                publish_json(self._context.folder / LOST, asked["refresh"])
+            else:
+                if asked["until"] == SCORES:
+                    self._score(refresh, rollouts)
 
     # ---- the student ------------------------------------------------------------------------------------------------------------------------------
 
@@ -79,7 +91,7 @@ class Refresher:
     def _prompts(self) -> tuple[list[Prompt], list[Any]]:
         return self._context.prompts("opd", self._student)
 
-    def _sample(self, refresh: Refresh) -> Manifest:
+    def _sample(self, refresh: Refresh, *, can_send: bool) -> Manifest:
         config, folder = self._context.config, refresh.folder(self._context.folder)
         self._set_aside_of_another_step(folder, refresh.step)
         prompts, prompt_ids = self._prompts
@@ -97,7 +109,7 @@ class Refresher:
             shard_size=config.rollout.shard_size,
         )
         if len(writer.published) * writer.shard_size < len(chosen) * per_prompt:
-            self._require_weights(refresh.version)
+            self._require_weights(refresh.version, can_send)
         sample_into(
             writer,
             self._engine,
@@ -108,13 +120,16 @@ class Refresher:
             seed=config.run.seed,
             purpose=f"refresh-{refresh.number}",
             title=f"refresh {refresh.number}: rollouts",
+            version=refresh.version,
         )
         rollouts = writer.finish(reason=refresh.reason)
         _check_versions(folder / ROLLOUTS, rollouts, refresh.version)
         return rollouts
 
-    def _require_weights(self, version: str) -> None:
+    def _require_weights(self, version: str, can_send: bool) -> None:
         served = self._engine.model_info()["weight_version"]
+        if served != version and can_send:
+            raise OtherWeights(f"the server has the weights {served}, where {version} are asked")
         if served != version:
             raise ArtifactError(
                 f"responses of the weights {version} are missing, and the server has {served}",

@@ -10,7 +10,7 @@ from typing import Any
 from lopd.artifacts import MANIFEST, publish_json, read_manifest
 from lopd.records import Manifest
 
-REQUEST = "refresh.request.json"  # in the stage's folder
+REQUEST, LOST = "refresh.request.json", "refresh.lost.json"  # in the stage's folder
 ROLLOUTS, SCORES, SECONDS = "rollouts", "scores", "seconds.json"  # in a refresh's
 
 
@@ -26,13 +26,14 @@ class Refresh:
     def folder(self, stage: Path) -> Path:
         return stage / f"refresh-{self.number:04d}"
 
-    def ask(self, stage: Path) -> None:
-        publish_json(stage / REQUEST, asdict(self))
+    def ask(self, stage: Path, *, until: str = SCORES, can_send: bool = False) -> None:
+        """until: ROLLOUTS where the scores are asked for later. can_send: where the server has lost the weights, say so (LOST), and they are sent again."""
+        publish_json(stage / REQUEST, {"refresh": asdict(self), "until": until, "can_send": can_send})
 
 
-def finished(refresh: Refresh, stage: Path) -> Manifest | None:
-    """The manifest of a refresh's scores; None: not (all) made yet. Asked again and again by the waiting ranks."""
-    folder = refresh.folder(stage) / SCORES
+def finished(refresh: Refresh, stage: Path, part: str = SCORES) -> Manifest | None:
+    """The manifest of a refresh's scores (or ROLLOUTS); None: not (all) made yet. Asked again and again by the waiting ranks."""
+    folder = refresh.folder(stage) / part
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_manifest(folder)

@@ -70,10 +70,11 @@ def sample_into(
     seed: int,
     purpose: str,
     title: str,
+    version: str | None = None,
 ) -> None:
     """Samples what is not yet published. A request's seed derives from (seed, prompt, sample index, purpose), so a resumed stage asks for the same.
 
-    Beyond the prompts, only the responses of shards in flight are in memory.
+    Beyond the prompts, only the responses of shards in flight are in memory. version: of the weights that must answer (OtherWeights).
     """
     total, shard_size = len(prompts) * samples_per_prompt, writer.shard_size
     num_shards = -(-total // shard_size)
@@ -101,7 +102,7 @@ def sample_into(
 
     mine = sum(size(index) for index in range(num_shards) if writer.is_mine(index))
     with progress(title, total=mine, done=mine - sum(map(size, missing)), unit="responses") as bar:
-        for response in engine.generate(requests(), params):
+        for response in engine.generate(requests(), params, version=version):
             index = shard_of.pop(response.key)
             done[index][response.key] = response
             bar.advance(1)

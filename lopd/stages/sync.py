@@ -15,11 +15,11 @@ from lopd.tasks.prompts import load_prompts
 from lopd.tasks.tokenizer import decode, load_tokenizer
 from lopd.tasks.verdicts import Judged, judge_all
 from sglang_rollout.client import SGLangEngine
-from sglang_rollout.fleet import fleet_of
 from sglang_rollout.sampling import SamplingRequest, request_seed
 from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.supervision import remember_unsaved_weights
-from sglang_rollout.weight_sync import Probe, ScoreVerification, SyncReport, WeightReceiver, build_receiver
+from sglang_rollout.weight_sync import Apart, Probe, ScoreVerification, SyncReport, WeightReceiver, build_receiver
+from sglang_rollout.weight_sync.interface import await_servers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,24 +74,30 @@ class StudentWeights:
         folder: Path,
         template: Path,
         weights_file: str | None,
+        turns: Apart | None = None,
     ) -> None:
-        """folder: for versions by disk. template: a checkpoint of the served architecture. weights_file: of servers that lopd runs. ConfigError: settings."""
+        """folder: for versions by disk. template: a checkpoint of the served architecture. weights_file: of servers that lopd runs. turns: with them, where
+        they share GPUs. ConfigError: settings."""
         if settings.verify is None:
             settings = settings.model_copy(update={"verify": "tensors" if weights_file is not None else "scores"})
         self._trainer, self._samples, self._settings, self._engine = trainer, samples, settings, engine
-        self._folder, self._template = folder, template
+        self._folder, self._template, self._turns = folder, template, turns or Apart()
         self._weights_file = Path(weights_file) if weights_file is not None else None
         self._receiver = None
         if engine is not None:
             self._receiver = build_receiver(settings, engine.engines, folder=folder, template_dir=template, weights_file=self._weights_file)
 
     def push(self, version: str) -> SyncReport | None:
-        """Sends the weights as they are now and verifies them; on the rank with an engine what it cost. EngineError."""
+        """Sends the weights as they are now and verifies them; on the rank with an engine what it cost. Servers that are being started again are waited for
+        up to sync.timeout_s. EngineError."""
+        if self._engine is not None and self._engine.settings.restarts > 0:
+            await_servers(self._engine.engines, self._settings.timeout_s)
         probe = self._probe() if self._settings.verify == "scores" else None
-        buckets = self._trainer.export(bucket_bytes=self._settings.bucket_bytes)
-        report = push_weights(buckets, self._engine, folder=self._folder, template=self._template, version=version, receiver=self._receiver)
+        with self._turns.to_server():
+            buckets = self._trainer.export(bucket_bytes=self._settings.bucket_bytes)
+            report = push_weights(buckets, self._engine, folder=self._folder, template=self._template, version=version, receiver=self._receiver)
         if self._engine is not None and self._weights_file is not None and self._settings.transport != "disk":
-            remember_unsaved_weights(self._weights_file, version)  # a server that dies now must not come back with older ones and answer for these
+            remember_unsaved_weights(self._weights_file, version)
         if self._engine is not None and probe is not None:
             ScoreVerification(probe, self._settings.tolerance).check(self._engine.engines)
         return report
@@ -108,8 +114,9 @@ class StudentWeights:
 class SyncEvaluation:
     """Answers to the same held-out prompts, with the same seeds, after every sync."""
 
-    def __init__(self, config: Config, model: Path, urls: Sequence[str], key: str) -> None:
-        self._config, self.engine = config, fleet_of([SGLangEngine(url, key, config.sglang) for url in urls])
+    def __init__(self, config: Config, model: Path, engine: SGLangEngine) -> None:
+        """model: a folder with the tokenizer."""
+        self._config, self._engine = config, engine
         self._task = get_task(config.task.name, config.task.options)
         self._tokenizer = load_tokenizer(model)
         length = config.sglang.context_length
@@ -117,8 +124,8 @@ class SyncEvaluation:
         self._prompts, self._ids = prompts[: config.distill.sync_num_prompts], ids[: config.distill.sync_num_prompts]
         self._params = sampling_params(config.evaluate, (config.models.teacher, config.models.student))
 
-    def run(self) -> dict[str, Any]:
-        """accuracy, mean response length in tokens, share of truncated responses."""
+    def run(self, version: str) -> dict[str, Any]:
+        """accuracy, mean response length in tokens, share of truncated responses. OtherWeights: a response is not of this version."""
         by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
         requests = (
             SamplingRequest(prompt.prompt_id, 0, ids, request_seed(self._config.run.seed, prompt.prompt_id, 0, "sync"))
@@ -127,7 +134,7 @@ class SyncEvaluation:
         lengths, truncated = [], []
 
         def responses() -> Iterator[Judged]:
-            for response in self.engine.generate(requests, self._params):
+            for response in self._engine.generate(requests, self._params, version=version):
                 lengths.append(len(response.token_ids))
                 truncated.append(response.finish_reason == "length")
                 yield by_id[response.prompt_id], decode(self._tokenizer, response.token_ids), response.finish_reason

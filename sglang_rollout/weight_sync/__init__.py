@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang_rollout.weight_sync.building import build_receiver
+from sglang_rollout.weight_sync.colocation import Apart, Colocation
 from sglang_rollout.weight_sync.disk import DiskWeightReceiver, load_folder
 from sglang_rollout.weight_sync.distributed import DistributedWeightReceiver
 from sglang_rollout.weight_sync.interface import Bucket, SyncReport, WeightReceiver
@@ -10,7 +11,9 @@ from sglang_rollout.weight_sync.tensor import TensorWeightReceiver
 from sglang_rollout.weight_sync.verification import Probe, ScoreVerification, TensorVerification
 
 __all__ = [
+    "Apart",
     "Bucket",
+    "Colocation",
     "DiskWeightReceiver",
     "DistributedWeightReceiver",
     "Probe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Bucket: TypeAlias = "list[tuple[str, Tensor]]"  # full tensors under their Hugging Face names
 T = TypeVar("T")
+_POLL_S = 0.1
 
 
 class WeightReceiver(Protocol):
@@ -110,6 +112,20 @@ class Inventory:
 def model_info(engine: SGLangEngine, timeout_s: float) -> dict[str, Any]:
     """What a server says of its model, soon: the engine's own call waits as long as for a response."""
     return dict(engine.call("GET", "/model_info", timeout_s=timeout_s))
+
+
+def await_servers(engines: Sequence[SGLangEngine], timeout_s: float) -> None:
+    """Until each answers, as while it is started again. EngineError: one does not within timeout_s."""
+    deadline = time.monotonic() + timeout_s
+    for engine in engines:
+        while True:
+            try:
+                model_info(engine, timeout_s)
+                break
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

@@ -26,7 +26,7 @@ PROBLEMS = TASK.generate_problems(6, 3)
 class Oracle(Engine):
     """Problem number i is answered rightly in its first i samples; the last sample of every problem is cut off."""
 
-    def generate(self, requests: Iterable[SamplingRequest], params: SamplingParams) -> Iterator[Response]:
+    def generate(self, requests: Iterable[SamplingRequest], params: SamplingParams, *, version: str | None = None) -> Iterator[Response]:
         tokenizer = load_tokenizer(MODEL)
         by_id: dict[str, tuple[int, Problem]] = {TASK.to_prompt(problem).prompt_id: (number, problem) for number, problem in enumerate(PROBLEMS)}
         for request in requests:

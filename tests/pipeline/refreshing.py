@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd import cli
+from lopd.config import SGLangSection
 from lopd.stages.context import StageContext
 from sglang_rollout.client import SGLangEngine
 from tests.sglang.fake_server import KEY, FakeServer
@@ -58,9 +59,9 @@ class RecordingServer(FakeServer):
 
 def main(folder: Path, *arguments: str) -> None:
     @contextlib.contextmanager
-    def serve(context: StageContext, role: str, model: Path) -> Iterator[SGLangEngine]:
+    def serve(context: StageContext, role: str, model: Path, settings: SGLangSection | None = None) -> Iterator[SGLangEngine]:
         with RecordingServer(role, folder, model) as server:
-            yield SGLangEngine(server.url, KEY, context.config.sglang)
+            yield SGLangEngine(server.url, KEY, settings or context.config.sglang)
 
     StageContext.serve = serve  # type: ignore[method-assign,assignment]
     sys.argv = ["lopd", *arguments]

@@ -13,6 +13,18 @@ from lopd.megatron.launch import reporting_errors
 COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 3.0
 
 
+class Server:
+    """Takes and gives nothing."""
+
+    shares = False
+
+    def push(self, step: int, *, again: bool = False) -> None: ...
+
+    def leave(self) -> None: ...
+
+    def train(self) -> None: ...
+
+
 def wait(job_file: Path) -> None:
     from lopd.config import ParallelSection
     from lopd.megatron import parallel
@@ -21,7 +33,7 @@ def wait(job_file: Path) -> None:
 
     parallel.initialize(ParallelSection(ranks=2), seed=1, timeout_s=600)
     job = TrainingJob.from_json(json.loads(job_file.read_text()))
-    refreshes = Refreshes(job, {"refresh_due": "2 steps"}, push=lambda step: None)
+    refreshes = Refreshes(job, {"refresh_due": "2 steps"}, Server())
     parallel.gather_objects("here")
     collectives_last(COLLECTIVE_TIMEOUT_S)
     samples = refreshes(2, say)

@@ -1,16 +1,23 @@
-"""Server and trainer in turns on the same memory: the order of calls, against a fake server."""
+"""Server and trainer in turns on the same memory: the order of calls, against a fake server; and a real one on a CPU, which keeps its memory."""
 
 from __future__ import annotations
 
+import importlib.machinery
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lopd.errors import EngineError
-from sglang_rollout.weight_sync.colocation import Colocation
-from tests.sglang.weight_syncing import UpdatedFake, receiver, send, tensors
+from lopd.config import Config, load_config
+from lopd.errors import ConfigError, EngineError
+from sglang_rollout.client import SGLangEngine
+from sglang_rollout.shared_gpus import colocation_problems, training_settings
+from sglang_rollout.weight_sync import Colocation, load_folder
+from tests.sglang.test_parity import MAX_DIFFERENCE
+from tests.sglang.weight_syncing import UpdatedFake, receiver, send, tensors, worst_difference
+from tests.stand_ins import CONFIG
 
 
 class Watched(UpdatedFake):
@@ -57,39 +64,131 @@ def fake(student_dir: Path) -> Iterator[Watched]:
         yield running
 
 
-def test_the_order_around_a_sync(fake: Watched, student_dir: Path, tmp_path: Path) -> None:
-    engine = fake.engine()
-    trainer = Trainer(fake)
-    to = receiver("tensor", engine, tmp_path, student_dir, verify="off")
-    turns = Colocation([engine], trainer, barrier=lambda: None)
-    for version in ("v1", "v2"):
-        turns.to_trainer()
-        assert (fake.held, trainer.held) == (set(), {"weights", "optimizer"})
+def turns_of(fake: Watched, trainer: Trainer) -> Colocation:
+    turns = Colocation([fake.engine()], barrier=lambda: None)
+    turns.to_trainer()  # the trainer is built in its own turn
+    turns.admit(trainer)
+    return turns
 
-        def push(version: str = version) -> None:
+
+RELEASE = "releas kv_cache weights cuda_graph"
+SYNC = ("optimizer out", "resume weights", "weights sent", "trainer's weights out", "resume kv_cache cuda_graph")
+
+
+def test_the_order_around_a_sync(fake: Watched, student_dir: Path, tmp_path: Path) -> None:
+    trainer = Trainer(fake)
+    turns = turns_of(fake, trainer)
+    to = receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off")
+    for version in ("v1", "v2"):
+        assert (fake.held, trainer.held) == (set(), {"weights", "optimizer"})
+        with turns.to_server():
             assert (fake.held, trainer.held) == ({"weights"}, {"weights"})  # the peak of a sync
             send(to, version, tensors(student_dir))
-
-        turns.to_server(push)
         assert (fake.held, trainer.held) == ({"kv_cache", "weights", "cuda_graph"}, set())
         assert fake.weight_version == version
-    one = [
-        "releas kv_cache weights cuda_graph",
-        *("trainer in", "optimizer out", "resume weights", "weights sent", "trainer's weights out", "resume kv_cache cuda_graph"),
-    ]
-    assert fake.events == ["optimizer out", "trainer's weights out", *one, *one]
+        turns.to_trainer()
+        turns.to_trainer()  # it has it
+    assert fake.events == [RELEASE, *(*SYNC, RELEASE, "trainer in") * 2]
+
+
+def test_room_for_a_third_program(fake: Watched, student_dir: Path, tmp_path: Path) -> None:
+    """The teacher, between the student's responses and the next step; or before any, where a resumed training lacks scores."""
+    trainer = Trainer(fake)
+    turns = turns_of(fake, trainer)
+    turns.to_nobody()
+    assert (fake.held, trainer.held) == (set(), set())
+    turns.to_trainer()
+    with turns.to_server():
+        send(receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off"), "v1", tensors(student_dir))
+    turns.to_nobody()
+    turns.to_nobody()
+    assert (fake.held, trainer.held) == (set(), set())
+    turns.to_trainer()
+    assert fake.events == [RELEASE, "optimizer out", "trainer's weights out", "trainer in", *SYNC, RELEASE, "trainer in"]
 
 
 def test_a_turn_is_not_taken_twice(fake: Watched) -> None:
-    turns = Colocation([fake.engine()], Trainer(fake), barrier=lambda: None)
-    with pytest.raises(EngineError, match="server's turn already"):
-        turns.to_server(lambda: None)
+    turns = Colocation([fake.engine()], barrier=lambda: None)
+    with pytest.raises(EngineError, match="server's turn already"), turns.to_server():
+        pass
+    with pytest.raises(AssertionError, match="the server has the memory"):
+        turns.admit(Trainer(fake))
 
 
-def test_a_server_that_does_not_release_keeps_the_trainer_out(fake: Watched) -> None:
+def test_a_server_that_does_not_release_keeps_the_trainer_out(fake: Watched, student_dir: Path, tmp_path: Path) -> None:
     trainer = Trainer(fake)
-    turns = Colocation([fake.engine()], trainer, barrier=lambda: None)
+    turns = turns_of(fake, trainer)
+    with turns.to_server():
+        send(receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off"), "v1", tensors(student_dir))
     fake.refuse["/flush_cache"] = "2 requests are running"
     with pytest.raises(EngineError, match="2 requests are running"):
         turns.to_trainer()
     assert trainer.held == set()
+
+
+@pytest.mark.parametrize("transport", ["tensor", "disk"])
+def test_a_real_server_takes_the_calls(transport: str, engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+    """On a CPU it answers 200 and keeps its memory; what comes after a resume, in this order, it serves."""
+    recorded: list[str] = []
+    trainer = SimpleNamespace(offload_optimizer=lambda: recorded.append("out"), offload_weights=lambda: None, reload=lambda: recorded.append("in"))
+    turns = Colocation([engine], barrier=lambda: None)
+    turns.to_trainer()
+    turns.admit(trainer)
+    to = receiver(transport, engine, tmp_path, student_dir)
+    try:
+        for version, folder in (("other", other_dir), ("again", student_dir)):
+            with turns.to_server():
+                send(to, version, tensors(folder))
+            assert worst_difference(engine, folder) <= MAX_DIFFERENCE
+            turns.to_trainer()
+        assert recorded == ["out", "in"] * 2
+    finally:
+        if turns.turn == "trainer":
+            with turns.to_server():
+                pass
+        load_folder([engine], student_dir, "default")
+
+
+# --- what it asks of the configuration -----------------------------------------------------------------------------------------------------------------
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    (folder / "config.toml").write_text(CONFIG)
+    return load_config(folder / "config.toml", ["sync.transport=tensor", "sync.colocate=true", *overrides])
+
+
+def test_servers_can_give_memory_back_and_are_not_started_again(tmp_path: Path) -> None:
+    settings = training_settings(config_of(tmp_path, "sglang.restarts=3", "sglang.extra_args={schedule_policy='lpm'}"))
+    assert settings.extra_args == {"enable_memory_saver": True, "schedule_policy": "lpm"}
+    assert (settings.restarts, settings.outage_timeout_s) == (0, 0)
+    apart = config_of(tmp_path, "sync.colocate=false")
+    assert training_settings(apart) == apart.sglang
+    assert not [*colocation_problems(apart, on_gpu=False)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "torch_memory_saver"),
+        (["sglang.student_urls=['http://127.0.0.1:1']"], "only servers that lopd starts"),
+        (["distill.parallel={ranks=4, nodes=2}"], "the servers are on the first machine alone"),
+        (["distill.refresh={every=2, keep_teacher=true}"], "keeps the teacher's server on the GPUs"),
+    ],
+    ids=["no memory saver", "servers of others", "nodes", "kept teacher"],
+)
+def test_what_cannot_take_turns(overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, *overrides)
+    installed = importlib.machinery.ModuleSpec("torch_memory_saver", None) if overrides else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed)
+    [problem] = colocation_problems(config, on_gpu=True)
+    assert message in str(problem)
+    [on_cpu, *others] = colocation_problems(config, on_gpu=False)
+    assert "sync.colocate: SGLang gives no memory back on a CPU" in str(on_cpu)
+    assert "set sync.colocate=false" in on_cpu.remedy
+    assert len(others) == bool(overrides)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [("sync.transport=distributed", "NCCL does not broadcast"), ("sync.delta=true", "holds nothing")])
+def test_transports_that_cannot(overrides: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path, overrides)
