@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from lopd.megatron.torchrun import open_store
+from tests.megatron.forking import fork_store, rank_environment
 from tests.megatron.trainer_cases import microbatches_of, settings_of, trainer_of, weights_digest
 
 LAYOUT = {"tensor": 2, "expert": 2}
@@ -25,7 +25,6 @@ NUM_RANKS, NUM_STEPS, CHECKPOINT_EVERY = 2, 8, 2
 
 def train(model: str, folder: Path) -> None:
     """Goes on from whatever is there; each step's figures as a line of steps.jsonl, then done.json."""
-    os.environ["WORLD_SIZE"] = str(NUM_RANKS)
     background = folder.name in ("training-0", "training-2", "training-4")  # the others wait for each checkpoint
     settings = settings_of(LAYOUT, num_steps=NUM_STEPS, keep_checkpoints=2, checkpoint_in_background=background)
     trainer = trainer_of(model, settings, checkpoints=str(folder / "checkpoints"))
@@ -47,26 +46,12 @@ def train(model: str, folder: Path) -> None:
         (folder / "done.json").write_text(json.dumps({"steps": state["steps"], "weights": digest}))
 
 
-def fork_store() -> tuple[int, int]:
-    """(process id, port) of the ranks' store, held by a process of its own as by torchrun: no other program can take the port before rank 0 has bound it."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        store = open_store()
-        os.write(write_end, f"{store.port}\n".encode())
-        signal.pause()
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        return child, int(pipe.readline())
-
-
 def fork_ranks(model: str, folder: Path, port: int) -> list[int]:
     children = []
     for rank in range(NUM_RANKS):
         child = os.fork()
         if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            os.environ |= rank_environment(rank, NUM_RANKS, port)
             code = 1
             try:
                 train(model, folder)
