@@ -142,6 +142,8 @@ def script_of(job: Job, target: str) -> Any:
     entrypoint, *arguments = job["command"]
     if target in ("slurm", "skypilot"):  # they join the words to a line of shell without quoting
         entrypoint, *arguments = (shlex.quote(word) for word in job["command"])
+    elif target == "docker":  # to one between double quotes, which docker's client takes apart first
+        entrypoint, *arguments = (shlex.quote(word).replace("\\", "\\\\").replace('"', '\\"') for word in job["command"])
     return run.Script(path=arguments[0], args=arguments[1:], entrypoint=entrypoint)
 
 
@@ -167,8 +169,30 @@ def render(experiment: Any, plan: Plan, folder: Path) -> None:
             )  # str() of it fails with SkyPilot 0.14
             (folder / f"{job['name']}.yaml").write_text(text, encoding="utf-8")
         else:
-            text = json.dumps({"command": job["command"], "after": job["after"], "executor": repr(submitted.executor.info())}, indent=1)
-            (folder / f"{job['name']}.json").write_text(text + "\n", encoding="utf-8")
+            about = {"after": job["after"], **(docker_call(submitted) if plan["target"] == "docker" else {"command": job["command"]})}
+            (folder / f"{job['name']}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def docker_call(submitted: Any) -> dict[str, Any]:
+    """What docker's client would be asked to run; no docker is asked."""
+    asked: dict[str, Any] = {}
+
+    class Recorder:
+        @property
+        def containers(self) -> Recorder:
+            return self
+
+        networks = containers
+
+        def create(self, **network: Any) -> None:
+            asked["network"] = network["name"]
+
+        def run(self, image: str, command: str, **options: Any) -> None:
+            asked.update(image=image, command=command, **{key: value for key, value in options.items() if value})
+
+    [container] = submitted._dryrun_info.request.containers
+    container.run(client=Recorder(), id=EXPERIMENT)
+    return asked
 
 
 def main() -> int:

@@ -1,12 +1,14 @@
-"""What would be submitted to Slurm and Kubernetes: the reviewed files in golden/ against what nemo-run renders, and against shellcheck and a schema.
+"""What would be submitted to Slurm, Kubernetes and docker: the reviewed files in golden/ against what nemo-run renders, and against shellcheck and a schema.
 
 LOPD_WRITE_GOLDEN=1 writes them anew (then read the difference). The comparison needs nemo-run's environment (requirements/install_launch.sh).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ GOLDEN = Path(__file__).with_name("golden")
 CASES: dict[str, tuple[Target, list[str]]] = {
     "slurm": ("slurm", []),
     "slurm_without_container": ("slurm", ["launch.image=", "launch.device=cpu", "launch.setup=module load python", "sft.parallel={ranks=2, nodes=2}"]),
+    "docker": ("docker", ["sft.parallel={ranks=8, tensor=4}", "launch.workers=1", 'launch.env={NOTE="two words"}']),
     "k8s": ("k8s", []),
     "k8s_trainer_2_1": ("k8s", ["launch.kubernetes.pod_field=podTemplateOverrides", "launch.workers=1"]),
 }
@@ -127,6 +130,14 @@ def test_golden_files_are_of_this_plan(case: str) -> None:
     assert sorted(path.stem for path in (GOLDEN / case).iterdir()) == sorted(job.name for job in plan.jobs)
     for job in plan.jobs:
         text = next((GOLDEN / case).glob(f"{job.name}.*")).read_text()
+        if case == "docker":
+            about = json.loads(text)
+            assert about["after"] == list(job.after)
+            [shell, _, line] = shlex.split(about["command"])  # as docker's client takes it apart, and then bash
+            assert (shell, shlex.split(line.partition(" 2>&1")[0])) == ("bash", list(job.command))
+            assert ("device_requests" in about) == (job.gpus > 0)
+            assert f"{plan.run_dir}:{plan.run_dir}" in about["volumes"]
+            continue
         shares = {other.name: other.share for other in plan.jobs}
         word = "after" if case.startswith("k8s") else "afterany" if job.after and all(shares[name] for name in job.after) else "afterok"
         assert re.findall(rf"^# {word} (.*)$", text, re.MULTILINE) == list(job.after)
