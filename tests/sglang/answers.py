@@ -12,7 +12,12 @@ LOGPROB = -0.5
 def generation(body: dict[str, Any], weight_version: str) -> dict[str, Any]:
     """Three tokens that depend on prompt and seed, then the stop token; or the echo of a sequence to score."""
     ids, params = body["input_ids"], body["sampling_params"]
-    meta: dict[str, Any] = {"weight_version": weight_version, "output_token_logprobs": [], "finish_reason": {"type": "length", "length": 0}}
+    meta: dict[str, Any] = {
+        "id": body.get("rid"),
+        "weight_version": weight_version,
+        "output_token_logprobs": [],
+        "finish_reason": {"type": "length", "length": 0},
+    }
     if params["max_new_tokens"] == 0:
         entries = [[LOGPROB, token, None] for token in ids[body["logprob_start_len"] :]]
         entries[0][0] = None

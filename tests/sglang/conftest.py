@@ -26,7 +26,7 @@ def settings(**overrides: object) -> SGLangSection:
         "max_running_requests": 32,
         "max_in_flight": 32,
         "max_total_tokens": 8192,
-        "start_timeout_s": 120,
+        "start_timeout_s": 240,
         "restarts": 0,
     }
     return SGLangSection.model_validate({**base, **overrides})

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,8 +15,9 @@ from lopd.config import SGLangSection
 from sglang_rollout.client import SGLangEngine
 from tests.sglang.answers import LOGPROB, STOP_ID, VOCAB_SIZE, generation
 
-__all__ = ["KEY", "LOGPROB", "STOP_ID", "VOCAB_SIZE", "FakeServer"]
+__all__ = ["KEY", "LOGPROB", "STOP_ID", "VOCAB_SIZE", "FakeServer", "reserved_port"]
 KEY = "the-key"
+_PATIENCE_S = 120.0
 
 
 class _Server(ThreadingHTTPServer):
@@ -24,11 +25,22 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # with the default of 5 a burst of connections waits a second for TCP to ask again
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other program gets and on which nothing listens but a FakeServer(port), as long as there is one."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
 class FakeServer:
     """Answers like SGLang. Set the attributes to make it fail; read calls and most_at_once to see what it was asked."""
 
     def __init__(self, port: int = 0) -> None:
         self.delay_s = 0.0
+        self.answering = threading.Event()  # while cleared, requests to /generate wait
+        self.answering.set()
         self.failures: list[int] = []  # HTTP statuses for the next requests to /generate; 0 drops the connection
         self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
         self.version = "0.5.17"
@@ -42,7 +54,7 @@ class FakeServer:
         self.most_at_once = 0
         self._at_once = 0
         self._connections: list[socket.socket] = []
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._server = _Server(("127.0.0.1", port), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -57,23 +69,30 @@ class FakeServer:
         for connection in self._connections:  # a server that has ended answers on none
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        self.answering.set()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def engine(self, *, key: str = KEY, **settings: Any) -> SGLangEngine:
-        return SGLangEngine(self.url, key, SGLangSection(**{"max_in_flight": 8, "context_length": 128, "outage_timeout_s": 5, **settings}))
+        return SGLangEngine(self.url, key, SGLangSection(**{"max_in_flight": 8, "context_length": 128, "outage_timeout_s": 60, **settings}))
 
     def paths(self, path: str) -> list[dict[str, Any]]:
         """The bodies that were sent to one path."""
         return [body for called, body in self.calls if called == path]
 
+    def until_open(self, count: int) -> None:
+        """Waits until so many requests to /generate are open at the same time."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._at_once >= count, _PATIENCE_S), f"{self._at_once} of {count} requests are open"
+
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path == "/generate":
-            with self._lock:
+            with self._changed:
                 failure = self.failures.pop(0) if self.failures else None
             time.sleep(self.delay_s)
+            self.answering.wait(_PATIENCE_S)
             return (200, self.change(generation(body, self.weight_version))) if failure is None else (failure, {"error": {"message": "as told"}})
         if path == "/server_info":
             return 200, {"version": self.version, **self.server_info}
@@ -102,16 +121,17 @@ class FakeServer:
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length) or b"{}")
-                with fake._lock:
+                with fake._changed:
                     fake.calls.append((self.path, body))
                     if self.path == "/generate":
                         fake._at_once += 1
                         fake.most_at_once = max(fake.most_at_once, fake._at_once)
+                        fake._changed.notify_all()
                 try:
                     status, answer = (401, {"error": "Unauthorized"}) if self.headers["Authorization"] != f"Bearer {KEY}" else fake._answer(self.path, body)
                 finally:
                     if self.path == "/generate":
-                        with fake._lock:
+                        with fake._changed:
                             fake._at_once -= 1
                 if status == 0:
                     self.close_connection = True

@@ -41,7 +41,7 @@ def push_from_all_layouts(cases: list[dict[str, Any]], folder: str) -> dict[str,
                 with torch.no_grad():
                     for parameter in trainer.module.parameters():
                         parameter.mul_(1 + 0.01 * (index + 1))
-                fields = {"transport": transport, "bucket_bytes": 20_000, "verify": verify, "tolerance": 1e-4, "timeout_s": 60.0}
+                fields = {"transport": transport, "bucket_bytes": 20_000, "verify": verify, "tolerance": 1e-4, "timeout_s": 120.0}
                 section = SyncSection.model_validate(fields)
                 rows = samples(case["vocab_size"])
                 weights = StudentWeights(trainer, rows, section, engine, folder=Path(folder) / f"{model.name}-sync", template=model, weights_file=None)
@@ -56,7 +56,7 @@ def push_from_all_layouts(cases: list[dict[str, Any]], folder: str) -> dict[str,
 
 def _trainer(model: Path, layout: str) -> Trainer:
     settings = TrainSection.model_validate({"dtype": "float32", "parallel": {"ranks": 2, **LAYOUTS[layout]}})
-    parallel.initialize(settings.parallel, seed=3, timeout_s=60)
+    parallel.initialize(settings.parallel, seed=3, timeout_s=120)
     objective = Supervised(aggregation="token_mean")
     return Trainer(settings, model_dir=model, init="checkpoint", init_std=0.02, seed=3, objective=objective, checkpoint_dir=None)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from lopd.config import SGLangSection
 from lopd.errors import ConfigError, DataError, EngineError
 from sglang_rollout import connections
 from sglang_rollout.client import SGLangEngine
@@ -17,9 +20,10 @@ from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.streaming import pulled_ahead
 from tests.models import VOCAB_SIZE
 from tests.sglang.conftest import sampling, sampling_requests
-from tests.sglang.fake_server import LOGPROB, STOP_ID, FakeServer
+from tests.sglang.fake_server import KEY, LOGPROB, STOP_ID, FakeServer, reserved_port
 
 STOPS = (STOP_ID,)
+AT_ONCE_S = 60.0  # for what takes milliseconds, on a machine with much else to do; without a bound it would take for ever
 
 
 @pytest.fixture(params=["fake", "real"])
@@ -80,7 +84,7 @@ def test_leaving_early_frees_the_server_for_the_next_stream(any_engine: SGLangEn
     began = time.monotonic()
     results.close()  # type: ignore[attr-defined]
     assert len(list(any_engine.generate(sampling_requests(3), sampling(max_new_tokens=4, stop_token_ids=STOPS)))) == 3
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < AT_ONCE_S
     assert not any(thread.name == "sglang-requests" for thread in threading.enumerate())
 
 
@@ -120,9 +124,14 @@ def test_an_unknown_path_is_explained(any_engine: SGLangEngine) -> None:
 
 
 def test_the_fake_is_asked_for_as_many_at_once_as_allowed_and_no_more(fake: FakeServer) -> None:
-    fake.delay_s = 0.2
-    list(fake.engine(max_in_flight=20).generate(sampling_requests(60), sampling(stop_token_ids=STOPS)))
-    assert 12 <= fake.most_at_once <= 20
+    fake.answering.clear()
+    with ThreadPoolExecutor(1) as pool:
+        params = sampling(stop_token_ids=STOPS)
+        responses = pool.submit(lambda: list(fake.engine(max_in_flight=20).generate(sampling_requests(60), params)))
+        fake.until_open(20)
+        fake.answering.set()
+        assert len(responses.result()) == 60
+    assert fake.most_at_once == 20
 
 
 @pytest.mark.parametrize("failure", [500, 503, 429, 0])
@@ -163,15 +172,16 @@ def test_an_aborted_response_is_asked_for_again(fake: FakeServer) -> None:
     assert response.finish_reason == "stop"
 
 
-def test_leaving_early_tells_the_server_which_requests_to_forget(fake: FakeServer) -> None:
-    first = threading.Event()
+def test_leaving_early_tells_the_server_which_requests_to_forget(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_ABORT_TIMEOUT_S", AT_ONCE_S)
+    turn = threading.Lock()
 
     def change(answer: dict[str, object]) -> dict[str, object]:
-        if first.is_set():
-            time.sleep(0.5)
-        first.set()
+        if not turn.acquire(blocking=False):  # all but the first
+            left.wait(AT_ONCE_S)
         return answer
 
+    left = threading.Event()
     fake.change = change
     results = fake.engine(max_in_flight=4).generate(sampling_requests(40), sampling(stop_token_ids=STOPS))
     next(results)
@@ -179,60 +189,71 @@ def test_leaving_early_tells_the_server_which_requests_to_forget(fake: FakeServe
         time.sleep(0.01)
     results.close()  # type: ignore[attr-defined]
     forgotten = {body["rid"] for body in fake.paths("/abort_request")}
+    left.set()
     assert len(forgotten) == 4
     assert forgotten < {body["rid"] for body in fake.paths("/generate")}
 
 
 def test_a_timeout_is_an_error_within_its_bound(fake: FakeServer) -> None:
-    fake.delay_s = 3
+    fake.answering.clear()
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"no answer within sglang.request_timeout_s = 0.2"):
         list(fake.engine(request_timeout_s=0.2, retries=1).generate(sampling_requests(1), sampling(stop_token_ids=STOPS)))
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < AT_ONCE_S
 
 
 def test_no_server_there_is_an_error_at_once() -> None:
-    with FakeServer() as gone:
-        engine = gone.engine(retries=1, outage_timeout_s=0.2)
-    with pytest.raises(EngineError, match=r"could not be reached for \d s; limit: sglang.outage_timeout_s = 0.2"):
-        list(engine.generate(sampling_requests(1), sampling()))
-    assert not engine.health()
+    with reserved_port() as port:
+        with FakeServer(port) as gone:
+            engine = gone.engine(retries=1, outage_timeout_s=0.2)
+        with pytest.raises(EngineError, match=r"could not be reached for \d+ s; limit: sglang.outage_timeout_s = 0.2"):
+            list(engine.generate(sampling_requests(1), sampling()))
+        assert not engine.health()
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for_and_no_failure_is_counted() -> None:
-    with FakeServer() as first:
-        first.delay_s = 0.02
-        engine, port = first.engine(retries=0, max_in_flight=4), int(first.url.rpartition(":")[2])
-        results = engine.generate(sampling_requests(40), sampling(stop_token_ids=STOPS))
-        keys = [next(results).key for _ in range(5)]
-    time.sleep(0.3)
-    with FakeServer(port) as second:
-        keys += [response.key for response in results]
-        assert sorted(keys) == sorted(request.key for request in sampling_requests(40))
-        assert len(second.paths("/generate")) >= 40 - 5 - 4
+    turns, gone = itertools.count(), threading.Event()
+
+    def change(answer: dict[str, object]) -> dict[str, object]:
+        if next(turns) >= 5:  # these are lost
+            gone.wait(AT_ONCE_S)
+        return answer
+
+    with reserved_port() as port:
+        with FakeServer(port) as first:
+            first.change = change
+            results = first.engine(retries=0, max_in_flight=4).generate(sampling_requests(40), sampling(stop_token_ids=STOPS))
+            keys = [next(results).key for _ in range(5)]
+            first.until_open(4)
+        gone.set()
+        time.sleep(0.3)  # so that somebody looks for it in vain
+        with FakeServer(port) as second:
+            keys += [response.key for response in results]
+            assert sorted(keys) == sorted(request.key for request in sampling_requests(40))
+            assert len(second.paths("/generate")) == 35
 
 
 def test_a_request_that_ends_every_server_it_meets_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_MAX_OUTAGES", 2)
-    with FakeServer() as first:
-        engine, port = first.engine(retries=9), int(first.url.rpartition(":")[2])
-    restarted = threading.Event()
+    given_up = threading.Event()
 
-    def refuse_twice() -> None:  # a server that is there for a moment, and gone at every request
-        while not restarted.wait(0.05):
+    def end_at_every_request(port: int) -> None:  # a server that is there for a moment, and gone at every request
+        while not given_up.wait(0.05):
             with FakeServer(port) as server:
                 server.failures = [0] * 9
-                while not server.calls and not restarted.is_set():
+                while not server.calls and not given_up.is_set():
                     time.sleep(0.005)
 
-    thread = threading.Thread(target=refuse_twice)
-    thread.start()
-    try:
-        with pytest.raises(EngineError, match=r"request \('p0', 0\) failed \d times; at last: "):
-            list(engine.generate(sampling_requests(1), sampling(stop_token_ids=STOPS)))
-    finally:
-        restarted.set()
-        thread.join()
+    with reserved_port() as port:
+        thread = threading.Thread(target=end_at_every_request, args=(port,))
+        thread.start()
+        try:
+            engine = SGLangEngine(f"http://127.0.0.1:{port}", KEY, SGLangSection(context_length=128, outage_timeout_s=60, retries=99))
+            with pytest.raises(EngineError, match=r"request \('p0', 0\) failed \d+ times; at last: "):
+                list(engine.generate(sampling_requests(1), sampling(stop_token_ids=STOPS)))
+        finally:
+            given_up.set()
+            thread.join()
 
 
 def test_min_p_is_refused_before_it_kills_a_deterministic_server(fake: FakeServer) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from sglang_rollout.fleet import SGLangFleet
 from sglang_rollout.sampling import SamplingRequest
 from sglang_rollout.server import SGLangServer
 from tests.sglang.conftest import sampling, sampling_requests, settings
-from tests.sglang.fake_server import STOP_ID, FakeServer
+from tests.sglang.fake_server import STOP_ID, FakeServer, reserved_port
 from tests.sglang.test_external import context_of
 from tests.sglang.test_restart import scores_of, until
 
@@ -29,8 +31,29 @@ PARAMS = sampling(stop_token_ids=(STOP_ID,))
 @pytest.fixture
 def fakes() -> Iterator[tuple[FakeServer, FakeServer]]:
     with FakeServer() as first, FakeServer() as second:
-        first.delay_s = second.delay_s = 0.005
         yield first, second
+
+
+class InTurn:
+    """Has fakes answer the request that was sent first, and only while as many are open as can be: who gets the next one then depends on nobody's speed."""
+
+    def __init__(self, fakes: tuple[FakeServer, ...], *, count: int, at_once: int) -> None:
+        self._left, self._at_once = count, at_once
+        self._waiting, self._changed = set[int](), threading.Condition()
+        for fake in fakes:
+            fake.change = self._wait
+
+    def _wait(self, answer: dict[str, Any]) -> dict[str, Any]:
+        mine = int(answer["meta_info"]["id"].rpartition("-")[2])  # requests are numbered as they are sent
+        with self._changed:
+            self._waiting.add(mine)
+            self._changed.notify_all()
+            came = self._changed.wait_for(lambda: len(self._waiting) == min(self._at_once, self._left) and min(self._waiting) == mine, 120)
+            assert came, f"{len(self._waiting)} requests are open, {self._left} left"
+            self._waiting.remove(mine)
+            self._left -= 1
+            self._changed.notify_all()
+        return answer
 
 
 def fleet(*fakes: FakeServer, **changes: object) -> SGLangFleet:
@@ -42,16 +65,18 @@ def asked(fake: FakeServer) -> Counter[tuple[int, ...]]:
 
 
 def test_requests_are_spread_and_each_is_answered_once(fakes: tuple[FakeServer, FakeServer]) -> None:
-    requests = sampling_requests(200)
+    requests = sampling_requests(100)
+    InTurn(fakes, count=100, at_once=2 * 8)
     responses = list(fleet(*fakes).generate(requests, PARAMS))
     assert sorted(response.key for response in responses) == sorted(request.key for request in requests)
     shares = [sum(asked(fake).values()) for fake in fakes]
-    assert sum(shares) == 200
-    assert min(shares) > 60
+    assert sum(shares) == 100
+    assert min(shares) > 40
 
 
 def test_the_samples_of_a_prompt_go_where_its_prefix_is(fakes: tuple[FakeServer, FakeServer]) -> None:
     requests = [SamplingRequest(r.prompt_id, index, r.prompt_ids, index) for r in sampling_requests(25) for index in range(8)]
+    InTurn(fakes, count=200, at_once=2 * 16)
     list(fleet(*fakes, max_in_flight=16).generate(requests, PARAMS))
     together = sum(max(asked(fakes[0])[prompt], asked(fakes[1])[prompt]) for prompt in {tuple(r.prompt_ids.tolist()) for r in requests})
     assert together / 200 > 0.85  # by chance it would be 0.64
@@ -61,16 +86,18 @@ def test_the_samples_of_a_prompt_go_where_its_prefix_is(fakes: tuple[FakeServer,
 def test_a_busy_server_gets_no_more_for_a_prefixs_sake(fakes: tuple[FakeServer, FakeServer]) -> None:
     one = sampling_requests(1)[0]
     requests = [SamplingRequest("p", index, one.prompt_ids, index) for index in range(60)]
+    InTurn(fakes, count=60, at_once=2 * 8)
     list(fleet(*fakes).generate(requests, PARAMS))
     assert min(sum(asked(fake).values()) for fake in fakes) > 15
 
 
 def test_a_server_that_is_away_is_passed_over(fakes: tuple[FakeServer, FakeServer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_BACKOFF_S", 0.01)
-    with FakeServer() as third:
-        gone = third.engine(retries=0)
-    engine = SGLangFleet([gone, fakes[0].engine(retries=0)])
-    responses = list(engine.generate(sampling_requests(40), PARAMS))
+    with reserved_port() as port:
+        with FakeServer(port) as third:
+            gone = third.engine(retries=0)
+        engine = SGLangFleet([gone, fakes[0].engine(retries=0)])
+        responses = list(engine.generate(sampling_requests(40), PARAMS))
     assert len(responses) == 40
     assert sum(asked(fakes[0]).values()) == 40
 
@@ -112,7 +139,7 @@ def test_replicas_answer_as_one_server_does_also_when_one_of_them_dies(engine: S
                 os.killpg(second.group_id, signal.SIGKILL)
         assert len(responses) == 60
         assert {response.key: response.token_ids.tolist() for response in responses} == alone
-        until("the dead one is back", second.ready, seconds=60)
+        until("the dead one is back", lambda: second.num_restarts == 1 and second.ready(), seconds=200)
     served = context.served["teacher"]  # as it goes into the manifest
     assert [server["num_restarts"] for server in served["servers"]] == [0, 1]
     assert [server["arguments"]["model_path"] for server in served["servers"]] == [str(student_dir)] * 2

@@ -27,6 +27,8 @@ from sglang_rollout.server import SGLangServer, check_extra_args, lasting_port, 
 from tests.models import EOS_ID
 from tests.sglang.conftest import sampling, sampling_requests, settings
 
+BOUND_S = 60.0  # for what takes a second or five: without an end to it, it would take the 600 s of request_timeout_s, or for ever
+
 
 def members(group: int) -> list[psutil.Process]:
     """The living processes of a group, oldest first."""
@@ -38,6 +40,14 @@ def members(group: int) -> list[psutil.Process]:
         except (psutil.Error, ProcessLookupError):
             continue
     return sorted(found, key=lambda process: process.create_time())
+
+
+def command_line(process: psutil.Process) -> str:
+    """Of a process that may have ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def gone_within(group: int, seconds: float) -> bool:
@@ -139,13 +149,11 @@ def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(student_dir:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     server = SGLangServer(folder, settings(), log=tmp_path / "log")
-    began = time.monotonic()
-    with pytest.raises(EngineError, match=r"did not start; its log ends: .*[Ss]afetensor") as caught:
+    with pytest.raises(EngineError, match=r"did not start; its log ends: .*[Ss]afetensor") as caught:  # and not that start_timeout_s has passed
         server.start()
-    assert time.monotonic() - began < 60
     assert str(tmp_path / "log") in str(caught.value)
     assert not server.alive()
-    assert [process for process in psutil.Process().children(recursive=True) if str(folder) in " ".join(process.cmdline())] == []
+    assert [process for process in psutil.Process().children(recursive=True) if str(folder) in command_line(process)] == []
 
 
 def test_a_context_longer_than_the_models_is_refused(student_dir: Path, tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_a_context_longer_than_the_models_is_refused(student_dir: Path, tmp_path
 def test_a_server_that_is_not_healthy_in_time_is_ended(student_dir: Path, tmp_path: Path) -> None:
     server = SGLangServer(student_dir, settings(start_timeout_s=0.5), log=tmp_path / "log")
     waited: list[float] = []
-    with pytest.raises(EngineError, match=r"not healthy after \d s; .*sglang.start_timeout_s = 0.5"):
+    with pytest.raises(EngineError, match=r"not healthy after \d+ s; .*sglang.start_timeout_s = 0.5"):
         server.start(progress=waited.append)
     assert waited
     assert waited == sorted(waited)
@@ -210,9 +218,9 @@ def _kill_everything(server: SGLangServer) -> None:
     os.killpg(server.group_id, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("kill", "bound_s"), [(_kill_everything, 5), (_kill_scheduler, 20)], ids=["group", "scheduler"])
+@pytest.mark.parametrize("kill", [_kill_everything, _kill_scheduler], ids=["group", "scheduler"])
 def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
-    student_dir: Path, tmp_path: Path, kill: Callable[[SGLangServer], None], bound_s: float, monkeypatch: pytest.MonkeyPatch
+    student_dir: Path, tmp_path: Path, kill: Callable[[SGLangServer], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = tempfile.mkdtemp(dir="/tmp")  # of its own, so that what is left behind is seen; short, because sockets live in it
     monkeypatch.setattr("tempfile.tempdir", scratch)
@@ -227,11 +235,11 @@ def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
         began = time.monotonic()
         with pytest.raises(EngineError, match=rf"{tmp_path / 'log'}: the student server died; its log ends: "):
             list(responses)
-        assert time.monotonic() - began < bound_s
+        assert time.monotonic() - began < BOUND_S
         with pytest.raises(EngineError, match="died"):
             engine.model_info()
     server.stop()  # a second time
-    assert gone_within(group, 5)
+    assert gone_within(group, BOUND_S)
     os.rmdir(scratch)  # nothing is left in it
 
 
@@ -256,6 +264,6 @@ def test_a_server_ends_with_its_parent_even_at_kill_9(student_dir: Path, tmp_pat
     assert list(Path(scratch).glob("lopd-sglang-*/sglang_loads_*"))
     parent.kill()
     parent.wait()
-    assert gone_within(group, 5)
+    assert gone_within(group, BOUND_S)
     remove_orphans()
     os.rmdir(scratch)  # nothing is left in it

@@ -33,7 +33,6 @@ def dense(folder: Path, request: ScoreRequest) -> torch.Tensor:
     return torch.log_softmax(model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double(), -1)
 
 
-@pytest.mark.timeout(180)
 def test_against_full_distributions(engine: SGLangEngine, student_dir: Path) -> None:
     wanted = {request.key: request for request in requests()}
     scores = list(engine.score(wanted.values(), top_k=K))

@@ -104,7 +104,7 @@ def test_cached_prefixes_that_cannot_be_forgotten(fake: UpdatedFake, student_dir
 def test_a_refusal_gives_the_servers_message(fake: UpdatedFake, student_dir: Path, tmp_path: Path, path: str, transport: str) -> None:
     fake.refuse[path] = "not today"
     with pytest.raises(EngineError, match=r"refused with HTTP 400.*not today"):
-        sync(fake, student_dir, tmp_path, transport, timeout_s=5.0)
+        sync(fake, student_dir, tmp_path, transport, timeout_s=60.0)
     assert fake.weight_version in ("default", "v1 (incomplete)", "v1")
     del fake.refuse[path]
     if transport != "distributed":  # the fake has no ranks to broadcast to
@@ -123,7 +123,7 @@ def test_after_a_failure_in_the_middle_nobody_is_answered(fake: UpdatedFake, stu
 
 def test_half_an_update_asks_the_owner_for_a_restart(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
     weights_file = tmp_path / "weights.json"
-    section = SyncSection(transport="tensor", verify="off", timeout_s=5.0)
+    section = SyncSection(transport="tensor", verify="off", timeout_s=60.0)
     to = build_receiver(section, [fake.engine()], folder=tmp_path, template_dir=student_dir, weights_file=weights_file)
     with pytest.raises(EngineError, match="came twice"):
         send(to, "v1", [*tensors(student_dir), *tensors(student_dir)], size=9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 import time
 from pathlib import Path
 
@@ -11,46 +11,70 @@ import pytest
 from lopd.records import Response
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.weight_sync import load_folder
-from tests.sglang.conftest import sampling, sampling_requests
+from tests.sglang.conftest import sampling
 from tests.sglang.test_parity import MAX_DIFFERENCE
+from tests.sglang.traffic import PATIENCE_S, Traffic, Turns, number_of, traffic
 from tests.sglang.weight_syncing import receiver, send, tensors, worst_difference
 
-COUNT = 32
+AT_ONCE = 8
+AFTERWARDS = 8  # requests begun after the last sync
+PARAMS = sampling(max_new_tokens=40, stop_token_ids=(2,))
 
 
-def running(engine: SGLangEngine) -> tuple[threading.Thread, list[Response]]:
-    """Long requests under way; the list fills as they end."""
-    done: list[Response] = []
-    params = sampling(max_new_tokens=110, stop_token_ids=(2,))
-    thread = threading.Thread(target=lambda: done.extend(engine.generate(sampling_requests(COUNT), params)))
-    thread.start()
-    time.sleep(0.25)  # of a second or more: they are being decoded
-    return thread, done
+@pytest.fixture(scope="module")
+def turns(student_dir: Path, other_dir: Path) -> Turns:
+    return Turns(student_dir, other_dir)
+
+
+def met(mode: str, responses: list[Response], version: int, requests: Traffic, turns: Turns) -> bool:
+    """Whether the sync of this version came in the middle of requests. responses: what came after it had begun, of requests begun before its end."""
+    if mode == "finish":
+        return any(turns.version(response) == version - 1 for response in responses)  # it was waited for
+    if mode == "abort":
+        return any(requests.attempts[number_of(response)] > 1 for response in responses)
+    return any(turns.version(response) == version and not turns.pure(response) for response in responses)
 
 
 @pytest.mark.parametrize(
     ("transport", "mode"), [("disk", "finish"), ("disk", "pause"), ("tensor", "pause"), ("tensor", "keep"), ("tensor", "abort"), ("distributed", "abort")]
 )
-def test_requests_under_way(transport: str, mode: str, engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+def test_requests_under_way(
+    transport: str, mode: str, engine: SGLangEngine, turns: Turns, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights go in, one checkpoint and the other in turns, until a sync has met requests in the middle: hardly ever more than once."""
     to = receiver(transport, engine, tmp_path, student_dir, running_requests=mode, verify="off")
-    if transport == "disk":  # which asks nothing of the server before commit
-        to.begin("new")
-        to.receive(tensors(other_dir))
-    thread, done = running(engine)
-    assert thread.is_alive(), "the requests ended too soon to tell anything"
-    ended_before = len(done)
-    if transport == "disk":
-        to.commit()
-    else:
-        send(to, "new", tensors(other_dir))
-    ended_by_commit = len(done)
-    thread.join(60)
-    assert not thread.is_alive()
-    assert sorted(response.prompt_id for response in done) == sorted(f"p{index}" for index in range(COUNT))  # each exactly once
-    assert worst_difference(engine, other_dir) <= MAX_DIFFERENCE
-    if mode == "finish":
-        assert ended_by_commit == COUNT
-    else:
-        assert ended_before < COUNT
-        assert {response.weight_version for response in done[ended_by_commit:]} == {"new"}
+    few = SGLangEngine(engine.url, engine.api_key, engine.settings.model_copy(update={"max_in_flight": AT_ONCE}), server=engine.server)
+    deadline = time.monotonic() + PATIENCE_S
+    with traffic(few, PARAMS, monkeypatch) as requests:
+        for version in itertools.count(1):
+            requests.until_answered(1)
+            named = tensors(turns.folder(version))
+            if transport == "disk":  # which asks nothing of the server before commit
+                to.begin(f"v{version}")
+                to.receive(named)
+            answered = len(requests.seen()[1])
+            if transport == "disk":
+                to.commit()
+            else:
+                send(to, f"v{version}", named)
+            begun = requests.seen()[0]
+            requests.until_answered(begun)
+            between = [response for response in requests.seen()[1][answered:] if number_of(response) < begun]
+            if met(mode, between, version, requests, turns):
+                break
+            assert time.monotonic() < deadline, "no sync has met a request"
+        everything = requests.end(more=AFTERWARDS)
+    assert sorted(number_of(response) for response in everything) == list(range(requests.seen()[0]))  # each exactly once
+    later = [response for response in everything if number_of(response) >= begun]
+    assert len(later) >= AFTERWARDS
+    assert {turns.version(response) for response in later} == {version}
+    assert all(turns.pure(response) for response in later)
+    assert worst_difference(engine, turns.folder(version)) <= MAX_DIFFERENCE
+    mixed = [response for response in between if not turns.pure(response)]
+    assert bool(mixed) == (mode in ("pause", "keep"))  # each mode is the other's control: the check can see a mixture
+    for response in mixed:
+        place = turns.num_before(response)
+        assert 0 < place < len(response.token_ids)
+        assert turns.version(response) == version
+        assert turns.pure_from(response, place) == (mode == "pause")  # with "keep" the old keys and values are read on
     load_folder([engine], student_dir, "default")

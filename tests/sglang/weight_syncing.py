@@ -33,8 +33,13 @@ def buckets(named: Named, size: int = 64) -> Iterator[Named]:
 
 
 def receiver(transport: str, engine: SGLangEngine, folder: Path, template: Path, **settings: Any) -> WeightReceiver:
-    section = SyncSection(transport=transport, **{"timeout_s": 60.0, **settings})  # type: ignore[arg-type]
+    section = SyncSection(transport=transport, **{"timeout_s": 120.0, **settings})  # type: ignore[arg-type]
     return build_receiver(section, [engine], folder=folder, template_dir=template)
+
+
+def lose_patience(to: Any, timeout_s: float) -> None:
+    """From now on this receiver waits no longer than so for any answer."""
+    to._timeout_s = to._session._timeout_s = timeout_s
 
 
 def send(to: WeightReceiver, version: str, named: Named, *, size: int = 64) -> None:

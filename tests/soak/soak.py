@@ -50,10 +50,16 @@ FAULTS = ("lost", "duplicated", "wrong", "stale", "hung")
 
 
 class Killer:
-    """Kills servers at random moments in a thread of its own; counts kills by phase and kind. spare_starts: only one that has answered since its start."""
+    """Kills servers at random moments in a thread of its own; counts kills by phase and kind. spare_starts: only one that has answered since its start.
 
-    def __init__(self, engine: SGLangEngine, seed: int, every_s: float, kinds: Sequence[str], kills: Counter[str], *, spare_starts: bool) -> None:
+    most: how many in one phase; where a start takes longer than the time between kills, work would hardly go on without such a bound.
+    """
+
+    def __init__(
+        self, engine: SGLangEngine, seed: int, every_s: float, kinds: Sequence[str], kills: Counter[str], *, spare_starts: bool, most: int | None
+    ) -> None:
         self._engine, self._random, self._every_s, self._kinds, self._spare_starts = engine, random.Random(seed), every_s, kinds, spare_starts
+        self._most, self._of_phase = most, Counter[str]()
         self.phase, self._kills = PHASES[0], kills
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="killer", daemon=True)
@@ -72,6 +78,8 @@ class Killer:
             assert server is not None
             if self._spare_starts and not (server.ready() and server.activity.answered):
                 continue
+            if self._most is not None and self._of_phase[self.phase] >= self._most:
+                continue
             self._kill(server, self._random.choice(self._kinds))
 
     def _kill(self, server: SGLangServer, kind: str) -> None:
@@ -85,6 +93,7 @@ class Killer:
         except (AssertionError, ProcessLookupError, psutil.Error, StopIteration):
             return  # it is between two lives
         self._kills[f"{self.phase}: {kind}"] += 1
+        self._of_phase[self.phase] += 1
 
 
 class Counts:
@@ -143,14 +152,16 @@ class Soak:
         kinds: Sequence[str] = KINDS,
         spare_starts: bool = False,
         syncs: int = 30,
+        kills_of_a_phase: int | None = None,
+        hang_timeout_s: float = 3.0,
     ) -> None:
         """every_s: mean time between kills. syncs: weight syncs of a round."""
-        self._syncs = syncs
+        self._syncs, self._kills_of_a_phase = syncs, kills_of_a_phase
         self._folder, self._seed, self._every_s, self._kinds, self._spare_starts = folder, seed, every_s, kinds, spare_starts
         self._models = [write_qwen3_moe(folder / name, seed=index) for index, name in enumerate(("first", "second"))]
         self._settings = SGLangSection(
             dtype="float32", context_length=160, max_running_requests=32, max_in_flight=32, max_total_tokens=8192, replicas=replicas,
-            restarts=2, hang_timeout_s=3, request_timeout_s=20, outage_timeout_s=100, start_timeout_s=100,
+            restarts=2, hang_timeout_s=hang_timeout_s, request_timeout_s=max(20.0, 2 * hang_timeout_s), outage_timeout_s=250, start_timeout_s=200,
         )  # fmt: skip
         rng = np.random.default_rng(seed)
         samples = 4
@@ -163,17 +174,22 @@ class Soak:
         self.counts, self._kills, self._restarts, self._began = Counts(), Counter[str](), 0, 0.0
         self.report: Callable[[dict[str, Any]], None] = lambda found: None  # gets the counts after every phase
 
-    def run(self, seconds: float) -> dict[str, Any]:
-        """The counts, and the kills by phase and kind."""
+    def run(self, seconds: float, *, restarts: int = 0) -> dict[str, Any]:
+        """The counts, and the kills by phase and kind. seconds: no round begins later, unless fewer restarts than these were seen."""
         wanted: dict[str, dict[Any, Any]] = {}
-        while not wanted or time.monotonic() - self._began < seconds:
+
+        def going_on() -> bool:
+            return time.monotonic() - self._began < seconds or self._restarts < restarts
+
+        while not wanted or going_on():
             with serve(self._models[0], self._settings, log=self._folder / "sglang.log", name="student", tell=self._tell) as engine:
                 if not wanted:
                     wanted, self._began = self._undisturbed(engine), time.monotonic()
                 stopped = False
-                while not stopped and time.monotonic() - self._began < seconds:
+                while not stopped and going_on():
                     self.counts.rounds += 1
-                    killer = Killer(engine, self._seed + self.counts.rounds, self._every_s, self._kinds, self._kills, spare_starts=self._spare_starts)
+                    seed, limits = self._seed + self.counts.rounds, {"spare_starts": self._spare_starts, "most": self._kills_of_a_phase}
+                    killer = Killer(engine, seed, self._every_s, self._kinds, self._kills, **limits)
                     try:
                         with killer:
                             self._round(engine, killer, wanted, self._began + seconds)
@@ -221,7 +237,7 @@ class Soak:
         shutil.rmtree(folder)
         killer.phase = "sync"
         for number in range(self._syncs):
-            if time.monotonic() < end:
+            if number < 2 or time.monotonic() < end:
                 self._sync(engine, f"v{(number + 1) % 2}", self._models[(number + 1) % 2], wanted)
                 self.report(self._found())
 

@@ -8,9 +8,11 @@ from tests.soak.soak import FAULTS, Counts, Soak
 
 
 def test_nothing_is_lost_while_servers_are_killed(tmp_path: Path) -> None:
-    soak = Soak(tmp_path, responses=200, replicas=1, seed=3, every_s=1.0, kinds=("server", "main process"), spare_starts=True, syncs=2)
-    found = soak.run(seconds=6)
-    assert found["num_kills"] >= 1, found
+    """Kills that a server notices by itself: what only a time-out tells of (the scheduler, a stop) a slow machine would tell of too."""
+    limits = {"spare_starts": True, "kills_of_a_phase": 1, "hang_timeout_s": 100.0}
+    soak = Soak(tmp_path, responses=200, replicas=1, seed=3, every_s=1.0, kinds=("server", "main process"), syncs=2, **limits)
+    found = soak.run(seconds=4, restarts=1)
+    assert 1 <= found["num_kills"] <= 3 * found["rounds"], found
     assert found["restarts"] >= 1, found
     assert found["responses"] == 400 * found["rounds"] or found["stopped"], found
     assert {name: found[name] for name in FAULTS} == dict.fromkeys(FAULTS, 0)
