@@ -78,6 +78,29 @@ def sample_bytes(data: Data, settings: TrainSection, assumed: Assumptions) -> fl
     return KEPT_TOKENS * DECODED_BYTES + settings.batch_size * each + data.responses * INDEX_BYTES
 
 
+def in_turns(trainer: MemoryUse, servers: Mapping[str, MemoryUse], settings: TrainSection, bucket_bytes: int, assumed: Assumptions) -> MemoryUse:
+    """Trainer and servers on the same GPUs, of which one at a time has its memory there (sync.colocate): the fullest of their turns, and of the syncs, where
+    the weights of both are there. servers: "student", and "teacher" where a refresh starts it. What is away stays a process with its context.
+
+    The trainer's weights and optimizer state lie in host memory meanwhile; gradients are forgotten.
+    """
+    asleep = assumed.context_bytes + (assumed.nccl_bytes if settings.parallel.ranks > 1 else 0)
+    sleeping = {"student's server: context": asleep}
+    kept = {term: trainer.gpu[term] for term in ("context, NCCL",)}
+    student = {f"student's server: {term}": size for term, size in servers["student"].gpu.items()}
+    held = {term: trainer.gpu[term] for term in ("weights", "context, NCCL")}
+    turns = [
+        {**trainer.gpu, **sleeping},
+        {**held, **sleeping, "student's server: weights": student["student's server: weights"], "buckets": 2.0 * bucket_bytes},
+        {**kept, **student},
+        *({**kept, **sleeping, **{f"teacher's server: {term}": size for term, size in servers[role].gpu.items()}} for role in servers if role != "student"),
+    ]
+    here = settings.parallel.ranks // settings.parallel.nodes
+    away = {"trainer, while a server works": (trainer.gpu["weights"] + trainer.gpu["optimizer"]) * here}
+    host = {**trainer.host, **away, **{f"{role}'s server": server.host_total for role, server in servers.items()}}
+    return MemoryUse(max(turns, key=lambda turn: sum(turn.values())), host, servers["student"].figures)
+
+
 def _stage_memory(
     arch: Architecture, settings: TrainSection, stages: list[StageParameters], index: int, assumed: Assumptions, engine: bool
 ) -> tuple[dict[str, float], float]:

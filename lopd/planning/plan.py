@@ -12,7 +12,7 @@ from lopd.planning.assumptions import Assumptions
 from lopd.planning.disk import disk_bytes
 from lopd.planning.hardware import Node
 from lopd.planning.hours import Amounts, Work, baseline_steps, sampling_work, scoring_work, training_work
-from lopd.planning.memory import Data, MemoryUse, forward_memory, server_memory, trainer_memory
+from lopd.planning.memory import Data, MemoryUse, forward_memory, in_turns, server_memory, trainer_memory
 from lopd.planning.models import PlannedModel, teacher_roles
 from lopd.planning.parameters import CountJob, StageParameters, count_parameters, parameters_by_formula, total_and_active
 
@@ -151,8 +151,13 @@ def _memory(
     refresh = config.distill.refresh
     live = ["student"] if config.distill.sync_every > 0 or refresh.is_on or cohost else []
     live += ["teacher"] if refresh.is_on or cohost else []
-    for role in live:
-        beside = server("student", amounts.rollout_len) if role == "student" else fullest(server(one, amounts.rollout_len, scoring=True) for one in teachers)
+    served = {
+        role: server(role, amounts.rollout_len) if role == "student" else fullest(server(one, amounts.rollout_len, True) for one in teachers) for role in live
+    }
+    if config.sync.colocate and live and not cohost:
+        uses["distill"] = in_turns(uses["distill"], served, config.distill, config.sync.bucket_bytes, assumed)
+        return uses
+    for role, beside in served.items():
         uses["distill"] = _beside(uses["distill"], beside, role)
     return uses
 

@@ -92,6 +92,21 @@ def test_a_server_beside_the_trainer_counts(tmp_path: Path) -> None:
     assert "student's server: KV cache" in plan.memory["distill"].gpu
 
 
+def test_servers_that_take_turns_with_the_trainer(tmp_path: Path) -> None:
+    """What does not fit beside each other may fit in turns: the peak is the fuller side's, and the other's state lies in host memory."""
+    beside = plan_of(PAPER_8B, tmp_path, ["distill.sync_every=10"])
+    assert not beside.fits
+    turns = plan_of(PAPER_8B, tmp_path, ["distill.sync_every=10", "sync.colocate=true"])
+    assert turns.fits, turns.problems
+    served, trained = turns.memory["rollout"].gpu_total, plan_of(PAPER_8B, tmp_path).memory["distill"]
+    assert turns.memory["distill"].gpu_total == pytest.approx(max(served + trained.gpu["context, NCCL"], trained.gpu_total + 2.5 * 2**30))
+    assert turns.memory["distill"].gpu_total < beside.memory["distill"].gpu_total
+    away = turns.memory["distill"].host["trainer, while a server works"]
+    assert away == 8 * (trained.gpu["weights"] + trained.gpu["optimizer"]), "gradients are forgotten"
+    long = plan_of(PAPER_8B, tmp_path, ["distill.sync_every=10", "sync.colocate=true", "distill.max_tokens_per_microbatch=65536"])
+    assert "activations" in long.problems[0].what, "in its own turn the trainer must fit all the same"
+
+
 def test_the_nearest_that_fits(tmp_path: Path) -> None:
     config = config_of(REFERENCE_30B, tmp_path, [LONG, "distill.megatron={}", "sft.parallel.tensor=1", "sft.parallel.expert=1"])
     models, node = planned_models(config, {}), node_of("h100-80gb", 8)
