@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.distributed import distributed_c10d
 
 from lopd.config import SyncSection
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.weight_sync import WeightReceiver, build_receiver
+from sglang_rollout.weight_sync.disk import DiskWeightReceiver
 from tests.sglang.conftest import sampling_requests
 from tests.sglang.fake_server import FakeServer
 from tests.sglang.test_parity import HuggingFace
@@ -38,7 +41,11 @@ def receiver(transport: str, engine: SGLangEngine, folder: Path, template: Path,
 
 
 def lose_patience(to: Any, timeout_s: float) -> None:
-    """From now on this receiver waits no longer than so for any answer."""
+    """What was sent has arrived; from now on this receiver waits no longer than so for any answer."""
+    if not isinstance(to, DiskWeightReceiver):
+        to._settle()
+    for group in list(distributed_c10d._world.pg_group_ranks):  # of a transport by broadcast
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
     to._timeout_s = to._session._timeout_s = timeout_s
 
 
