@@ -32,6 +32,7 @@ ANNOUNCEMENT_FILE = "first_node.json"  # beside the log: where the first of seve
 JOIN_S = 600.0  # how long machines wait for each other before the first step: imports from a busy file system take minutes
 BEAT_S = 1.0
 MISSED_BEATS = 5  # where another rank has given up, so many missing ones name the rank that it waited for
+_GPUS = ("/dev/nvidiactl", "/dev/kfd")  # NVIDIA's and AMD's drivers
 _AGAIN = "the same command goes on from the newest checkpoint"
 
 
@@ -79,6 +80,8 @@ def run_ranks(
         ERROR_FILE: str(error_file),
         HEARTBEATS: str(watch.folder),
     }
+    if not any(Path(device).exists() for device in _GPUS):
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")  # on a CPU nothing of Megatron's is compiled, and to import the compiler takes a rank a second
     if node is not None:
         interface = interface_towards(own_address(environment) if join is None else join[0])
         environment |= {NODE: node.text, ANNOUNCEMENT: str(log.with_name(ANNOUNCEMENT_FILE)), "GLOO_SOCKET_IFNAME": interface}
@@ -132,6 +135,9 @@ class _Watch:
         now = time.monotonic()
         if now - self._looked < BEAT_S or self._silent:
             return bool(self._silent)
+        unseen_s = now - self._looked - 2 * BEAT_S
+        if unseen_s > 0:  # this process was stopped, or busy: silence that nobody listened to is nobody's, least of all that of a machine that slept
+            self._beats = {rank: (changed, seen + unseen_s) for rank, (changed, seen) in self._beats.items()}
         self._looked = now
         bound_s = MISSED_BEATS * BEAT_S if self._error_file.exists() else self._timeout_s
         for rank in self._ranks:

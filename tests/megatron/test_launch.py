@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lopd.errors import DataError, TrainingError
+from lopd.megatron import launch
 from lopd.megatron.launch import run_ranks
 
 MODULE = "tests.megatron.launch_cases"
@@ -97,6 +99,21 @@ def test_no_rank_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
 
 
 # ---- a rank that hangs ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_passes_while_the_parent_itself_is_stopped_is_nobodys_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the whole machine sleeps: the parent may wake before a rank's next beat. The control: as long, but the parent was there and listened."""
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(launch, "time", clock)
+    for step_s, silent in ((100.0, False), (1.0, True)):
+        now = 1000.0
+        watch = launch._Watch(tmp_path / "heartbeats", range(1), 10.0, tmp_path / "error")
+        (watch.folder / "0").write_text(str(os.getpid()))
+        assert not watch.finds_silence()
+        while now < 1100.0:
+            now += step_s
+            found = watch.finds_silence()
+        assert found == silent
 
 
 def test_a_stopped_rank_becomes_one_error_that_names_it_and_nothing_is_left_running(tmp_path: Path) -> None:
