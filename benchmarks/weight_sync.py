@@ -4,10 +4,11 @@ A synthetic Qwen3-MoE checkpoint is made on the spot, a real server started on i
 which stands for the trainer's rank 0. The plain copy, in turns with the syncs:
 
 disk         write the bytes to files, bucket by bucket, and read them back into memory
-tensor       copy a bucket into shared memory, have another process copy it out, next bucket
-distributed  broadcast a bucket over gloo to another process, into memory that is there already, next bucket
+tensor       copy a bucket into shared memory, have another process copy it out, next bucket; or by two buffers of 32 MiB in turns
+distributed  broadcast a bucket over gloo to another process, into memory that is there already, next bucket; or its tensors one by one, all at once
 
-share_of_raw is the time of the plain copy over that of a sync with its calls, without verification; what verification adds stands beside it.
+Where there are two ways of a plain copy, the faster one counts. share_of_raw is the time of the plain copy over that of a sync with its calls, without
+verification, best of all rounds; beside it that of the medians, and the time with verification.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from lopd.config import SGLangSection, SyncSection
 
 VOCABULARY = 4096
+SMALL_PIECE = 32 * 2**20  # bytes
 TRANSPORTS = ("disk", "tensor", "distributed")
 Named = list[tuple[str, torch.Tensor]]
 
@@ -103,17 +105,21 @@ def copy_by_disk(pieces: list[torch.Tensor], folder: Path) -> Callable[[], None]
     return copy
 
 
-def copy_by_shared_memory(pieces: list[torch.Tensor], link: Connection) -> Callable[[], None]:
+def copy_by_shared_memory(pieces: list[torch.Tensor], link: Connection, num_buffers: int = 1) -> Callable[[], None]:
+    """With two buffers the other process copies out of one while the next piece is copied into the other."""
     size = max(len(piece) for piece in pieces)
-    shared = shared_memory.SharedMemory(create=True, size=size)
-    view = torch.frombuffer(shared.buf, dtype=torch.uint8)
-    link.send((shared.name, size))
+    shared = [shared_memory.SharedMemory(create=True, size=size) for _ in range(num_buffers)]
+    views = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared]
+    link.send(([one.name for one in shared], size))
 
     def copy() -> None:
-        assert size <= shared.size  # and the memory lives as long as this function
-        for piece in pieces:
-            view[: len(piece)].copy_(piece)
-            link.send(len(piece))
+        assert all(size <= one.size for one in shared)  # and the memory lives as long as this function
+        for index, piece in enumerate(pieces):
+            if index >= num_buffers:
+                link.recv()
+            views[index % num_buffers][: len(piece)].copy_(piece)
+            link.send((index % num_buffers, len(piece)))
+        for _ in range(min(num_buffers, len(pieces))):
             link.recv()
 
     return copy
@@ -121,14 +127,16 @@ def copy_by_shared_memory(pieces: list[torch.Tensor], link: Connection) -> Calla
 
 def take_from_shared_memory(link: Connection) -> None:
     torch.set_num_threads(1)
-    name, size = link.recv()
-    shared = shared_memory.SharedMemory(name=name)
-    source, target = torch.frombuffer(shared.buf, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    while (length := link.recv()) is not None:
-        target[:length].copy_(source[:length])
+    names, size = link.recv()
+    shared = [shared_memory.SharedMemory(name=name) for name in names]
+    sources, target = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared], torch.zeros(size, dtype=torch.uint8)
+    while (told := link.recv()) is not None:
+        buffer, length = told
+        target[:length].copy_(sources[buffer][:length])
         link.send(None)
-    shared.unlink()
-    os._exit(0)  # views of the buffer would forbid closing it
+    for one in shared:
+        one.unlink()
+    os._exit(0)  # views of the buffers would forbid closing them
 
 
 def gloo_group(rank: int, port: int) -> Any:
@@ -144,17 +152,19 @@ def gloo_group(rank: int, port: int) -> Any:
     return torch_distributed.ProcessGroupGloo(store, rank, 2, timeout)
 
 
-def copy_by_broadcast(pieces: list[torch.Tensor], link: Connection) -> Callable[[], None]:
+def copy_by_broadcast(buckets: list[list[torch.Tensor]], link: Connection) -> Callable[[], None]:
+    """Those of a bucket all at once, then the next bucket."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    link.send((port, [len(piece) for piece in pieces]))
+    link.send((port, [[len(piece) for piece in bucket] for bucket in buckets]))
     group = gloo_group(0, port)
 
     def copy() -> None:
         link.send(True)
-        for piece in pieces:
-            group.broadcast(piece, 0).wait()
+        for bucket in buckets:
+            for work in [group.broadcast(piece, 0) for piece in bucket]:
+                work.wait()
         link.recv()
 
     return copy
@@ -164,10 +174,11 @@ def take_broadcasts(link: Connection) -> None:
     torch.set_num_threads(1)
     port, lengths = link.recv()
     group = gloo_group(1, port)
-    target = torch.zeros(max(lengths), dtype=torch.uint8)
+    target = torch.zeros(max(map(sum, lengths)), dtype=torch.uint8)
     while link.recv() is not None:
-        for length in lengths:
-            group.broadcast(target[:length], 0).wait()
+        for bucket in lengths:
+            for work in [group.broadcast(piece, 0) for piece in target[: sum(bucket)].split(bucket)]:
+                work.wait()
         link.send(None)
     os._exit(0)
 
@@ -199,16 +210,29 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     num_bytes = write_model(scratch / "model", args.megabytes, dtype)
     named: Named = [(name, tensor.clone()) for name, tensor in load_file(scratch / "model" / "model.safetensors").items()]
     bucket_bytes = int(args.bucket_mib * 2**20)
-    pieces = [flat(bucket) for bucket in in_buckets(named, bucket_bytes)]
+    buckets = [*in_buckets(named, bucket_bytes)]
+    pieces = [flat(bucket) for bucket in buckets]
     context = multiprocessing.get_context("spawn")
-    links = {}
-    for transport, target in (("tensor", take_from_shared_memory), ("distributed", take_broadcasts)):
-        links[transport], theirs = context.Pipe()
+    links = []
+
+    def other_process(target: Callable[[Connection], None]) -> Connection:
+        ours, theirs = context.Pipe()
         context.Process(target=target, args=(theirs,), daemon=True).start()
+        links.append(ours)
+        return ours
+
+    small_pieces = [part for piece in pieces for part in piece.split(SMALL_PIECE)]
+    bytes_of_tensors = [[flat([one]) for one in bucket] for bucket in buckets]
     raw = {
-        "disk": copy_by_disk(pieces, scratch / "raw"),
-        "tensor": copy_by_shared_memory(pieces, links["tensor"]),
-        "distributed": copy_by_broadcast(pieces, links["distributed"]),
+        "disk": [copy_by_disk(pieces, scratch / "raw")],
+        "tensor": [
+            copy_by_shared_memory(pieces, other_process(take_from_shared_memory)),
+            copy_by_shared_memory(small_pieces, other_process(take_from_shared_memory), num_buffers=2),
+        ],
+        "distributed": [
+            copy_by_broadcast([[piece] for piece in pieces], other_process(take_broadcasts)),
+            copy_by_broadcast(bytes_of_tensors, other_process(take_broadcasts)),
+        ],
     }
     figures: dict[str, Any] = {"bytes": num_bytes, "tensors": len(named), "bucket_bytes": bucket_bytes, "dtype": args.dtype, "repeats": args.repeats}
     settings = SGLangSection(dtype=args.dtype, context_length=64, max_running_requests=4, max_total_tokens=1024)
@@ -221,13 +245,16 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
         for transport in TRANSPORTS:
             plain, verified = receiver(transport), receiver(transport, verify="tensors")
-            seconds: dict[str, list[float]] = {"sync": [], "raw": [], "verified": []}
+            seconds: dict[str, list[float]] = {"sync": [], "verified": [], **{f"raw {index}": [] for index in range(len(raw[transport]))}}
             for repeat in range(args.repeats + 1):  # the first is to warm up
-                seconds["raw"].append(timed(raw[transport]))
+                for index, copy in enumerate(raw[transport]):
+                    seconds[f"raw {index}"].append(timed(copy))
                 seconds["sync"].append(timed(lambda number=repeat, to=plain: sync(to, f"plain-{number}", named, bucket_bytes)))  # type: ignore[misc]
                 seconds["verified"].append(timed(lambda number=repeat, to=verified: sync(to, f"verified-{number}", named, bucket_bytes)))  # type: ignore[misc]
             best = {name: min(values[1:]) for name, values in seconds.items()}
             middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            for figure in (best, middle):
+                figure["raw"] = min(value for name, value in figure.items() if name.startswith("raw"))
             figures[transport] = {
                 "seconds": best["sync"],
                 "bytes_per_s": num_bytes / best["sync"],
@@ -236,11 +263,12 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "share_of_raw": best["raw"] / best["sync"],
                 "share_of_raw_median": middle["raw"] / middle["sync"],
                 "verified_seconds": best["verified"],
+                "rounds": {name: [round(value, 4) for value in values[1:]] for name, values in seconds.items()},
                 "extra_bytes": plain.report.extra_bytes,
             }
         if args.delta:
             figures["delta"] = {transport: measure_delta(receiver(transport, delta=True), named, bucket_bytes) for transport in ("tensor", "distributed")}
-    for link in links.values():
+    for link in links:
         link.send(None)
     figures["share_of_raw"] = {transport: figures[transport]["share_of_raw"] for transport in TRANSPORTS}
     return figures
@@ -262,7 +290,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=560.0, help="size of the model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--bucket-mib", type=float, default=128.0)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-delta", dest="delta", action="store_false")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()

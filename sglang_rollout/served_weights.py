@@ -14,8 +14,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,16 @@ from sglang_rollout.fingerprints import part_fingerprint
 
 FINGERPRINTS, DTYPES = "lopd.fingerprints:", "lopd.dtypes:"  # actions, followed by the folder of a checkpoint with the tensors' names and shapes
 NOT_FED = ""  # in the place of a tensor's name
+_REMEMBERED = "_lopd_placements"  # attribute of a model
 _COPIES = ("aten::_to_copy", "aten::clone", "aten::contiguous")
+
+
+class Placement(NamedTuple):
+    """Where this rank holds a checkpoint tensor."""
+
+    columns: int
+    copies: list[tuple[Tensor, Tensor]]  # part of a parameter, part of a tensor without data
+    copied_only: bool  # the loader does nothing else to the parameter
 
 
 def install() -> None:
@@ -53,16 +63,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies: list[tuple[Tensor, Tensor]] = []  # (part of a parameter, part of a meta tensor)
+        self.changed: set[int] = set()  # addresses of storages that something else is done to
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name
         if name == "aten::copy_":
             if args[1].is_meta and not args[0].is_meta:
                 self.copies.append((args[0], args[1]))
+            elif not args[0].is_meta:
+                self.changed.add(args[0].untyped_storage().data_ptr())
             return args[0]
         if name in _COPIES and isinstance(args[0], Tensor) and args[0].is_meta:
             return args[0].view_as(args[0])  # to another device or dtype on its way into the parameter
         if function._schema.is_mutable and args and isinstance(args[0], Tensor) and not args[0].is_meta:
+            if args[0].numel():
+                self.changed.add(args[0].untyped_storage().data_ptr())
             return args[0]  # padding that is filled with zeros
         return function(*args, **(kwargs or {}))
 
@@ -73,35 +88,49 @@ def _told(checker: Any, template_dir: Path, *, parts: bool) -> dict[str, str]:
     Under NOT_FED the JSON of a list: this rank's parameters that no tensor goes into.
     """
     model = checker._get_model()
-    key = (str(template_dir), tuple(parameter.data_ptr() for parameter in model.parameters()))
-    if getattr(checker, "_lopd_key", None) != key:
-        checker._lopd_layout, checker._lopd_key = _layout(model, tensor_shapes(template_dir)), key
-    fed = {held.untyped_storage().data_ptr() for _, copies in checker._lopd_layout.values() for held, _ in copies}
+    found = layout(model, tensor_shapes(template_dir))
+    fed = {held.untyped_storage().data_ptr() for placement in found.values() for held, _ in placement.copies}
     parameters = model.named_parameters()  # scales of a cache in 8 bits are of one element, and not from a checkpoint
     told = {NOT_FED: json.dumps([name for name, held in parameters if held.numel() > 1 and held.untyped_storage().data_ptr() not in fed])}
-    for name, (columns, copies) in checker._lopd_layout.items():
+    for name, (columns, copies, _) in found.items():
         entry: dict[str, Any] = {"dtype": str(copies[0][0].dtype).removeprefix("torch.")}
         if parts:
             entry["parts"] = []
             for held, source in copies:
-                offset, strides = source.storage_offset(), list(source.stride())
+                offset, strides = int(source.storage_offset()), list(source.stride())
                 entry["parts"].append([offset, list(source.shape), strides, part_fingerprint(held, offset, strides, columns)])
         told[name] = json.dumps(entry)
     return told
 
 
-def _layout(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, list[tuple[Tensor, Tensor]]]]:
-    """Tensor -> (its columns, what of it this rank holds, each with the part of the full tensor)."""
+def layout(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Placement]:
+    """Of these checkpoint tensors, those of which the model holds something. Remembered with the model, as long as its parameters stay where they are."""
+    parameters = tuple(parameter.data_ptr() for parameter in model.parameters())
+    known = getattr(model, _REMEMBERED, None)
+    if known is None or known[0] != parameters:
+        known = (parameters, {})
+        object.__setattr__(model, _REMEMBERED, known)  # past torch.nn.Module's own
+    placements: dict[tuple[str, tuple[int, ...]], Placement | None] = known[1]
+    new = {name: shape for name, shape in shapes.items() if (name, shape) not in placements}
+    if new:
+        recorded = _recorded(model, new)
+        placements.update({(name, shape): recorded.get(name) for name, shape in new.items()})
+    asked = ((name, placements[name, shape]) for name, shape in shapes.items())
+    return {name: placement for name, placement in asked if placement is not None}
+
+
+def _recorded(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Placement]:
     sources = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     recorder = _Recorder()
     with torch.no_grad(), recorder:
         model.load_weights(iter(sources.items()))
     names = {source.untyped_storage()._cdata: name for name, source in sources.items()}
-    layout: dict[str, tuple[int, list[tuple[Tensor, Tensor]]]] = {}
+    found: dict[str, Placement] = {}
     for held, source in recorder.copies:
         name = names[source.untyped_storage()._cdata]
         if held.shape != source.shape:
             source = source.expand(held.shape)
         columns = shapes[name][-1] if shapes[name] else 1
-        layout.setdefault(name, (columns, []))[1].append((held.detach(), source))
-    return layout
+        copied_only = held.untyped_storage().data_ptr() not in recorder.changed
+        found.setdefault(name, Placement(columns, [], copied_only)).copies.append((held.detach(), source))
+    return found

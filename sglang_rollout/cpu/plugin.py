@@ -15,25 +15,22 @@
 5. Weights that come through shared memory (sync.transport = "tensor"): torch maps the sender's memory anew for every bucket, and the page faults cost three
    times what the copy does. The last two mappings are kept, as torch does for CUDA's.
    Upstream: torch/multiprocessing/reductions.py, rebuild_storage_filename. Can go: when torch keeps them.
-6. Weights that come by broadcast (sync.transport = "distributed") are loaded one by one while the next are received, not all after the last. Only saves time:
-   left out where upstream takes other arguments.
-   Upstream: sglang/srt/model_executor/model_runner_components/weight_updater.py, WeightUpdater.update_weights_from_distributed. Can go: at any time.
+6. Weights that come by broadcast (sync.transport = "distributed") are received where they belong (sglang_rollout.cpu.incoming). Only saves time.
 
 Versions: sglang 0.5.17 to 0.5.23. A place that is no longer as described raises, and the server does not start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import os
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 
 from sglang_rollout import load_files, served_weights
+from sglang_rollout.cpu import incoming
 from sglang_rollout.cpu.kernels import decode_attention, with_enough_rows
 
 OURS = "LOPD_SERVER"  # environment variable: this is a server that lopd started
@@ -61,7 +58,7 @@ def activate() -> None:
         _hash_in_torch()
         _batch_decode_attention()
         _keep_shared_memory_mapped()
-        _load_while_receiving()
+        incoming.install()
     if os.environ.get(OURS) == "1":
         served_weights.install()
         load_files.install()
@@ -166,47 +163,6 @@ def _keep_shared_memory_mapped() -> None:
         return storage
 
     reductions.rebuild_storage_filename = rebuild_storage_filename
-
-
-def _load_while_receiving() -> None:
-    try:
-        module = _module("sglang.srt.model_executor.model_runner_components.weight_updater")
-    except ModuleNotFoundError:
-        return
-    original = getattr(getattr(module, "WeightUpdater", None), "update_weights_from_distributed", None)
-    if original is None or tuple(inspect.signature(original).parameters) != ("self", "names", "dtypes", "shapes", "group_name", "load_format"):
-        return
-
-    def update_weights_from_distributed(
-        self: Any, names: list[str], dtypes: list[Any], shapes: list[list[int]], group_name: str, load_format: str | None = None
-    ) -> tuple[bool, str]:
-        refused = module._unsupported_derived_weight_cache_error()
-        if load_format is not None or refused is not None or group_name not in self._model_update_group:
-            return cast(tuple[bool, str], original(self, names, dtypes, shapes, group_name, load_format))
-        self._assert_weight_cache_inactive("update_weights_from_distributed")
-        group = self._model_update_group[group_name]
-        handles: list[Any] = []
-        try:
-            numbers = [dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype) for dtype in dtypes]
-            weights = [torch.empty(shape, dtype=number, device=self.device) for number, shape in zip(numbers, shapes, strict=True)]
-            handles += [torch.distributed.broadcast(weight, src=0, group=group, async_op=True) for weight in weights]
-
-            def received() -> Iterator[tuple[str, torch.Tensor]]:
-                for name, weight, handle in zip(names, weights, handles, strict=True):
-                    handle.wait()
-                    yield name, weight
-
-            self.get_model().load_weights(received())
-            for handle in handles:  # a loader may leave some out
-                handle.wait()
-            return True, "Succeeded to update parameter online."
-        except Exception as error:
-            with contextlib.suppress(RuntimeError):  # the same failure once more
-                for handle in handles:
-                    handle.wait()
-            return False, f"Failed to update parameter online: {error}. The weights are partially updated."
-
-    module.WeightUpdater.update_weights_from_distributed = update_weights_from_distributed
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:

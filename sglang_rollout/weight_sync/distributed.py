@@ -11,8 +11,8 @@ import datetime
 import secrets
 import socket
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, nbytes, started
 
 _LEAVING_TIMEOUT_S = 10.0
+_GRACE_S = 1.0  # for a server's answer to the next bucket, after a failure
 _POLL_S = 0.002
 _BROADCAST = "broadcast"
 
@@ -42,7 +43,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
     def __init__(self, *arguments: Any, host: str = LOOPBACK, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._host, self._address, self._interface = host, LOOPBACK, "lo"
-        self._group: Any = None
+        self._group: list[Any] = []  # the one group, or none: whoever holds the list does not keep the group alive
         self._group_name = ""
         self._servers_wait = False  # in a broadcast: they hear nothing else
         self._under_way: dict[str, Future[Any]] = {}  # of the newest bucket: the servers' answers and the broadcast
@@ -69,7 +70,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
             for engine, offset in zip(self._engines, offsets, strict=True)
         }
         _await_ranks(store, world_size if backend == "gloo" else 1, joining, self._timeout_s)
-        self._group = _form_group(backend, store, world_size, self._group_name, timeout, self._interface)
+        self._group = [_form_group(backend, store, world_size, self._group_name, timeout, self._interface)]
         finished(joining, self._timeout_s)
 
     def _send(self, bucket: Bucket) -> None:
@@ -83,7 +84,11 @@ class DistributedWeightReceiver(InPlaceReceiver):
         tensors = [tensor.detach().contiguous() for _, tensor in bucket]
         self.report.extra_bytes = max(self.report.extra_bytes, nbytes(tensors))
         former = self._under_way
-        broadcast: Future[Any] = started(partial(_broadcast, self._group, tensors, former.get(_BROADCAST)))
+        if len(self._engines) == 1:
+            self._await_broadcast(former)  # the server is at that bucket then: it cannot take the next one for it
+        else:
+            self._settle()
+        broadcast: Future[Any] = started(partial(_broadcast, self._group, tensors))
         taking = {engine.url: started(partial(self._call, engine, "/update_weights_from_distributed", body)) for engine in self._engines}
         self._under_way = {**taking, _BROADCAST: broadcast}
         self._await(former)
@@ -92,27 +97,31 @@ class DistributedWeightReceiver(InPlaceReceiver):
         self._await(self._under_way)
         self._under_way = {}
 
+    def _await_broadcast(self, futures: Mapping[str, Future[Any]]) -> None:
+        """Of a bucket, or of none. EngineError: as soon as the broadcast or an answer fails."""
+        waiting = set(futures.values())
+        while waiting and not futures[_BROADCAST].done():
+            done, waiting = wait(waiting, self._timeout_s + 10, FIRST_COMPLETED)
+            if not done or any(future.exception() for future in done):
+                break
+        if futures and (not futures[_BROADCAST].done() or futures[_BROADCAST].exception()):
+            self._await(futures)
+
     def _await(self, futures: Mapping[str, Future[Any]]) -> None:
         try:
             finished(futures, self._timeout_s + 10)
         except EngineError:
-            self._servers_wait = True  # if not for this bucket, for the next
+            answers = [future for bucket in (futures, self._under_way) for name, future in bucket.items() if name != _BROADCAST]
+            self._servers_wait = bool(wait(answers, _GRACE_S).not_done)
             raise
 
     def _call(self, engine: SGLangEngine, path: str, body: dict[str, Any]) -> Any:
         return engine.call("POST", path, body, timeout_s=self._timeout_s)
 
-    def _leave(self) -> None:
-        group, self._group, self._under_way = self._group, None, {}
-        if group is None:
-            return
-        if not self._servers_wait:  # else the end of the connection frees them
-            body = {"group_name": self._group_name}
-            for engine in self._engines:  # it also frees a broadcast of ours that a server has refused to take
-                with contextlib.suppress(EngineError):
-                    engine.call("POST", "/destroy_weights_update_group", body, timeout_s=min(self._timeout_s, _LEAVING_TIMEOUT_S))
-        with contextlib.suppress(RuntimeError, ValueError):
-            dist.destroy_process_group(group)
+    def _leave(self) -> Callable[[], None]:
+        group, self._group, self._under_way = self._group, [], {}
+        servers = () if self._servers_wait else self._engines  # the end of the connection frees those that wait
+        return partial(_destroy, group, self._group_name, servers, min(self._timeout_s, _LEAVING_TIMEOUT_S))
 
 
 def _store_at(address: str, world_size: int, timeout: datetime.timedelta) -> tuple[Any, int]:
@@ -155,18 +164,34 @@ def _form_group(backend: str, store: Any, world_size: int, name: str, timeout: d
     return group
 
 
-def _broadcast(group: Any, tensors: list[Tensor], after: Future[Any] | None) -> None:
-    """Once the one before has ended. EngineError: a server's rank did not take them within the group's timeout, or is gone."""
-    if after is not None:
-        after.result()
+def _broadcast(group: list[Any], tensors: list[Tensor]) -> None:
+    """EngineError: a server's rank did not take them within the group's timeout, or is gone."""
+    broken = _broadcast_all(group, tensors)
+    if broken:
+        raise EngineError(f"the broadcast to the servers broke off ({broken})", limit="sync.timeout_s", remedy="see the servers' logs")
+
+
+def _broadcast_all(group: list[Any], tensors: list[Tensor]) -> str:
+    """What went wrong, as a text: the error itself would keep the group alive with its connections, and a server waiting in it."""
     try:
-        for work in [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in tensors]:
+        for work in [dist.broadcast(tensor, src=0, group=group[0], async_op=True) for tensor in tensors]:
             work.wait()
         if tensors[0].is_cuda:
             torch.cuda.synchronize(tensors[0].device)
-    except RuntimeError as error:
-        raise EngineError(f"the broadcast to the servers broke off ({_first_line(error)})", limit="sync.timeout_s", remedy="see the servers' logs") from None
+    except (RuntimeError, ValueError, IndexError) as error:
+        return _first_line(error)
+    return ""
 
 
-def _first_line(error: RuntimeError) -> str:
+def _destroy(group: list[Any], name: str, servers: Sequence[SGLangEngine], timeout_s: float) -> None:
+    """Here and on these servers, without an error."""
+    for engine in servers if group else ():  # it also frees a broadcast of ours that a server has refused to take
+        with contextlib.suppress(EngineError):
+            engine.call("POST", "/destroy_weights_update_group", {"group_name": name}, timeout_s=timeout_s)
+    while group:
+        with contextlib.suppress(RuntimeError, ValueError):
+            dist.destroy_process_group(group.pop())
+
+
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]

@@ -10,7 +10,7 @@ from typing import ClassVar
 from lopd.errors import EngineError
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.weight_sync.delta import Unchanged
-from sglang_rollout.weight_sync.interface import Bucket, Inventory, SyncReport, nbytes
+from sglang_rollout.weight_sync.interface import Bucket, Inventory, SyncReport, nbytes, started
 from sglang_rollout.weight_sync.session import RunningRequests, UpdateSession
 from sglang_rollout.weight_sync.verification import TensorVerification
 
@@ -60,25 +60,29 @@ class InPlaceReceiver:
             raise
 
     def receive(self, bucket: Bucket) -> None:
-        """Send a bucket; it may be changed as soon as this returns. EngineError: a tensor is not the model's, or a server fails."""
+        """Send a bucket; its tensors must stay as they are until the next receive or commit has returned. EngineError: a tensor is not the model's, or a server
+        fails, which may come out at the next call.
+        """
         self._inventory.take(bucket)
         self.report.num_tensors += len(bucket)
         self.report.num_bytes += nbytes(tensor for _, tensor in bucket)
-        known = {name: self._verification.expect(name, tensor) for name, tensor in bucket} if self._verification is not None else {}
+        changed, known = bucket, {}
         if self._unchanged is not None:
-            bucket = self._unchanged.changed(bucket, known)
-        if not bucket:
-            return
-        self._session.weights_changed()
-        self._send(bucket)
-        self.report.sent_tensors += len(bucket)
-        self.report.sent_bytes += nbytes(tensor for _, tensor in bucket)
+            known = self._expect(bucket)
+            changed = self._unchanged.changed(bucket, known)
+        if changed:
+            self._session.weights_changed()
+            self._send(changed)
+            self.report.sent_tensors += len(changed)
+            self.report.sent_bytes += nbytes(tensor for _, tensor in changed)
+        if self._unchanged is None:
+            self._expect(bucket)  # while the servers take it
 
     def commit(self) -> None:
         """Have the servers answer with the new weights. EngineError: tensors are missing, the servers' differ from what was sent, or a server fails."""
         self._inventory.check_complete()
         self._settle()
-        self._leave()
+        left = started(self._leave())  # meanwhile
         self._session.weights_changed()  # of a sync that had nothing to send the version is new all the same
         self._session.end_of_changes()
         if self._verification is not None:
@@ -86,12 +90,13 @@ class InPlaceReceiver:
         self._session.close()
         if self._unchanged is not None:
             self._unchanged.commit(self.report.version)
+        left.result()
         self.report.seconds = time.perf_counter() - self._began
 
     def abandon(self) -> None:
         """Servers whose weights were not touched go on. The others hold a mixture: they stay paused and report an incomplete version until a sync succeeds, or
         are started again where somebody can."""
-        self._leave()
+        self._leave()()
         if self._session.abandon() and self._ask_for_restart is not None:
             self._ask_for_restart()
 
@@ -104,5 +109,11 @@ class InPlaceReceiver:
     def _settle(self) -> None:
         """Wait for what _send may have left under way."""
 
-    def _leave(self) -> None:
-        """Close it, without an error, and within the timeout; called twice where commit fails."""
+    def _leave(self) -> Callable[[], None]:
+        """Give up what _join has opened: what this returns closes it, in any thread, within the timeout, without an error. Called twice where commit fails."""
+        return lambda: None
+
+    def _expect(self, bucket: Bucket) -> dict[str, int | None]:
+        if self._verification is None:
+            return {}
+        return {name: self._verification.expect(name, tensor) for name, tensor in bucket}

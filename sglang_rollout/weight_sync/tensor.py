@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -23,6 +24,7 @@ from sglang_rollout.client import SGLangEngine
 from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, started
 
+_PIECE_BYTES = 32 * 2**20
 _ALIGNMENT = 512  # bytes; a view of another dtype must begin at a multiple of its size, and copies are faster from whole cache lines
 
 
@@ -41,11 +43,12 @@ class TensorWeightReceiver(InPlaceReceiver):
         self._given_up: list[Tensor | None] = []  # buffers that a server may still come to read: without the memory its scheduler would die of it
 
     def _send(self, bucket: Bucket) -> None:
-        shared = self._share(bucket)
-        self._settle()
-        self._buffers.reverse()
-        ranks = zip(self._engines, self._session.num_ranks, strict=True)
-        self._reading = {engine.url: started(partial(self._post, engine, number, shared)) for engine, number in ranks}
+        for piece in _pieces(bucket):
+            shared = self._share(piece)
+            ranks = zip(self._engines, self._session.num_ranks, strict=True)
+            former, self._reading = self._reading, {engine.url: started(partial(self._post, engine, number, shared)) for engine, number in ranks}
+            finished(former, self._timeout_s + 10)  # after the next was posted: servers do not wait for us
+            self._buffers.reverse()
 
     def _settle(self) -> None:
         reading, self._reading = self._reading, {}
@@ -79,6 +82,20 @@ class TensorWeightReceiver(InPlaceReceiver):
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the server reads on a stream that knows nothing of ours
         return shared
+
+
+def _pieces(bucket: Bucket) -> Iterator[Bucket]:
+    """On a CPU, of at most _PIECE_BYTES where a tensor is not larger: servers begin to copy sooner. On a GPU the calls would cost more than they save."""
+    piece: Bucket = []
+    size, limit = 0, math.inf if bucket[0][1].is_cuda else _PIECE_BYTES
+    for name, tensor in bucket:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if piece and size + num_bytes > limit:
+            yield piece
+            piece, size = [], 0
+        piece.append((name, tensor))
+        size += num_bytes
+    yield piece
 
 
 def _shared_buffer(num_bytes: int, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,22 @@ def test_buckets_and_the_copy_by_disk_hold_every_byte(weight_sync: Any, tmp_path
     assert not (tmp_path / "raw").exists()
 
 
-def test_the_copy_by_shared_memory_waits_for_the_other_side(weight_sync: Any) -> None:
+@pytest.mark.parametrize("num_buffers", [1, 2])
+def test_the_copy_by_shared_memory_waits_for_the_other_side(weight_sync: Any, num_buffers: int) -> None:
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    pieces = [torch.arange(50, dtype=torch.uint8), torch.arange(20, dtype=torch.uint8)]
-    copy = weight_sync.copy_by_shared_memory(pieces, ours)
-    assert theirs.recv()[1] == 50
-    for _ in pieces:
-        theirs.send(None)
-    copy()
-    assert [theirs.recv() for _ in pieces] == [50, 20]
+    pieces = [torch.arange(length, dtype=torch.uint8) for length in (50, 20, 30)]
+    copy = weight_sync.copy_by_shared_memory(pieces, ours, num_buffers)
+    names, size = theirs.recv()
+    assert (len(names), size) == (num_buffers, 50)
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(copy)
+        told = [theirs.recv() for _ in range(num_buffers)]
+        assert not theirs.poll(0.05)  # a buffer is not written again before it was read
+        for _ in pieces:
+            theirs.send(None)
+        copying.result(20)
+    told += [theirs.recv() for _ in pieces[num_buffers:]]
+    assert told == [(index % num_buffers, len(piece)) for index, piece in enumerate(pieces)]
 
 
 @pytest.mark.slow
