@@ -35,7 +35,7 @@ def write_qwen3_dense(folder: Path, *, seed: int = 0) -> Path:
     """A Qwen3 without experts, with the input embedding as output layer, which a pipeline holds twice; weights only, no tokenizer."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    config = Qwen3Config(vocab_size=VOCAB_SIZE, max_position_embeddings=512, initializer_range=0.15, tie_word_embeddings=True, **sizes)
+    config = Qwen3Config(vocab_size=VOCAB_SIZE, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=True, **sizes)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
 
