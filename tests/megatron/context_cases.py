@@ -1,4 +1,7 @@
-"""Bodies for tests.megatron.launch.run_ranks: context parallelism over gloo, with the attention across ranks of the stand-in for Transformer Engine."""
+"""Bodies for tests.megatron.launch.run_ranks: context parallelism over gloo, with the attention across ranks of the stand-in for Transformer Engine.
+
+two_ranks runs in a body of engine_cases; four_ranks, and one_rank with Megatron-Core's local layers to compare with, on their own.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,29 @@ from unittest import mock
 import numpy as np
 import torch
 
+import lopd.megatron.model as model_module
+import lopd.megatron.trainer as trainer_module
 from lopd.batching import build_microbatch, plan_step
 from lopd.batching.context import ContextPart, cut
 from lopd.megatron import parallel
+from lopd.megatron.scorer_worker import answer
 from lopd.megatron.trainer import Trainer
-from lopd.records import Microbatch
-from tests.megatron.trainer_cases import MAX_TOKENS, NUM_STEPS, samples_of, settings_of, trainer_of
+from lopd.objective import Distillation, TopKKL
+from lopd.records import Microbatch, Sample
+from tests.megatron.layout_cases import train_few
+from tests.megatron.test_top_k import with_top_k
+from tests.megatron.trainer_cases import BALANCED, MAX_TOKENS, NUM_STEPS, samples_of, settings_of, train, trainer_of, weights_digest
 
+FOUR_RANKS: dict[str, dict[str, Any]] = {
+    "tensor, context": {"tensor": 2, "context": 2},
+    "tensor, expert, context": {"tensor": 2, "expert": 4, "context": 2},
+    "expert, context, data": {"expert": 2, "context": 2},
+    "expert tensor, context": {"context": 2, "expert_tensor": 2},
+    "pipeline, context": {"pipeline": 2, "context": 2},
+    "context, data, plain optimizer": {"context": 2, "distributed_optimizer": False},
+    "four context ranks": {"context": 4},
+}
+RESUMED = {"tensor, context": {"tensor": 2, "context": 2}, "four context ranks": {"context": 4}, "tensor, expert, data": {"tensor": 2, "expert": 2}}
 CONTROLS = ("contiguous chunks", "positions of each part from 0")
 
 
@@ -38,14 +57,14 @@ def microbatches_of(step: int) -> list[Microbatch]:
     return [build_microbatch(members, parallel.tensor_size()) for members in [*mine, []]]
 
 
-def two_ranks(model: str) -> dict[str, Any]:
+def two_ranks(model: str, dtype: str = "float32") -> dict[str, Any]:
     """Two data ranks of which one has all the data, as one rank; then two context ranks; then what must be noticed. weights: distance from the former's."""
-    alone, expected = steps_of(trainer_of(model, settings_of()))
+    alone, expected = steps_of(trainer_of(model, settings_of(dtype=dtype)))
     results: dict[str, Any] = {"one rank": alone}
     for name in ("right", *CONTROLS):
         with broken(name):
-            results[name], weights = steps_of(trainer_of(model, settings_of({"context": 2})))
-        distances = [float((weights[part] - tensor).norm() / tensor.norm()) for part, tensor in expected.items()]
+            results[name], weights = steps_of(trainer_of(model, settings_of({"context": 2}, dtype=dtype)))
+        distances = [float((weights[part] - tensor).float().norm() / tensor.float().norm()) for part, tensor in expected.items()]
         results[name]["weights"] = max(distances, default=0.0)  # the other ranks have none
     return results
 
@@ -75,3 +94,83 @@ def contiguous(cu_seqlens: Any, num_sequences: int, *, rank: int, size: int, ten
 
 def from_zero(cp_rank: int, cp_size: int, x: torch.Tensor, freqs: torch.Tensor, offset: int = 0) -> torch.Tensor:
     return freqs[offset : offset + x.size(0)]
+
+
+# ---- four ranks -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def one_rank(model: str) -> dict[str, Any]:
+    return {"all": train(trainer_of(model, settings_of())), **cases(model, None)}
+
+
+def four_ranks(model: str, folder: str) -> dict[str, Any]:
+    """With Transformer Engine's layers, as with a GPU and bfloat16, but in float32, so that differences show."""
+    for module in (model_module, trainer_module):
+        module.uses_engine = lambda dtype: True
+    results: dict[str, Any] = {name: train(trainer_of(model, settings_of(layout))) for name, layout in FOUR_RANKS.items()}
+    results["recomputed"] = train(trainer_of(model, settings_of(FOUR_RANKS["tensor, context"], recompute="full")))
+    results |= cases(model, {"tensor": 2, "context": 2})
+    results["few, data"] = train_few(trainer_of(model, settings_of({"context": 2})))
+    unscaled = trainer_of(model, settings_of({"tensor": 2, "context": 2}, **BALANCED))
+    unscaled._scale_balancing_loss = lambda microbatches: None  # type: ignore[method-assign]
+    results["balanced, unscaled"] = train_even(unscaled)
+    results["resumed"] = resumed(model, folder)
+    trainer = trainer_of(model, settings_of({"context": 2}, megatron={"cp_comm_type": "a2a"}))
+    results["cp_comm_type"] = trainer.module.decoder.layers[0].self_attention.core_attention.cp_comm_type
+    return results
+
+
+def cases(model: str, layout: dict[str, Any] | None) -> dict[str, Any]:
+    """What else a layout does: few responses, the load-balancing loss, a top-K loss, scores of a teacher."""
+    results: dict[str, Any] = {"few": train_few(trainer_of(model, settings_of(layout)))}
+    results["balanced"] = train_even(trainer_of(model, settings_of(layout, **BALANCED)))
+    objective = Distillation(TopKKL("reverse"))  # type: ignore[arg-type]
+    trainer = trainer_of(model, settings_of(layout), objective)
+    results["scores"] = scores(trainer)
+    samples = with_top_k(samples_of(0, 8))
+    steps = [trainer.train_step([build_microbatch(part, 2) for part in (samples[:5], samples[5:], [])]) for _ in range(2)]
+    results["top-K"] = {"loss": [step.loss for step in steps], "grad_norm": [step.grad_norm for step in steps]}
+    return results
+
+
+def train_even(trainer: Trainer) -> dict[str, Any]:
+    """Sequences of 8, 16 and so on tokens, to which no layout adds padding, which routers would see; one in a microbatch."""
+    steps = []
+    for step in range(NUM_STEPS):
+        samples = [cut_short(sample, len(sample) // 8 * 8) for sample in samples_of(step) if len(sample) >= 16]
+        steps.append(trainer.train_step([build_microbatch([sample]) for sample in samples]))
+    return {"loss": [step.loss for step in steps], "grad_norm": [step.grad_norm for step in steps]}
+
+
+def cut_short(sample: Sample, length: int) -> Sample:
+    mask = np.arange(length) >= length // 2
+    assert sample.teacher_logprobs is not None
+    assert sample.sampling_logprobs is not None
+    return Sample(sample.token_ids[:length], mask, sample.sampling_logprobs[:length], sample.teacher_logprobs[:length])
+
+
+def scores(trainer: Trainer) -> list[float]:
+    """Of the scorer's rank, in the order of responses: log-probabilities and entropies."""
+    samples = samples_of(3)
+    lengths = np.array([len(sample) for sample in samples])
+    chunk = {"tokens": np.concatenate([sample.token_ids for sample in samples]), "prompt_lens": np.full(len(samples), 3), "response_lens": lengths - 3}
+    found = answer(trainer.model, chunk, max_tokens=48, entropy=True)
+    bounds = np.cumsum([0, *found["lengths"]])
+    order = np.argsort(found["index"])
+    assert sorted(found["index"]) == list(range(len(samples)))
+    return [float(value) for column in ("logprobs", "entropy") for index in order for value in found[column][bounds[index] : bounds[index + 1]]]
+
+
+def resumed(model: str, folder: str) -> dict[str, Any]:
+    """Saved by two tensor and two context ranks after three of five steps; gone on with by them and by others."""
+    settings = {name: settings_of(layout) for name, layout in RESUMED.items()}
+    first = trainer_of(model, settings["tensor, context"], checkpoints=folder)
+    train(first, 3)
+    first.save_checkpoint({})
+    results: dict[str, Any] = {"unbroken": train(first)}
+    for name, section in settings.items():
+        trainer = trainer_of(model, section, checkpoints=folder)
+        trainer.resume(lambda note: None)
+        results[name] = {**train(trainer), "weights": weights_digest(trainer)}
+    results["unbroken"]["weights"] = weights_digest(first)
+    return results

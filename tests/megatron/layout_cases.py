@@ -32,7 +32,7 @@ def _few(step: int) -> list[Microbatch]:
     return [build_microbatch(mine[index : index + 1], 2) for index in range(rounds)]
 
 
-def _train_few(trainer: Trainer) -> dict[str, Any]:
+def train_few(trainer: Trainer) -> dict[str, Any]:
     batches = [_few(step) for step in range(NUM_STEPS)]
     steps = [trainer.train_step(batch) for batch in batches]
     empty = sum(not batch[-1].loss_mask.any() for batch in batches)
@@ -40,7 +40,7 @@ def _train_few(trainer: Trainer) -> dict[str, Any]:
 
 
 def one_rank(model: str) -> dict[str, Any]:
-    return {"all": train(trainer_of(model, settings_of())), "few": _train_few(trainer_of(model, settings_of()))}
+    return {"all": train(trainer_of(model, settings_of())), "few": train_few(trainer_of(model, settings_of()))}
 
 
 def four_ranks(model: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def four_ranks(model: str) -> dict[str, Any]:
     for recompute in ("selective", "full"):
         results[recompute] = train(trainer_of(model, settings_of(FOUR_RANKS["tensor, expert, data"], recompute=recompute)))
     for name, layout in FEW.items():
-        results[f"few: {name}"] = _train_few(trainer_of(model, settings_of(layout)))
+        results[f"few: {name}"] = train_few(trainer_of(model, settings_of(layout)))
     marked, trainer_module._mark_experts = trainer_module._mark_experts, lambda module: None
     results["unmarked experts"] = train(trainer_of(model, settings_of({"tensor": 2})))
     trainer_module._mark_experts = marked

@@ -16,7 +16,7 @@ from tests.megatron.parity_cases import LIMIT
 from tests.megatron.test_trainer import difference
 from tests.models import write_qwen3_dense, write_qwen3_moe
 
-STAND_IN = Path(__file__).parent / "stand_in_engine"
+ENGINE_PATH = {"PYTHONPATH": f"{Path(__file__).parent / 'stand_in_engine'}:{ROOT}"}
 
 
 def write_qwen2(folder: Path) -> Path:
@@ -37,8 +37,7 @@ def write_qwen2(folder: Path) -> Path:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("engine")
     models = {"moe": write_qwen3_moe(root / "moe"), "dense": write_qwen3_dense(root / "dense"), "biased": write_qwen2(root / "biased")}
-    path = {"PYTHONPATH": f"{STAND_IN}:{ROOT}"}
-    return run_ranks(two_ranks, 2, env=path, folder=str(root / "checkpoints"), **{name: str(folder) for name, folder in models.items()})
+    return run_ranks(two_ranks, 2, env=ENGINE_PATH, folder=str(root / "checkpoints"), **{name: str(folder) for name, folder in models.items()})
 
 
 def test_it_is_used_where_it_imports_and_a_gpu_is_there(measured: list[dict[str, Any]]) -> None:

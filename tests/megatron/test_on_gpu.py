@@ -1,4 +1,5 @@
-"""What only a GPU shows: pytest -m gpu -s. Elsewhere these tests skip themselves; what they run, gpu_cases.py, is run on a CPU by test_health.py.
+"""What only a GPU shows: pytest -m gpu -s. Elsewhere these tests skip themselves; what they run, gpu_cases.py, is run on a CPU by test_health.py,
+and context_cases.py by test_engine_spec.py.
 
 LOPD_GPU_RESULTS=FILE collects the figures as JSON, for docs/gpu_results.md.
 """
@@ -19,8 +20,10 @@ import pytest
 import torch
 
 from lopd.megatron.architecture import read_architecture
+from tests.megatron.context_cases import CONTROLS, two_ranks
 from tests.megatron.gpu_cases import parity, planned_bytes, settings_of_stage, stage, write_stage
 from tests.megatron.launch import ROOT, run_ranks
+from tests.megatron.test_trainer import difference
 from tests.megatron.trainer_cases import train_on_one_rank
 from tests.models import write_qwen3_dense, write_qwen3_moe
 
@@ -90,13 +93,26 @@ def test_five_steps_are_those_of_a_cpu(dtype: str, limit: float, tmp_path: Path,
 
 
 @on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_context_ranks_take_the_steps_of_one(tmp_path: Path, figures: Figures) -> None:
+    """Transformer Engine's attention across ranks, which no CPU runs; a dense model, in which rounding chooses no expert."""
+    found = run_ranks(two_ranks, 2, model=str(write_qwen3_dense(tmp_path / "dense")), dtype="bfloat16")[0]
+    distances = {name: difference(found[name], found["one rank"]) for name in ("right", *CONTROLS)}
+    figures["two context ranks against one"] = distances
+    assert 0 < distances["right"] < 0.02
+    assert min(distances[name] for name in CONTROLS) > 3 * distances["right"]
+
+
+@on_gpu
 def test_logprobs_without_logits_at_full_size(tmp_path: Path, figures: Figures) -> None:
-    """12,288 tokens, 151,936 vocabulary rows, bfloat16. Memory is bounded; time, which nobody has measured yet, is reported."""
+    """12,288 tokens, 151,936 vocabulary rows, bfloat16. Memory is bounded; time, which nobody has measured yet, is reported, of all kernels and libraries."""
     file = tmp_path / "logprob.json"
     subprocess.run([sys.executable, str(ROOT / "benchmarks/logprob.py"), "--device", "cuda", "--json", str(file)], check=True, timeout=500)
     found = figures["logprob"] = json.loads(file.read_text())
-    assert found["memory_ratio"] <= 1 / 8
-    assert found["difference"] < 1e-2
+    assert "triton" in found, found["not_measured"]
+    for prefix in ("", "triton_"):
+        assert found[f"{prefix}memory_ratio"] <= 1 / 8
+        assert found[f"{prefix}difference"] < 1e-2
 
 
 @on_gpu
