@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lopd.cache.reader import CacheReader
 from sglang_rollout.launch import KEY_VARIABLE
 from tests.launching.namespaces import Machine, machines, why_impossible
 
@@ -129,19 +130,20 @@ def test_two_machines_are_one_to_the_bit(alone: Path, three: list[Machine], tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["network", "killed"])
-def test_a_machine_that_disappears(loss: str, alone: Path, three: list[Machine], tmp_path: Path) -> None:
-    run, demonstrations = tmp_path / "run", f"sft.demonstrations={alone / 'demonstrate'}"
-    act = three[1].lose_network if loss == "network" else three[1].kill
+@pytest.mark.parametrize(("lost", "loss"), [(1, "network"), (1, "killed"), (0, "killed")])
+def test_a_machine_that_disappears(lost: int, loss: str, alone: Path, three: list[Machine], tmp_path: Path) -> None:
+    run, demonstrations, left = tmp_path / "run", f"sft.demonstrations={alone / 'demonstrate'}", 1 - lost
+    act = three[lost].lose_network if loss == "network" else three[lost].kill
     codes, said, took = spread("sft", run, three[:2], demonstrations, meanwhile=after_step(run, 13, act))
-    print(f"{loss}: codes {codes}, {took:.1f} s;", *said, sep="\n")
-    assert codes[0] == 2
+    print(f"machine {lost}, {loss}: codes {codes}, {took:.1f} s;", *said, sep="\n")
+    assert codes[left] == 2
     assert took < 5 * TIMEOUT_S
-    [line] = error_lines(said[0])
-    assert "machine 1 of 2" in line
+    [line] = error_lines(said[left])
+    assert f"machine {lost} of 2 has " in line
+    assert ("signs of life: see the network" in line) == (loss == "network")
     assert "the same command goes on" in line
     if loss == "network":
-        three[1].regain_network()
+        three[lost].regain_network()
     codes, said, _ = spread("sft", run, three[:2], demonstrations)
     assert codes == [0, 0], said
     assert weights(run, "sft") == weights(alone, "sft")
@@ -163,6 +165,19 @@ def served_there(alone: Path, three: list[Machine], tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.slow
+def test_rollouts_from_a_server_on_a_third_machine(alone: Path, three: list[Machine], served_there: str, tmp_path: Path) -> None:
+    run = without(tmp_path / "run", alone, "rollout", "score", "distill")
+    process = three[0].start(command("rollout", run, f'sglang.student_urls=["{served_there}"]'), tmp_path / "log", environment())
+    assert process.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()
+    there, here = (list(CacheReader(folder / "rollout").rows()) for folder in (run, alone))
+    assert len(there) == len(here) == 64
+    for (ours, _), (theirs, _) in zip(there, here, strict=True):
+        assert (ours.key, ours.token_ids.tolist()) == (theirs.key, theirs.token_ids.tolist())
+        assert ours.sampling_logprobs.tolist() == theirs.sampling_logprobs.tolist()
+    assert len({tuple(row.token_ids.tolist()) for row, _ in there}) > 32, "control: responses differ from each other"
+
+
+@pytest.mark.slow
 def test_weights_by_broadcast_into_a_server_on_a_third_machine(alone: Path, three: list[Machine], served_there: str, tmp_path: Path) -> None:
     run = without(tmp_path / "run", alone, "distill")
     there = [f'sglang.student_urls=["{served_there}"]', "sync.transport=distributed", "sync.verify=tensors", "sync.timeout_s=30"]
@@ -171,8 +186,10 @@ def test_weights_by_broadcast_into_a_server_on_a_third_machine(alone: Path, thre
     assert codes == [0, 0], said
     assert weights(run, "distill") == weights(alone, "distill")
     assert figures(run, "distill") == figures(alone, "distill")
-    assert figures(run, "distill", "eval") == figures(alone, "distill", "eval"), "what the servers answer after every sync"
-    assert "by distributed" in said[0]
+    synced = [line for line in said[0].splitlines() if "weights synced" in line]
+    assert len(synced) == 6
+    assert all("by distributed" in line and " 102 tensors verified" in line for line in synced), "every tensor's fingerprint is that of the one sent"
+    assert len(figures(run, "distill", "eval")) == 7, "the server answers with them"
 
 
 @pytest.mark.slow
