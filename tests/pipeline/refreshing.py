@@ -1,6 +1,7 @@
 """``lopd`` with real ranks but fake servers, in a process that can be killed: ``python -m tests.pipeline.refreshing FOLDER VERB CONFIG OVERRIDES...``.
 
-FOLDER/asked.jsonl tells, over all commands, what the servers were asked: one line a sampled or scored response and a line for each set of weights.
+LOPD_TEST_HOLDS: as for tests.pipeline.holding, of shards. FOLDER/asked.jsonl tells, over all commands, what the servers were asked: one line a sampled or
+scored response and a line for each set of weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lopd import cli
 from lopd.config import SGLangSection
 from lopd.stages.context import StageContext
 from sglang_rollout.client import SGLangEngine
+from tests.pipeline.holding import hold_after_shards
 from tests.sglang.fake_server import KEY, FakeServer
 
 DELAY = "LOPD_TEST_DELAY_S"  # of each answer
@@ -63,6 +65,7 @@ def main(folder: Path, *arguments: str) -> None:
         with RecordingServer(role, folder, model) as server:
             yield SGLangEngine(server.url, KEY, settings or context.config.sglang)
 
+    hold_after_shards()
     StageContext.serve = serve  # type: ignore[method-assign,assignment]
     sys.argv = ["lopd", *arguments]
     cli.main()

@@ -33,6 +33,7 @@ from lopd.stages.refreshed import REQUEST, Refresh
 from lopd.stages.training import TrainingJob
 from sglang_rollout.client import SGLangEngine
 from tests.models import write_qwen3_moe
+from tests.pipeline.holding import HOLDS
 from tests.pipeline.refreshing import DELAY, REFUSES
 from tests.pipeline.running import deterministic, files, metrics
 from tests.pipeline.waiting_cases import COLLECTIVE_TIMEOUT_S, REFRESH_S
@@ -67,25 +68,28 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 class Distill:
-    """``lopd distill`` in a process of its own; delay_s: of each answer of its servers."""
+    """``lopd distill`` in a process of its own; delay_s: of each answer of its servers; hold: where it waits to be killed (tests.pipeline.holding)."""
 
-    def __init__(self, folder: Path, *overrides: str, delay_s: float = 0, refuses: str = "") -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *overrides: str, delay_s: float = 0, refuses: str = "", hold: str = "") -> None:
+        self._folder, self._holds = folder, folder / "holds"
+        self._holds.mkdir(exist_ok=True)
+        if hold:
+            (self._holds / hold).touch()
         arguments = [sys.executable, "-m", "tests.pipeline.refreshing", str(folder), "distill", str(folder / "config.toml"), *SETTINGS, *overrides]
         self._output = (folder / "output.txt").open("ab")
-        environment = {**os.environ, DELAY: str(delay_s), REFUSES: refuses}
+        environment = {**os.environ, DELAY: str(delay_s), REFUSES: refuses, HOLDS: str(self._holds)}
         self._process = subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True)
 
     def succeeds(self) -> str:
         """What stood on the screen of all commands in this folder."""
-        code = self._process.wait(180)
+        code = self._process.wait(500)
         assert code == 0, self.output
         return self.output
 
     def fails(self) -> str:
         """The last line of its screen, where it ended with an error and left no rank behind."""
-        assert self._process.wait(180) == 2, self.output
-        assert not self._ranks()
+        assert self._process.wait(500) == 2, self.output
+        self._leaves_nothing()
         return self.output.splitlines()[-1]
 
     @property
@@ -94,14 +98,22 @@ class Distill:
 
     def kill_when(self, reached: Callable[[], bool]) -> None:
         """kill -9 as soon as reached() is true; then nothing of it is left."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not reached():
             assert self._process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
             time.sleep(0.02)
         self._process.send_signal(signal.SIGKILL)
-        self._process.wait(30)
-        deadline = time.monotonic() + 10
+        self._process.wait(120)
+        self._leaves_nothing()
+
+    def kill_when_held(self) -> None:
+        self.kill_when(lambda: any(self._holds.glob("*.held")))
+        for held in self._holds.iterdir():
+            held.unlink()
+
+    def _leaves_nothing(self) -> None:
+        deadline = time.monotonic() + 60
         while self._ranks():
             assert time.monotonic() < deadline, "its ranks outlive it"
             time.sleep(0.1)
@@ -182,7 +194,8 @@ def test_the_summary_counts_what_the_teacher_did(never_killed: Path) -> None:
 def test_killed_while_it_samples_ends_as_one_never_killed(scored: Path, never_killed: Path, tmp_path: Path) -> None:
     folder = copied(scored, tmp_path / "project")
     first = folder / "run" / "distill" / "refresh-0001"
-    Distill(folder, delay_s=0.15).kill_when(lambda: (first / "rollouts" / "shard-00000.parquet").exists())
+    Distill(folder, hold="rollouts-1").kill_when_held()
+    assert (first / "rollouts" / "shard-00000.parquet").exists()
     assert not (first / "rollouts" / "shard-00001.parquet").exists()
     assert not (first / "scores").exists()
     published = files(first, "**/*.parquet")
@@ -250,7 +263,7 @@ def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(scored: Path
             ranks=2,
             threads_per_rank=1,
             log=tmp_path / "train.log",
-            timeout_s=120,
+            timeout_s=500,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             on_line=hear,
         )
