@@ -44,7 +44,6 @@ class DiskWeightReceiver:
         self._engines, self._folder, self._template_dir, self._timeout_s = tuple(engines), folder, template_dir, timeout_s
         self._inventory = Inventory(template_dir, str(folder))
         self._session = UpdateSession(self._engines, running_requests, timeout_s)
-        self._finish = running_requests == "finish"
         self._verification, self._remember = verification, remember
         self._version, self._began = "", 0.0
         self._files: dict[str, str] = {}  # tensor -> file
@@ -123,7 +122,7 @@ class DiskWeightReceiver:
     def _load(self, target: Path) -> None:
         self._session.open(self._version, in_place=False)
         try:
-            update_from_folder(self._engines, target, self._version, flush=self._finish, timeout_s=self._timeout_s)
+            update_from_folder(self._session, target, self._version, timeout_s=self._timeout_s)
             self._session.end_of_changes()
             if self._verification is not None:
                 self._verify(self._verification)
@@ -162,7 +161,7 @@ def load_folder(
     session = UpdateSession(engines, running_requests, timeout_s)
     session.open(version, in_place=False)
     try:
-        update_from_folder(engines, model_dir, version, flush=running_requests == "finish", timeout_s=timeout_s)
+        update_from_folder(session, model_dir, version, timeout_s=timeout_s)
         session.end_of_changes()
         session.close()
     except EngineError:
@@ -170,11 +169,12 @@ def load_folder(
         raise
 
 
-def update_from_folder(engines: Sequence[SGLangEngine], model_dir: Path, version: str, *, flush: bool, timeout_s: float) -> None:
-    """The bare call, to be made within a session. flush: forget cached prefixes in the same breath; only safe where no request can be waiting."""
-    body = {"model_path": str(model_dir.resolve()), "weight_version": version, "flush_cache": flush, "abort_all_requests": False}
+def update_from_folder(session: UpdateSession, model_dir: Path, version: str, *, timeout_s: float) -> None:
+    """The bare call, to be made within an open session."""
+    body = {"model_path": str(model_dir.resolve()), "weight_version": version, "abort_all_requests": False}
+    flushed = dict(zip(session.engines, session.flushed_by_update, strict=True))
 
     def update(engine: SGLangEngine) -> None:
-        engine.call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
+        engine.call("POST", "/update_weights_from_disk", {**body, "flush_cache": flushed[engine]}, timeout_s=timeout_s)
 
-    on_all(engines, update, timeout_s + 10)
+    on_all(session.engines, update, timeout_s + 10)

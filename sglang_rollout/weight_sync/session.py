@@ -10,6 +10,8 @@ abort   requests end at once (finish reason abort); our client sends them again,
 
 Cached prefixes of the old weights must not serve the new ones, but SGLang forgets its cache only while no request is running or waiting. With pause and keep
 and requests under way that is impossible, so the sync is then refused before anything has changed, unless the server has no prefix cache (disable_radix_cache).
+With finish it is asked in the same call as the update; where that comes before the scheduler has put away the request that ended last, an assertion of SGLang
+ends the server (sgl-project/sglang issue 14062). So it is not asked of a server without a prefix cache; with one, and with requests under way, it can happen.
 """
 
 from __future__ import annotations
@@ -50,11 +52,15 @@ class UpdateSession:
         """Tensor-parallel ranks of each server."""
         return [int(info.get("tp_size", 1)) for info in self._infos]
 
+    @property
+    def flushed_by_update(self) -> list[bool]:
+        """Whether an update through a folder must forget a server's cached prefixes in the same breath."""
+        return [self._running == "finish" and not info.get("disable_radix_cache") for info in self._infos]
+
     def open(self, version: str, *, in_place: bool) -> None:
         """Hold requests back. EngineError: a server refuses or is silent, or has cached prefixes that it could not forget; all serve on as before."""
         self._version, self._changing = version, False
-        if not self._infos:  # of the servers' arguments; a restart does not change them
-            self._infos = self._all(lambda engine: dict(engine.call("GET", "/server_info", timeout_s=self._timeout_s)))
+        self._infos = self._ask()  # their schedulers too: of requests that have ended nothing is left in them afterwards
         copies = max(int(info.get("dp_size", 1)) * int(info.get("pp_size", 1)) for info in self._infos)
         if in_place and copies > 1:
             raise EngineError(
@@ -67,6 +73,7 @@ class UpdateSession:
             if self._running in _MODES:
                 self._paused = True
                 self._post("/pause_generation", {"mode": _MODES[self._running]})
+                self._ask()  # what a scheduler ended before it came to the pause is then answered, under the version that it has
                 self._forget_prefixes()
             for engine, info in zip(self.engines, self._infos, strict=True):
                 if _numbers(str(info["version"])) >= _BRACKETED_SINCE:
@@ -142,6 +149,9 @@ class UpdateSession:
                     limit=f"sync.running_requests = {self._running}",
                     remedy='use "abort", or start the servers with sglang.extra_args.disable_radix_cache = true',
                 ) from None
+
+    def _ask(self) -> list[dict[str, Any]]:
+        return self._all(lambda engine: dict(engine.call("GET", "/server_info", timeout_s=self._timeout_s)))
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
         self._all(lambda engine: engine.call("POST", path, body, timeout_s=self._timeout_s))

@@ -78,6 +78,27 @@ def test_running_requests_by_choice(fake: UpdatedFake, student_dir: Path, tmp_pa
     assert not any(body.get("flush_cache") for path, body in fake.calls if path.startswith("/update_weights"))  # it would end the scheduler if a request waited
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_update_forgets_prefixes_only_where_there_are_any(fake: UpdatedFake, student_dir: Path, tmp_path: Path, cached: bool) -> None:
+    """Else SGLang's scheduler may end of an assertion (issue 14062). And it is asked something before: then the last request's end is behind it."""
+    fake.info["disable_radix_cache"] = not cached
+    to = receiver("disk", fake.engine(), tmp_path, student_dir, verify="off")
+    for version in ("v1", "v2"):
+        fake.calls.clear()
+        send(to, version, tensors(student_dir))
+        assert [body["flush_cache"] for body in fake.paths("/update_weights_from_disk")] == [cached]
+        paths = [path for path, _ in fake.calls]
+        assert paths.index("/server_info") < paths.index("/update_weights_from_disk")
+
+
+@pytest.mark.parametrize("mode", ["pause", "keep", "abort"])
+def test_what_ended_before_the_pause_is_waited_for_before_the_version_changes(fake: UpdatedFake, student_dir: Path, tmp_path: Path, mode: str) -> None:
+    """SGLang answers /pause_generation while its scheduler is still in a step; what that step ends would be called incomplete."""
+    sync(fake, student_dir, tmp_path, running_requests=mode)
+    paths = [path for path, _ in fake.calls]
+    assert "/server_info" in paths[paths.index("/pause_generation") : paths.index("/update_weight_version")]
+
+
 @pytest.mark.parametrize("mode", ["pause", "keep"])
 def test_cached_prefixes_that_cannot_be_forgotten(fake: UpdatedFake, student_dir: Path, tmp_path: Path, mode: str) -> None:
     fake.refuse["/flush_cache"] = "2 requests are running"

@@ -65,6 +65,7 @@ def test_requests_under_way(
             assert time.monotonic() < deadline, "no sync has met a request"
         everything = requests.end(more=AFTERWARDS)
     assert sorted(number_of(response) for response in everything) == list(range(requests.seen()[0]))  # each exactly once
+    assert {turns.version(response) for response in everything} <= set(range(version + 1))  # none was answered under a version that is called incomplete
     later = [response for response in everything if number_of(response) >= begun]
     assert len(later) >= AFTERWARDS
     assert {turns.version(response) for response in later} == {version}
