@@ -158,7 +158,10 @@ def _logit_gradients(log_p: Tensor, labels: Tensor, grad_logprobs: Tensor, sprea
         grad = log_p.exp_().mul_(factor)
     else:
         grad = log_p.exp_().mul_(-pull[:, None])
-    return grad.scatter_add_(1, index, torch.where(here, grad_logprobs, 0.0))
+    for column in range(labels.shape[1]):  # one by one: a token may be there twice, and a GPU would add the two in any order
+        part = slice(column, column + 1)
+        grad.scatter_add_(1, index[:, part], torch.where(here[:, part], grad_logprobs[:, part], 0.0))
+    return grad
 
 
 class _Block:

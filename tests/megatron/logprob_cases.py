@@ -38,6 +38,8 @@ class Case:
         self.weight = (torch.randn(num_rows, hidden_size, generator=generator) * (HIDDEN / hidden_size) ** 0.5).to(dtype)
         shape = (num_tokens, num_labels) if num_labels > 1 else (num_tokens,)
         self.labels = torch.randint(0, vocab, shape, generator=generator)
+        if num_labels > 1:
+            self.labels[::4, 1] = self.labels[::4, 0]  # one token twice at a place
         self.upstream = torch.randn(shape, generator=generator)  # of log-probabilities
         self.upstream_entropy = torch.randn(num_tokens, generator=generator)
         self.upstream[::3] = self.upstream_entropy[::3] = 0

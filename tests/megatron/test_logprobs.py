@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,26 @@ def test_memory_is_a_fraction_of_the_dense_form(tmp_path: Path) -> None:
     assert figures["memory_ratio"] < 1 / 8
     assert figures["difference"] < LIMIT
     assert figures["dense"]["bytes"] > 2 * 1024 * 20480 * 4  # the measure sees the dense form's copies
+
+
+@pytest.mark.parametrize("failing", ["triton", "blocks"])
+def test_a_form_that_fails_on_a_gpu_does_not_end_the_benchmark_of_ours(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    specification = importlib.util.spec_from_file_location("benchmark_of_logprobs", ROOT / "benchmarks" / "logprob.py")
+    benchmark = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(benchmark)
+
+    def run(form: str) -> dict[str, float]:
+        if form == failing:
+            raise benchmark.RunFailed(f"{form} failed:\nno driver")
+        return dict.fromkeys(("bytes", "seconds", "processor_seconds", "logprobs", "hidden", "weight"), 2.0)
+
+    monkeypatch.setattr(benchmark, "in_own_process", run)
+    options = Namespace(device="cuda", dtype="bfloat16", tokens=8, vocab=8, hidden=8, pairs=2)
+    if failing == "blocks":
+        with pytest.raises(benchmark.RunFailed):
+            benchmark.compare(options)
+        return
+    figures = benchmark.compare(options)
+    assert "our Triton kernel: failed, no driver" in benchmark.table(figures)
+    assert "triton" not in figures
+    assert figures["time_ratios"] == [1.0, 1.0]
