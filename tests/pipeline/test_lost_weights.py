@@ -1,0 +1,181 @@
+"""A server that comes back with the weights of its first start, because the newest were in no folder: nobody learns from it or counts it, and the newest are
+sent again. The stages' own code, in one process; fake servers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lopd import pipeline
+from lopd.artifacts import publish_json, read_manifest
+from lopd.cache import read_rows
+from lopd.config import Config, load_config
+from lopd.errors import EngineError
+from lopd.stages import batches, distill
+from lopd.stages.batches import Refreshes
+from lopd.stages.context import StageContext
+from lopd.stages.refresh import Refresher
+from lopd.stages.refreshed import LOST
+from lopd.stages.train_worker import StudentServer
+from lopd.stages.training import SERVER_KEY, TrainingJob
+from sglang_rollout.fleet import fleet_of
+from tests.models import write_qwen3_moe
+from tests.sglang.fake_server import KEY
+from tests.sglang.weight_syncing import UpdatedFake
+from tests.stand_ins import CONFIG, StandIns
+
+SETTINGS = ("distill={num_steps=4, batch_size=4, sync_every=2, sync_num_prompts=6}", "distill.refresh.every=2", "sync.verify=off")
+
+
+class Forgetful(UpdatedFake):
+    """After so many responses of an update it is another process, with the first weights: losses, one entry for each time."""
+
+    def __init__(self, *losses: int) -> None:
+        super().__init__()
+        self.losses, self.num_answers = list(losses), 0
+        self.answered: list[str] = []  # versions
+
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path.startswith("/update_weights"):
+            self.num_answers = 0
+        if path == "/generate" and "sampling_seed" in body["sampling_params"]:  # not where the response is scored afterwards
+            self.num_answers += 1
+            if self.losses and self.weight_version != "default" and self.num_answers > self.losses[0]:
+                self.losses.pop(0)
+                self.weight_version = "default"
+            self.answered.append(self.weight_version)
+        return super()._answer(path, body)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project whose stages are done up to score, by stand-ins, which go on serving the teacher."""
+    folder = tmp_path_factory.mktemp("lost")
+    for role, seed in (("teacher", 1), ("student", 0)):
+        write_qwen3_moe(folder / role, seed=seed)
+    (folder / "config.toml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        StandIns().install(patch)
+        pipeline.run(config_of(folder), ("demonstrate", "sft", "rollout", "score"))
+        yield folder
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    return load_config(folder / "config.toml", [*SETTINGS, *overrides])
+
+
+def job_of(project: Path, folder: Path, *overrides: str) -> TrainingJob:
+    model = project / "run" / "sft" / "model"
+    return TrainingJob("distill", config_of(project, *overrides), folder, project / "run" / "score", model, "checkpoint", 4, 17)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_refresh_asks_again(replicas: int, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the servers loses the weights after three responses, and once more after two. The other side of the request is the real Refresher."""
+    project = shutil.copytree(scored, tmp_path / "project")
+    monkeypatch.setattr("lopd.megatron.parallel.barrier", lambda: None)
+    context = StageContext(config_of(project), distill.STAGE)
+    context.writer()
+    fakes = [Forgetful(3, 2), Forgetful()][:replicas]
+    pushed: list[tuple[int, bool]] = []
+
+    class Server:
+        shares = False
+
+        def push(self, step: int, *, again: bool = False) -> None:
+            pushed.append((step, again))
+            for fake in fakes:
+                fake.weight_version, fake.num_answers = f"step-{step}", 0
+
+        def leave(self) -> None: ...
+
+        def train(self) -> None: ...
+
+    with contextlib.ExitStack() as stack:
+        for fake in fakes:
+            stack.enter_context(fake).model_path = str(project / "run" / "sft" / "model")
+        engine = fleet_of([fake.engine(max_in_flight=1) for fake in fakes])
+        with Refresher(context, engine, project / "run" / "sft" / "model") as refresher:
+            waiting = Refreshes(job_of(project, context.folder), {"refresh_due": "2 steps"}, Server())
+            with ThreadPoolExecutor(1) as pool:
+                learnt = pool.submit(waiting, 2, lambda line: None)
+                try:
+                    while not learnt.done():
+                        refresher.attend()
+                        time.sleep(0.02)
+                except BaseException:
+                    publish_json(context.folder / LOST, {})  # for ever: so that the waiting side ends too
+                    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+                    raise
+                samples = learnt.result()
+    assert len(samples) == 8
+    assert pushed == [(2, False), (2, True), (2, True)]
+    rollouts = context.folder / "refresh-0001" / "rollouts"
+    assert {response.weight_version for response, _ in read_rows(rollouts, read_manifest(rollouts))} == {"step-2"}
+    assert "default" in fakes[0].answered, "it did lose them"
+
+
+class Trained:
+    """A trainer that only exports."""
+
+    def __init__(self, model: Path) -> None:
+        self._model, self.num_exports = model, 0
+        self.memory = SimpleNamespace()
+
+    def export(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Any]]]:
+        self.num_exports += 1
+        yield sorted(load_file(self._model / "model.safetensors").items())
+
+
+class Log:
+    def __init__(self) -> None:
+        self.evaluations: list[tuple[int, int]] = []  # step, prompts
+
+    def eval(self, stage: str, step: int, figures: dict[str, Any]) -> None:
+        self.evaluations.append((step, figures["num_prompts"]))
+
+
+def student_of(fake: Forgetful, scored: Path, folder: Path, transport: str) -> tuple[StudentServer, Trained, Log]:
+    job = job_of(scored, folder, f"sync.transport={transport}", "sglang.max_in_flight=1")
+    fake.model_path = str(job.initial)
+    student, trainer, log = StudentServer(job, {"urls": [fake.url], "weights_file": None}), Trained(job.initial), Log()
+    student.learn_from(trainer, [], log)  # type: ignore[arg-type]
+    return student, trainer, log
+
+
+@pytest.mark.parametrize("transport", ["tensor", "disk"])
+def test_an_evaluation_asks_again(transport: str, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(SERVER_KEY, KEY)
+    with Forgetful(4) as fake:
+        student, trainer, log = student_of(fake, scored, tmp_path, transport)
+        student.evaluate(0)  # by the weights of its start
+        assert (fake.weight_version, trainer.num_exports) == ("default", 0)
+        student.evaluate(2)
+        assert trainer.num_exports == 2
+        assert fake.answered[:10] == ["default"] * 6 + ["step-2"] * 4
+        assert {*fake.answered[10:-6]} == {"default"}  # one, and what was under way beside it
+        assert fake.answered[-6:] == ["step-2"] * 6
+        student.evaluate(2)
+        assert trainer.num_exports == 2, "it has them"
+    assert log.evaluations == [(0, 6), (2, 6), (2, 6)]
+    assert "a response of the weights default, where step-2 were asked; the weights are sent again" in capsys.readouterr().out
+
+
+def test_a_server_that_loses_them_again_and_again_is_an_error(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SERVER_KEY, KEY)
+    with Forgetful(*[1] * 99) as fake:
+        student, trainer, log = student_of(fake, scored, tmp_path, "tensor")
+        with pytest.raises(EngineError, match=r"lost its weights 5 times: a response of the weights default, where step-2 were asked"):
+            student.evaluate(2)
+    assert trainer.num_exports == batches.MOST_SENDS == 5
+    assert not log.evaluations
