@@ -235,6 +235,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         ],
     }
     figures: dict[str, Any] = {"bytes": num_bytes, "tensors": len(named), "bucket_bytes": bucket_bytes, "dtype": args.dtype, "repeats": args.repeats}
+    print(f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, buckets of {args.bucket_mib:g} MiB; best of {args.repeats}", flush=True)
     settings = SGLangSection(dtype=args.dtype, context_length=64, max_running_requests=4, max_total_tokens=1024)
     with SGLangServer(scratch / "model", settings, log=scratch / "server.log") as server:
         engine = SGLangEngine(server.url, server.api_key, settings, server=server)
@@ -266,12 +267,22 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "rounds": {name: [round(value, 4) for value in values[1:]] for name, values in seconds.items()},
                 "extra_bytes": plain.report.extra_bytes,
             }
+            say(transport, figures[transport])
         if args.delta:
             figures["delta"] = {transport: measure_delta(receiver(transport, delta=True), named, bucket_bytes) for transport in ("tensor", "distributed")}
     for link in links:
         link.send(None)
     figures["share_of_raw"] = {transport: figures[transport]["share_of_raw"] for transport in TRANSPORTS}
     return figures
+
+
+def say(transport: str, row: dict[str, Any]) -> None:
+    print(
+        f"{transport:12} {row['seconds']:.2f} s ({row['bytes_per_s'] / 1e9:.2f} GB/s), plain copy {row['raw_seconds']:.2f} s: "
+        f"share {row['share_of_raw']:.2f} (of medians {row['share_of_raw_median']:.2f}); with verification {row['verified_seconds']:.2f} s; "
+        f"extra memory {row['extra_bytes'] / 2**20:.0f} MiB",
+        flush=True,
+    )
 
 
 def measure_delta(receiver: Any, named: Named, bucket_bytes: int) -> dict[str, float]:
@@ -300,14 +311,6 @@ def main() -> None:
         figures = measure(args, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{figures['bytes'] / 1e6:,.0f} MB in {figures['tensors']} tensors of {args.dtype}, buckets of {args.bucket_mib:g} MiB; best of {args.repeats}")
-    for transport in TRANSPORTS:
-        row = figures[transport]
-        print(
-            f"{transport:12} {row['seconds']:.2f} s ({row['bytes_per_s'] / 1e9:.2f} GB/s), plain copy {row['raw_seconds']:.2f} s: "
-            f"share {row['share_of_raw']:.2f} (of medians {row['share_of_raw_median']:.2f}); with verification {row['verified_seconds']:.2f} s; "
-            f"extra memory {row['extra_bytes'] / 2**20:.0f} MiB"
-        )
     for transport, seconds in figures.get("delta", {}).items():
         print(f"delta, {transport}: " + ", ".join(f"{float(share):.0%} changed {value:.2f} s" for share, value in seconds.items()))
     if args.json is not None:

@@ -92,7 +92,7 @@ def main() -> None:
         for first, second in zip(args.folders, args.folders[1:], strict=False):
             figures[f"{first.name} to {second.name}"] = between_checkpoints(first, second)
     else:
-        for learning_rate in (1e-6, 1e-5):
+        for learning_rate in (1e-6, 1e-5, 1e-4):
             for steps in (1, 4, 16):
                 for shared in (0.0, 0.5):
                     figures[f"lr {learning_rate:g}, {steps} steps, {shared:.0%} shared"] = synthetic(learning_rate, steps, shared)

@@ -28,7 +28,6 @@ from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, nbytes, started
 
 _LEAVING_TIMEOUT_S = 10.0
-_GRACE_S = 1.0  # for a server's answer to the next bucket, after a failure
 _POLL_S = 0.002
 _BROADCAST = "broadcast"
 
@@ -45,7 +44,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
         self._host, self._address, self._interface = host, LOOPBACK, "lo"
         self._group: list[Any] = []  # the one group, or none: whoever holds the list does not keep the group alive
         self._group_name = ""
-        self._servers_wait = False  # in a broadcast: they hear nothing else
+        self._answers: list[Future[Any]] = []  # of servers to buckets, that may still come
         self._under_way: dict[str, Future[Any]] = {}  # of the newest bucket: the servers' answers and the broadcast
 
     def begin(self, version: str) -> None:
@@ -56,7 +55,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
 
     def _join(self) -> None:
         """Form the group. EngineError: a server refuses or dies, or it does not stand within the timeout."""
-        self._group_name, self._servers_wait = f"lopd-{secrets.token_hex(4)}", False
+        self._group_name = f"lopd-{secrets.token_hex(4)}"
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         offsets, world_size = [], 1
         for ranks in self._session.num_ranks:
@@ -91,10 +90,11 @@ class DistributedWeightReceiver(InPlaceReceiver):
         broadcast: Future[Any] = started(partial(_broadcast, self._group, tensors))
         taking = {engine.url: started(partial(self._call, engine, "/update_weights_from_distributed", body)) for engine in self._engines}
         self._under_way = {**taking, _BROADCAST: broadcast}
-        self._await(former)
+        self._answers = [future for future in self._answers if not future.done()] + list(taking.values())
+        finished(former, self._timeout_s + 10)
 
     def _settle(self) -> None:
-        self._await(self._under_way)
+        finished(self._under_way, self._timeout_s + 10)
         self._under_way = {}
 
     def _await_broadcast(self, futures: Mapping[str, Future[Any]]) -> None:
@@ -105,23 +105,14 @@ class DistributedWeightReceiver(InPlaceReceiver):
             if not done or any(future.exception() for future in done):
                 break
         if futures and (not futures[_BROADCAST].done() or futures[_BROADCAST].exception()):
-            self._await(futures)
-
-    def _await(self, futures: Mapping[str, Future[Any]]) -> None:
-        try:
             finished(futures, self._timeout_s + 10)
-        except EngineError:
-            answers = [future for bucket in (futures, self._under_way) for name, future in bucket.items() if name != _BROADCAST]
-            self._servers_wait = bool(wait(answers, _GRACE_S).not_done)
-            raise
 
     def _call(self, engine: SGLangEngine, path: str, body: dict[str, Any]) -> Any:
         return engine.call("POST", path, body, timeout_s=self._timeout_s)
 
     def _leave(self) -> Callable[[], None]:
-        group, self._group, self._under_way = self._group, [], {}
-        servers = () if self._servers_wait else self._engines  # the end of the connection frees those that wait
-        return partial(_destroy, group, self._group_name, servers, min(self._timeout_s, _LEAVING_TIMEOUT_S))
+        group, answers, self._group, self._answers, self._under_way = self._group, self._answers, [], [], {}
+        return partial(_destroy, group, self._group_name, self._engines, answers, min(self._timeout_s, _LEAVING_TIMEOUT_S))
 
 
 def _store_at(address: str, world_size: int, timeout: datetime.timedelta) -> tuple[Any, int]:
@@ -183,12 +174,13 @@ def _broadcast_all(group: list[Any], tensors: list[Tensor]) -> str:
     return ""
 
 
-def _destroy(group: list[Any], name: str, servers: Sequence[SGLangEngine], timeout_s: float) -> None:
-    """Here and on these servers, without an error."""
-    for engine in servers if group else ():  # it also frees a broadcast of ours that a server has refused to take
-        with contextlib.suppress(EngineError):
-            engine.call("POST", "/destroy_weights_update_group", {"group_name": name}, timeout_s=timeout_s)
-    while group:
+def _destroy(group: list[Any], name: str, engines: Sequence[SGLangEngine], answers: Sequence[Future[Any]], timeout_s: float) -> None:
+    """Here and on the servers, without an error. answers: that may still come; a server that has not heard of a bucket yet needs the group for it."""
+    if group and not wait(answers, timeout_s).not_done:
+        for engine in engines:  # it also frees a broadcast of ours that a server has refused to take
+            with contextlib.suppress(EngineError):
+                engine.call("POST", "/destroy_weights_update_group", {"group_name": name}, timeout_s=timeout_s)
+    while group:  # the end of the connection frees servers that wait in a broadcast and hear nothing else
         with contextlib.suppress(RuntimeError, ValueError):
             dist.destroy_process_group(group.pop())
 

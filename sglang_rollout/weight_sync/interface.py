@@ -27,8 +27,9 @@ class WeightReceiver(Protocol):
     """Takes one set of weights: begin, any number of buckets, commit; abandon instead of commit where something failed on the way.
 
     No request is answered with a mixture of two versions. Through a folder the old weights serve until commit; the other transports change the weights in
-    place, so the server holds requests back from the first bucket until commit. EngineError from any of the calls: the server died, refused, was silent
-    for the timeout, or a tensor is not the served model's.
+    place, so the server holds requests back from the first bucket until commit. A bucket's tensors must stay as they are until the next receive or commit has
+    returned: they may be on their way until then. EngineError from any of the calls: the server died, refused, was silent for the timeout, or a tensor is not
+    the served model's.
     """
 
     report: SyncReport

@@ -11,7 +11,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -24,6 +24,7 @@ from sglang_rollout.client import SGLangEngine
 from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, started
 
+_LEAVING_TIMEOUT_S = 10.0
 _PIECE_BYTES = 32 * 2**20
 _ALIGNMENT = 512  # bytes; a view of another dtype must begin at a multiple of its size, and copies are faster from whole cache lines
 
@@ -55,6 +56,7 @@ class TensorWeightReceiver(InPlaceReceiver):
         finished(reading, self._timeout_s + 10)
 
     def abandon(self) -> None:
+        wait(self._reading.values(), min(self._timeout_s, _LEAVING_TIMEOUT_S))  # a piece that came late would land in the next sync
         self._given_up += self._buffers
         self._buffers, self._reading = [None, None], {}
         super().abandon()

@@ -124,19 +124,32 @@ def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(student_dir: 
     broadcasts.end.release()
 
 
+def test_a_bucket_under_way_is_answered_before_the_group_goes(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hears of a bucket of a group it has left would end (SGLang asserts)."""
+    server, broadcasts = Server(), Broadcasts(monkeypatch)
+    to = joined([server], student_dir)
+    to._send(bucket(0))
+    leaving = in_thread(to._leave())
+    leaving.join(MOMENT_S)
+    assert server.asked in ([], ["tensor-0"])
+    broadcasts.end.release()
+    server.answer.release()
+    leaving.join(PATIENCE_S)
+    assert server.asked == ["tensor-0", "/destroy_weights_update_group"]
+
+
 def test_a_silent_server_is_not_asked_to_leave_the_group(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It hears nothing in a broadcast; the end of the connection frees it, so nothing may keep the group alive."""
     server = Server()
-    monkeypatch.setattr(distributed, "_GRACE_S", MOMENT_S)
-    monkeypatch.setattr(distributed, "finished", lambda futures, timeout_s: (_ for _ in ()).throw(EngineError("no answer")))
-    Broadcasts(monkeypatch)
+    monkeypatch.setattr(distributed, "_LEAVING_TIMEOUT_S", MOMENT_S)
+    broadcasts = Broadcasts(monkeypatch)
     to = joined([server], student_dir)
     group = to._group
-    with pytest.raises(EngineError, match="no answer"):
-        to._send(bucket(0))
+    to._send(bucket(0))
     to._leave()()
-    assert server.asked == ["tensor-0"]
+    assert "/destroy_weights_update_group" not in server.asked
     assert group == []
+    broadcasts.end.release()
 
 
 def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
