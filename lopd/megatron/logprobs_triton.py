@@ -134,7 +134,7 @@ def _statistics_kernel(
         logits = _tile_of_logits(hidden, weight, first_token, first_row, num_tokens, end, hidden_size, BLOCK_T, BLOCK_V, BLOCK_H, UPCAST)
         rows = first_row + tl.arange(0, BLOCK_V)
         for k in tl.range(0, num_labels, num_stages=1):  # a label is in one tile, which alone stores its logit
-            label = tl.load(labels + tokens * num_labels + k, mask=is_token, other=-1)
+            label = tl.load(labels + tokens * num_labels + k, mask=is_token, other=-1).to(tl.int32)
             here = (label >= first_row) & (label < tl.minimum(first_row + BLOCK_V, end))
             tl.store(chosen + tokens * num_labels + k, tl.sum(tl.where(rows[None, :] == label[:, None], logits, 0.0), axis=1), mask=here)
         new_top = tl.maximum(top, tl.max(logits, axis=1))
@@ -168,7 +168,7 @@ def _gradient_kernel(
         factor += (log_p + tl.load(spread + tokens, mask=is_token, other=0.0)[:, None]) * tl.load(grad_spread + tokens, mask=is_token, other=0.0)[:, None]
     grad = -tl.exp(log_p) * factor
     for k in tl.range(0, num_labels, num_stages=1):
-        label = tl.load(labels + tokens * num_labels + k, mask=is_token, other=-1)
+        label = tl.load(labels + tokens * num_labels + k, mask=is_token, other=-1).to(tl.int32)
         chosen = tl.load(grad_logprobs + tokens * num_labels + k, mask=is_token, other=0.0)
         grad += tl.where(rows[None, :] == label[:, None], chosen[:, None], 0.0)
     out += tl.cast(first_token, tl.int64) * num_rows
