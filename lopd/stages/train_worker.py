@@ -7,37 +7,33 @@ often a weight sync with an evaluation, and a checkpoint to resume from.
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import publish_json
-from lopd.errors import EngineError
 from lopd.megatron import parallel
 from lopd.megatron.launch import reporting_errors
 from lopd.megatron.trainer import StepMetrics, Trainer
 from lopd.megatron.weights import save_hf
-from lopd.records import Sample
 from lopd.report.console import training_line
 from lopd.report.metrics import MetricsLog
-from lopd.stages.batches import MOST_SENDS, Batches, Refreshes
-from lopd.stages.sync import StudentWeights, SyncEvaluation
-from lopd.stages.training import SERVER_KEY, TrainingJob
+from lopd.stages.batches import Batches, Refreshes
+from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import load_samples, objective_of
-from sglang_rollout.client import OtherWeights, SGLangEngine
-from sglang_rollout.fleet import fleet_of
-from sglang_rollout.shared_gpus import training_settings
-from sglang_rollout.weight_sync import Apart, Colocation
+
+if TYPE_CHECKING:
+    from lopd.stages.student import StudentServer
 
 _BUCKET_BYTES = 512 * 2**20
 
 
 def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
     settings, distill = job.settings, job.config.distill
-    student = StudentServer(job, servers) if servers is not None else None
+    say = partial(_say, job)
+    student = _student_server(job, servers, say) if servers is not None else None
     samples = load_samples(job)
     trainer = Trainer(
         settings,
@@ -49,7 +45,6 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
         entropy=job.objective == "distill" and distill.student_entropy,
         checkpoint_dir=job.checkpoints,
     )
-    say = partial(_say, job)
     state: dict[str, Any] = trainer.resume(say) or {"num_tokens": 0, "first_loss": None, "last_loss": None, "weight_syncs": 0}
     main = parallel.rank() == 0
     metrics = MetricsLog(job.config.run.dir) if main else None
@@ -98,93 +93,16 @@ def _report(job: TrainingJob, metrics: MetricsLog, result: StepMetrics, num_toke
         sys.stdout.flush()
 
 
+def _student_server(job: TrainingJob, servers: Mapping[str, Any], say: Callable[[str], None]) -> StudentServer:
+    from lopd.stages.student import StudentServer  # sft has none, and need not import what talks to it
+
+    return StudentServer(job, servers, say)
+
+
 def _say(job: TrainingJob, text: str) -> None:
     """A line that lopd.stages.training shows on screen."""
     sys.stdout.write(f"{job.stage} {text}\n")
     sys.stdout.flush()
-
-
-class StudentServer:
-    """The running servers that get the student's weights. Every rank has one and calls it together; rank 0's alone talks to the servers.
-
-    With sync.colocate they and the trainer take turns with the GPUs. It is the trainer's from the start, and after every method but push and leave.
-    """
-
-    def __init__(self, job: TrainingJob, servers: Mapping[str, Any]) -> None:
-        """Before the trainer is built, which needs the GPUs. They serve the weights that the training begins with. servers: of servers_json."""
-        self._job, self._weights_file = job, servers["weights_file"]
-        settings, key = training_settings(job.config), os.environ.get(SERVER_KEY, "")
-        self._engine = fleet_of([SGLangEngine(url, key, settings) for url in servers["urls"]]) if parallel.rank() == 0 else None
-        self.shares = job.config.sync.colocate
-        self._turns = Apart()
-        if self.shares:
-            engines = self._engine.engines if self._engine is not None else ()
-            self._turns = Colocation(engines, barrier=parallel.barrier, timeout_s=job.config.sync.timeout_s)
-        self._turns.to_trainer()
-        self._served: int | None = None if self.shares else 0  # the weights that they have, by steps
-        self._version = "" if self._engine is None or self.shares else str(self._engine.model_info()["weight_version"])
-
-    def learn_from(self, trainer: Trainer, samples: Sequence[Sample], metrics: MetricsLog | None) -> None:
-        """Whose weights they get. samples: some are scored where syncs are verified by scores. metrics: of rank 0."""
-        self._turns.admit(trainer.memory)
-        sync, folder, template = self._job.config.sync, self._job.folder / "sync", self._job.initial
-        self._weights = StudentWeights(
-            trainer, samples, sync, self._engine, folder=folder, template=template, weights_file=self._weights_file, turns=self._turns
-        )
-        self._metrics = metrics
-        self._evaluation = SyncEvaluation(self._job.config, template, self._engine) if self._engine is not None else None
-
-    def push(self, step: int, *, again: bool = False) -> None:
-        """Puts the weights after so many steps into it, as version ``step-N``, unless it has them; again: because a server has lost them. It then answers."""
-        if step == self._served and not again:
-            return
-        self._turns.to_trainer()
-        self._version = f"step-{step}"
-        report = self._weights.push(self._version)
-        if report is not None:
-            _say(self._job, f"step {step}/{self._job.num_steps}: weights synced, {report.line()}")
-        self._served = step
-
-    def evaluate(self, step: int) -> None:
-        """Answers to held-out prompts by the weights after so many steps, which it gets where it has others. EngineError: it loses them again and again."""
-        for attempt in range(MOST_SENDS):
-            self.push(step, again=attempt > 0)
-            figures, lost = self._evaluated()
-            lost = parallel.gather_objects(lost)[0]
-            if not lost:
-                break
-            if self._metrics is not None:
-                _say(self._job, f"step {step}/{self._job.num_steps}: {lost}; the weights are sent again")
-        else:
-            raise EngineError(f"the student's server lost its weights {MOST_SENDS} times: {lost}", where=f"step {step}", remedy="read its log")
-        if self._metrics is not None and figures is not None:
-            self._metrics.eval(self._job.stage, step, figures)
-            accuracy, count = figures["accuracy"], figures["num_prompts"]
-            _say(self._job, f"step {step}/{self._job.num_steps}: synced weights, accuracy {accuracy:.3f} on {count} prompts")
-        self.train()
-
-    def _evaluated(self) -> tuple[dict[str, Any] | None, str]:
-        """Rank 0's figures, or what other weights answered."""
-        if self._evaluation is None:
-            return None, ""
-        try:
-            return self._evaluation.run(self._version), ""
-        except OtherWeights as error:
-            return None, error.what
-
-    def leave(self) -> None:
-        """Sharing GPUs: neither it nor the trainer holds them, for the teacher."""
-        self._turns.to_nobody()
-        self._forget()
-
-    def train(self) -> None:
-        """Sharing GPUs: they are the trainer's again."""
-        self._turns.to_trainer()
-        self._forget()
-
-    def _forget(self) -> None:
-        if self.shares:  # memory that was given back has lost its contents
-            self._served = None
 
 
 def main(job_file: Path) -> None:

@@ -26,7 +26,7 @@ from lopd.stages.batches import Refreshes
 from lopd.stages.context import StageContext
 from lopd.stages.refresh import Refresher
 from lopd.stages.refreshed import LOST
-from lopd.stages.train_worker import StudentServer
+from lopd.stages.student import StudentServer
 from lopd.stages.training import SERVER_KEY, TrainingJob
 from sglang_rollout.fleet import fleet_of
 from tests.models import write_qwen3_moe
@@ -148,7 +148,7 @@ class Log:
 def student_of(fake: Forgetful, scored: Path, folder: Path, transport: str) -> tuple[StudentServer, Trained, Log]:
     job = job_of(scored, folder, f"sync.transport={transport}", "sglang.max_in_flight=1")
     fake.model_path = str(job.initial)
-    student, trainer, log = StudentServer(job, {"urls": [fake.url], "weights_file": None}), Trained(job.initial), Log()
+    student, trainer, log = StudentServer(job, {"urls": [fake.url], "weights_file": None}, print), Trained(job.initial), Log()
     student.learn_from(trainer, [], log)  # type: ignore[arg-type]
     return student, trainer, log
 
