@@ -36,6 +36,10 @@ class OtherWeights(EngineError):
     """A server has other weights than it must answer with: it was started again. Send them again, then ask again."""
 
 
+class Refused(EngineError):
+    """A server has answered, and the answer is no."""
+
+
 class SGLangEngine:
     """Samples and scores on the server at url.
 
@@ -207,7 +211,7 @@ class SGLangEngine:
             403: key,
             404: "is this an SGLang server of a supported version (0.5.17 and later)?",
         }
-        return EngineError(f"{path} was refused with HTTP {status}: {message_of(content)}", where=self.url, remedy=remedies.get(status, ""))
+        return Refused(f"{path} was refused with HTTP {status}: {message_of(content)}", where=self.url, remedy=remedies.get(status, ""))
 
     def _client(self, timeout: httpx.Timeout) -> httpx.Client:
         tls = self.url.startswith("https:")  # without it, loading all certificates would cost every call 50 ms for nothing

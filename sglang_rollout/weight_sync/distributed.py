@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d
 
 from lopd.errors import EngineError
 from sglang_rollout.addresses import LOOPBACK, gloo_on, interface_of, meeting_address
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.client import Refused, SGLangEngine
 from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, nbytes, started
 
@@ -90,7 +90,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
         broadcast: Future[Any] = started(partial(_broadcast, self._group, tensors))
         taking = {engine.url: started(partial(self._call, engine, "/update_weights_from_distributed", body)) for engine in self._engines}
         self._under_way = {**taking, _BROADCAST: broadcast}
-        self._answers = [future for future in self._answers if not future.done()] + list(taking.values())
+        self._answers = [future for future in self._answers if not _answered(future)] + list(taking.values())
         finished(former, self._timeout_s + 10)
 
     def _settle(self) -> None:
@@ -176,13 +176,22 @@ def _broadcast_all(group: list[Any], tensors: list[Tensor]) -> str:
 
 def _destroy(group: list[Any], name: str, engines: Sequence[SGLangEngine], answers: Sequence[Future[Any]], timeout_s: float) -> None:
     """Here and on the servers, without an error. answers: that may still come; a server that has not heard of a bucket yet needs the group for it."""
-    if group and not wait(answers, timeout_s).not_done:
+    wait(answers, timeout_s)
+    if group and all(_answered(future) for future in answers):
         for engine in engines:  # it also frees a broadcast of ours that a server has refused to take
             with contextlib.suppress(EngineError):
                 engine.call("POST", "/destroy_weights_update_group", {"group_name": name}, timeout_s=timeout_s)
     while group:  # the end of the connection frees servers that wait in a broadcast and hear nothing else
         with contextlib.suppress(RuntimeError, ValueError):
             dist.destroy_process_group(group.pop())
+
+
+def _answered(call: Future[Any]) -> bool:
+    """Whether the server has said yes or no. A time-out is neither: it may still come to what it was asked."""
+    if not call.done():
+        return False
+    error = call.exception()
+    return error is None or isinstance(error, Refused)
 
 
 def _first_line(error: Exception) -> str:

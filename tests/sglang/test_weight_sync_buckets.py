@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lopd.errors import EngineError
+from sglang_rollout.client import Refused
 from sglang_rollout.weight_sync import distributed, tensor
 from sglang_rollout.weight_sync.distributed import DistributedWeightReceiver
 from tests.sglang.weight_syncing import Named, receiver
@@ -25,7 +26,8 @@ class Server:
     def __init__(self, number: int = 0) -> None:
         self.url = f"http://server-{number}"
         self.asked: list[str] = []  # first tensor of every bucket; then paths
-        self.came, self.answer, self.refuses = threading.Semaphore(0), threading.Semaphore(0), False
+        self.came, self.answer = threading.Semaphore(0), threading.Semaphore(0)
+        self.refuses: type[EngineError] | None = None
 
     def call(self, method: str, path: str, body: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         self.asked.append(body["names"][0] if "names" in body else path)
@@ -33,7 +35,7 @@ class Server:
         if "names" in body:
             assert self.answer.acquire(timeout=PATIENCE_S)
         if self.refuses:
-            raise EngineError("not today", where=self.url)
+            raise self.refuses("not today", where=self.url)
         return {}
 
 
@@ -112,7 +114,7 @@ def test_of_several_servers_each_answers_before_the_next_bucket(student_dir: Pat
 
 def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, broadcasts = Server(), Broadcasts(monkeypatch)
-    server.refuses = True
+    server.refuses = Refused
     to = joined([server], student_dir)
     to._send(bucket(0))
     server.answer.release()
@@ -136,6 +138,20 @@ def test_a_bucket_under_way_is_answered_before_the_group_goes(student_dir: Path,
     server.answer.release()
     leaving.join(PATIENCE_S)
     assert server.asked == ["tensor-0", "/destroy_weights_update_group"]
+
+
+def test_a_server_whose_answer_timed_out_is_not_asked_to_leave_the_group(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may still come to the bucket, and would end of it. Control: the test of a refusal above, which differs in this alone."""
+    server, broadcasts = Server(), Broadcasts(monkeypatch)
+    server.refuses = EngineError
+    to = joined([server], student_dir)
+    to._send(bucket(0))
+    server.answer.release()
+    with pytest.raises(EngineError, match="not today"):
+        to._send(bucket(1))
+    to._leave()()
+    assert server.asked == ["tensor-0"]
+    broadcasts.end.release()
 
 
 def test_a_silent_server_is_not_asked_to_leave_the_group(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
