@@ -18,7 +18,9 @@ from typing import Any
 from lopd import cli
 from lopd.config import SGLangSection
 from lopd.stages.context import StageContext
+from sglang_rollout import shared_gpus
 from sglang_rollout.client import SGLangEngine
+from sglang_rollout.fleet import fleet_of
 from tests.pipeline.holding import hold_after_shards
 from tests.sglang.fake_server import KEY, FakeServer
 
@@ -29,9 +31,10 @@ REFUSES = "LOPD_TEST_REFUSES"  # a role whose server refuses to score
 class RecordingServer(FakeServer):
     """Its responses follow from the weights that it was given, as a real server's do."""
 
-    def __init__(self, role: str, folder: Path, model: Path) -> None:
+    def __init__(self, role: str, replica: int, folder: Path, model: Path) -> None:
         super().__init__()
-        self._role, self._record = role, folder / "asked.jsonl"
+        self._role, self._replica, self._record = role, replica, folder / "asked.jsonl"
+        self._away: set[str] = set()  # memory that it has given back
         self.model_path, self.delay_s = str(model), float(os.environ.get(DELAY, "0"))
         self._take(model)
 
@@ -39,6 +42,15 @@ class RecordingServer(FakeServer):
         self._salt = sum(zlib.crc32(path.read_bytes()) for path in model.glob("*.safetensors"))
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        path = path.partition("?")[0]
+        if path in ("/release_memory_occupation", "/resume_memory_occupation"):
+            self._away ^= {*body["tags"]}
+            if "weights" in self._away:
+                self._salt = 0  # what was given back has lost its contents
+            self._note({"away": sorted(self._away)})
+            return 200, {}
+        if self._away and (path == "/generate" or ("weights" in self._away and path == "/update_weights_from_disk")):
+            return 400, {"error": {"message": f"{self._away} given back"}}
         if path == "/update_weights_from_disk":
             self._take(Path(body["model_path"]))
             self._note({"weights": body["weight_version"]})
@@ -56,16 +68,19 @@ class RecordingServer(FakeServer):
 
     def _note(self, what: dict[str, Any]) -> None:
         with self._record.open("a") as handle:
-            handle.write(json.dumps({"role": self._role, **what}) + "\n")
+            handle.write(json.dumps({"role": self._role, "replica": self._replica, **what}) + "\n")
 
 
 def main(folder: Path, *arguments: str) -> None:
     @contextlib.contextmanager
     def serve(context: StageContext, role: str, model: Path, settings: SGLangSection | None = None) -> Iterator[SGLangEngine]:
-        with RecordingServer(role, folder, model) as server:
-            yield SGLangEngine(server.url, KEY, settings or context.config.sglang)
+        settings = settings or context.config.sglang
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(RecordingServer(role, replica, folder, model)) for replica in range(settings.replicas)]
+            yield fleet_of([SGLangEngine(server.url, KEY, settings) for server in servers])
 
     hold_after_shards()
+    shared_gpus.colocation_problems = lambda config, on_gpu: iter(())  # a fake server gives back what it has not, on a CPU too
     StageContext.serve = serve  # type: ignore[method-assign,assignment]
     sys.argv = ["lopd", *arguments]
     cli.main()
