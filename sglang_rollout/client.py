@@ -23,7 +23,7 @@ from sglang_rollout.sampling import SamplingParams, SamplingRequest, generate_pa
 from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.server import SGLangServer
 from sglang_rollout.streaming import Work, stream
-from sglang_rollout.supervision import remember_weights
+from sglang_rollout.supervision import check_not_given_up, remember_weights
 
 _REPEATABLE = frozenset({"/update_weights_from_disk", "/flush_cache"})  # doing it twice is doing it once
 _POLL_S, _NOTICED_S = 0.05, 1.0  # a death is noticed by then
@@ -43,11 +43,22 @@ class Refused(EngineError):
 class SGLangEngine:
     """Samples and scores on the server at url.
 
-    server: given where this process runs it, so that its death is noticed at once and explained. vocab_size: of its model; absent: asked where needed.
+    server: given where this process runs it, so that its death is noticed at once and explained. weights_file: of a server that another process of lopd's runs,
+    which says beside it that it will not be started again. vocab_size: of its model; absent: asked where needed.
     """
 
-    def __init__(self, url: str, api_key: str, settings: SGLangSection, *, server: SGLangServer | None = None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        settings: SGLangSection,
+        *,
+        server: SGLangServer | None = None,
+        weights_file: Path | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
         self.url, self.api_key, self.settings, self.server = url.rstrip("/"), api_key, settings, server
+        self._weights_file = weights_file
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._vocab_size = vocab_size
 
@@ -132,9 +143,11 @@ class SGLangEngine:
         return stream(requests, open_work, in_flight=self.settings.max_in_flight * len(self.engines), watch=self.check_alive)
 
     def check_alive(self) -> None:
-        """EngineError where the server is ours, its process has ended, and it will not be started again."""
+        """EngineError where the server is one of lopd's, its process has ended, and it will not be started again."""
         if self.server is not None:
             self.server.check()
+        elif self._weights_file is not None:
+            check_not_given_up(self._weights_file)
 
     # --- single calls ------------------------------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ file beside the server's log. Clients of a server that is being restarted wait f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -69,6 +70,16 @@ def ask_for_restart(weights_file: Path) -> None:
 
 def _request(weights_file: Path) -> Path:
     return weights_file.with_name(f"{weights_file.name}.restart")
+
+
+def check_not_given_up(weights_file: Path) -> None:
+    """For a process that does not own the server. EngineError: its owner does not start it again; why."""
+    with contextlib.suppress(FileNotFoundError):
+        raise EngineError(**json.loads(_failure(weights_file).read_text(encoding="utf-8")))
+
+
+def _failure(weights_file: Path) -> Path:
+    return weights_file.with_name(f"{weights_file.name}.failure")
 
 
 # --- the watching thread -------------------------------------------------------------------------------------------------------------------------------
@@ -146,7 +157,8 @@ class Watcher:
         self.failure: EngineError | None = None
 
     def start(self) -> None:
-        self._asked = _time_of(_request(self._server.weights_file))  # of a former run
+        _failure(self._server.weights_file).unlink(missing_ok=True)  # of a former run
+        self._asked = _time_of(_request(self._server.weights_file))  # likewise
         self._weights_at_start = _time_of(self._server.weights_file)
         self._begin_patience()
         self._thread.start()
@@ -205,6 +217,7 @@ class Watcher:
             if self._deaths > self._restarts:
                 self._server.end_process()
                 self.failure = self._given_up(last)
+                _write(_failure(self._server.weights_file), {name: getattr(self.failure, name) for name in ("what", "where", "limit", "remedy")})
                 return False
             self._say(f"{last.what}; starting it again")
             try:

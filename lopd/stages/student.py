@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.errors import EngineError
@@ -34,7 +35,8 @@ class StudentServer:
         screen."""
         self._job, self._weights_file, self._say = job, servers["weights_file"], say
         settings, key = training_settings(job.config), os.environ.get(SERVER_KEY, "")
-        self._engine = fleet_of([SGLangEngine(url, key, settings) for url in servers["urls"]]) if parallel.rank() == 0 else None
+        file = None if self._weights_file is None else Path(self._weights_file)
+        self._engine = fleet_of([SGLangEngine(url, key, settings, weights_file=file) for url in servers["urls"]]) if parallel.rank() == 0 else None
         self.shares = job.config.sync.colocate
         self._turns = Apart()
         if self.shares:

@@ -124,6 +124,7 @@ def await_servers(engines: Sequence[SGLangEngine], timeout_s: float) -> None:
                 model_info(engine, timeout_s)
                 break
             except EngineError:
+                engine.check_alive()
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_POLL_S)

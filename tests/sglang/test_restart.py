@@ -153,6 +153,26 @@ def test_without_restarts_a_death_is_the_end_at_once(frail: Frail) -> None:
     assert frail.num_starts == 0
 
 
+def test_clients_of_other_processes_are_told_that_it_is_the_end(frail: Frail) -> None:
+    """They would wait for a server that nobody starts again: as long as outage_timeout_s."""
+    elsewhere = SGLangEngine("http://127.0.0.1:9", "key", settings(outage_timeout_s=300), weights_file=frail.weights_file)
+    elsewhere.check_alive()
+    watcher = watching(frail, 1)
+    die(frail, watcher)
+    elsewhere.check_alive()
+    die(frail, watcher)
+    until("told", lambda: frail.weights_file.with_name("weights.json.failure").exists())
+    with pytest.raises(EngineError, match=r"log: the student server died 2 times in a row .* its log ends: the last line; limit: sglang.restarts = 1"):
+        list(elsewhere.generate(sampling_requests(2), sampling()))
+    with pytest.raises(EngineError, match="died 2 times in a row"):
+        elsewhere.model_info()
+    frail.is_alive = True
+    next_run = watching(frail, 1)
+    elsewhere.check_alive()
+    next_run.stop()
+    next_run.join()
+
+
 def test_silence_alone_is_no_death_but_silence_and_no_sign_of_health_is(frail: Frail) -> None:
     watcher = watching(frail, 2, hang_timeout_s=0.05)
     frail.is_responding = False
