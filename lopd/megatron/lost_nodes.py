@@ -21,7 +21,7 @@ from lopd.megatron.nodes import Node
 ERROR_SUFFIX, HEARTBEATS_SUFFIX = ".error.json", ".heartbeats"  # added to a log's name
 COLLECTIVE = "collective"  # where an error came up that says no more than that a rank waited in vain
 _PEER = re.compile(r"(?:[Cc]onnection closed by peer|[Rr]ead error|writev) \[(?:::ffff:)?([0-9a-fA-F.:]+)\]")  # gloo's words
-_POLL_S = 0.5
+_POLL_S = 0.1
 
 
 def log_of(log: Path, node: Node, index: int) -> Path:
