@@ -37,6 +37,31 @@ def leave_and_come_back(model: str, folder: str, layout: dict[str, Any]) -> dict
     return results
 
 
+def on_device(model: str) -> dict[str, Any]:
+    """On a GPU, where a kernel need not repeat to the bit: losses with and without leaving, and bytes as the allocator counts them."""
+    stayed = train(trainer_of(model, settings_of(dtype="bfloat16")), STEPS)["loss"]
+    trainer = trainer_of(model, settings_of(dtype="bfloat16"))
+    left, allocated, reserved = [], [], []
+
+    def measure() -> None:
+        allocated.append(torch.cuda.memory_allocated())
+        reserved.append(torch.cuda.memory_reserved())
+
+    for step in range(STEPS):
+        left += train(trainer, step + 1)["loss"]
+        torch.cuda.empty_cache()
+        held = trainer.memory.held_bytes()
+        measure()
+        trainer.memory.offload_optimizer()
+        measure()
+        trainer.memory.offload_weights()
+        measure()
+        trainer.memory.reload()
+        measure()
+    parallel.shutdown()
+    return {"stayed": stayed, "left": left, "held": held, "allocated": allocated, "reserved": reserved}
+
+
 def _trained(trainer: Trainer, memory: list[dict[str, int]] | None = None) -> dict[str, Any]:
     """Three steps and a checkpoint; memory: leave the device after each, and write down what is held."""
     losses: list[float] = []

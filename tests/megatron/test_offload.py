@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.megatron.launch import run_ranks
-from tests.megatron.offload_cases import CASES, STEPS, leave_and_come_back
+from tests.megatron.offload_cases import CASES, STEPS, leave_and_come_back, on_device
 from tests.models import write_qwen3_moe
 
 LAYOUTS: dict[int, dict[str, Any]] = {1: {}, 2: {"expert": 2}}
@@ -50,3 +52,19 @@ def test_nobody_reads_what_is_away(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         said = [line.split(":")[0] for line in rank["refused"]]
         assert said == [optimizer] * 3 + [everything] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_free_meanwhile(tmp_path: Path) -> None:
+    """What the allocator counts falls by what is said to leave, and goes back to the device: another process can have it."""
+    model = write_qwen3_moe(tmp_path / "model", hidden_size=1024, moe_intermediate_size=1024, num_experts=16)
+    [result] = run_ranks(on_device, 1, model=str(model))
+    held, allocated, reserved = result["held"], result["allocated"], result["reserved"]
+    for first in range(0, 4 * STEPS, 4):
+        before, without_optimizer, nothing, after = allocated[first : first + 4]
+        assert before - without_optimizer >= held["gradients"] + held["optimizer"]
+        assert without_optimizer - nothing >= held["weights"]
+        assert after == pytest.approx(before, rel=0.01)
+        assert reserved[first + 2] < reserved[first] - 0.8 * sum(held.values())
+    assert result["left"] == pytest.approx(result["stayed"], rel=1e-2)

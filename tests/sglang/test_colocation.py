@@ -9,12 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lopd.config import Config, load_config
 from lopd.errors import ConfigError, EngineError
 from sglang_rollout.client import SGLangEngine
+from sglang_rollout.server import SGLangServer
 from sglang_rollout.shared_gpus import colocation_problems, training_settings
 from sglang_rollout.weight_sync import Colocation, load_folder
+from tests.sglang.conftest import settings
 from tests.sglang.test_parity import MAX_DIFFERENCE
 from tests.sglang.weight_syncing import UpdatedFake, receiver, send, tensors, worst_difference
 from tests.stand_ins import CONFIG
@@ -147,6 +150,33 @@ def test_a_real_server_takes_the_calls(transport: str, engine: SGLangEngine, stu
             with turns.to_server():
                 pass
         load_folder([engine], student_dir, "default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("transport", ["tensor", "disk"])
+def test_a_server_on_a_gpu_gives_its_memory_back(transport: str, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+    own = settings(mem_fraction=0.3, max_total_tokens=None, extra_args={"enable_memory_saver": True})
+    trainer = SimpleNamespace(offload_optimizer=lambda: None, offload_weights=lambda: None, reload=lambda: None)
+    free: list[int] = []
+
+    def measure() -> None:
+        free.append(torch.cuda.mem_get_info()[0])
+
+    with SGLangServer(student_dir, own, log=tmp_path / "server.log") as server:
+        engine = SGLangEngine(server.url, server.api_key, own, server=server)
+        turns = Colocation([engine], barrier=lambda: None)
+        measure()
+        turns.to_trainer()
+        measure()
+        turns.admit(trainer)
+        with turns.to_server():
+            send(receiver(transport, engine, tmp_path, student_dir), "other", tensors(other_dir))
+        measure()
+        assert worst_difference(engine, other_dir) <= 1e-3
+        assert worst_difference(engine, student_dir) > 1e-2
+    assert free[1] - free[0] > 0.2 * torch.cuda.mem_get_info()[1]  # most of its keys and values
+    assert abs(free[2] - free[0]) < 0.05 * torch.cuda.mem_get_info()[1]
 
 
 # --- what it asks of the configuration -----------------------------------------------------------------------------------------------------------------
