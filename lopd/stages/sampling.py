@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.config import Sampling
+from lopd.megatron.scorer import MegatronScorer
 from lopd.records import Ints, Key, Manifest, Prompt, Response, TeacherScores
 from lopd.report.console import progress
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
@@ -136,8 +137,8 @@ def score_into(
     scores: dict[int, dict[Key, TeacherScores]] = {}
     shard_of: dict[Key, int] = {}
 
-    def requests() -> Iterator[ScoreRequest]:
-        for index in missing:
+    def requests(indices: Sequence[int]) -> Iterator[ScoreRequest]:
+        for index in indices:
             shard = rollouts.shards[index]
             responses[index] = [response for response, _ in cache.from_table(read_shard(source, shard), where=str(source / shard.name))]
             scores[index] = {}
@@ -147,8 +148,10 @@ def score_into(
 
     mine = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
     already = mine - sum(rollouts.shards[index].rows for index in missing)
+    # Megatron-Core packs responses: what else is in its stream decides a score's last bits, and what is missing must not decide that
+    streams = [[index] for index in missing] if isinstance(engine, MegatronScorer) else [missing]
     with progress(title, total=mine, done=already, unit="responses") as bar:
-        for score in engine.score(requests(), top_k=top_k):
+        for score in (score for indices in streams for score in engine.score(requests(indices), top_k=top_k)):
             index = shard_of.pop(score.key)
             scores[index][score.key] = score
             bar.advance(1)

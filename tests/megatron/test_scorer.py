@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from lopd.artifacts import ArtifactWriter
+from lopd.cache import write_responses
+from lopd.cache.reader import CacheReader
 from lopd.config import ForwardSection
 from lopd.errors import ArtifactError, ConfigError, DataError, EngineError, LopdError
 from lopd.megatron.scorer import AHEAD, CHUNK_MICROBATCHES, MegatronScorer
-from lopd.records import TeacherScores, token_hash
+from lopd.records import Response, TeacherScores, token_hash
+from lopd.stages.sampling import score_into
 from sglang_rollout.scoring import ScoreRequest
 from tests.models import write_qwen3_moe
 
@@ -111,3 +115,28 @@ def test_what_stops_the_ranks_is_told_where_the_scores_are_awaited(model: Path, 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(model: Path, tmp_path: Path) -> None:
     with pytest.raises(LopdError, match=r"parallel of the teacher: number of key-value heads \(2\) does not divide by tensor \(4\)"):
         MegatronScorer(model, ForwardSection(parallel={"ranks": 4, "tensor": 4}), folder=tmp_path)
+
+
+class Recording(MegatronScorer):
+    """Of no ranks: says what it was asked for at a time."""
+
+    def __init__(self) -> None:
+        self.streams: list[list[str]] = []
+
+    def score(self, requests: Iterable[Any], *, top_k: int = 0) -> Iterator[TeacherScores]:
+        stream = list(requests)
+        self.streams.append([request.prompt_id for request in stream])
+        for one in stream:
+            yield TeacherScores(one.prompt_id, one.sample_index, token_hash(one.prompt_ids, one.token_ids), np.full(len(one.token_ids), -1.0, np.float32))
+
+
+def test_what_a_response_is_packed_with_depends_on_its_shard_alone(tmp_path: Path) -> None:
+    """Else the last bits of its scores depended on which shards a kill had left."""
+    responses = [Response(f"p{i}", 0, *(np.full(2, 5, np.int32),) * 2, np.full(2, -0.5, np.float32), "stop", "v") for i in range(6)]
+    rollouts = write_responses(tmp_path / "rollouts", responses, kind="rollouts", inputs={}, shard_size=2)
+    engine: Any = Recording()
+    writer = ArtifactWriter(tmp_path / "scores", kind="teacher_cache", inputs={})
+    score_into(writer, engine, tmp_path / "rollouts", rollouts, title="scores")
+    writer.finish()
+    assert [sorted(stream) for stream in engine.streams] == [["p0", "p1"], ["p2", "p3"], ["p4", "p5"]]
+    assert [response.prompt_id for response, _ in CacheReader(tmp_path / "scores").rows()] == ["p0", "p1", "p2", "p3", "p4", "p5"]
