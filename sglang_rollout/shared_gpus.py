@@ -17,7 +17,7 @@ def training_settings(config: Config) -> SGLangSection:
     """
     if not config.sync.colocate:
         return config.sglang
-    more = {"enable_memory_saver": True, **config.sglang.extra_args}
+    more = {**config.sglang.extra_args, "enable_memory_saver": True}
     return config.sglang.model_copy(update={"extra_args": more, "restarts": 0, "outage_timeout_s": 0.0})
 
 

@@ -188,8 +188,8 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def test_servers_can_give_memory_back_and_are_not_started_again(tmp_path: Path) -> None:
-    settings = training_settings(config_of(tmp_path, "sglang.restarts=3", "sglang.extra_args={schedule_policy='lpm'}"))
-    assert settings.extra_args == {"enable_memory_saver": True, "schedule_policy": "lpm"}
+    settings = training_settings(config_of(tmp_path, "sglang.restarts=3", "sglang.extra_args={schedule_policy='lpm', enable_memory_saver=false}"))
+    assert settings.extra_args == {"schedule_policy": "lpm", "enable_memory_saver": True}
     assert (settings.restarts, settings.outage_timeout_s) == (0, 0)
     apart = config_of(tmp_path, "sync.colocate=false")
     assert training_settings(apart) == apart.sglang
