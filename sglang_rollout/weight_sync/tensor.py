@@ -25,7 +25,7 @@ from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, started
 
 _LEAVING_TIMEOUT_S = 10.0
-_PIECE_BYTES = 32 * 2**20
+_PIECE_BYTES = 64 * 2**20
 _ALIGNMENT = 512  # bytes; a view of another dtype must begin at a multiple of its size, and copies are faster from whole cache lines
 
 
