@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 _PREFIX, _OWNER = "lopd-sglang-", "owner"
-_PATH_MAX = 80  # bytes; a Unix socket's path may have 107, and SGLang puts sockets of random names into its TMPDIR
+PATH_MAX = 80  # bytes; a Unix socket's path may have 107, and SGLang puts sockets of random names into its TMPDIR
 
 
 class Scratch:
@@ -50,7 +50,7 @@ def remove_orphans() -> None:
 
 def _new_folder() -> Path:
     folder = tempfile.mkdtemp(prefix=_PREFIX)
-    if len(os.fsencode(folder)) > _PATH_MAX:
+    if len(os.fsencode(folder)) > PATH_MAX:
         os.rmdir(folder)
         folder = tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp")
     return Path(folder)

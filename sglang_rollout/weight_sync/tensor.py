@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from functools import partial
@@ -21,6 +22,7 @@ import torch.multiprocessing as torch_multiprocessing
 from torch import Tensor
 
 from sglang_rollout.client import SGLangEngine
+from sglang_rollout.scratch import PATH_MAX
 from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, started
 
@@ -122,11 +124,18 @@ def _handles(tensors: Bucket) -> str:
 
 @contextlib.contextmanager
 def _named_shared_memory() -> Iterator[None]:
-    """torch's other way, passing file descriptors, works between a process and its children only."""
+    """torch's other way, passing file descriptors, works between a process and its children only.
+
+    The helper process that torch starts for it has a Unix socket in TMPDIR, whose path may have 107 bytes.
+    """
     multiprocessing: Any = torch_multiprocessing
-    before = multiprocessing.get_sharing_strategy()
+    before, place = multiprocessing.get_sharing_strategy(), os.environ.get("TMPDIR")
     multiprocessing.set_sharing_strategy("file_system")
+    if place is not None and len(os.fsencode(place)) > PATH_MAX:
+        os.environ["TMPDIR"] = "/tmp"
     try:
         yield
     finally:
         multiprocessing.set_sharing_strategy(before)
+        if place is not None:
+            os.environ["TMPDIR"] = place

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from sglang_rollout.weight_sync import distributed, tensor
 from sglang_rollout.weight_sync.distributed import DistributedWeightReceiver
 from tests.sglang.weight_syncing import Named, receiver
 
-PATIENCE_S = 20.0  # for what must happen
+PATIENCE_S = 120.0  # for what must happen
 MOMENT_S = 0.05  # for what must not
 
 
@@ -201,3 +204,14 @@ def test_two_shared_buffers_are_used_in_turns(student_dir: Path, tmp_path: Path,
     to._settle()
     assert len({shared[0][1].data_ptr() for shared in posted.values()}) == 2
     assert to.report.extra_bytes == 1024
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_memory_is_shared_also_where_the_temporary_folder_has_too_long_a_path_for_a_socket(ours: bool, tmp_path: Path) -> None:
+    place = tmp_path / ("long" * 30)
+    place.mkdir()
+    make = "tensor._shared_buffer(4, torch.device('cpu'))" if ours else "torch.UntypedStorage._new_shared(4, device='cpu')"
+    code = f"import torch; from sglang_rollout.weight_sync import tensor; torch.multiprocessing.set_sharing_strategy('file_system'); {make}"
+    environment = {**os.environ, "TMPDIR": str(place)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500, check=False)
+    assert (done.returncode == 0) == ours, done.stderr
