@@ -19,6 +19,7 @@ from lopd.config import load_config
 from lopd.errors import ConfigError
 from lopd.parity import agreement
 from lopd.records import Response, TeacherScores, token_hash
+from lopd.report.parity_view import show_parity
 from lopd.verbs.parity import compare
 from tests.megatron.test_scorer import of_transformers, requests_of
 from tests.models import write_qwen3_moe
@@ -130,6 +131,18 @@ def test_the_score_stage_runs_on_megatron_and_keeps_entropies(run: Path, tmp_pat
             assert np.abs(scores.entropy - entropies.numpy()).max() < 1e-5
     assert read_manifest(tmp_path / "run/score").complete
     assert not list((tmp_path / "run/score").glob("*.heartbeats"))
+
+
+def test_the_table_is_whole_where_a_screen_is_80_columns_wide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    first = np.full(20_099, -1.0, np.float32)
+    found = agreement([(("reg-27-06+23+44-03-24", 0), first, first + np.linspace(0, 0.01234, len(first), dtype=np.float32))])
+    show_parity({"teacher: SGLang and Megatron-Core": found, "student: rollout and trainer": found})
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for figure in ("20,099", f"{found.mean:.2e}", "1.23e-02", f"{found.k3:.2e}"):
+        assert shown.count(figure) >= 2
+    assert "largest at reg-27-06+23+44-03-24/0, token 20098" in shown
 
 
 @pytest.mark.slow
