@@ -20,16 +20,19 @@ PLAIN = {"distributed_optimizer": False}
 STEPS = 3
 
 
+def one_case(model: str, layout: dict[str, Any], fields: dict[str, Any], checkpoints: str | None = None) -> dict[str, Any]:
+    settings = settings_of(layout, **fields)
+    stayed = _trained(trainer_of(model, settings))
+    trainer = trainer_of(model, settings, checkpoints=checkpoints)
+    memory, resident = [], _resident(trainer)
+    return {"stayed": stayed, "left": _trained(trainer, memory), "memory": memory, "resident": resident}
+
+
 def leave_and_come_back(model: str, folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, fields in CASES.items():
         for optimizer, more in {"distributed": {}, "plain": PLAIN}.items():
-            settings = settings_of({**layout, **more}, **fields)
-            stayed = _trained(trainer_of(model, settings))
-            trainer = trainer_of(model, settings, checkpoints=f"{folder}/{name}-{optimizer}")
-            memory, resident = [], _resident(trainer)
-            left = _trained(trainer, memory)
-            results[f"{name} {optimizer}"] = {"stayed": stayed, "left": left, "memory": memory, "resident": resident}
+            results[f"{name} {optimizer}"] = one_case(model, {**layout, **more}, fields, f"{folder}/{name}-{optimizer}")
     forgetful = trainer_of(model, settings_of(layout))
     results["forgetful"] = _trained(_without_copies(forgetful), [])
     results["refused"] = _refusals(model, layout, folder)

@@ -1,4 +1,5 @@
-"""A trainer that leaves its device between steps: its storages are emptied, and it trains on to the bit."""
+"""A trainer that leaves its device between steps: its storages are emptied, and it trains on to the bit. One case of it runs in test_trainer.py, and one in a
+stage in the pipeline's test_refresh.py."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from tests.models import write_qwen3_moe
 LAYOUTS: dict[int, dict[str, Any]] = {1: {}, 2: {"expert": 2}}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(size, marks=pytest.mark.slow) for size in LAYOUTS])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of every rank, of one and of two (experts split, everything else data-parallel)."""
     folder = tmp_path_factory.mktemp("offload")

@@ -198,3 +198,16 @@ def test_linear_and_cosine_fall_towards_the_least_rate() -> None:
     assert rates(4, schedule="linear", min_lr=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4])
     assert rates(4, schedule="cosine") == pytest.approx([1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
     assert learning_rate(OptimizerSection(lr=1.0, schedule="cosine", min_lr=0.1), 7, 4) == pytest.approx(0.1)
+
+
+def test_it_leaves_the_device_and_comes_back_to_the_bit(two: list[dict[str, Any]]) -> None:
+    """Two ranks with split experts, bfloat16, the distributed optimizer; more cases and the controls in test_offload.py."""
+    for rank in two:
+        result = rank["leaves"]
+        assert result["left"] == result["stayed"]
+        before, without_optimizer, nothing, after = result["memory"][:4]
+        assert before["weights"] >= result["resident"] > 0
+        assert min(before.values()) > 0
+        assert without_optimizer == {"gradients": 0, "optimizer": 0, "weights": before["weights"]}
+        assert nothing == {"gradients": 0, "optimizer": 0, "weights": 0}
+        assert after == before

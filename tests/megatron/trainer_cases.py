@@ -127,7 +127,14 @@ def two_ranks(model: str, dense: str) -> dict[str, Any]:
     results["lone"] = _lone_response(model)
     results["not finite"] = _not_finite(model)
     results["unequal"] = _unequal(model)
+    results["leaves"] = _leaves(model)
     return results
+
+
+def _leaves(model: str) -> dict[str, Any]:
+    from tests.megatron.offload_cases import one_case  # which is built on this module
+
+    return one_case(model, {"expert": 2}, {"dtype": "bfloat16"})
 
 
 def _lone_response(model: str) -> dict[str, list[float]]:
