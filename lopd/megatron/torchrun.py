@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported without __all__
@@ -31,7 +32,11 @@ def main(options: list[str]) -> None:
     for name in [name for name in os.environ if name.startswith("PET_")]:  # torchrun takes them for options; Kubernetes sets them for its own launcher
         del os.environ[name]
     node = Node.from_text(os.environ[NODE]) if ANNOUNCEMENT in os.environ else Node(0, 1)
-    where = [f"--nnodes={node.count}", f"--node-rank={node.index}"]
+    with tempfile.TemporaryDirectory(prefix="lopd-torchrun-") as errors:  # of ranks, for the agent; its own choice of a folder would stay
+        _run(node, [f"--nnodes={node.count}", f"--node-rank={node.index}", f"--log-dir={errors}"], options)
+
+
+def _run(node: Node, where: list[str], options: list[str]) -> None:
     if node.index > 0:  # the address and port are among the options
         torchrun([*where, *options])
         return

@@ -28,7 +28,9 @@ def mark_of(folder: Path) -> str:
 def start(case: str, folder: Path, mark: str = "", timeout_s: float = 600) -> list[str]:
     lines: list[str] = []
     mark = mark or mark_of(folder)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOPD_CASE": mark}
+    temporary = folder / "temporary"
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOPD_CASE": mark, "TMPDIR": str(temporary)}
     log = folder / "train.log"
     run_ranks(MODULE, [case, str(timeout_s)], ranks=2, threads_per_rank=1, log=log, timeout_s=timeout_s, env=environment, on_line=lines.append)
     return lines
@@ -63,6 +65,7 @@ def test_lines_of_all_ranks_reach_the_caller_and_the_log_also_where_a_process_of
     expected = {f"rank {rank} of 2, 1 threads: {mark_of(tmp_path)}" for rank in (0, 1)}
     assert expected <= set(lines)
     assert expected <= set((tmp_path / "train.log").read_text().splitlines())
+    assert [*(tmp_path / "temporary").iterdir()] == []
 
 
 def test_an_error_that_a_rank_reports_is_raised_as_it_was(tmp_path: Path) -> None:
@@ -70,6 +73,7 @@ def test_an_error_that_a_rank_reports_is_raised_as_it_was(tmp_path: Path) -> Non
         start("reports", tmp_path)
     assert str(raised.value) == "batch 3: no token carries loss; limit: at least 1; remedy: drop empty responses"
     assert eventually_none(mark_of(tmp_path))
+    assert [*(tmp_path / "temporary").iterdir()] == []
 
 
 @pytest.mark.parametrize(("case", "told"), [("raises", "RuntimeError: gradients of the wrong shape"), ("killed", "ended with code 1")])
