@@ -98,10 +98,13 @@ STAGE_SUMMARIES = {
 }
 _STAGE_DATA = {  # what it reads, what it publishes
     "demonstrate": ("models.teacher and prompts.sft", "the demonstrations (Parquet shards)"),
-    "sft": ("models.student and the demonstrations (of demonstrate, or sft.demonstrations)", "the SFT student (model/) and checkpoints to resume from"),
+    "sft": (
+        "models.student and the demonstrations (of demonstrate, or sft.demonstrations), or takes over sft.checkpoint",
+        "the SFT student (model/) and checkpoints to resume from",
+    ),
     "rollout": ("the SFT student and prompts.opd", "the rollouts (Parquet shards)"),
     "score": ("models.teacher and the rollouts", "the teacher cache (Parquet shards: the rollouts with teacher_logprobs)"),
-    "distill": ("the SFT student and the teacher cache", "the distilled student (model/) and checkpoints to resume from"),
+    "distill": ("the SFT student and the teacher cache (of score, or distill.cache)", "the distilled student (model/) and checkpoints to resume from"),
     "evaluate": ("the models of the run and prompts.eval", "answers, scores, accuracy and reverse KL of each model"),
     "export": ("the distilled student", "a Hugging Face folder (model/, or export.dir)"),
 }

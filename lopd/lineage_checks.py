@@ -31,6 +31,9 @@ def teachers(config: Config) -> Iterator[Finding]:
     if config.distill.refresh.is_on:
         remedy = "set distill.refresh.every = 0, or distil domain after domain"
         yield ConfigError("distill.refresh with models.teachers", where="distill.refresh", limit="fresh rollouts are scored by one teacher", remedy=remedy)
+    if config.sglang.teacher_urls:
+        remedy = "leave sglang.teacher_urls out: lopd then starts a server for each teacher, one after the other"
+        yield ConfigError("sglang.teacher_urls with models.teachers", where="sglang.teacher_urls", limit="servers of one teacher", remedy=remedy)
     present = {prompt.domain for prompt in read_prompts(config.prompts.opd, get_task(config.task.name, config.task.options))}
     for domain in models.teachers.keys() - present:
         limit = f"the domains of prompts.opd: {', '.join(sorted(present))}"
@@ -44,6 +47,8 @@ def checkpoint(config: Config) -> Iterator[Finding]:
         return
     if sft.demonstrations is not None:
         raise ConfigError("sft.checkpoint and sft.demonstrations", where="sft", limit="one of the two", remedy="leave out what is not to be used")
+    if sft.init == "random":
+        yield ConfigError('sft.init = "random" with sft.checkpoint', where="sft", limit="nothing is trained", remedy="leave out what is not to be used")
     if config.evaluate.equal_compute_baseline:
         remedy = "set evaluate.equal_compute_baseline = false"
         yield ConfigError("the equal-compute baseline goes on with SFT", where="sft.checkpoint", limit="no demonstrations to go on with", remedy=remedy)
@@ -65,15 +70,15 @@ def cache(config: Config) -> Iterator[Finding]:
     folder = config.distill.cache
     if folder is None:
         return
+    if config.distill.refresh.is_on:
+        limit = "fresh rollouts join those of the score stage"
+        yield ConfigError("distill.refresh with distill.cache", where="distill", limit=limit, remedy="use one of the two")
     manifest, student = read_manifest(folder), config.run.dir / "sft" / "model"
     if not (student / "config.json").is_file():
         yield f"{manifest.kind} of {manifest.rows:,} responses; whose they are is compared once the SFT student is there"
         return
     found = consistency.check_given_cache(manifest, folder, identify_model(student), allow_foreign=config.distill.allow_foreign_cache)
     yield str(found["cache"]["note"])
-    if config.distill.refresh.is_on:
-        limit = "fresh rollouts join those of the score stage"
-        yield ConfigError("distill.refresh with distill.cache", where="distill", limit=limit, remedy="use one of the two")
 
 
 def lineage(config: Config) -> Iterator[Finding]:

@@ -32,6 +32,16 @@ def check_reach(settings: SyncSection, urls: Sequence[str]) -> None:
         raise ConfigError("a server of another machine cannot join a broadcast on loopback", where=distant, limit=f"sync.host = {settings.host}", remedy=remedy)
 
 
+def check_meeting(settings: SyncSection) -> None:
+    """ConfigError: sync.host is set where nobody meets, or is no address of this machine."""
+    if settings.transport == "distributed":
+        if settings.host != AUTO:
+            interface_of(settings.host, "sync.host")
+    elif settings.host != LOOPBACK:
+        what, limit = f'sync.host = "{settings.host}" with sync.transport = "{settings.transport}"', "of use to a broadcast alone"
+        raise ConfigError(what, where="sync.host", limit=limit, remedy='leave sync.host out, or set sync.transport = "distributed"')
+
+
 def meeting_address(host: str, urls: Sequence[str]) -> str:
     """The IPv4 address of this machine at which the ranks of the servers at urls join. host: sync.host. EngineError: no way to a server."""
     if host != AUTO:
@@ -40,8 +50,8 @@ def meeting_address(host: str, urls: Sequence[str]) -> str:
     return LOOPBACK if distant is None else _address_towards(distant)
 
 
-def interface_of(address: str) -> str:
-    """The network interface that has this address. ConfigError: none has."""
+def interface_of(address: str, key: str = "") -> str:
+    """The network interface that has this address. ConfigError: none has. key: the knob that says it."""
     import psutil
 
     if _is_loopback(address):
@@ -49,7 +59,7 @@ def interface_of(address: str) -> str:
     names: list[str] = [name for name, found in psutil.net_if_addrs().items() for one in found if one.address == address]
     if names:
         return names[0]
-    raise ConfigError("no network interface of this machine has it", where=address, remedy="name one of its addresses")
+    raise ConfigError("no network interface of this machine has it", where=f"{key} = {address}" if key else address, remedy="name one of its addresses")
 
 
 @contextlib.contextmanager

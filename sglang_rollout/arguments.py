@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lopd.config import SGLangSection, SyncSection
 from lopd.errors import ConfigError, EngineError
-from sglang_rollout.addresses import check_reach
+from sglang_rollout.addresses import check_meeting, check_reach
 
 _OURS = {  # field of ServerArgs -> the key of ours that sets it
     "model_path": "models.teacher and models.student",
@@ -73,14 +74,34 @@ def check_settings(settings: SGLangSection, sync: SyncSection) -> None:
     check_host(settings.host)
     check_urls(settings)
     check_reach(sync, settings.student_urls)
+    check_meeting(sync)
 
 
 def check_urls(settings: SGLangSection) -> None:
-    """ConfigError for what is no URL in teacher_urls and student_urls."""
+    """ConfigError for what is no URL in teacher_urls and student_urls, for a server named twice, and for one that would serve both models."""
     for name in ("teacher_urls", "student_urls"):
-        for url in getattr(settings, name):
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"{url!r} is no URL", where=f"sglang.{name}", remedy="give http://host:port")
+        urls = [_checked_url(url, f"sglang.{name}") for url in getattr(settings, name)]
+        for url in urls:
+            if urls.count(url) > 1:
+                raise ConfigError(f"{url!r} is there {urls.count(url)} times", where=f"sglang.{name}", limit="each server once", remedy="name it once")
+            if name == "student_urls" and url in {teacher.rstrip("/") for teacher in settings.teacher_urls}:
+                what, remedy = f"{url!r} is also in sglang.teacher_urls", "name another server: weights of the student would replace the teacher's"
+                raise ConfigError(what, where="sglang.student_urls", limit="one model a server", remedy=remedy)
+
+
+def _checked_url(url: str, where: str) -> str:
+    """Without a slash at its end."""
+    remedy = "give http://host:port"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port  # a port out of bounds is a ValueError
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is no URL ({error})", where=where, remedy=remedy) from None
+    if "@" in parts.netloc:  # not shown: it may hold a password
+        raise ConfigError("a URL with a name or password in it", where=where, remedy=f"{remedy}, and the servers' key in LOPD_SGLANG_KEY")
+    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:%-]+", host) or parts.query or parts.fragment:
+        raise ConfigError(f"{url!r} is no URL", where=where, remedy=remedy)
+    return url.rstrip("/")
 
 
 def check_host(host: str) -> None:

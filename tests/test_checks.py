@@ -234,6 +234,7 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
         ("task.options.num_operations=99", "task.options.num_operations"),
         ("prompts.sft={seed=1}", "prompts.sft: a prompt set has neither file nor num_prompts"),
         ("prompts.sft.seed=999", "seed 999 of generated prompts; limit: 0 to 255"),
+        ("prompts.sft.num_prompts=10000001", "10000001 prompts asked for; limit: 10,000,000; remedy: ask for fewer"),
     ],
 )
 def test_a_task_or_prompt_set_that_does_not_exist(config: Path, override: str, fragment: str) -> None:
@@ -253,6 +254,56 @@ def test_a_port_that_is_taken_matters_to_the_stages_that_serve(config: Path, lop
         lopd(verb, config, f"sglang.port={listening}").refused(f"sglang.port = {listening} is taken")
     lopd("export", config, f"sglang.port={listening}").refused("export needs distill, which is absent")
     assert not nothing_starts.started
+
+
+SERVER, ANOTHER = "http://127.0.0.1:30001", "http://127.0.0.1:30002"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        *(
+            ([f"sglang.student_urls=['{url}']"], [f"sglang.student_urls: {url!r} is no URL"])
+            for url in ("http://", "http://a b:1", "http://[::1", "http://h:99999")
+        ),
+        (["sglang.teacher_urls=['http://me:secret@127.0.0.1:1']"], ["sglang.teacher_urls: a URL with a name or password in it", "LOPD_SGLANG_KEY"]),
+        ([f"sglang.student_urls=['{SERVER}', '{SERVER}/']"], ["is there 2 times; limit: each server once"]),
+        ([f"sglang.student_urls=['{SERVER}']", f"sglang.teacher_urls=['{SERVER}/']"], ["is also in sglang.teacher_urls; limit: one model a server"]),
+        (
+            [f"sglang.teacher_urls=['{SERVER}']", "models.teachers.register_arithmetic=teacher"],
+            ["sglang.teacher_urls with models.teachers; limit: servers of one"],
+        ),
+        (["sync.host=auto"], ['sync.host = "auto" with sync.transport = "disk"; limit: of use to a broadcast alone; remedy: leave sync.host out']),
+        (["sync.host=192.0.2.1", "sync.transport=distributed"], ["sync.host = 192.0.2.1: no network interface of this machine has it"]),
+        (["sync.colocate=true"], ["sync.colocate: SGLang gives no memory back on a CPU", "limit: a GPU; remedy: set sync.colocate=false"]),
+        (["score.top_k=33"], ["score.top_k = 33; limit: the teacher's vocabulary: 32; remedy: lower score.top_k"]),
+    ],
+    ids=str,
+)
+def test_servers_and_transports_that_do_not_go_together(config: Path, overrides: list[str], fragments: list[str]) -> None:
+    (line,) = wrong(config, *overrides)
+    for fragment in fragments:
+        assert fragment in line
+
+
+def test_servers_and_transports_that_do(config: Path) -> None:
+    both = [f"sglang.student_urls=['{SERVER}/']", f"sglang.teacher_urls=['{ANOTHER}', 'https://[::1]:30003']"]
+    assert wrong(config, *both, "sync.transport=distributed", "sync.host=127.0.0.2", "score.top_k=32") == []
+
+
+def test_context_ranks_of_the_scorer_need_transformer_engine(config: Path) -> None:
+    forward = ["score.forward.parallel.context=2", "score.forward.parallel.ranks=2"]
+    assert any("score.forward.parallel: context = 2 needs Transformer Engine" in line for line in wrong(config, "score.engine=megatron", *forward))
+    assert wrong(config, *forward) == [], "the control: SGLang scores, and these ranks are never started"
+
+
+def test_what_cannot_be_used_together(config: Path) -> None:
+    refreshed = wrong(config, "distill.cache=absent", "distill.refresh.every=2")
+    assert any("distill.refresh with distill.cache; limit: fresh rollouts join" in line for line in refreshed), "said before the SFT student is there"
+    given = ["sft.checkpoint=student", "sft.declared_teacher=teacher", "evaluate.equal_compute_baseline=false"]
+    assert wrong(config, *given) == []
+    (line,) = wrong(config, *given, "sft.init=random")
+    assert 'sft.init = "random" with sft.checkpoint; limit: nothing is trained' in line
 
 
 def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: Path) -> None:

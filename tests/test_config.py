@@ -62,6 +62,17 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("no_equals_sign", "not section.key=value"),
         ("run.seed.deep=1", "run.seed"),
         ("run.dir.deep=1", "dir is a value, not a section"),
+        ("models.teachers.math=5", "models.teachers.math = 5; limit: a path in quotes; remedy: change it (Teacher by domain"),
+        ("sglang.student_urls=[5]", "sglang.student_urls.0 = 5; limit: text in quotes"),
+        ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
+        ("sync.host=localhost", 'sync.host = "localhost" is no IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one'),
+        (
+            "sync.delta=true",
+            'sync.delta = true with transport = "disk"; limit: transport = "tensor" or "distributed": a folder must hold every tensor; remedy: set',
+        ),
+        ("sync={colocate=true,transport='distributed'}", 'sync.colocate = true with transport = "distributed"; limit: transport = "tensor" or "disk"'),
+        ("sync={colocate=true,transport='tensor',delta=true}", "sync.delta = true with colocate = true; limit: a server that has given"),
+        ("sync={transport='tensor',running_requests='finish'}", 'sync.running_requests = "finish" with transport = "tensor"; limit: it needs transport'),
     ],
 )
 def test_mistakes_are_one_line_with_the_key_and_the_remedy(tmp_path: Path, override: str, expected: str) -> None:

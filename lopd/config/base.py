@@ -33,6 +33,14 @@ def _usable_path(value: Any) -> Any:
 FilePath = Annotated[Path, Strict(False), BeforeValidator(_usable_path)]  # a string in TOML
 
 
+class Contradiction(ValueError):
+    """Knobs of one section that do not go together. what: begins with a knob's name; limit, remedy: as in errors.py."""
+
+    def __init__(self, what: str, *, limit: str, remedy: str) -> None:
+        super().__init__(f"{what}: {limit}")
+        self.what, self.limit, self.remedy = what, limit, remedy
+
+
 class Section(BaseModel):
     """A table of the TOML file. Types are strict: true is no number, "8" is none either, and 1e999 is none at all."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lopd.config.base import SPEED_ONLY, Section
+from lopd.config.base import SPEED_ONLY, Contradiction, Section
 
 
 class SGLangSection(Section):
@@ -91,13 +91,19 @@ class SyncSection(Section):
             except ValueError:
                 known = False
             if not known:
-                raise ValueError(f'host = "{self.host}" is no IPv4 address of this machine: name one, or auto')
+                limit = "an IPv4 address of this machine, or auto"
+                raise Contradiction(f'host = "{self.host}" is no IPv4 address', limit=limit, remedy='name one, or set sync.host = "auto"')
         if self.transport != "disk" and self.running_requests == "finish":
-            raise ValueError(f'"finish" needs transport = "disk": by {self.transport}, new requests would meet a mixture of versions between two buckets')
+            limit = f'it needs transport = "disk": by {self.transport}, new requests would meet a mixture of versions between two buckets'
+            remedy = "set sync.running_requests to pause, keep or abort, or leave it out"
+            raise Contradiction(f'running_requests = "finish" with transport = "{self.transport}"', limit=limit, remedy=remedy)
         if self.colocate and self.transport == "distributed":
-            raise ValueError('colocate needs transport = "tensor" or "disk": NCCL does not broadcast between two processes of one GPU')
+            limit = 'transport = "tensor" or "disk": NCCL does not broadcast between two processes of one GPU'
+            raise Contradiction('colocate = true with transport = "distributed"', limit=limit, remedy='set sync.transport = "tensor"')
         if self.colocate and self.delta:
-            raise ValueError("delta with colocate: a server that has given its memory back holds nothing that could be left out")
+            limit = "a server that has given its memory back holds nothing that could be left out"
+            raise Contradiction("delta = true with colocate = true", limit=limit, remedy="set sync.delta = false")
         if self.transport == "disk" and self.delta:
-            raise ValueError('delta needs transport = "tensor" or "distributed": a folder must hold every tensor')
+            limit = 'transport = "tensor" or "distributed": a folder must hold every tensor'
+            raise Contradiction('delta = true with transport = "disk"', limit=limit, remedy="set sync.delta = false, or another transport")
         return self

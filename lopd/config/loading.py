@@ -14,6 +14,7 @@ from typing import Any, cast
 import pydantic
 from pydantic import BaseModel
 
+from lopd.config.base import Contradiction
 from lopd.config.sections import Config
 from lopd.errors import ConfigError
 
@@ -112,6 +113,7 @@ def nearest_key(key: str) -> str:
 _NEEDED = {  # pydantic's name of a wrong type -> what is needed
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "finite_number": "a finite number",
     "bool_type": "true or false", "string_type": "text in quotes", "path_type": "a path in quotes", "dict_type": "a table { key = value }",
+    "list_type": 'a list ["...", "..."]',
 }  # fmt: skip
 _BOUNDS = {"greater_than_equal": (">=", "ge"), "greater_than": (">", "gt"), "less_than_equal": ("<=", "le"), "less_than": ("<", "lt")}
 
@@ -121,7 +123,13 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
     kind, context, value = problem["type"], problem.get("ctx", {}), _shown(problem["input"])
     if kind == "extra_forbidden":
         return ConfigError(f"unknown key {key}", where=where, remedy=f"the nearest known key is {nearest_key(key)}")
-    field = known_keys()[key]
+    cause = context.get("error")
+    if isinstance(cause, Contradiction):
+        return ConfigError(f"{key}.{cause.what}", where=where, limit=cause.limit, remedy=cause.remedy)
+    known, knob = known_keys(), key
+    while knob not in known:  # an item of a list or a table: models.teachers.math
+        knob = knob.rpartition(".")[0]
+    field = known[knob]
     meaning = field.description or f"a section with the keys {', '.join(_children(key))}"
     if kind == "missing":
         return ConfigError(f"{key} is missing", where=where, remedy=f"add it: {meaning}")

@@ -110,6 +110,9 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
         if score.entropy:
             remedy = "set score.engine = 'megatron' or score.entropy = false"
             yield ConfigError("score.entropy is set, and SGLang gives none", where="score.engine = 'sglang'", remedy=remedy)
+        if arch is not None and score.top_k > arch.vocab_size:
+            limit = f"the teacher's vocabulary: {arch.vocab_size}"
+            yield ConfigError(f"score.top_k = {score.top_k}", where="score", limit=limit, remedy="lower score.top_k")
         return
     if score.top_k:
         remedy = "set score.engine = 'sglang' or score.top_k = 0"

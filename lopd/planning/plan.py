@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lopd.config import Config, TrainSection
-from lopd.megatron.architecture import layout_problems
+from lopd.megatron.architecture import layout_problems, scorer_problems
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.disk import disk_bytes
 from lopd.planning.hardware import Node
@@ -80,6 +80,10 @@ def make_plan(config: Config, models: Mapping[str, PlannedModel], node: Node, as
     for name in (stage for stage in TRAINED if stage not in given_stages(config)):
         for problem in layout_problems(student, getattr(config, name).parallel, where=f"{name}.parallel"):
             raise problem
+    if config.score.engine == "megatron" and "score" not in given_stages(config):
+        for role in teacher_roles(models):
+            for problem in scorer_problems(config.score, models[role].arch):
+                raise problem
     per_rank, (total, active) = _count(config, models, build), total_and_active(student)
     amounts = Amounts.of(config, assumed)
     memory = _memory(config, models, per_rank, node, assumed, amounts, cohost=cohost)

@@ -26,6 +26,7 @@ from lopd.tasks.interface import TaskOptions
 NUM_PARTITIONS = 256
 END = "<|im_end|>"
 _CHUNK = 65_536  # problems drawn at a time; fixed, so that a longer set begins with the shorter one
+_MAX_PROBLEMS = 10_000_000  # they are held in memory, a few hundred bytes each
 _FRUITLESS_CHUNKS = 40  # so many chunks in a row without a new problem: the partition is exhausted
 _RIGHT_FORM = re.compile(r"</think>\n([0-9]{2})" + re.escape(END))
 
@@ -67,6 +68,8 @@ class RegisterArithmetic(TaskOptions):
             remedy = "choose another seed: each has its own prompts"
             raise ConfigError(f"seed {seed} of generated prompts", where=f"task {self.name}", limit=f"0 to {NUM_PARTITIONS - 1}", remedy=remedy)
         problems: dict[Problem, None] = {}
+        if num > _MAX_PROBLEMS:
+            raise ConfigError(f"{num} prompts asked for", where=f"task {self.name}", limit=f"{_MAX_PROBLEMS:,}", remedy="ask for fewer")
         fruitless = 0
         for chunk in self._draw(seed):
             before = len(problems)

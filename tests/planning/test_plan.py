@@ -160,6 +160,8 @@ def test_a_teacher_that_megatron_scores_with(tmp_path: Path) -> None:
     assert "KV cache" not in ours.memory["score"].gpu
     assert ours.memory["score"].gpu["weights"] == pytest.approx(2 * 32.76e9 / 4, rel=0.001)
     assert ours.gpu_hours("score") == pytest.approx(served.gpu_hours("score")), "the same forward pass on as many GPUs"
+    with pytest.raises(ConfigError, match=r"score\.forward\.parallel: ranks = 3 is no multiple"):
+        plan_of(PAPER_8B, tmp_path, ["score.engine=megatron", "score.forward.parallel.ranks=3", "score.forward.parallel.tensor=2"])
 
 
 @pytest.mark.parametrize(("override", "code", "expected"), [("run.seed=1", 0, "fits 8 x h100-80gb"), ("sft.parallel.tensor=1", 2, "does not fit sft")])
