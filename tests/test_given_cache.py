@@ -18,10 +18,10 @@ from lopd.cache import from_table, read_rows, to_table
 from lopd.cache.residualise import residualise
 from lopd.cache.style import Settings
 from lopd.cache.tools import export_reference, import_reference, merge, split
+from lopd.checks.lineage import cache as check_given
+from lopd.checks.lineage import checkpoint as check_checkpoint
 from lopd.config import Config, load_config
 from lopd.errors import ArtifactError, ConfigError, ConsistencyError, LopdError
-from lopd.lineage_checks import cache as check_given
-from lopd.lineage_checks import checkpoint as check_checkpoint
 from lopd.objective import Lightning
 from lopd.records import Manifest
 from lopd.stages.training import TrainingJob

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 from lopd import consistency
 from lopd.artifacts import identify_model, read_manifest, verify
+from lopd.checks.findings import Finding
 from lopd.config import Config
-from lopd.errors import ConfigError, DataError, LopdError
+from lopd.errors import ConfigError, DataError
 from lopd.megatron.architecture import read_architecture
 from lopd.megatron.hf_files import CheckpointReader
 from lopd.tasks import get_task
 from lopd.tasks.prompts import read_prompts
-
-Finding = str | LopdError
 
 
 def teachers(config: Config) -> Iterator[Finding]:
