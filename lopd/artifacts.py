@@ -155,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError("no manifest.json", where=str(folder), remedy="run the stage that makes it") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"manifest cannot be read ({error})", where=str(path), remedy="remove the stage's folder and run the stage again") from None

@@ -85,6 +85,10 @@ def split(source: Path, out: Path, parts: int) -> list[Manifest]:
     if parts < 2:
         raise LopdError(f"{parts} parts", where="lopd cache split", limit="at least 2", remedy="give --parts 2 or more")
     manifest = _complete(source)
+    if parts > manifest.rows:
+        raise LopdError(f"{parts} parts", where="lopd cache split", limit=f"the cache's {manifest.rows} responses", remedy="give a smaller --parts")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise LopdError("the parts would lie inside the cache", where=str(out), limit="a folder of its own", remedy="give another --out")
     writers = [
         ArtifactWriter(
             out / f"part-{part:02d}",

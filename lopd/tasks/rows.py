@@ -38,7 +38,10 @@ def files_of(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = {suffix: sorted(file for file in path.rglob(f"*{suffix}") if file.is_file() and not _hidden(file, path)) for suffix in SUFFIXES}
+    try:
+        found = {suffix: sorted(file for file in path.rglob(f"*{suffix}") if file.is_file() and not _hidden(file, path)) for suffix in SUFFIXES}
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=str(error.filename or path), remedy="give a folder that holds prompts alone") from None
     kinds = [suffix for suffix in (".jsonl", ".parquet") if found[suffix]] or [suffix for suffix in (".json",) if found[suffix]]
     if not kinds:
         raise DataError("no prompts in this folder", where=str(path), limit=f"files ending in {', '.join(SUFFIXES)}", remedy="give the file with the prompts")

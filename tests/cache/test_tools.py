@@ -14,7 +14,7 @@ from lopd import cache
 from lopd.artifacts import read_manifest
 from lopd.cache.checks import check_cache
 from lopd.cache.tools import IMPORT_LACKS, export_reference, import_reference, merge, split
-from lopd.errors import ArtifactError, ConsistencyError, DataError
+from lopd.errors import ArtifactError, ConsistencyError, DataError, LopdError
 from tests.cache.rollouts import SAMPLING, TEACHER, TINY_TEACHER, publish_cache, some_responses
 
 OTHER_TEACHER = dataclasses.replace(TEACHER, path="teachers/two", weights="9" * 64)
@@ -49,6 +49,23 @@ def test_split_and_merged_again_is_the_same(tmp_path: Path) -> None:
     assert merged.lineage["consistent"] is True
     assert merged.extra["vocab_size"] == 32
     assert all(sound(folder) for folder in (*folders, tmp_path / "whole"))
+
+
+def test_a_split_that_cannot_be(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    publish_cache(source, some_responses(6))
+    manifest = read_manifest(source)
+    for out, parts, message in (
+        (tmp_path / "parts", 7, "7 parts; limit: the cache's 6 responses"),
+        (source, 2, "inside the cache"),
+        (source / "b", 2, "inside"),
+    ):
+        with pytest.raises(LopdError, match=message):
+            split(source, out, parts)
+    with pytest.raises(LopdError, match=r"no manifest\.json; remedy: run the stage"):
+        split(source / "manifest.json", tmp_path / "parts", 2)
+    assert not (tmp_path / "parts").exists()
+    assert read_manifest(source) == manifest, "the cache is as it was"
 
 
 def test_merging_again_goes_on_and_gives_the_same_fingerprint(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -239,6 +239,15 @@ def test_a_folder_is_read_in_order_of_its_files(tmp_path: Path) -> None:
     assert content_hash(tmp_path) != before
     write(tmp_path, rows, "extra.jsonl")
     with pytest.raises(DataError, match=r"files of several kinds in this folder \(.jsonl, .parquet\)"):
+        read(tmp_path, **FIELDS)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(22, "Invalid argument", "/proc/1/task/1/net")
+
+    monkeypatch.setattr(Path, "rglob", refuse)
+    with pytest.raises(DataError, match=r"/proc/1/task/1/net: cannot be read \(Invalid argument\); remedy: give a folder"):
         read(tmp_path, **FIELDS)
 
 
