@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import sys
 import threading
 import time
@@ -323,4 +324,5 @@ def log_summary(log: Path) -> str:
         lines = lines[begun[-1] + 1 :] or ["(nothing)"]
     lines = [line for line in lines if " batch, #" not in line] or lines[-1:]  # what it decoded last is no cause
     errors = [line for line in lines if _ERROR_LINE.match(line)]
-    return " | ".join(line[:300] for line in (errors[-2:] or lines[-4:]))
+    full = ["the disk of this log is full"] if shutil.disk_usage(log.parent).free == 0 else []  # then the log lacks the cause
+    return " | ".join([*(line[:300] for line in (errors[-2:] or lines[-4:])), *full])

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -178,6 +179,9 @@ def test_the_cause_is_found_under_a_traceback_and_shutdown_messages(tmp_path: Pa
     )
     assert log_summary(log) == "ValueError: the cause"
     log.write_text("one\ntwo\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sglang_rollout.server.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        assert log_summary(log) == "one | two | the disk of this log is full"
     assert log_summary(log) == "one | two"
     log.write_text("ValueError: of a former start\n--- starting the student server on port 1\nthree\n")
     assert log_summary(log) == "three"
