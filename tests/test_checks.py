@@ -298,6 +298,14 @@ def test_context_ranks_of_the_scorer_need_transformer_engine(config: Path) -> No
     assert wrong(config, *forward) == [], "the control: SGLang scores, and these ranks are never started"
 
 
+def test_what_can_be_downloaded_is_said_to_be(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOPD_HUB", str(config.parent / "hub"))
+    found = wrong(config, "models.teacher=hf://Qwen/Qwen3-8B@49e3418", "prompts.opd={file='hf://datasets/a/b@main/c.jsonl'}")
+    assert any(line.endswith("remedy: download hf://Qwen/Qwen3-8B@49e3418: lopd fetch CONFIG") for line in found), found
+    assert any("no such file; remedy: download hf://datasets/a/b@main: lopd fetch CONFIG" in line for line in found), found
+    assert not any("lopd fetch" in line for line in wrong(config, "models.teacher=absent", "prompts.opd={file='absent.jsonl'}")), "the control"
+
+
 def test_what_cannot_be_used_together(config: Path) -> None:
     refreshed = wrong(config, "distill.cache=absent", "distill.refresh.every=2")
     assert any("distill.refresh with distill.cache; limit: fresh rollouts join" in line for line in refreshed), "said before the SFT student is there"

@@ -8,6 +8,7 @@ from lopd import consistency
 from lopd.artifacts import identify_model, read_manifest, verify
 from lopd.checks.findings import Finding
 from lopd.config import Config
+from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.architecture import read_architecture
 from lopd.megatron.hf_files import CheckpointReader
@@ -20,7 +21,9 @@ def teachers(config: Config) -> Iterator[Finding]:
     models = config.models
     for domain, folder in models.teachers.items():
         if not folder.is_dir():
-            raise ConfigError(f"models.teachers.{domain}: no such folder", where=str(folder), remedy="give the folder of a Hugging Face checkpoint")
+            raise ConfigError(
+                f"models.teachers.{domain}: no such folder", where=str(folder), remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint")
+            )
         with CheckpointReader(folder, read_architecture(folder)):
             pass
         consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))

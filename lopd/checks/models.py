@@ -10,6 +10,7 @@ from lopd import consistency
 from lopd.artifacts import identify_model
 from lopd.checks.findings import ROLES, Finding, architecture_of, attempt
 from lopd.config import Config
+from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.architecture import read_architecture
 from lopd.megatron.hf_files import CheckpointReader
@@ -28,7 +29,7 @@ def _model(config: Config, role: str) -> str:
     """A folder of a known architecture whose safetensors hold every tensor of it."""
     folder: Path = getattr(config.models, role)
     if not folder.is_dir():
-        raise ConfigError(f"models.{role}: no such folder", where=str(folder), remedy="give the folder of a Hugging Face checkpoint")
+        raise ConfigError(f"models.{role}: no such folder", where=str(folder), remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"))
     architecture = read_architecture(folder)
     if not (role == "student" and config.sft.init == "random"):
         with CheckpointReader(folder, architecture):  # reads the headers

@@ -71,3 +71,9 @@ def hub_name(path: Path) -> HubName | None:
         return None
     found = _FOLDER.fullmatch(folder)
     return None if found is None or kind not in (MODELS, DATASETS) else HubName(found["owner"], found["name"], found["revision"], kind == DATASETS)
+
+
+def remedy_for(absent: Path, otherwise: str) -> str:
+    """What to do about a model or a prompt file that is not there: download it, where it is one of the hub's."""
+    name = hub_name(absent)
+    return otherwise if name is None else f"download {name}: lopd fetch CONFIG"

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".parquet", ".json")
@@ -136,7 +137,8 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
 
 
 def _absent(file: Path) -> DataError:
-    return DataError("no such file", where=str(file), remedy="give the path of a JSONL or Parquet file with prompts, or of a folder with such files")
+    remedy = remedy_for(file, "give the path of a JSONL or Parquet file with prompts, or of a folder with such files")
+    return DataError("no such file", where=str(file), remedy=remedy)
 
 
 # ---- nested columns -------------------------------------------------------------------------------------------------------------------------------
