@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from lopd import processes
@@ -34,7 +35,9 @@ def _server_sizes(config: Config) -> Iterator[ConfigError]:
     limit, unit = devices()
     if settings.tensor * settings.data * settings.replicas > limit:
         several = [name for name in ("tensor", "data", "replicas") if getattr(settings, name) > 1]
-        what, remedy = " x ".join(f"sglang.{name} = {getattr(settings, name)}" for name in several), f"set sglang.{several[-1]}={limit} or fewer"
+        what = " x ".join(f"sglang.{name} = {getattr(settings, name)}" for name in several)
+        left = limit // math.prod(getattr(settings, name) for name in several[:-1])  # for the last one; 0: the others are too many already
+        remedy = f"set sglang.{several[-1] if left else several[0]}={left or limit} or fewer"
         yield ConfigError(what, where="this machine", limit=f"{limit} {unit}", remedy=remedy)
     if settings.expert > 1 and unit == CORES:
         what = f"sglang.expert = {settings.expert}: SGLang's plain-torch experts are not split"
