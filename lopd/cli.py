@@ -23,7 +23,7 @@ from lopd.verbs.evaluate import evaluate
 from lopd.verbs.launch import launch, with_place
 from lopd.verbs.parity import parity
 from lopd.verbs.plan import plan
-from lopd.verbs.prepare import doctor, fetch
+from lopd.verbs.prepare import doctor, fetch, show_findings
 from lopd.verbs.prompts import app as prompts_app
 
 _EPILOG = "First steps:  lopd check CONFIG,  then  lopd run CONFIG.   An example: examples/tiny_moe.toml.   Every knob: lopd knobs"
@@ -145,8 +145,6 @@ def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fal
 
     Keys, types and bounds first; then models, tokenizers, layouts, prompts, demonstrations, servers and ports, folders and disk.
     """
-    from lopd.report.overview import check_table
-
     rows: list[dict[str, Any]]
     try:
         loaded = load_config(config, overrides or [])
@@ -156,12 +154,7 @@ def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fal
         from lopd import checks
 
         rows = checks.as_rows(loaded)
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-    else:
-        check_table(rows)
-    if not all(row["ok"] for row in rows):
-        raise typer.Exit(EXIT_CODE)
+    show_findings(rows, as_json=as_json)
 
 
 @app.command(epilog="Example:  lopd knobs distill.optimizer")

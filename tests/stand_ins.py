@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 
-from lopd import cache, cli
+from lopd import cache, cli, pipeline
 from lopd.artifacts import publish_json, storage_errors
+from lopd.config import Config
 from lopd.records import Response, TeacherScores, float32, int32, token_hash, top_k_of
 from lopd.report.metrics import MetricsLog
 from lopd.stages import distill, evaluate, sft
@@ -28,6 +29,7 @@ from lopd.stages.context import StageContext
 from lopd.stages.training import TrainingJob
 from sglang_rollout.sampling import SamplingParams, SamplingRequest
 from sglang_rollout.scoring import ScoreRequest
+from tests.models import write_qwen3_moe
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODELS = ROOT / "examples" / "tiny_models"
@@ -233,3 +235,15 @@ def cut(path: Path, *, to: float = 0.5) -> None:
 def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@contextlib.contextmanager
+def scored_project(folder: Path, load: Callable[..., Config], *overrides: str) -> Iterator[Path]:
+    """Two models of random weights whose run has come as far as score by stand-ins, which serve as long as this is open."""
+    for role, seed in (("teacher", 1), ("student", 0)):
+        write_qwen3_moe(folder / role, seed=seed)
+    (folder / "config.toml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        StandIns().install(patch)
+        pipeline.run(load(folder, *overrides), ("demonstrate", "sft", "rollout", "score"))
+        yield folder

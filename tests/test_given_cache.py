@@ -180,7 +180,7 @@ def test_lopd_check_compares_whose_it_is(project: Project, foreign: Path) -> Non
     before = project.load(f"distill.cache={project.score}", f"run.dir={project.folder / 'new'}")
     assert "whose they are is compared once" in str(next(check_given(before)))
     refreshed = project.load(f"distill.cache={project.score}", "distill.refresh.every=1")
-    assert isinstance(list(check_given(refreshed))[0], ConfigError)
+    assert isinstance(next(iter(check_given(refreshed))), ConfigError)
 
 
 def test_rollouts_and_scores_say_whose_they_are(project: Project) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,11 +29,17 @@ def doctor(
     """
     loaded = load_config(config, overrides or [])
     from lopd import hub, machine
-    from lopd.report.overview import check_table
 
     others = [hub.named(name) for name in also or ()]
     found = machine.findings(loaded, machine.gather(loaded, others), others)
     rows = [{"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)} for name, finding in found]
+    show_findings(rows, as_json=as_json)
+
+
+def show_findings(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Rows of name, ok and finding as a table or JSON; exit code 2 where one is wrong."""
+    from lopd.report.overview import check_table
+
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:

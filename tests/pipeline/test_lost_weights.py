@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from lopd import pipeline
 from lopd.artifacts import publish_json, read_manifest
 from lopd.cache import read_rows
 from lopd.config import Config, load_config
@@ -29,10 +28,9 @@ from lopd.stages.refreshed import LOST
 from lopd.stages.student import StudentServer
 from lopd.stages.training import SERVER_KEY, TrainingJob
 from sglang_rollout.fleet import fleet_of
-from tests.models import write_qwen3_moe
 from tests.sglang.fake_server import KEY
 from tests.sglang.weight_syncing import UpdatedFake
-from tests.stand_ins import CONFIG, StandIns
+from tests.stand_ins import scored_project
 
 SETTINGS = ("distill={num_steps=4, batch_size=4, sync_every=2, sync_num_prompts=6}", "distill.refresh.every=2", "sync.verify=off")
 
@@ -60,13 +58,7 @@ class Forgetful(UpdatedFake):
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A project whose stages are done up to score, by stand-ins, which go on serving the teacher."""
-    folder = tmp_path_factory.mktemp("lost")
-    for role, seed in (("teacher", 1), ("student", 0)):
-        write_qwen3_moe(folder / role, seed=seed)
-    (folder / "config.toml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        StandIns().install(patch)
-        pipeline.run(config_of(folder), ("demonstrate", "sft", "rollout", "score"))
+    with scored_project(tmp_path_factory.mktemp("lost"), config_of) as folder:
         yield folder
 
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import pytest
 
-from lopd import pipeline
 from lopd.artifacts import ArtifactWriter, publish_json, read_manifest, read_shard
 from lopd.batching import ResponseOrder
 from lopd.cache import read_rows
@@ -32,12 +31,11 @@ from lopd.stages.refresh import Refresher, next_prompts, num_responses
 from lopd.stages.refreshed import REQUEST, Refresh
 from lopd.stages.training import TrainingJob
 from sglang_rollout.client import SGLangEngine
-from tests.models import write_qwen3_moe
 from tests.pipeline.holding import HOLDS
 from tests.pipeline.refreshing import DELAY, REFUSES
 from tests.pipeline.running import deterministic, files, metrics
 from tests.pipeline.waiting_cases import COLLECTIVE_TIMEOUT_S, REFRESH_S
-from tests.stand_ins import CONFIG, Engine, StandIns
+from tests.stand_ins import Engine, scored_project
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS, EVERY, BATCH = 5, 2, 4
@@ -53,14 +51,8 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose stages are done up to score, by stand-ins; its run directory is ``run``."""
-    folder = tmp_path_factory.mktemp("refreshing")
-    for role, seed in (("teacher", 1), ("student", 0)):
-        write_qwen3_moe(folder / role, seed=seed)
-    (folder / "config.toml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        StandIns().install(patch)
-        pipeline.run(config_of(folder), ("demonstrate", "sft", "rollout", "score"))
-    return folder
+    with scored_project(tmp_path_factory.mktemp("refreshing"), config_of) as folder:
+        return folder
 
 
 def config_of(folder: Path, *overrides: str) -> Config:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lopd import pipeline
 from lopd.artifacts import read_manifest
 from lopd.cache.reader import CacheReader
 from lopd.errors import EngineError
@@ -20,11 +19,10 @@ from lopd.stages.refresh import Refresher
 from lopd.stages.refreshed import Refresh
 from sglang_rollout.fleet import fleet_of
 from tests.megatron.test_scorer import of_transformers
-from tests.models import write_qwen3_moe
 from tests.pipeline.running import files
 from tests.pipeline.test_refresh import Distill, asked, assert_same_result, config_of, copied
 from tests.sglang.fake_server import FakeServer
-from tests.stand_ins import CONFIG, StandIns
+from tests.stand_ins import scored_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 BY_MEGATRON = (
@@ -37,14 +35,8 @@ BY_MEGATRON = (
 @pytest.fixture(scope="module")
 def scored_by_megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As test_refresh.scored, but that the teacher's ranks score; demonstrations and rollouts are stand-ins', the scores are real."""
-    folder = tmp_path_factory.mktemp("refreshing")
-    for role, seed in (("teacher", 1), ("student", 0)):
-        write_qwen3_moe(folder / role, seed=seed)
-    (folder / "config.toml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        StandIns().install(patch)
-        pipeline.run(config_of(folder, *BY_MEGATRON), ("demonstrate", "sft", "rollout", "score"))
-    return folder
+    with scored_project(tmp_path_factory.mktemp("refreshing"), config_of, *BY_MEGATRON) as folder:
+        return folder
 
 
 @pytest.fixture(scope="module")
