@@ -90,16 +90,17 @@ def flat(bucket: Named) -> torch.Tensor:
 
 
 def copy_by_disk(pieces: list[torch.Tensor], folder: Path) -> Callable[[], None]:
-    target = torch.empty(max(len(piece) for piece in pieces), dtype=torch.uint8)
+    target = torch.empty(sum(len(piece) for piece in pieces), dtype=torch.uint8)
     target.fill_(0)
+    places = target.split([len(piece) for piece in pieces])
 
     def copy() -> None:
         folder.mkdir()
         for index, piece in enumerate(pieces):
             (folder / str(index)).write_bytes(piece.numpy().data)
-        for index, piece in enumerate(pieces):
+        for index, place in enumerate(places):
             with (folder / str(index)).open("rb", buffering=0) as file:
-                assert file.readinto(target.numpy().data[: len(piece)]) == len(piece)
+                assert file.readinto(place.numpy().data) == len(place)
         shutil.rmtree(folder)
 
     return copy
@@ -110,7 +111,7 @@ def copy_by_shared_memory(pieces: list[torch.Tensor], link: Connection, num_buff
     size = max(len(piece) for piece in pieces)
     shared = [shared_memory.SharedMemory(create=True, size=size) for _ in range(num_buffers)]
     views = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared]
-    link.send(([one.name for one in shared], size))
+    link.send(([one.name for one in shared], [len(piece) for piece in pieces]))
 
     def copy() -> None:
         assert all(size <= one.size for one in shared)  # and the memory lives as long as this function
@@ -118,7 +119,7 @@ def copy_by_shared_memory(pieces: list[torch.Tensor], link: Connection, num_buff
             if index >= num_buffers:
                 link.recv()
             views[index % num_buffers][: len(piece)].copy_(piece)
-            link.send((index % num_buffers, len(piece)))
+            link.send((index % num_buffers, index))
         for _ in range(min(num_buffers, len(pieces))):
             link.recv()
 
@@ -127,12 +128,14 @@ def copy_by_shared_memory(pieces: list[torch.Tensor], link: Connection, num_buff
 
 def take_from_shared_memory(link: Connection) -> None:
     torch.set_num_threads(1)
-    names, size = link.recv()
+    names, lengths = link.recv()
     shared = [shared_memory.SharedMemory(name=name) for name in names]
-    sources, target = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared], torch.zeros(size, dtype=torch.uint8)
+    sources = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared]
+    target = torch.empty(sum(lengths), dtype=torch.uint8).fill_(0)
+    places = target.split(lengths)
     while (told := link.recv()) is not None:
-        buffer, length = told
-        target[:length].copy_(sources[buffer][:length])
+        buffer, index = told
+        places[index].copy_(sources[buffer][: lengths[index]])
         link.send(None)
     for one in shared:
         one.unlink()
@@ -174,10 +177,11 @@ def take_broadcasts(link: Connection) -> None:
     torch.set_num_threads(1)
     port, lengths = link.recv()
     group = gloo_group(1, port)
-    target = torch.zeros(max(map(sum, lengths)), dtype=torch.uint8)
+    target = torch.empty(sum(map(sum, lengths)), dtype=torch.uint8).fill_(0)
+    places = target.split([sum(bucket) for bucket in lengths])
     while link.recv() is not None:
-        for bucket in lengths:
-            for work in [group.broadcast(piece, 0) for piece in target[: sum(bucket)].split(bucket)]:
+        for place, bucket in zip(places, lengths, strict=True):
+            for work in [group.broadcast(piece, 0) for piece in place.split(bucket)]:
                 work.wait()
         link.send(None)
     os._exit(0)
