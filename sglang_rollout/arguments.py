@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib.util
 import ipaddress
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lopd.config import SGLangSection, SyncSection
-from lopd.errors import ConfigError, EngineError
+from lopd.errors import ConfigError
 from sglang_rollout.addresses import check_meeting, check_reach
-
-_OURS = {  # field of ServerArgs -> the key of ours that sets it
-    "model_path": "models.teacher and models.student",
-    "tokenizer_path": "models.teacher and models.student",
-    "host": "sglang.host",
-    "port": "sglang.port",
-    "api_key": "nothing: a random key is made for each server",
-    "admin_api_key": "nothing: a random key is made for each server",
-    "trust_remote_code": "nothing: code shipped inside a checkpoint is never run",
-    "skip_tokenizer_init": "nothing: prompts and responses are token ids",
-    "dtype": "sglang.dtype",
-    "tp_size": "sglang.tensor",
-    "ep_size": "sglang.expert",
-    "dp_size": "sglang.data",
-    "base_gpu_id": "sglang.replicas: each server takes the next GPUs",
-    "weight_version": "nothing: the stage that puts weights in names them",
-    "context_length": "sglang.context_length",
-    "max_running_requests": "sglang.max_running_requests",
-    "max_total_tokens": "sglang.max_total_tokens",
-    "mem_fraction_static": "sglang.mem_fraction",
-    "enable_deterministic_inference": "sglang.deterministic",
-}
+from sglang_rollout.extra_args import check_extra_args
 
 _SECRET = re.compile(r"(?:^|_)(?:key|token|secret|password)$")
 
@@ -115,26 +90,3 @@ def check_host(host: str) -> None:
 def scrubbed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with what may be a secret hidden, for a manifest: a user's extra_args can hold one."""
     return {name: "***" if value is not None and _SECRET.search(name) else value for name, value in arguments.items()}
-
-
-@cache
-def known_fields() -> tuple[str, ...]:
-    """The fields of the installed SGLang's ServerArgs, read from its source: importing it takes seconds and needs a server's environment."""
-    package = importlib.util.find_spec("sglang")
-    if package is None or package.origin is None:
-        raise EngineError("SGLang is not installed", remedy="install requirements/cpu.lock or the gpu extra")
-    source = Path(package.origin).parent / "srt" / "server_args.py"
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs":
-            return tuple(item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
-    raise EngineError("class ServerArgs is not where it was", where=str(source), remedy="use a supported SGLang version (0.5.17 and later)")
-
-
-def check_extra_args(extra: Mapping[str, Any]) -> None:
-    """ConfigError for a name that is no field of the installed ServerArgs (with the nearest one), or one that lopd sets itself."""
-    for name in extra:
-        if name in _OURS:
-            raise ConfigError(f"{name} is set by lopd", where="sglang.extra_args", remedy=f"it follows {_OURS[name]}")
-        if name not in known_fields():
-            nearest = difflib.get_close_matches(name, known_fields(), n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown SGLang argument {name}", where="sglang.extra_args", remedy=f"the nearest one is {nearest}")

@@ -39,7 +39,8 @@ def spoil_weights(folder: Path) -> None:
 
 
 def test_a_server_that_does_not_start(fresh: Path, lopd: Lopd) -> None:
-    line = lopd("run", fresh, "sglang.extra_args.attention_backend=abacus").refused("the teacher server did not start", "abacus", "remedy: ")
+    overrides = "sglang.extra_args.json_model_override_args=abacus"  # text, as it should be, but not JSON: only the server finds that out
+    line = lopd("run", fresh, overrides).refused("the teacher server did not start", "JSONDecodeError", "remedy: ")
     assert "/run/demonstrate/sglang-teacher.log: " in line, "it says where to read on"
 
 

@@ -21,8 +21,8 @@ import torch
 
 from lopd.errors import ConfigError, EngineError
 from lopd.processes import group_alive
-from sglang_rollout.arguments import known_fields
 from sglang_rollout.client import SGLangEngine
+from sglang_rollout.extra_args import known_fields
 from sglang_rollout.scratch import remove_orphans
 from sglang_rollout.server import SGLangServer, check_extra_args, lasting_port, log_summary
 from tests.models import EOS_ID
