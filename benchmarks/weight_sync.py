@@ -302,10 +302,10 @@ def measure_delta(receiver: Any, named: Named, bucket_bytes: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=560.0, help="size of the model")
+    parser.add_argument("--megabytes", type=float, default=1880.0, help="size of the model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--bucket-mib", type=float, default=128.0)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--bucket-mib", type=float, default=512.0)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-delta", dest="delta", action="store_false")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()

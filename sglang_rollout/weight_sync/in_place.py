@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,10 +43,13 @@ class InPlaceReceiver:
         self._session = UpdateSession(self._engines, running_requests, timeout_s)
         self._verification, self._unchanged, self._ask_for_restart = verification, unchanged, ask_for_restart
         self._began = 0.0
+        self._left: Future[None] | None = None  # what the sync before had opened is being closed
 
     def begin(self, version: str) -> None:
         """Hold requests back. EngineError: a server refuses, or serves another architecture."""
         self._began, self.report = time.perf_counter(), SyncReport(self.transport, version)
+        if self._left is not None:
+            self._left.result()
         self._inventory.begin(version)
         self._inventory.check_served(self._engines, self._timeout_s)
         if self._verification is not None:
@@ -82,7 +86,7 @@ class InPlaceReceiver:
         """Have the servers answer with the new weights. EngineError: tensors are missing, the servers' differ from what was sent, or a server fails."""
         self._inventory.check_complete()
         self._settle()
-        left = started(self._leave())  # meanwhile
+        self._left = started(self._leave(), at_exit=True)  # nobody waits for it but the next sync
         self._session.weights_changed()  # of a sync that had nothing to send the version is new all the same
         self._session.end_of_changes()
         if self._verification is not None:
@@ -90,7 +94,6 @@ class InPlaceReceiver:
         self._session.close()
         if self._unchanged is not None:
             self._unchanged.commit(self.report.version)
-        left.result()
         self.report.seconds = time.perf_counter() - self._began
 
     def abandon(self) -> None:

@@ -134,8 +134,11 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def started(call: Callable[[], T]) -> Future[T]:
-    """The call in a thread of its own. A daemon: where a call is given up, its thread must not keep the process from ending."""
+def started(call: Callable[[], T], *, at_exit: bool = False) -> Future[T]:
+    """The call in a thread of its own. A daemon: where a call is given up, its thread must not keep the process from ending.
+
+    at_exit: the process ends after it, for a call that must not be broken off and ends by itself.
+    """
     future: Future[T] = Future()
 
     def run() -> None:
@@ -146,7 +149,7 @@ def started(call: Callable[[], T]) -> Future[T]:
         else:
             future.set_result(result)
 
-    threading.Thread(target=run, name="weight-sync", daemon=True).start()
+    threading.Thread(target=run, name="weight-sync", daemon=not at_exit).start()
     return future
 
 

@@ -60,7 +60,8 @@ class UpdateSession:
     def open(self, version: str, *, in_place: bool) -> None:
         """Hold requests back. EngineError: a server refuses or is silent, or has cached prefixes that it could not forget; all serve on as before."""
         self._version, self._changing = version, False
-        self._infos = self._ask()  # their schedulers too: of requests that have ended nothing is left in them afterwards
+        if not self._infos or self._running not in _MODES:  # else they are asked below, and were found fit before
+            self._infos = self._ask()  # their schedulers too: of requests that have ended nothing is left in them afterwards
         copies = max(int(info.get("dp_size", 1)) * int(info.get("pp_size", 1)) for info in self._infos)
         if in_place and copies > 1:
             raise EngineError(
@@ -73,7 +74,7 @@ class UpdateSession:
             if self._running in _MODES:
                 self._paused = True
                 self._post("/pause_generation", {"mode": _MODES[self._running]})
-                self._ask()  # what a scheduler ended before it came to the pause is then answered, under the version that it has
+                self._infos = self._ask()  # what a scheduler ended before it came to the pause is then answered, under the version that it has
                 self._forget_prefixes()
             for engine, info in zip(self.engines, self._infos, strict=True):
                 if _numbers(str(info["version"])) >= _BRACKETED_SINCE:

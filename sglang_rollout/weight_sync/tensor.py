@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -24,17 +23,17 @@ from torch import Tensor
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.scratch import PATH_MAX
 from sglang_rollout.weight_sync.in_place import InPlaceReceiver
-from sglang_rollout.weight_sync.interface import Bucket, finished, started
+from sglang_rollout.weight_sync.interface import Bucket, finished, nbytes, started
 
 _LEAVING_TIMEOUT_S = 10.0
-_PIECE_BYTES = 64 * 2**20
+_PIECE_BYTES = 256 * 2**20
 _ALIGNMENT = 512  # bytes; a view of another dtype must begin at a multiple of its size, and copies are faster from whole cache lines
 
 
 class TensorWeightReceiver(InPlaceReceiver):
     """Buckets are copied into shared memory, from which the servers copy into their parameters while the next bucket is gathered and copied.
 
-    Extra memory: two buffers, of a bucket each.
+    Extra memory: two buffers, of a piece each.
     """
 
     transport = "tensor"
@@ -89,16 +88,22 @@ class TensorWeightReceiver(InPlaceReceiver):
 
 
 def _pieces(bucket: Bucket) -> Iterator[Bucket]:
-    """On a CPU, of at most _PIECE_BYTES where a tensor is not larger: servers begin to copy sooner. On a GPU the calls would cost more than they save."""
+    """On a CPU, of about _PIECE_BYTES and alike in size: servers begin to copy sooner, and none is so small that its call costs more than its bytes.
+
+    On a GPU a bucket is one piece: the calls would cost more than they save.
+    """
+    whole = nbytes(tensor for _, tensor in bucket)
+    share = whole / (1 if bucket[0][1].is_cuda else max(1, round(whole / _PIECE_BYTES)))
     piece: Bucket = []
-    size, limit = 0, math.inf if bucket[0][1].is_cuda else _PIECE_BYTES
+    before, number = 0, 0  # bytes of the bucket so far; the piece that a tensor's middle falls into
     for name, tensor in bucket:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if piece and size + num_bytes > limit:
+        num_bytes = nbytes([tensor])
+        number, former = int((before + num_bytes / 2) // share) if share else 0, number
+        if piece and number > former:
             yield piece
-            piece, size = [], 0
+            piece = []
         piece.append((name, tensor))
-        size += num_bytes
+        before += num_bytes
     yield piece
 
 

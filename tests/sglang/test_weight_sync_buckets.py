@@ -171,10 +171,19 @@ def test_a_silent_server_is_not_asked_to_leave_the_group(student_dir: Path, monk
     broadcasts.end.release()
 
 
-def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "pieces"),
+    [
+        ((50, 50, 50, 60), ["01", "23"]),  # two alike, not two and a small one
+        ((40, 60, 1, 300, 99, 1, 1), ["01", "2", "3", "456"]),  # a large tensor is a piece of its own, and those after it are not cut up for it
+        ((10, 20, 30), ["012"]),
+        ((0, 0), ["01"]),
+    ],
+)
+def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(sizes: tuple[int, ...], pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor, "_PIECE_BYTES", 100)
-    named = [(str(index), torch.zeros(size, dtype=torch.uint8)) for index, size in enumerate((40, 60, 1, 300, 99, 1, 1))]
-    assert [[name for name, _ in piece] for piece in tensor._pieces(named)] == [["0", "1"], ["2"], ["3"], ["4", "5"], ["6"]]
+    named = [(str(index), torch.zeros(size, dtype=torch.uint8)) for index, size in enumerate(sizes)]
+    assert ["".join(name for name, _ in piece) for piece in tensor._pieces(named)] == pieces
 
 
 def test_two_shared_buffers_are_used_in_turns(student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

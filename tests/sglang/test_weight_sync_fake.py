@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import pickletools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,30 @@ def test_what_ended_before_the_pause_is_waited_for_before_the_version_changes(fa
     sync(fake, student_dir, tmp_path, running_requests=mode)
     paths = [path for path, _ in fake.calls]
     assert "/server_info" in paths[paths.index("/pause_generation") : paths.index("/update_weight_version")]
+
+
+def test_a_sync_does_not_wait_until_its_group_is_closed_but_the_next_one_does(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
+    to = receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off")
+    leave, may_end, closed = to._leave, threading.Event(), list[str]()
+
+    def close() -> None:
+        assert may_end.wait(60.0)
+        closed.append(fake.weight_version)
+
+    to._leave = lambda: close
+    send(to, "v1", tensors(student_dir))
+    assert fake.weight_version == "v1"
+    assert not fake.paused
+    to._leave = leave
+    begins = threading.Thread(target=lambda: send(to, "v2", tensors(student_dir)))
+    begins.start()
+    begins.join(0.3)
+    assert not closed
+    may_end.set()
+    begins.join(60.0)
+    assert not begins.is_alive()
+    assert closed == ["v1"]  # not under the next version
+    assert fake.weight_version == "v2"
 
 
 @pytest.mark.parametrize("mode", ["pause", "keep"])
