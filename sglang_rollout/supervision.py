@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from lopd.errors import EngineError
+from lopd.errors import EngineError, LopdError
 
 _LOOK_EVERY_S = 0.1
 _FAILED_PROBES = 3  # in a row, before a server that is silent counts as hanging: a long prefill can keep it from answering one
@@ -33,9 +33,16 @@ def remember_weights(file: Path, model_dir: Path, version: str) -> None:
 
 
 def _write(file: Path, content: dict[str, str | None]) -> None:
+    _publish(file, json.dumps(content) + "\n")
+
+
+def _publish(file: Path, text: str) -> None:
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise EngineError(f"{file.name} cannot be written ({error})", where=str(file.parent), remedy="free space there") from None
 
 
 def remember_unsaved_weights(file: Path, version: str) -> None:
@@ -70,6 +77,35 @@ def ask_for_restart(weights_file: Path) -> None:
 
 def _request(weights_file: Path) -> Path:
     return weights_file.with_name(f"{weights_file.name}.restart")
+
+
+def num_starts(weights_file: Path, replica: int) -> int:
+    """How often this one of the servers that share the file has been started, from 1. A process that answers has been counted before it could.
+
+    So who talks to a server in several calls sees whether it was one and the same process. 0: nobody watches over it.
+    """
+    return _number_in(_starts(weights_file, replica))
+
+
+def ask_to_end(weights_file: Path, replica: int, start: int) -> None:
+    """Have the owner end the process of this start and start the server again. Nothing happens where it has been started again by itself. Returns at once."""
+    _publish(_end_of(weights_file, replica), str(start))
+
+
+def _starts(weights_file: Path, replica: int) -> Path:
+    return weights_file.with_name(f"{weights_file.name}.{replica}.starts")
+
+
+def _end_of(weights_file: Path, replica: int) -> Path:
+    return weights_file.with_name(f"{weights_file.name}.{replica}.end")
+
+
+def _number_in(file: Path) -> int:
+    """0: there is none."""
+    try:
+        return int(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return 0
 
 
 def check_not_given_up(weights_file: Path) -> None:
@@ -121,6 +157,7 @@ class Watched(Protocol):
     """What the watcher needs of a server."""
 
     name: str
+    replica: int
     log: Path
     weights_file: Path
     activity: Activity
@@ -150,7 +187,7 @@ class Watcher:
         self._server, self._restarts, self._hang_timeout_s, self._tell = server, restarts, hang_timeout_s, tell
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"watch-{server.name}", daemon=True)
-        self._deaths = 0  # in a row
+        self._deaths = self._num_starts = 0  # deaths in a row
         self._failed_probes, self._next_look = 0, 0.0
         self._weights_at_start = self._asked = 0.0
         self.num_restarts = 0
@@ -160,6 +197,8 @@ class Watcher:
         _failure(self._server.weights_file).unlink(missing_ok=True)  # of a former run
         self._asked = _time_of(_request(self._server.weights_file))  # likewise
         self._weights_at_start = _time_of(self._server.weights_file)
+        _end_of(self._server.weights_file, self._server.replica).unlink(missing_ok=True)
+        self._count_start(1)
         self._begin_patience()
         self._thread.start()
 
@@ -184,7 +223,8 @@ class Watcher:
     def _trouble(self) -> EngineError | None:
         """Why a server whose process lives must end."""
         server, asked = self._server, _time_of(_request(self._server.weights_file))
-        if asked > self._asked:  # by time, because several servers may share the file
+        for_this = _number_in(_end_of(server.weights_file, server.replica)) == self._num_starts
+        if asked > self._asked or for_this:  # by time, because several servers may share the file
             self._asked = asked
             return EngineError(f"a restart of the {server.name} server was asked for", where=str(server.log))
         silent = server.activity.silence_s() >= self._hang_timeout_s
@@ -217,20 +257,30 @@ class Watcher:
             if self._deaths > self._restarts:
                 self._server.end_process()
                 self.failure = self._given_up(last)
-                _write(_failure(self._server.weights_file), {name: getattr(self.failure, name) for name in ("what", "where", "limit", "remedy")})
+                with contextlib.suppress(EngineError):  # the disk may be what ended it
+                    _write(_failure(self._server.weights_file), {name: getattr(self.failure, name) for name in ("what", "where", "limit", "remedy")})
                 return False
             self._say(f"{last.what}; starting it again")
             try:
                 self._server.activity.answered = False
                 self._weights_at_start = _time_of(self._server.weights_file)  # what comes while it starts is progress
+                self._server.end_process()
+                self._count_start(self._num_starts + 1)  # between its end and its start: whoever gets an answer finds the number of who gave it
                 self._server.relaunch()
                 self._begin_patience()
                 self.num_restarts += 1
                 return True
             except EngineError as error:
                 last = error
-                self._deaths += 1
+            except OSError as error:  # its log, on a full disk; the thread must not end of it
+                what = f"the {self._server.name} server cannot be started again ({error})"
+                last = EngineError(what, where=str(self._server.log), remedy="free space there")
+            self._deaths += 1
         return False
+
+    def _count_start(self, number: int) -> None:
+        self._num_starts = number
+        _publish(_starts(self._server.weights_file, self._server.replica), str(number))
 
     def _given_up(self, last: EngineError) -> EngineError:
         if self._restarts == 0:
@@ -240,7 +290,8 @@ class Watcher:
 
     def _say(self, line: str) -> None:
         if self._tell is not None:
-            self._tell(line)
+            with contextlib.suppress(OSError, LopdError):  # a line that finds no room on the disk must not end the watch
+                self._tell(line)
 
 
 def _time_of(file: Path) -> float:

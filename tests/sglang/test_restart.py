@@ -17,7 +17,16 @@ from sglang_rollout import supervision
 from sglang_rollout.client import OtherWeights, SGLangEngine
 from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.server import SGLangServer
-from sglang_rollout.supervision import Activity, Watcher, ask_for_restart, remember_unsaved_weights, remember_weights, remembered_weights
+from sglang_rollout.supervision import (
+    Activity,
+    Watcher,
+    ask_for_restart,
+    ask_to_end,
+    num_starts,
+    remember_unsaved_weights,
+    remember_weights,
+    remembered_weights,
+)
 from tests.models import VOCAB_SIZE
 from tests.sglang.conftest import sampling, sampling_requests, settings
 from tests.sglang.weight_syncing import receiver, send, tensors
@@ -49,7 +58,7 @@ class Frail:
 
     def __init__(self, folder: Path) -> None:
         self.name, self.log, self.weights_file, self.activity = "student", folder / "log", folder / "weights.json", Activity()
-        self.num_starts = self.num_ends = self.fails_to_start = 0
+        self.replica = self.num_starts = self.num_ends = self.fails_to_start = 0
         self.is_alive = self.is_responding = self.is_reachable = True
 
     def alive(self) -> bool:
@@ -146,6 +155,19 @@ def test_a_start_that_fails_is_a_death_too(frail: Frail) -> None:
     assert frail.num_starts == 2
 
 
+def test_a_start_on_a_full_disk_is_a_death_too(frail: Frail, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that watches lives on and says why; before, nobody would have heard of it."""
+
+    def relaunch() -> None:
+        raise OSError(28, "No space left on device")
+
+    watcher = watching(frail, 2)
+    monkeypatch.setattr(frail, "relaunch", relaunch)
+    die(frail, watcher)
+    assert "died 3 times in a row" in str(watcher.failure)
+    assert "at last: the student server cannot be started again ([Errno 28] No space left on device)" in str(watcher.failure)
+
+
 def test_without_restarts_a_death_is_the_end_at_once(frail: Frail) -> None:
     watcher = watching(frail, 0)
     die(frail, watcher)
@@ -217,6 +239,24 @@ def test_any_process_can_ask_for_a_restart(frail: Frail) -> None:
     until("started again", lambda: watcher.num_restarts == 1)
     time.sleep(0.3)
     assert (frail.num_starts, told) == (1, ["a restart of the student server was asked for; starting it again"])
+    watcher.stop()
+    watcher.join()
+
+
+def test_who_asks_for_the_end_of_a_process_says_of_which(frail: Frail) -> None:
+    """One that has been started again meanwhile is not ended for what its predecessor did."""
+    ask_to_end(frail.weights_file, 0, 1)  # of a former run: means nothing
+    watcher = watching(frail, 9)
+    assert num_starts(frail.weights_file, 0) == 1
+    die(frail, watcher)
+    assert num_starts(frail.weights_file, 0) == 2
+    ask_to_end(frail.weights_file, 0, 1)  # it is dead already
+    ask_to_end(frail.weights_file, 1, 2)  # another server
+    die(frail, watcher)
+    ask_to_end(frail.weights_file, 0, 3)
+    until("ended and started again", lambda: watcher.num_restarts == 3)
+    die(frail, watcher)
+    assert (frail.num_starts, num_starts(frail.weights_file, 0), num_starts(frail.weights_file, 1)) == (4, 5, 0)
     watcher.stop()
     watcher.join()
 
