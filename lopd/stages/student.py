@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lopd.errors import EngineError
 from lopd.megatron import parallel
 from lopd.stages.batches import MOST_SENDS
+from lopd.stages.first_rank import by_first_rank
 from lopd.stages.sync import StudentWeights, SyncEvaluation
 from lopd.stages.training import SERVER_KEY, TrainingJob
 from sglang_rollout.client import OtherWeights, SGLangEngine
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class StudentServer:
     """The running servers that get the student's weights. Every rank has one and calls it together; rank 0's alone talks to the servers.
 
-    With sync.colocate they and the trainer take turns with the GPUs. It is the trainer's from the start, and after every method but push and leave.
+    With sync.colocate they and the trainer take turns with the GPUs. It is the trainer's from the start and after train, the servers' after push and evaluate:
+    who needs the same weights next finds them there.
     """
 
     def __init__(self, job: TrainingJob, servers: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -54,7 +56,7 @@ class StudentServer:
         self._turns.admit(trainer.memory)
         sync, folder, template = self._job.config.sync, self._job.folder / "sync", self._job.initial
         self._weights = StudentWeights(
-            trainer, samples, sync, self._engine, folder=folder, template=template, weights_file=self._weights_file, turns=self._turns
+            trainer, samples, sync, self._engine, folder=folder, template=template, weights_file=self._weights_file, turns=self._turns, say=self._say
         )
         self._metrics = metrics
         self._evaluation = SyncEvaluation(self._job.config, template, self._engine) if self._engine is not None else None
@@ -74,8 +76,7 @@ class StudentServer:
         """Answers to held-out prompts by the weights after so many steps, which it gets where it has others. EngineError: it loses them again and again."""
         for attempt in range(MOST_SENDS):
             self.push(step, again=attempt > 0)
-            figures, lost = self._evaluated()
-            lost = parallel.gather_objects(lost)[0]
+            figures, lost = by_first_rank(self._evaluated)
             if not lost:
                 break
             if self._metrics is not None:
@@ -86,7 +87,6 @@ class StudentServer:
             self._metrics.eval(self._job.stage, step, figures)
             accuracy, count = figures["accuracy"], figures["num_prompts"]
             self._say(f"step {step}/{self._job.num_steps}: synced weights, accuracy {accuracy:.3f} on {count} prompts")
-        self.train()
 
     def _evaluated(self) -> tuple[dict[str, Any] | None, str]:
         """Rank 0's figures, or what other weights answered."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.batching import build_microbatch
 from lopd.config import Config, SyncSection
+from lopd.errors import EngineError
 from lopd.megatron import parallel
+from lopd.stages.batches import MOST_SENDS
+from lopd.stages.first_rank import by_first_rank
 from lopd.stages.sampling import sampling_params
 from lopd.tasks import get_task
 from lopd.tasks.prompts import load_prompts
 from lopd.tasks.tokenizer import decode, load_tokenizer
 from lopd.tasks.verdicts import Judged, judge_all
 from sglang_rollout.client import SGLangEngine
+from sglang_rollout.recovery import RestartedServers
 from sglang_rollout.sampling import SamplingRequest, request_seed
 from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.supervision import remember_unsaved_weights
@@ -41,8 +46,8 @@ def push_weights(
     """Feeds the trainer's weights, bucket by bucket, to all servers of an engine; says what it cost, where one was given.
 
     Every rank must call this; the one with an engine is the one that sends. receiver: as build_receiver makes it, to be kept for all syncs; absent: by disk.
-    weights_file: where the owner of the servers looks what a restarted one must serve, once a disk sync is done. EngineError: as of a receiver; the buckets
-    are then not iterated to their end, so the other ranks end by the collective's timeout or with the first.
+    weights_file: where the owner of the servers looks what a restarted one must serve, once a disk sync is done. EngineError: as of a receiver, once the
+    buckets are gathered to their end: the other ranks, which learn nothing of it here, then stand where this one does.
     """
     if engine is None:
         for _ in buckets:  # collective: these ranks only take part in gathering
@@ -55,6 +60,11 @@ def push_weights(
         for bucket in buckets:
             receiver.receive(bucket)
         receiver.commit()
+    except EngineError:
+        receiver.abandon()
+        for _ in buckets:
+            pass
+        raise
     except BaseException:
         receiver.abandon()
         raise
@@ -75,32 +85,81 @@ class StudentWeights:
         template: Path,
         weights_file: str | None,
         turns: Apart | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """folder: for versions by disk. template: a checkpoint of the served architecture. weights_file: of servers that lopd runs. turns: with them, where
-        they share GPUs. ConfigError: settings."""
+        they share GPUs. say: a line on screen. ConfigError: settings."""
         if settings.verify is None:
             settings = settings.model_copy(update={"verify": "tensors" if weights_file is not None else "scores"})
         self._trainer, self._samples, self._settings, self._engine = trainer, samples, settings, engine
-        self._folder, self._template, self._turns = folder, template, turns or Apart()
+        self._folder, self._template, self._turns, self._say = folder, template, turns or Apart(), say
         self._weights_file = Path(weights_file) if weights_file is not None else None
         self._receiver = None
+        self._restarted: RestartedServers | None = None
         if engine is not None:
-            self._receiver = build_receiver(settings, engine.engines, folder=folder, template_dir=template, weights_file=self._weights_file)
+            file = self._weights_file
+            remembers = file if settings.transport == "disk" else None  # with half an update a server need not end: all of it is sent again
+            self._receiver = build_receiver(settings, engine.engines, folder=folder, template_dir=template, weights_file=remembers)
+            if file is not None and engine.settings.restarts > 0:
+                self._restarted = RestartedServers(engine.engines, file, settings.timeout_s)
 
     def push(self, version: str) -> SyncReport | None:
-        """Sends the weights as they are now and verifies them; on the rank with an engine what it cost. Servers that are being started again are waited for
-        up to sync.timeout_s. EngineError."""
-        if self._engine is not None and self._engine.settings.restarts > 0:
+        """Sends the weights as they are now and verifies them; on the rank with an engine what it cost.
+
+        Where a server of lopd's was lost on the way (dead, silent, started again), all of it is sent again to all of them once it is back, MOST_SENDS times at
+        most. EngineError: that often, or a server is not started again, or is not lopd's; or none was lost, and one refuses or has other values.
+        """
+        lost = ""
+        for attempt in range(MOST_SENDS):
+            if attempt > 0 and self._engine is not None:
+                self._say(f"{lost}; the weights are sent again")
+            by_first_rank(self._await_servers)
+            probe = self._probe() if self._settings.verify == "scores" else None
+            report, error = self._send(version)
+            lost = by_first_rank(partial(self._settle, version, error, probe))
+            if not lost:
+                return report
+        raise EngineError(f"{lost}, {MOST_SENDS} times", where=f"weight version {version}", remedy="read the servers' logs")
+
+    def _await_servers(self) -> None:
+        """Those that are being started again."""
+        if self._restarted is not None:
+            self._restarted.await_all()
+        elif self._engine is not None and self._engine.settings.restarts > 0:
             await_servers(self._engine.engines, self._settings.timeout_s)
-        probe = self._probe() if self._settings.verify == "scores" else None
-        with self._turns.to_server():
-            buckets = self._trainer.export(bucket_bytes=self._settings.bucket_bytes)
-            report = push_weights(buckets, self._engine, folder=self._folder, template=self._template, version=version, receiver=self._receiver)
-        if self._engine is not None and self._weights_file is not None and self._settings.transport != "disk":
+
+    def _send(self, version: str) -> tuple[SyncReport | None, EngineError | None]:
+        """The report, or what went wrong; every rank has gathered everything then."""
+        try:
+            with self._turns.to_server():
+                buckets = self._trainer.export(bucket_bytes=self._settings.bucket_bytes)
+                return push_weights(buckets, self._engine, folder=self._folder, template=self._template, version=version, receiver=self._receiver), None
+        except EngineError as error:
+            if self._restarted is None:
+                raise
+            return None, error.with_traceback(None)  # whose frames hold what the receiver has let go of
+
+    def _settle(self, version: str, error: EngineError | None, probe: Probe | None) -> str:
+        """After a sending, on the rank with an engine: "" where all have the weights; what was lost, where they must be sent again. EngineError: neither."""
+        if self._engine is None:
+            return ""
+        if error is None and probe is not None:
+            try:
+                ScoreVerification(probe, self._settings.tolerance).check(self._engine.engines)
+            except EngineError as found:
+                error = found
+        lost: list[int] = []
+        if self._restarted is not None:
+            lost = self._restarted.lost() if error is not None else self._restarted.restarted()
+        if lost and self._restarted is not None:
+            self._restarted.end(lost)
+            reason = "it was started again meanwhile" if error is None else error.what
+            return f"a sync of {version} has lost the server at {self._restarted.urls(lost)} ({reason})"
+        if error is not None:
+            raise error
+        if self._weights_file is not None and self._settings.transport != "disk":
             remember_unsaved_weights(self._weights_file, version)
-        if self._engine is not None and probe is not None:
-            ScoreVerification(probe, self._settings.tolerance).check(self._engine.engines)
-        return report
+        return ""
 
     def _probe(self) -> Probe:
         """The trainer's own log-probabilities of the first samples. Collective."""

@@ -1,7 +1,7 @@
 """One rank of sft or distill, started by torchrun: ``python -m lopd.stages.train_worker JOB.json``.
 
-Reads like the method: load the frozen responses, then per step a refresh where it is due, one batch, one forward and one backward, one optimizer step; every so
-often a weight sync with an evaluation, and a checkpoint to resume from.
+Reads like the method: load the frozen responses, then per step, where they are due, a weight sync with an evaluation and a refresh, which share the weights in
+the server; one batch, one forward and one backward, one optimizer step, and every so often a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lopd.megatron.launch import reporting_errors
 from lopd.megatron.trainer import StepMetrics, Trainer
 from lopd.megatron.weights import save_hf
 from lopd.report.console import training_line
-from lopd.report.metrics import MetricsLog
+from lopd.report.metrics import MetricsLog, read_metrics
 from lopd.stages.batches import Batches, Refreshes
 from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import load_samples, objective_of
@@ -52,15 +52,20 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
         metrics.truncate_after(job.stage, trainer.step)
     if student is not None:
         student.learn_from(trainer, samples, metrics)
-    if student is not None and distill.sync_every and trainer.step == 0:
-        student.evaluate(0)
+    evaluated = _evaluated_before(job, main)
     batches = Batches(samples, job)
     refreshes = Refreshes(job, state, student) if student is not None and distill.refresh.is_on else None
     if refreshes is not None and (resumed := refreshes.resume(say)) is not None:
         batches.learn_from(*resumed)
     for step in range(trainer.step, job.num_steps):
+        if student is not None and distill.sync_every and step % distill.sync_every == 0:
+            if step not in evaluated:
+                student.evaluate(step)
+            state["weight_syncs"] += step > 0
         if refreshes is not None and refreshes.due:
             batches.learn_from(refreshes(step, say), step)
+        if student is not None:
+            student.train()
         microbatches, num_tokens = batches(step)
         result = trainer.train_step(microbatches)
         done = step + 1
@@ -71,18 +76,25 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
         state["last_loss"] = result.loss
         if metrics is not None:
             _report(job, metrics, result, num_tokens, {} if refreshes is None else {"refreshes": len(refreshes.made)})
-        if student is not None and distill.sync_every and (done % distill.sync_every == 0 or done == job.num_steps):
-            student.evaluate(done)
-            state["weight_syncs"] += 1
         if done % settings.checkpoint_every == 0 and done < job.num_steps:
             trainer.save_checkpoint(state)
     trainer.finish_checkpoint()
+    if student is not None and distill.sync_every:
+        student.evaluate(job.num_steps)
+        state["weight_syncs"] += 1
+        student.train()
     save_hf(trainer.export(bucket_bytes=_BUCKET_BYTES), job.model, source=job.initial, shard_bytes=job.config.export.shard_bytes)
     if main:
         publish_json(job.result, {"num_steps": job.num_steps, **state})
         if metrics is not None:
             metrics.close()
     parallel.barrier()
+
+
+def _evaluated_before(job: TrainingJob, main: bool) -> set[int]:
+    """The steps whose evaluation stands in the metrics: of a command that was killed after it, and after a checkpoint of that step. Every rank calls it."""
+    rows = read_metrics(job.config.run.dir, kind="eval", stage=job.stage) if main else []
+    return set(parallel.gather_objects([row["step"] for row in rows])[0])
 
 
 def _report(job: TrainingJob, metrics: MetricsLog, result: StepMetrics, num_tokens: int, more: Mapping[str, int]) -> None:

@@ -2,7 +2,8 @@
 
 A kill must land in the middle of something. A test that only watches for the moment comes too late on a busy machine; here the command waits at the moment.
 LOPD_TEST_HOLDS names a folder with one file a place, called STAGE-NUMBER. A stage that has published so many shards in all, or whose rank 0 has logged this
-step, writes STAGE-NUMBER.held beside it and goes on when that is removed. Everything else of the command goes on: servers, heartbeats, what is in flight.
+step, or which sends that bucket of all its weight syncs in place (sync-NUMBER, from 1), writes STAGE-NUMBER.held beside it and goes on when that is removed.
+Everything else of the command goes on: servers, heartbeats, what is in flight.
 """
 
 from __future__ import annotations
@@ -42,6 +43,20 @@ def hold_after_shards() -> None:
     ArtifactWriter.publish_shard = publish_and_hold  # type: ignore[method-assign]
 
 
+def hold_before_buckets() -> None:
+    """Likewise, of the weights that go to a server."""
+    from sglang_rollout.weight_sync.in_place import InPlaceReceiver
+
+    receive, sent = InPlaceReceiver.receive, [0]
+
+    def hold_and_receive(receiver: InPlaceReceiver, bucket: Any) -> None:
+        sent[0] += 1
+        hold("sync", sent[0])
+        receive(receiver, bucket)
+
+    InPlaceReceiver.receive = hold_and_receive  # type: ignore[method-assign]
+
+
 def command() -> None:
     """lopd itself; its ranks run this module too."""
     from lopd import cli
@@ -69,6 +84,7 @@ def rank(job_file: Path) -> None:
         hold(stage, step)
 
     MetricsLog.train = log_and_hold  # type: ignore[method-assign]
+    hold_before_buckets()
     train_worker.main(job_file)
 
 

@@ -55,8 +55,8 @@ def steps_done(run_dir: Path, stage: str) -> int:
 
 
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: CompletedRun, done_up_to: Callable[[str], Path]) -> None:
-    """One run directory, always the same command: killed amid rollouts and between two checkpoints of distill; once the server dies amid the scores, and is
-    started again."""
+    """One run directory, always the same command: killed amid rollouts and between two checkpoints of distill; the server dies amid the scores, and between two
+    buckets of a weight sync, and is started again."""
     rng = random.Random(7)
     run_dir = done_up_to("sft")
     kept: dict[str, FileState] = {}
@@ -91,8 +91,14 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: Comple
     assert steps_done(run_dir, "distill") == step, "between two checkpoints"
     nothing_is_rewritten()
 
-    finished = start("distill").wait()
+    command = Command("distill", run_dir, [*SHORT, "distill.checkpoint_every=2", "sync.transport=distributed", "sync.bucket_bytes=50_000"], holds=["sync-3"])
+    command.wait_for("sync-3")
+    command.kill_child(SERVER)
+    command.wait_until(lambda: "the student server died" in command.output, "its death is told")
+    command.release("sync-3")
+    finished = command.wait()
     assert finished.code == 0, finished.stderr
+    assert finished.stdout.count("the weights are sent again") == 1
     assert f"distill {step + 1}/{NUM_STEPS}" in finished.stdout
     assert f"distill 1/{NUM_STEPS}" not in finished.stdout, "it goes on from a checkpoint"
     nothing_is_rewritten()

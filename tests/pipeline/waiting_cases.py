@@ -1,11 +1,13 @@
-"""Two ranks that wait for a refresh for longer than a collective may last; started by run_ranks."""
+"""Two ranks that wait for a refresh, and for what only rank 0 can do, for longer than a collective may last; started by run_ranks."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from lopd.megatron.launch import reporting_errors
@@ -29,6 +31,7 @@ def wait(job_file: Path) -> None:
     from lopd.config import ParallelSection
     from lopd.megatron import parallel
     from lopd.stages.batches import Refreshes
+    from lopd.stages.first_rank import by_first_rank
     from lopd.stages.training import TrainingJob
 
     parallel.initialize(ParallelSection(ranks=2), seed=1, timeout_s=600)
@@ -37,6 +40,7 @@ def wait(job_file: Path) -> None:
     parallel.gather_objects("here")
     collectives_last(COLLECTIVE_TIMEOUT_S)
     samples = refreshes(2, say)
+    assert by_first_rank(partial(_work, job_file)) == f"of rank 0 in {job_file}"
     collectives_last(600)  # what the ranks read after the wait takes one of them longer than the other
     parallel.gather_objects(len(samples))
     say(f"rank {parallel.rank()} learns from {len(samples)}, due: {refreshes.due}")
@@ -45,6 +49,11 @@ def wait(job_file: Path) -> None:
         time.sleep(1)
     parallel.gather_objects("late")
     say("waited in a collective")
+
+
+def _work(job_file: Path) -> str:
+    time.sleep(REFRESH_S)
+    return f"of rank {os.environ['RANK']} in {job_file}"
 
 
 def collectives_last(timeout_s: float) -> None:

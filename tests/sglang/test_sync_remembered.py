@@ -1,8 +1,9 @@
-"""What a sync leaves behind for whoever restarts a dead server, and a sync into a server that is being started again."""
+"""What a sync leaves behind for whoever restarts a dead server, a sync into a server that is being started again, and which syncs are repeated."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -12,9 +13,11 @@ import pytest
 from lopd.config import SGLangSection, SyncSection
 from lopd.errors import EngineError
 from lopd.stages import sync
+from lopd.stages.batches import MOST_SENDS
 from sglang_rollout.supervision import remember_weights, remembered_weights
 from sglang_rollout.weight_sync.interface import await_servers
 from tests.sglang.fake_server import FakeServer
+from tests.sglang.weight_syncing import Named, UpdatedFake, buckets, tensors
 
 
 class Receiver:
@@ -50,6 +53,73 @@ def test_weights_in_no_folder_replace_older_ones(transport: Literal["tensor", "d
 def test_by_disk_the_receiver_itself_remembers_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push("disk", tmp_path / "weights.json", monkeypatch)
     assert remembered_weights(tmp_path / "weights.json") is None
+
+
+class Trained:
+    """Exports the weights of a folder; at times a server is started again meanwhile, which then has its first weights."""
+
+    def __init__(self, model: Path, fake: UpdatedFake, weights_file: Path, restarts: int) -> None:
+        self._model, self._fake, self._file, self._restarts = model, fake, weights_file, restarts
+        self.num_exports = self.num_gathered = 0
+        self._start(1)
+
+    def _start(self, number: int) -> None:
+        """As its owner does (sglang_rollout.supervision)."""
+        self._file.with_name(f"{self._file.name}.0.starts").write_text(str(number))
+        self._fake.weight_version = "default"
+
+    def export(self, *, bucket_bytes: int) -> Iterator[Named]:
+        self.num_exports += 1
+        named = tensors(self._model)
+        for bucket in buckets(named, 20):
+            yield bucket
+            self.num_gathered += len(bucket)
+        if self.num_exports <= self._restarts:
+            self._start(self.num_exports + 1)
+
+
+@pytest.fixture
+def fake(student_dir: Path) -> Iterator[UpdatedFake]:
+    with UpdatedFake() as running:
+        running.model_path = str(student_dir)
+        yield running
+
+
+def trained(fake: UpdatedFake, model: Path, folder: Path, restarts: int = 0) -> tuple[Trained, sync.StudentWeights, list[str]]:
+    said: list[str] = []
+    trainer: Any = Trained(model, fake, folder / "weights.json", restarts)
+    settings, engine = SyncSection(transport="tensor", verify="off"), fake.engine()
+    file = str(folder / "weights.json")
+    weights = sync.StudentWeights(trainer, [], settings, engine, folder=folder / "sync", template=model, weights_file=file, say=said.append)
+    return trainer, weights, said
+
+
+def test_a_server_that_came_back_during_a_sync_is_sent_all_of_it_again(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
+    """It has taken part of it with its former process, and answers every call: only that it is another process tells."""
+    trainer, weights, said = trained(fake, student_dir, tmp_path, restarts=2)
+    weights.push("step-4")
+    assert (trainer.num_exports, fake.weight_version, fake.paused) == (3, "step-4", False)
+    line = f"a sync of step-4 has lost the server at {fake.url} (it was started again meanwhile); the weights are sent again"
+    assert said == [line, line]
+    weights.push("step-6")
+    assert (trainer.num_exports, fake.weight_version, len(said)) == (4, "step-6", 2)
+
+
+def test_a_server_that_never_takes_it_whole_is_an_error(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
+    trainer, weights, said = trained(fake, student_dir, tmp_path, restarts=99)
+    with pytest.raises(EngineError, match=r"a sync of step-4 has lost the server .*, 5 times"):
+        weights.push("step-4")
+    assert (trainer.num_exports, len(said)) == (MOST_SENDS, MOST_SENDS - 1)
+
+
+def test_a_refusal_is_not_repeated(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
+    """Nobody was lost: the same would be refused again. All ranks have gathered to the end all the same, where rank 0 says what was refused."""
+    trainer, weights, said = trained(fake, student_dir, tmp_path)
+    fake.refuse["/update_weights_from_tensor"] = "shape mismatch"
+    with pytest.raises(EngineError, match="refused with HTTP 400: shape mismatch"):
+        weights.push("step-4")
+    assert (trainer.num_exports, trainer.num_gathered, said) == (1, len(tensors(student_dir)), [])
+    assert not list(tmp_path.glob("*.end"))
 
 
 def test_a_server_that_is_being_started_again_is_waited_for() -> None:
