@@ -159,6 +159,7 @@ class StageContext:
             self.log(f"WARNING: that these servers hold the weights of {model} cannot be seen from here; their word is taken")
         if loads_weights:
             engine.update_weights_from_disk(model, version=f"lopd-{identity.weights[:12]}")
+            engine.call("POST", "/continue_generation", {})  # a trainer that was killed amid a sync in place has left them paused, with half of it
         return engine, found
 
     def _probe_on_record(self) -> list[float] | None:

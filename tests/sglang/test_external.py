@@ -21,6 +21,8 @@ from sglang_rollout.server import SGLangServer
 from tests.models import VOCAB_SIZE
 from tests.sglang.conftest import sampling, sampling_requests, settings
 from tests.sglang.fake_server import KEY, LOGPROB, FakeServer
+from tests.sglang.test_parity import MAX_DIFFERENCE
+from tests.sglang.weight_syncing import receiver, tensors, worst_difference
 
 TEXT = {"w4 w5": [4, 5]}
 
@@ -142,8 +144,15 @@ def test_a_stage_puts_the_students_weights_into_the_users_servers(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, server.api_key)
     context = context_of(tmp_path, student_dir, other_dir, student_urls=[server.url])
+    killed = receiver("tensor", engine, tmp_path, student_dir)  # of a trainer that left them with half of a sync, paused
+    killed.begin("step-4")
+    killed.receive(tensors(student_dir)[:5])
+    killed._settle()  # type: ignore[attr-defined]
+    assert engine.model_info()["weight_version"] == "step-4 (incomplete)"
     try:
         with context.serve("student", other_dir):
+            assert len(list(engine.generate(sampling_requests(3), sampling(max_new_tokens=4)))) == 3
+            assert worst_difference(engine, other_dir) <= MAX_DIFFERENCE
             assert engine.model_info()["weight_version"] == f"lopd-{identify_model(other_dir).weights[:12]}"
             assert engine.model_info()["model_path"] == str(other_dir)
     finally:
