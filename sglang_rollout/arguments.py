@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,8 +12,6 @@ from lopd.config import SGLangSection, SyncSection
 from lopd.errors import ConfigError
 from sglang_rollout.addresses import check_meeting, check_reach
 from sglang_rollout.extra_args import check_extra_args
-
-_SECRET = re.compile(r"(?:^|_)(?:key|token|secret|password)$")
 
 
 def server_arguments(model_dir: Path, settings: SGLangSection, port: int, *, version: str | None = None) -> dict[str, Any]:
@@ -57,11 +54,17 @@ def check_urls(settings: SGLangSection) -> None:
     for name in ("teacher_urls", "student_urls"):
         urls = [_checked_url(url, f"sglang.{name}") for url in getattr(settings, name)]
         for url in urls:
-            if urls.count(url) > 1:
-                raise ConfigError(f"{url!r} is there {urls.count(url)} times", where=f"sglang.{name}", limit="each server once", remedy="name it once")
-            if name == "student_urls" and url in {teacher.rstrip("/") for teacher in settings.teacher_urls}:
+            if [_same(other) for other in urls].count(_same(url)) > 1:
+                times = [_same(other) for other in urls].count(_same(url))
+                raise ConfigError(f"{url!r} is there {times} times", where=f"sglang.{name}", limit="each server once", remedy="name it once")
+            if name == "student_urls" and _same(url) in {_same(teacher) for teacher in settings.teacher_urls}:
                 what, remedy = f"{url!r} is also in sglang.teacher_urls", "name another server: weights of the student would replace the teacher's"
                 raise ConfigError(what, where="sglang.student_urls", limit="one model a server", remedy=remedy)
+
+
+def _same(url: str) -> str:
+    """Equal for two names of one server on this machine."""
+    return url.rstrip("/").replace("//localhost", "//127.0.0.1", 1)
 
 
 def _checked_url(url: str, where: str) -> str:
@@ -76,6 +79,9 @@ def _checked_url(url: str, where: str) -> str:
         raise ConfigError("a URL with a name or password in it", where=where, remedy=f"{remedy}, and the servers' key in LOPD_SGLANG_KEY")
     if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:%-]+", host) or parts.query or parts.fragment:
         raise ConfigError(f"{url!r} is no URL", where=where, remedy=remedy)
+    if re.fullmatch(r".*/v1/*", parts.path):
+        what, limit = f"{url!r} is the address of the OpenAI interface", "that of the server: lopd asks /generate, which takes and gives token ids"
+        raise ConfigError(what, where=where, limit=limit, remedy=f"{remedy}, without /v1")
     return url.rstrip("/")
 
 
@@ -85,8 +91,3 @@ def check_host(host: str) -> None:
         ipaddress.ip_address(host)
     except ValueError:
         raise ConfigError(f"{host!r} is no IP address", where="sglang.host", remedy="127.0.0.1 for this machine alone, or the address to listen on") from None
-
-
-def scrubbed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with what may be a secret hidden, for a manifest: a user's extra_args can hold one."""
-    return {name: "***" if value is not None and _SECRET.search(name) else value for name, value in arguments.items()}

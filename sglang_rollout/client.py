@@ -60,7 +60,7 @@ class SGLangEngine:
         self.url, self.api_key, self.settings, self.server = url.rstrip("/"), api_key, settings, server
         self._weights_file = weights_file
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
 
     @property
     def engines(self) -> tuple[SGLangEngine, ...]:
@@ -231,10 +231,10 @@ class SGLangEngine:
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout, trust_env=False, verify=tls)
 
     def _served_vocab_size(self) -> int:
-        if self._vocab_size is None:
+        if self.vocab_size is None:
             config = Path(self.model_info()["model_path"]) / "config.json"
             try:
-                self._vocab_size = int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])
+                self.vocab_size = int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise EngineError(f"vocab_size is not to be read ({error})", where=str(config), remedy="give score() the vocab_size") from None
-        return self._vocab_size
+        return self.vocab_size

@@ -22,7 +22,7 @@ class SGLangFleet(SGLangEngine):
 
     def __init__(self, engines: Sequence[SGLangEngine]) -> None:
         first = engines[0]
-        super().__init__(first.url, first.api_key, first.settings, server=first.server)
+        super().__init__(first.url, first.api_key, first.settings, server=first.server, vocab_size=first.vocab_size)
         self._engines = tuple(engines)
 
     @property

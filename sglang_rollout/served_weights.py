@@ -43,16 +43,18 @@ def install() -> None:
     """RuntimeError: upstream has moved."""
     checker = importlib.import_module("sglang.srt.utils.weight_checker").WeightChecker
     original = checker.handle
-    if tuple(inspect.signature(original).parameters) != ("self", "action", "allow_quant_error"):
-        raise RuntimeError("sglang_rollout.served_weights: WeightChecker.handle takes other arguments; this SGLang version needs another patch")
+    parameters = tuple(inspect.signature(original).parameters)
+    if parameters not in (("self", "action", "allow_quant_error"), ("self", "action", "allow_quant_error", "skip_tensor_list", "role")):
+        raise RuntimeError(f"sglang_rollout.served_weights: WeightChecker.handle takes {parameters}; this SGLang version needs another patch")
 
-    def handle(self: Any, action: str, allow_quant_error: bool = False) -> dict[str, Any] | None:
+    def handle(self: Any, action: str, *more: Any, **named: Any) -> dict[str, Any] | None:
         kind, colon, folder = action.partition(":")
         if kind + colon not in (FINGERPRINTS, DTYPES):
-            result: dict[str, Any] | None = original(self, action, allow_quant_error)
+            result: dict[str, Any] | None = original(self, action, *more, **named)
             return result
         told = _told(self, Path(folder), parts=kind + colon == FINGERPRINTS)
-        return {"checksums": told, "per_gpu_checksum": "", "parallelism_info": self._parallelism_info().model_dump()}
+        role = {"role": named["role"]} if "role" in parameters else {}  # from 0.5.21 on: the model or its draft
+        return {"checksums": told, "per_gpu_checksum": "", "parallelism_info": self._parallelism_info(**role).model_dump()}
 
     checker.handle = handle
 

@@ -18,10 +18,11 @@ from types import TracebackType
 import httpx
 
 from lopd.config import SGLangSection
+from lopd.config.secrets import scrubbed
 from lopd.errors import EngineError
 from lopd.processes import GuardedProcess, free_port, last_lines, port_taken
 from sglang_rollout.addresses import interface_of
-from sglang_rollout.arguments import check_host, scrubbed, server_arguments
+from sglang_rollout.arguments import check_host, server_arguments
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
 from sglang_rollout.extra_args import check_extra_args
 from sglang_rollout.launch import KEY_VARIABLE

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from lopd.errors import EngineError, LopdError
+from lopd.errors import ConfigError, EngineError, LopdError
 
 _LOOK_EVERY_S = 0.1
 _FAILED_PROBES = 3  # in a row, before a server that is silent counts as hanging: a long prefill can keep it from answering one
@@ -272,6 +272,8 @@ class Watcher:
                 return True
             except EngineError as error:
                 last = error
+            except ConfigError as error:  # of something that was there at its first start: a network interface, say
+                last = EngineError(error.what, where=error.where, limit=error.limit, remedy=error.remedy)
             except OSError as error:  # its log, on a full disk; the thread must not end of it
                 what = f"the {self._server.name} server cannot be started again ({error})"
                 last = EngineError(what, where=str(self._server.log), remedy="free space there")

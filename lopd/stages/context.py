@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import MANIFEST, ArtifactWriter, Share, identify_model, read_manifest
 from lopd.config import Config, SGLangSection, result_keys
+from lopd.config.secrets import scrubbed
 from lopd.records import Manifest, ModelIdentity, Prompt
 from lopd.report.console import say
 from lopd.tasks.rows import content_hash
@@ -75,6 +76,8 @@ class StageContext:
     def inputs(self) -> dict[str, Any]:
         """Everything but the parents that decides this stage's result, flat."""
         keys = result_keys(self.config, ("run.seed", *self.stage.knobs, *(f"prompts.{name}" for name in self.stage.prompts)))
+        if "sglang.extra_args" in keys:
+            keys["sglang.extra_args"] = scrubbed(keys["sglang.extra_args"])
         for role in self.stage.models:
             identity = self.identity(role)
             keys[f"models.{role}"] = identity.weights

@@ -75,7 +75,8 @@ def sample_into(
 ) -> None:
     """Samples what is not yet published. A request's seed derives from (seed, prompt, sample index, purpose), so a resumed stage asks for the same.
 
-    Beyond the prompts, only the responses of shards in flight are in memory. version: of the weights that must answer (OtherWeights).
+    Beyond the prompts, only the responses of shards in flight are in memory. version: of the weights that must answer; absent: those that the servers have
+    now. OtherWeights: a server that was started again, by its owner perhaps, has others.
     """
     total, shard_size = len(prompts) * samples_per_prompt, writer.shard_size
     num_shards = -(-total // shard_size)
@@ -101,6 +102,7 @@ def sample_into(
                 shard_of[key] = index
                 yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
 
+    version = version or str(engine.model_info()["weight_version"])
     mine = sum(size(index) for index in range(num_shards) if writer.is_mine(index))
     with progress(title, total=mine, done=mine - sum(map(size, missing)), unit="responses") as bar:
         for response in engine.generate(requests(), params, version=version):

@@ -99,7 +99,8 @@ class StudentWeights:
         if engine is not None:
             file = self._weights_file
             remembers = file if settings.transport == "disk" else None  # with half an update a server need not end: all of it is sent again
-            self._receiver = build_receiver(settings, engine.engines, folder=folder, template_dir=template, weights_file=remembers)
+            own = settings.model_copy(update={"verify": "off"}) if settings.verify == "scores" else settings  # those are compared here, in _settle
+            self._receiver = build_receiver(own, engine.engines, folder=folder, template_dir=template, weights_file=remembers)
             if file is not None and engine.settings.restarts > 0:
                 self._restarted = RestartedServers(engine.engines, file, settings.timeout_s)
 

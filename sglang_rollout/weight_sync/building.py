@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from lopd.config import SyncSection
+from lopd.errors import ConfigError
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.supervision import ask_for_restart, remember_weights
 from sglang_rollout.weight_sync.delta import Unchanged
@@ -27,8 +28,12 @@ def build_receiver(
 ) -> WeightReceiver:
     """For the servers of these engines. folder: where a transport by disk may put versions. template_dir: a checkpoint with the model's tensors.
 
-    weights_file: of the servers (sglang_rollout.supervision): where a disk sync remembers what a restarted one must serve.
+    weights_file: of the servers (sglang_rollout.supervision): where a disk sync remembers what a restarted one must serve. ConfigError: verify = "scores",
+    which needs the trainer's own: a receiver sees tensors only (sglang_rollout.weight_sync.verification.ScoreVerification, after the sync).
     """
+    if settings.verify == "scores":
+        what, limit = 'a receiver cannot verify by "scores": it has none of the trainer\'s', "tensors, off"
+        raise ConfigError(what, where="sync.verify", limit=limit, remedy='set "off" and use ScoreVerification after each sync')
     verification = TensorVerification(timeout_s=settings.timeout_s) if settings.verify in (None, "tensors") else None
     if settings.transport == "disk":
         return DiskWeightReceiver(

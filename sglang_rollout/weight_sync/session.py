@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from lopd.errors import EngineError
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.client import Refused, SGLangEngine
 from sglang_rollout.weight_sync.interface import model_info, on_all
 
 RunningRequests: TypeAlias = Literal["finish", "pause", "keep", "abort"]
 
 _MODES = {"pause": "retract", "keep": "in_place", "abort": "abort"}  # SGLang's words
-_BRACKETED_SINCE = (0, 5, 22)  # from this version on, weights change only between /begin_weight_update and /end_weight_update
+_BRACKETED_SINCE = (0, 5, 21)  # from this version on, weights change only between /begin_weight_update and /end_weight_update
 _FLUSH_PATIENCE_S = 10  # requests that were just aborted need a moment to be gone
 _CLEANING_TIMEOUT_S = 10.0  # for a call that only tidies up after a failure
 
@@ -78,11 +78,20 @@ class UpdateSession:
                 self._forget_prefixes()
             for engine, info in zip(self.engines, self._infos, strict=True):
                 if _numbers(str(info["version"])) >= _BRACKETED_SINCE:
-                    engine.call("POST", "/begin_weight_update", {}, timeout_s=self._timeout_s)
-                    self._bracketed.append(engine)
+                    self._open_bracket(engine)
         except EngineError:
             self.abandon()
             raise
+
+    def _open_bracket(self, engine: SGLangEngine) -> None:
+        try:
+            engine.call("POST", "/begin_weight_update", {}, timeout_s=self._timeout_s)
+        except Refused as error:
+            if "already open" not in error.what:  # by one who was killed before it came to the end
+                raise
+            engine.call("POST", "/end_weight_update", {}, timeout_s=self._timeout_s)
+            engine.call("POST", "/begin_weight_update", {}, timeout_s=self._timeout_s)
+        self._bracketed.append(engine)
 
     def weights_changed(self) -> None:
         if not self._changing:

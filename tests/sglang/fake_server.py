@@ -104,7 +104,7 @@ class FakeServer:
             if self.refuse_update:
                 return 400, {"success": False, "message": self.refuse_update}
             self.weight_version = body["weight_version"]
-        elif path not in ("/abort_request", "/flush_cache", "/begin_weight_update", "/end_weight_update"):
+        elif path not in ("/abort_request", "/flush_cache", "/continue_generation", "/begin_weight_update", "/end_weight_update"):
             return 404, {"detail": "Not Found"}
         return 200, {"success": True}
 

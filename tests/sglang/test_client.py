@@ -271,7 +271,7 @@ def test_a_foreign_servers_log_probabilities_are_asked_again_at_temperature_one(
 
     fake.change = colder
     engine = fake.engine()
-    engine._vocab_size = VOCAB_SIZE
+    engine.vocab_size = VOCAB_SIZE
     [warm] = engine.generate(sampling_requests(1), sampling(temperature=1.0, stop_token_ids=STOPS))
     [cold] = engine.generate(sampling_requests(1), sampling(temperature=0.5, stop_token_ids=STOPS))
     np.testing.assert_array_equal(warm.sampling_logprobs, np.float32(-0.1))

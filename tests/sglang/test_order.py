@@ -33,7 +33,7 @@ def test_what_is_published_keeps_the_order_of_the_rollouts(fake: FakeServer, tmp
     writer.publish_shard(0, cache.to_table(RESPONSES))
     rollouts = writer.finish()
     engine = fake.engine(max_in_flight=1)
-    engine._vocab_size = VOCAB_SIZE
+    engine.vocab_size = VOCAB_SIZE
     scores = ArtifactWriter(tmp_path / "scores", kind="teacher_cache", inputs={})
     score_into(scores, engine, tmp_path / "rollouts", rollouts, title="scoring")
     assert [len(body["input_ids"]) for body in fake.paths("/generate")] == [22, 6, 14, 11, 5]

@@ -55,7 +55,7 @@ def test_the_order_of_calls(fake: UpdatedFake, student_dir: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("transport", "version", "bracketed"),
-    [*(("disk", *case) for case in (("0.5.17", False), ("0.5.21.post1", False), ("0.5.22", True), ("0.6.0", True))), ("tensor", "0.5.22", True)],
+    [*(("disk", *case) for case in (("0.5.17", False), ("0.5.20.post1", False), ("0.5.21", True), ("0.6.0", True))), ("tensor", "0.5.22", True)],
 )
 def test_newer_servers_are_told_where_an_update_begins_and_ends(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path, transport: str, version: str, bracketed: bool
