@@ -26,7 +26,7 @@ from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 from sglang_rollout.weight_sync.interface import Bucket, finished, nbytes, started
 
 _LEAVING_TIMEOUT_S = 10.0
-_PIECE_BYTES = 256 * 2**20
+_FIRST_PIECE_BYTES, _MOST_PIECE_BYTES = 64 * 2**20, 256 * 2**20
 _ALIGNMENT = 512  # bytes; a view of another dtype must begin at a multiple of its size, and copies are faster from whole cache lines
 
 
@@ -42,10 +42,14 @@ class TensorWeightReceiver(InPlaceReceiver):
         super().__init__(*arguments, **named)
         self._buffers: list[Tensor | None] = [None, None]  # uint8, shared; used in turns
         self._reading: dict[str, Future[Any]] = {}  # the servers' answers to the bucket before
+        self._sizes = _piece_sizes()
         self._given_up: list[Tensor | None] = []  # buffers that a server may still come to read: without the memory its scheduler would die of it
 
+    def _join(self) -> None:
+        self._sizes = _piece_sizes()
+
     def _send(self, bucket: Bucket) -> None:
-        for piece in _pieces(bucket):
+        for piece in _pieces(bucket, self._sizes):
             shared = self._share(piece)
             ranks = zip(self._engines, self._session.num_ranks, strict=True)
             former, self._reading = self._reading, {engine.url: started(partial(self._post, engine, number, shared)) for engine, number in ranks}
@@ -87,23 +91,28 @@ class TensorWeightReceiver(InPlaceReceiver):
         return shared
 
 
-def _pieces(bucket: Bucket) -> Iterator[Bucket]:
-    """On a CPU, of about _PIECE_BYTES and alike in size: servers begin to copy sooner, and none is so small that its call costs more than its bytes.
+def _piece_sizes() -> Iterator[int]:
+    """Of a sync, in bytes: small ones first, so that servers begin early, then larger ones, whose calls cost less than their bytes."""
+    size = _FIRST_PIECE_BYTES
+    while True:
+        yield size
+        size = min(2 * size, _MOST_PIECE_BYTES)
 
-    On a GPU a bucket is one piece: the calls would cost more than they save.
-    """
-    whole = nbytes(tensor for _, tensor in bucket)
-    share = whole / (1 if bucket[0][1].is_cuda else max(1, round(whole / _PIECE_BYTES)))
+
+def _pieces(bucket: Bucket, sizes: Iterator[int]) -> Iterator[Bucket]:
+    """On a CPU, of about these sizes: servers copy one while the next is written. On a GPU one: the calls would cost more than they save."""
+    left = nbytes(tensor for _, tensor in bucket)
+    wanted = left if bucket[0][1].is_cuda else next(sizes)
     piece: Bucket = []
-    before, number = 0, 0  # bytes of the bucket so far; the piece that a tensor's middle falls into
+    size = 0
     for name, tensor in bucket:
         num_bytes = nbytes([tensor])
-        number, former = int((before + num_bytes / 2) // share) if share else 0, number
-        if piece and number > former:
+        if piece and size + num_bytes / 2 > wanted and left > wanted / 2:  # a small rest goes with the last piece
             yield piece
-            piece = []
+            piece, size, wanted = [], 0, next(sizes)
         piece.append((name, tensor))
-        before += num_bytes
+        size += num_bytes
+        left -= num_bytes
     yield piece
 
 

@@ -174,20 +174,26 @@ def test_a_silent_server_is_not_asked_to_leave_the_group(student_dir: Path, monk
 @pytest.mark.parametrize(
     ("sizes", "pieces"),
     [
-        ((50, 50, 50, 60), ["01", "23"]),  # two alike, not two and a small one
-        ((40, 60, 1, 300, 99, 1, 1), ["01", "2", "3", "456"]),  # a large tensor is a piece of its own, and those after it are not cut up for it
+        ((50, 50, 50, 60, 90, 90, 90, 90, 80, 75), ["01", "234", "56789"]),  # of about 100, 200 and 400 bytes
+        ((60, 45, 50, 1), ["01", "23"]),
+        ((60, 45, 40, 1), ["0123"]),  # the rest would be less than half a piece
+        ((40, 60, 1, 500, 90, 120), ["01", "2", "3", "45"]),  # a large tensor is a piece of its own
         ((10, 20, 30), ["012"]),
         ((0, 0), ["01"]),
     ],
 )
-def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(sizes: tuple[int, ...], pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor, "_PIECE_BYTES", 100)
+def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(sizes: tuple[int, ...], pieces: list[str]) -> None:
     named = [(str(index), torch.zeros(size, dtype=torch.uint8)) for index, size in enumerate(sizes)]
-    assert ["".join(name for name, _ in piece) for piece in tensor._pieces(named)] == pieces
+    assert ["".join(name for name, _ in piece) for piece in tensor._pieces(named, iter((100, 200, 400, 400)))] == pieces
+
+
+def test_pieces_grow_over_the_buckets_of_a_sync() -> None:
+    assert [size // 2**20 for size, _ in zip(tensor._piece_sizes(), range(4), strict=False)] == [64, 128, 256, 256]
 
 
 def test_two_shared_buffers_are_used_in_turns(student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor, "_PIECE_BYTES", 512)
+    monkeypatch.setattr(tensor, "_FIRST_PIECE_BYTES", 512)
+    monkeypatch.setattr(tensor, "_MOST_PIECE_BYTES", 512)
     server = Server()
     to: Any = receiver("tensor", server, tmp_path, student_dir)  # type: ignore[arg-type]
     to._session._infos = [{"tp_size": 1}]
