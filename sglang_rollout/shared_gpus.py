@@ -21,15 +21,15 @@ def training_settings(config: Config) -> SGLangSection:
     return config.sglang.model_copy(update={"extra_args": more, "restarts": 0, "outage_timeout_s": 0.0})
 
 
-def colocation_problems(config: Config, *, on_gpu: bool) -> Iterator[ConfigError]:
-    """Why server and trainer cannot take turns as configured; nothing where they need not. on_gpu: of this machine."""
+def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigError]:
+    """Why server and trainer cannot take turns as configured; nothing where they need not. on_gpu: of this machine; None: it will be another."""
     if not config.sync.colocate:
         return
     away = "set sync.colocate=false"
-    if not on_gpu:
+    if on_gpu is False:
         what = "SGLang gives no memory back on a CPU: it does so through torch_memory_saver, which is CUDA's alone"
         yield ConfigError(what, where="sync.colocate", limit="a GPU", remedy=away)
-    elif importlib.util.find_spec("torch_memory_saver") is None:
+    elif on_gpu and importlib.util.find_spec("torch_memory_saver") is None:
         yield ConfigError("torch_memory_saver is not installed", where="sync.colocate", remedy=f"pip install torch-memory-saver, or {away}")
     if config.sglang.student_urls:
         what = "only servers that lopd starts, on this machine, make room for the trainer"

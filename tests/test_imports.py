@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.launch": {*CORE, "artifacts", "launching", "megatron", "pipeline", "checks", "report"},
     "pipeline": {*PURE, "report", "stages", "summary"},
     "planning": {*CORE, "megatron"},
-    "verbs.plan": {*CORE, "planning", "report"},
+    "verbs.plan": {*CORE, "checks", "planning", "report"},
     "hub": {*CORE},
     "machine": {*CORE, "hub", "planning"},
     "smoke": {*PURE, "report", "megatron", "stages", "sglang_rollout"},

@@ -8,7 +8,7 @@ from lopd import consistency
 from lopd.artifacts import identify_model, read_manifest, verify
 from lopd.checks.findings import Finding
 from lopd.config import Config
-from lopd.config.hub import remedy_for
+from lopd.config.hub import hub_name, remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.architecture import read_architecture
 from lopd.megatron.hf_files import CheckpointReader
@@ -30,9 +30,6 @@ def teachers(config: Config) -> Iterator[Finding]:
         yield f"{domain}: {folder}"
     if not models.teachers:
         return
-    if config.distill.refresh.is_on:
-        remedy = "set distill.refresh.every = 0, or distil domain after domain"
-        yield ConfigError("distill.refresh with models.teachers", where="distill.refresh", limit="fresh rollouts are scored by one teacher", remedy=remedy)
     if config.sglang.teacher_urls:
         remedy = "leave sglang.teacher_urls out: lopd then starts a server for each teacher, one after the other"
         yield ConfigError("sglang.teacher_urls with models.teachers", where="sglang.teacher_urls", limit="servers of one teacher", remedy=remedy)
@@ -47,13 +44,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
     sft, folder = config.sft, config.sft.checkpoint
     if folder is None:
         return
-    if sft.demonstrations is not None:
-        raise ConfigError("sft.checkpoint and sft.demonstrations", where="sft", limit="one of the two", remedy="leave out what is not to be used")
-    if sft.init == "random":
-        yield ConfigError('sft.init = "random" with sft.checkpoint', where="sft", limit="nothing is trained", remedy="leave out what is not to be used")
-    if config.evaluate.equal_compute_baseline:
-        remedy = "set evaluate.equal_compute_baseline = false"
-        yield ConfigError("the equal-compute baseline goes on with SFT", where="sft.checkpoint", limit="no demonstrations to go on with", remedy=remedy)
+    yield from checkpoint_problems(config)
     own, other = read_architecture(config.models.student), read_architecture(folder)
     if own != other:
         raise ConfigError("another architecture than models.student", where=str(folder), limit=str(config.models.student), remedy="give its own base model")
@@ -67,14 +58,27 @@ def checkpoint(config: Config) -> Iterator[Finding]:
     yield f"{folder}, its teacher {'declared' if found['consistent'] else 'NOT that of the scores (score.allow_foreign_teacher is set)'}"
 
 
+def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[ConfigError]:
+    """What does not go with an SFT student made elsewhere. to_fetch: one that is still on the hub is no problem. ConfigError: it is not there."""
+    sft, folder = config.sft, config.sft.checkpoint
+    if folder is None:
+        return
+    if sft.demonstrations is not None:
+        raise ConfigError("sft.checkpoint and sft.demonstrations", where="sft", limit="one of the two", remedy="leave out what is not to be used")
+    if sft.init == "random":
+        yield ConfigError('sft.init = "random" with sft.checkpoint', where="sft", limit="nothing is trained", remedy="leave out what is not to be used")
+    if config.evaluate.equal_compute_baseline:
+        remedy = "set evaluate.equal_compute_baseline = false"
+        yield ConfigError("the equal-compute baseline goes on with SFT", where="sft.checkpoint", limit="no demonstrations to go on with", remedy=remedy)
+    if not folder.is_dir() and not (to_fetch and hub_name(folder) is not None):
+        raise ConfigError("sft.checkpoint: no such folder", where=str(folder), remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"))
+
+
 def cache(config: Config) -> Iterator[Finding]:
     """A cache that is given is complete, and, where the SFT student is there already, that student's."""
     folder = config.distill.cache
     if folder is None:
         return
-    if config.distill.refresh.is_on:
-        limit = "fresh rollouts join those of the score stage"
-        yield ConfigError("distill.refresh with distill.cache", where="distill", limit=limit, remedy="use one of the two")
     manifest, student = read_manifest(folder), config.run.dir / "sft" / "model"
     if not (student / "config.json").is_file():
         yield f"{manifest.kind} of {manifest.rows:,} responses; whose they are is compared once the SFT student is there"

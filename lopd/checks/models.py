@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lopd import consistency
 from lopd.artifacts import identify_model
-from lopd.checks.findings import ROLES, Finding, architecture_of, attempt
+from lopd.checks.findings import ROLES, Finding, Shapes, architecture_of, attempt, shapes_of
 from lopd.config import Config
 from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
@@ -38,17 +38,22 @@ def _model(config: Config, role: str) -> str:
 
 
 def context(config: Config) -> Iterator[Finding]:
-    """Both models' positions reach as far as prompt and response together."""
-    for role in ROLES:
-        architecture = architecture_of(config, role)
-        if architecture is not None and config.sglang.context_length > architecture.max_position_embeddings:
+    """The models' positions reach as far as prompt and response together."""
+    problems: list[Finding] = [*context_problems(config, shapes_of(config))]
+    yield from problems or [f"{config.sglang.context_length} tokens"]
+
+
+def context_problems(config: Config, shapes: Shapes) -> Iterator[ConfigError]:
+    for role, architecture in shapes.items():
+        if config.sglang.context_length > architecture.max_position_embeddings:
+            section, _, domain = role.partition(".")
+            folder = getattr(config.models, section)
             yield ConfigError(
                 f"sglang.context_length = {config.sglang.context_length}",
-                where=str(getattr(config.models, role)),
-                limit=f"max_position_embeddings of the {role}: {architecture.max_position_embeddings}",
+                where=str(folder[domain] if domain else folder),
+                limit=f"max_position_embeddings of the {f'teacher of {domain}' if domain else role}: {architecture.max_position_embeddings}",
                 remedy="lower sglang.context_length",
             )
-    yield f"{config.sglang.context_length} tokens"
 
 
 def tokenizers(config: Config) -> Iterator[Finding]:

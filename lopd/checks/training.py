@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,15 @@ def layouts(config: Config) -> Iterator[Finding]:
         if not problems:
             parallel = section.parallel
             yield f"{name}: {parallel.ranks} ranks (tensor {parallel.tensor}, pipeline {parallel.pipeline}, expert {parallel.expert})"
+
+
+def microbatch_problems(config: Config, *, without: Collection[str] = ()) -> Iterator[ConfigError]:
+    """Microbatches that do not hold one sequence, on any machine. without: stages that are not made."""
+    for name, section in (("sft", config.sft), ("distill", config.distill)):
+        if name not in without:
+            yield from _too_short(name, section, _longest(config, name))
+    if config.score.engine == "megatron" and ("score" not in without or config.distill.refresh.is_on):
+        yield from _too_short("score.forward", config.score.forward, config.sglang.context_length)
 
 
 def _longest(config: Config, training: str) -> int:
@@ -47,6 +56,10 @@ def _oversized(name: str, section: TrainSection | ForwardSection, context_length
         what = f"{name}.parallel.ranks = {section.parallel.ranks}" + (f" on {section.parallel.nodes} nodes" if section.parallel.nodes > 1 else "")
         remedy = f"set {name}.parallel.ranks={most * section.parallel.nodes} or fewer"
         yield ConfigError(what, where="this machine", limit=f"{most} {unit}", remedy=remedy)
+    yield from _too_short(name, section, context_length)
+
+
+def _too_short(name: str, section: TrainSection | ForwardSection, context_length: int) -> Iterator[ConfigError]:
     if section.max_tokens_per_microbatch < context_length:
         what, limit = f"{name}.max_tokens_per_microbatch = {section.max_tokens_per_microbatch}", f"at least one full sequence: {context_length}"
         remedy = f"raise {name}.max_tokens_per_microbatch or lower sglang.context_length"

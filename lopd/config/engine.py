@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from lopd.config.base import SPEED_ONLY, Contradiction, Section
 
+_LAST_PORT = 65535
+
 
 class SGLangSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Number format of the served weights.")
@@ -24,7 +26,7 @@ class SGLangSection(Section):
     deterministic: bool = Field(default=True, description="Deterministic inference: a request's seed fixes its response.")
     host: str = Field(default="127.0.0.1", description="Address that servers listen on; wider than loopback only where asked.", json_schema_extra=SPEED_ONLY)
     port: int | None = Field(
-        default=None, ge=1, le=65535, description="Port of the first server, the next has the next; absent: free ones.", json_schema_extra=SPEED_ONLY
+        default=None, ge=1, le=_LAST_PORT, description="Port of the first server, the next has the next; absent: free ones.", json_schema_extra=SPEED_ONLY
     )
     start_timeout_s: float = Field(default=600, gt=0, description="Seconds a server may take to become healthy.", json_schema_extra=SPEED_ONLY)
     request_timeout_s: float = Field(default=600, gt=0, description="Seconds one request may take.", json_schema_extra=SPEED_ONLY)
@@ -44,7 +46,14 @@ class SGLangSection(Section):
     student_urls: list[str] = Field(
         default_factory=list, description="Servers of the student's architecture that run already; weights go in by disk.", json_schema_extra=SPEED_ONLY
     )
-    extra_args: dict[str, Any] = Field(default_factory=dict, description="Any other SGLang ServerArgs field, checked by name.")
+    extra_args: dict[str, Any] = Field(default_factory=dict, description="Any other SGLang ServerArgs field, checked by name, type and choice.")
+
+    @model_validator(mode="after")
+    def _ports_exist(self) -> SGLangSection:
+        if self.port is not None and self.port + self.replicas - 1 > _LAST_PORT:
+            limit = f"{_LAST_PORT - self.replicas + 1}: each of {self.replicas} replicas has the next one"
+            raise Contradiction(f"port = {self.port} with replicas = {self.replicas}", limit=limit, remedy="lower sglang.port, or leave it out")
+        return self
 
 
 class SyncSection(Section):

@@ -97,10 +97,22 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, p
     return keys
 
 
+_ELSEWHERE = {  # what other programs call it -> name of the knob
+    "tp": "tensor", "tp_size": "tensor", "tensor_parallel_size": "tensor", "pp": "pipeline", "pipeline_parallel_size": "pipeline", "ep": "expert",
+    "ep_size": "expert", "expert_parallel_size": "expert", "dp": "data", "dp_size": "data", "cp": "context", "urls": "student_urls", "url": "student_urls",
+    "teacher_url": "teacher_urls", "student_url": "student_urls", "mem_fraction_static": "mem_fraction", "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens", "n": "samples_per_prompt", "num_samples": "samples_per_prompt", "learning_rate": "lr", "max_model_len": "context_length",
+    "max_seq_len": "context_length", "steps": "num_steps", "backend": "transport", "method": "transport",
+}  # fmt: skip
+
+
 def nearest_key(key: str) -> str:
-    """The known key that was probably meant: one of the same name in another section, else a like one of the same section, else the most like."""
+    """The known key that was probably meant: what another program calls so, one of the same name in another section, else a like one of the same section,
+    else the most like."""
     section, _, name = key.rpartition(".")
     known = [*known_keys()]
+    if (meant := f"{section}.{_ELSEWHERE.get(name, '')}") in known:
+        return meant
     namesakes = [other for other in known if other.rpartition(".")[2] == name]
     siblings = [other for other in known if other.rpartition(".")[0] == section]
     for candidates, likeness in ((namesakes, 0.0), (siblings, 0.5), (known, 0.0)):

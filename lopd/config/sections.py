@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lopd.config.base import SPEED_ONLY, FilePath, Section
+from lopd.config.base import SPEED_ONLY, Contradiction, FilePath, Section
 from lopd.config.engine import SGLangSection, SyncSection
 from lopd.config.launch import LaunchSection
 
@@ -63,6 +63,12 @@ class Sampling(Section):
     min_p: float = Field(default=0.0, ge=0, lt=1, description="Least probability relative to the most likely token.")
     max_new_tokens: int = Field(default=4096, ge=1, description="A response is cut (finish_reason length) after so many tokens.")
     samples_per_prompt: int = Field(default=1, ge=1, description="Responses per prompt.")
+
+    @model_validator(mode="after")
+    def _some_candidate(self) -> Sampling:
+        if self.top_k == 0:  # a server would say so, at the first request
+            raise Contradiction("top_k = 0", limit="-1 (all tokens are candidates), or 1 and more", remedy="set it to -1 for no such bound")
+        return self
 
 
 class DemonstrateSection(Sampling):

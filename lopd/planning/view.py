@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lopd.errors import LopdError
 from lopd.planning.assumptions import meanings
 from lopd.planning.layouts import Suggestion
 from lopd.planning.plan import LIGHTNING, TIGHT, Plan
@@ -36,6 +37,13 @@ def show_verdict(plan: Plan, console: Console | None = None) -> None:
         console.print(Text.assemble(("tight", "bold yellow"), f" {stage}: less than {1 - TIGHT:.0%} of a GPU is left"), soft_wrap=True)
     for problem in plan.problems:
         console.print(Text.assemble(("does not fit", "bold red"), f" {problem.stage}: {problem.what}"), soft_wrap=True)
+
+
+def show_refused(problems: Iterable[LopdError]) -> None:
+    """What is wrong with the configuration whatever the node."""
+    console = _console()
+    for problem in problems:
+        console.print(Text.assemble(("refused", "bold red"), f" {problem}"), soft_wrap=True)
 
 
 def show_suggestion(found: Suggestion | None) -> None:

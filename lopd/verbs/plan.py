@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,21 +32,24 @@ def plan(
     """Tell what a run will need: parameters by rank, memory of GPUs and machine, disk, operations, hours. Starts nothing, needs no GPU and no weights.
 
     Parameters are counted on the model as Megatron-Core builds it, on torch's meta device, with the layout of sft and of distill. Everything that cannot be
-    known before is assumed, shown, and can be set. Exit code 2 where the run does not fit.
+    known before is assumed, shown, and can be set. Exit code 2 where the run does not fit, or where lopd check would refuse it on any machine.
     """
     loaded = load_config(config, overrides or [])
+    from lopd import checks
     from lopd.planning import Plan, make_plan, node_of
     from lopd.planning.assumptions import read_assumptions
     from lopd.planning.layouts import nearest_that_fits
     from lopd.planning.models import planned_models
     from lopd.planning.plan import as_json as plan_as_json
-    from lopd.planning.view import show_plan, show_suggestion
+    from lopd.planning.plan import given_stages
+    from lopd.planning.view import show_plan, show_refused, show_suggestion
     from lopd.report.console import show_error
 
     node = node_of(gpu, gpus, host_gib=host_gib, disk_gib=disk_gib)
     given = {role: path for role, path in (("student", student_config), ("teacher", teacher_config)) if path is not None}
     models = planned_models(loaded, given)
     assumed = read_assumptions(assume or [])
+    refused = [*checks.check_anywhere(loaded, {role: model.arch for role, model in models.items()}, given_stages(loaded))]
     try:
         made: Plan | ConfigError = make_plan(loaded, models, node, assumed, cohost=cohost)
     except ConfigError as error:  # a layout that does not divide the model: others may
@@ -55,14 +58,17 @@ def plan(
         made = error
     found = nearest_that_fits(loaded, models, node, assumed, cohost=cohost) if suggest else None
     if as_json:
-        about = {"fits": False, "problems": [{"stage": "layout", "what": str(made)}]} if isinstance(made, ConfigError) else plan_as_json(made)
+        about: dict[str, Any] = {"fits": False, "problems": [{"stage": "layout", "what": str(made)}]} if isinstance(made, ConfigError) else plan_as_json(made)
+        if refused:
+            about |= {"fits": False, "problems": [*about["problems"], *({"stage": "configuration", "what": str(error)} for error in refused)]}
         typer.echo(json.dumps({**about, **({"suggestion": found.as_json() if found else None} if suggest else {})}, indent=1))
     else:
         if isinstance(made, ConfigError):
             show_error(made)
         else:
             show_plan(made)
+        show_refused(refused)
         if suggest:
             show_suggestion(found)
-    if isinstance(made, ConfigError) or not made.fits:
+    if isinstance(made, ConfigError) or not made.fits or refused:
         raise typer.Exit(EXIT_CODE)

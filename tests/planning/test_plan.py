@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from lopd.cache.reader import CacheReader
+from lopd.checks import check_anywhere
 from lopd.cli import app
 from lopd.errors import ConfigError
 from lopd.planning import Assumptions, node_of
@@ -17,7 +19,7 @@ from lopd.planning.layouts import changed, nearest_that_fits
 from lopd.planning.memory import INDEX_BYTES, KEPT_TOKENS, MEMORY_TOKENS, SAMPLE_BYTES
 from lopd.planning.models import planned_models
 from lopd.planning.parameters import parameters_by_formula
-from lopd.planning.plan import STAGES, as_json
+from lopd.planning.plan import STAGES, as_json, given_stages
 from lopd.stages import training_data
 from tests.planning.configs import PAPER_8B, REFERENCE_30B, config_of, plan_of
 
@@ -172,6 +174,65 @@ def test_the_verdict_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.exit_code == code, found.output
     assert expected in found.output
     assert "the configuration fits as it is" in found.output if code == 0 else "the nearest that fits: sft." in found.output
+
+
+REFUSED = [  # what is wrong on any node
+    (["sync.colocate=true", "distill.sync_every=10", "distill.refresh={every=10,keep_teacher=true}"], "keep_teacher keeps the teacher's server on the GPUs"),
+    (["sync.colocate=true"], "sync.colocate = true, and no server lives beside the training"),
+    (["sync.colocate=true", "distill.sync_every=10", "distill.megatron={nccl_ub=true}"], "distill.megatron.nccl_ub with sync.colocate"),
+    (["sync.transport=distributed", "distill.sync_every=10"], "NCCL does not broadcast between two processes of one GPU"),
+    (["sft.checkpoint=absent", "evaluate.equal_compute_baseline=false"], "sft.checkpoint: no such folder"),
+    (["sft.checkpoint=hf://org/it@main"], "the equal-compute baseline goes on with SFT"),
+    (["rollout.max_new_tokens=8192"], "rollout.max_new_tokens = 8192; limit: sglang.context_length = 4096"),
+    (["sglang.context_length=65536"], "max_position_embeddings of the student: 32768"),
+    (["sglang.tensor=3"], "number of attention heads of the teacher (64) does not divide by sglang.tensor (3)"),
+    (["distill.max_tokens_per_microbatch=4095"], "distill.max_tokens_per_microbatch = 4095; limit: at least one full sequence: 4096"),
+    (["score.engine=megatron", "score.forward.max_tokens_per_microbatch=1024"], "score.forward.max_tokens_per_microbatch = 1024; limit: at least one"),
+    (["distill.refresh.keep_teacher=true"], "refresh.keep_teacher without a refresh"),
+    (["distill.objective.loss=top_k_reverse_kl"], "loss = top_k_reverse_kl; limit: needs teacher_top_logprobs"),
+    (["sglang.extra_args.chunked_prefill_size='4096'"], "chunked_prefill_size = '4096'; limit: a whole number"),
+    (["sglang.student_urls=['http://10.0.0.7:1']", "sync.transport=tensor"], "the transport tensor shares memory, which ends at this machine"),
+]
+ACCEPTED = [
+    ["sync.colocate=true", "distill.sync_every=10"],
+    ["distill.sync_every=10", "distill.megatron={nccl_ub=true}"],
+    ["sync.transport=tensor", "distill.sync_every=10"],
+    ["sft.checkpoint=hf://org/it@main", "evaluate.equal_compute_baseline=false"],
+    ["rollout.max_new_tokens=4096", "sglang.context_length=16384"],
+    ["score.engine=megatron", "score.forward.max_tokens_per_microbatch=4096"],
+    ["distill.refresh={every=10,keep_teacher=true}"],
+    ["sglang.extra_args.chunked_prefill_size=4096"],
+    ["sync.host=10.0.0.1", "sync.transport=distributed", "sglang.host=10.0.0.1"],  # addresses of the machine that it will be
+]
+
+
+def refusals(folder: Path, overrides: list[str]) -> list[str]:
+    config = config_of(PAPER_8B, folder, overrides)
+    return [str(problem) for problem in check_anywhere(config, {role: model.arch for role, model in planned_models(config, {}).items()}, given_stages(config))]
+
+
+@pytest.mark.parametrize(("overrides", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_a_plan_refuses_what_no_machine_can_run(tmp_path: Path, overrides: list[str], said: str) -> None:
+    found = refusals(tmp_path, overrides)
+    assert [line for line in found if said in line and "; remedy: " in line], found
+
+
+@pytest.mark.parametrize("overrides", [[], *ACCEPTED], ids=str)
+def test_what_a_plan_has_nothing_against(tmp_path: Path, overrides: list[str]) -> None:
+    assert refusals(tmp_path, overrides) == []
+
+
+def test_the_plan_says_so_and_its_exit_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopd.planning.plan.count_parameters", lambda jobs: [parameters_by_formula(job.arch, job.parallel) for job in jobs])
+    config_of(PAPER_8B, tmp_path)
+    command = ["plan", str(tmp_path / "config.toml"), "sync.colocate=true"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 2, shown.output
+    assert "fits 8 x h100-80gb" in shown.output, "the node is not the trouble"
+    assert "refused sync.colocate: sync.colocate = true, and no server lives beside the training; limit:" in shown.output
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    assert not told["fits"]
+    assert [problem["stage"] for problem in told["problems"]] == ["configuration"]
 
 
 def test_disk_and_samples(tmp_path: Path) -> None:
