@@ -19,6 +19,7 @@ from lopd.config import SGLangSection, SyncSection
 from lopd.megatron import parallel
 from lopd.stages.sync import StudentWeights
 from sglang_rollout.client import SGLangEngine
+from sglang_rollout.fleet import fleet_of
 from sglang_rollout.supervision import num_starts
 from tests.sglang.sync_cases import _trainer, samples
 
@@ -27,12 +28,15 @@ PLACES = ("begin", "bucket", "commit", "verification", "committed")
 
 
 def push_while_servers_are_lost(cases: list[dict[str, str]], model: str, server: dict[str, Any], folder: str) -> list[dict[str, Any]]:
-    """For every case (transport, place, signal): the report, what was said, the version served, and how often the server has been started. Of rank 0."""
+    """For every case (transport, place, signal): the report, what was said, the versions served, and how often each server has been started. Of rank 0.
+
+    server: urls, key and weights_file. It is the first of them that is lost.
+    """
     template, found = Path(model), []
     engine = None
     if os.environ["RANK"] == "0":
         settings = SGLangSection(dtype="float32", context_length=128, restarts=2)
-        engine = SGLangEngine(server["url"], server["key"], settings, weights_file=Path(server["weights_file"]))
+        engine = fleet_of([SGLangEngine(url, server["key"], settings, weights_file=Path(server["weights_file"])) for url in server["urls"]])
     trainer = _trainer(template, "tensor-expert")
     for number, case in enumerate(cases):
         with torch.no_grad():
@@ -47,8 +51,9 @@ def push_while_servers_are_lost(cases: list[dict[str, str]], model: str, server:
             _lose(weights, engine, Path(server["weights_file"]), case)
         report = weights.push(f"step-{number}")
         if engine is not None and report is not None:
-            version = engine.model_info()["weight_version"]
-            found.append({**asdict(report), "said": said, "served": version, "starts": num_starts(Path(server["weights_file"]), 0)})
+            versions = [one.model_info()["weight_version"] for one in engine.engines]
+            starts = [num_starts(Path(server["weights_file"]), replica) for replica in range(len(versions))]
+            found.append({**asdict(report), "said": said, "served": versions, "starts": starts})
     parallel.shutdown()
     return found
 
