@@ -255,6 +255,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 for index, copy in enumerate(raw[transport]):
                     seconds[f"raw {index}"].append(timed(copy))
                 seconds["sync"].append(timed(lambda number=repeat, to=plain: sync(to, f"plain-{number}", named, bucket_bytes)))  # type: ignore[misc]
+            for repeat in range(args.repeats + 1):  # not in turns with those: a run has one receiver, whose memory its server keeps mapped
                 seconds["verified"].append(timed(lambda number=repeat, to=verified: sync(to, f"verified-{number}", named, bucket_bytes)))  # type: ignore[misc]
             best = {name: min(values[1:]) for name, values in seconds.items()}
             middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}

@@ -62,9 +62,11 @@ def main() -> None:
 
 def _check_context(server_args: Any, context_length: int) -> None:
     """SGLang's own check, which CONTEXT_MARGIN had to be let through."""
-    from sglang.srt.configs.model_config import get_context_length
+    from sglang.srt.configs.model_config import ModelConfig, get_context_length
 
-    longest = get_context_length(server_args.get_model_config().hf_text_config)
+    kept = getattr(server_args, "get_model_config", None)  # up to 0.5.18, where it is asked again
+    model_config = kept() if kept is not None else ModelConfig.from_server_args(server_args)
+    longest = get_context_length(model_config.hf_text_config)
     if context_length > longest:
         raise ValueError(f"sglang.context_length = {context_length} is more than the {longest} positions of {server_args.model_path}")
 

@@ -100,13 +100,16 @@ def _make_batch_invariant() -> None:
     operators = _module("sglang.srt.batch_invariant_ops")
     processor = _need(_module("sglang.srt.layers.logits_processor"), "LogitsProcessor")
     original = _need(processor, "_compute_lm_head")
-    _need_parameters(original, ("self", "hidden_states", "lm_head", "embedding_bias"))
+    known = ("self", "hidden_states", "lm_head", "embedding_bias")
+    _need_parameters(original, known if len(inspect.signature(original).parameters) == len(known) else (*known, "out"))  # out: from 0.5.23 on
     _need(operators, "enable_batch_invariant_mode")
 
     def enable_batch_invariant_mode(enable_bmm: bool = True) -> None:
         torch.nn.functional.linear = with_enough_rows(torch.nn.functional.linear)
 
-        def compute_lm_head(self: Any, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: torch.Tensor | None = None) -> torch.Tensor:
+        def compute_lm_head(self: Any, hidden_states: torch.Tensor, lm_head: Any, embedding_bias: torch.Tensor | None = None, **out: Any) -> torch.Tensor:
+            if out.get("out") is not None:  # of a captured graph, which a CPU has none of
+                return cast(torch.Tensor, original(self, hidden_states, lm_head, embedding_bias, **out))
             return with_enough_rows(lambda x: original(self, x, lm_head, embedding_bias))(hidden_states)
 
         processor._compute_lm_head = compute_lm_head
