@@ -112,9 +112,9 @@ class StudentWeights:
         """
         lost = ""
         for attempt in range(MOST_SENDS):
+            by_first_rank(self._await_servers)
             if attempt > 0 and self._engine is not None:
                 self._say(f"{lost}; the weights are sent again")
-            by_first_rank(self._await_servers)
             probe = self._probe() if self._settings.verify == "scores" else None
             report, error = self._send(version)
             lost = by_first_rank(partial(self._settle, version, error, probe))
