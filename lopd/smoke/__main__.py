@@ -75,7 +75,7 @@ def smoke(name: str, work: Path, tokenizer: Path) -> None:
             env={**os.environ, SERVER_KEY: server.api_key},
             on_line=lambda line: say(line) if line.startswith("smoke: ") else None,
         )
-        _answers(engine, "smoke-distributed")
+        _answers(engine, f"smoke-{form.transports[-1]}")
 
 
 def _imports(form: Form) -> None:

@@ -39,6 +39,7 @@ class Form:
     sequence_len: int
     collective_elements: int
     attention_tolerance: float
+    transports: tuple[str, ...]
 
 
 NODE = Form(
@@ -55,6 +56,7 @@ NODE = Form(
     sequence_len=2048,
     collective_elements=2**27,  # 512 MiB
     attention_tolerance=2e-2,
+    transports=("disk", "tensor"),  # NCCL takes no two ranks on one GPU, and here the server shares the trainer's
 )  # fmt: skip
 CPU = Form(
     name="CPU: a tiny mixture of experts, TP2 EP2",
@@ -72,6 +74,7 @@ CPU = Form(
     sequence_len=64,
     collective_elements=2**16,
     attention_tolerance=1e-5,
+    transports=("disk", "tensor", "distributed"),
 )  # fmt: skip
 FORMS = {"node": NODE, "cpu": CPU}
 

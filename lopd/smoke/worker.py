@@ -31,7 +31,6 @@ from lopd.stages.sync import StudentWeights
 from lopd.stages.training import SERVER_KEY
 from sglang_rollout.client import SGLangEngine
 
-TRANSPORTS = ("disk", "tensor", "distributed")
 FIRST_TOKEN = 4  # ids below it are special
 
 
@@ -54,7 +53,7 @@ def run(form: Form, model: Path, url: str, folder: Path) -> None:
         memory = result.metrics["peak_memory_gib"]
         say(f"step {result.step}: loss {result.loss:.3f}, {result.seconds:.1f} s, {result.tokens_per_s:,.0f} tokens/s, {memory:.1f} GiB")
     engine = SGLangEngine(url, os.environ[SERVER_KEY], form.server) if parallel.rank() == 0 else None
-    for transport in TRANSPORTS:
+    for transport in form.transports:
         trainer.train_step(microbatches)  # new weights each time: a transport that changes nothing must not find the former one's
         start = time.perf_counter()
         settings = SyncSection.model_validate({"transport": transport})
