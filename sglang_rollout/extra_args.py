@@ -1,7 +1,7 @@
 """Arguments that a user adds to a server (sglang.extra_args), held against the installed SGLang's ServerArgs before anything starts.
 
-SGLang's source is read, not imported: importing it takes seconds and needs a server's environment. Up to 0.5.21 the fields stand in class ServerArgs, from
-0.5.22 on in the classes of sglang/srt/arg_groups/fields. ServerArgs itself checks neither types nor choices, only its command line does: a wrong value would
+SGLang's source is read, not imported: importing it takes seconds and needs a server's environment. Up to 0.5.19 the fields stand in class ServerArgs, from
+0.5.20 on in the classes of sglang/srt/arg_groups/fields. ServerArgs itself checks neither types nor choices, only its command line does: a wrong value would
 be noticed when a server has loaded for a minute and dies, or never.
 """
 
