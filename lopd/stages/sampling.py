@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
@@ -19,6 +20,10 @@ from sglang_rollout.scoring import ScoreRequest
 if TYPE_CHECKING:
     from lopd.stages.context import StageContext
     from sglang_rollout.client import SGLangEngine
+
+T = TypeVar("T")
+
+_MOST_PASSES = 4  # shards that are sampled together hold so many times what is in flight: that much is in memory, and may be lost by a kill
 
 
 def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -> SamplingParams:
@@ -75,8 +80,11 @@ def sample_into(
 ) -> None:
     """Samples what is not yet published. A request's seed derives from (seed, prompt, sample index, purpose), so a resumed stage asks for the same.
 
-    Beyond the prompts, only the responses of shards in flight are in memory. version: of the weights that must answer; absent: those that the servers have
-    now. OtherWeights: a server that was started again, by its owner perhaps, has others.
+    Shards are sampled in blocks (shard_blocks): one sample of every prompt, then a second of every (in_passes). Beyond the prompts, only the responses of
+    shards in flight are in memory: of a block, and of the next where it has begun.
+
+    version: of the weights that must answer; absent: those that the servers have now. OtherWeights: a server that was started again, by its owner perhaps, has
+    others.
     """
     total, shard_size = len(prompts) * samples_per_prompt, writer.shard_size
     num_shards = -(-total // shard_size)
@@ -86,7 +94,7 @@ def sample_into(
 
     def members(shard: int) -> Iterator[tuple[Key, Ints]]:
         for position in range(shard * shard_size, shard * shard_size + size(shard)):
-            prompt, sample_index = divmod(position, samples_per_prompt)  # the samples of a prompt follow each other and share its prefix
+            prompt, sample_index = divmod(position, samples_per_prompt)
             yield (prompts[prompt].prompt_id, sample_index), prompt_ids[prompt]
 
     missing = writer.missing(num_shards)
@@ -96,9 +104,13 @@ def sample_into(
     done: dict[int, dict[Key, Response]] = {}  # of shards in flight
 
     def requests() -> Iterator[SamplingRequest]:
-        for index in missing:
-            done[index] = {}
-            for key, ids in members(index):
+        for block in shard_blocks(missing, shard_size, samples_per_prompt, requests_in_flight(engine)):
+            samples: dict[str, list[tuple[int, Key, Ints]]] = {}  # of each prompt
+            for index in block:
+                done[index] = {}
+                for key, ids in members(index):
+                    samples.setdefault(key[0], []).append((index, key, ids))
+            for index, key, ids in in_passes([*samples.values()], len(samples)):
                 shard_of[key] = index
                 yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
 
@@ -114,14 +126,45 @@ def sample_into(
                 writer.publish_shard(index, cache.to_table([responses[key] for key, _ in members(index)]))
 
 
-def by_length(responses: Iterable[Response]) -> list[Response]:
-    """Neighbours of like length, the longest first, and the samples of a prompt one after the other, so that they share its prefix: what a server batches."""
+def requests_in_flight(engine: SGLangEngine) -> int:
+    """With all servers together."""
+    return engine.settings.max_in_flight * len(engine.engines)
+
+
+def shard_blocks(missing: Sequence[int], shard_size: int, samples_per_prompt: int, in_flight: int) -> list[Sequence[int]]:
+    """The shards that are sampled together: as few as hold in_flight prompts. Of more than _MOST_PASSES samples of a prompt, as few as hold that many times
+    in_flight responses: then the prompts are fewer.
+    """
+    passes = min(samples_per_prompt, _MOST_PASSES)
+    length = -(-in_flight * passes // shard_size) if passes > 1 else 1  # of a single sample per prompt none has to wait for another
+    return [missing[start : start + length] for start in range(0, len(missing), length)]
+
+
+def in_passes(prompts: Sequence[Sequence[T]], at_once: int) -> list[T]:
+    """The samples of prompts in the order in which a server computes a prompt's prefix once: one of every prompt, then a second of every, and so on.
+
+    Samples of a prompt that meet in one prefill compute its prefix each for itself; only what was prefilled before is in the cache. at_once: so many prompts,
+    or somewhat more, take turns before the next ones do. More than are in flight: then a prompt's sample before has been prefilled. Not many more: the cache
+    must hold the prefix while as many other requests pass through it. 1: the samples of a prompt one after the other.
+    """
+    num_blocks = max(1, len(prompts) // at_once)
+    bounds = [len(prompts) * number // num_blocks for number in range(num_blocks + 1)]
+    order: list[T] = []
+    for first, end in pairwise(bounds):
+        block = prompts[first:end]
+        passes = max(map(len, block), default=0)
+        order += [samples[number] for number in range(passes) for samples in block if number < len(samples)]
+    return order
+
+
+def by_length(responses: Iterable[Response], at_once: int) -> list[Response]:
+    """Prompts of like length are neighbours, those with the longest response first; at_once of them take turns (in_passes), each with its longest first."""
     groups: dict[str, list[Response]] = {}
     for response in responses:
         groups.setdefault(response.prompt_id, []).append(response)
     samples = [sorted(group, key=lambda response: -len(response.token_ids)) for group in groups.values()]
     samples.sort(key=lambda group: -len(group[0].prompt_ids) - len(group[0].token_ids))
-    return [response for group in samples for response in group]
+    return in_passes(samples, at_once)
 
 
 def score_into(
@@ -138,6 +181,7 @@ def score_into(
     responses: dict[int, list[Response]] = {}  # of the shards in flight only
     scores: dict[int, dict[Key, TeacherScores]] = {}
     shard_of: dict[Key, int] = {}
+    prompts_at_once = 1 if isinstance(engine, MegatronScorer) else requests_in_flight(engine)  # Megatron-Core has no prefix cache
 
     def requests(indices: Sequence[int]) -> Iterator[ScoreRequest]:
         for index in indices:
@@ -145,7 +189,7 @@ def score_into(
             responses[index] = [response for response, _ in cache.from_table(read_shard(source, shard), where=str(source / shard.name))]
             scores[index] = {}
             shard_of.update({response.key: index for response in responses[index]})
-            for response in by_length(responses[index]):
+            for response in by_length(responses[index], prompts_at_once):
                 yield ScoreRequest(response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids)
 
     mine = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
