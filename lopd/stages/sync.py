@@ -130,13 +130,13 @@ class StudentWeights:
             await_servers(self._engine.engines, self._settings.timeout_s)
 
     def _send(self, version: str) -> tuple[SyncReport | None, EngineError | None]:
-        """The report, or what went wrong; every rank has gathered everything then."""
+        """The report, or what went wrong on the rank with an engine; every rank has gathered everything then."""
         try:
             with self._turns.to_server():
                 buckets = self._trainer.export(bucket_bytes=self._settings.bucket_bytes)
                 return push_weights(buckets, self._engine, folder=self._folder, template=self._template, version=version, receiver=self._receiver), None
         except EngineError as error:
-            if self._restarted is None:
+            if self._turns.shares:  # in the middle of turns that the other ranks go on with
                 raise
             return None, error.with_traceback(None)  # whose frames hold what the receiver has let go of
 

@@ -264,6 +264,7 @@ def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(scored: Path
             on_line=hear,
         )
     assert {"rank 0 learns from 4, due: False", "rank 1 learns from 4, due: False"} <= set(lines)
+    assert {f"rank {rank} is told: a server: no, says rank 0; remedy: ask another" for rank in (0, 1)} <= set(lines)
     assert "waited in a collective" not in lines
 
 

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from lopd.errors import EngineError
 from lopd.megatron.launch import reporting_errors
 
 COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 3.0
@@ -41,6 +42,10 @@ def wait(job_file: Path) -> None:
     collectives_last(COLLECTIVE_TIMEOUT_S)
     samples = refreshes(2, say)
     assert by_first_rank(partial(_work, job_file)) == f"of rank 0 in {job_file}"
+    try:
+        by_first_rank(_refused)
+    except EngineError as error:
+        say(f"rank {parallel.rank()} is told: {error}")
     collectives_last(600)  # what the ranks read after the wait takes one of them longer than the other
     parallel.gather_objects(len(samples))
     say(f"rank {parallel.rank()} learns from {len(samples)}, due: {refreshes.due}")
@@ -54,6 +59,12 @@ def wait(job_file: Path) -> None:
 def _work(job_file: Path) -> str:
     time.sleep(REFRESH_S)
     return f"of rank {os.environ['RANK']} in {job_file}"
+
+
+def _refused() -> None:
+    from sglang_rollout.client import Refused
+
+    raise Refused(f"no, says rank {os.environ['RANK']}", where="a server", remedy="ask another")
 
 
 def collectives_last(timeout_s: float) -> None:
