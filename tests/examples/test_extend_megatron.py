@@ -78,7 +78,7 @@ def test_the_bare_loop_learns_and_starts_where_our_trainer_does(layout: list[str
 
 
 def test_every_name_of_the_library_page_exists() -> None:
-    names = re.findall(r"`((?:lopd|megatron_patches)(?:\.\w+)+)", (ROOT / "docs/library.md").read_text())
+    names = re.findall(r"`((?:lopd|megatron_patches|sglang_rollout)(?:\.\w+)+)", (ROOT / "docs/library.md").read_text())
     assert len(names) > 20
     for name in names:
         module, _, attribute = name.rpartition(".")
