@@ -30,7 +30,7 @@ def evaluate(
     preset: Annotated[str | None, typer.Option(help="paper_math or paper_code: the paper's sampling.")] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; the same command goes on there after a kill.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Responses per shard: what a kill can lose at most.")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="Responses per shard: what is published at a time.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
     node: Node = None,
 ) -> None:
