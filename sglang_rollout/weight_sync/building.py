@@ -9,7 +9,7 @@ from pathlib import Path
 from lopd.config import SyncSection
 from lopd.errors import ConfigError
 from sglang_rollout.client import SGLangEngine
-from sglang_rollout.supervision import ask_for_restart, remember_weights
+from sglang_rollout.supervision import ask_for_restart, remember_unsaved_weights, remember_weights
 from sglang_rollout.weight_sync.delta import Unchanged
 from sglang_rollout.weight_sync.disk import DiskWeightReceiver
 from sglang_rollout.weight_sync.distributed import DistributedWeightReceiver
@@ -28,8 +28,12 @@ def build_receiver(
 ) -> WeightReceiver:
     """For the servers of these engines. folder: where a transport by disk may put versions. template_dir: a checkpoint with the model's tensors.
 
-    weights_file: of the servers (sglang_rollout.supervision): where a disk sync remembers what a restarted one must serve. ConfigError: verify = "scores",
-    which needs the trainer's own: a receiver sees tensors only (sglang_rollout.weight_sync.verification.ScoreVerification, after the sync).
+    weights_file: of the servers (sglang_rollout.supervision): where a disk sync remembers what a restarted one must serve, and the others that the newest
+    weights are in no folder, so that a restarted one has its first ones, under their version. The others also have servers started again that a failed sync
+    has left with half of it.
+
+    ConfigError: verify = "scores", which needs the trainer's own: a receiver sees tensors only (sglang_rollout.weight_sync.verification.ScoreVerification,
+    after the sync).
     """
     if settings.verify == "scores":
         what, limit = 'a receiver cannot verify by "scores": it has none of the trainer\'s', "tensors, off"
@@ -54,4 +58,5 @@ def build_receiver(
         verification=verification,
         unchanged=Unchanged() if settings.delta else None,
         ask_for_restart=partial(ask_for_restart, weights_file) if weights_file is not None else None,
+        remember=partial(remember_unsaved_weights, weights_file) if weights_file is not None else None,
     )

@@ -19,8 +19,8 @@ from sglang_rollout.weight_sync.verification import TensorVerification
 class InPlaceReceiver:
     """The servers' weights change from the first bucket on; requests are held back from begin until commit.
 
-    template_dir: a checkpoint with the names and shapes of the tensors. ask_for_restart: of servers that a failed sync has left with half of it. A transport
-    adds _send, and _join and _leave where it has something to open and close.
+    template_dir: a checkpoint with the names and shapes of the tensors. ask_for_restart: of servers that a failed sync has left with half of it. remember: told
+    the version once the servers have it, in no folder. A transport adds _send, and _join and _leave where it has something to open and close.
     """
 
     transport: ClassVar[str]
@@ -35,13 +35,14 @@ class InPlaceReceiver:
         verification: TensorVerification | None = None,
         unchanged: Unchanged | None = None,
         ask_for_restart: Callable[[], None] | None = None,
+        remember: Callable[[str], None] | None = None,
     ) -> None:
         assert running_requests != "finish", "between two buckets new requests would meet a mixture"
         self.report = SyncReport(self.transport)
         self._engines, self._template_dir, self._timeout_s = tuple(engines), template_dir, timeout_s
         self._inventory = Inventory(template_dir, f"weight sync ({self.transport})")
         self._session = UpdateSession(self._engines, running_requests, timeout_s)
-        self._verification, self._unchanged, self._ask_for_restart = verification, unchanged, ask_for_restart
+        self._verification, self._unchanged, self._ask_for_restart, self._remember = verification, unchanged, ask_for_restart, remember
         self._began = 0.0
         self._left: Future[None] | None = None  # what the sync before had opened is being closed
 
@@ -92,6 +93,8 @@ class InPlaceReceiver:
         if self._verification is not None:
             self.report.verified_tensors = self._verification.check(self._engines)
         self._session.close()
+        if self._remember is not None:
+            self._remember(self.report.version)
         if self._unchanged is not None:
             self._unchanged.commit(self.report.version)
         self.report.seconds = time.perf_counter() - self._began

@@ -14,7 +14,7 @@ import torch
 from lopd.config import SyncSection
 from lopd.errors import EngineError
 from sglang_rollout.checkpoint import tensor_shapes
-from sglang_rollout.supervision import remembered_weights
+from sglang_rollout.supervision import remember_weights, remembered_weights
 from sglang_rollout.weight_sync import build_receiver, load_folder
 from tests.models import write_qwen3_moe
 from tests.sglang.weight_syncing import Named, UpdatedFake, receiver, send, tensors
@@ -174,6 +174,21 @@ def test_half_an_update_asks_the_owner_for_a_restart(fake: UpdatedFake, student_
     with pytest.raises(EngineError, match="came twice"):
         send(to, "v1", [*tensors(student_dir), *tensors(student_dir)], size=9)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.json.restart"]
+
+
+def test_a_sync_without_a_folder_is_remembered_as_one(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
+    """By a receiver alone. A server that comes back then has its first weights, not the older folder's under a version that nobody asks for; a sync that fails
+    changes nothing of that.
+    """
+    weights_file = tmp_path / "weights.json"
+    remember_weights(weights_file, tmp_path / "v1", "v1")
+    to = build_receiver(SyncSection(transport="tensor", verify="off"), [fake.engine()], folder=tmp_path, template_dir=student_dir, weights_file=weights_file)
+    with pytest.raises(EngineError, match="never came"):
+        send(to, "v2", tensors(student_dir)[:9])
+    assert remembered_weights(weights_file) == (tmp_path / "v1", "v1")
+    send(to, "v3", tensors(student_dir))
+    assert remembered_weights(weights_file) is None
+    assert '"v3"' in weights_file.read_text()
 
 
 def test_a_disk_sync_is_remembered_before_the_former_goes(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
