@@ -59,13 +59,13 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def publish_bytes(path: Path, content: bytes) -> None:
-    """Write, fsync, rename: after a crash the file is there whole or not at all. ArtifactError where the disk is full."""
+def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write, fsync, rename: after a crash the file is there whole or not at all. private: for its owner alone. ArtifactError where the disk is full."""
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")  # workers of one stage may publish the same manifest at the same time
     with storage_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as handle:
+            with open(partial, "wb", opener=_open_private if private else None) as handle:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -76,8 +76,12 @@ def publish_bytes(path: Path, content: bytes) -> None:
         fsync_folder(path.parent)
 
 
-def publish_json(path: Path, value: Any) -> None:
-    publish_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def publish_json(path: Path, value: Any, *, private: bool = False) -> None:
+    publish_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(), private=private)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, publish_bytes, publish_json, read_shard, sha256_json, software_versions
 from lopd.config import Config
+from lopd.config.secrets import scrubbed
 from lopd.evaluation import accuracy_figures, ks_of, pass_at
 from lopd.megatron.architecture import read_architecture
 from lopd.records import Manifest, Prompt, Response, ShardInfo
@@ -224,7 +225,7 @@ def about(context: StageContext, manifest: Manifest, machine: str) -> dict[str, 
         "samples_per_problem": config.evaluate.samples_per_prompt,
         "num_tokens": sum(shard.tokens for shard in shards),
         "model": {"path": str(config.models.student), "weights": context.identity("student").weights},
-        "task": {"name": config.task.name, "options": config.task.options},
+        "task": {"name": config.task.name, "options": scrubbed(config.task.options)},
         "prompts": prompt_set,
         "sampling": dict(manifest.sampling),
         "context_length": config.sglang.context_length,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lopd import summary
 from lopd.artifacts import MANIFEST, Share, publish_json, published_rows, read_manifest, sha256_json, storage_errors, verify
 from lopd.config import Config, known_keys, result_keys
+from lopd.config.secrets import scrubbed, scrubbed_inputs
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
 from lopd.records import Manifest, ModelIdentity
 from lopd.report.console import say
@@ -184,7 +185,7 @@ def differences(context: StageContext, manifest: Manifest) -> list[str]:
     A knob that the artifact does not name is newer than the artifact; its default stands for what was done before there was such a knob.
     """
     wanted = json.loads(json.dumps({**context.inputs, **{f"parent {name}": value for name, value in context.parents.items()}}, default=str))
-    found: dict[str, Any] = {**manifest.inputs, **{f"parent {name}": value for name, value in manifest.parents.items()}}
+    found: dict[str, Any] = {**scrubbed_inputs(manifest.inputs), **{f"parent {name}": value for name, value in manifest.parents.items()}}
     for key in wanted.keys() - found.keys():
         found[key] = _default(key)
     return sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found[key])
@@ -261,7 +262,7 @@ def _read_table(path: Path) -> dict[str, Any]:
 def _flat(config: Config) -> dict[str, Any]:
     flat = result_keys(config, [name for name in type(config).model_fields if name not in ("run", "models")])
     flat |= {"run.seed": config.run.seed, "models.teacher": str(config.models.teacher), "models.student": str(config.models.student)}
-    plain: dict[str, Any] = json.loads(json.dumps(flat))
+    plain: dict[str, Any] = json.loads(json.dumps(scrubbed(flat)))  # it is published, and shown where it differs
     return plain
 
 

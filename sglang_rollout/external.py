@@ -57,14 +57,16 @@ def connect(urls: Sequence[str], settings: SGLangSection, model_dir: Path) -> SG
 def check_external(engine: SGLangEngine, expected: Expected) -> dict[str, Any]:
     """Checks each server; returns {url, version, model_path, dtype, weights, probe}, where weights says how they are known: content, probe or declared.
 
-    weights is "to be loaded" for loads_weights. EngineError, ConfigError: cannot be reached, wrong key, another version, model, tokenizer, number format or
-    context than expected, with the URL.
+    version: several, with commas, where the servers are not of one. weights is "to be loaded" for loads_weights. EngineError, ConfigError: cannot be reached,
+    wrong key, an older version, another model, tokenizer, number format or context than expected, with the URL.
     """
     config = _read_config(expected.model_dir / "config.json")
     found: dict[str, Any] = {}
+    versions: list[str] = []
     for one in engine.engines:
         found = _check_one(one, expected, config)
-    return {**found, "url": [one.url for one in engine.engines]}
+        versions.append(found["version"])
+    return {**found, "url": [one.url for one in engine.engines], "version": ", ".join(sorted(set(versions)))}
 
 
 def probe_ids(vocab_size: int) -> list[int]:

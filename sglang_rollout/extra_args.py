@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from lopd.config.secrets import scrubbed
 from lopd.errors import ConfigError, EngineError
 
 _OURS = {  # field of ServerArgs -> the key of ours that sets it
@@ -79,6 +80,7 @@ def check_extra_args(extra: Mapping[str, Any], fields: ServerFields | None = Non
     known = fields or installed_fields()
     for name, value in extra.items():
         where, true_name = "sglang.extra_args", _true_name(name, known)
+        shown = _shown(scrubbed({name: value})[name])
         if true_name in _OURS:
             also = f" ({true_name})" if true_name != name else ""
             raise ConfigError(f"{name}{also} is set by lopd", where=where, remedy=f"leave it out; it follows {_OURS[true_name]}")
@@ -86,15 +88,15 @@ def check_extra_args(extra: Mapping[str, Any], fields: ServerFields | None = Non
             nearest = true_name if true_name in known.types else difflib.get_close_matches(name, known.types, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown SGLang argument {name}", where=where, remedy=f"the nearest one is {nearest}")
         if name in _NEVER and value != _NEVER[name][0]:
-            raise ConfigError(f"{name} = {_shown(value)}", where=where, limit=_NEVER[name][1], remedy="leave it out")
+            raise ConfigError(f"{name} = {shown}", where=where, limit=_NEVER[name][1], remedy="leave it out")
         if (name, value) == ("load_format", "dummy"):
             raise ConfigError('load_format = "dummy"', where=where, limit="the weights would be random numbers", remedy="leave it out")
         if not _admits(known.types[name], value) and not (isinstance(value, dict) and name.endswith(("_config", "_args", "_kwargs"))):  # taken as JSON too
-            raise ConfigError(f"{name} = {_shown(value)}", where=where, limit=_said(known.types[name]), remedy=f"change it, or see SGLang's {name}")
+            raise ConfigError(f"{name} = {shown}", where=where, limit=_said(known.types[name]), remedy=f"change it, or see SGLang's {name}")
         chosen = known.choices.get(name, ())
         if chosen and any(one not in chosen for one in (value if isinstance(value, list) else [value])) and not _others_plugins():
             limit = f"one of {', '.join(map(str, chosen))}"
-            raise ConfigError(f"{name} = {_shown(value)}", where=where, limit=limit, remedy="choose one of these, or leave it out")
+            raise ConfigError(f"{name} = {shown}", where=where, limit=limit, remedy="choose one of these, or leave it out")
 
 
 def _true_name(name: str, known: ServerFields) -> str:

@@ -18,7 +18,7 @@ from types import TracebackType
 import httpx
 
 from lopd.config import SGLangSection
-from lopd.config.secrets import scrubbed
+from lopd.config.secrets import holds_secret, scrubbed
 from lopd.errors import EngineError
 from lopd.processes import GuardedProcess, free_port, last_lines, port_taken
 from sglang_rollout.addresses import interface_of
@@ -229,6 +229,8 @@ class SGLangServer:
             self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:
+                if holds_secret(self.settings.extra_args):
+                    self.log.chmod(0o600)  # SGLang writes all its arguments into it
                 output.write(f"{_START_LINE} the {self.name} server on port {self.port}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
                 output.flush()
                 self._process = GuardedProcess(self.command, env=self._environment(self._scratch.path), output=output)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lopd.artifacts import publish_json, storage_errors
+from lopd.config.secrets import holds_secret
 from lopd.errors import LopdError
 from lopd.launching.plan import LaunchPlan
 from lopd.processes import GuardedProcess, last_lines
@@ -37,10 +38,10 @@ def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]
     python, folder = launch_python(), Path(plan.folder)
     if render_to is not None:
         with storage_errors(render_to), tempfile.TemporaryDirectory(prefix="lopd-launch-") as scratch:
-            render_to.mkdir(parents=True, exist_ok=True)
+            _make_folder(render_to, plan)
             return _call(python, plan, Path(scratch), "--render", str(render_to))
     with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder, plan)
     (Path(plan.run_dir) / ".lock").touch()  # marks the folder as a run's: the jobs would take this one's files for a stranger's
     result = _call(python, plan, folder)
     made_up = {job.name for job in plan.jobs if job.share}
@@ -51,10 +52,17 @@ def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]
     return result
 
 
+def _make_folder(folder: Path, plan: LaunchPlan) -> None:
+    """For the owner alone where launch.env has what may be a secret: it stands in the scripts of the jobs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if holds_secret(plan.settings):
+        folder.chmod(0o700)
+
+
 def _call(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> dict[str, Any]:
     """Runs nemo.py with its files in folder and reads what it leaves."""
     plan_file, result_file, log = folder / "plan.json", folder / "result.json", folder / "nemo_run.log"
-    publish_json(plan_file, plan.as_json())
+    publish_json(plan_file, plan.as_json(), private=True)  # it has launch.env
     result_file.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     environment["NEMORUN_HOME"] = str(folder / "nemo")

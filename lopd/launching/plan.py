@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lopd.config import Config, TrainSection
+from lopd.config.secrets import holds_secret
 from lopd.errors import ConfigError
 
 Target = Literal["local", "docker", "slurm", "k8s", "skypilot"]
@@ -62,6 +64,7 @@ def make_plan(config: Config, target: Target, *, config_file: Path, overrides: S
     """
     chosen = _chosen(config, stages)
     _check(config, target, chosen)
+    _check_no_secret(overrides)
     jobs: list[Job] = []
     for stage in chosen:
         jobs += _jobs_of(stage, config, target, [str(config_file.resolve()), *overrides], after=(jobs[-1].name,) if jobs else ())
@@ -94,6 +97,19 @@ def _check(config: Config, target: Target, chosen: Sequence[str]) -> None:
         raise ConfigError(what, where="run.dir", remedy="give another run.dir")
     if target in CONTAINERS and not config.launch.image:
         raise ConfigError("launch.image is missing", where=f"--on {target}", remedy="build the image (docs/image.md) and name it: launch.image=lopd:0.1")
+
+
+def _check_no_secret(overrides: Sequence[str]) -> None:
+    """An override stands in the command of every job, and so in its script and in lists of processes."""
+    for override in overrides:
+        key, _, text = override.partition("=")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        if holds_secret({key.strip(): value}):
+            remedy = "put it into the TOML file, which the jobs read, or into the cluster's own store of secrets"
+            raise ConfigError(f"{key.strip()} holds what may be a secret, and would stand in the scripts of the jobs", where="command line", remedy=remedy)
 
 
 def _jobs_of(stage: str, config: Config, target: Target, arguments: list[str], *, after: tuple[str, ...]) -> list[Job]:

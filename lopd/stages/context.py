@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import MANIFEST, ArtifactWriter, Share, identify_model, read_manifest
 from lopd.config import Config, SGLangSection, result_keys
-from lopd.config.secrets import scrubbed
+from lopd.config.secrets import scrubbed_inputs
 from lopd.records import Manifest, ModelIdentity, Prompt
 from lopd.report.console import say
 from lopd.tasks.rows import content_hash
@@ -75,9 +75,7 @@ class StageContext:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """Everything but the parents that decides this stage's result, flat."""
-        keys = result_keys(self.config, ("run.seed", *self.stage.knobs, *(f"prompts.{name}" for name in self.stage.prompts)))
-        if "sglang.extra_args" in keys:
-            keys["sglang.extra_args"] = scrubbed(keys["sglang.extra_args"])
+        keys = scrubbed_inputs(result_keys(self.config, ("run.seed", *self.stage.knobs, *(f"prompts.{name}" for name in self.stage.prompts))))
         for role in self.stage.models:
             identity = self.identity(role)
             keys[f"models.{role}"] = identity.weights
@@ -128,7 +126,7 @@ class StageContext:
         is_teacher = model == self.config.models.teacher
         urls = self.config.sglang.teacher_urls if is_teacher else self.config.sglang.student_urls
         if urls:
-            engine, found = self._external(urls, model, loads_weights=not is_teacher)
+            engine, found = self._external(role, urls, model, loads_weights=not is_teacher)
             self._served[role] = lambda: found
             yield engine
             return
@@ -143,7 +141,7 @@ class StageContext:
         """Role -> how its servers were started and how often again, or what those of the user were found to be: for a manifest."""
         return {role: tell() for role, tell in self._served.items()}
 
-    def _external(self, urls: Sequence[str], model: Path, *, loads_weights: bool) -> tuple[SGLangEngine, dict[str, Any]]:
+    def _external(self, role: str, urls: Sequence[str], model: Path, *, loads_weights: bool) -> tuple[SGLangEngine, dict[str, Any]]:
         """Servers of the user's, found to be what they should be, with this model's weights in them."""
         from sglang_rollout.external import Expected, check_external, connect
 
@@ -158,6 +156,7 @@ class StageContext:
             probe=None if loads_weights else self._probe_on_record(),
         )
         found = check_external(engine, expected)
+        found["version_on_record"] = self._compare_version(role, found)
         if found["weights"] == "declared":
             self.log(f"WARNING: that these servers hold the weights of {model} cannot be seen from here; their word is taken")
         if loads_weights:
@@ -167,11 +166,34 @@ class StageContext:
 
     def _probe_on_record(self) -> list[float] | None:
         """What the teacher's servers of a former stage gave for the probe."""
-        for stage in ("demonstrate", "score"):
+        probes = (served.get("probe") for _, _, served in self._served_before("teacher"))
+        return next((list(probe) for probe in probes if probe is not None), None)
+
+    def _served_before(self, role: str) -> Iterator[tuple[str, Manifest, Mapping[str, Any]]]:
+        """Stage, manifest and record of the servers that had this role in stages that are done."""
+        for stage in ("demonstrate", "rollout", "score", "distill"):
             if (self.folder_of(stage) / MANIFEST).is_file():
-                probe = self.manifest_of(stage).extra.get("served", {}).get("teacher", {}).get("probe")
-                if probe is not None:
-                    return list(probe)
+                manifest = self.manifest_of(stage)
+                served = manifest.extra.get("served", {}).get(role)
+                if served is not None:
+                    yield stage, manifest, served
+
+    def _compare_version(self, role: str, found: Mapping[str, Any]) -> dict[str, str] | None:
+        """The SGLang that a former stage had for this role, for the manifest; a warning where it is another one than was found now."""
+        for stage, manifest, served in self._served_before(role):
+            former = served.get("version", manifest.versions.get("sglang"))  # servers of our own are of the SGLang that is installed
+            if former is None:
+                continue
+            if former != found["version"]:
+                told = {"probe": "the probe on record agrees", "content": "the model folder is the same", "to be loaded": "the weights are put in anew"}
+                seen = told.get(found["weights"], "no probe is on record")
+                if found["weights"] == "content" and served.get("probe") is not None:
+                    seen += ", and the probe on record agrees"
+                self.log(
+                    f"WARNING: these servers run SGLang {found['version']}, those of {stage} ran {former}: log-probabilities and samples may differ "
+                    f"by rounding, a seed may give another response ({seen})"
+                )
+            return {"stage": stage, "version": former}
         return None
 
     def log(self, line: str) -> None:

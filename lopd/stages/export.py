@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.artifacts import EXPORT_MARK, check_replaceable, fsync_folder, publish_bytes, publish_json, remove_folder, storage_errors
+from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.training import MODEL
@@ -26,7 +27,7 @@ def run(context: StageContext) -> None:
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
     publish_bytes(partial / "README.md", _card(context).encode())
-    publish_json(partial / EXPORT_MARK, {"lineage": dict(lineage), "parents": context.parents, "config": context.config.model_dump(mode="json")})
+    publish_json(partial / EXPORT_MARK, {"lineage": dict(lineage), "parents": context.parents, "config": scrubbed(context.config.model_dump(mode="json"))})
     check_loads(partial)
     remove_folder(target)
     partial.rename(target)

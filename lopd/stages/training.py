@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lopd.artifacts import publish_json, remove_folder
 from lopd.config import Config, TrainSection
+from lopd.config.secrets import scrubbed
 from lopd.megatron.launch import ANNOUNCEMENT_FILE, run_ranks
 from lopd.megatron.nodes import Node, await_announcement, this_node
 from lopd.report.console import say
@@ -60,8 +61,12 @@ class TrainingJob:
         return self.folder.name
 
     def to_json(self) -> dict[str, Any]:
+        """For the ranks, which start no server: without the secrets of sglang.extra_args and launch.env. Those of task.options may be needed to judge."""
+        config = self.config.model_dump(mode="json")
+        config["sglang"]["extra_args"] = scrubbed(config["sglang"]["extra_args"])
+        config["launch"] = scrubbed(config["launch"])
         fields = {name: getattr(self, name) for name in ("objective", "folder", "data", "initial", "init", "num_steps", "order_seed")}
-        return {**{name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}, "config": self.config.model_dump(mode="json")}
+        return {**{name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}, "config": config}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> TrainingJob:
@@ -84,7 +89,7 @@ def train(job: TrainingJob, *, engine: SGLangEngine | None = None, attend: Calla
     """
     if not job.result.exists():
         job_file = job.folder / "job.json"
-        publish_json(job_file, {**job.to_json(), "servers": None if engine is None else servers_json(engine)})
+        publish_json(job_file, {**job.to_json(), "servers": None if engine is None else servers_json(engine)}, private=True)
         environment = dict(os.environ)
 
         def show_own_lines(line: str) -> None:

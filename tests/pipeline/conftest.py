@@ -12,7 +12,9 @@ import pytest
 from tests.pipeline.running import STAGES, Command, Finished, clone, listening_addresses
 
 NUM_STEPS = 8
+SECRET = "hunter2"
 SHORT = (
+    f"""sglang.extra_args={{hicache_storage_backend_extra_config='{{"token": "{SECRET}"}}'}}""",
     "prompts.opd.num_prompts=1280",
     f"distill.num_steps={NUM_STEPS}",
     "distill.batch_size=160",
@@ -24,7 +26,7 @@ SHORT = (
     "rollout.shard_size=256",
     "sft.log_every=1",
 )
-"""The example in less time: each rollout is seen once, at twice the learning rate. The last two decide nothing of the result."""
+"""The example in less time: each rollout is seen once, at twice the learning rate. The last two decide nothing of the result, nor does the first."""
 
 
 EXAMPLE_RANKS = 2

@@ -24,7 +24,7 @@ from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.sampling import SamplingParams, SamplingRequest
 from sglang_rollout.server import SGLangServer
-from tests.pipeline.conftest import NUM_STEPS, SHORT, CompletedRun
+from tests.pipeline.conftest import NUM_STEPS, SECRET, SHORT, CompletedRun
 from tests.pipeline.running import EXAMPLE, LOOPBACK, STAGES, lopd, metrics, tensorboard
 
 pytestmark = pytest.mark.timeout(1800)  # whichever test is first makes the run
@@ -159,6 +159,34 @@ def test_every_stage_leaves_its_artifact_manifest_and_log(completed: CompletedRu
     assert (completed.folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert not list(completed.folder.rglob("*.partial")), "nothing half written"
     assert not list((completed.folder / "distill" / "sync").glob("*")), "weights of a sync are removed"
+
+
+@pytest.mark.parametrize(("stage", "role"), [("demonstrate", "teacher"), ("rollout", "student"), ("score", "teacher")])
+def test_manifests_say_how_the_servers_were_started_without_a_secret(completed: CompletedRun, stage: str, role: str) -> None:
+    model = {"teacher": load_config(EXAMPLE).models.teacher, "student": completed.folder / "sft" / "model"}[role]
+    [server] = read_manifest(completed.folder / stage).extra["served"][role]["servers"]
+    arguments = server["arguments"]
+    assert (arguments["model_path"], arguments["dtype"], arguments["enable_deterministic_inference"]) == (str(model), "float32", True)
+    assert json.loads(arguments["hicache_storage_backend_extra_config"]) == {"token": "***"}
+    assert server["num_restarts"] == 0
+    assert "api_key" not in arguments
+
+
+def test_a_secret_of_extra_args_stands_only_in_the_logs_of_servers_and_these_are_their_owners(completed: CompletedRun) -> None:
+    """SGLang itself writes all its arguments there."""
+    files = [path for path in completed.folder.rglob("*") if path.is_file()]
+    telling = [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert telling, "the servers got it"
+    assert [path for path in telling if not path.name.startswith("sglang-") or path.suffix != ".log" or path.stat().st_mode & 0o077] == []
+    exported = json.loads((completed.folder / "export" / "model" / "lopd.json").read_text())["config"]
+    assert json.loads(exported["sglang"]["extra_args"]["hicache_storage_backend_extra_config"]) == {"token": "***"}
+    assert SECRET not in completed.command.stdout
+
+
+@pytest.mark.parametrize("stage", ["sft", "distill"])
+def test_the_file_of_the_ranks_is_their_owners(completed: CompletedRun, stage: str) -> None:
+    """It has the configuration, options of the task among it, which may be needed to judge."""
+    assert (completed.folder / stage / "job.json").stat().st_mode & 0o777 == 0o600
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------------------------------------
