@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 
-def figures(count: int, folder: Path) -> dict[str, Any]:
+def figures(count: int, folder: Path, prompt_len: int) -> dict[str, Any]:
     """Of sampling and scoring so many responses in a process of its own."""
-    command = [sys.executable, "-m", "tests.sglang.client_memory", str(count), str(folder)]
+    command = [sys.executable, "-m", "tests.sglang.client_memory", str(count), str(folder), str(prompt_len)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(run.stderr.splitlines()[-1])
@@ -31,9 +31,10 @@ def _assert_constant(few: dict[str, Any], many: dict[str, Any]) -> None:
 
 
 def test_peak_memory_of_ten_times_the_responses(tmp_path: Path) -> None:
-    _assert_constant(figures(400, tmp_path / "few"), figures(4000, tmp_path / "many"))
+    """The prompts are long enough to show: those of all requests together would be 16 MB."""
+    _assert_constant(figures(400, tmp_path / "few", 1024), figures(4000, tmp_path / "many", 1024))
 
 
 @pytest.mark.slow
 def test_peak_memory_of_a_hundred_times_the_responses(tmp_path: Path) -> None:
-    _assert_constant(figures(1_000, tmp_path / "few"), figures(100_000, tmp_path / "many"))
+    _assert_constant(figures(1_000, tmp_path / "few", 64), figures(100_000, tmp_path / "many", 64))

@@ -17,7 +17,7 @@ import pytest
 from lopd.errors import EngineError
 from sglang_rollout import connections
 from sglang_rollout.client import SGLangEngine
-from sglang_rollout.fleet import SGLangFleet
+from sglang_rollout.fleet import SGLangFleet, serve
 from sglang_rollout.sampling import SamplingRequest
 from sglang_rollout.server import SGLangServer
 from tests.sglang.conftest import sampling, sampling_requests, settings
@@ -119,6 +119,20 @@ def test_weights_and_calls_go_to_each(fakes: tuple[FakeServer, FakeServer], stud
     until("the other has them", lambda: fakes[0].weight_version == "step-4")  # nobody waits for it once one has refused
     with pytest.raises(EngineError, match=r"weight version 'step-3', where .* has 'step-4'"):
         engine.model_info()
+
+
+def test_servers_are_started_at_the_same_time(student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start ends once all have begun: one after the other, the first would never."""
+    begun = threading.Barrier(3)
+
+    def start(server: SGLangServer) -> SGLangServer:
+        begun.wait(60)
+        server.port = 10_000 + server.replica
+        return server
+
+    monkeypatch.setattr(SGLangServer, "start", start)
+    with serve(student_dir, settings(replicas=3), log=tmp_path / "log", name="teacher") as engine:
+        assert [one.url[-5:] for one in engine.engines] == ["10000", "10001", "10002"]
 
 
 # --- real ones -----------------------------------------------------------------------------------------------------------------------------------------

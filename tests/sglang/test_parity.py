@@ -122,14 +122,9 @@ def test_control_other_seeds_give_other_responses(engine: SGLangEngine, response
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 0.6, "top_p": 0.95}, {"temperature": 1.4, "top_k": 50}], ids=["colder", "hotter"])
-@pytest.mark.parametrize("own", [True, False], ids=["own server", "foreign server"])
-def test_log_probabilities_are_at_temperature_one_whatever_the_sampling(
-    engine: SGLangEngine, reference: HuggingFace, changes: dict[str, float], own: bool
-) -> None:
-    server = engine.server
-    assert server is not None
-    asked = engine if own else SGLangEngine(engine.url, server.api_key, engine.settings)
-    for response in asked.generate(sampling_requests(6), sampling(**changes)):
+def test_log_probabilities_are_at_temperature_one_whatever_the_sampling(engine: SGLangEngine, reference: HuggingFace, changes: dict[str, float]) -> None:
+    """Of a server of ours; those of others: test_foreign_server.py."""
+    for response in engine.generate(sampling_requests(6), sampling(**changes)):
         at_one = reference.logprobs(response.prompt_ids, response.token_ids)
         raw = reference.logprobs(response.prompt_ids, response.token_ids, temperature=changes["temperature"])
         assert np.abs(response.sampling_logprobs - at_one).max() <= MAX_DIFFERENCE

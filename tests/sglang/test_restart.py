@@ -334,3 +334,25 @@ def test_a_server_that_hangs_is_started_again_and_weights_that_were_in_no_folder
         list(engine.generate(sampling_requests(4), params, version="step-9"))
     send(to, "step-9", tensors(other_dir))
     assert {response.key: response.token_ids.tolist() for response in engine.generate(sampling_requests(4), params, version="step-9")} == wanted
+
+
+@pytest.mark.slow
+def test_three_deaths_of_a_real_server_in_a_row_are_the_end(student_dir: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    with SGLangServer(student_dir, settings(restarts=2), log=tmp_path / "server.log", tell=told.append) as server:
+        engine = SGLangEngine(server.url, server.api_key, server.settings, server=server)
+        for death in range(3):
+            until("it runs", lambda death=death: server.num_restarts == death and server.ready(), seconds=240)  # type: ignore[misc]
+            assert server._watcher.failure is None
+            with server.log.open("a") as log:
+                log.write(f"RuntimeError: cause number {death}\n")
+            kill(server)
+            until("its death is noticed", lambda death=death: len(told) > death or server._watcher.failure is not None)  # type: ignore[misc]
+        until("it is given up", lambda: server._watcher.failure is not None)
+        for attempt in (lambda: list(engine.generate(sampling_requests(4), sampling())), engine.model_info):
+            with pytest.raises(EngineError, match="died 3 times in a row without answering a request; at last: ") as caught:
+                attempt()
+            assert "its log ends: RuntimeError: cause number 2" in str(caught.value)
+            assert "cause number 1" not in str(caught.value)
+            assert "sglang.restarts = 2" in str(caught.value)
+        assert (server.num_restarts, len(told), server.alive()) == (2, 2, False)
