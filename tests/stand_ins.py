@@ -21,7 +21,7 @@ import pytest
 
 from lopd import cache, cli, pipeline
 from lopd.artifacts import publish_json, storage_errors
-from lopd.config import Config
+from lopd.config import Config, SGLangSection
 from lopd.records import Response, TeacherScores, float32, int32, token_hash, top_k_of
 from lopd.report.metrics import MetricsLog
 from lopd.stages import distill, evaluate, sft
@@ -101,6 +101,17 @@ class Engine:
             others = np.arange(4, 4 + top_k)[None].repeat(len(request.token_ids), 0)  # [R, top_k]
             top = top_k_of(others, np.full(others.shape, -4.0)) if top_k else None
             yield TeacherScores(request.prompt_id, request.sample_index, name, float32(np.full(len(request.token_ids), -0.4)), top)
+
+    @property
+    def settings(self) -> SGLangSection:
+        return SGLangSection()
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        return (self,)
+
+    def model_info(self) -> dict[str, str]:
+        return {"weight_version": "stand-in"}
 
     def update_weights_from_disk(self, model: Path, *, version: str) -> None:
         pass
