@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MOST_PASSES = 4  # shards that are sampled together hold so many times what is in flight: that much is in memory, and may be lost by a kill
-
 
 def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -> SamplingParams:
     """The engine's parameters from a config section; responses stop at the end tokens that any of the models' files name.
@@ -80,8 +78,8 @@ def sample_into(
 ) -> None:
     """Samples what is not yet published. A request's seed derives from (seed, prompt, sample index, purpose), so a resumed stage asks for the same.
 
-    Shards are sampled in blocks (shard_blocks): one sample of every prompt, then a second of every (in_passes). Beyond the prompts, only the responses of
-    shards in flight are in memory: of a block, and of the next where it has begun.
+    Of a shard, one sample of every prompt is asked for, then a second of every (in_passes): a server then has its prefix. Beyond the prompts, only the
+    responses of shards in flight are in memory; they are what a kill loses.
 
     version: of the weights that must answer; absent: those that the servers have now. OtherWeights: a server that was started again, by its owner perhaps, has
     others.
@@ -104,13 +102,12 @@ def sample_into(
     done: dict[int, dict[Key, Response]] = {}  # of shards in flight
 
     def requests() -> Iterator[SamplingRequest]:
-        for block in shard_blocks(missing, shard_size, samples_per_prompt, requests_in_flight(engine)):
-            samples: dict[str, list[tuple[int, Key, Ints]]] = {}  # of each prompt
-            for index in block:
-                done[index] = {}
-                for key, ids in members(index):
-                    samples.setdefault(key[0], []).append((index, key, ids))
-            for index, key, ids in in_passes([*samples.values()], len(samples)):
+        for index in missing:
+            done[index] = {}
+            samples: dict[str, list[tuple[Key, Ints]]] = {}  # of each prompt
+            for key, ids in members(index):
+                samples.setdefault(key[0], []).append((key, ids))
+            for key, ids in in_passes([*samples.values()], len(samples)):
                 shard_of[key] = index
                 yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
 
@@ -129,15 +126,6 @@ def sample_into(
 def requests_in_flight(engine: SGLangEngine) -> int:
     """With all servers together."""
     return engine.settings.max_in_flight * len(engine.engines)
-
-
-def shard_blocks(missing: Sequence[int], shard_size: int, samples_per_prompt: int, in_flight: int) -> list[Sequence[int]]:
-    """The shards that are sampled together: as few as hold in_flight prompts. Of more than _MOST_PASSES samples of a prompt, as few as hold that many times
-    in_flight responses: then the prompts are fewer.
-    """
-    passes = min(samples_per_prompt, _MOST_PASSES)
-    length = -(-in_flight * passes // shard_size) if passes > 1 else 1  # of a single sample per prompt none has to wait for another
-    return [missing[start : start + length] for start in range(0, len(missing), length)]
 
 
 def in_passes(prompts: Sequence[Sequence[T]], at_once: int) -> list[T]:

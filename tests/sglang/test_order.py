@@ -18,7 +18,7 @@ from lopd import cache
 from lopd.artifacts import ArtifactWriter
 from lopd.megatron.scorer import MegatronScorer
 from lopd.records import Key, Prompt, Response, TeacherScores, token_hash
-from lopd.stages.sampling import by_length, in_passes, sample_into, score_into, shard_blocks
+from lopd.stages.sampling import by_length, in_passes, sample_into, score_into
 from sglang_rollout.sampling import SamplingRequest
 from sglang_rollout.scoring import ScoreRequest
 from tests.sglang.answers import STOP_ID, VOCAB_SIZE
@@ -82,13 +82,6 @@ def test_scored_are_the_longest_first_and_prompts_of_like_length_take_turns() ->
     assert all(min(block) >= max(following) for block, following in pairwise(blocks))
 
 
-def test_shards_are_sampled_together_until_they_hold_enough_prompts() -> None:
-    assert shard_blocks([0, 2, 3, 5, 7], 16, 4, 8) == [[0, 2], [3, 5], [7]]
-    assert shard_blocks([0, 2, 3], 16, 1, 8) == [[0], [2], [3]], "a single sample has none to wait for"
-    assert shard_blocks([0, 2, 3], 100, 4, 8) == [[0], [2], [3]]
-    assert [len(block) for block in shard_blocks(range(64), 16, 1000, 8)] == [2] * 32, "no more than 4 times what is in flight"
-
-
 # --- as the stages send it -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -133,24 +126,23 @@ def sample(engine: Any, folder: Path, *, prompts: int = 30, samples: int = 4, sh
     return [path.read_bytes() for path in sorted(folder.glob("*.parquet"))]
 
 
-def test_a_stage_samples_one_of_every_prompt_before_the_second_of_any(tmp_path: Path) -> None:
-    """Shards of 10 rows hold two prompts and a half: four of them are sampled together."""
+def test_a_stage_samples_one_of_every_prompt_of_a_shard_before_the_second_of_any(tmp_path: Path) -> None:
     engine = Asked(IN_FLIGHT)
-    sample(engine, tmp_path)
-    assert sorted(engine.keys) == sorted((f"p{prompt}", number) for prompt in range(30) for number in range(4))
-    assert least_distance(engine.keys) >= IN_FLIGHT
+    sample(engine, tmp_path, prompts=32, shard_size=4 * 16)
+    assert sorted(engine.keys) == sorted((f"p{prompt}", number) for prompt in range(32) for number in range(4))
+    assert least_distance(engine.keys) == 16
     assert least_distance(sorted(engine.keys)) == 1
-    assert engine.keys[:20] == [*((f"p{prompt}", 0) for prompt in range(10)), *((f"p{prompt}", 1) for prompt in range(10))]
+    assert engine.keys[:32] == [*((f"p{prompt}", 0) for prompt in range(16)), *((f"p{prompt}", 1) for prompt in range(16))]
 
 
-def test_no_more_shards_are_in_memory_than_two_blocks(tmp_path: Path) -> None:
+def test_no_more_shards_are_in_memory_than_are_in_flight(tmp_path: Path) -> None:
+    """What is sampled and not published is lost by a kill: passes over more than a shard would make it more."""
     engine, rows = Asked(IN_FLIGHT), 10
     sample(engine, tmp_path, prompts=200)
-    block = len(shard_blocks(range(80), rows, 4, IN_FLIGHT)[0])
     assert len(engine.open) > 700
     for keys in engine.open:
         shards = {(4 * int(prompt[1:]) + number) // rows for prompt, number in keys}
-        assert max(shards) - min(shards) < 2 * block
+        assert max(shards) - min(shards) <= -(-2 * IN_FLIGHT // rows)
 
 
 def test_what_is_published_depends_on_no_order_of_asking(fake: FakeServer, tmp_path: Path) -> None:
