@@ -1,7 +1,7 @@
 """The process of a server: ``python -m sglang_rollout.launch JSON``, where JSON holds the fields of SGLang's ServerArgs.
 
-The key comes in the environment, so that it stands in no list of processes. SGLang starts its workers by spawning, and each worker first imports this
-module as ``__mp_main__``: what a CPU needs before SGLang is imported is therefore put in place here, at import, once per process.
+The key, and fields that may hold a secret, come in the environment, so that they stand in no list of processes. SGLang starts its workers by spawning, and each
+worker first imports this module as ``__mp_main__``: what a CPU needs before SGLang is imported is therefore put in place here, at import, once per process.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from sglang_rollout.cpu.plugin import OURS, activate, on_cpu
 
 KEY_VARIABLE = "LOPD_SGLANG_KEY"
+SECRETS_VARIABLE = "LOPD_SGLANG_SECRETS"
 CONTEXT_MARGIN = 8
 """SGLang accepts up to 6 tokens less than its context_length (max_req_input_len) and samples up to 2 less (init_req_max_new_tokens). Ours is exact: prompt
 and response together may have context_length tokens, to sample and to score. The client holds that limit, so no position beyond it is ever used."""
@@ -44,7 +45,7 @@ def main() -> None:
     os.environ[OURS] = "1"
     load_plugins()
     activate()  # once more: SGLang only logs a plugin's error, here it ends the server
-    arguments = json.loads(sys.argv[1])
+    arguments = {**json.loads(sys.argv[1]), **json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))}
     context_length = arguments.pop("context_length")
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     server_args = ServerArgs(**arguments, context_length=context_length + CONTEXT_MARGIN, api_key=_Key(os.environ.pop(KEY_VARIABLE)))

@@ -25,7 +25,7 @@ from sglang_rollout.addresses import interface_of
 from sglang_rollout.arguments import check_host, server_arguments
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
 from sglang_rollout.extra_args import check_extra_args
-from sglang_rollout.launch import KEY_VARIABLE
+from sglang_rollout.launch import KEY_VARIABLE, SECRETS_VARIABLE
 from sglang_rollout.scratch import Scratch
 from sglang_rollout.supervision import Activity, Watcher, remembered_weights
 
@@ -88,8 +88,13 @@ class SGLangServer:
 
     @property
     def command(self) -> list[str]:
-        """The command line; the key is in the environment, not here."""
-        return [sys.executable, "-m", "sglang_rollout.launch", json.dumps(self.arguments)]
+        """The command line; the key and what may be a secret are in the environment, not here."""
+        return [sys.executable, "-m", "sglang_rollout.launch", json.dumps(scrubbed(self.arguments))]
+
+    def _secrets(self) -> dict[str, object]:
+        """The arguments that the command line hides."""
+        hidden = scrubbed(self.arguments)
+        return {name: value for name, value in self.arguments.items() if hidden[name] != value}
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -244,6 +249,7 @@ class SGLangServer:
         environment = {
             **os.environ,
             KEY_VARIABLE: self.api_key,
+            SECRETS_VARIABLE: json.dumps(self._secrets()),
             "TMPDIR": str(scratch),  # SGLang leaves its sockets behind
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{scratch}/rendezvous",  # torch's own TCP rendezvous listens on every interface
             "HF_HUB_OFFLINE": "1",

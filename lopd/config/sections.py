@@ -72,7 +72,9 @@ class Sampling(Section):
 
 
 class DemonstrateSection(Sampling):
-    shard_size: int = Field(default=256, ge=1, description="Responses per Parquet shard: what is published at a time; a kill loses those in flight.", json_schema_extra=SPEED_ONLY)
+    shard_size: int = Field(
+        default=256, ge=1, description="Responses per Parquet shard: published at a time; a kill loses those in flight.", json_schema_extra=SPEED_ONLY
+    )
 
 
 class RolloutSection(Sampling):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from lopd.errors import ConfigError, EngineError
 from lopd.processes import group_alive
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.extra_args import known_fields
+from sglang_rollout.launch import SECRETS_VARIABLE
 from sglang_rollout.scratch import remove_orphans
 from sglang_rollout.server import SGLangServer, check_extra_args, lasting_port, log_summary
 from tests.models import EOS_ID
@@ -200,6 +202,19 @@ def test_the_key_stands_in_no_command_line_and_in_no_log_and_only_loopback_liste
     assert server.api_key not in " ".join(server.command)
     listening = {c.laddr.ip for process in processes for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
+
+
+def test_a_secret_argument_stands_in_no_command_line(student_dir: Path, tmp_path: Path) -> None:
+    """It reaches the server all the same: tests/pipeline/test_end_to_end.py finds it in the log, where SGLang writes its arguments."""
+    told = {"hicache_storage_backend_extra_config": '{"token": "hunter2", "pages": 4}', "log_requests": False}
+    server = SGLangServer(student_dir, settings(extra_args=told), log=tmp_path / "log")
+    assert "hunter2" not in " ".join(server.command)
+    given = json.loads(server.command[-1])
+    secrets = json.loads(server._environment(tmp_path)[SECRETS_VARIABLE])
+    assert secrets == {"hicache_storage_backend_extra_config": told["hicache_storage_backend_extra_config"]}
+    assert {**given, **secrets} == server.arguments
+    plain = SGLangServer(student_dir, settings(), log=tmp_path / "log")
+    assert json.loads(plain._environment(tmp_path)[SECRETS_VARIABLE]) == {}
 
 
 def test_keys_are_never_the_same(student_dir: Path, tmp_path: Path) -> None:
