@@ -18,6 +18,7 @@ from lopd.cache import from_table, read_rows, to_table
 from lopd.cache.residualise import residualise
 from lopd.cache.style import Settings
 from lopd.cache.tools import export_reference, import_reference, merge, split
+from lopd.checks.combinations import refresh_problems
 from lopd.checks.lineage import cache as check_given
 from lopd.checks.lineage import checkpoint as check_checkpoint
 from lopd.config import Config, load_config
@@ -180,7 +181,8 @@ def test_lopd_check_compares_whose_it_is(project: Project, foreign: Path) -> Non
     before = project.load(f"distill.cache={project.score}", f"run.dir={project.folder / 'new'}")
     assert "whose they are is compared once" in str(next(check_given(before)))
     refreshed = project.load(f"distill.cache={project.score}", "distill.refresh.every=1")
-    assert isinstance(next(iter(check_given(refreshed))), ConfigError)
+    assert [problem.what for problem in refresh_problems(refreshed)] == ["distill.refresh with distill.cache"]
+    assert list(refresh_problems(project.load(f"distill.cache={project.score}"))) == []
 
 
 def test_rollouts_and_scores_say_whose_they_are(project: Project) -> None:

@@ -211,6 +211,7 @@ def _in_background(model: str, folder: Path) -> dict[str, Any]:
     trainer.finish_checkpoint()
     parallel.barrier()
     results["then"] = sorted(path.name for path in folder.iterdir())
+    parallel.barrier()  # every rank has looked before one begins the next
     writing.Writing._write = write  # type: ignore[method-assign]
     trainer.save_checkpoint({})  # the last one, published by the next step, however long it takes
     while (folder / "latest").read_text() != f"step-{SAVED_AT + 2:06d}\n":
