@@ -35,15 +35,15 @@ SETTINGS = (
     "distill.sync_every=0",
     "distill.checkpoint_every=10",
     "distill.log_every=5",
-    "distill.refresh.keep_teacher=true",
     "evaluate.equal_compute_baseline=false",
 )
+KEEP = "distill.refresh.keep_teacher=true"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "lightning": (),
-    "every10": ("distill.refresh.every=10",),
-    "every10_shared": ("distill.refresh.every=10", "distill.refresh.keep_teacher=false"),
-    "drift": ("distill.refresh.min_effective_share=0.97", "distill.refresh.num_responses=960"),
-    "every1": ("distill.refresh.every=1",),
+    "every10": ("distill.refresh.every=10", KEEP),
+    "every10_shared": ("distill.refresh.every=10",),
+    "drift": ("distill.refresh.min_effective_share=0.97", "distill.refresh.num_responses=960", KEEP),
+    "every1": ("distill.refresh.every=1", KEEP),
 }
 TITLES = {
     "lightning": "never (Lightning OPD)",
