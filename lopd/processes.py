@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -78,13 +78,22 @@ class GuardedProcess:
 
 def group_alive(group: int) -> bool:
     """True while a process of this group that is not a zombie exists."""
+    return any(state not in "ZX" for state in _states(group))
+
+
+def group_stopped(group: int) -> bool:
+    """True where nothing of this group runs or waits: what is left of it was stopped (SIGSTOP)."""
+    left = [state for state in _states(group) if state not in "ZX"]
+    return bool(left) and all(state in "Tt" for state in left)
+
+
+def _states(group: int) -> Iterator[str]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-                if int(fields[2]) == group and fields[0] not in "ZX":
-                    return True
-    return False
+                if int(fields[2]) == group:
+                    yield fields[0]
 
 
 def free_port() -> int:

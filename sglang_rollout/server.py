@@ -20,7 +20,7 @@ import httpx
 from lopd.config import SGLangSection
 from lopd.config.secrets import holds_secret, scrubbed
 from lopd.errors import EngineError
-from lopd.processes import GuardedProcess, free_port, last_lines, port_taken
+from lopd.processes import GuardedProcess, free_port, group_stopped, last_lines, port_taken
 from sglang_rollout.addresses import interface_of
 from sglang_rollout.arguments import check_host, server_arguments
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
@@ -263,10 +263,16 @@ class SGLangServer:
         return environment
 
     def _wait_until_healthy(self, progress: Callable[[float], None] | None) -> None:
-        began = time.monotonic()
+        began = ran = time.monotonic()
         with self._client() as client:
             while True:
                 waited = time.monotonic() - began
+                process = self._process
+                if process is None or not group_stopped(process.pid):
+                    ran = time.monotonic()
+                elif time.monotonic() - ran > self.settings.hang_timeout_s:  # as one that hangs once it is up; a long start may still end well, this one cannot
+                    what = f"the {self.name} server was stopped (SIGSTOP) while it started; its log ends: {log_summary(self.log)}"
+                    raise EngineError(what, where=str(self.log), limit=f"sglang.hang_timeout_s = {self.settings.hang_timeout_s:g}", remedy="let it run")
                 if not self.alive():
                     if "address already in use" in " ".join(last_lines(self.log, 40)):
                         raise _AddressTaken(f"port {self.port} was taken while the {self.name} server started", where=str(self.log))
@@ -279,7 +285,7 @@ class SGLangServer:
                         limit=f"sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
                         remedy="read the log; raise sglang.start_timeout_s where the machine is only slow",
                     )
-                if self._answers(client, self.settings.start_timeout_s - waited):
+                if self._answers(client, min(self.settings.start_timeout_s - waited, self.settings.hang_timeout_s)):
                     return
                 if progress is not None:
                     progress(waited)

@@ -146,6 +146,20 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(studen
     assert not (tmp_path / "log").exists()
 
 
+def test_a_server_stopped_while_it_starts_is_not_waited_for_as_long_as_a_slow_one(student_dir: Path, tmp_path: Path) -> None:
+    """Control: every other start, none of which is stopped, may take start_timeout_s."""
+    server = SGLangServer(student_dir, settings(hang_timeout_s=1.0, start_timeout_s=500), log=tmp_path / "log")
+    groups: list[int] = []
+
+    def stop(_: float) -> None:
+        groups.append(server.group_id)
+        os.killpg(server.group_id, signal.SIGSTOP)
+
+    with pytest.raises(EngineError, match=r"was stopped \(SIGSTOP\) while it started.*limit: sglang.hang_timeout_s = 1"):
+        server.start(stop)
+    assert not group_alive(groups[0])
+
+
 def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(student_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(student_dir, folder)
