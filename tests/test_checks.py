@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lopd import checks
 from lopd.config import load_config
 from lopd.errors import LopdError
+from tests.checking import forbid_processes, wrong
 from tests.stand_ins import STAGES, Lopd, StandIns, command, contents, cut, write_project, write_prompts
 
 CORES = len(os.sched_getaffinity(0))
@@ -36,18 +36,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> StandIns:
-    """Any child process is an error; a stage that came so far would be seen in the stand-ins."""
-
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise AssertionError("a process was started")
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    return StandIns().install(monkeypatch)
-
-
-def wrong(config: Path, *overrides: str) -> list[str]:
-    """Every finding of lopd check that is wrong, with the name of its check."""
-    return [f"{row['name']} | {row['finding']}" for row in checks.as_rows(load_config(config, overrides)) if not row["ok"]]
+    return forbid_processes(monkeypatch)
 
 
 # ---- a project in which nothing is wrong ------------------------------------------------------------------------------------------------------------

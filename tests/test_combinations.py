@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lopd.checks import combinations
 from lopd.config import Config, load_config
 from lopd.errors import ConfigError, LopdError
 from sglang_rollout.launch import KEY_VARIABLE
+from tests.checking import forbid_processes, wrong
 from tests.sglang.fake_server import KEY, FakeServer
 from tests.stand_ins import Lopd, StandIns, command, contents, write_project
 
@@ -38,15 +38,7 @@ def lopd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> StandIns:
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise AssertionError("a process was started")
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    return StandIns().install(monkeypatch)
-
-
-def wrong(config: Path, *overrides: str) -> list[str]:
-    return [f"{row['name']} | {row['finding']}" for row in checks.as_rows(load_config(config, overrides)) if not row["ok"]]
+    return forbid_processes(monkeypatch)
 
 
 # overrides that are refused, the line, and what is as good in their place

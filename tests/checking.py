@@ -1,0 +1,28 @@
+"""What tests of lopd check share."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from lopd import checks
+from lopd.config import load_config
+from tests.stand_ins import StandIns
+
+
+def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    """Any child process is an error; a stage that came so far would be seen in the stand-ins."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    return StandIns().install(monkeypatch)
+
+
+def wrong(config: Path, *overrides: str) -> list[str]:
+    """Every finding of lopd check that is wrong, with the name of its check."""
+    return [f"{row['name']} | {row['finding']}" for row in checks.as_rows(load_config(config, overrides)) if not row["ok"]]
