@@ -18,6 +18,7 @@ sgl_kernel
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -29,13 +30,29 @@ import torch
 
 
 def install() -> None:
-    """Put the stand-ins in place of packages that are not installed; must run before anything of SGLang is imported."""
+    """Puts the stand-ins in place of packages that are not there, or do not load without a GPU.
+
+    It must run before anything of SGLang is imported.
+    """
     if importlib.util.find_spec("torchvision") is None:
         _hide_torchvision_from_transformers()
         _install_torchvision()
         _replace_auto_image_processor()
-    if importlib.util.find_spec("sgl_kernel") is None:
+    if not _loads("sgl_kernel"):
         _install_sgl_kernel()
+
+
+def _loads(name: str) -> bool:
+    """Whether the package imports. In the image it is a CUDA build, which needs the GPU's driver."""
+    if importlib.util.find_spec(name) is None:
+        return False
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError):
+        for loaded in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+        return False
+    return True
 
 
 def _module(name: str, **names: object) -> ModuleType:
