@@ -36,8 +36,8 @@ def engine_spec(config: Any, *, qk_norm: bool) -> TransformerBlockSubmodules:
 def local_spec(config: Any, *, qk_norm: bool) -> TransformerBlockSubmodules:
     """The decoder without Transformer Engine: Megatron-Core's local layers with our norm and attention.
 
-    Upstream: megatron/core/models/gpt/gpt_layer_specs.py:get_gpt_layer_local_spec. Checked with megatron-core 0.16.1 and 0.18.2. RuntimeError where its parts are not
-    the ones known here.
+    Upstream: megatron/core/models/gpt/gpt_layer_specs.py:get_gpt_layer_local_spec. Checked with
+    megatron-core 0.16.1 and 0.18.2. Raises RuntimeError if its parts are not the ones known here.
     """
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=qk_norm, normalization="RMSNorm")
     parts = layer.submodules
