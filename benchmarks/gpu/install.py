@@ -27,6 +27,7 @@ BUILD_TIMEOUT_S = 300
 NEW_FUNCTION = "cublasLtGroupedMatrixLayoutInit_internal"
 NOT_SUPPORTED = 15  # CUBLAS_STATUS_NOT_SUPPORTED
 STAND_IN = "libcublas_stand_in.so"
+SOURCE = ".tar.gz"
 _MARK = "installed"  # a file beside the group's packages, once all of them are there
 
 
@@ -47,15 +48,12 @@ def install(wheels: Path, target: Path, group: Group, *, dry_run: bool = False) 
         return "is there already"
     new, kept = [], []
     for name, content in wheels_of(wheels, group):
-        package, version = name.removesuffix(".tar.gz").split("-")[:2]
-        if name.endswith(".tar.gz"):
-            package, version = name.removesuffix(".tar.gz").rsplit("-", 1)
+        is_source = name.endswith(SOURCE)
+        package, version = name.removesuffix(SOURCE).split("-")[:2]
         if present(package, version) or (dry_run and package in NEED_DRIVER):
             kept.append(package)
             continue
-        if name.endswith(".tar.gz"):
-            name, content = compiled(name, content, folder, target / "build")
-        unpack(content, folder)
+        unpack(compiled(name, content, folder, target / "build") if is_source else content, folder)
         new.append(package)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK).write_text("\n".join(new) + "\n", encoding="utf-8")
@@ -90,7 +88,7 @@ def unpack(wheel: bytes, folder: Path) -> None:
                 place.chmod(0o755)
 
 
-def compiled(name: str, source: bytes, folder: Path, scratch: Path) -> tuple[str, bytes]:
+def compiled(name: str, source: bytes, folder: Path, scratch: Path) -> bytes:
     """A wheel of Transformer Engine's extension for torch, built as docker/Dockerfile does.
 
     ArtifactError: there is no compiler, or it fails or takes too long.
@@ -117,7 +115,7 @@ def compiled(name: str, source: bytes, folder: Path, scratch: Path) -> tuple[str
     built = [*scratch.glob("*.whl")]
     if done.returncode != 0 or not built:
         raise ArtifactError("its build failed", where=name, remedy=f"see {log}")
-    return built[0].name, built[0].read_bytes()
+    return built[0].read_bytes()
 
 
 def build_environment(folder: Path) -> dict[str, str]:
