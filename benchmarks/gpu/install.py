@@ -29,8 +29,6 @@ NOT_SUPPORTED = 15  # CUBLAS_STATUS_NOT_SUPPORTED
 STAND_IN = "libcublas_stand_in.so"
 SOURCE = ".tar.gz"
 _MARK = "installed"  # a file beside the group's packages, once all of them are there
-
-
 NEED_DRIVER = ("sglang_kernel",)  # its library does not load where there is no GPU
 
 

@@ -111,6 +111,8 @@ def run(options: argparse.Namespace) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     site = (options.site or out / "site").resolve()
+    if options.dry_run:
+        site /= "dry-run"  # which lacks what only a GPU's driver can load
     say(f"{here['gpu'] or 'no GPU'}; {versions(here)}; figures go to {out}")
     installed = bring(options.wheels, site, dry_run=options.dry_run)
     write_json(out / "run.json", {"dry_run": options.dry_run, "machine": here, **installed})
