@@ -23,7 +23,7 @@ from benchmarks.gpu.wheels import PYTHON
 
 from lopd.errors import ArtifactError
 
-BUILD_TIMEOUT_S = 300
+BUILD_TIMEOUT_S = 200
 NEW_FUNCTION = "cublasLtGroupedMatrixLayoutInit_internal"
 NOT_SUPPORTED = 15  # CUBLAS_STATUS_NOT_SUPPORTED
 STAND_IN = "libcublas_stand_in.so"

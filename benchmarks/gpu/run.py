@@ -19,12 +19,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu import report
 from benchmarks.gpu.bundle import read_groups
-from benchmarks.gpu.install import cublas_stand_in, environment, install
+from benchmarks.gpu.install import STAND_IN, cublas_stand_in, environment, install
 from benchmarks.gpu.part import ROOT, last_line
 from benchmarks.gpu.sheet import CUT, FAILED, ended, machine, say, write_json
 
@@ -114,12 +115,15 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         site /= "dry-run"  # which lacks what only a GPU's driver can load
     say(f"{here['gpu'] or 'no GPU'}; {versions(here)}; figures go to {out}")
-    installed = bring(options.wheels, site, dry_run=options.dry_run)
-    write_json(out / "run.json", {"dry_run": options.dry_run, "machine": here, **installed})
-    complete = True
+    complete, found = True, dict[str, str]()
     for part in PARTS:
-        if not options.only or part.name in options.only:
-            complete &= run_part(part, out, site, deadline, dry_run=options.dry_run)
+        if options.only and part.name not in options.only:
+            continue
+        if options.wheels is not None:  # of each part just before it: those before have begun
+            bring(options.wheels, site, part.groups, found, dry_run=options.dry_run)
+        about = {"dry_run": options.dry_run, "machine": here, "packages": found}
+        write_json(out / "run.json", about)
+        complete &= run_part(part, out, site, deadline, dry_run=options.dry_run)
     say("")
     say(report.table(out))
     say(f"{time.monotonic() - began:.0f} s in all")
@@ -132,12 +136,13 @@ def versions(here: dict[str, object]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def bring(wheels: Path | None, site: Path, *, dry_run: bool) -> dict[str, dict[str, str]]:
-    """Unpacks every group that is whole; what was done with each."""
-    found: dict[str, str] = {}
-    if wheels is None:
-        return {"packages": found}
+def bring(
+    wheels: Path, site: Path, groups: Sequence[str], found: dict[str, str], *, dry_run: bool
+) -> None:
+    """Unpacks those of the groups that are whole; found: what was done with each, once."""
     for group in read_groups():
+        if group.name not in groups or group.name in found:
+            continue
         began = time.monotonic()
         try:
             found[group.name] = install(wheels, site, group, dry_run=dry_run)
@@ -145,12 +150,13 @@ def bring(wheels: Path | None, site: Path, *, dry_run: bool) -> dict[str, dict[s
             found[group.name] = f"not installed: {error}"
         seconds = time.monotonic() - began
         say(f"packages, {group.name}: {found[group.name]} ({seconds:.0f} s)")
+    if "cublas" not in groups or STAND_IN in found:
+        return
     try:
-        found["cuBLAS"] = cublas_stand_in(site)
+        found[STAND_IN] = cublas_stand_in(site)
     except (OSError, subprocess.CalledProcessError) as error:
-        found["cuBLAS"] = f"no stand-in could be compiled: {error}"
-    say(f"packages, cuBLAS: {found['cuBLAS']}")
-    return {"packages": found}
+        found[STAND_IN] = f"could not be compiled: {error}"
+    say(f"packages, cuBLAS: {found[STAND_IN]}")
 
 
 def run_part(part: Part, out: Path, site: Path, deadline: float, *, dry_run: bool) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import install
+from benchmarks.gpu import install, run
 from benchmarks.gpu.bundle import (
     HERE,
     SUMS,
@@ -105,6 +105,21 @@ def test_what_is_missing_is_unpacked(carried: Path, tmp_path: Path, monkeypatch:
     found = install.environment(site, ("some", "absent"))
     assert found["PYTHONPATH"].split(":")[0] == str(site / "some")
     assert "LD_PRELOAD" not in found
+
+
+def test_packages_come_before_the_first_part_that_needs_them(
+    carried: Path,
+    tmp_path: Path,
+    monkeypatch: Patch,
+) -> None:
+    monkeypatch.setattr(install, "PYTHON", f"3.{sys.version_info.minor}")
+    monkeypatch.setattr(run, "read_groups", lambda: [GROUP, Group(2, "other", "more", ("x",))])
+    found: dict[str, str] = {}
+    run.bring(carried, tmp_path / "site", ("some",), found, dry_run=True)
+    assert found == {"some": "2 installed, 0 there already"}
+    run.bring(carried, tmp_path / "site", ("some", "other"), found, dry_run=True)
+    assert found["some"] == "2 installed, 0 there already"  # once
+    assert found["other"].startswith("not installed: 2-other.tar: no part of this group")
 
 
 def test_another_python_is_refused(carried: Path, tmp_path: Path, monkeypatch: Patch) -> None:
