@@ -24,6 +24,8 @@ QWEN3_30B_A3B = {
     "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     "tie_word_embeddings": False,
 }  # fmt: skip
+BYTES_PER_WEIGHT = 18  # bfloat16 weight, float32 gradient, copy and two moments
+RESERVE = 30e9  # activations, blocks of logits, the allocator
 
 
 def parity(folder: str, dtype: str) -> dict[str, float]:
@@ -47,11 +49,32 @@ def parity(folder: str, dtype: str) -> dict[str, float]:
     }
 
 
-def write_stage(folder: Path, num_layers: int) -> Path:
-    """config.json of a Qwen3-30B-A3B with so many layers; weights are random, so there are none."""
+def write_stage(folder: Path, num_layers: int, **shape: int) -> Path:
+    """config.json of a Qwen3-30B-A3B with so many layers; weights are random, so there are none.
+
+    shape: fields of it that shall be others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**QWEN3_30B_A3B, "num_hidden_layers": num_layers}))
+    config = {**QWEN3_30B_A3B, "num_hidden_layers": num_layers, **shape}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def weights_of_layer(arch: Architecture) -> float:
+    heads = 2 * arch.num_heads + 2 * arch.num_kv_heads
+    projections = arch.hidden_size * arch.head_dim * heads
+    experts = arch.num_experts * 3 * arch.hidden_size * arch.moe_ffn_hidden_size
+    return float(projections + experts + arch.hidden_size * arch.num_experts)
+
+
+def layers_that_fit(arch: Architecture, free_bytes: float, recompute: str) -> int:
+    """How many of arch's layers can be trained in so much memory of a GPU, embeddings included.
+
+    At most as many as arch has.
+    """
+    room = free_bytes - RESERVE * (1 if recompute == "full" else 2)
+    room -= 2 * arch.vocab_size * arch.hidden_size * BYTES_PER_WEIGHT
+    return min(int(room / (weights_of_layer(arch) * BYTES_PER_WEIGHT)), arch.num_layers)
 
 
 def packed(vocab_size: int, num_tokens: int, sequence_len: int, seed: int) -> Microbatch:
@@ -80,12 +103,22 @@ def stage(folder: str, num_tokens: int, sequence_len: int, dtype: str, recompute
     return [trainer.train_step([packed(vocab_size, num_tokens, sequence_len, seed)]).as_dict() for seed in range(num_steps)]
 
 
-def planned_bytes(arch: Architecture, settings: TrainSection) -> float:
-    """What lopd plan says of the fullest GPU, without what no allocator counts: the CUDA context."""
+def planned_bytes(
+    arch: Architecture,
+    settings: TrainSection,
+    *,
+    engine: bool | None = None,
+) -> float:
+    """What lopd plan says of the fullest GPU, without what no allocator counts: the context.
+
+    engine: Transformer Engine's layers, or the local ones; absent: what is there decides.
+    """
     from lopd.planning.assumptions import Assumptions
     from lopd.planning.memory import trainer_memory
     from lopd.planning.parameters import parameters_by_formula
     from megatron_patches.layer_spec import has_transformer_engine
 
-    memory = trainer_memory(arch, settings, parameters_by_formula(arch, settings.parallel), Assumptions(), engine=has_transformer_engine())
+    engine = has_transformer_engine() if engine is None else engine
+    parameters = parameters_by_formula(arch, settings.parallel)
+    memory = trainer_memory(arch, settings, parameters, Assumptions(), engine=engine)
     return sum(size for term, size in memory.gpu.items() if term not in ("context, NCCL", "fragmentation"))

@@ -21,7 +21,16 @@ import torch
 
 from lopd.megatron.architecture import read_architecture
 from tests.megatron.context_cases import CONTROLS, two_ranks
-from tests.megatron.gpu_cases import parity, planned_bytes, settings_of_stage, stage, write_stage
+from tests.megatron.gpu_cases import (
+    BYTES_PER_WEIGHT,
+    layers_that_fit,
+    parity,
+    planned_bytes,
+    settings_of_stage,
+    stage,
+    weights_of_layer,
+    write_stage,
+)
 from tests.megatron.launch import ROOT, run_ranks
 from tests.megatron.test_trainer import difference
 from tests.megatron.trainer_cases import train_on_one_rank
@@ -31,8 +40,6 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 on_gpu = lambda test: gpu[0](gpu[1](pytest.mark.timeout(600)(test)))  # noqa: E731
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 STAGE_TOKENS = 12_288
-BYTES_PER_WEIGHT = 18  # bfloat16 weight, float32 gradient, copy and two moments
-RESERVE = 30e9  # activations, blocks of logits, the allocator
 Figures = dict[str, Any]
 
 
@@ -55,11 +62,6 @@ def test_the_shape_has_the_published_number_of_weights_and_the_planner_knows_the
     two = read_architecture(write_stage(tmp_path / "stage", 2))
     planned = planned_bytes(two, settings_of_stage(num_tokens=STAGE_TOKENS, dtype="bfloat16", recompute="full"))
     assert planned > weights_of(two) * BYTES_PER_WEIGHT
-
-
-def weights_of_layer(arch: Any) -> float:
-    projections = arch.hidden_size * arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads)
-    return float(projections + arch.num_experts * 3 * arch.hidden_size * arch.moe_ffn_hidden_size + arch.hidden_size * arch.num_experts)
 
 
 def weights_of(arch: Any) -> float:
@@ -120,16 +122,17 @@ def test_logprobs_without_logits_at_full_size(tmp_path: Path, figures: Figures) 
 def test_a_stage_of_qwen3_30b_a3b(recompute: str, tmp_path: Path, figures: Figures) -> None:
     """As many of its 48 layers as fit; the last of five steps counts. Memory against the planner."""
     whole = read_architecture(write_stage(tmp_path / "whole", 48))
-    free = torch.cuda.mem_get_info()[0] - RESERVE * (1 if recompute == "full" else 2)
-    layers = int((free - 2 * whole.vocab_size * whole.hidden_size * BYTES_PER_WEIGHT) / (weights_of_layer(whole) * BYTES_PER_WEIGHT))
+    layers = layers_that_fit(whole, torch.cuda.mem_get_info()[0], recompute)
     assert layers > 0, "not one layer fits"
-    folder = write_stage(tmp_path / "stage", min(layers, 48))
+    folder = write_stage(tmp_path / "stage", layers)
     steps = run_ranks(
         stage, 1, timeout_s=550, folder=str(folder), num_tokens=STAGE_TOKENS, sequence_len=4096, dtype="bfloat16", recompute=recompute, num_steps=5
     )[0]
     last = steps[-1]
     planned = planned_bytes(read_architecture(folder), settings_of_stage(num_tokens=STAGE_TOKENS, dtype="bfloat16", recompute=recompute)) / 2**30
     names = ("tokens_per_s", "seconds", "model_tflops_per_s", "mfu", "peak_memory_gib")
-    figures[f"stage, recompute {recompute}"] = {"layers": min(layers, 48), "planned_gib": planned, **{name: last.get(name) for name in names}}
+    kept = {name: last.get(name) for name in names}
+    found = {"layers": layers, "planned_gib": planned, **kept}
+    figures[f"stage, recompute {recompute}"] = found
     assert last["peak_memory_gib"] == pytest.approx(planned, rel=0.15)
     assert last["mfu"] > 0.05
