@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.limits import apart, close, within
 from tests.megatron.context_cases import CONTROLS
 from tests.megatron.engine_cases import LAYOUTS, two_ranks
 from tests.megatron.launch import ROOT, run_ranks
@@ -48,11 +49,11 @@ def test_it_is_used_where_it_imports_and_a_gpu_is_there(measured: list[dict[str,
 @pytest.mark.parametrize("model", [*LAYOUTS, "dense", "biased"])
 def test_a_model_of_its_modules_is_that_of_transformers(model: str, measured: list[dict[str, Any]]) -> None:
     for rank in measured:
-        assert max(rank[model]["difference"].values()) <= LIMIT
+        within(max(rank[model]["difference"].values()), LIMIT)
 
 
 def test_experts_in_each_others_place_would_be_noticed(measured: list[dict[str, Any]]) -> None:
-    assert max(measured[0]["one expert wrong"].values()) > 100 * LIMIT
+    apart(max(measured[0]["one expert wrong"].values()), 100 * LIMIT)
 
 
 @pytest.mark.parametrize("model", [*LAYOUTS, "dense", "biased"])
@@ -73,7 +74,8 @@ def test_its_parameters_have_its_names(measured: list[dict[str, Any]]) -> None:
 def test_five_steps_are_those_of_the_local_layers_and_torchs_optimizer(training: str, measured: list[dict[str, Any]]) -> None:
     assert measured[0]["optimizer"] == "FusedAdam"
     for figures in ("loss", "grad_norm"):
-        assert measured[0][training][figures] == pytest.approx(measured[0]["local training"][figures], rel=1e-5)
+        expected = measured[0]["local training"][figures]
+        close(measured[0][training][figures], expected, rel=1e-5, name=figures)
 
 
 def test_a_training_resumes_and_not_from_a_checkpoint_of_the_other_layers(measured: list[dict[str, Any]]) -> None:
@@ -90,20 +92,20 @@ def test_five_steps_of_two_context_ranks_are_those_of_one_rank(measured: list[di
     """Uneven sequences, and a last microbatch without samples. Weights may differ more: AdamW divides small gradients by their size."""
     for rank in measured:
         found, alone = rank["context"]["right"], rank["context"]["one rank"]
-        assert difference(found, alone) < 1e-5
-        assert found["weights"] < 1e-4
-        assert difference(alone, rank["local training"]) < 1e-5
+        within(difference(found, alone), 1e-5, "steps")
+        within(found["weights"], 1e-4, "weights")
+        within(difference(alone, rank["local training"]), 1e-5, "other layers")
     assert measured[0]["context"]["right"]["weights"] > 0, "nothing was compared"
 
 
 def test_context_ranks_count_every_token_once(measured: list[dict[str, Any]]) -> None:
     found, alone = (measured[0]["context"][name]["first"] for name in ("right", "one rank"))
     assert found.pop("padding_share") > alone.pop("padding_share"), "each sequence is padded to a multiple of four tokens"
-    assert found == pytest.approx(alone, rel=1e-5)
+    close(found, alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("fault", CONTROLS)
 def test_a_wrong_cut_and_wrong_positions_would_be_noticed(fault: str, measured: list[dict[str, Any]]) -> None:
     found = measured[0]["context"][fault]
-    assert difference(found, measured[0]["context"]["one rank"]) > 1e-3
-    assert found["weights"] > 1e-3
+    apart(difference(found, measured[0]["context"]["one rank"]), 1e-3, "steps")
+    apart(found["weights"], 1e-3, "weights")

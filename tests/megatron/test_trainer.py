@@ -12,6 +12,7 @@ import torch
 from lopd.batching import plan_step
 from lopd.config import OptimizerSection
 from lopd.megatron.optimizer import learning_rate
+from tests.limits import apart, close, within
 from tests.megatron.launch import run_ranks
 from tests.megatron.trainer_cases import MAX_TOKENS, NUM_STEPS, PEAK_LR, one_rank, samples_of, two_ranks
 from tests.models import write_qwen3_dense, write_qwen3_moe
@@ -51,17 +52,17 @@ def difference(left: dict[str, Any], right: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_steps_are_the_same_in_every_layout(layout: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert difference(two[0][layout], one["lightning"]) < 1e-5
+    within(difference(two[0][layout], one["lightning"]), 1e-5)
     assert len(two[0][layout]["loss"]) == NUM_STEPS
 
 
 @pytest.mark.parametrize("layout", ["data", "tensor", "pipeline"])
 def test_dense_models_with_tied_embeddings_too(layout: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert difference(two[0][f"dense: {layout}"], one["dense"]) < 1e-5
+    within(difference(two[0][f"dense: {layout}"], one["dense"]), 1e-5)
 
 
 def test_a_data_rank_with_nothing_to_learn_from_changes_nothing(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert difference(two[1]["lone"], one["lone"]) < 1e-5
+    within(difference(two[1]["lone"], one["lone"]), 1e-5)
     assert two[1]["lone"]["tokens"] == [len(samples_of(0)[0])], "padding is not counted"
 
 
@@ -71,28 +72,30 @@ def test_all_ranks_report_the_same_numbers(two: list[dict[str, Any]]) -> None:
 
 
 def test_norms_without_the_tag_of_sequence_parallelism_are_noticed(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert difference(two[0]["untagged norms"], one["lightning"]) > 1e-4
+    apart(difference(two[0]["untagged norms"], one["lightning"]), 1e-4)
 
 
 @pytest.mark.parametrize("layout", ["tensor and expert", "pipeline"])
 def test_load_balancing_loss_weighs_the_same_in_every_layout(layout: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert difference(two[0][f"balanced: {layout}"], one["balanced"]) < 1e-5
-    assert difference(one["balanced"], one["unbalanced"]) > 1e-4, "the load-balancing loss has no effect"
+    within(difference(two[0][f"balanced: {layout}"], one["balanced"]), 1e-5)
+    apart(difference(one["balanced"], one["unbalanced"]), 1e-4, "the load-balancing loss's effect")
 
 
 def test_megatrons_own_scale_of_the_load_balancing_loss_depends_on_the_layout(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    assert difference(two[0]["balanced, unscaled"], one["balanced"]) > 1e-4
+    apart(difference(two[0]["balanced, unscaled"], one["balanced"]), 1e-4)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputed_activations_change_nothing(recompute: str, one: dict[str, Any]) -> None:
-    assert difference(one[recompute], one["lightning"]) < 1e-5
+    within(difference(one[recompute], one["lightning"]), 1e-5)
 
 
 @pytest.mark.parametrize("distributed", [True, False])
 def test_bfloat16_stays_close_to_float32(distributed: bool, one: dict[str, Any]) -> None:
     """Within 5% only: a router that chooses another expert after rounding makes differences of order 1 in single tokens."""
-    assert 1e-5 < difference(one[f"bfloat16 {distributed}"], one["lightning"]) < 0.05
+    found = difference(one[f"bfloat16 {distributed}"], one["lightning"])
+    within(found, 0.05)
+    apart(found, 1e-5, "another dtype's effect")
 
 
 # ---- against Hugging Face -------------------------------------------------------------------------------------------------------------------------
@@ -129,13 +132,13 @@ def hugging_face_steps(folder: Path, *, spare_norms: bool) -> dict[str, list[flo
 
 def test_five_steps_are_those_of_a_hugging_face_loop(one: dict[str, Any], model: Path) -> None:
     reference = hugging_face_steps(model, spare_norms=True)
-    assert difference(one["supervised"], reference) < 1e-4
+    within(difference(one["supervised"], reference), 1e-4)
     assert max(reference["grad_norm"]) > 1.0, "the clip is not tested"
     assert one["supervised"]["lr"] == pytest.approx([PEAK_LR * share for share in (0.5, 1.0, 1.0, 0.75, 0.25)])
 
 
 def test_weight_decay_on_norms_would_be_noticed(one: dict[str, Any], model: Path) -> None:
-    assert difference(one["supervised"], hugging_face_steps(model, spare_norms=False)) > 1e-3
+    apart(difference(one["supervised"], hugging_face_steps(model, spare_norms=False)), 1e-3)
 
 
 def test_logprobs_of_every_layout_are_those_of_hugging_face(one: dict[str, Any], two: list[dict[str, Any]], model: Path) -> None:
@@ -154,7 +157,7 @@ def test_logprobs_of_every_layout_are_those_of_hugging_face(one: dict[str, Any],
     expected, mask = torch.tensor(expected), torch.tensor(known)
     for values in (one["logprobs"], *(ranks[f"logprobs: {layout}"] for ranks in two for layout in ("tensor and expert", "pipeline"))):
         found = torch.tensor(values)[: len(mask)]
-        assert (found - expected)[mask].abs().max() < 1e-5
+        close(found[mask], expected[mask], abs=1e-5)
         assert (found.roll(1) - expected)[mask].abs().max() > 1.0, "a shift by one would not be noticed"
 
 
