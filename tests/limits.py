@@ -20,12 +20,14 @@ FILE = "LOPD_DIFFERENCES"
 
 def within(difference: float, limit: float, name: str = "") -> None:
     """Assert that the difference is at most the limit. A difference that is not a number fails."""
+    difference = float(difference)
     _record("limit", name, limit, difference)
     assert difference <= limit, f"{name or 'difference'}: {difference:.3g}; limit: {limit:g}"
 
 
 def apart(difference: float, least: float, name: str = "") -> None:
     """Assert of a negative control that its difference is at least so large."""
+    difference = float(difference)
     _record("control", name, least, difference)
     assert difference >= least, f"{name or 'control'}: {difference:.3g}; at least: {least:g}"
 
@@ -68,7 +70,7 @@ def _record(kind: str, name: str, limit: float, difference: float) -> None:
     if not file:
         return
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
-    row = {"test": test, "name": name, "kind": kind, "limit": limit, "difference": float(difference)}
+    row = {"test": test, "name": name, "kind": kind, "limit": limit, "difference": difference}
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(handle, (json.dumps(row) + "\n").encode())  # one write: whole beside other ranks'
