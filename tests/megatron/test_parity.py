@@ -119,7 +119,7 @@ def test_other_architectures_give_the_logits_of_transformers(measured: list[dict
 
 
 def test_gradients_are_those_of_transformers(measured: list[dict[str, Any]]) -> None:
-    within(measured[0]["gradient"], LIMIT)
+    within(measured[0]["gradient"], 1e-5)  # relative; 1.4e-6 seen
 
 
 def test_recomputed_activations_give_the_same_gradients(measured: list[dict[str, Any]]) -> None:
