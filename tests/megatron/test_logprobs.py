@@ -55,13 +55,18 @@ def test_padded_rows_have_no_probability_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("block_bytes", [SMALL_BLOCK, None])
 def test_bfloat16_is_computed_in_float32(block_bytes: int | None) -> None:
-    """Values as if the same numbers had been given in float32; gradients but for their own rounding, 2 ** -8. Rounded logits would miss the first bound."""
+    """Values as if the same numbers had been given in float32; gradients but for their own
+    rounding. Rounded logits would miss the first bound."""
     case = Case(torch.bfloat16)
     found = differences(case.blocks(torch.bfloat16, block_bytes=block_bytes), case.dense())
     within(max(found["logprobs"], found["entropy"]), LIMIT, "values")
-    within(max(found["hidden"], found["weight"]), 2**-8, "gradients")
+    within(max(found["hidden"], found["weight"]), 2**-6, "gradients")  # 2.9e-3 seen
     rounded = differences(case.dense(torch.bfloat16), case.dense())
     apart(rounded["logprobs"], 100 * LIMIT)
+    expected = case.dense()
+    case.labels = case.labels.roll(1)
+    shifted = differences(case.dense(), expected)
+    apart(min(shifted["hidden"], shifted["weight"]), 0.3, "gradients for other labels")
 
 
 def on_gpu(case: Case) -> Case:
@@ -139,7 +144,10 @@ def test_two_tensor_ranks_give_the_same(ranks: list[dict[str, Any]]) -> None:
                 within(difference, LIMIT, name)
 
 
-GRADIENT_LIMITS = {"bfloat16": 2**-8, "first tile far above": 1e-4}  # rounded to bfloat16; logits of 100, whose own rounding is 4e-6
+GRADIENT_LIMITS = {
+    "bfloat16": 2**-6,  # rounded to bfloat16: 2.9e-3 seen
+    "first tile far above": 1e-4,  # logits of 100, whose own rounding is 4e-6
+}
 
 
 @pytest.mark.parametrize("name", TRITON_CASES)

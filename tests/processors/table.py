@@ -23,11 +23,15 @@ class Figure:
     where: str  # processor, and the parameters of the test
 
     @property
+    def is_control(self) -> bool:
+        return self.kind == "control"
+
+    @property
     def ratio(self) -> float:
         """How many times the figure fits between itself and its limit; 0 where it is no number."""
         if math.isnan(self.worst):
             return 0.0
-        if self.kind == "control":
+        if self.is_control:
             return self.worst / self.limit
         return self.limit / self.worst if self.worst else math.inf
 
@@ -50,18 +54,21 @@ def read(folder: Path) -> list[Figure]:
 
 
 def near(figures: Iterable[Figure]) -> list[Figure]:
-    """Those that are nearer to their limit than by MARGIN."""
-    return [figure for figure in figures if figure.ratio < MARGIN]
+    """Those that are nearer to their limit than by MARGIN; a control, whose bound is far above the
+    limit of the figure that it is a control of, need only be above it."""
+    return [figure for figure in figures if figure.ratio < (1 if figure.is_control else MARGIN)]
 
 
 def show(figures: Iterable[Figure]) -> str:
     """A table as text, a line for each figure."""
     head = f"{'ratio':>8}  {'limit':>9}  {'worst':>9}  test, figure, where it was seen"
     lines = [head]
+    figures = list(figures)
+    marked = near(figures)
     for figure in figures:
-        sign = ">=" if figure.kind == "control" else "<="
+        sign = ">=" if figure.is_control else "<="
         name = " ".join(filter(None, [figure.test, figure.name and f"({figure.name})"]))
-        mark = "  NEAR" if figure.ratio < MARGIN else ""
+        mark = "  NEAR" if figure in marked else ""
         ratio = "exact" if math.isinf(figure.ratio) else f"{figure.ratio:.3g}"
         limit = f"{sign}{figure.limit:.3g}"
         lines.append(f"{ratio:>8}  {limit:>9}  {figure.worst:9.2e}  {name}, {figure.where}{mark}")
