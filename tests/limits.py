@@ -32,10 +32,17 @@ def apart(difference: float, least: float, name: str = "") -> None:
     assert difference >= least, f"{name or 'control'}: {difference:.3g}; at least: {least:g}"
 
 
-def close(actual: Any, expected: Any, *, rel: float = 0.0, abs: float = 0.0, name: str = "") -> None:
+def close(
+    actual: Any,
+    expected: Any,
+    *,
+    rel: float = 0.0,
+    abs: float = 0.0,
+    name: str = "",
+) -> None:
     """Assert that all numbers are those expected, but for abs + rel * |expected|.
 
-    actual and expected are numbers, sequences, arrays, tensors or mappings to numbers, of one shape.
+    actual and expected are numbers, sequences, arrays, tensors or mappings, of the same shape.
     The difference that is recorded is the largest one: relative to what is expected if only rel
     is given, as it is if only abs is given, and otherwise as a share of what is allowed.
     """

@@ -14,7 +14,15 @@ from lopd.config import OptimizerSection
 from lopd.megatron.optimizer import learning_rate
 from tests.limits import apart, close, within
 from tests.megatron.launch import run_ranks
-from tests.megatron.trainer_cases import EPS, MAX_TOKENS, NUM_STEPS, PEAK_LR, one_rank, samples_of, two_ranks
+from tests.megatron.trainer_cases import (
+    EPS,
+    MAX_TOKENS,
+    NUM_STEPS,
+    PEAK_LR,
+    one_rank,
+    samples_of,
+    two_ranks,
+)
 from tests.models import write_qwen3_dense, write_qwen3_moe
 
 LAYOUTS = ["data", "data, plain optimizer", "tensor and expert", "tensor and expert, plain optimizer", "tensor", "expert", "expert tensor", "pipeline"]

@@ -20,7 +20,7 @@ from tests.processors.imitation import PROCESSORS, environment_of, lacking
 from tests.processors.table import MARGIN, near, read, show
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")  # fmt: skip
+SETTINGS = ("-p", "no:cacheprovider", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
 
 
 def main() -> int:
@@ -28,7 +28,8 @@ def main() -> int:
     names = list(PROCESSORS) if asked == "1" else asked.split(",")
     unknown = [name for name in names if name not in PROCESSORS]
     if unknown:
-        sys.exit(f"LOPD_PROCESSORS: unknown processor {unknown[0]}; known: 1 (all), {', '.join(PROCESSORS)}")
+        known = ", ".join(PROCESSORS)
+        sys.exit(f"LOPD_PROCESSORS: unknown processor {unknown[0]}; known: 1 (all), {known}")
     with tempfile.TemporaryDirectory(prefix="lopd-processors-") as scratch:
         folder = Path(os.environ.get(limits.FILE) or scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def _passes(name: str, folder: Path, scratch: Path) -> bool:
     environment = {**os.environ, **environment_of(PROCESSORS[name], scratch)}
     print(f"{name}: {_says_torch(environment)}", flush=True)
     environment[limits.FILE] = str(folder / f"{name}.jsonl")
-    command = [sys.executable, *PYTEST, *sys.argv[1:]]
+    command = [sys.executable, "-m", "pytest", *SETTINGS, *sys.argv[1:]]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
-INTEL_TO_MKL = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"  # fmt: skip
+INTEL_TO_MKL = """
+int mkl_serv_intel_cpu_true(void) { return 1; }
+int mkl_serv_intel_cpu(void) { return 1; }
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,10 @@ def _told(aten: str, onednn: str, mkl: str) -> dict[str, str]:
 PROCESSORS = {
     "sse": Processor(("sse4_2",), _told("default", "SSE41", "SSE4_2")),
     "avx2": Processor(("avx2", "fma"), _told("avx2", "AVX2", "AVX2")),
-    "avx512": Processor(("avx512f", "avx512bw", "avx512dq", "avx512vl"), _told("avx512", "AVX512_CORE", "AVX512")),
+    "avx512": Processor(
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+        _told("avx512", "AVX512_CORE", "AVX512"),
+    ),
     "own": Processor((), {}),  # as without any of these
 }
 

@@ -37,7 +37,7 @@ class Figure:
 
 
 def read(folder: Path) -> list[Figure]:
-    """All figures of a folder's files, one for each processor, those nearest to their limit first."""
+    """All figures of a folder, which has a file for each processor; the nearest to limits first."""
     figures: dict[tuple[str, str, str, float], Figure] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():

@@ -73,7 +73,7 @@ def test_other_keys_and_other_shapes_fail() -> None:
         close(1.0, 1.0)
 
 
-def test_what_was_seen_is_recorded_whether_it_passes_or_not(file: Path) -> None:
+def test_what_was_seen_is_recorded_even_where_it_fails(file: Path) -> None:
     close(2.002, 2.0, rel=2e-3, name="relative")
     close([3.0, 2.5], [3.0, 2.0], abs=1.0)
     close(2.5, 2.0, rel=0.5, abs=1.0)
@@ -81,7 +81,7 @@ def test_what_was_seen_is_recorded_whether_it_passes_or_not(file: Path) -> None:
     with pytest.raises(AssertionError):
         within(0.5, 0.25, "too far")
     rows = rows_of(file)
-    name = "tests/processors/test_limits.py::test_what_was_seen_is_recorded_whether_it_passes_or_not"
+    name = "tests/processors/test_limits.py::test_what_was_seen_is_recorded_even_where_it_fails"
     assert {row["test"] for row in rows} == {name}
     assert [row["name"] for row in rows] == ["relative", "", "", "control", "too far"]
     assert [row["kind"] for row in rows] == ["limit", "limit", "limit", "control", "limit"]
@@ -118,8 +118,10 @@ def test_ranks_record_whole_lines_under_their_tests_name(file: Path) -> None:
 
 def recorded(folder: Path, processor: str, *rows: tuple[str, str, float, float]) -> None:
     """rows: test, kind, limit, difference."""
-    lines = [json.dumps({"test": test, "name": "", "kind": kind, "limit": limit, "difference": seen}) for test, kind, limit, seen in rows]
-    (folder / f"{processor}.jsonl").write_text("\n".join(lines) + "\n")
+    with (folder / f"{processor}.jsonl").open("w") as file:
+        for test, kind, limit, seen in rows:
+            row = {"test": test, "name": "", "kind": kind, "limit": limit, "difference": seen}
+            file.write(json.dumps(row) + "\n")
 
 
 def test_the_table_has_the_worst_of_all_processors_and_marks_what_is_near(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_the_table_has_the_worst_of_all_processors_and_marks_what_is_near(tmp_pa
     assert (found["far"].worst, found["far"].where) == (0.2, "sse one")
     assert (found["near"].worst, found["near"].where) == (0.4, "avx2")
     assert (found["control"].worst, found["control"].where) == (0.2, "avx2")
-    assert [figure.test for figure in near(figures)] == ["tests/a.py::test_lost", "tests/a.py::test_near"]  # fmt: skip
+    assert near(figures) == [found["lost"], found["near"]]
     shown = show(figures).splitlines()
     assert len(shown) == 1 + len(figures)
     assert [line.endswith("NEAR") for line in shown[1:]] == [True, False, True, False, False]
