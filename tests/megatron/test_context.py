@@ -103,7 +103,7 @@ def test_load_balancing_and_top_k_losses_weigh_the_same(one: dict[str, Any], fou
 def test_scores_are_those_of_one_rank_on_every_rank(one: dict[str, Any], four: list[dict[str, Any]]) -> None:
     expected = np.array(one["scores"])
     for ranks in four:
-        close(ranks["scores"], expected, abs=1e-5)
+        close(ranks["scores"], expected, abs=2e-5)  # 3.4e-6 seen
     assert np.abs(np.roll(expected, 1) - expected).max() > 1, "control: a shift by one"
 
 

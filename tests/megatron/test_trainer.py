@@ -174,7 +174,7 @@ def test_logprobs_of_every_layout_are_those_of_hugging_face(one: dict[str, Any],
     expected, mask = torch.tensor(expected), torch.tensor(known)
     for values in (one["logprobs"], *(ranks[f"logprobs: {layout}"] for ranks in two for layout in ("tensor and expert", "pipeline"))):
         found = torch.tensor(values)[: len(mask)]
-        close(found[mask], expected[mask], abs=1e-5)
+        close(found[mask], expected[mask], abs=2e-5)  # 2.9e-6 seen
         assert (found.roll(1) - expected)[mask].abs().max() > 1.0, "a shift by one would not be noticed"
 
 
