@@ -7,6 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source versions.env
 export UV_PYTHON_DOWNLOADS=never UV_CUSTOM_COMPILE_COMMAND="bash docker/lock.sh"
 common=(--python-version "$PYTHON_VERSION" --python-platform x86_64-manylinux_2_39 --generate-hashes --no-emit-index-url --quiet)
-uv pip compile requirements.in ../pyproject.toml "${common[@]}" --only-binary :all: --output-file requirements.lock "$@"
+uv pip compile requirements.in ../pyproject.toml --override overrides.txt "${common[@]}" --only-binary :all: --output-file requirements.lock "$@"
 # a source distribution: only its hash is wanted here, what it needs at run time stands in requirements.in
 echo "transformer-engine-torch==$TRANSFORMER_ENGINE_VERSION" | uv pip compile - "${common[@]}" --no-deps --output-file transformer_engine_torch.lock

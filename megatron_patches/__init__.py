@@ -10,22 +10,25 @@ from __future__ import annotations
 from importlib import metadata
 
 import torch
+from packaging.version import Version
 
 from megatron_patches.registry import PATCHES, Patch, UpstreamChanged
 
-__all__ = ["Patch", "apply", "listing"]
+__all__ = ["Patch", "apply", "is_needed", "listing"]
 
 _applied: set[str] = set()
 
 
 def apply() -> None:
-    """Install every patch that this machine needs; harmless when called again. Before or after importing megatron.core.
+    """Installs every patch that this machine and this version of megatron-core need.
 
-    RuntimeError, naming the patch and the versions, where upstream is not what a patch was written for.
+    It may be called before or after megatron.core is imported, and again without effect.
+
+    Raises:
+        RuntimeError: Upstream is not what a patch was written for. It names the patch and versions.
     """
-    cuda = torch.cuda.is_available()
     for entry in listing():
-        if entry.name in _applied or (entry.without_cuda and cuda):
+        if entry.name in _applied or not is_needed(entry):
             continue
         try:
             entry.install()
@@ -33,6 +36,13 @@ def apply() -> None:
             installed = ", ".join(f"{package} {metadata.version(package)}" for package in ("megatron-core", "torch"))
             raise RuntimeError(f"megatron_patches: {entry.name} no longer fits: {error}; checked with {entry.checked}; installed: {installed}") from error
         _applied.add(entry.name)
+
+
+def is_needed(entry: Patch) -> bool:
+    """Whether this machine (CUDA or not) and the installed megatron-core need the patch."""
+    if entry.without_cuda and torch.cuda.is_available():
+        return False
+    return entry.below is None or Version(metadata.version("megatron-core")) < Version(entry.below)
 
 
 def listing() -> tuple[Patch, ...]:

@@ -97,8 +97,8 @@ class PackedAttention(DotProductAttention):
     """Causal attention inside each sequence of a packed row, by torch's scaled_dot_product_attention.
 
     Why: upstream's DotProductAttention (megatron/core/transformer/dot_product_attention.py:forward) asserts that no packed_seq_params are given. With this
-    one the trainer always passes packed sequences, as with Transformer Engine. Checked with megatron-core 0.16.1. Can go when the local spec takes the
-    thd layout; not used where Transformer Engine is installed.
+    one the trainer always passes packed sequences, as with Transformer Engine. Checked with megatron-core
+    0.16.1 and 0.18.2. Can go when the local spec takes the thd layout; not used where Transformer Engine is installed.
     """
 
     def forward(

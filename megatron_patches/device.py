@@ -17,7 +17,7 @@ import torch.utils._device as device_context
 from megatron_patches.registry import patch, replace, require
 
 _CPU = torch.device("cpu")
-_CHECKED = "megatron-core 0.16.1 with torch 2.13.0"
+_CHECKED = "megatron-core 0.16.1 with torch 2.13.0, 0.18.2 with torch 2.11.0"
 _UNTIL = "Megatron-Core asks an accelerator interface (torch.accelerator) instead of torch.cuda"
 
 

@@ -36,8 +36,8 @@ def engine_spec(config: Any, *, qk_norm: bool) -> TransformerBlockSubmodules:
 def local_spec(config: Any, *, qk_norm: bool) -> TransformerBlockSubmodules:
     """The decoder without Transformer Engine: Megatron-Core's local layers with our norm and attention.
 
-    Upstream: megatron/core/models/gpt/gpt_layer_specs.py:get_gpt_layer_local_spec. Checked with megatron-core 0.16.1. RuntimeError where its parts are not
-    the ones known here.
+    Upstream: megatron/core/models/gpt/gpt_layer_specs.py:get_gpt_layer_local_spec. Checked with
+    megatron-core 0.16.1 and 0.18.2. Raises RuntimeError if its parts are not the ones known here.
     """
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=qk_norm, normalization="RMSNorm")
     parts = layer.submodules
@@ -46,7 +46,7 @@ def local_spec(config: Any, *, qk_norm: bool) -> TransformerBlockSubmodules:
         missing = [name for name in names if not hasattr(owner, name)]
         if missing:
             raise RuntimeError(
-                f"megatron_patches: local_spec no longer fits: {type(owner).__name__} has no {', '.join(missing)}; checked with megatron-core 0.16.1"
+                f"megatron_patches: local_spec no longer fits: {type(owner).__name__} has no {', '.join(missing)}; checked with megatron-core 0.16.1 and 0.18.2"
             )
     parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
     attention.core_attention = PackedAttention

@@ -17,7 +17,16 @@ class UpstreamChanged(RuntimeError):
 class Patch:
     """One change of upstream behaviour.
 
-    upstream: file:function that is changed. checked: versions it was run with. until: when it can go. without_cuda: only where CUDA is absent.
+    Attributes:
+        name: The name of the installing function.
+        why: What the patch changes and why, in whole sentences.
+        upstream: The file and the function that the patch changes.
+        checked: The versions that the patch was run with.
+        until: When the patch can go.
+        without_cuda: The patch is installed only where CUDA is absent.
+        below: The patch is installed only if megatron-core is older than this version; None: in
+            every version.
+        install: Installs the patch. Raises UpstreamChanged where upstream is another.
     """
 
     name: str
@@ -26,19 +35,22 @@ class Patch:
     checked: str
     until: str
     without_cuda: bool
+    below: str | None
     install: Callable[[], None]
 
 
 PATCHES: list[Patch] = []
 
 
-def patch(*, upstream: str, checked: str, until: str, without_cuda: bool) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Register an installer; its docstring says what it changes and why."""
+def patch(*, upstream: str, checked: str, until: str, without_cuda: bool, below: str | None = None) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Registers an installer. Its docstring says what it changes and why. See Patch."""
 
     def register(install: Callable[[], None]) -> Callable[[], None]:
         why = inspect.getdoc(install)
         assert why, f"patch {install.__name__} needs a docstring"
-        PATCHES.append(Patch(install.__name__, " ".join(why.split()), upstream, checked, until, without_cuda, install))
+        why = " ".join(why.split())
+        name = install.__name__
+        PATCHES.append(Patch(name, why, upstream, checked, until, without_cuda, below, install))
         return install
 
     return register

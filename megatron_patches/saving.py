@@ -8,34 +8,47 @@ from typing import Any
 
 from megatron_patches.registry import patch, replace, require
 
+_FILESYSTEM = "megatron/core/dist_checkpointing/strategies/filesystem_async.py"
+
 
 @patch(
-    upstream="megatron/core/dist_checkpointing/strategies/filesystem_async.py:_get_write_results_queue",
-    checked="megatron-core 0.16.1",
+    upstream=f"{_FILESYSTEM}:get_write_results_queue (before 0.18 with a leading underscore)",
+    checked="megatron-core 0.16.1 and 0.18.2",
     until="a synchronous save starts no manager process",
     without_cuda=False,
 )
 def results_queue_in_process() -> None:
-    """A save passes its writers' results through the queue of a multiprocessing Manager, started once per rank. That costs 1 to 2 s and 200 MB a rank,
-    imports the main module again, and the manager outlives a rank that is killed. It is needed where an asynchronous save runs in another process; a
-    synchronous one puts and gets in the same thread, so a plain queue does. An asynchronous save would fail loudly, with no results."""
+    """A save passes its writers' results through the queue of a multiprocessing Manager, which
+    each rank starts once. That costs 1 to 2 s and 200 MB a rank, it imports the main module again,
+    and the manager outlives a rank that is killed. A queue of another process is needed where an
+    asynchronous save runs in another process. A synchronous save puts and gets in one process, so
+    a plain queue is enough. An asynchronous save would fail loudly, because it finds no results."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
 
-    require(filesystem, "_get_write_results_queue", parameters=(), source="ctx.Manager().Queue()")
+    old = hasattr(filesystem, "_get_write_results_queue")
+    name = "_get_write_results_queue" if old else "get_write_results_queue"
+    parameters = () if old else ("mp_mode",)
+    require(filesystem, name, parameters=parameters, source="ctx.Manager().Queue()")
     results: queue.Queue[Any] = queue.Queue()
-    replace(filesystem, "_get_write_results_queue", lambda: results)
+
+    def results_queue(mp_mode: str = "spawn") -> queue.Queue[Any]:
+        return results
+
+    replace(filesystem, name, results_queue)
 
 
 @patch(
-    upstream="megatron/core/dist_checkpointing/strategies/filesystem_async.py:FileSystemWriterAsync.write_preloaded_data_multiproc",
+    upstream=f"{_FILESYSTEM}:FileSystemWriterAsync.write_preloaded_data_multiproc",
     checked="megatron-core 0.16.1",
-    until="a synchronous save forks no writers",
+    until="0.16.1 is no longer supported: later versions write with threads",
     without_cuda=False,
+    below="0.18",
 )
 def writers_are_threads() -> None:
-    """A save forks a process for each of its files. A rank that is killed meanwhile leaves them behind for ever, each waiting for a queue that nobody empties
-    and holding the rank's memory; and a fork copies locks that other threads (gloo's, a heartbeat) may hold. Threads of the rank write the same files: most
-    of their time is I/O and copying, outside the interpreter's lock."""
+    """A save forks a process for each of its files. A rank that is killed meanwhile leaves them
+    behind for ever: each waits for a queue that nobody empties and holds the rank's memory. A fork
+    also copies locks that other threads (gloo's, a heartbeat) may hold. Threads of the rank write
+    the same files: most of their time is I/O and copying, outside the interpreter's lock."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
 
     writer = filesystem.FileSystemWriterAsync

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_patches.registry import patch, replace, require
 
-_CHECKED = "megatron-core 0.16.1"
+_CHECKED = "megatron-core 0.16.1 and 0.18.2"
 
 
 @patch(

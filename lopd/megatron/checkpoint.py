@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,9 @@ LATEST = "latest"
 DAMAGED = ".damaged"
 _ABOUT = "trainer.json"
 _NAME = re.compile(r"step-(\d{6,})")
+# Since 0.18 Megatron-Core asks who writes an asynchronous save, and its default, "nvrx", needs the
+# package nvidia-resiliency-ext. Here a thread writes (lopd.megatron.writing).
+_WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,8 @@ class Checkpoints:
         parallel.barrier()
         with _explained(partial):
             optimizer = optimizer_state.sharded(trained.module, trained.architecture, trained.optimizer)
-            request = dist_checkpointing.save({"model": trained.weights(), "optimizer": optimizer}, str(partial), async_sharded_save=True)
+            sharded = {"model": trained.weights(), "optimizer": optimizer}
+            request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True, **_WRITER)
             publish_json(partial / f"rng-{parallel.rank():05d}.json", _rng_state())
         assert request is not None
         self._pending = Writing(partial, request, background=self._background)

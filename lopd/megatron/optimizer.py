@@ -11,7 +11,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 
 from lopd.config import OptimizerSection
+from lopd.errors import ConfigError
 from lopd.megatron.overrides import build
+from lopd.megatron.parameter_state import MOMENTS, adamw_parameters, fused_optimizers
 
 
 def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float:
@@ -31,7 +33,16 @@ def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float
 
 
 def optimizer_config(section: OptimizerSection, *, dtype: torch.dtype, distributed: bool, overrides: Mapping[str, Any] | None = None) -> OptimizerConfig:
-    """Megatron-Core's configuration of AdamW. ConfigError where Megatron-Core refuses it."""
+    """Megatron-Core's configuration of AdamW.
+
+    Raises:
+        ConfigError: Megatron-Core refuses it, or it would fail on it later.
+    """
+    if dtype == torch.float32 and (overrides or {}).get("optimizer_cpu_offload"):
+        what = "optimizer_cpu_offload with dtype = float32"
+        limit = "bfloat16: Megatron-Core's HybridDeviceOptimizer takes no part of a float32 weight"
+        remedy = 'set dtype = "bfloat16", or leave optimizer_cpu_offload out'
+        raise ConfigError(what, where="megatron", limit=limit, remedy=remedy)
     settings: dict[str, Any] = {
         "optimizer": "adam",
         "lr": section.lr,
@@ -96,32 +107,51 @@ class Optimizer:
         assert updated, "only a loss scaler skips an update, and there is none"
 
     def create_state(self) -> None:
-        """Gives torch's AdamW the state it otherwise makes at its first update: Megatron-Core can neither save nor load state that is not there.
+        """Gives the optimizer the state that it otherwise makes at its first update.
 
-        Does nothing to state that exists. Transformer Engine's FusedAdam is given its state by Megatron-Core's own function.
+        Megatron-Core can neither save nor load state that is not there. State that exists stays.
         """
-        for inner, parameter in self._adamw_parameters():
-            if not inner.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-                inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-        for chained in self.megatron.chained_optimizers:
-            if not isinstance(chained.optimizer, torch.optim.AdamW) and chained.init_state_fn is not None:  # None: offloaded to the CPU, makes its own
-                chained.init_state_fn(chained.optimizer, chained.config)
+        for optimizer in self._optimizers():
+            for inner, parameter in adamw_parameters(optimizer):
+                if not inner.state[parameter]:
+                    zeros = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
+                    inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+            for fused in fused_optimizers(optimizer):
+                for group in fused.param_groups:
+                    for parameter in group["params"]:
+                        if not fused.state[parameter]:
+                            _create_fused_state(fused, parameter)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """After a load: how many updates were made, on which Adam's bias correction depends. Checkpoints keep it once, as the training's step.
+        """After a load: how many updates were made, on which Adam's bias correction depends.
 
-        torch's AdamW counts in every parameter's state, Transformer Engine's FusedAdam in its groups.
+        Checkpoints keep it once, as the training's step. torch's AdamW counts in every parameter's
+        state, Transformer Engine's FusedAdam in its groups. The groups of a HybridDeviceOptimizer
+        itself must not hold it: it copies them onto the optimizers inside before every step, so
+        the count would stand still.
         """
-        for inner, parameter in self._adamw_parameters():
-            inner.state[parameter]["step"] = torch.tensor(float(num_updates))
-        for chained in self.megatron.chained_optimizers:
-            if not isinstance(chained.optimizer, torch.optim.AdamW):
-                for group in chained.optimizer.param_groups:
+        for optimizer in self._optimizers():
+            for inner, parameter in adamw_parameters(optimizer):
+                inner.state[parameter]["step"] = torch.tensor(float(num_updates))
+            for fused in fused_optimizers(optimizer):
+                for group in fused.param_groups:
                     group["step"] = num_updates
 
-    def _adamw_parameters(self) -> Iterator[tuple[torch.optim.AdamW, torch.nn.Parameter]]:
+    def _optimizers(self) -> Iterator[Any]:
+        """The optimizers inside Megatron's; none where this rank updates nothing."""
         for chained in self.megatron.chained_optimizers:
-            if isinstance(chained.optimizer, torch.optim.AdamW):
-                for group in chained.optimizer.param_groups:
-                    yield from ((chained.optimizer, parameter) for parameter in group["params"])
+            if not getattr(chained, "is_stub_optimizer", False) and chained.optimizer is not None:
+                yield chained.optimizer
+
+
+def _create_fused_state(fused: Any, parameter: torch.Tensor) -> None:
+    """Zero moments for Transformer Engine's FusedAdam, in the types that it was asked for.
+
+    Megatron-Core's own function for this leaves out the second argument, which has no default in
+    Transformer Engine 2.16.1, so a precision-aware training could not write its first checkpoint.
+    """
+    if hasattr(fused, "initialize_state"):
+        remainders = bool(fused.store_param_remainders) and parameter.dtype == torch.bfloat16
+        fused.initialize_state(parameter, remainders)
+    else:
+        fused.state[parameter].update({kind: torch.zeros_like(parameter) for kind in MOMENTS})

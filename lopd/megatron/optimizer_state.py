@@ -13,7 +13,7 @@ in the file. Only the number of tensor shards does: where it differs, the shards
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from lopd.errors import TrainingError
 from lopd.megatron import parallel
 from lopd.megatron.architecture import Architecture
 from lopd.megatron.hf_mapping import Weight, weights
+from lopd.megatron.parameter_state import MAIN, MOMENTS, ParameterState, state_of
 from lopd.megatron.weights import local_parameters
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MAIN = "param"  # the optimizer's float32 weights, where the model's are of another type
 CHUNK_BYTES = 4 * 2**30  # read at once, per rank
 
 
@@ -44,26 +42,8 @@ class Piece:
     parameter: Tensor
     start: int
     stop: int
-    optimizer: Any  # the one of Megatron's chained optimizers that updates it
-    main: Tensor  # what that optimizer updates: the parameter, its float32 copy, or (distributed) a part of it
+    state: ParameterState
     replica: tuple[int, ...]  # all zeros on the one rank that writes it
-
-    def tensors(self, kinds: tuple[str, ...]) -> dict[str, Tensor]:
-        """Flat, by kind."""
-        if isinstance(self.optimizer, DistributedOptimizer):
-            found = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
-        else:
-            found = {MAIN: self.main, **self.optimizer.optimizer.state[self.main]}
-        return {kind: found[kind].detach().reshape(-1) for kind in kinds}
-
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over loaded tensors (flat)."""
-        if isinstance(self.optimizer, DistributedOptimizer):
-            self.optimizer._set_main_param_and_optimizer_states(self.parameter, {MAIN: self.main, **tensors})
-            return
-        held = self.tensors(tuple(tensors))
-        for kind, tensor in tensors.items():
-            held[kind].copy_(tensor)
 
 
 def sharded(module: Any, arch: Architecture, optimizer: Any) -> dict[str, ShardedTensor]:
@@ -72,7 +52,7 @@ def sharded(module: Any, arch: Architecture, optimizer: Any) -> dict[str, Sharde
     found = {}
     for number, piece in enumerate(_pieces(module, arch, optimizer)):
         shard, num_shards = _shard(piece.weight)
-        for kind, tensor in piece.tensors(kinds).items():
+        for kind, tensor in piece.state.read(kinds).items():
             offset = shard * math.prod(piece.weight.local_shape(num_shards)) + piece.start
             found[f"{number}.{kind}"] = _stored(piece.weight, kind, tensor, offset, piece.replica)
     return found
@@ -83,11 +63,8 @@ def load(module: Any, arch: Architecture, optimizer: Any, path: Path, *, tensor:
     """Reads a checkpoint's optimizer state into this rank's. Collective. tensor, expert_tensor: sizes of the layout that wrote it.
 
     The model's weights must be in place. Extra memory: CHUNK_BYTES, or twice the largest parameter of the whole model. What dist_checkpointing raises where
-    files are damaged or state is missing is not translated here. TrainingError: the optimizer is offloaded to the CPU, whose own copies would stay stale.
+    files are damaged or state is missing is not translated here.
     """
-    if any(hasattr(chained.optimizer, "sub_optimizers") for chained in optimizer.chained_optimizers):
-        remedy = "resume without optimizer_cpu_offload (the checkpoint fits)"
-        raise TrainingError("a training whose optimizer is offloaded to the CPU cannot be resumed", where=str(path), remedy=remedy)
     kinds = _kinds(module)
     if MAIN not in kinds:
         optimizer.reload_model_params()
@@ -100,13 +77,13 @@ def load(module: Any, arch: Architecture, optimizer: Any, path: Path, *, tensor:
         for number, piece in enumerate(chunk):
             saved_shards = _saved_shards(piece.weight, tensor, expert_tensor)
             start, stop = _range(piece, saved_shards)
-            for kind, held in piece.tensors(kinds).items():
-                buffer = torch.empty(stop - start, dtype=held.dtype, device=held.device)
+            for kind in kinds:
+                buffer = torch.empty(stop - start, dtype=torch.float32, device=piece.state.device)
                 wanted[f"{number}.{kind}"] = _stored(piece.weight, kind, buffer, start, ())
         found = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
         for number, piece in enumerate(chunk):
             saved_shards = _saved_shards(piece.weight, tensor, expert_tensor)
-            piece.put({kind: _cut(piece, found[f"{number}.{kind}"], saved_shards) for kind in kinds})
+            piece.state.write({kind: _cut(piece, found[f"{number}.{kind}"], saved_shards) for kind in kinds})
 
 
 def _kinds(module: Any) -> tuple[str, ...]:
@@ -143,7 +120,9 @@ def _pieces(module: Any, arch: Architecture, optimizer: Any) -> Iterator[Piece]:
         for parameter, start, stop, main in held:
             weight = table[names[parameter]]
             replica = _replica(weight, chained)
-            yield Piece(originals[weight.hf] if weight.copy else weight, parameter, start, stop, chained, main, replica)
+            stored = originals[weight.hf] if weight.copy else weight
+            state = state_of(chained.optimizer, main)
+            yield Piece(stored, parameter, start, stop, state, replica)
 
 
 def _distributed(chained: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int, Tensor]]:

@@ -335,14 +335,22 @@ def _freeze_routers(module: Any) -> None:
 
 
 def _mark_experts(module: Any) -> None:
-    """Has the gradients of experts summed over the ranks that hold the same experts, in every layout.
+    """Tells Megatron-Core what an expert's weights are, in every layout and with every layer.
 
-    Megatron gives experts this mark only where expert > 1. With expert = expert_tensor = 1 and tensor > 1 each tensor rank holds all experts and sees its own
-    part of the tokens; unmarked, no gradient would cross tensor ranks, and their experts would drift apart.
+    allreduce: Its gradient is summed over the ranks that hold the same expert. Megatron gives
+    experts this mark only where expert > 1. With expert = expert_tensor = 1 and tensor > 1 each
+    tensor rank holds all experts and sees its own part of the tokens; unmarked, no gradient would
+    cross tensor ranks, and their experts would drift apart.
+
+    tensor_model_parallel: It counts in the gradient norm on every rank, because the norm of experts
+    is summed over ranks that hold different ones. Transformer Engine since 2.13 leaves grouped
+    weights unmarked where expert > 1, and Megatron counts an unmarked weight on the first tensor
+    rank alone: with four tensor ranks three quarters of the experts would be left out.
     """
     for name, parameter in module.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
+            parameter.tensor_model_parallel = True
 
 
 def _to_stderr(text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from lopd.megatron import parallel
 from lopd.megatron.architecture import Architecture
+from lopd.megatron.first_rank import by_first_rank
 from lopd.megatron.hf_files import CheckpointReader, CheckpointWriter
 from lopd.megatron.hf_mapping import Weight, global_name, weights
 
@@ -61,21 +64,32 @@ def export_hf(model: Any, arch: Architecture, *, bucket_bytes: int) -> Iterator[
 
 
 def save_hf(buckets: Iterable[list[tuple[str, Tensor]]], folder: Path, *, source: Path, shard_bytes: int) -> None:
-    """Write buckets of export_hf as a Hugging Face checkpoint of safetensors files of at most shard_bytes (a single tensor may be larger).
+    """Writes buckets of export_hf as a Hugging Face checkpoint. Collective where the buckets are.
 
-    Collective where the buckets are; global rank 0 writes, and all ranks return when the folder is published (fsync, rename; an older one of that name is
-    replaced). Configuration, tokenizer and chat template come from source. ArtifactError: it cannot be written, for example because the disk is full.
+    Global rank 0 writes. The other ranks wait for it as long as the disk takes: 61 GB may take longer
+    than a collective may last. All ranks return when the folder is published (fsync, rename); an older
+    folder of that name is replaced. Configuration, tokenizer and chat template come from source.
+
+    Args:
+        buckets: (Hugging Face name, tensor), as export_hf gives them.
+        folder: Where the checkpoint goes.
+        source: The Hugging Face folder that the training began from.
+        shard_bytes: The size of a safetensors file at most. A single tensor may be larger.
+
+    Raises:
+        ArtifactError: It cannot be written, for example because the disk is full. On every rank.
     """
-    if parallel.rank() == 0:
-        with CheckpointWriter(folder, source=source, shard_bytes=shard_bytes) as writer:
-            for bucket in buckets:
-                for name, tensor in bucket:
-                    writer.add(name, tensor)
-    else:
-        for _ in buckets:
-            pass
-    if parallel.world_size() > 1:
-        parallel.barrier()
+    with contextlib.ExitStack() as stack:
+        writer = CheckpointWriter(folder, source=source, shard_bytes=shard_bytes)
+        by_first_rank(lambda: stack.enter_context(writer) and None)
+        for bucket in buckets:
+            by_first_rank(partial(_add, writer, bucket))
+        by_first_rank(stack.close)  # publishes
+
+
+def _add(writer: CheckpointWriter, bucket: list[tuple[str, Tensor]]) -> None:
+    for name, tensor in bucket:
+        writer.add(name, tensor)
 
 
 def local_parameters(model: Any, arch: Architecture) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Writing:
         if request.async_fn is not None:  # None: nothing to write on this rank
             arguments = list(request.async_fn_args)
             staged = request.preload_fn() if request.preload_fn is not None else arguments[1]
-            arguments[1] = host_copies(staged) if background and not torch.cuda.is_available() else staged
+            arguments[1] = own_copies(staged, arguments[1]) if background else staged
             write = partial(request.async_fn, *arguments, **request.async_fn_kwargs)
         self._thread: threading.Thread | None = None
         if background:
@@ -76,9 +76,23 @@ class Writing:
         return self._sums
 
 
-def host_copies(buckets: list[Any]) -> list[Any]:
-    """Megatron-Core's write buckets with copies of their tensors. On a CPU its own staging copies nothing; from a GPU it does."""
-    return [(file, key, (data, [(item, tensor.clone()) for item, tensor in tensors])) for file, key, (data, tensors) in buckets]
+def own_copies(staged: list[Any], sources: list[Any]) -> list[Any]:
+    """Megatron-Core's write buckets with copies of the tensors that its staging did not copy.
+
+    Staging takes tensors to the host. One that is there already is its own copy: all of them on a
+    CPU, and the state of an optimizer that is offloaded to the CPU. The next step changes it while
+    it is written, and the checksum, taken from the file, would not notice.
+
+    Args:
+        staged: The buckets after staging: (file, key, (data, [(item, tensor)])).
+        sources: The same buckets before staging.
+    """
+    kept = {tensor.untyped_storage().data_ptr() for _, _, (_, tensors) in sources for _, tensor in tensors}
+    return [(file, key, (data, [(item, _own(tensor, kept)) for item, tensor in tensors])) for file, key, (data, tensors) in staged]
+
+
+def _own(tensor: torch.Tensor, kept: set[int]) -> torch.Tensor:
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in kept else tensor
 
 
 def fsync_and_sum(path: Path) -> list[int]:

@@ -110,9 +110,9 @@ def resume_and_compare(model: str, dense: str, folder: str) -> dict[str, Any]:
     results["damaged"] = _damaged(model, Path(folder))
     results["no room"] = _no_room(model, Path(folder))
     results["background"] = _in_background(model, Path(folder) / "background")
-    copies, writing.host_copies = writing.host_copies, lambda buckets: buckets
+    copies, writing.own_copies = writing.own_copies, lambda staged, sources: staged
     results["background, not copied"] = _in_background(model, Path(folder) / "not copied")
-    writing.host_copies = copies
+    writing.own_copies = copies
     return results
 
 

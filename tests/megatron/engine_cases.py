@@ -41,10 +41,14 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     both = LAYOUTS["tensor and expert"]
     result["optimizer"] = type(trainer_of(moe, settings_of(both)).optimizer.megatron.chained_optimizers[0].optimizer).__name__
     result["training"] = train(trainer_of(moe, settings_of(both)))
+    mark, trainer_module._mark_experts = trainer_module._mark_experts, _mark_for_reduction_alone
+    result["experts unmarked"] = train(trainer_of(moe, settings_of(both)), 1)
+    trainer_module._mark_experts = mark
     result["pipeline"] = train(trainer_of(moe, settings_of({"pipeline": 2})))
     result["context"] = context_cases.two_ranks(moe)
     result["recomputed"] = train(trainer_of(moe, settings_of(both, recompute="full")))
     result["resumed"] = _resumed(moe, folder)
+    result["precise"] = _precise(moe, folder)
     for module in (model_module, trainer_module):
         module.uses_engine = lambda dtype: False
     optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
@@ -52,6 +56,13 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     result["refused"] = _refused(moe, folder)
     parallel.shutdown()
     return result
+
+
+def _mark_for_reduction_alone(module: Any) -> None:
+    """Control: experts as Transformer Engine and Megatron-Core leave them for the gradient norm."""
+    for name, parameter in module.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def _changed(model: Any, case: Any) -> list[str]:
@@ -87,6 +98,57 @@ def _resumed(moe: str, folder: str) -> dict[str, Any]:
     resumed = trainer_of(moe, settings, checkpoints=folder)
     resumed.resume()
     return {"unbroken": train(first, 3), "resumed": train(resumed, 3)}
+
+
+PRECISE: dict[str, dict[str, Any]] = {  # how FusedAdam keeps the float32 weights and the moments
+    "whole": {"store_param_remainders": False},
+    "remainders": {"store_param_remainders": True},
+    "moments of 16 bits": {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"},
+}
+
+
+def _precise(moe: str, folder: str) -> dict[str, Any]:
+    """Trainings in bfloat16 whose FusedAdam keeps the weights, saved, gone on with, and gone on with otherwise."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import optimizer_config
+
+    from lopd.megatron import overrides
+    from tests.megatron.trainer_cases import settings_of, train, trainer_of, weights_digest
+
+    overrides._refuse_missing_hardware = lambda table, where: None  # there is no GPU here
+    newest = optimizer_config.is_te_min_version
+    optimizer_config.is_te_min_version = optimizers.is_te_min_version = lambda *_, **__: True
+
+    def settings(table: dict[str, Any]) -> Any:
+        return settings_of({"expert": 2}, dtype="bfloat16", megatron=table)
+
+    found: dict[str, Any] = {}
+    for name, kept in PRECISE.items():
+        table = {"use_precision_aware_optimizer": True, **kept}
+        path = f"{folder}/precise-{name.replace(' ', '-')}"
+        unbroken = trainer_of(moe, settings(table))
+        found[name] = {"unbroken": train(unbroken)["loss"], "weights": [weights_digest(unbroken)]}
+        first = trainer_of(moe, settings(table), checkpoints=path)
+        train(first, 3)
+        first.save_checkpoint({})
+        inner = first.optimizer.megatron.chained_optimizers[0].optimizer
+        state = next(iter(inner.state.values()))
+        found[name]["types"] = sorted({str(tensor.dtype) for tensor in state.values()})
+        second = trainer_of(moe, settings(table), checkpoints=path)
+        second.resume()
+        found[name]["resumed"] = train(second)["loss"]
+        found[name]["weights"].append(weights_digest(second))
+        plain = trainer_of(moe, settings({}), checkpoints=path)  # Megatron keeps the weights
+        plain.resume()
+        found[name]["by Megatron"] = train(plain)["loss"]
+    optimizer_config.is_te_min_version = optimizers.is_te_min_version = newest
+    chained = first.optimizer.megatron.chained_optimizers[0]
+    chained.optimizer.state.clear()
+    try:
+        chained.init_state_fn(chained.optimizer, chained.config)
+    except TypeError as error:
+        found["Megatron's own"] = str(error)
+    return found
 
 
 def _refused(moe: str, folder: str) -> str:

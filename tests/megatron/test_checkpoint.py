@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lopd.errors import TrainingError
 from tests.limits import apart, within
 from tests.megatron.checkpoint_cases import CASES, CROSSINGS, LAST_STEP, SAVED_AT, TO_ONE_RANK, on_one_rank, resume_and_compare, save_and_die
 from tests.megatron.launch import RanksFailed, run_ranks
@@ -159,15 +157,6 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew_silently(result
 
 def test_another_dtype_is_refused_by_name(results: list[dict[str, Any]]) -> None:
     assert "checkpoint was written with dtype = float32; limit: this run has bfloat16" in results[0]["refused"]
-
-
-def test_an_optimizer_offloaded_to_the_cpu_is_not_filled_from_a_checkpoint() -> None:
-    """Its own copies of the weights would stay those of the beginning."""
-    from lopd.megatron.optimizer_state import load
-
-    offloaded = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=SimpleNamespace(sub_optimizers=[]))])
-    with pytest.raises(TrainingError, match="offloaded to the CPU cannot be resumed; remedy: resume without optimizer_cpu_offload"):
-        load(None, None, offloaded, Path("step-000003"), tensor=1, expert_tensor=1)  # type: ignore[arg-type]
 
 
 def test_a_full_disk_loses_nothing(results: list[dict[str, Any]]) -> None:

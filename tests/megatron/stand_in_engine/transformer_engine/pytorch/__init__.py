@@ -20,20 +20,39 @@ class _CudaRNGStatesTracker:
 distributed = SimpleNamespace(CudaRNGStatesTracker=_CudaRNGStatesTracker)
 
 
-def _weight(rows: int, columns: int, init: Callable[[Tensor], Any], dtype: torch.dtype, device: Any, dim: int) -> torch.nn.Parameter:
-    """As Transformer Engine makes and marks one."""
+def _weight(rows: int, columns: int, init: Callable[[Tensor], Any], dtype: torch.dtype, device: Any, mode: str | None) -> torch.nn.Parameter:
+    """As Transformer Engine 2.16.1 makes and marks one: split over tensor ranks, or (mode None) with no mark at all.
+
+    tests/image/test_engine.py compares the marks with those of the real one.
+    """
     weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
     with torch.no_grad():
         init(weight)
-    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
+    if mode is not None:
+        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        weight.partition_dim = 1 if mode == "row" else 0  # type: ignore[attr-defined]
+        weight.partition_stride = 1  # type: ignore[attr-defined]
     return weight
 
 
 class RMSNorm(torch.nn.Module):
-    def __init__(self, hidden_size: int, eps: float, *, sequence_parallel: bool, params_dtype: torch.dtype, device: Any = None, **_: Any) -> None:
+    def __init__(
+        self,
+        normalized_shape: Any = None,
+        eps: float = 1e-5,
+        *,
+        sequence_parallel: bool,
+        hidden_size: int | None = None,
+        params_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        **_: Any,
+    ) -> None:
+        """As in Transformer Engine 2, hidden_size and params_dtype are the former names of normalized_shape and dtype."""
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype, device=device))
+        size = hidden_size if normalized_shape is None else normalized_shape
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=params_dtype or dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +88,7 @@ class Linear(torch.nn.Module):
         self.parallel_mode, self._sequence_parallel, self._group, self._return_bias = parallel_mode, sequence_parallel, tp_group, return_bias
         rows = out_features // (tp_size if parallel_mode == "column" else 1)
         columns = in_features // (tp_size if parallel_mode == "row" else 1)
-        self.weight = _weight(rows, columns, init_method, params_dtype, device, 1 if parallel_mode == "row" else 0)
+        self.weight = _weight(rows, columns, init_method, params_dtype, device, parallel_mode)
         self.bias = torch.nn.Parameter(torch.zeros(rows, dtype=params_dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
@@ -125,7 +144,7 @@ class GroupedLinear(torch.nn.Module):
         rows = out_features // (tp_size if parallel_mode == "column" else 1)
         columns = in_features // (tp_size if parallel_mode == "row" else 1)
         for index in range(num_gemms):
-            weight = _weight(rows, columns, init_method, params_dtype, device, 1 if parallel_mode == "row" else 0)
+            weight = _weight(rows, columns, init_method, params_dtype, device, parallel_mode)
             self.register_parameter(f"weight{index}", weight)
 
     def get_extra_state(self) -> Tensor:

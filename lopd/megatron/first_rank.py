@@ -1,15 +1,15 @@
-"""What only rank 0 can do, as it alone talks to the servers, while the others wait for it as long as it takes."""
+"""What only rank 0 does (it talks to the servers, it writes the model), while the other ranks wait as long as it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from threading import Thread
 from typing import Any, TypeVar
 
 from lopd import errors
 from lopd.errors import LopdError
 from lopd.megatron import parallel
-from sglang_rollout.weight_sync.interface import started
 
 T = TypeVar("T")
 _POLL_S = 0.1
@@ -23,7 +23,7 @@ def by_first_rank(work: Callable[[], T]) -> T:
     """
     if parallel.world_size() == 1:
         return work()
-    running = started(work) if parallel.rank() == 0 else None
+    running = _started(work) if parallel.rank() == 0 else None
     told = None
     while told is None:
         told = parallel.gather_objects(None if running is None else _told(running))[0]
@@ -35,6 +35,20 @@ def by_first_rank(work: Callable[[], T]) -> T:
         raise getattr(errors, kind)(what, **about)
     value: T = result
     return value
+
+
+def _started(work: Callable[[], T]) -> Future[T]:
+    """The work in a thread of its own, which does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+
+    Thread(target=run, name="first-rank", daemon=True).start()
+    return future
 
 
 def _told(running: Future[Any]) -> tuple[Any, tuple[str, str, dict[str, str]] | None] | None:
