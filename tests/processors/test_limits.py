@@ -21,8 +21,14 @@ from tests.processors.table import MARGIN, near, read, show
 NUM_ROWS = 200
 
 
+@pytest.fixture(autouse=True)
+def unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails here on purpose does not stand in the table of a sweep."""
+    monkeypatch.delenv(limits.FILE, raising=False)
+
+
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def file(unrecorded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where differences are recorded during the test."""
     path = tmp_path / "own.jsonl"
     monkeypatch.setenv(limits.FILE, str(path))
@@ -91,7 +97,6 @@ def test_what_was_seen_is_recorded_even_where_it_fails(file: Path) -> None:
 
 
 def test_nothing_is_recorded_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(limits.FILE, raising=False)
     monkeypatch.chdir(tmp_path)
     within(0.0, 1.0)
     assert not list(tmp_path.iterdir())
