@@ -51,7 +51,7 @@ def _furthest(found: list[float], expected: list[float]) -> float:
 @pytest.mark.parametrize("way", ["another layout", "no longer offloaded"])
 def test_it_goes_on_otherwise_equal_to_rounding(way: str, ranks: list[dict[str, Any]]) -> None:
     """Seen: 3.7e-4 where experts are no longer split, 0 where the layout stays, because the AdamW
-    is the same. Stale copies and a wrong count of updates are 1.3e-2 off or more."""
+    is the same. Stale copies and a wrong count of updates are 1.2e-2 off or more."""
     expected = ranks[0]["precision-aware"]["unbroken"]["loss"][FIRST_STEPS:]
     right = _furthest(ranks[0][way]["loss"], expected)
     controls = [name for name in ranks[0] if name.startswith("control")]
@@ -62,7 +62,7 @@ def test_it_goes_on_otherwise_equal_to_rounding(way: str, ranks: list[dict[str, 
 
 
 def test_offloaded_it_learns_what_it_learns_on_the_gpu(ranks: list[dict[str, Any]]) -> None:
-    """The same AdamW in another place, equal to the rounding of bfloat16 weights. Seen: 0."""
+    """The same AdamW in another place, equal to the rounding of bfloat16 weights. Seen: 2.8e-4."""
     for case in CASES:
         found, kept = ranks[0][case]["unbroken"]["loss"], ranks[0]["kept on the GPU"]["loss"]
         within(_furthest(found, kept), 6e-3)
