@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Prepares the environment where needed; lint, types, all tests. Arguments go to pytest. LOPD_SLOW=1 also runs what takes many minutes.
+# LOPD_PROCESSORS=1 instead runs the tests as several processors would, and shows every figure
+# beside its limit (tests/processors).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../requirements/environment.sh"
 cd "$root"
+if [ -n "${LOPD_PROCESSORS:-}" ]; then
+    exec python -m tests.processors "$@"
+fi
 ruff check .
 ruff format --check .
 mypy

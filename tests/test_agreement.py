@@ -18,6 +18,7 @@ from sglang_rollout.client import SGLangEngine
 from sglang_rollout.sampling import SamplingParams, SamplingRequest
 from sglang_rollout.scoring import ScoreRequest
 from sglang_rollout.server import SGLangServer
+from tests.limits import apart, within
 from tests.megatron.launch import run_ranks
 from tests.models import EOS_ID, VOCAB_SIZE, write_qwen3_moe
 
@@ -80,19 +81,20 @@ def test_server_and_trainer_agree_before_and_after_a_sync(tmp_path: Path) -> Non
         cache.write_responses(tmp_path / "responses", responses, kind="rollouts", inputs={})
         trainer = run_ranks(train_and_score, 2, model=str(model), responses=str(tmp_path / "responses"), exported=str(tmp_path / "trained"))[0]
 
-        assert largest_difference([response.sampling_logprobs for response in responses], trainer["before"]) <= TOLERANCE
-        assert largest_difference(scored_before, trainer["before"]) <= TOLERANCE
+        sampled = [response.sampling_logprobs for response in responses]
+        within(largest_difference(sampled, trainer["before"]), TOLERANCE, "sampled")
+        within(largest_difference(scored_before, trainer["before"]), TOLERANCE, "before")
 
         engine.update_weights_from_disk(tmp_path / "trained", version="step-2")
         scored_after = score_all(engine, responses)
-        assert largest_difference(scored_after, trainer["after"]) <= TOLERANCE
+        within(largest_difference(scored_after, trainer["after"]), TOLERANCE, "after")
         again = sorted(engine.generate(requests, params), key=lambda response: response.prompt_id)
         assert {response.weight_version for response in again} == {"step-2"}
 
         # controls: the old weights do not agree with the new ones, nor a response with its neighbour's shift
-        assert largest_difference(scored_before, trainer["after"]) > 100 * TOLERANCE
+        apart(largest_difference(scored_before, trainer["after"]), 100 * TOLERANCE, "old")
         shifted = [np.roll(row, 1) for row in scored_after]
-        assert largest_difference(shifted, trainer["after"]) > 100 * TOLERANCE
+        apart(largest_difference(shifted, trainer["after"]), 100 * TOLERANCE, "shifted")
     figures = {
         "sampling before": largest_difference([response.sampling_logprobs for response in responses], trainer["before"]),
         "scoring before": largest_difference(scored_before, trainer["before"]),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lopd.errors import EngineError
 from lopd.megatron import parallel
-from lopd.stages.batches import MOST_SENDS
 from lopd.megatron.first_rank import by_first_rank
+from lopd.stages.batches import MOST_SENDS
 from lopd.stages.sync import StudentWeights, SyncEvaluation
 from lopd.stages.training import SERVER_KEY, TrainingJob
 from sglang_rollout.client import OtherWeights, SGLangEngine

@@ -11,8 +11,8 @@ from lopd.batching import build_microbatch
 from lopd.config import Config, SyncSection
 from lopd.errors import EngineError
 from lopd.megatron import parallel
-from lopd.stages.batches import MOST_SENDS
 from lopd.megatron.first_rank import by_first_rank
+from lopd.stages.batches import MOST_SENDS
 from lopd.stages.sampling import sampling_params
 from lopd.tasks import get_task
 from lopd.tasks.prompts import load_prompts

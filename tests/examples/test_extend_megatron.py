@@ -14,6 +14,7 @@ from lopd import cache
 from lopd.artifacts import ArtifactWriter
 from lopd.batching import ResponseOrder, build_microbatch, make_sample, plan_step
 from lopd.records import Response, TeacherScores, float32, int32, token_hash
+from tests.limits import close
 from tests.megatron.launch import ROOT, run_ranks, run_script
 from tests.megatron.trainer_cases import settings_of, trainer_of
 from tests.models import write_qwen3_moe
@@ -72,7 +73,7 @@ def test_the_bare_loop_learns_and_starts_where_our_trainer_does(layout: list[str
     text = run_script(EXAMPLE / "train.py", 2, str(model), str(teacher_cache), *arguments)
     losses = [float(loss) for loss in re.findall(r"^step \d+  loss (\S+)", text, flags=re.MULTILINE)]
     assert len(losses) == 6
-    assert losses[0] == pytest.approx(ours["loss"], rel=1e-6)
+    close(losses[0], ours["loss"], rel=1e-6)
     assert losses[-1] < 0.8 * losses[0]
     assert f"advantage {ours['advantage']:+.3f}" in text
 

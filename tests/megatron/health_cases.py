@@ -18,7 +18,8 @@ from lopd.objective import Lightning
 from tests.megatron import gpu_cases
 from tests.megatron.trainer_cases import MAX_TOKENS, microbatches_of, samples_of, settings_of, train, trainer_of
 
-NO_DECAY = {"lr": 1e-3, "weight_decay": 0.0}
+# A tiny epsilon: then the first step is the learning rate, whatever the size of the gradient.
+NO_DECAY = {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-8}
 
 
 def figures_of(trainer: Trainer) -> dict[str, float]:

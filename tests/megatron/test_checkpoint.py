@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import apart, within
 from tests.megatron.checkpoint_cases import CASES, CROSSINGS, LAST_STEP, SAVED_AT, TO_ONE_RANK, on_one_rank, resume_and_compare, save_and_die
 from tests.megatron.launch import RanksFailed, run_ranks
 from tests.megatron.test_launch import eventually_none, mark_of
@@ -56,6 +57,9 @@ def test_a_resumed_training_is_bit_for_bit_the_unbroken_one(case: str, results: 
 # ---- another layout -------------------------------------------------------------------------------------------------------------------------------
 
 
+LIMIT = 2e-6  # 3.8e-7 seen
+
+
 def deviation(resumed: dict[str, Any], unbroken: dict[str, Any]) -> float:
     """Largest relative difference of loss and gradient norm over the steps after the checkpoint."""
     pairs = [pair for key in ("loss", "grad_norm") for pair in zip(resumed[key], unbroken[key][SAVED_AT:], strict=True)]
@@ -67,21 +71,22 @@ def deviation(resumed: dict[str, Any], unbroken: dict[str, Any]) -> float:
 def test_a_training_goes_on_under_another_layout(saved: str, layout: str, one: dict[str, Any], results: list[dict[str, Any]]) -> None:
     unbroken = one["unbroken"] if saved == "one rank" else results[0][saved]["unbroken"]
     for ranks in results:
-        assert deviation(ranks[f"{saved} -> {layout}"], unbroken) < 1e-6
+        within(deviation(ranks[f"{saved} -> {layout}"], unbroken), LIMIT)
     assert results[0][f"{saved} -> {layout}"]["cursor"] == SAVED_AT
 
 
 @pytest.mark.parametrize("saved", TO_ONE_RANK)
 def test_a_training_of_two_ranks_goes_on_on_one(saved: str, one: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    assert deviation(one[saved], results[0][saved]["unbroken"]) < 1e-6
+    within(deviation(one[saved], results[0][saved]["unbroken"]), LIMIT)
 
 
 def test_a_tied_embedding_that_a_pipeline_holds_twice_has_one_state(results: list[dict[str, Any]]) -> None:
-    assert deviation(results[0]["tied -> tied pipeline"], results[0]["tied"]) < 1e-6
+    within(deviation(results[0]["tied -> tied pipeline"], results[0]["tied"]), LIMIT)
 
 
 def test_optimizer_state_lost_on_the_way_would_be_noticed(results: list[dict[str, Any]]) -> None:
-    assert deviation(results[0]["without moments, another layout"], results[0]["data"]["unbroken"]) > 1e-4
+    forgetful = results[0]["without moments, another layout"]
+    apart(deviation(forgetful, results[0]["data"]["unbroken"]), 1e-4)
 
 
 def test_through_another_layout_and_back_is_bit_for_bit(results: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from lopd.config import ParallelSection
 from lopd.errors import ConfigError
 from lopd.megatron import parallel
 from lopd.megatron.architecture import read_architecture
+from tests.limits import apart, close, within
 from tests.megatron.context_cases import FOUR_RANKS, RESUMED, four_ranks, one_rank
 from tests.megatron.launch import run_ranks
 from tests.megatron.test_engine_spec import ENGINE_PATH
@@ -80,29 +81,29 @@ def four(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
 @pytest.mark.parametrize("layout", [*FOUR_RANKS, "recomputed"])
 def test_four_ranks_take_the_steps_of_one(layout: str, one: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for ranks in four:
-        assert difference(ranks[layout], one["all"]) < 1e-5
+        within(difference(ranks[layout], one["all"]), 1e-5)
     assert len(one["all"]["loss"]) == NUM_STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["few", "few, data"])
 def test_ranks_without_data_in_the_last_microbatch_change_nothing(case: str, one: dict[str, Any], four: list[dict[str, Any]]) -> None:
-    assert difference(four[0][case], one["few"]) < 1e-5
+    within(difference(four[0][case], one["few"]), 1e-5)
     assert four[0]["few, data"]["empty"] == [0, 0, NUM_STEPS, NUM_STEPS], "both context ranks of the second data rank have none"
 
 
 @pytest.mark.slow
 def test_load_balancing_and_top_k_losses_weigh_the_same(one: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for case in ("balanced", "top-K"):
-        assert difference(four[0][case], one[case]) < 1e-5
-    assert difference(four[0]["balanced, unscaled"], one["balanced"]) > 1e-4
+        within(difference(four[0][case], one[case]), 1e-5, case)
+    apart(difference(four[0]["balanced, unscaled"], one["balanced"]), 1e-4)
 
 
 @pytest.mark.slow
 def test_scores_are_those_of_one_rank_on_every_rank(one: dict[str, Any], four: list[dict[str, Any]]) -> None:
     expected = np.array(one["scores"])
     for ranks in four:
-        assert np.abs(np.array(ranks["scores"]) - expected).max() < 1e-5
+        close(ranks["scores"], expected, abs=2e-5)  # 3.4e-6 seen
     assert np.abs(np.roll(expected, 1) - expected).max() > 1, "control: a shift by one"
 
 
@@ -113,8 +114,9 @@ def test_a_training_resumes_bit_for_bit_and_without_or_with_more_context_ranks(f
     assert found["tensor, context"] == unbroken
     for name in RESUMED:
         assert len(found[name]["loss"]) == 2
-        assert difference(found[name], unbroken) < 1e-5
-    assert found["four context ranks"]["loss"] != unbroken["loss"], "another layout rounds in another way"
+        within(difference(found[name], unbroken), 1e-5, name)
+    others = found["four context ranks"]["weights"]
+    assert others != unbroken["weights"], "another layout rounds in another way"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lopd.megatron.parameter_state import joined, split
+from tests.limits import apart, within
 from tests.megatron.hybrid_cases import CASES, FIRST_STEPS, resume_offloaded
 from tests.megatron.launch import run_ranks
 from tests.models import write_qwen3_moe
@@ -19,8 +20,10 @@ from tests.models import write_qwen3_moe
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of a model that uses every expert: rounding to bfloat16 has no choice of a router to turn."""
     folder = tmp_path_factory.mktemp("hybrid")
-    return run_ranks(resume_offloaded, 2, model=str(write_qwen3_moe(folder / "model")), folder=str(folder))
+    model = write_qwen3_moe(folder / "model", num_experts_per_tok=4)
+    return run_ranks(resume_offloaded, 2, model=str(model), folder=str(folder))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,22 +50,22 @@ def _furthest(found: list[float], expected: list[float]) -> float:
 
 @pytest.mark.parametrize("way", ["another layout", "no longer offloaded"])
 def test_it_goes_on_otherwise_equal_to_rounding(way: str, ranks: list[dict[str, Any]]) -> None:
-    """Seen: 8.2e-4 where experts are no longer split, 0 where the layout stays, because the AdamW
-    is the same. Stale copies are 7.5e-2 off, a wrong count of updates 1.4e-2."""
+    """Seen: 3.7e-4 where experts are no longer split, 0 where the layout stays, because the AdamW
+    is the same. Stale copies and a wrong count of updates are 1.2e-2 off or more."""
     expected = ranks[0]["precision-aware"]["unbroken"]["loss"][FIRST_STEPS:]
     right = _furthest(ranks[0][way]["loss"], expected)
     controls = [name for name in ranks[0] if name.startswith("control")]
     wrong = min(_furthest(ranks[0][name]["loss"], expected) for name in controls)
-    assert right < 3e-3
-    assert wrong > 3 * 3e-3
+    within(right, 3e-3)
+    apart(wrong, 3 * 3e-3)
     assert len(controls) == 2
 
 
 def test_offloaded_it_learns_what_it_learns_on_the_gpu(ranks: list[dict[str, Any]]) -> None:
-    """The same AdamW in another place, equal to the rounding of bfloat16 weights. Seen: 1.9e-3."""
+    """The same AdamW in another place, equal to the rounding of bfloat16 weights. Seen: 2.8e-4."""
     for case in CASES:
         found, kept = ranks[0][case]["unbroken"]["loss"], ranks[0]["kept on the GPU"]["loss"]
-        assert _furthest(found, kept) < 6e-3
+        within(_furthest(found, kept), 6e-3)
 
 
 def test_a_background_checkpoint_is_of_the_step_it_was_asked_at(ranks: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lopd.megatron.logprobs import token_logprobs
+from tests.limits import apart, close, within
 from tests.megatron.launch import ROOT, run_ranks
 from tests.megatron.logprob_cases import LIMIT, PADDED_FROM, SMALL_BLOCK, TRITON_CASES, VOCAB, VOCABULARIES, Case, compile_kernel, differences, on_two_ranks
 
@@ -24,7 +25,7 @@ from tests.megatron.logprob_cases import LIMIT, PADDED_FROM, SMALL_BLOCK, TRITON
 @pytest.mark.parametrize("vocab", [VOCAB, PADDED_FROM])
 def test_blocks_give_values_and_gradients_of_all_logits(vocab: int, block_bytes: int | None) -> None:
     case = Case(vocab=vocab)
-    assert max(differences(case.blocks(block_bytes=block_bytes), case.dense()).values()) < LIMIT
+    within(max(differences(case.blocks(block_bytes=block_bytes), case.dense()).values()), LIMIT)
 
 
 @pytest.mark.parametrize("fault", ["label", "padding counted", "row", "upstream"])
@@ -38,27 +39,34 @@ def test_what_is_wrong_is_noticed(fault: str) -> None:
     elif fault == "upstream":
         case.upstream[1] *= 1.01
     found = differences(case.blocks(vocab_size=VOCAB if fault == "padding counted" else PADDED_FROM), expected)
-    assert max(found.values()) > 10 * LIMIT
-    assert fault != "upstream" or found["logprobs"] < LIMIT < min(found["hidden"], found["weight"])
+    apart(max(found.values()), 10 * LIMIT, fault)
+    if fault == "upstream":
+        within(found["logprobs"], LIMIT)
+        apart(min(found["hidden"], found["weight"]), LIMIT, "gradients")
 
 
 def test_padded_rows_have_no_probability_and_no_gradient() -> None:
     case = Case(vocab=PADDED_FROM)
     case.weight[PADDED_FROM:] *= 1e6  # would win every softmax
     found = case.blocks()
-    assert max(differences(found, case.dense()).values()) < LIMIT
+    within(max(differences(found, case.dense()).values()), LIMIT)
     assert not found["weight"][PADDED_FROM:].any()
 
 
 @pytest.mark.parametrize("block_bytes", [SMALL_BLOCK, None])
 def test_bfloat16_is_computed_in_float32(block_bytes: int | None) -> None:
-    """Values as if the same numbers had been given in float32; gradients but for their own rounding, 2 ** -8. Rounded logits would miss the first bound."""
+    """Values as if the same numbers had been given in float32; gradients but for their own
+    rounding. Rounded logits would miss the first bound."""
     case = Case(torch.bfloat16)
     found = differences(case.blocks(torch.bfloat16, block_bytes=block_bytes), case.dense())
-    assert max(found["logprobs"], found["entropy"]) < LIMIT
-    assert max(found["hidden"], found["weight"]) < 2**-8
+    within(max(found["logprobs"], found["entropy"]), LIMIT, "values")
+    within(max(found["hidden"], found["weight"]), 2**-6, "gradients")  # 2.9e-3 seen
     rounded = differences(case.dense(torch.bfloat16), case.dense())
-    assert rounded["logprobs"] > 100 * LIMIT
+    apart(rounded["logprobs"], 100 * LIMIT)
+    expected = case.dense()
+    case.labels = case.labels.roll(1)
+    shifted = differences(case.dense(), expected)
+    apart(min(shifted["hidden"], shifted["weight"]), 0.3, "gradients for other labels")
 
 
 def on_gpu(case: Case) -> Case:
@@ -91,7 +99,7 @@ def test_on_a_gpu(kernel: str, sizes: dict[str, int], dtype: torch.dtype, value_
 
 def test_several_tokens_at_each_place() -> None:
     case = Case(num_labels=3)
-    assert max(differences(case.blocks(), case.dense()).values()) < LIMIT
+    within(max(differences(case.blocks(), case.dense()).values()), LIMIT)
 
 
 def test_entropy_is_not_computed_unasked() -> None:
@@ -114,7 +122,8 @@ def test_frozen_weight_and_frozen_hidden_states() -> None:
     hidden = case.hidden.clone().requires_grad_()
     logprobs, entropy = token_logprobs(hidden, case.weight, case.labels, entropy=True, block_bytes=SMALL_BLOCK)
     ((logprobs * case.upstream) + (entropy * case.upstream_entropy)).sum().backward()
-    assert ((hidden.grad - expected["hidden"]).abs().max() / expected["hidden"].abs().max()).item() < LIMIT
+    scale = expected["hidden"].abs().max()
+    close(hidden.grad / scale, expected["hidden"] / scale, abs=LIMIT)
     assert token_logprobs(case.hidden, case.weight, case.labels)[0].grad_fn is None
 
 
@@ -129,10 +138,16 @@ def test_two_tensor_ranks_give_the_same(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert len(rank["split rows"]) == len(VOCABULARIES) * 3 * 2
         for name, difference in rank["split rows"].items():
-            assert (difference > 100 * LIMIT) == name.endswith("not reduced"), (name, difference)
+            if name.endswith("not reduced"):
+                apart(difference, 100 * LIMIT, name)
+            else:
+                within(difference, LIMIT, name)
 
 
-GRADIENT_LIMITS = {"bfloat16": 2**-8, "first tile far above": 1e-4}  # rounded to bfloat16; logits of 100, whose own rounding is 4e-6
+GRADIENT_LIMITS = {
+    "bfloat16": 2**-6,  # rounded to bfloat16: 2.9e-3 seen
+    "first tile far above": 1e-4,  # logits of 100, whose own rounding is 4e-6
+}
 
 
 @pytest.mark.parametrize("name", TRITON_CASES)
@@ -141,10 +156,11 @@ def test_the_triton_kernels_values_and_gradients_are_those_of_all_logits(name: s
     found = next(rank["one rank"][name] for rank in ranks if name in rank["one rank"])
     values = {key: found[key] for key in found if key in ("logprobs", "entropy")}
     if name.startswith("control"):
-        assert max(values.values()) > 10 * LIMIT, found
+        apart(max(values.values()), 10 * LIMIT, name)
     else:
-        assert max(values.values(), default=0.0) < LIMIT, found
-        assert max(found["hidden"], found["weight"]) < GRADIENT_LIMITS.get(name, LIMIT), found
+        within(max(values.values(), default=0.0), LIMIT, f"{name}, values")
+        gradient = max(found["hidden"], found["weight"])
+        within(gradient, GRADIENT_LIMITS.get(name, LIMIT), f"{name}, gradients")
         assert ("entropy" in found) == (name not in ("without entropy", "no gradient"))
     assert name != "no gradient" or not any(found.values())
 
@@ -168,7 +184,7 @@ def test_memory_is_a_fraction_of_the_dense_form(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "logprob.py"), *options], check=True, env=environment, stdout=subprocess.DEVNULL)
     figures = json.loads(file.read_text())
     assert figures["memory_ratio"] < 1 / 8
-    assert figures["difference"] < LIMIT
+    within(figures["difference"], LIMIT)
     assert figures["dense"]["bytes"] > 2 * 1024 * 20480 * 4  # the measure sees the dense form's copies
 
 

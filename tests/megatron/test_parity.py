@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.limits import apart, close, within
 from tests.megatron.launch import run_ranks
 from tests.megatron.parity_cases import LIMIT, Case, difference, forward_of, load_model
 from tests.models import write_qwen3_moe
@@ -99,35 +100,35 @@ def _worst(difference: dict[str, float]) -> float:
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=["TP1EP1", "TP2EP1", "TP1EP2", "TP2EP2"])
 def test_layout_gives_the_logits_of_transformers(measured: list[dict[str, Any]], index: int) -> None:
-    assert max(_worst(rank["layouts"][index]) for rank in measured) <= LIMIT
+    within(max(_worst(rank["layouts"][index]) for rank in measured), LIMIT)
 
 
 def test_tensor_parallel_experts_give_the_logits_of_transformers(measured: list[dict[str, Any]]) -> None:
     """Uneven token counts are gathered over gloo here, which one of the patches makes possible."""
-    assert max(_worst(rank["expert_tensor"]) for rank in measured) <= LIMIT
+    within(max(_worst(rank["expert_tensor"]) for rank in measured), LIMIT)
 
 
 @pytest.mark.parametrize("control", ["rope_theta", "norm_topk_prob", "norm_eps", "one_sequence"])
 def test_a_wrong_model_is_noticed(measured: list[dict[str, Any]], control: str) -> None:
-    assert max(_worst(rank["controls"][control]) for rank in measured) > 100 * LIMIT
+    apart(max(_worst(rank["controls"][control]) for rank in measured), 100 * LIMIT, control)
 
 
 @pytest.mark.parametrize("other", ["norm_topk_prob_false", "dense_tied"])
 def test_other_architectures_give_the_logits_of_transformers(measured: list[dict[str, Any]], other: str) -> None:
-    assert max(_worst(rank["others"][other]) for rank in measured) <= LIMIT
+    within(max(_worst(rank["others"][other]) for rank in measured), LIMIT, other)
 
 
 def test_gradients_are_those_of_transformers(measured: list[dict[str, Any]]) -> None:
-    assert measured[0]["gradient"] <= LIMIT
+    within(measured[0]["gradient"], 1e-5)  # relative; 1.4e-6 seen
 
 
 def test_recomputed_activations_give_the_same_gradients(measured: list[dict[str, Any]]) -> None:
-    assert max(measured[0]["recompute"].values()) <= 1e-6
+    within(max(measured[0]["recompute"].values()), 1e-6)
 
 
 def test_load_balancing_loss_reaches_the_router_in_proportion_to_its_coefficient(measured: list[dict[str, Any]]) -> None:
-    assert measured[0]["aux_loss"]["size"] > 1e-6
-    assert measured[0]["aux_loss"]["ratio"] == pytest.approx(2.0, rel=1e-2)
+    apart(measured[0]["aux_loss"]["size"], 1e-6)
+    close(measured[0]["aux_loss"]["ratio"], 2.0, rel=1e-2)
 
 
 def test_bfloat16_gives_finite_float32_logits(measured: list[dict[str, Any]]) -> None:

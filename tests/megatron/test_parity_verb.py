@@ -21,6 +21,7 @@ from lopd.parity import agreement
 from lopd.records import Response, TeacherScores, token_hash
 from lopd.report.parity_view import show_parity
 from lopd.verbs.parity import compare
+from tests.limits import apart, close, within
 from tests.megatron.test_scorer import of_transformers, requests_of
 from tests.models import write_qwen3_moe
 
@@ -90,9 +91,10 @@ def test_engines_of_the_same_weights_agree_and_a_perturbed_teacher_shows(run: Pa
     teacher, student = json.loads(result.stdout).values()
     assert teacher["num_responses"] == student["num_responses"] == 16
     assert teacher["num_tokens"] == student["num_tokens"] > 100
-    assert student["largest"] < 1e-5
-    assert 0 <= student["k3"] < 1e-9
-    assert teacher["mean"] > 1e-4
+    within(student["largest"], 1e-5, "largest")
+    assert student["k3"] >= 0
+    within(student["k3"], 1e-9, "k3")
+    apart(teacher["mean"], 1e-4)
     assert teacher["k3"] > student["k3"]
     assert sorted(path.name for path in (run / "run").iterdir()) == before, "parity writes nothing into a run"
 
@@ -127,8 +129,8 @@ def test_the_score_stage_runs_on_megatron_and_keeps_entropies(run: Path, tmp_pat
             assert set(scores.teacher_logprobs.tolist()) == {-7.0}, "a shard that was there was scored again"
         else:
             logprobs, entropies = expected[response.key]
-            assert np.abs(scores.teacher_logprobs - logprobs.numpy()).max() < 1e-5
-            assert np.abs(scores.entropy - entropies.numpy()).max() < 1e-5
+            close(scores.teacher_logprobs, logprobs, abs=1e-5, name="log-probabilities")
+            close(scores.entropy, entropies, abs=1e-5, name="entropies")
     assert read_manifest(tmp_path / "run/score").complete
     assert not list((tmp_path / "run/score").glob("*.heartbeats"))
 
@@ -162,7 +164,7 @@ def test_sglang_is_asked_where_the_cache_is_of_megatron(run: Path) -> None:
         found = compare(load_config(EXAMPLE, knobs(run, run / "teacher")), num_responses=8, seed=0)
     finally:
         manifest.write_text(written)
-    assert found["teacher: SGLang and Megatron-Core"].largest < 1e-4
+    within(found["teacher: SGLang and Megatron-Core"].largest, 1e-4)
 
 
 def test_several_teachers_are_refused(run: Path) -> None:

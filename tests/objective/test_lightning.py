@@ -9,6 +9,7 @@ from torch import Tensor
 from lopd.batching import build_microbatch
 from lopd.objective import Aggregation, Lightning, LossOutput, TokenBatch, reduce_metrics
 from lopd.records import Sample
+from tests.limits import apart, close, within
 from tests.objective.dense import TableModel, dense_loss, huber, random_samples, score_function
 
 CLIP = 1.5
@@ -46,14 +47,14 @@ class TestUpdate:
         loss = output.loss_sum / output.num_items
         reference = dense_loss(model, samples, huber(CLIP), aggregation)
         tolerance = TOLERANCE[loss.dtype]
-        assert relative_difference(loss, reference) < tolerance
-        assert relative_difference(model.gradient(loss), model.gradient(reference)) < tolerance
+        within(relative_difference(loss, reference), tolerance)
+        within(relative_difference(model.gradient(loss), model.gradient(reference)), tolerance)
 
     def test_is_the_score_function_form(self, model: TableModel, samples: list[Sample], aggregation: Aggregation) -> None:
         output = packed_output(model, samples, Lightning(CLIP, aggregation))
         gradient = model.gradient(output.loss_sum / output.num_items)
         reference = model.gradient(dense_loss(model, samples, score_function(CLIP), aggregation))
-        assert relative_difference(gradient, reference) < TOLERANCE[gradient.dtype]
+        within(relative_difference(gradient, reference), TOLERANCE[gradient.dtype])
 
     def test_clip_acts_on_some_tokens_and_not_on_others(self, model: TableModel, samples: list[Sample], aggregation: Aggregation) -> None:
         output = packed_output(model, samples, Lightning(CLIP, aggregation))
@@ -70,7 +71,7 @@ class TestUpdate:
             **{other: dense_loss(model, samples, huber(CLIP), other) for other in AGGREGATIONS if other != aggregation},
         }
         for name, loss in wrong.items():
-            assert relative_difference(gradient, model.gradient(loss)) > 1e-2, name
+            apart(relative_difference(gradient, model.gradient(loss)), 1e-2, name)
 
 
 def test_loss_and_gradient_vanish_where_student_equals_teacher(samples: list[Sample]) -> None:
@@ -81,7 +82,7 @@ def test_loss_and_gradient_vanish_where_student_equals_teacher(samples: list[Sam
     for distance, loss in ((0.0, 0.0), (1.0, 0.5)):
         logprobs = (batch.teacher_logprobs - distance).requires_grad_()
         output = Lightning(CLIP)(logprobs, batch)
-        assert (output.loss_sum / output.num_items).item() == pytest.approx(loss, abs=1e-6)
+        close((output.loss_sum / output.num_items).item(), loss, abs=1e-6)
         (gradient,) = torch.autograd.grad(output.loss_sum, logprobs)
         assert bool((gradient != 0).any()) is (distance > 0)
 

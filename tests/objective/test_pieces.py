@@ -24,6 +24,7 @@ from lopd.objective import (
     reduce_metrics,
 )
 from lopd.records import Response, Sample, float32, int32
+from tests.limits import apart, close, within
 from tests.objective.dense import TableModel
 from tests.objective.pieces import (
     CLIP,
@@ -76,9 +77,17 @@ class TestPrefix:
             return dense(model, samples, lambda row: huber_losses(prefix_of(row, math.ceil(len(row.student) * share), end_token=end_token)))
 
         output = packed_output(model, samples, Distillation(BASE, (Prefix(share=0.3, keep_end_token=end_token),)))
-        assert gradient_difference(model, output, reference(0.3, end_token=end_token)) < EXACT
-        assert gradient_difference(model, output, reference(0.3, end_token=not end_token)) > DIFFERENT, "control: the end token"
-        assert gradient_difference(model, output, reference(0.5, end_token=end_token)) > DIFFERENT, "control: another share"
+        within(gradient_difference(model, output, reference(0.3, end_token=end_token)), EXACT)
+        apart(
+            gradient_difference(model, output, reference(0.3, end_token=not end_token)),
+            DIFFERENT,
+            "the end token",
+        )
+        apart(
+            gradient_difference(model, output, reference(0.5, end_token=end_token)),
+            DIFFERENT,
+            "another share",
+        )
 
     def test_number_of_tokens(self, model: TableModel, samples: list[Sample]) -> None:
         output = packed_output(model, samples, Distillation(BASE, (Prefix(num_tokens=4),)))
@@ -97,8 +106,12 @@ class TestTruncated:
         output = packed_output(model, samples, Distillation(BASE, (DropTruncated(),)))
         finished = [sample for sample in samples if not sample.truncated]
         assert output.num_items == packed_output(model, finished, BASE).num_items
-        assert gradient_difference(model, output, dense(model, finished, huber_losses)) < EXACT
-        assert gradient_difference(model, output, dense(model, samples, huber_losses)) > DIFFERENT, "control: with them"
+        within(gradient_difference(model, output, dense(model, finished, huber_losses)), EXACT)
+        apart(
+            gradient_difference(model, output, dense(model, samples, huber_losses)),
+            DIFFERENT,
+            "with them",
+        )
 
     def test_the_finish_reason_reaches_the_objective(self) -> None:
         def response(finish_reason: str) -> Response:
@@ -121,12 +134,16 @@ class TestImportance:
             return dense(model, samples, lambda row: -(row.student - row.sampling).detach().exp().clamp(max=cap) * row.advantage * row.student)
 
         output = packed_output(model, samples, Distillation(BASE, weightings=(TruncatedImportance(2.0),)))
-        assert gradient_difference(model, output, weighted(2.0)) < EXACT
-        assert gradient_difference(model, output, weighted(1e9)) > DIFFERENT, "control: no cap"
-        assert gradient_difference(model, output, dense(model, samples, huber_losses)) > DIFFERENT, "control: no weights"
+        within(gradient_difference(model, output, weighted(2.0)), EXACT)
+        apart(gradient_difference(model, output, weighted(1e9)), DIFFERENT, "no cap")
+        apart(
+            gradient_difference(model, output, dense(model, samples, huber_losses)),
+            DIFFERENT,
+            "no weights",
+        )
         capped = torch.cat([(row.student - row.sampling).exp() > 2.0 for row in rows(model, samples)]).double().mean().item()
         assert 0.05 < capped < 0.95
-        assert reported(output)["importance_capped_share"] == pytest.approx(capped, rel=1e-12)
+        close(reported(output)["importance_capped_share"], capped, rel=1e-12)
 
 
 class TestEarlyTokenGain:
@@ -140,9 +157,14 @@ class TestEarlyTokenGain:
             return torch.stack([torch.as_tensor(factor) for factor in factors]) * huber_losses(row) if factors else row.student
 
         output = packed_output(model, samples, Distillation(BASE, weightings=(EarlyTokenGain(2.0, CLIP),)))
-        assert gradient_difference(model, output, dense(model, samples, lambda row: reference(row, 2.0))) < 1e-8  # sums in steps of 2^-32 nats
-        assert gradient_difference(model, output, dense(model, samples, lambda row: reference(row, 1.0))) > DIFFERENT, "control: another gain"
-        assert gradient_difference(model, output, dense(model, samples, lambda row: reference(row, 2.0, before=True))) > DIFFERENT, "control: the sum before t"
+
+        def difference(gain: float, **change: bool) -> float:
+            expected = dense(model, samples, lambda row: reference(row, gain, **change))
+            return gradient_difference(model, output, expected)
+
+        within(difference(2.0), 1e-8)  # sums in steps of 2^-32 nats
+        apart(difference(1.0), DIFFERENT, "another gain")
+        apart(difference(2.0, before=True), DIFFERENT, "the sum before t")
 
     def test_falls_from_one_plus_gain_to_one_within_each_response(self, model: TableModel, samples: list[Sample]) -> None:
         logprobs, batch = packed_logprobs(model, samples)
@@ -176,9 +198,9 @@ class TestReferenceKL:
         exact, other = (forward, reverse) if direction == "forward" else (reverse, forward)
         gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (expected, 0.7 * exact, 0.7 * other)]
         assert torch.all(terms >= 0)
-        torch.testing.assert_close(expected, 0.7 * exact, rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-13)
-        assert relative_difference(gradients[0], gradients[2]) > 0.1, "control: the other direction"
+        close(expected, 0.7 * exact, rel=1e-12)
+        close(gradients[0], gradients[1], rel=1e-10, abs=1e-13)
+        apart(relative_difference(gradients[0], gradients[2]), 0.1, "the other direction")
 
     @pytest.mark.parametrize("direction", ["forward", "reverse"])
     def test_is_added_to_the_loss_with_a_capped_slope(self, model: TableModel, samples: list[Sample], direction: str) -> None:
@@ -188,16 +210,22 @@ class TestReferenceKL:
             return huber_losses(row) + 0.4 * slope * row.student
 
         output = packed_output(model, samples, Distillation(BASE, reference=ReferenceKL(0.4, direction, weight_cap=3.0)))  # type: ignore[arg-type]
-        assert gradient_difference(model, output, dense(model, samples, lambda row: reference(row, 3.0))) < EXACT
-        assert gradient_difference(model, output, dense(model, samples, lambda row: reference(row, 1e9))) > DIFFERENT, "control: no cap"
-        assert gradient_difference(model, output, dense(model, samples, huber_losses)) > DIFFERENT, "control: no reference"
+        capped = dense(model, samples, lambda row: reference(row, 3.0))
+        free = dense(model, samples, lambda row: reference(row, 1e9))
+        within(gradient_difference(model, output, capped), EXACT)
+        apart(gradient_difference(model, output, free), DIFFERENT, "no cap")
+        apart(
+            gradient_difference(model, output, dense(model, samples, huber_losses)),
+            DIFFERENT,
+            "no reference",
+        )
 
     def test_forward_pulls_at_what_was_given_up_and_reverse_forgives(self) -> None:
         batch = TokenBatch(torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]), 1, sampling_logprobs=torch.tensor([-1.0]))
         for direction, slope in (("forward", -1.0), ("reverse", 0.0)):
             logprobs = torch.tensor([-31.0], requires_grad=True)
             (found,) = torch.autograd.grad(ReferenceKL(1.0, direction)(logprobs, batch).sum(), logprobs)  # type: ignore[arg-type]
-            assert found.item() == pytest.approx(slope, abs=1e-9)
+            close(found.item(), slope, abs=1e-9)
 
 
 class TestComposition:
@@ -221,11 +249,15 @@ class TestComposition:
 
         everything = replace(EVERYTHING, teachers=())
         output = packed_output(model, samples, everything)
-        assert gradient_difference(model, output, dense(model, samples, reference)) < 1e-8
+        within(gradient_difference(model, output, dense(model, samples, reference)), 1e-8)
         for without in ({"selections": ()}, {"weightings": ()}, {"reference": None}):
             other = packed_output(model, samples, replace(everything, **without))  # type: ignore[arg-type]
-            assert relative_difference(gradient(model, other.loss_sum / other.num_items), gradient(model, output.loss_sum / output.num_items)) > DIFFERENT, (
-                without
+            ours = gradient(model, output.loss_sum / output.num_items)
+            theirs = gradient(model, other.loss_sum / other.num_items)
+            apart(
+                relative_difference(theirs, ours),
+                DIFFERENT,
+                f"without {next(iter(without))}",
             )
 
     def test_packing_changes_nothing(self, model: TableModel, samples: list[Sample]) -> None:
@@ -233,10 +265,15 @@ class TestComposition:
         objective = replace(EVERYTHING, teachers=())
         whole, parts = packed_output(model, samples, objective), [packed_output(model, [sample], objective) for sample in samples]
         assert whole.num_items == sum(part.num_items for part in parts)
-        torch.testing.assert_close(sum(part.loss_sum for part in parts), whole.loss_sum, rtol=1e-12, atol=0)
-        torch.testing.assert_close(sum(gradient(model, part.loss_sum) for part in parts), gradient(model, whole.loss_sum), rtol=1e-10, atol=1e-14)
+        close(sum(part.loss_sum for part in parts), whole.loss_sum, rel=1e-12)
+        close(
+            sum(gradient(model, part.loss_sum) for part in parts),
+            gradient(model, whole.loss_sum),
+            rel=1e-10,
+            abs=1e-14,
+        )
         for name, value in whole.metric_sums.items():
-            torch.testing.assert_close(sum(part.metric_sums[name] for part in parts), value, rtol=1e-9, atol=1e-9)
+            close(sum(part.metric_sums[name] for part in parts), value, rel=1e-9, abs=1e-9)
 
     @pytest.mark.parametrize("poison", [math.nan, 1e30, -1e30])
     def test_what_stands_at_tokens_without_loss_does_not_matter(self, model: TableModel, samples: list[Sample], poison: float) -> None:
@@ -272,7 +309,7 @@ class TestTeachers:
         for index in (0, 1):
             alone = reported(packed_output(model, [sample for sample, scorer in zip(samples, by, strict=True) if scorer == index], BASE))
             found = {name.removesuffix(f"/{names[index]}"): value for name, value in figures.items() if name.endswith(f"/{names[index]}")}
-            assert found == pytest.approx(alone, rel=1e-9)
+            close(found, alone, rel=1e-9)
         assert figures["advantage/math"] != pytest.approx(figures["advantage/code"], rel=1e-2), "control: they differ"
         assert figures["num_tokens/silent"] == 0
         assert "advantage/silent" not in figures

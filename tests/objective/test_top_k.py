@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lopd.errors import ConfigError
 from lopd.objective import Distillation, EarlyTokenGain, Lightning, TokenBatch, TopKKL, TruncatedImportance, reduce_metrics
+from tests.limits import apart, close, within
 from tests.objective.pieces import relative_difference
 
 NUM_TOKENS, VOCAB_SIZE, K = 12, 13, 4
@@ -73,10 +74,14 @@ def test_loss_and_gradient_equal_the_dense_reference(direction: Direction, suppo
             reference = dense_kl(logits, teacher, other_direction, other_support, K)  # type: ignore[arg-type]
             (expected,) = torch.autograd.grad(reference, logits)
             if (other_direction, other_support) == (direction, support):
-                torch.testing.assert_close(loss, reference, rtol=1e-10, atol=0)
-                assert relative_difference(gradient, expected) < 1e-9
+                close(loss, reference, rel=1e-10)
+                within(relative_difference(gradient, expected), 1e-9)
             else:
-                assert relative_difference(gradient, expected) > 1e-2, f"control: {other_direction}, {other_support}"
+                apart(
+                    relative_difference(gradient, expected),
+                    1e-2,
+                    f"{other_direction}, {other_support}",
+                )
     assert torch.all(gradient[NUM_TOKENS - 2 :] == 0), "tokens without loss"
 
 
@@ -86,7 +91,7 @@ def test_with_a_tail_it_is_a_lower_bound_that_k_of_the_whole_vocabulary_reaches(
     bounds = [loss_of(TopKKL(direction, "tail"), logits, teacher, num_chosen).item() for num_chosen in range(1, VOCAB_SIZE + 1)]
     assert all(larger > smaller - 1e-12 for smaller, larger in itertools.pairwise(bounds))
     whole = dense_kl(logits, teacher, direction, "renormalised", VOCAB_SIZE).item()
-    assert bounds[-1] == pytest.approx(whole, rel=1e-9)
+    close(bounds[-1], whole, rel=1e-9)
     assert bounds[K] < 0.99 * whole
 
 
@@ -96,8 +101,8 @@ def test_only_the_tail_sees_what_leaks_out_of_the_chosen_tokens() -> None:
     ids = teacher.topk(K, -1).indices
     leaking = torch.full_like(teacher, 3.0).scatter(1, ids, teacher.gather(1, ids)).requires_grad_()
     renormalised, tail = (loss_of(TopKKL("reverse", support), leaking, teacher, K) for support in ("renormalised", "tail"))  # type: ignore[arg-type]
-    assert abs(renormalised.item()) < 1e-12
-    assert torch.autograd.grad(renormalised, leaking)[0].abs().max() < 1e-12
+    within(abs(renormalised.item()), 1e-12)
+    within(torch.autograd.grad(renormalised, leaking)[0].abs().max(), 1e-12)
     assert tail > 1.0
 
 
@@ -106,10 +111,10 @@ def test_only_the_tail_sees_what_leaks_out_of_the_chosen_tokens() -> None:
 def test_vanishes_where_student_equals_teacher(direction: Direction, support: Support) -> None:
     logits, teacher = logits_and_teacher(distance=0.0)
     loss = loss_of(TopKKL(direction, support), logits, teacher, K)
-    assert abs(loss.item()) < 1e-12
-    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-12
-    apart, _ = logits_and_teacher(distance=0.1)
-    assert loss_of(TopKKL(direction, support), apart, teacher, K) > 1e-4
+    within(abs(loss.item()), 1e-12)
+    within(torch.autograd.grad(loss, logits)[0].abs().max(), 1e-12)
+    moved, _ = logits_and_teacher(distance=0.1)
+    apart(loss_of(TopKKL(direction, support), moved, teacher, K), 1e-4)
 
 
 def test_float32_scores_that_add_up_to_more_than_one_stay_finite() -> None:
@@ -128,10 +133,18 @@ def test_reports_the_divergence_and_both_tails() -> None:
     batch = batch_of(logits, teacher, K)
     output = Distillation(TopKKL("forward", "tail", "token_mean"))(torch.log_softmax(logits, -1)[:, 0], batch)
     figures = reduce_metrics({name: value.item() for name, value in output.metric_sums.items()})
-    assert figures["top_k_kl"] == pytest.approx((output.loss_sum / output.num_items).item(), rel=1e-12)
+    close(figures["top_k_kl"], (output.loss_sum / output.num_items).item(), rel=1e-12)
     ids = teacher.topk(K, -1).indices[:-2]
-    assert figures["teacher_tail"] == pytest.approx((1 - teacher[:-2].exp().gather(1, ids).sum(-1)).mean().item(), rel=1e-9)
-    assert figures["student_tail"] == pytest.approx((1 - torch.softmax(logits, -1)[:-2].gather(1, ids).sum(-1)).mean().item(), rel=1e-9)
+    close(
+        figures["teacher_tail"],
+        (1 - teacher[:-2].exp().gather(1, ids).sum(-1)).mean().item(),
+        rel=1e-9,
+    )
+    close(
+        figures["student_tail"],
+        (1 - torch.softmax(logits, -1)[:-2].gather(1, ids).sum(-1)).mean().item(),
+        rel=1e-9,
+    )
     assert figures["clipped_share"] == 0
 
 

@@ -18,6 +18,7 @@ from lopd.stages.context import StageContext
 from lopd.stages.refresh import Refresher
 from lopd.stages.refreshed import Refresh
 from sglang_rollout.fleet import fleet_of
+from tests.limits import apart, within
 from tests.megatron.test_scorer import of_transformers
 from tests.pipeline.running import files
 from tests.pipeline.test_refresh import Distill, asked, assert_same_result, config_of, copied
@@ -76,10 +77,10 @@ def test_megatron_scores_what_the_student_has_written_anew(refreshed: Path, tmp_
     for response, scores in rows:
         logprobs, entropies = (values.numpy() for values in expected[response.key])
         assert scores.entropy is not None
-        assert np.abs(scores.teacher_logprobs - logprobs).max() < 1e-5
-        assert np.abs(scores.entropy - entropies).max() < 1e-5
+        within(np.abs(scores.teacher_logprobs - logprobs).max(), 1e-5)
+        within(np.abs(scores.entropy - entropies).max(), 1e-5)
         far.append(np.abs(scores.teacher_logprobs - others[response.key][0].numpy()).max())
-    assert max(far) > 1e-4
+    apart(max(far), 1e-4)
     assert {line["role"] for line in asked(refreshed)} == {"student"}
     assert read_manifest(refreshed / "run" / "distill").extra["refreshes"][0]["rows"] == 8
     assert not list((refreshed / "run" / "distill").glob("megatron-*.heartbeats"))

@@ -31,8 +31,8 @@ class Server:
 def wait(job_file: Path) -> None:
     from lopd.config import ParallelSection
     from lopd.megatron import parallel
-    from lopd.stages.batches import Refreshes
     from lopd.megatron.first_rank import by_first_rank
+    from lopd.stages.batches import Refreshes
     from lopd.stages.training import TrainingJob
 
     parallel.initialize(ParallelSection(ranks=2), seed=1, timeout_s=600)

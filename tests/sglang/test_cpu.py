@@ -19,6 +19,7 @@ from torch.nn import functional
 from sglang_rollout.cpu import plugin
 from sglang_rollout.cpu.kernels import LENGTH_STEP, ROWS, decode_attention, with_enough_rows
 from sglang_rollout.cpu.stand_ins import assign_req_to_token_pool_cpu
+from tests.limits import close
 
 UPSTREAM_HASH = """
 import importlib.util, json, pathlib, sys, torch
@@ -92,7 +93,7 @@ def test_batched_decode_attention_is_attention() -> None:
         slots = case["req_to_token"][case["req_pool_indices"][index], :length].long()
         keys, values = (case[name][slots].repeat_interleave(2, dim=1) for name in ("k_cache", "v_cache"))  # [L, H, D]
         weights = torch.softmax(torch.einsum("hd,lhd->hl", case["query"][index], keys) * 0.3, -1)
-        torch.testing.assert_close(result[index], torch.einsum("hl,lhd->hd", weights, values), rtol=1e-5, atol=1e-6)
+        close(result[index], torch.einsum("hl,lhd->hd", weights, values), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -13,6 +13,7 @@ from lopd.errors import EngineError
 from lopd.records import TAIL_FLOOR, int32
 from sglang_rollout.client import SGLangEngine
 from sglang_rollout.scoring import ScoreRequest, read_scores, score_payload
+from tests.limits import apart, within
 from tests.models import VOCAB_SIZE
 
 K, TOLERANCE = 8, 1e-4
@@ -41,14 +42,14 @@ def test_against_full_distributions(engine: SGLangEngine, student_dir: Path) -> 
         full = dense(student_dir, wanted[score.key])
         expected, ids = full.topk(K, -1)
         assert score.top is not None
-        assert np.abs(score.top.logprobs - expected.numpy()).max() < TOLERANCE
+        within(np.abs(score.top.logprobs - expected.numpy()).max(), TOLERANCE)
         own = full.gather(1, torch.from_numpy(score.top.ids).long()).numpy()
-        assert np.abs(score.top.logprobs - own).max() < TOLERANCE, "ids and values belong together"
+        within(np.abs(score.top.logprobs - own).max(), TOLERANCE, "ids and values belong together")
         assert (score.top.ids == ids.numpy()).mean() > 0.99, "ties apart"
         tail = (1 - expected.exp().sum(-1)).clamp(min=TAIL_FLOOR).log().numpy()
-        assert np.abs(score.top.tail_logprob - tail).max() < 1e-3
+        within(np.abs(score.top.tail_logprob - tail).max(), 1e-3)
         shifted = np.abs(score.top.logprobs[1:] - expected.numpy()[:-1]).max()
-        assert shifted > 100 * TOLERANCE, "control: another place's values are far off"
+        apart(shifted, 100 * TOLERANCE, "another place's values are far off")
     plain = {score.key: score for score in engine.score(wanted.values())}
     assert all(plain[score.key].top is None for score in scores)
     assert all(np.abs(plain[score.key].teacher_logprobs - score.teacher_logprobs).max() < TOLERANCE for score in scores)

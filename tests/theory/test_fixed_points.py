@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lopd.objective import TruncatedImportance
 from lopd.objective.weighting import Weighting
+from tests.limits import apart, within
 from tests.theory.tabular import STATES, expected_update, kl, log_policy, random_logits, response_probabilities
 
 Policy = Callable[[Tensor], Tensor]  # logits to log pi [states, V]
@@ -49,15 +50,17 @@ class TestRepresentableTeacher:
         teacher, reference = log_policy(logits), log_policy(random_logits(0))
         for sampler in (reference, teacher):
             assert expected_update(response_probabilities(sampler), logits, teacher, sampler).abs().max() == 0.0
-        assert expected_update(response_probabilities(reference), logits + random_logits(2, 0.1), teacher, reference).abs().max() > 1e-3, "control"
+        moved = logits + random_logits(2, 0.1)
+        update = expected_update(response_probabilities(reference), moved, teacher, reference)
+        apart(update.abs().max(), 1e-3)
 
     @pytest.mark.parametrize("offline", [True, False])
     def test_is_reached_by_both(self, offline: bool) -> None:
         start = random_logits(0)
         teacher = log_policy(start + random_logits(1))
         student = log_policy(climbed(start, teacher, rollouts=log_policy(start) if offline else None))
-        assert kl(student, teacher).max() < 1e-10
-        assert kl(log_policy(start), teacher).max() > 0.1, "control: that is where they began"
+        within(kl(student, teacher).max(), 1e-10)
+        apart(kl(log_policy(start), teacher).max(), 0.1, "that is where they began")
 
 
 def test_without_a_representable_teacher_they_part() -> None:
@@ -70,11 +73,11 @@ def test_without_a_representable_teacher_they_part() -> None:
     def slope(at: Tensor, sampler: Tensor) -> float:
         return expected_update(response_probabilities(sampler), at, teacher, sampler, policy=one_row_for_all_states).norm().item()
 
-    assert slope(offline, rollouts) < 1e-5
-    assert slope(online, one_row_for_all_states(online)) < 1e-5
-    assert slope(online, rollouts) > 0.05
-    assert slope(offline, one_row_for_all_states(offline)) > 0.05
-    assert (torch.softmax(offline, -1) - torch.softmax(online, -1)).abs().max() > 0.01
+    within(slope(offline, rollouts), 1e-5)
+    within(slope(online, one_row_for_all_states(online)), 1e-5)
+    apart(slope(online, rollouts), 0.05)
+    apart(slope(offline, one_row_for_all_states(offline)), 0.05)
+    apart((torch.softmax(offline, -1) - torch.softmax(online, -1)).abs().max(), 0.01)
 
 
 class TestTemperatureMismatch:
@@ -91,11 +94,11 @@ class TestTemperatureMismatch:
         teacher = log_policy(start + random_logits(1))
         student = log_policy(climbed(start, teacher, policy=self.tempered))
         biased = torch.log_softmax(self.TEMPERATURE * teacher, -1)
-        assert kl(student, biased).max() < 1e-10
-        assert kl(student, teacher).max() > 0.005
+        within(kl(student, biased).max(), 1e-10)
+        apart(kl(student, teacher).max(), 0.005)
         assert -(student.exp() * student).sum() > -(teacher.exp() * teacher).sum() + 0.1, "more entropy than the teacher's"
         honest = log_policy(climbed(start, teacher))
-        assert kl(honest, teacher).max() < 1e-10, "control: the same without the division"
+        within(kl(honest, teacher).max(), 1e-10, "the same without the division")
 
     def test_pushes_a_student_away_that_has_arrived(self) -> None:
         logits = random_logits(1)
@@ -104,10 +107,14 @@ class TestTemperatureMismatch:
         def push(at: Tensor, policy: Policy, target: Tensor) -> float:
             return expected_update(response_probabilities(policy(at)), at, target, policy(at), policy=policy).norm().item()
 
-        assert push(logits, self.tempered, teacher) > 0.02
-        assert push(self.TEMPERATURE * logits, self.tempered, teacher) < 1e-12, "the biased point is where it rests"
-        assert push(logits, log_policy, teacher) < 1e-12, "control: both at temperature 1"
-        assert push(logits, self.tempered, self.tempered(logits)) < 1e-12, "control: both at 0.8"
+        apart(push(logits, self.tempered, teacher), 0.02)
+        within(
+            push(self.TEMPERATURE * logits, self.tempered, teacher),
+            1e-12,
+            "the biased point is where it rests",
+        )
+        within(push(logits, log_policy, teacher), 1e-12, "both at temperature 1")
+        within(push(logits, self.tempered, self.tempered(logits)), 1e-12, "both at 0.8")
 
 
 def test_frozen_rollouts_keep_pushing_a_token_that_has_become_rare() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lopd.objective import Distillation, Lightning, TokenBatch, TruncatedImportance, reduce_metrics
+from tests.limits import apart, close, within
 from tests.theory.tabular import (
     METHOD,
     STATES,
@@ -75,12 +76,15 @@ class TestOnlineGradient:
     @pytest.mark.parametrize("seed", range(5))
     def test_is_that_of_the_reverse_kl_at_the_states_the_student_visits(self, seed: int) -> None:
         about = case(0.5, seed)
-        assert relative_distance(about.online, online_by_divergence(about)) < 1e-12
+        within(relative_distance(about.online, online_by_divergence(about)), 1e-12)
 
     def test_is_not_that_of_the_kl_between_whole_responses(self) -> None:
         """Control, and a fact worth knowing: a token answers for its own advantage, not for those of the states to which it leads."""
         about = case(0.5)
-        assert relative_distance(about.online, online_by_divergence(about, later_advantages=True)) > 0.1
+        apart(
+            relative_distance(about.online, online_by_divergence(about, later_advantages=True)),
+            0.1,
+        )
 
 
 class TestOfflineGradient:
@@ -88,7 +92,7 @@ class TestOfflineGradient:
     def test_equals_the_online_one_at_the_start(self, seed: int) -> None:
         """Against the divergence's dense gradient, in which there are no samples at all."""
         about = case(0.0, seed)
-        assert relative_distance(about.offline, online_by_divergence(about)) < 1e-12
+        within(relative_distance(about.offline, online_by_divergence(about)), 1e-12)
 
     @pytest.mark.parametrize("drift", DRIFTS)
     def test_leaves_it_as_the_student_drifts(self, drift: float) -> None:
@@ -104,7 +108,7 @@ class TestOfflineGradient:
         weight = response_probabilities(about.student) / reference
         update = updates(about.student_logits, about.teacher, about.reference)
         covariance = (reference * (weight - (reference @ weight))) @ (update - reference @ update)
-        torch.testing.assert_close(about.offline, about.online - covariance, rtol=1e-11, atol=1e-13)
+        close(about.offline, about.online - covariance, rel=1e-11, abs=1e-13)
         assert relative_distance(about.offline, about.online + covariance) > 0.1 * drift, "control: the other sign"
 
     def test_importance_weights_of_tokens_make_it_the_online_one_at_the_references_states(self) -> None:
@@ -117,10 +121,14 @@ class TestOfflineGradient:
         def weighted(cap: float) -> Tensor:
             return expected_update(reference, about.student_logits, about.teacher, about.reference, (TruncatedImportance(cap),))
 
-        assert relative_distance(weighted(1e9), expected) < 1e-12
-        assert relative_distance(weighted(1.5), expected) > 0.01, "control: the cap acts"
-        assert relative_distance(about.offline, expected) > 0.1, "control: no weights"
-        assert relative_distance(weighted(1e9), about.online) > 0.1, "control: the states stay the reference's"
+        within(relative_distance(weighted(1e9), expected), 1e-12)
+        apart(relative_distance(weighted(1.5), expected), 0.01, "the cap acts")
+        apart(relative_distance(about.offline, expected), 0.1, "no weights")
+        apart(
+            relative_distance(weighted(1e9), about.online),
+            0.1,
+            "the states stay the reference's",
+        )
 
 
 @dataclass(frozen=True)
@@ -223,15 +231,15 @@ class TestLiteralObjective:
     def test_has_zero_gradient_at_the_start(self) -> None:
         """Minus the expected score, which is 0 for whoever did the sampling. The surrogate's gradient is not 0."""
         about = case(0.0)
-        assert self.literal(about).abs().max() < 1e-15
-        assert about.offline.norm() > 0.1
+        within(self.literal(about).abs().max(), 1e-15)
+        apart(about.offline.norm(), 0.1)
 
     def test_never_hears_of_the_teacher(self) -> None:
         """Later on it is not 0, but the same for every teacher: it only drives the student away from its own samples."""
         about = case(0.5)
         other = log_policy(random_logits(999))
         assert torch.equal(self.literal(about), self.literal(about, other))
-        assert self.literal(about).norm() > 0.1
+        apart(self.literal(about).norm(), 0.1)
         likelier = response_probabilities(about.reference) @ per_response(on_tokens(log_policy(about.student_logits + 1e-3 * self.literal(about).view(-1, 3))))
         assert likelier < response_probabilities(about.reference) @ per_response(on_tokens(about.student))
 
@@ -242,4 +250,7 @@ class TestLiteralObjective:
         advantage = (about.teacher - log_policy(logits)).detach()
         assert not per_response(on_tokens(advantage)).requires_grad
         surrogate = response_probabilities(about.reference) @ per_response(on_tokens(advantage * log_policy(logits)))
-        assert relative_distance(torch.autograd.grad(surrogate, logits)[0].flatten(), about.offline) < 1e-12
+        within(
+            relative_distance(torch.autograd.grad(surrogate, logits)[0].flatten(), about.offline),
+            1e-12,
+        )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.limits import apart, close
 from tests.theory.tabular import expected_update, log_policy, on_tokens, per_response, random_logits, response_probabilities, visits
 
 
@@ -28,12 +29,20 @@ def trained(reference: Tensor, teacher: Tensor, temperature: float, num_steps: i
 class TestTemperatureOne:
     def test_mean_is_one_for_any_student(self, seed: int) -> None:
         reference = log_policy(random_logits(seed))
-        assert mean_weight(reference, log_policy(random_logits(50 + seed, scale=2.0)), reference) == pytest.approx(1.0, abs=1e-13)
+        close(
+            mean_weight(reference, log_policy(random_logits(50 + seed, scale=2.0)), reference),
+            1.0,
+            abs=1e-13,
+        )
 
     def test_of_whole_responses_too(self, seed: int) -> None:
         reference, student = log_policy(random_logits(seed)), log_policy(random_logits(50 + seed, scale=2.0))
         probabilities = response_probabilities(reference)
-        assert (probabilities @ (response_probabilities(student) / probabilities)).item() == pytest.approx(1.0, abs=1e-13)
+        close(
+            (probabilities @ (response_probabilities(student) / probabilities)).item(),
+            1.0,
+            abs=1e-13,
+        )
 
 
 class TestTempered:
@@ -44,13 +53,13 @@ class TestTempered:
         """Per state: sum_a pi_tau pi_theta / pi_ref = 1 + Cov_ref[pi_tau / pi_ref, pi_theta / pi_ref]; over states by how often the sampler visits them."""
         logits = random_logits(3)
         reference, sampler, student = log_policy(logits), log_policy(logits / temperature), log_policy(logits + random_logits(4))
-        assert mean_weight(sampler, reference, reference) == pytest.approx(1.0, abs=1e-13)
+        close(mean_weight(sampler, reference, reference), 1.0, abs=1e-13)
         tilt, weight = (sampler - reference).exp(), (student - reference).exp()
         covariance = (reference.exp() * (tilt - 1) * (weight - 1)).sum(-1)
         visited = visits(sampler)
         expected = 1 + (visited @ covariance / visited.sum()).item()
-        assert mean_weight(sampler, student, reference) == pytest.approx(expected, abs=1e-12)
-        assert abs(expected - 1) > 1e-3, "control: it is not 1"
+        close(mean_weight(sampler, student, reference), expected, abs=1e-12)
+        apart(abs(expected - 1), 1e-3, "it is not 1")
 
     @pytest.mark.parametrize(("temperature", "sharpness", "below"), [(0.8, 0.7, True), (0.8, 1.3, False), (1.25, 0.7, False), (1.25, 1.3, True)])
     def test_side_of_one_is_certain_where_the_student_is_a_flatter_or_sharper_reference(self, temperature: float, sharpness: float, below: bool) -> None:
@@ -70,12 +79,12 @@ class TestTempered:
                 found.append(mean_weight(log_policy(reference / temperature), trained(reference, teacher, temperature), log_policy(reference)))
         assert sum(mean < 0.999 for mean in means[0.8]) == 5
         assert sum(mean > 1.001 for mean in means[0.8]) == 3
-        assert means[1.0] == pytest.approx([1.0] * 8, abs=1e-12)
+        close(means[1.0], [1.0] * 8, abs=1e-12)
 
     def test_mean_is_one_against_the_samplers_own_probabilities(self) -> None:
         logits = random_logits(3)
         sampler, student = log_policy(logits / 0.8), log_policy(logits + random_logits(4))
-        assert mean_weight(sampler, student, sampler) == pytest.approx(1.0, abs=1e-13)
+        close(mean_weight(sampler, student, sampler), 1.0, abs=1e-13)
 
     def test_mean_is_the_students_mass_on_the_support_where_sampling_cut_tokens_off(self) -> None:
         """top-k of 2, against the sampler's own probabilities: never above 1, whatever the student."""
@@ -84,5 +93,5 @@ class TestTempered:
         sampler, student = log_policy(logits.masked_fill(~kept, -1e9)), log_policy(logits + random_logits(4))
         visited, mass = visits(sampler), torch.where(kept, student.exp(), 0.0).sum(-1)
         expected = (visited @ mass / visited.sum()).item()
-        assert mean_weight(sampler, student, sampler) == pytest.approx(expected, abs=1e-12)
+        close(mean_weight(sampler, student, sampler), expected, abs=1e-12)
         assert expected < 0.95
