@@ -50,6 +50,23 @@ if ! is_made "$image" "$root/docker/requirements.lock" "$root/pyproject.toml"; t
     "$image/bin/pip" install -q --no-deps --no-build-isolation --editable "$root"
     echo "$stamp $root" > "$image/made-from.sha256"
 fi
+# Transformer Engine's compiled part: its source needs nvcc of CUDA 13 and C++, but no GPU. 12 minutes of one core; LOPD_BUILD_ENGINE=0 leaves it out.
+extension=$root/docker/transformer_engine_torch.lock
+cuda_home=${CUDA_HOME:-/usr/local/cuda}
+nvcc=$cuda_home/bin/nvcc
+if [ "${LOPD_BUILD_ENGINE:-1}" = 1 ] && [ -x "$nvcc" ] && ! is_made "$image/engine" "$extension" "$image/made-from.sha256"; then
+    cuda=$("$nvcc" --version 2>/dev/null | sed -n 's/.*release \([0-9]*\).*/\1/p')
+    if [ "$cuda" = 13 ]; then
+        echo "lopd: compiling Transformer Engine's extension (once; about 12 minutes of one core)" >&2
+        wheels=$image/lib/python$PYTHON_VERSION/site-packages/nvidia
+        # shellcheck disable=SC2097,SC2098
+        CPATH=$wheels/cudnn/include:$wheels/nccl/include:$wheels/cu13/include CUDA_HOME=$cuda_home \
+            NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_NO_LOCAL_VERSION=1 NVTE_CUDA_ARCHS=90 MAX_JOBS=2 PATH="$image/bin:$PATH" \
+            "$image/bin/pip" install -q --no-build-isolation --no-deps --require-hashes --no-binary :all: -r "$extension"
+        mkdir -p "$image/engine"
+        echo "$stamp $root" > "$image/engine/made-from.sha256"
+    fi
+fi
 if ! is_made "$launch" "$root/requirements/launch.lock"; then
     python=$(find_python)
     make_environment "$launch"

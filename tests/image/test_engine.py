@@ -101,7 +101,9 @@ def _stand_in_optimizers() -> ModuleType:
 def _adam_of(fused: Any) -> None:
     """Puts a plain torch product in place of FusedAdam's kernels, which need a GPU."""
 
-    def adam(overflow: Any, lists: Any, lr: float, beta1: float, beta2: float, eps: float, step: Any, mode: int, correct: int, decay: float) -> None:
+    def adam(
+        chunk: int, overflow: Any, lists: Any, lr: float, beta1: float, beta2: float, eps: float, step: Any, mode: int, correct: int, decay: float
+    ) -> None:
         assert mode == 1, "AdamW"
         for entries in zip(*lists, strict=True):
             gradient, param, mean, spread = entries[:4]

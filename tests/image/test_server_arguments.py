@@ -58,7 +58,7 @@ def _model(root: Path, name: str) -> Path:
 def _arguments(recipe: Path, root: Path) -> dict[str, dict[str, Any]]:
     """Of each server that the recipe starts: the teacher's, the student's, and the one that shares the trainer's GPUs."""
     config = load_config(recipe)
-    names = {role: re.sub(r"^hf://[^/]+/|@.*$", "", str(getattr(config.models, role))) for role in ("teacher", "student")}
+    names = {role: Path(getattr(config.models, role)).name.rpartition("--")[2].partition("@")[0] for role in ("teacher", "student")}
     servers = {role: SGLangServer(_model(root, name), config.sglang, log=root / f"{role}.log", name=role) for role, name in names.items()}
     found = {role: dict(server.arguments) for role, server in servers.items()}
     if config.distill.sync_every or config.distill.refresh.is_on:
