@@ -31,6 +31,32 @@ OPEN_FILES = 16384
 MIN_DRIVER = {13: 580, 12: 525}  # CUDA's major version -> NVIDIA driver
 NEEDED = {"torch": "2.11", "megatron-core": "0.16.1", "sglang": "0.5.17", "transformers": "5.12", "pyarrow": "20"}
 NEEDED_ON_GPU = {"transformer-engine": "2.16", "triton": "3.6"}
+TOO_NEW = {"megatron-core": "0.19", "sglang": "0.6", "transformers": "6"}  # the first version that nobody has tried
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """Two packages that do not fit: one from a version on beside another up to below a version.
+
+    Attributes:
+        name: The package that needs something.
+        since: The first version of it that needs it.
+        other: The package that it needs it of.
+        below: The first version of the other package that has it.
+        why: What goes wrong otherwise, in a clause.
+    """
+
+    name: str
+    since: str
+    other: str
+    below: str
+    why: str
+
+
+MISFITS = (
+    Misfit("transformer-engine", "2.13", "nvidia-cublas", "13.2.0.9", "its library does not load, and neither does megatron-core"),
+    Misfit("megatron-core", "0.17", "triton", "3.6", "its import fails"),
+)
 
 Finding = tuple[str, str | LopdError]
 
@@ -81,7 +107,7 @@ def gather(config: Config, also: Sequence[Wanted] = ()) -> Facts:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         disks={folder: _disk(folder) for folder in (config.run.dir, hub_folder())},
-        versions={name: _version(name) for name in (*NEEDED, *NEEDED_ON_GPU)},
+        versions={name: _version(name) for name in (*NEEDED, *NEEDED_ON_GPU, "nvidia-cublas")},
         cuda=_torch_cuda(),
         ports_taken=tuple(port for port in ports if processes.port_taken(port)),
         hub={name: _ask(name) for name in sorted(names, key=str)} if not offline() else {},
@@ -266,11 +292,27 @@ def _judge_versions(config: Config, facts: Facts, plan: Plan | None) -> Iterator
         if version is None or _numbers(version) < _numbers(least):
             found = f"{name} {version}" if version else f"{name} is not installed"
             yield ConfigError(found, where="python environment", limit=f"{least} or newer", remedy="use the image (docker/)")
+        elif name in TOO_NEW and _numbers(version) >= _numbers(TOO_NEW[name]):
+            limit = f"below {TOO_NEW[name]}: nothing newer has been tried"
+            yield ConfigError(f"{name} {version}", where="python environment", limit=limit, remedy="use the image (docker/)")
+    yield from _misfits(facts.versions)
     yield ", ".join(f"{name} {version}" for name, version in facts.versions.items() if version)
 
 
+def _misfits(versions: Mapping[str, str | None]) -> Iterator[LopdError]:
+    """Packages that are each right and do not fit together. One that is not installed is judged elsewhere."""
+    for rule in MISFITS:
+        version, other = versions.get(rule.name), versions.get(rule.other)
+        if version is None or other is None:
+            continue
+        if _numbers(version) >= _numbers(rule.since) and _numbers(other) < _numbers(rule.below):
+            what = f"{rule.name} {version} beside {rule.other} {other}: {rule.why}"
+            limit = f"{rule.other} {rule.below} or newer"
+            yield ConfigError(what, where="python environment", limit=limit, remedy=f"pip install '{rule.other}>={rule.below}', or use the image (docker/)")
+
+
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])
 
 
 def _judge_sources(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:

@@ -49,6 +49,8 @@ def wrong(config: Config, facts: Facts) -> list[tuple[str, str]]:
 
 def test_a_node_that_has_everything(config: Config, tmp_path: Path) -> None:
     assert wrong(config, facts_of(config, tmp_path)) == []
+    fitting = {**machine.NEEDED, **machine.NEEDED_ON_GPU, "nvidia-cublas": "13.2.0.9", "megatron-core": "0.18.2"}
+    assert wrong(config, facts_of(config, tmp_path, versions=fitting)) == []
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,12 @@ def test_a_node_that_has_everything(config: Config, tmp_path: Path) -> None:
         ({"ports_taken": (30000,)}, "ports", "port 30000 is taken"),
         ({"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "transformer-engine": None}}, "versions", "transformer-engine is not installed"),
         ({"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "sglang": "0.5.9"}}, "versions", "sglang 0.5.9; limit: 0.5.17"),
+        ({"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "megatron-core": "0.19.0"}}, "versions", "megatron-core 0.19.0; limit: below 0.19"),
+        (
+            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "nvidia-cublas": "13.1.0.3"}},
+            "versions",
+            "transformer-engine 2.16 beside nvidia-cublas 13.1.0.3: its library does not load, and neither does megatron-core; limit: nvidia-cublas 13.2.0.9",
+        ),
         ({"hub": {}}, "sources", "downloads are switched off"),
     ],
 )
