@@ -8,7 +8,8 @@
 #   run        lopd run: every stage, from demonstrations to the exported model; the same command goes on after a kill
 #   evaluate   the benchmarks at the paper's length, for the student before and after
 #
-# Arguments of a recipe are steps (--only check,plan) and overrides (distill.num_steps=4). LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
+# Arguments of a recipe are steps (--only check,plan) and overrides (distill.num_steps=4). Those of sglang and evaluate hold for the last step too,
+# but for sglang.context_length, which follows its prompts there. LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hub_offline=${HF_HUB_OFFLINE-0}
@@ -40,10 +41,18 @@ say() { printf '== %s\n' "$*"; }
 read_arguments() {
     steps=check,fetch,prompts,plan,run,evaluate
     overrides=("run.dir=$runs/$recipe")
+    evaluating=()
     while [ $# -gt 0 ]; do
         case $1 in
             --only) steps=${2:?--only needs steps, for example check,plan}; shift 2 ;;
-            *=*) overrides+=("$1"); shift ;;
+            *=*)
+                overrides+=("$1")
+                case $1 in
+                    sglang.context_length=*) ;;
+                    sglang.* | evaluate.* | launch.*) evaluating+=("$1") ;;
+                esac
+                shift
+                ;;
             *) echo "usage: bash $0 [--only check,fetch,prompts,plan,run,evaluate] [key=value ...]" >&2; exit 2 ;;
         esac
     done
@@ -91,7 +100,7 @@ evaluate_math() {
             format=${benchmark%% *}
             say "$format, $model"
             lopd evaluate --model "$runs/$recipe/$model/model" --prompts "$(lopd fetch --path "${benchmark#* }")" --format "$format" --task math \
-                --preset paper_math --out "$runs/$recipe-$format-$model" "${serving[@]}"
+                --preset paper_math --out "$runs/$recipe-$format-$model" "${serving[@]}" ${evaluating[@]+"${evaluating[@]}"}
         done
     done
 }

@@ -175,7 +175,15 @@ def gpus_needed(config: Config) -> int:
     return max(ranks_of_a_node(config.sft), ranks_of_a_node(config.distill), servers)
 
 
+def _on_cpu(config: Config, facts: Facts) -> bool:
+    """A trial on a CPU was asked for: what a GPU needs is not looked for."""
+    return config.launch.device == "cpu" and not facts.gpus
+
+
 def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
+    if _on_cpu(config, facts):
+        yield "none is needed: launch.device is cpu"
+        return
     needed = gpus_needed(config)
     if len(facts.gpus) < needed:
         found = f"{len(facts.gpus)} GPUs" + (f" ({facts.gpus_problem})" if facts.gpus_problem else "")
@@ -194,6 +202,9 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str
 
 def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
     """The plan's verdict for the GPUs and the memory that are here."""
+    if _on_cpu(config, facts):
+        yield "not judged: the plan is one of GPUs, and launch.device is cpu"
+        return
     if plan is None:
         return
     relevant = [problem for problem in plan.problems if "wants" not in problem.what]
@@ -226,6 +237,9 @@ def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str
 
 
 def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
+    if _on_cpu(config, facts):
+        yield "none is needed: launch.device is cpu"
+        return
     if facts.cuda is None:
         yield ConfigError("the installed torch has no CUDA", where="torch", remedy="use the image (docker/), or install requirements for a GPU")
         return
@@ -239,7 +253,7 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Iterator[s
 
 
 def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    shm = SHM_PER_GPU * gpus_needed(config)
+    shm = 0 if _on_cpu(config, facts) else SHM_PER_GPU * gpus_needed(config)
     if facts.shm < shm:
         remedy = "in a container: --ipc=host, or --shm-size"
         yield ConfigError(f"shared memory of {facts.shm / _GIB:.2f} GiB", where="/dev/shm", limit=f"{shm / _GIB:.0f} GiB", remedy=remedy)
@@ -248,7 +262,7 @@ def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Iterator[s
     if 0 <= facts.open_files < OPEN_FILES:
         yield ConfigError(f"{facts.open_files} open files", where="ulimit -n", limit=str(OPEN_FILES), remedy="raise the hard limit (ulimit -n)")
     offload = any(getattr(config, name).megatron.get("optimizer_cpu_offload") for name in TRAINED)
-    if offload and facts.locked_memory >= 0:
+    if offload and facts.locked_memory >= 0 and not _on_cpu(config, facts):
         what = f"only {facts.locked_memory / 2**20:.0f} MiB of memory may be pinned; an offloaded optimizer pins hundreds of GiB"
         yield ConfigError(what, where="ulimit -l", remedy="in a container: --ulimit memlock=-1")
 

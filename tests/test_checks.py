@@ -267,7 +267,6 @@ SERVER, ANOTHER = "http://127.0.0.1:30001", "http://127.0.0.1:30002"
         (["sync.host=192.0.2.1", "sync.transport=distributed"], ["sync.host = 192.0.2.1: no network interface of this machine has it"]),
         ([f"sglang.replicas={2 * CORES}"], [f"sglang.replicas = {2 * CORES}; limit: {CORES} CPU cores; remedy: set sglang.replicas={CORES} or fewer"]),
         (["sglang.tensor=2", f"sglang.replicas={2 * CORES}"], [f"remedy: set sglang.replicas={CORES // 2} or fewer"] if CORES > 1 else []),
-        (["sync.colocate=true", "distill.sync_every=1"], ["sync.colocate: SGLang gives no memory back on a CPU", "limit: a GPU; remedy: set sync.colocate"]),
         (["score.top_k=33"], ["score.top_k = 33; limit: the teacher's vocabulary: 32; remedy: lower score.top_k"]),
     ],
     ids=str,
