@@ -22,7 +22,7 @@ on_a_cpu=(
     sglang.tensor=1 sglang.replicas=1
 )
 tiny=(
-    prompts.sft.num_prompts=16 prompts.sft.max_prompt_tokens=256 prompts.opd.max_prompt_tokens=256
+    prompts.sft.num_prompts=16 prompts.eval.num_prompts=5 prompts.sft.max_prompt_tokens=256 prompts.opd.max_prompt_tokens=256
     sglang.context_length=384 sglang.max_running_requests=16 sglang.max_in_flight=16
     demonstrate.max_new_tokens=64 rollout.max_new_tokens=64
     sft.num_steps=4 sft.batch_size=8 sft.max_tokens_per_microbatch=1024 sft.checkpoint_every=2
