@@ -162,7 +162,7 @@ def _plan(config: Config, facts: Facts) -> Plan | LopdError:
     """What the run needs, on the GPUs that are here, or on what it was written for where there are none."""
     first = facts.gpus[0] if facts.gpus else None
     known = gpu_of_device(first.name if first else "NVIDIA H100 80GB HBM3")
-    gpu = known if first is None else Gpu(first.name, first.memory, known.flops, known.bandwidth)
+    gpu = known if first is None else Gpu(first.name, first.memory, known.flops, known.bandwidth, known.link)
     try:
         return make_plan(config, planned_models(config, {}), Node(gpu, gpus_needed(config), facts.host_memory, 2**60), Assumptions(), build=False)
     except LopdError as error:

@@ -117,11 +117,11 @@ def _gib(size: float | None) -> str:
 
 def _hours_table(plan: Plan) -> Table:
     table = Table(title="time, by assumption", title_justify="left")
-    for title in ("stage", "tokens", "operations", "GPUs used", "tokens/s", "hours", "GPU hours"):
+    for title in ("stage", "tokens", "operations", "GPUs used", "tokens/s", "MFU", "hours", "GPU hours"):
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for stage, work in plan.work.items():
         if work.seconds == 0:
-            table.add_row(stage, "", "", "", "", "given", "")
+            table.add_row(stage, "", "", "", "", "", "given", "")
             continue
         rate = work.tokens / work.seconds
         cells = (
@@ -129,6 +129,7 @@ def _hours_table(plan: Plan) -> Table:
             f"{work.flops:.1e}",
             str(work.gpus),
             f"{rate:,.0f}",
+            f"{work.utilisation:.1%}" if work.utilisation else "",
             f"{work.seconds / 3600:,.2f}",
             f"{plan.gpu_hours(stage):,.1f}",
         )
@@ -136,7 +137,7 @@ def _hours_table(plan: Plan) -> Table:
     table.add_section()
     for title, stages in (("rollout, score, distill", LIGHTNING), ("all", tuple(plan.work))):
         seconds, hours = sum(plan.work[stage].seconds for stage in stages), sum(plan.gpu_hours(stage) for stage in stages)
-        table.add_row(title, "", "", "", "", f"{seconds / 3600:,.2f}", f"{hours:,.1f}", style="bold")
+        table.add_row(title, "", "", "", "", "", f"{seconds / 3600:,.2f}", f"{hours:,.1f}", style="bold")
     return table
 
 
@@ -158,5 +159,6 @@ def _assumption_table(plan: Plan) -> Table:
     table.add_column("meaning")
     for name, meaning in meanings().items():
         value = getattr(plan.assumed, name)
-        table.add_row(name, f"{value / _GIB:.2f} GiB" if value >= _GIB / 4 and not name.endswith("rate") else f"{value:,g}", meaning)
+        is_size = name.endswith("_bytes") and value >= _GIB / 4
+        table.add_row(name, f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}", meaning)
     return table

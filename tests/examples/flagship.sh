@@ -20,6 +20,7 @@ on_a_cpu=(
     launch.device=cpu # doctor looks for no GPU, and 8 ranks may share the cores
     sglang.dtype=float32 sft.dtype=float32 distill.dtype=float32
     sglang.tensor=1 sglang.replicas=1
+    sft.megatron={} distill.megatron={} # there is nothing to offload the optimizer from
 )
 tiny=(
     prompts.sft.num_prompts=16 prompts.eval.num_prompts=5 prompts.sft.max_prompt_tokens=256 prompts.opd.max_prompt_tokens=256
