@@ -60,13 +60,14 @@ def expert_flops(arch: Architecture) -> float:
 
 
 def repeated_flops(arch: Architecture, settings: TrainSection, sequence_len: float) -> float:
-    """Operations of a token that a step does a second time. The logits always: lopd.megatron.logprobs keeps none of them.
+    """Operations of a token that a step does a second time. The logits always: lopd.megatron.logprobs keeps none of them. (Of a dense
+    model they are in the utilisation, which is that of a whole published stage.)
 
     With full recompute every layer's forward pass besides; with selective recompute that of the experts or the MLP.
     """
-    head = 2.0 * arch.hidden_size * arch.vocab_size
+    head = 2.0 * arch.hidden_size * arch.vocab_size if arch.num_experts else 0.0
     if settings.recompute == "full":
-        return training_flops(arch, [round(sequence_len)]) / 3 / round(sequence_len)
+        return training_flops(arch, [round(sequence_len)]) / 3 / sequence_len
     if settings.recompute == "selective":
         width = arch.moe_ffn_hidden_size * arch.experts_per_token if arch.num_experts else arch.ffn_hidden_size
         return head + 2.0 * arch.num_layers * (3 * arch.hidden_size * width + arch.hidden_size * arch.num_experts)
