@@ -249,6 +249,12 @@ def test_a_port_that_is_taken_matters_to_the_stages_that_serve(config: Path, lop
 SERVER, ANOTHER = "http://127.0.0.1:30001", "http://127.0.0.1:30002"
 
 
+def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> None:
+    many = ("sft.parallel={ranks=64}", f"sglang.replicas={2 * CORES}")
+    assert len(wrong(config, *many)) == 2
+    assert wrong(config, *many, "launch.device=cpu") == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [

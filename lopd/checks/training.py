@@ -51,7 +51,10 @@ def scorer(config: Config) -> Iterator[Finding]:
 
 
 def _oversized(
-    name: str, section: TrainSection | ForwardSection, context_length: int, machine: tuple[int, str]
+    name: str,
+    section: TrainSection | ForwardSection,
+    context_length: int,
+    machine: tuple[int, str],
 ) -> Iterator[ConfigError]:
     most, unit = machine
     yield from context_problems(section.parallel, section.dtype, where=f"{name}.parallel")

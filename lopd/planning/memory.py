@@ -26,11 +26,15 @@ RING_BUFFERS = 4  # context parallelism: keys and values that travel round the r
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """gpu: terms of the fullest GPU; host: of a machine. figures: what follows from them (a server's concurrency)."""
+    """gpu: terms of the fullest GPU; host: of a machine. figures: what follows from them (a server's concurrency).
+
+    turns: where several take turns with a GPU, the bytes of each turn; gpu is then the fullest one.
+    """
 
     gpu: Mapping[str, float]
     host: Mapping[str, float] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    turns: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gpu_total(self) -> float:
@@ -90,16 +94,20 @@ def in_turns(trainer: MemoryUse, servers: Mapping[str, MemoryUse], settings: Tra
     kept = {term: trainer.gpu[term] for term in ("context, NCCL",)}
     student = {f"student's server: {term}": size for term, size in servers["student"].gpu.items()}
     held = {term: trainer.gpu[term] for term in ("weights", "context, NCCL")}
-    turns = [
-        {**trainer.gpu, **sleeping},
-        {**held, **sleeping, "student's server: weights": student["student's server: weights"], "buckets": 2.0 * bucket_bytes},
-        {**kept, **student},
-        *({**kept, **sleeping, **{f"teacher's server: {term}": size for term, size in servers[role].gpu.items()}} for role in servers if role != "student"),
-    ]
+    turns = {
+        "the trainer": {**trainer.gpu, **sleeping},
+        "a sync": {**held, **sleeping, "student's server: weights": student["student's server: weights"], "buckets": 2.0 * bucket_bytes},
+        "the student's servers": {**kept, **student},
+    }
+    for role in servers:
+        if role != "student":
+            turns[f"the {role}'s server"] = {**kept, **sleeping, **{f"{role}'s server: {term}": size for term, size in servers[role].gpu.items()}}
     here = settings.parallel.ranks // settings.parallel.nodes
     away = {AWAY: (trainer.gpu["weights"] + trainer.gpu["optimizer"]) * here}
     host = {**trainer.host, **away, **{f"{role}'s server": server.host_total for role, server in servers.items()}}
-    return MemoryUse(max(turns, key=lambda turn: sum(turn.values())), host, servers["student"].figures)
+    totals = {name: sum(turn.values()) for name, turn in turns.items()}
+    fullest = max(totals, key=lambda name: totals[name])
+    return MemoryUse(turns[fullest], host, servers["student"].figures, totals)
 
 
 def _stage_memory(

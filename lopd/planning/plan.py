@@ -291,7 +291,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory": {
             stage: {
                 "gpu": dict(use.gpu), "gpu_total": use.gpu_total, "gpu_limit": plan.node.gpu.memory, "fits": use.gpu_total <= plan.node.gpu.memory,
-                "host": dict(use.host), "host_total": use.host_total, **use.figures,
+                "host": dict(use.host), "host_total": use.host_total, "turns": dict(use.turns), **use.figures,
             }
             for stage, use in plan.memory.items()
         },

@@ -38,7 +38,13 @@ class StepTime:
 
 
 def step_time(
-    arch: Architecture, settings: TrainSection, node: Node, assumed: Assumptions, *, sequence_len: float, parameters: int
+    arch: Architecture,
+    settings: TrainSection,
+    node: Node,
+    assumed: Assumptions,
+    *,
+    sequence_len: float,
+    parameters: int,
 ) -> StepTime:
     """parameters: of the whole model."""
     tokens, ranks = settings.batch_size * sequence_len, settings.parallel.ranks

@@ -77,6 +77,10 @@ def _head(plan: Plan) -> Iterable[str]:
         layout = ", ".join(f"{key} {value}" for key, value in parallel.model_dump().items() if key != "distributed_optimizer" and (value > 1 or key == "ranks"))
         held = " / ".join(_many(stage.total) for stage in stages)
         yield f"{name}: {layout}, data {parallel.data}: a rank holds {held} parameters"
+    for name, use in plan.memory.items():
+        if use.turns:
+            told = ", ".join(f"{who} {_gib(size)}" for who, size in use.turns.items())
+            yield f"{name}, in turns with the GPUs, GiB: {told}"
     yield f"node: {plan.node.num_gpus} x {plan.node.gpu.name} ({plan.node.gpu.memory / _GIB:.1f} GiB), {plan.node.host_memory / 2**40:.2f} TiB of memory"
 
 
@@ -134,6 +138,9 @@ def _hours_table(plan: Plan) -> Table:
             f"{plan.gpu_hours(stage):,.1f}",
         )
         table.add_row(stage, *cells)
+        if stage == "distill" and plan.syncs.seconds > 0:
+            hours = plan.syncs.seconds / 3600
+            table.add_row("  syncs, evaluations in it", "", "", "", "", "", f"{hours:,.2f}", f"{hours * plan.node.num_gpus:,.1f}")
     table.add_section()
     for title, stages in (("rollout, score, distill", LIGHTNING), ("all", tuple(plan.work))):
         seconds, hours = sum(plan.work[stage].seconds for stage in stages), sum(plan.gpu_hours(stage) for stage in stages)

@@ -18,7 +18,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 WEIGHTS = "weights"  # SGLang's tag of them
 _NOT_A_NUMBER = 0xFF  # two or four such bytes are a NaN of bfloat16, float16 and float32
 

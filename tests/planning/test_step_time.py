@@ -10,6 +10,7 @@ import pytest
 from lopd.config import TrainSection
 from lopd.planning import Assumptions, Plan, node_of
 from lopd.planning.training import StepTime, exchanged_bytes, optimizer_seconds, step_time
+from lopd.planning.view import show_plan
 from tests.planning.configs import REFERENCE_30B, architecture, plan_of
 from tests.planning.test_recipes import planned
 
@@ -98,9 +99,9 @@ def test_a_precision_aware_optimizer_keeps_half_of_the_copy(tmp_path: Path) -> N
 
 
 def test_recompute_keeps_less(tmp_path: Path) -> None:
-    none, selective, full = (
-        distilling(tmp_path, f"distill.recompute={recompute}")["activations"] for recompute in ("none", "selective", "full")
-    )
+    ways = ("none", "selective", "full")
+    uses = [distilling(tmp_path, f"distill.recompute={way}") for way in ways]
+    none, selective, full = (use["activations"] for use in uses)
     assert full < 0.2 * selective
     assert selective < 0.4 * none, "most of what a layer keeps is the experts'"
 
@@ -142,6 +143,23 @@ def test_syncs_have_their_seconds(tmp_path: Path) -> None:
     assert plan.syncs.seconds - quick.syncs.seconds == pytest.approx(4 * 2 * away / 5e10, rel=1e-3), "steps 0, 50, 100, 150"
     faster = plan_of(REFERENCE_30B, tmp_path, SYNCED, sync_rate=4e9)
     assert plan.syncs.seconds - faster.syncs.seconds == pytest.approx(4 * PARAMETERS * 2 / 4e9)
+
+
+def test_turns_are_shown_with_their_memory_and_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(REFERENCE_30B, tmp_path, SYNCED)
+    use = plan.memory["distill"]
+    assert set(use.turns) == {"the trainer", "a sync", "the student's servers"}
+    assert use.gpu_total == max(use.turns.values())
+    alone = plan_of(REFERENCE_30B, tmp_path, ["distill.recompute=none"])
+    asleep = 2.5 * GIB  # of the servers' processes
+    assert use.turns["the trainer"] == pytest.approx(alone.memory["distill"].gpu_total + asleep)
+    show_plan(plan, assumptions=False)
+    shown = capsys.readouterr().out
+    assert f"in turns with the GPUs, GiB: the trainer {use.turns['the trainer'] / GIB:.1f}, a sync" in shown
+    assert "syncs, evaluations in it" in shown
+    show_plan(alone, assumptions=False)
+    assert "in turns" not in (shown := capsys.readouterr().out)
+    assert "syncs" not in shown
 
 
 # ---- the recipes ------------------------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sglang_rollout.client import SGLangEngine
 from sglang_rollout.cpu.memory import MemoryOfTags
 from sglang_rollout.server import SGLangServer
 from sglang_rollout.shared_gpus import colocation_problems, training_settings
-from sglang_rollout.weight_sync import Colocation, load_folder
+from sglang_rollout.weight_sync import Colocation
 from tests.sglang.conftest import settings
 from tests.sglang.test_parity import MAX_DIFFERENCE
 from tests.sglang.weight_syncing import UpdatedFake, receiver, send, tensors, worst_difference
@@ -146,9 +146,13 @@ def no_trainer(recorded: list[str]) -> Any:
 
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
 def test_a_real_server_takes_the_calls(
-    transport: str, giving: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path
+    transport: str,
+    giving: SGLangEngine,
+    student_dir: Path,
+    other_dir: Path,
+    tmp_path: Path,
 ) -> None:
-    """Its memory is empty in the trainer's turn; what comes after a resume, in this order, it serves, verified tensor by tensor."""
+    """Its memory is empty in the trainer's turn. What comes after a resume it serves, verified."""
     recorded: list[str] = []
     turns = Colocation([giving], barrier=lambda: None)
     turns.to_trainer()
