@@ -37,7 +37,7 @@ class Assumptions:
     deterministic_slowdown: float = _say(
         2.0, "sampling with sglang.deterministic on a GPU takes so many times longer (1.5 to 2.5 by what it switches off; assumed)"
     )
-    cpu_adam_rate: float = _say(2.7e8, "weights per second that one CPU thread updates, where the optimizer is offloaded (measured)")
+    cpu_adam_rate: float = _say(2.7e8, "weights per second that one CPU thread updates, where the optimizer is offloaded (measured on a CPU)")
     node_cores: float = _say(96, "CPU cores of a node, shared by the ranks where threads_per_rank is absent (two sockets of 48)")
     host_bandwidth: float = _say(4e11, "bytes per second of a node's memory: an update reads and writes 28 a weight (assumed)")
     host_link: float = _say(5e10, "bytes per second between a GPU and the host's memory (PCIe 5 with 16 lanes: 63e9)")
