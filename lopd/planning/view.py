@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lopd.errors import LopdError
-from lopd.planning.assumptions import meanings
+from lopd.planning.assumptions import meanings, sources
 from lopd.planning.layouts import Suggestion
 from lopd.planning.plan import LIGHTNING, TIGHT, Plan
 
@@ -163,9 +163,10 @@ def _assumption_table(plan: Plan) -> Table:
     table = Table(title="assumed (change one: --assume name=value)", title_justify="left")
     table.add_column("name", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("from", no_wrap=True)
     table.add_column("meaning")
     for name, meaning in meanings().items():
         value = getattr(plan.assumed, name)
         is_size = name.endswith("_bytes") and value >= _GIB / 4
-        table.add_row(name, f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}", meaning)
+        table.add_row(name, f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}", sources()[name], meaning)
     return table
