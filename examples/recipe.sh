@@ -8,8 +8,9 @@
 #   run        lopd run: every stage, from demonstrations to the exported model; the same command goes on after a kill
 #   evaluate   the benchmarks at the paper's length, for the student before and after
 #
-# Arguments of a recipe are steps (--only check,plan) and overrides (distill.num_steps=4). Those of sglang and evaluate hold for the last step too,
-# but for sglang.context_length, which follows its prompts there. LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
+# Arguments of a recipe are steps (--only check,plan) and overrides (distill.num_steps=4). Those of
+# sglang, evaluate and launch hold for the last step too, but for sglang.context_length, which follows
+# its prompts there. LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hub_offline=${HF_HUB_OFFLINE-0}
@@ -100,7 +101,8 @@ evaluate_math() {
             format=${benchmark%% *}
             say "$format, $model"
             lopd evaluate --model "$runs/$recipe/$model/model" --prompts "$(lopd fetch --path "${benchmark#* }")" --format "$format" --task math \
-                --preset paper_math --out "$runs/$recipe-$format-$model" "${serving[@]}" ${evaluating[@]+"${evaluating[@]}"}
+                --preset paper_math --out "$runs/$recipe-$format-$model" \
+                "${serving[@]}" ${evaluating[@]+"${evaluating[@]}"}
         done
     done
 }

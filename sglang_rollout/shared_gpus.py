@@ -22,7 +22,8 @@ def training_settings(config: Config) -> SGLangSection:
 
 
 def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigError]:
-    """Why server and trainer cannot take turns as configured; nothing where they need not. on_gpu: of this machine; None: it will be another.
+    """Why server and trainer cannot take turns as configured; nothing where they need not. on_gpu:
+    of this machine; None: it will be another.
 
     On a CPU they can, for a trial: sglang_rollout.cpu.memory stands for torch_memory_saver.
     """

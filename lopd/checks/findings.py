@@ -61,7 +61,9 @@ def refusal(check: Callable[[], object]) -> Iterator[LopdError]:
 
 
 def devices_for(config: Config) -> tuple[int, str]:
-    """As devices, but without a limit of processes where the configuration asks for a trial on a CPU, whose cores they share."""
+    """As devices, but without a limit of processes where the configuration asks for a trial on a
+    CPU, whose cores they share.
+    """
     most, unit = devices()
     return (NO_LIMIT if unit == CORES and config.launch.device == "cpu" else most), unit
 

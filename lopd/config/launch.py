@@ -48,7 +48,7 @@ class LaunchSection(Section):
     )
     device: Literal["gpu", "cpu"] = Field(
         default="gpu",
-        description="What jobs ask for: GPUs, or cores alone. With cpu, doctor looks for no GPU, and on a CPU ranks may share cores (a trial).",
+        description="What jobs ask for: GPUs, or cores alone. With cpu, lopd doctor looks for no GPU, and on a CPU ranks may share cores (a trial).",
         json_schema_extra=SPEED_ONLY,
     )
     retries: int = Field(default=2, ge=0, description="How often a failed job is submitted again by the cluster.", json_schema_extra=SPEED_ONLY)

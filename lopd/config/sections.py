@@ -109,7 +109,12 @@ class ForwardSection(Section):
         default=16384, ge=8, description="Token budget of a packed microbatch, per data rank: context ranks share it.", json_schema_extra=SPEED_ONLY
     )
     timeout_s: float = Field(default=600, gt=0, description="Seconds a collective may wait for a lost rank.", json_schema_extra=SPEED_ONLY)
-    threads_per_rank: int | None = Field(default=None, ge=1, description="CPU threads of a rank. Absent: 1.", json_schema_extra=SPEED_ONLY)
+    threads_per_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of a rank. Absent: 1.",
+        json_schema_extra=SPEED_ONLY,
+    )
 
 
 class ScoreSection(Section):

@@ -1,6 +1,8 @@
-"""Which of Megatron-Core's fused kernels a model of Transformer Engine's layers gets. The local layers, which run anywhere, get none.
+"""Which of Megatron-Core's fused kernels a model of Transformer Engine's layers gets. The local
+layers, which run anywhere, get none.
 
-Read in megatron-core 0.16.1 and 0.18.2 and Transformer Engine 2.16.1; no GPU was at hand, so nothing of it has been run on one.
+Read in megatron-core 0.16.1 and 0.18.2 and Transformer Engine 2.16.1; no GPU was at hand, so
+nothing of it has been run on one.
 
 | field | what it fuses | what it needs |
 |---|---|---|
@@ -31,7 +33,8 @@ _ROUTING = ("fused_topk_with_score_function", "fused_compute_score_for_moe_aux_l
 
 
 def engine_fusions(arch: Architecture) -> dict[str, bool]:
-    """Fields of TransformerConfig for Transformer Engine's layers: what the installed version has kernels for.
+    """Fields of TransformerConfig for Transformer Engine's layers: what the installed version has
+    kernels for.
 
     An older version without one of them does not fuse it; Megatron-Core would refuse the field.
     """
@@ -44,11 +47,14 @@ def engine_fusions(arch: Architecture) -> dict[str, bool]:
 
 
 def fuse_weight_gradients(model: Any) -> int:
-    """Has Transformer Engine's linear layers add a weight's gradient to its main_grad in the product itself; gives their number.
+    """Has Transformer Engine's linear layers add a weight's gradient to its main_grad in the
+    product itself; gives their number.
 
-    Megatron-Core's field gradient_accumulation_fusion says the same to them, but is not set: its own ColumnParallelLinear, which is the
-    output layer here too, then asks for apex, although nobody calls it (LogprobModel multiplies by its weight itself). Transformer
-    Engine needs no apex. Megatron's DistributedDataParallel sees the mark grad_added_to_main_grad and adds nothing twice.
+    Megatron-Core's field gradient_accumulation_fusion says the same to them, but is not set: its
+    own ColumnParallelLinear, which is the output layer here too, then asks for apex, although
+    nobody calls it (LogprobModel multiplies by its weight itself). Transformer Engine needs no
+    apex. Megatron's DistributedDataParallel sees the mark grad_added_to_main_grad and adds nothing
+    twice.
     """
     layers = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
     for layer in layers:

@@ -122,18 +122,21 @@ def run_ranks(
 def device_environment(*, on_gpu: bool) -> dict[str, str]:
     """Variables of a rank that follow the device; those that the user has set win.
 
-    On a GPU kernels run in the order in which they are called (CUDA_DEVICE_MAX_CONNECTIONS): Megatron-Core starts an exchange between
-    tensor ranks and then a product that is to run meanwhile, which otherwise may take the GPU first. Newer GPUs than Hopper do not need
-    it. Only Megatron's FSDP wants another value, and that is refused (lopd.megatron.overrides).
-    On a CPU nothing of Megatron's is compiled, and to import the compiler takes a rank a second.
+    On a GPU kernels run in the order in which they are called (CUDA_DEVICE_MAX_CONNECTIONS):
+    Megatron-Core starts an exchange between tensor ranks and then a product that is to run
+    meanwhile, which otherwise may take the GPU first. Newer GPUs than Hopper do not need it. Only
+    Megatron's FSDP wants another value, and that is refused (lopd.megatron.overrides). On a CPU
+    nothing of Megatron's is compiled, and to import the compiler takes a rank a second.
     """
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def threads_of(settings: TrainSection | ForwardSection) -> int:
-    """CPU threads of a rank: those of threads_per_rank, else one; but where the CPU updates the weights, this rank's share of the cores.
+    """CPU threads of a rank: those of threads_per_rank, else one; but where the CPU updates the
+    weights, this rank's share of the cores.
 
-    One thread updates about 2.7e8 weights a second (docs/plan.md), so with one a step of a large model would wait for it.
+    One thread updates about 2.7e8 weights a second (docs/plan.md), so with one a step of a large
+    model would wait for it.
     """
     if settings.threads_per_rank is not None:
         return settings.threads_per_rank

@@ -68,7 +68,8 @@ def build_model(
     """This rank's part of the model on its device, in training mode, with arbitrary weights (load_hf or init_random come next).
 
     A GPTModel, in Megatron's Float16Module where dtype is bfloat16; ``model.config`` is its TransformerConfig, with calculate_per_token_loss set: losses are
-    sums, and finalize_model_grads divides by the number of items. recompute: none, selective (selective_modules) or full. moe_aux_loss: coefficient of the
+    sums, and finalize_model_grads divides by the number of items. recompute: none, selective
+    (selective_modules) or full. moe_aux_loss: coefficient of the
     load-balancing loss. overrides: fields of TransformerConfig that win over ours (lopd.megatron.overrides).
     ConfigError: the layout does not divide the model or needs Transformer Engine where it is not, or Megatron-Core refuses the settings.
     """
@@ -122,7 +123,9 @@ def context_problems(parallel: ParallelSection, dtype: str, *, where: str = "par
 def transformer_config(
     arch: Architecture, *, parallel: ParallelSection, dtype: str, recompute: str, moe_aux_loss: float, overrides: Mapping[str, Any] | None = None
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of this architecture. The local layers get no fused kernels; Transformer Engine's, see fusions.py."""
+    """Megatron-Core's configuration of this architecture. The local layers get no fused kernels;
+    Transformer Engine's, see fusions.py.
+    """
     settings: dict[str, Any] = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -193,9 +196,10 @@ def transformer_config(
 def selective_modules(arch: Architecture, *, engine: bool) -> list[str]:
     """What recompute = "selective" computes again: where the most memory is for the least time.
 
-    Transformer Engine's attention keeps next to nothing, so there it is the feed-forward part: with experts most of what a layer
-    keeps, for a third of a forward pass's operations (Qwen3-30B-A3B at 8,000 tokens) and the experts' exchange. The local attention
-    does keep its scores, and is computed again.
+    Transformer Engine's attention keeps next to nothing, so there it is the feed-forward part: with
+    experts most of what a layer keeps, for a third of a forward pass's operations (Qwen3-30B-A3B at
+    8,000 tokens) and the experts' exchange. The local attention does keep its scores, and is
+    computed again.
     """
     if not engine:
         return ["core_attn"]

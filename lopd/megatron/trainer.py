@@ -324,8 +324,10 @@ class Trainer:
 
 
 def ddp_config(distributed: bool, overrides: Mapping[str, Any], *, overlap: bool = False) -> DistributedDataParallelConfig:
-    """Gradients are added up in float32, unless the overrides say otherwise. overlap: those of layers that are done are exchanged
-    between data ranks while the backward pass goes on. ConfigError where Megatron-Core refuses it."""
+    """Gradients are added up in float32, unless the overrides say otherwise. overlap: those of
+    layers that are done are exchanged between data ranks while the backward pass goes on.
+    ConfigError where Megatron-Core refuses it.
+    """
     ours = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
     return build(DistributedDataParallelConfig, {**ours, **overrides})
 

@@ -17,8 +17,10 @@ PERMUTATION_BYTES = 8  # per token and expert: where Transformer Engine's fused 
 
 @dataclass(frozen=True, slots=True)
 class LayerActivations:
-    """Bytes per token and rank. attention: norms and attention. feed_forward: the MLP or the router. experts: the part that grows with the tokens an expert
-    rank is given. boundary: the layer's input alone."""
+    """Bytes per token and rank. attention: norms and attention. feed_forward: the MLP or the
+    router. experts: the part that grows with the tokens an expert rank is given. boundary: the
+    layer's input alone.
+    """
 
     attention: float
     feed_forward: float
@@ -30,12 +32,16 @@ class LayerActivations:
         return self.attention + self.recomputed(imbalance)
 
     def recomputed(self, imbalance: float) -> float:
-        """What selective recompute of Transformer Engine's layers does not keep (lopd.megatron.model.selective_modules)."""
+        """What selective recompute of Transformer Engine's layers does not keep
+        (lopd.megatron.model.selective_modules).
+        """
         return self.feed_forward + self.experts * imbalance
 
 
 def layer_activations(arch: Architecture, *, tensor: int, size: int, engine: bool) -> LayerActivations:
-    """size: bytes of a number (2 or 4). engine: Transformer Engine's norms (torch's keep float32 copies of bfloat16 inputs) and fused kernels."""
+    """size: bytes of a number (2 or 4). engine: Transformer Engine's norms (torch's keep float32
+    copies of bfloat16 inputs) and fused kernels.
+    """
     hidden, queries, keys = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     # two norms: input, (normalised input,) output. Of bfloat16 torch's norm keeps the first two in float32.
     copies = 2 * size if engine else (3 * size if size == 4 else 2 * 4 + size)
@@ -46,7 +52,8 @@ def layer_activations(arch: Architecture, *, tensor: int, size: int, engine: boo
     attention += size * (queries + keys) + size * queries  # rotated queries and keys; what attention gives
     rotary = size * 4 * arch.head_dim
     feed_forward, experts = 0.0, 0.0
-    # Of an MLP: both halves, SiLU, its product with the other half (of experts once more with the probability); fused, both halves and the product.
+    # Of an MLP: both halves, SiLU, its product with the other half (of experts once more with the
+    # probability); fused, both halves and the product.
     if arch.num_experts:
         parts = 3 if engine else 6
         experts = size * arch.experts_per_token * (hidden + parts * arch.moe_ffn_hidden_size)  # the permuted input, and those

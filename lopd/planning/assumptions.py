@@ -14,14 +14,18 @@ _GIB = 2**30
 
 
 def _say(default: float, meaning: str, source: str = "assumed") -> float:
-    """source: fitted to the paper's published hours, published by others, measured, read in sources, of a data sheet, or assumed."""
+    """source: fitted to the paper's published hours, published by others, measured, read in
+    sources, of a data sheet, or assumed.
+    """
     value: float = field(default=default, metadata={"meaning": meaning, "source": source})
     return value
 
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Rates per GPU, shares and bytes; docs/plan.md says of each whether it is measured, published, or assumed."""
+    """Rates per GPU, shares and bytes; docs/plan.md says of each whether it is measured, published,
+    or assumed.
+    """
 
     # how fast
     dense_utilisation: float = _say(0.22, "training of a dense model: operations done, repeated ones included, over the GPU's bfloat16 peak", "fitted")
@@ -34,11 +38,11 @@ class Assumptions:
     expert_slowdown: float = _say(1.15, "experts' products and exchanges wait for the busiest rank: its tokens over the mean")
     prefill_utilisation: float = _say(0.35, "scoring by a dense teacher: operations of the forward pass over the peak", "fitted")
     moe_prefill_utilisation: float = _say(0.15, "the same with experts")
-    decode_efficiency: float = _say(0.31, "sampling: tokens over those of the memory roofline (weights and KV cache read once a step), tails included", "fitted")
-    extra_forward_passes: float = _say(0, "forward passes of a training step besides the one that is differentiated (the paper's code: 2)", "read")
-    deterministic_slowdown: float = _say(
-        2.0, "sampling with sglang.deterministic on a GPU takes so many times longer (1.5 to 2.5 by what it switches off)"
+    decode_efficiency: float = _say(
+        0.31, "sampling: tokens over those of the memory roofline (weights and KV cache read once a step), tails included", "fitted"
     )
+    extra_forward_passes: float = _say(0, "forward passes of a training step besides the one that is differentiated (the paper's code: 2)", "read")
+    deterministic_slowdown: float = _say(2.0, "sampling with sglang.deterministic on a GPU takes so many times longer (1.5 to 2.5 by what it switches off)")
     cpu_adam_rate: float = _say(2.7e8, "weights per second that one CPU thread updates, where the optimizer is offloaded", "measured")
     node_cores: float = _say(96, "CPU cores of a node, shared by the ranks where threads_per_rank is absent (two sockets of 48)")
     host_bandwidth: float = _say(4e11, "bytes per second of a node's memory: an update reads and writes 28 a weight")

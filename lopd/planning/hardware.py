@@ -12,7 +12,8 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """memory: bytes that a program can have (what nvidia-smi shows, not the name's round number). flops: dense bfloat16 peak. bandwidth: of memory.
+    """memory: bytes that a program can have (what nvidia-smi shows, not the name's round number).
+    flops: dense bfloat16 peak. bandwidth: of memory.
 
     link: between the GPUs of a node, into one of them: NVLink, or PCIe where there is none.
     """
@@ -24,7 +25,8 @@ class Gpu:
     link: float  # bytes per second
 
 
-# Peaks, bandwidths and links (half of what a data sheet adds up over both directions) from NVIDIA's data sheets; memory as nvidia-smi reports it.
+# Peaks, bandwidths and links (half of what a data sheet adds up over both directions) from NVIDIA's
+# data sheets; memory as nvidia-smi reports it.
 GPUS = {
     "h100-80gb": Gpu("h100-80gb", int(79.6 * _GIB), 989.4e12, 3.35e12, 450e9),
     "h100-94gb": Gpu("h100-94gb", int(93.6 * _GIB), 835e12, 3.9e12, 300e9),

@@ -22,9 +22,11 @@ PUBLIC_ROWS = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """seconds: wall clock. gpus: those that compute; the node is held as a whole. tokens: sampled, scored or trained on.
+    """seconds: wall clock. gpus: those that compute; the node is held as a whole. tokens: sampled,
+    scored or trained on.
 
-    utilisation: the model's operations over the GPUs' peak while it trains (MFU); 0 of what is no training.
+    utilisation: the model's operations over the GPUs' peak while it trains (MFU); 0 of what is no
+    training.
     """
 
     seconds: float
@@ -125,9 +127,11 @@ def training_work(
 
 
 def sync_work(config: Config, weights: float, away: float, sampled: Work, assumed: Assumptions) -> Work:
-    """Weight syncs between the steps of distill, and the evaluation after each. weights: bytes of the model as it is served.
+    """Weight syncs between the steps of distill, and the evaluation after each. weights: bytes of
+    the model as it is served.
 
-    away: bytes of each GPU that go to the host and back around it, where server and trainer take turns. sampled: one such evaluation.
+    away: bytes of each GPU that go to the host and back around it, where server and trainer take
+    turns. sampled: one such evaluation.
     """
     count = 1 + config.distill.num_steps // config.distill.sync_every  # also before the first step
     once = weights / assumed.sync_rate + 2 * away / assumed.host_link + sampled.seconds - assumed.startup_s

@@ -26,7 +26,8 @@ RING_BUFFERS = 4  # context parallelism: keys and values that travel round the r
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """gpu: terms of the fullest GPU; host: of a machine. figures: what follows from them (a server's concurrency).
+    """gpu: terms of the fullest GPU; host: of a machine. figures: what follows from them (a
+    server's concurrency).
 
     turns: where several take turns with a GPU, the bytes of each turn; gpu is then the fullest one.
     """
@@ -138,8 +139,10 @@ def runtime_bytes(parallel: ParallelSection, assumed: Assumptions) -> float:
 def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[float, float]:
     """On the GPU and in host memory, of one rank.
 
-    AdamW's two moments, and of bfloat16 weights a float32 copy; with the distributed optimizer the share of one data rank. A precision-aware optimizer keeps
-    of that copy only the 16 bits that the weight itself lacks (store_param_remainders), so the float32 copy is whole all the same. What is offloaded
+    AdamW's two moments, and of bfloat16 weights a float32 copy; with the distributed optimizer the
+    share of one data rank. A precision-aware optimizer keeps of that copy only the 16 bits that the
+    weight itself lacks (store_param_remainders), so the float32 copy is whole all the same. What is
+    offloaded
     (Megatron-Core's HybridDeviceOptimizer) has copy, moments and gradient in host memory, in float32; a float32 copy stays on the GPU all the same, unless the
     optimizer is precision-aware.
     """
@@ -235,7 +238,8 @@ def server_memory(
     copies = settings.data * settings.replicas
     gpu = {"weights": weights, "KV cache": max(0.0, cache), "context, graphs": assumed.served_runtime_bytes}
     if scoring:
-        # float32 logits of so many tokens over the whole vocabulary, and their log-softmax; a smaller chunk of the prompt is a smaller part
+        # float32 logits of so many tokens over the whole vocabulary, and their log-softmax; a
+        # smaller chunk of the prompt is a smaller part
         asked = settings.context_length * float(settings.max_running_requests)
         prefill = float(settings.extra_args.get("chunked_prefill_size", assumed.logits_chunk))
         chunk = min(assumed.logits_chunk, asked, *([prefill] if prefill > 0 else []))  # -1: prompts are not cut

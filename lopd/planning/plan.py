@@ -231,7 +231,9 @@ def _syncs(
     amounts: Amounts,
     distill: MemoryUse,
 ) -> Work:
-    """Nothing where no server lives beside distill. distill: its memory, which has what leaves the GPUs while a server works."""
+    """Nothing where no server lives beside distill. distill: its memory, which has what leaves the
+    GPUs while a server works.
+    """
     if config.distill.sync_every == 0:
         return Work(0, 0, 0, 0)
     student = models["student"].arch

@@ -1,10 +1,12 @@
 """How long a training step takes, by what it is made of.
 
-Operations run at a share of the GPU's peak. With experts the exchanges between GPUs are counted apart from them, so that a published
-rate of one layout says something about another: tensor ranks gather and scatter activations, expert ranks send every token to its
-experts and back. For dense models they are in the utilisation, which is that of a published run with the same layout.
+Operations run at a share of the GPU's peak. With experts the exchanges between GPUs are counted
+apart from them, so that a published rate of one layout says something about another: tensor ranks
+gather and scatter activations, expert ranks send every token to its experts and back. For dense
+models they are in the utilisation, which is that of a published run with the same layout.
 
-Not counted: padding, uneven pipelines, and the network of several nodes, over which expert ranks would be much slower.
+Not counted: padding, uneven pipelines, and the network of several nodes, over which expert ranks
+would be much slower.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ FORWARD, BACKWARD, AGAIN = 2, 3, 2  # exchanges of activations between tensor ra
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one step. flops: done, repeated ones included. model_flops: of the model alone (lopd.megatron.flops)."""
+    """Seconds of one step. flops: done, repeated ones included. model_flops: of the model alone
+    (lopd.megatron.flops).
+    """
 
     products: float
     exchanges: float
@@ -66,10 +70,12 @@ def expert_flops(arch: Architecture) -> float:
 
 
 def repeated_flops(arch: Architecture, settings: TrainSection, sequence_len: float) -> float:
-    """Operations of a token that a step does a second time. The logits always: lopd.megatron.logprobs keeps none of them. (Of a dense
-    model they are in the utilisation, which is that of a whole published stage.)
+    """Operations of a token that a step does a second time. The logits always:
+    lopd.megatron.logprobs keeps none of them. (Of a dense model they are in the utilisation, which
+    is that of a whole published stage.)
 
-    With full recompute every layer's forward pass besides; with selective recompute that of the experts or the MLP.
+    With full recompute every layer's forward pass besides; with selective recompute that of the
+    experts or the MLP.
     """
     head = 2.0 * arch.hidden_size * arch.vocab_size if arch.num_experts else 0.0
     if settings.recompute == "full":
@@ -83,9 +89,10 @@ def repeated_flops(arch: Architecture, settings: TrainSection, sequence_len: flo
 def exchanged_bytes(arch: Architecture, settings: TrainSection, assumed: Assumptions) -> float:
     """Bytes that come into a GPU for each token of its own, in all layers of a model with experts.
 
-    Tensor ranks with sequence parallelism: attention gathers its input and scatters its output; backward the same, and its input
-    once more for the weight's gradient. Experts: Megatron-Core's alltoall dispatcher sends a copy for each chosen expert, there and
-    back, forward and backward. What is recomputed is exchanged again.
+    Tensor ranks with sequence parallelism: attention gathers its input and scatters its output;
+    backward the same, and its input once more for the weight's gradient. Experts: Megatron-Core's
+    alltoall dispatcher sends a copy for each chosen expert, there and back, forward and backward.
+    What is recomputed is exchanged again.
     """
     parallel, number = settings.parallel, arch.hidden_size * 2
     full, selective = settings.recompute == "full", settings.recompute == "selective"
@@ -96,7 +103,9 @@ def exchanged_bytes(arch: Architecture, settings: TrainSection, assumed: Assumpt
 
 
 def optimizer_seconds(settings: TrainSection, node: Node, assumed: Assumptions, parameters: int) -> float:
-    """Of an optimizer that is offloaded to the CPU; on a GPU it takes next to nothing. Threads update as fast as they can or as memory lets them."""
+    """Of an optimizer that is offloaded to the CPU; on a GPU it takes next to nothing. Threads
+    update as fast as they can or as memory lets them.
+    """
     table = settings.megatron
     if not table.get("optimizer_cpu_offload"):
         return 0.0

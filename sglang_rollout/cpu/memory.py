@@ -1,9 +1,11 @@
 """Memory that a server on a CPU gives back and takes again, as torch_memory_saver does on a GPU.
 
-SGLang allocates its weights and its cache of keys and values inside regions that have a tag. Here a region remembers the storages
-of the tensors that are made in it. A pause empties them (a storage of 0 bytes), and a resume gives them their size again, without
-their contents. So a trial of ``sync.colocate`` on a CPU has the same turns as on a GPU, with the same loss of contents. Weights
-come back as bytes of ones, which are no numbers: a server that answers from weights that nobody has sent again is noticed at once.
+SGLang allocates its weights and its cache of keys and values inside regions that have a tag. Here a
+region remembers the storages of the tensors that are made in it. A pause empties them (a storage of
+0 bytes), and a resume gives them their size again, without their contents. So a trial of
+``sync.colocate`` on a CPU has the same turns as on a GPU, with the same loss of contents. Weights
+come back as bytes of ones, which are no numbers: a server that answers from weights that nobody has
+sent again is noticed at once.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ _NOT_A_NUMBER = 0xFF  # two or four such bytes are a NaN of bfloat16, float16 an
 
 
 class _Recording(TorchDispatchMode):
-    """Remembers the storage of every tensor that an operation inside of it returns, by weak references: a temporary one is gone
-    afterwards, and a parameter has the storage of the tensor that it was made from, but is another object."""
+    """Remembers the storage of every tensor that an operation inside of it returns, by weak
+    references: a temporary one is gone afterwards, and a parameter has the storage of the tensor
+    that it was made from, but is another object.
+    """
 
     def __init__(self, made: list[StorageWeakRef]) -> None:
         super().__init__()
@@ -73,6 +77,7 @@ class MemoryOfTags:
 
 
 def _parameters() -> set[int]:
-    """Storages of all parameters of this process. While a model is loaded, SGLang also makes tables of experts, which on a GPU stay in
-    host memory and so keep their contents."""
+    """Storages of all parameters of this process. While a model is loaded, SGLang also makes tables
+    of experts, which on a GPU stay in host memory and so keep their contents.
+    """
     return {each.untyped_storage()._cdata for each in gc.get_objects() if isinstance(each, torch.nn.Parameter)}

@@ -16,8 +16,10 @@
    times what the copy does. The last two mappings are kept, as torch does for CUDA's.
    Upstream: torch/multiprocessing/reductions.py, rebuild_storage_filename. Can go: when torch keeps them.
 6. Weights that come by broadcast (sync.transport = "distributed") are received where they belong (sglang_rollout.cpu.incoming). Only saves time.
-7. ``enable_memory_saver`` (sync.colocate) works without torch_memory_saver, which is CUDA's alone: what a server gives back is really empty until it takes
-   it again (sglang_rollout.cpu.memory). Upstream: sglang/srt/utils/torch_memory_saver_adapter.py. Can go: when torch_memory_saver has a CPU form.
+7. ``enable_memory_saver`` (sync.colocate) works without torch_memory_saver, which is CUDA's alone:
+what a server gives back is really empty until it takes it again (sglang_rollout.cpu.memory).
+Upstream: sglang/srt/utils/torch_memory_saver_adapter.py. Can go: when torch_memory_saver has a CPU
+form.
 
 Versions: sglang 0.5.17 to 0.5.23. A place that is no longer as described raises, and the server does not start.
 """

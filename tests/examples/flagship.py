@@ -1,7 +1,9 @@
-"""Fills a hub's folder for a trial of run_qwen3_30b_a3b.sh on a CPU: ``LOPD_HUB=DIR python -m tests.examples.flagship``.
+"""Fills a hub's folder for a trial of run_qwen3_30b_a3b.sh on a CPU: ``LOPD_HUB=DIR python -m
+tests.examples.flagship``.
 
-Teacher and student have the structure of Qwen3-30B-A3B (128 experts of which 8 are chosen, 8 query heads for each key-value head)
-in a tiny size with random weights, and a tokenizer of single bytes. Each data set has a few rows in the columns that it publishes.
+Teacher and student have the structure of Qwen3-30B-A3B (128 experts of which 8 are chosen, 8 query
+heads for each key-value head) in a tiny size with random weights, and a tokenizer of single bytes.
+Each data set has a few rows in the columns that it publishes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The flagship's script itself on a CPU, with a tiny model of the same structure: bash tests/examples/flagship.sh FOLDER."""
+"""The flagship's script itself on a CPU, with a tiny model of the same structure: bash
+tests/examples/flagship.sh FOLDER.
+"""
 
 from __future__ import annotations
 

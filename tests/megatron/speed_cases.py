@@ -1,4 +1,6 @@
-"""Ranks of the tests of what only makes a training faster: each way of running a step must come to the same figures."""
+"""Ranks of the tests of what only makes a training faster: each way of running a step must come to
+the same figures.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ SELECTIVE = {"recompute_modules": ["moe"]}
 
 
 def four_ranks(model: str) -> dict[str, Any]:
-    """The plain steps; gradients exchanged while the backward pass goes on; experts computed again; both; and a control."""
+    """The plain steps; gradients exchanged while the backward pass goes on; experts computed again;
+    both; and a control.
+    """
     ways: dict[str, dict[str, Any]] = {
         "plain": {},
         "overlap": {"megatron": OVERLAP},
@@ -25,7 +29,9 @@ def four_ranks(model: str) -> dict[str, Any]:
 
 
 def _without_the_exchange(trainer: Any) -> Any:
-    """Gradients of dense weights that are started on their way and never summed over the data ranks."""
+    """Gradients of dense weights that are started on their way and never summed over the data
+    ranks.
+    """
     for group in trainer.model.bucket_groups:
         group.start_grad_sync = lambda *arguments, **named: None
         group.finish_grad_sync = lambda *arguments, **named: None

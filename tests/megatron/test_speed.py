@@ -1,4 +1,6 @@
-"""What only makes a training faster: fused kernels, overlapped exchanges, threads and variables of a rank."""
+"""What only makes a training faster: fused kernels, overlapped exchanges, threads and variables of
+a rank.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(getattr(fusions, module), name, lambda: None, raising=False)
 
 
-# ---- fused kernels --------------------------------------------------------------------------------------------------------------------------------
+# ---- fused kernels -------------------------------------------------------------------------------
+# -------------------------------------------------
 
 
 def test_transformer_engines_layers_are_fused(moe: Architecture, dense: Architecture, kernels: None) -> None:
@@ -106,7 +109,8 @@ def test_weight_gradients_are_fused_without_apex() -> None:
     assert not hasattr(other, "fuse_wgrad_accumulation")
 
 
-# ---- recompute and overlap --------------------------------------------------------------------------------------------------------------------------
+# ---- recompute and overlap -----------------------------------------------------------------------
+# ---------------------------------------------------
 
 
 def test_selective_recompute_is_of_what_keeps_most(moe: Architecture, dense: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +153,8 @@ def test_an_offloaded_optimizer_overlaps_its_copies() -> None:
     assert not config(optimizer_cpu_offload=True, overlap_cpu_optimizer_d2h_h2d=False).overlap_cpu_optimizer_d2h_h2d
 
 
-# ---- threads and variables --------------------------------------------------------------------------------------------------------------------------
+# ---- threads and variables -----------------------------------------------------------------------
+# ---------------------------------------------------
 
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
 

@@ -29,7 +29,9 @@ def fill() -> None:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model of Qwen's in the hub, made as if it had been fetched; what goes into it is up to the caller."""
+    """The folder of a model of Qwen's in the hub, made as if it had been fetched; what goes into it
+    is up to the caller.
+    """
     folder = local_path(f"hf://Qwen/{name}@main")
     _note(folder)
     return folder

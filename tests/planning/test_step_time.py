@@ -1,4 +1,6 @@
-"""The parts of a step's time, of a sync and of a server's memory, each by its cause; and the recipes' settings by them."""
+"""The parts of a step's time, of a sync and of a server's memory, each by its cause; and the
+recipes' settings by them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import pytest
 
 from lopd.config import TrainSection
 from lopd.planning import Assumptions, Plan, node_of
+from lopd.planning.assumptions import meanings, sources
 from lopd.planning.training import StepTime, exchanged_bytes, optimizer_seconds, step_time
 from lopd.planning.view import show_plan
 from tests.planning.configs import REFERENCE_30B, architecture, plan_of
@@ -31,13 +34,16 @@ def step(length: float = 4096, assumed: Assumptions | None = None, **fields: Any
     return step_time(MOE, section(**fields), NODE, assumed or Assumptions(), **about)
 
 
-# ---- a training step --------------------------------------------------------------------------------------------------------------------------------
+# ---- a training step -----------------------------------------------------------------------------
+# ---------------------------------------------------
 
 
 def test_the_published_rate_of_this_model() -> None:
-    """NVIDIA's NeMo AutoModel: 8 H100, bfloat16, 512 sequences of 4,096 tokens in 21.773 s, without tensor ranks: 277 TFLOP/s, as we count.
+    """NVIDIA's NeMo AutoModel: 8 H100, bfloat16, 512 sequences of 4,096 tokens in 21.773 s, without
+    tensor ranks: 277 TFLOP/s, as we count.
 
-    The plan says somewhat less of that layout: the logits are computed twice here, and NCCL sends more than DeepEP.
+    The plan says somewhat less of that layout: the logits are computed twice here, and NCCL sends
+    more than DeepEP.
     """
     published = step(parallel={"ranks": 8, "expert": 8}, assumed=Assumptions(expert_slowdown=1))
     assert published.model_flops / 8 / 21.773 == pytest.approx(277e12, rel=0.01)
@@ -82,7 +88,8 @@ def test_an_optimizer_on_the_cpu_is_as_fast_as_its_threads() -> None:
     assert seconds(megatron=one_after_the_other) == pytest.approx(shared + copies)
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
+# ---------------------------------------------------
 
 
 def distilling(folder: Path, *overrides: str) -> dict[str, float]:
@@ -107,7 +114,9 @@ def test_recompute_keeps_less(tmp_path: Path) -> None:
 
 
 def test_logits_while_scoring_are_sglangs_own_part(tmp_path: Path) -> None:
-    """SGLang 0.5.17 makes them for 2,048 tokens at a time, whatever the prompt's chunk; a smaller chunk is smaller still."""
+    """SGLang 0.5.17 makes them for 2,048 tokens at a time, whatever the prompt's chunk; a smaller
+    chunk is smaller still.
+    """
 
     def logits(*overrides: str) -> float:
         return plan_of(REFERENCE_30B, tmp_path, overrides).memory["score"].gpu["logits of a chunk"]
@@ -119,7 +128,8 @@ def test_logits_while_scoring_are_sglangs_own_part(tmp_path: Path) -> None:
     assert logits("sglang.extra_args={chunked_prefill_size=1024}") == plain / 2
 
 
-# ---- servers and syncs ------------------------------------------------------------------------------------------------------------------------------
+# ---- servers and syncs ---------------------------------------------------------------------------
+# ---------------------------------------------------
 
 
 def test_deterministic_sampling_takes_longer(tmp_path: Path) -> None:
@@ -162,7 +172,21 @@ def test_turns_are_shown_with_their_memory_and_seconds(tmp_path: Path, capsys: p
     assert "syncs" not in shown
 
 
-# ---- the recipes ------------------------------------------------------------------------------------------------------------------------------------
+def test_the_page_has_every_assumption_with_its_value_and_source() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    kinds = {"fitted", "published", "measured", "read", "data sheet", "assumed"}
+    assert set(sources().values()) == kinds
+    for name, meaning in meanings().items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        value, source, said = (cell.strip() for cell in row.strip("| ").split(" | ")[1:])
+        assert (source, said) == (sources()[name], meaning)
+        default = getattr(Assumptions(), name)
+        shown = float(value.removesuffix(" GiB").replace(",", "")) * (GIB if value.endswith("GiB") else 1)
+        assert shown == pytest.approx(default), name
+
+
+# ---- the recipes ---------------------------------------------------------------------------------
+# ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""Server and trainer in turns on the same memory: the order of calls, against a fake server and a real one on a CPU."""
+"""Server and trainer in turns on the same memory: the order of calls, against a fake server and a
+real one on a CPU.
+"""
 
 from __future__ import annotations
 
