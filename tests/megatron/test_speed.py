@@ -26,7 +26,7 @@ from lopd.megatron.optimizer import optimizer_config
 from lopd.megatron.trainer import ddp_config
 from lopd.planning.known_models import KNOWN_MODELS
 from tests.megatron.launch import run_ranks as run_tests_ranks
-from tests.megatron.speed_cases import four_ranks
+from tests.megatron.speed_cases import four_ranks, fused_gradients
 from tests.models import write_qwen3_moe
 
 KERNELS = {
@@ -107,6 +107,15 @@ def test_weight_gradients_are_fused_without_apex() -> None:
     assert fuse_weight_gradients(torch.nn.Sequential(linear, torch.nn.Sequential(other))) == 1
     assert linear.fuse_wgrad_accumulation is True
     assert not hasattr(other, "fuse_wgrad_accumulation")
+
+
+def test_megatron_adds_no_fused_gradient_a_second_time() -> None:
+    """What Megatron-Core's DistributedDataParallel makes of a layer that has added its gradient
+    itself, as Transformer Engine's do.
+    """
+    [found] = run_tests_ranks(fused_gradients, 1)
+    assert found["fused"] == pytest.approx(found["plain"], rel=1e-6)
+    assert found["silent"] != pytest.approx(found["plain"], rel=0.5), "control: without the mark it adds what autograd was given"
 
 
 # ---- recompute and overlap -----------------------------------------------------------------------

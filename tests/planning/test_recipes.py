@@ -61,7 +61,9 @@ def test_the_papers_settings(name: str) -> None:
 
 
 def test_how_it_samples_decides_a_result_and_how_fast_it_updates_does_not() -> None:
-    """A stage that was made with deterministic sampling is not reused without it, and the other way."""
+    """A stage that was made with deterministic sampling is not reused without it, and the other
+    way.
+    """
     decides = result_keys(recipe("qwen3_30b_a3b"), ("sglang", "sft", "sync", "launch"))
     assert decides["sglang.deterministic"] is False
     for name in ("sft.threads_per_rank", "sglang.max_running_requests", "sync.colocate", "launch.device"):
