@@ -108,7 +108,10 @@ evaluate_math() {
 }
 
 # How the paper's models are served for the benchmarks.
-serving=(sglang.tensor=2 sglang.replicas=4 sglang.max_running_requests=64 sglang.request_timeout_s=7200)
+serving=(
+    sglang.tensor=2 sglang.replicas=4 sglang.max_running_requests=64 sglang.request_timeout_s=7200
+    sglang.deterministic=false # as in the recipes; a mean over 32 samples does not rest on seeds
+)
 
 # The whole of a recipe with the paper's prompts.
 run_math_recipe() {
