@@ -8,7 +8,9 @@
 #   run        lopd run: every stage, from demonstrations to the exported model; the same command goes on after a kill
 #   evaluate   the benchmarks at the paper's length, for the student before and after
 #
-# Arguments of a recipe are steps (--only check,plan) and overrides (distill.num_steps=4). LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
+# Arguments of a recipe are steps (--only check,plan) and overrides (distill.num_steps=4). Those of
+# sglang, evaluate and launch hold for the last step too, but for sglang.context_length, which follows
+# its prompts there. LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hub_offline=${HF_HUB_OFFLINE-0}
@@ -40,10 +42,18 @@ say() { printf '== %s\n' "$*"; }
 read_arguments() {
     steps=check,fetch,prompts,plan,run,evaluate
     overrides=("run.dir=$runs/$recipe")
+    evaluating=()
     while [ $# -gt 0 ]; do
         case $1 in
             --only) steps=${2:?--only needs steps, for example check,plan}; shift 2 ;;
-            *=*) overrides+=("$1"); shift ;;
+            *=*)
+                overrides+=("$1")
+                case $1 in
+                    sglang.context_length=*) ;;
+                    sglang.* | evaluate.* | launch.*) evaluating+=("$1") ;;
+                esac
+                shift
+                ;;
             *) echo "usage: bash $0 [--only check,fetch,prompts,plan,run,evaluate] [key=value ...]" >&2; exit 2 ;;
         esac
     done
@@ -91,13 +101,17 @@ evaluate_math() {
             format=${benchmark%% *}
             say "$format, $model"
             lopd evaluate --model "$runs/$recipe/$model/model" --prompts "$(lopd fetch --path "${benchmark#* }")" --format "$format" --task math \
-                --preset paper_math --out "$runs/$recipe-$format-$model" "${serving[@]}"
+                --preset paper_math --out "$runs/$recipe-$format-$model" \
+                "${serving[@]}" ${evaluating[@]+"${evaluating[@]}"}
         done
     done
 }
 
 # How the paper's models are served for the benchmarks.
-serving=(sglang.tensor=2 sglang.replicas=4 sglang.max_running_requests=64 sglang.request_timeout_s=7200)
+serving=(
+    sglang.tensor=2 sglang.replicas=4 sglang.max_running_requests=64 sglang.request_timeout_s=7200
+    sglang.deterministic=false # as in the recipes; a mean over 32 samples does not rest on seeds
+)
 
 # The whole of a recipe with the paper's prompts.
 run_math_recipe() {

@@ -188,7 +188,7 @@ def _plan(config: Config, facts: Facts) -> Plan | LopdError:
     """What the run needs, on the GPUs that are here, or on what it was written for where there are none."""
     first = facts.gpus[0] if facts.gpus else None
     known = gpu_of_device(first.name if first else "NVIDIA H100 80GB HBM3")
-    gpu = known if first is None else Gpu(first.name, first.memory, known.flops, known.bandwidth)
+    gpu = known if first is None else Gpu(first.name, first.memory, known.flops, known.bandwidth, known.link)
     try:
         return make_plan(config, planned_models(config, {}), Node(gpu, gpus_needed(config), facts.host_memory, 2**60), Assumptions(), build=False)
     except LopdError as error:
@@ -201,7 +201,15 @@ def gpus_needed(config: Config) -> int:
     return max(ranks_of_a_node(config.sft), ranks_of_a_node(config.distill), servers)
 
 
+def _on_cpu(config: Config, facts: Facts) -> bool:
+    """A trial on a CPU was asked for: what a GPU needs is not looked for."""
+    return config.launch.device == "cpu" and not facts.gpus
+
+
 def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
+    if _on_cpu(config, facts):
+        yield "none is needed: launch.device is cpu"
+        return
     needed = gpus_needed(config)
     if len(facts.gpus) < needed:
         found = f"{len(facts.gpus)} GPUs" + (f" ({facts.gpus_problem})" if facts.gpus_problem else "")
@@ -220,6 +228,9 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str
 
 def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
     """The plan's verdict for the GPUs and the memory that are here."""
+    if _on_cpu(config, facts):
+        yield "not judged: the plan is one of GPUs, and launch.device is cpu"
+        return
     if plan is None:
         return
     relevant = [problem for problem in plan.problems if "wants" not in problem.what]
@@ -252,6 +263,9 @@ def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str
 
 
 def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
+    if _on_cpu(config, facts):
+        yield "none is needed: launch.device is cpu"
+        return
     if facts.cuda is None:
         yield ConfigError("the installed torch has no CUDA", where="torch", remedy="use the image (docker/), or install requirements for a GPU")
         return
@@ -265,7 +279,7 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Iterator[s
 
 
 def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    shm = SHM_PER_GPU * gpus_needed(config)
+    shm = 0 if _on_cpu(config, facts) else SHM_PER_GPU * gpus_needed(config)
     if facts.shm < shm:
         remedy = "in a container: --ipc=host, or --shm-size"
         yield ConfigError(f"shared memory of {facts.shm / _GIB:.2f} GiB", where="/dev/shm", limit=f"{shm / _GIB:.0f} GiB", remedy=remedy)
@@ -274,7 +288,7 @@ def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Iterator[s
     if 0 <= facts.open_files < OPEN_FILES:
         yield ConfigError(f"{facts.open_files} open files", where="ulimit -n", limit=str(OPEN_FILES), remedy="raise the hard limit (ulimit -n)")
     offload = any(getattr(config, name).megatron.get("optimizer_cpu_offload") for name in TRAINED)
-    if offload and facts.locked_memory >= 0:
+    if offload and facts.locked_memory >= 0 and not _on_cpu(config, facts):
         what = f"only {facts.locked_memory / 2**20:.0f} MiB of memory may be pinned; an offloaded optimizer pins hundreds of GiB"
         yield ConfigError(what, where="ulimit -l", remedy="in a container: --ulimit memlock=-1")
 

@@ -22,14 +22,15 @@ def training_settings(config: Config) -> SGLangSection:
 
 
 def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigError]:
-    """Why server and trainer cannot take turns as configured; nothing where they need not. on_gpu: of this machine; None: it will be another."""
+    """Why server and trainer cannot take turns as configured; nothing where they need not. on_gpu:
+    of this machine; None: it will be another.
+
+    On a CPU they can, for a trial: sglang_rollout.cpu.memory stands for torch_memory_saver.
+    """
     if not config.sync.colocate:
         return
     away = "set sync.colocate=false"
-    if on_gpu is False:
-        what = "SGLang gives no memory back on a CPU: it does so through torch_memory_saver, which is CUDA's alone"
-        yield ConfigError(what, where="sync.colocate", limit="a GPU", remedy=away)
-    elif on_gpu and importlib.util.find_spec("torch_memory_saver") is None:
+    if on_gpu and importlib.util.find_spec("torch_memory_saver") is None:
         yield ConfigError("torch_memory_saver is not installed", where="sync.colocate", remedy=f"pip install torch-memory-saver, or {away}")
     if config.sglang.student_urls:
         what = "only servers that lopd starts, on this machine, make room for the trainer"

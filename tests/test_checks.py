@@ -249,6 +249,12 @@ def test_a_port_that_is_taken_matters_to_the_stages_that_serve(config: Path, lop
 SERVER, ANOTHER = "http://127.0.0.1:30001", "http://127.0.0.1:30002"
 
 
+def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> None:
+    many = ("sft.parallel={ranks=64}", f"sglang.replicas={2 * CORES}")
+    assert len(wrong(config, *many)) == 2
+    assert wrong(config, *many, "launch.device=cpu") == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
@@ -267,7 +273,6 @@ SERVER, ANOTHER = "http://127.0.0.1:30001", "http://127.0.0.1:30002"
         (["sync.host=192.0.2.1", "sync.transport=distributed"], ["sync.host = 192.0.2.1: no network interface of this machine has it"]),
         ([f"sglang.replicas={2 * CORES}"], [f"sglang.replicas = {2 * CORES}; limit: {CORES} CPU cores; remedy: set sglang.replicas={CORES} or fewer"]),
         (["sglang.tensor=2", f"sglang.replicas={2 * CORES}"], [f"remedy: set sglang.replicas={CORES // 2} or fewer"] if CORES > 1 else []),
-        (["sync.colocate=true", "distill.sync_every=1"], ["sync.colocate: SGLang gives no memory back on a CPU", "limit: a GPU; remedy: set sync.colocate"]),
         (["score.top_k=33"], ["score.top_k = 33; limit: the teacher's vocabulary: 32; remedy: lower score.top_k"]),
     ],
     ids=str,

@@ -53,6 +53,16 @@ def test_a_node_that_has_everything(config: Config, tmp_path: Path) -> None:
     assert wrong(config, facts_of(config, tmp_path, versions=fitting)) == []
 
 
+def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> None:
+    """It is asked for by launch.device; on a machine with GPUs nothing changes."""
+    bare = facts_of(config, tmp_path, gpus=(), gpus_problem="none", host_memory=24 * 2**30, shm=2**30, cuda=None, locked_memory=0)
+    assert {name for name, _ in wrong(config, bare)} >= {"GPUs", "memory", "driver", "limits"}
+    trial = config.model_copy(update={"launch": config.launch.model_copy(update={"device": "cpu"})})
+    assert wrong(trial, bare) == []
+    with_gpus = facts_of(config, tmp_path, gpus=(H100,) * 7)
+    assert [name for name, _ in wrong(trial, with_gpus)] == ["GPUs"]
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "expected"),
     [

@@ -15,6 +15,7 @@ Finding = str | LopdError  # what was found right, or what is wrong
 Shapes: TypeAlias = Mapping[str, Architecture]  # of the models that are known, by role: teacher, student, teachers.DOMAIN
 ALL_STAGES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate", "export")
 CORES = "CPU cores"
+NO_LIMIT = 2**31  # of processes that share the cores of a machine
 ROLES = ("teacher", "student")
 
 
@@ -59,7 +60,16 @@ def refusal(check: Callable[[], object]) -> Iterator[LopdError]:
         yield error
 
 
+def devices_for(config: Config) -> tuple[int, str]:
+    """As devices, but without a limit of processes where the configuration asks for a trial on a
+    CPU, whose cores they share.
+    """
+    most, unit = devices()
+    return (NO_LIMIT if unit == CORES and config.launch.device == "cpu" else most), unit
+
+
 def devices() -> tuple[int, str]:
+    """How many processes this machine can run at once, and by what."""
     import torch
 
     if torch.cuda.is_available():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lopd import processes
 from lopd.checks.combinations import serves_beside
-from lopd.checks.findings import CORES, Finding, Shapes, architecture_of, devices, refusal, shapes_of
+from lopd.checks.findings import CORES, Finding, Shapes, architecture_of, devices_for, refusal, shapes_of
 from lopd.config import Config
 from lopd.errors import ConfigError, EngineError, LopdError
 
@@ -67,7 +67,7 @@ def _machine_problems(config: Config) -> Iterator[LopdError]:
     from sglang_rollout.addresses import interface_of
 
     settings = config.sglang
-    limit, unit = devices()
+    limit, unit = devices_for(config)
     if settings.tensor * settings.data * settings.replicas > limit:
         several = [name for name in ("tensor", "data", "replicas") if getattr(settings, name) > 1]
         what = " x ".join(f"sglang.{name} = {getattr(settings, name)}" for name in several)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lopd.cache.reader import CacheReader
-from lopd.checks.findings import Finding, architecture_of, attempt, devices
+from lopd.checks.findings import Finding, architecture_of, attempt, devices_for
 from lopd.config import Config, ForwardSection, TrainSection
 from lopd.errors import ConfigError
 from lopd.megatron.architecture import Architecture, context_problems, layout_problems, scorer_problems
@@ -19,7 +19,7 @@ def layouts(config: Config) -> Iterator[Finding]:
     architecture = architecture_of(config, "student")
     for name, section in (("sft", config.sft), ("distill", config.distill)):
         problems = [] if architecture is None else [*layout_problems(architecture, section.parallel, where=f"{name}.parallel")]
-        problems += _oversized(name, section, _longest(config, name))
+        problems += _oversized(name, section, _longest(config, name), devices_for(config))
         yield from problems
         if not problems:
             parallel = section.parallel
@@ -45,12 +45,18 @@ def scorer(config: Config) -> Iterator[Finding]:
     """The chosen engine gives what is asked of it, and the teacher divides by the layout of its ranks."""
     engine, forward = config.score.engine, config.score.forward
     problems: list[Finding] = [*scorer_problems(config.score, architecture_of(config, "teacher"))]
-    problems += _oversized("score.forward", forward, config.sglang.context_length) if engine == "megatron" else []
+    if engine == "megatron":
+        problems += _oversized("score.forward", forward, config.sglang.context_length, devices_for(config))
     yield from problems or [engine]
 
 
-def _oversized(name: str, section: TrainSection | ForwardSection, context_length: int) -> Iterator[ConfigError]:
-    most, unit = devices()
+def _oversized(
+    name: str,
+    section: TrainSection | ForwardSection,
+    context_length: int,
+    machine: tuple[int, str],
+) -> Iterator[ConfigError]:
+    most, unit = machine
     yield from context_problems(section.parallel, section.dtype, where=f"{name}.parallel")
     if section.parallel.ranks > most * section.parallel.nodes:
         what = f"{name}.parallel.ranks = {section.parallel.ranks}" + (f" on {section.parallel.nodes} nodes" if section.parallel.nodes > 1 else "")

@@ -23,7 +23,10 @@ class SGLangSection(Section):
     max_in_flight: int = Field(default=128, ge=1, description="Requests the client keeps open at once with each server.", json_schema_extra=SPEED_ONLY)
     mem_fraction: float = Field(default=0.8, gt=0, lt=1, description="Share of device memory for weights and KV cache.", json_schema_extra=SPEED_ONLY)
     max_total_tokens: int | None = Field(default=None, ge=64, description="KV cache size in tokens; absent: from mem_fraction.", json_schema_extra=SPEED_ONLY)
-    deterministic: bool = Field(default=True, description="Deterministic inference: a request's seed fixes its response.")
+    deterministic: bool = Field(
+        default=True,
+        description="A request's seed fixes its response. On a GPU sampling takes about twice as long (docs/sglang.md): the recipes set false.",
+    )
     host: str = Field(default="127.0.0.1", description="Address that servers listen on; wider than loopback only where asked.", json_schema_extra=SPEED_ONLY)
     port: int | None = Field(
         default=None, ge=1, le=_LAST_PORT, description="Port of the first server, the next has the next; absent: free ones.", json_schema_extra=SPEED_ONLY

@@ -46,7 +46,11 @@ class LaunchSection(Section):
         description="Jobs that share the prompts of demonstrate, rollout and score, each with servers of its own.",
         json_schema_extra=SPEED_ONLY,
     )
-    device: Literal["gpu", "cpu"] = Field(default="gpu", description="What jobs ask for: GPUs, or cores alone.", json_schema_extra=SPEED_ONLY)
+    device: Literal["gpu", "cpu"] = Field(
+        default="gpu",
+        description="What jobs ask for: GPUs, or cores alone. With cpu, lopd doctor looks for no GPU, and on a CPU ranks may share cores (a trial).",
+        json_schema_extra=SPEED_ONLY,
+    )
     retries: int = Field(default=2, ge=0, description="How often a failed job is submitted again by the cluster.", json_schema_extra=SPEED_ONLY)
     image: str | None = Field(
         default=None, description="Container image of the jobs. Absent: this environment, at the same path on every node.", json_schema_extra=SPEED_ONLY

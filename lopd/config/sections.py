@@ -109,7 +109,12 @@ class ForwardSection(Section):
         default=16384, ge=8, description="Token budget of a packed microbatch, per data rank: context ranks share it.", json_schema_extra=SPEED_ONLY
     )
     timeout_s: float = Field(default=600, gt=0, description="Seconds a collective may wait for a lost rank.", json_schema_extra=SPEED_ONLY)
-    threads_per_rank: int = Field(default=1, ge=1, description="CPU threads of a rank (ignored on a GPU).", json_schema_extra=SPEED_ONLY)
+    threads_per_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of a rank. Absent: 1.",
+        json_schema_extra=SPEED_ONLY,
+    )
 
 
 class ScoreSection(Section):
@@ -151,7 +156,10 @@ class TrainSection(Section):
     batch_size: int = Field(default=256, ge=1, description="Responses per step, over all ranks.")
     max_tokens_per_microbatch: int = Field(default=16384, ge=8, description="Token budget of a packed microbatch, per data rank: context ranks share it.")
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="Number format of weights and activations.")
-    recompute: Literal["none", "selective", "full"] = Field(default="none", description="Activations recomputed in the backward pass.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="Computed again in the backward pass. selective: experts or MLP (on a GPU in bfloat16), else attention; full: whole layers.",
+    )
     moe_aux_loss: float = Field(default=0.0, ge=0, description="Coefficient of the load-balancing loss.")
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="Any other field of Megatron-Core's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig, by name."
@@ -162,7 +170,12 @@ class TrainSection(Section):
         default=False, description="Write checkpoints while training goes on, from a copy in host memory.", json_schema_extra=SPEED_ONLY
     )
     timeout_s: float = Field(default=600, gt=0, description="Seconds a collective may wait for a lost rank.", json_schema_extra=SPEED_ONLY)
-    threads_per_rank: int = Field(default=1, ge=1, description="CPU threads of a rank (ignored on a GPU).", json_schema_extra=SPEED_ONLY)
+    threads_per_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of a rank. Absent: 1, or its share of the machine's cores where the optimizer is offloaded to the CPU.",
+        json_schema_extra=SPEED_ONLY,
+    )
     log_every: int = Field(default=1, ge=1, description="Steps between lines on screen.", json_schema_extra=SPEED_ONLY)
 
 

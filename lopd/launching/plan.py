@@ -145,5 +145,5 @@ def _machine(stage: str, config: Config) -> tuple[int, int, int]:
     devices = 0 if stage == "export" else max(ranks, servers if serves else 0)
     if config.launch.device == "gpu":
         return devices, max(4, 8 * devices), nodes
-    threads = max((section.threads_per_rank for section in sections), default=1)
+    threads = max((section.threads_per_rank or 1 for section in sections), default=1)
     return 0, max(1, ranks * threads, servers if serves else 0), nodes

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from lopd import errors
 from lopd.artifacts import remove_folder
+from lopd.config import ForwardSection, TrainSection
 from lopd.errors import EXIT_CODE, LopdError, TrainingError
 from lopd.megatron.lost_nodes import COLLECTIVE, ERROR_SUFFIX, HEARTBEATS_SUFFIX, forget_others, lost_peer, state_of_others
 from lopd.megatron.nodes import ANNOUNCEMENT, NODE, Node, interface_towards, own_address
@@ -80,8 +81,7 @@ def run_ranks(
         ERROR_FILE: str(error_file),
         HEARTBEATS: str(watch.folder),
     }
-    if not any(Path(device).exists() for device in _GPUS):
-        environment.setdefault("TORCHDYNAMO_DISABLE", "1")  # on a CPU nothing of Megatron's is compiled, and to import the compiler takes a rank a second
+    environment = {**device_environment(on_gpu=any(Path(device).exists() for device in _GPUS)), **environment}
     if node is not None:
         interface = interface_towards(own_address(environment) if join is None else join[0])
         environment |= {NODE: node.text, ANNOUNCEMENT: str(log.with_name(ANNOUNCEMENT_FILE)), "GLOO_SOCKET_IFNAME": interface}
@@ -117,6 +117,33 @@ def run_ranks(
             what = f"{found.what}; {state_of_others(log, node, MISSED_BEATS * BEAT_S)}"
             found = TrainingError(what, where=found.where, limit=found.limit, remedy=found.remedy)
         raise found
+
+
+def device_environment(*, on_gpu: bool) -> dict[str, str]:
+    """Variables of a rank that follow the device; those that the user has set win.
+
+    On a GPU kernels run in the order in which they are called (CUDA_DEVICE_MAX_CONNECTIONS):
+    Megatron-Core starts an exchange between tensor ranks and then a product that is to run
+    meanwhile, which otherwise may take the GPU first. Newer GPUs than Hopper do not need it. Only
+    Megatron's FSDP wants another value, and that is refused (lopd.megatron.overrides). On a CPU
+    nothing of Megatron's is compiled, and to import the compiler takes a rank a second.
+    """
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {"TORCHDYNAMO_DISABLE": "1"}
+
+
+def threads_of(settings: TrainSection | ForwardSection) -> int:
+    """CPU threads of a rank: those of threads_per_rank, else one; but where the CPU updates the
+    weights, this rank's share of the cores.
+
+    One thread updates about 2.7e8 weights a second (docs/plan.md), so with one a step of a large
+    model would wait for it.
+    """
+    if settings.threads_per_rank is not None:
+        return settings.threads_per_rank
+    if not (isinstance(settings, TrainSection) and settings.megatron.get("optimizer_cpu_offload")):
+        return 1
+    here = settings.parallel.ranks // settings.parallel.nodes
+    return max(1, len(os.sched_getaffinity(0)) // here)
 
 
 class _Watch:

@@ -19,6 +19,7 @@ from lopd.config import ParallelSection
 from lopd.errors import ConfigError
 from lopd.megatron import parallel as ranks
 from lopd.megatron.architecture import Architecture, validate_layout
+from lopd.megatron.fusions import engine_fusions, fuse_weight_gradients
 from lopd.megatron.hf_mapping import hf_shapes
 from lopd.megatron.logprobs import token_logprobs
 from lopd.megatron.overrides import build
@@ -67,7 +68,8 @@ def build_model(
     """This rank's part of the model on its device, in training mode, with arbitrary weights (load_hf or init_random come next).
 
     A GPTModel, in Megatron's Float16Module where dtype is bfloat16; ``model.config`` is its TransformerConfig, with calculate_per_token_loss set: losses are
-    sums, and finalize_model_grads divides by the number of items. recompute: none, selective (attention) or full. moe_aux_loss: coefficient of the
+    sums, and finalize_model_grads divides by the number of items. recompute: none, selective
+    (selective_modules) or full. moe_aux_loss: coefficient of the
     load-balancing loss. overrides: fields of TransformerConfig that win over ours (lopd.megatron.overrides).
     ConfigError: the layout does not divide the model or needs Transformer Engine where it is not, or Megatron-Core refuses the settings.
     """
@@ -91,6 +93,8 @@ def build_model(
         rope_scaling_factor=arch.rope_factor,
     ).to(ranks.device())
     model.train()
+    if uses_engine(dtype) and (overrides or {}).get("gradient_accumulation_fusion", True):
+        fuse_weight_gradients(model)
     return Float16Module(config, model) if dtype == "bfloat16" else model
 
 
@@ -119,7 +123,9 @@ def context_problems(parallel: ParallelSection, dtype: str, *, where: str = "par
 def transformer_config(
     arch: Architecture, *, parallel: ParallelSection, dtype: str, recompute: str, moe_aux_loss: float, overrides: Mapping[str, Any] | None = None
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of this architecture. Fusions that need Apex or Transformer Engine are off."""
+    """Megatron-Core's configuration of this architecture. The local layers get no fused kernels;
+    Transformer Engine's, see fusions.py.
+    """
     settings: dict[str, Any] = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -171,8 +177,10 @@ def transformer_config(
             "moe_aux_loss_coeff": moe_aux_loss,
             "moe_grouped_gemm": uses_engine(dtype),  # one product for all experts of a rank
         }
+    if uses_engine(dtype):
+        settings |= engine_fusions(arch)
     if recompute == "selective":
-        settings |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        settings |= {"recompute_granularity": "selective", "recompute_modules": selective_modules(arch, engine=uses_engine(dtype))}
     elif recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = build(TransformerConfig, {**settings, **(overrides or {})})
@@ -183,6 +191,19 @@ def transformer_config(
         config.yarn_mscale = config.yarn_mscale_all_dim = None  # queries and keys times 0.1 ln(factor) + 1
         config.yarn_correction_range_round_to_int = arch.yarn.truncate
     return config
+
+
+def selective_modules(arch: Architecture, *, engine: bool) -> list[str]:
+    """What recompute = "selective" computes again: where the most memory is for the least time.
+
+    Transformer Engine's attention keeps next to nothing, so there it is the feed-forward part: with
+    experts most of what a layer keeps, for a third of a forward pass's operations (Qwen3-30B-A3B at
+    8,000 tokens) and the experts' exchange. The local attention does keep its scores, and is
+    computed again.
+    """
+    if not engine:
+        return ["core_attn"]
+    return ["moe"] if arch.num_experts else ["mlp"]
 
 
 def init_random(model: Any, arch: Architecture, *, std: float, seed: int) -> None:

@@ -55,6 +55,9 @@ def optimizer_config(section: OptimizerSection, *, dtype: torch.dtype, distribut
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,
         "use_distributed_optimizer": distributed,
+        # gradients go to the host while the CPU updates the weights that came before them; read
+        # only where the optimizer is offloaded
+        "overlap_cpu_optimizer_d2h_h2d": True,
     }
     return build(OptimizerConfig, {**settings, **(overrides or {})})
 

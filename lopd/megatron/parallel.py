@@ -109,6 +109,10 @@ def data_context_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def data_context_size() -> int:
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
 def speaks_for_data_rank() -> bool:
     """True on one of the ranks that are given the same microbatches, on the last pipeline stage: what belongs to a microbatch is counted there, once."""
     return is_last_stage() and tensor_rank() == 0 and context_rank() == 0

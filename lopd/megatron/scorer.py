@@ -31,7 +31,7 @@ from lopd.batching import refuse_too_long
 from lopd.config import ForwardSection
 from lopd.errors import ConfigError, DataError, EngineError, LopdError
 from lopd.megatron.architecture import read_architecture, validate_layout
-from lopd.megatron.launch import run_ranks
+from lopd.megatron.launch import run_ranks, threads_of
 from lopd.records import Ints, TeacherScores, token_hash
 
 AHEAD = 2  # chunks that are written while another is scored
@@ -174,7 +174,7 @@ class MegatronScorer:
                 "lopd.megatron.scorer_worker",
                 [str(self._spool)],
                 ranks=settings.parallel.ranks,
-                threads_per_rank=settings.threads_per_rank,
+                threads_per_rank=threads_of(settings),
                 log=self._log,
                 timeout_s=settings.timeout_s,
                 stop=self._stop,

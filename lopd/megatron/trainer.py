@@ -110,7 +110,8 @@ class Trainer:
         if settings.optimizer.freeze_router:
             _freeze_routers(self.module)
         distributed = settings.parallel.distributed_optimizer
-        self.model = DistributedDataParallel(self.module.config, ddp_config(distributed, overrides.distributed), self.module)
+        overlap = torch.cuda.is_available() and parallel.data_context_size() > 1  # on a CPU there is no second queue of work to overlap with
+        self.model = DistributedDataParallel(self.module.config, ddp_config(distributed, overrides.distributed, overlap=overlap), self.module)
         self.optimizer = Optimizer(
             settings.optimizer,
             self.model,
@@ -322,9 +323,13 @@ class Trainer:
         return Trained(self.module, self.architecture, self.optimizer.megatron)
 
 
-def ddp_config(distributed: bool, overrides: Mapping[str, Any]) -> DistributedDataParallelConfig:
-    """Gradients are added up in float32, unless the overrides say otherwise. ConfigError where Megatron-Core refuses it."""
-    return build(DistributedDataParallelConfig, {"grad_reduce_in_fp32": True, "use_distributed_optimizer": distributed, **overrides})
+def ddp_config(distributed: bool, overrides: Mapping[str, Any], *, overlap: bool = False) -> DistributedDataParallelConfig:
+    """Gradients are added up in float32, unless the overrides say otherwise. overlap: those of
+    layers that are done are exchanged between data ranks while the backward pass goes on.
+    ConfigError where Megatron-Core refuses it.
+    """
+    ours = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
+    return build(DistributedDataParallelConfig, {**ours, **overrides})
 
 
 def _freeze_routers(module: Any) -> None:

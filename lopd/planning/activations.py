@@ -12,23 +12,36 @@ from lopd.megatron.architecture import Architecture
 
 WORK_SHARE = 0.5  # gradients of a layer's activations, over what it keeps: the layer whose backward pass runs needs so much more
 ROUTER_BYTES = 11  # per token and expert: logits, probabilities, chosen or not
+PERMUTATION_BYTES = 8  # per token and expert: where Transformer Engine's fused permutation puts it (two numbers of 32 bits)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerActivations:
-    """Bytes per token and rank. experts: the part that grows with the tokens an expert rank is given. boundary: the layer's input alone."""
+    """Bytes per token and rank. attention: norms and attention. feed_forward: the MLP or the
+    router. experts: the part that grows with the tokens an expert rank is given. boundary: the
+    layer's input alone.
+    """
 
-    shared: float
+    attention: float
+    feed_forward: float
     experts: float
     boundary: float
 
     def kept(self, imbalance: float) -> float:
-        """imbalance: tokens of the busiest expert rank over the mean."""
-        return self.shared + self.experts * imbalance
+        """Without recompute. imbalance: tokens of the busiest expert rank over the mean."""
+        return self.attention + self.recomputed(imbalance)
+
+    def recomputed(self, imbalance: float) -> float:
+        """What selective recompute of Transformer Engine's layers does not keep
+        (lopd.megatron.model.selective_modules).
+        """
+        return self.feed_forward + self.experts * imbalance
 
 
 def layer_activations(arch: Architecture, *, tensor: int, size: int, engine: bool) -> LayerActivations:
-    """size: bytes of a number (2 or 4). engine: Transformer Engine's norms; torch's keep float32 copies of bfloat16 inputs."""
+    """size: bytes of a number (2 or 4). engine: Transformer Engine's norms (torch's keep float32
+    copies of bfloat16 inputs) and fused kernels.
+    """
     hidden, queries, keys = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     # two norms: input, (normalised input,) output. Of bfloat16 torch's norm keeps the first two in float32.
     copies = 2 * size if engine else (3 * size if size == 4 else 2 * 4 + size)
@@ -38,11 +51,13 @@ def layer_activations(arch: Architecture, *, tensor: int, size: int, engine: boo
         attention += (size * queries if engine or size == 4 else 4 * (queries + keys)) + (0 if engine else 4 * (queries + keys))
     attention += size * (queries + keys) + size * queries  # rotated queries and keys; what attention gives
     rotary = size * 4 * arch.head_dim
-    mlp, experts = 0.0, 0.0
+    feed_forward, experts = 0.0, 0.0
+    # Of an MLP: both halves, SiLU, its product with the other half (of experts once more with the
+    # probability); fused, both halves and the product.
     if arch.num_experts:
-        chosen = arch.experts_per_token
-        experts = size * chosen * (hidden + 6 * arch.moe_ffn_hidden_size)  # permuted input; both halves, SiLU, other half, product, weighted product
-        attention += ROUTER_BYTES * arch.num_experts
+        parts = 3 if engine else 6
+        experts = size * arch.experts_per_token * (hidden + parts * arch.moe_ffn_hidden_size)  # the permuted input, and those
+        feed_forward = float((ROUTER_BYTES + (PERMUTATION_BYTES if engine else 0)) * arch.num_experts)
     else:
-        mlp = size * 5.0 * arch.ffn_hidden_size
-    return LayerActivations(shared=(attention + mlp) / tensor + rotary, experts=experts / tensor, boundary=size * hidden / tensor)
+        feed_forward = size * (3.0 if engine else 5.0) * arch.ffn_hidden_size
+    return LayerActivations(attention / tensor + rotary, feed_forward / tensor, experts / tensor, boundary=size * hidden / tensor)

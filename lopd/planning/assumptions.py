@@ -13,23 +13,41 @@ from lopd.errors import ConfigError
 _GIB = 2**30
 
 
-def _say(default: float, meaning: str) -> float:
-    value: float = field(default=default, metadata={"meaning": meaning})
+def _say(default: float, meaning: str, source: str = "assumed") -> float:
+    """source: fitted to the paper's published hours, published by others, measured, read in
+    sources, of a data sheet, or assumed.
+    """
+    value: float = field(default=default, metadata={"meaning": meaning, "source": source})
     return value
 
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Rates per GPU, shares and bytes. The utilisations are those of the paper's own 8B run, the only one whose GPU hours are published."""
+    """Rates per GPU, shares and bytes; docs/plan.md says of each whether it is measured, published,
+    or assumed.
+    """
 
     # how fast
-    dense_utilisation: float = _say(0.22, "training of a dense model: operations done, repeated ones included, over the GPU's bfloat16 peak")
-    moe_utilisation: float = _say(0.12, "the same with experts: users report 120 TFLOP/s per H100 for Qwen3-30B-A3B, NVIDIA 205")
-    prefill_utilisation: float = _say(0.35, "scoring by a dense teacher: operations of the forward pass over the peak")
+    dense_utilisation: float = _say(0.22, "training of a dense model: operations done, repeated ones included, over the GPU's bfloat16 peak", "fitted")
+    moe_utilisation: float = _say(
+        0.32,
+        "the same with experts, without the GPUs' exchanges: NVIDIA's 277 TFLOP/s per H100 for Qwen3-30B-A3B, less its exchange",
+        "published",
+    )
+    link_efficiency: float = _say(0.7, "exchanges between the GPUs of a node: bytes over what the link could carry")
+    expert_slowdown: float = _say(1.15, "experts' products and exchanges wait for the busiest rank: its tokens over the mean")
+    prefill_utilisation: float = _say(0.35, "scoring by a dense teacher: operations of the forward pass over the peak", "fitted")
     moe_prefill_utilisation: float = _say(0.15, "the same with experts")
-    decode_efficiency: float = _say(0.31, "sampling: tokens over those of the memory roofline (weights and KV cache read once a step), tails included")
-    extra_forward_passes: float = _say(0, "forward passes of a training step besides the one that is differentiated (the paper's code: 2)")
-    cpu_adam_rate: float = _say(5e9, "parameters per second that all CPU cores of a node update, with the way there and back, where the optimizer is offloaded")
+    decode_efficiency: float = _say(
+        0.31, "sampling: tokens over those of the memory roofline (weights and KV cache read once a step), tails included", "fitted"
+    )
+    extra_forward_passes: float = _say(0, "forward passes of a training step besides the one that is differentiated (the paper's code: 2)", "read")
+    deterministic_slowdown: float = _say(2.0, "sampling with sglang.deterministic on a GPU takes so many times longer (1.5 to 2.5 by what it switches off)")
+    cpu_adam_rate: float = _say(2.7e8, "weights per second that one CPU thread updates, where the optimizer is offloaded", "measured")
+    node_cores: float = _say(96, "CPU cores of a node, shared by the ranks where threads_per_rank is absent (two sockets of 48)")
+    host_bandwidth: float = _say(4e11, "bytes per second of a node's memory: an update reads and writes 28 a weight")
+    host_link: float = _say(5e10, "bytes per second between a GPU and the host's memory (PCIe 5 with 16 lanes: 63e9)", "data sheet")
+    sync_rate: float = _say(2e9, "bytes of weights per second that a sync moves and verifies")
     startup_s: float = _say(180, "seconds before a stage computes: servers, process groups, loading")
     # how much text
     prompt_len: float = _say(200, "mean tokens of a prompt, chat template included")
@@ -44,12 +62,12 @@ class Assumptions:
     fragmentation: float = _say(0.06, "share of the allocated memory that the allocator cannot use")
     expert_imbalance: float = _say(1.5, "tokens of the busiest expert rank over the mean: its activations are as many times larger")
     served_runtime_bytes: float = _say(4.0 * _GIB, "a server's CUDA context, CUDA graphs, communicators and activations")
-    prefill_chunk: float = _say(8192, "tokens whose logits a server holds at once while it scores (SGLang's chunked prefill)")
+    logits_chunk: float = _say(2048, "tokens whose logits a server holds at once while it scores (SGLang 0.5.17's own limit)", "read")
     # memory of the machine, disk
     served_host_bytes: float = _say(8.0 * _GIB, "host memory of a server process")
     rank_host_bytes: float = _say(6.0 * _GIB, "host memory of a trainer's rank besides the offloaded optimizer and the samples")
-    bytes_per_token: float = _say(6.64, "cache on disk per response token, measured on a cache of this project")
-    sample_bytes_per_token: float = _say(13, "host memory per token of the samples that a trainer's rank holds: ids, mask, two log-probabilities")
+    bytes_per_token: float = _say(6.64, "cache on disk per response token, measured on a cache of this project", "measured")
+    sample_bytes_per_token: float = _say(13, "host memory per token of the samples that a trainer's rank holds: ids, mask, two log-probabilities", "measured")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -86,3 +104,8 @@ def read_assumptions(settings: Sequence[str]) -> Assumptions:
 def meanings() -> dict[str, str]:
     """Name -> one sentence."""
     return {each.name: each.metadata["meaning"] for each in dataclasses.fields(Assumptions)}
+
+
+def sources() -> dict[str, str]:
+    """Name -> where its value comes from, in a word or two; docs/plan.md says more."""
+    return {each.name: each.metadata["source"] for each in dataclasses.fields(Assumptions)}

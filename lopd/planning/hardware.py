@@ -12,24 +12,30 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """memory: bytes that a program can have (what nvidia-smi shows, not the name's round number). flops: dense bfloat16 peak. bandwidth: of memory."""
+    """memory: bytes that a program can have (what nvidia-smi shows, not the name's round number).
+    flops: dense bfloat16 peak. bandwidth: of memory.
+
+    link: between the GPUs of a node, into one of them: NVLink, or PCIe where there is none.
+    """
 
     name: str
     memory: int
     flops: float  # per second
     bandwidth: float  # bytes per second
+    link: float  # bytes per second
 
 
-# Peaks and bandwidths from NVIDIA's data sheets; memory as nvidia-smi reports it.
+# Peaks, bandwidths and links (half of what a data sheet adds up over both directions) from NVIDIA's
+# data sheets; memory as nvidia-smi reports it.
 GPUS = {
-    "h100-80gb": Gpu("h100-80gb", int(79.6 * _GIB), 989.4e12, 3.35e12),
-    "h100-94gb": Gpu("h100-94gb", int(93.6 * _GIB), 835e12, 3.9e12),
-    "h200-141gb": Gpu("h200-141gb", int(140.4 * _GIB), 989.4e12, 4.8e12),
-    "b200-180gb": Gpu("b200-180gb", int(178.4 * _GIB), 2250e12, 8.0e12),
-    "a100-80gb": Gpu("a100-80gb", int(79.3 * _GIB), 312e12, 2.04e12),
-    "a100-40gb": Gpu("a100-40gb", int(39.4 * _GIB), 312e12, 1.56e12),
-    "l40s-48gb": Gpu("l40s-48gb", int(45.0 * _GIB), 362e12, 0.86e12),
-    "rtx4090-24gb": Gpu("rtx4090-24gb", int(24.0 * _GIB), 165e12, 1.01e12),
+    "h100-80gb": Gpu("h100-80gb", int(79.6 * _GIB), 989.4e12, 3.35e12, 450e9),
+    "h100-94gb": Gpu("h100-94gb", int(93.6 * _GIB), 835e12, 3.9e12, 300e9),
+    "h200-141gb": Gpu("h200-141gb", int(140.4 * _GIB), 989.4e12, 4.8e12, 450e9),
+    "b200-180gb": Gpu("b200-180gb", int(178.4 * _GIB), 2250e12, 8.0e12, 900e9),
+    "a100-80gb": Gpu("a100-80gb", int(79.3 * _GIB), 312e12, 2.04e12, 300e9),
+    "a100-40gb": Gpu("a100-40gb", int(39.4 * _GIB), 312e12, 1.56e12, 300e9),
+    "l40s-48gb": Gpu("l40s-48gb", int(45.0 * _GIB), 362e12, 0.86e12, 32e9),
+    "rtx4090-24gb": Gpu("rtx4090-24gb", int(24.0 * _GIB), 165e12, 1.01e12, 32e9),
 }
 
 

@@ -11,6 +11,7 @@ from lopd.megatron.flops import active_matrix_weights, training_flops
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.hardware import Node
 from lopd.planning.memory import SIZES, MemoryUse, kv_bytes_per_token
+from lopd.planning.training import step_time
 
 # Rows of public data sets, by prompts.*.format: used where a file is not there and num_prompts is not given.
 PUBLIC_ROWS = {
@@ -21,15 +22,22 @@ PUBLIC_ROWS = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """seconds: wall clock. gpus: those that compute; the node is held as a whole. tokens: sampled, scored or trained on."""
+    """seconds: wall clock. gpus: those that compute; the node is held as a whole. tokens: sampled,
+    scored or trained on.
+
+    utilisation: the model's operations over the GPUs' peak while it trains (MFU); 0 of what is no
+    training.
+    """
 
     seconds: float
     gpus: int
     tokens: float
     flops: float
+    utilisation: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.seconds + other.seconds, max(self.gpus, other.gpus), self.tokens + other.tokens, self.flops + other.flops)
+        flops, used = self.flops + other.flops, max(self.utilisation, other.utilisation)
+        return Work(self.seconds + other.seconds, max(self.gpus, other.gpus), self.tokens + other.tokens, flops, used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,8 @@ def sampling_work(
         touched = 1 - idle * all_experts / parameters
     read = parameters * SIZES[settings.dtype] / settings.tensor * touched + batch * (assumed.prompt_len + mean_len / 2) * kv_bytes_per_token(arch, settings)
     matrices = 2.0 * active_matrix_weights(arch) * batch / settings.tensor
-    step_s = max(read / node.gpu.bandwidth, matrices / node.gpu.flops) / assumed.decode_efficiency
+    slower = assumed.deterministic_slowdown if settings.deterministic else 1.0
+    step_s = max(read / node.gpu.bandwidth, matrices / node.gpu.flops) / assumed.decode_efficiency * slower
     tokens = responses * mean_len
     seconds = assumed.startup_s + tokens / (batch * server.figures["copies"]) * step_s
     return Work(seconds, int(server.figures["gpus"]), tokens, forward_flops(arch, responses, assumed.prompt_len + mean_len))
@@ -110,17 +119,23 @@ def forward_flops(arch: Architecture, sequences: float, length: float) -> float:
 def training_work(
     arch: Architecture, settings: TrainSection, node: Node, assumed: Assumptions, *, num_steps: float, sequence_len: float, parameters: int
 ) -> Work:
-    """One forward and one backward pass per response (and what recompute repeats), and the optimizer where the CPU does it. Tokens: all that are processed."""
-    sequences = num_steps * settings.batch_size
-    forward = forward_flops(arch, sequences, sequence_len)
-    passes = 3 + assumed.extra_forward_passes + (1 if settings.recompute == "full" else 0)
-    utilisation = assumed.moe_utilisation if arch.num_experts else assumed.dense_utilisation
-    ranks = settings.parallel.ranks
-    seconds = assumed.startup_s + passes * forward / (ranks * node.gpu.flops * utilisation)
-    if settings.megatron.get("optimizer_cpu_offload"):
-        share = float(settings.megatron.get("optimizer_offload_fraction", 0.0))
-        seconds += num_steps * parameters * share / assumed.cpu_adam_rate
-    return Work(seconds, ranks, sequences * sequence_len, passes * forward)
+    """Steps of lopd.planning.training. Tokens: all that are processed."""
+    step = step_time(arch, settings, node, assumed, sequence_len=sequence_len, parameters=parameters)
+    used = step.model_flops / (step.seconds * settings.parallel.ranks * node.gpu.flops)
+    tokens = num_steps * settings.batch_size * sequence_len
+    return Work(assumed.startup_s + num_steps * step.seconds, settings.parallel.ranks, tokens, num_steps * step.flops, used)
+
+
+def sync_work(config: Config, weights: float, away: float, sampled: Work, assumed: Assumptions) -> Work:
+    """Weight syncs between the steps of distill, and the evaluation after each. weights: bytes of
+    the model as it is served.
+
+    away: bytes of each GPU that go to the host and back around it, where server and trainer take
+    turns. sampled: one such evaluation.
+    """
+    count = 1 + config.distill.num_steps // config.distill.sync_every  # also before the first step
+    once = weights / assumed.sync_rate + 2 * away / assumed.host_link + sampled.seconds - assumed.startup_s
+    return Work(count * once, sampled.gpus, 0.0, count * sampled.flops)
 
 
 def baseline_steps(config: Config, distilled_tokens: float, sequence_len: float) -> int:

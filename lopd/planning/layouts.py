@@ -120,7 +120,7 @@ def _trainings(config: Config, models: Mapping[str, PlannedModel], node: Node, n
 
 
 def _recomputes(section: TrainSection) -> list[str]:
-    return list(dict.fromkeys([section.recompute, "none", "full"]))
+    return list(dict.fromkeys([section.recompute, "none", "selective", "full"]))
 
 
 def _tables(section: TrainSection) -> list[dict[str, Any]]:

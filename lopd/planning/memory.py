@@ -20,16 +20,22 @@ KEPT_TOKENS = 2**20  # lopd.cache.reader.CacheReader's kept_tokens: what a rank 
 DECODED_BYTES = 30  # per kept token, measured there
 INDEX_BYTES = 40  # per response of an artifact on disk: the check that none comes twice, and the order of an epoch with its sorting
 SAMPLE_BYTES = 650  # of a sample besides what its tokens take: the objects
+AWAY = "trainer, while a server works"  # term of host memory
 RING_BUFFERS = 4  # context parallelism: keys and values that travel round the ranks while others are computed, and their gradients on the way back
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """gpu: terms of the fullest GPU; host: of a machine. figures: what follows from them (a server's concurrency)."""
+    """gpu: terms of the fullest GPU; host: of a machine. figures: what follows from them (a
+    server's concurrency).
+
+    turns: where several take turns with a GPU, the bytes of each turn; gpu is then the fullest one.
+    """
 
     gpu: Mapping[str, float]
     host: Mapping[str, float] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    turns: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gpu_total(self) -> float:
@@ -89,16 +95,20 @@ def in_turns(trainer: MemoryUse, servers: Mapping[str, MemoryUse], settings: Tra
     kept = {term: trainer.gpu[term] for term in ("context, NCCL",)}
     student = {f"student's server: {term}": size for term, size in servers["student"].gpu.items()}
     held = {term: trainer.gpu[term] for term in ("weights", "context, NCCL")}
-    turns = [
-        {**trainer.gpu, **sleeping},
-        {**held, **sleeping, "student's server: weights": student["student's server: weights"], "buckets": 2.0 * bucket_bytes},
-        {**kept, **student},
-        *({**kept, **sleeping, **{f"teacher's server: {term}": size for term, size in servers[role].gpu.items()}} for role in servers if role != "student"),
-    ]
+    turns = {
+        "the trainer": {**trainer.gpu, **sleeping},
+        "a sync": {**held, **sleeping, "student's server: weights": student["student's server: weights"], "buckets": 2.0 * bucket_bytes},
+        "the student's servers": {**kept, **student},
+    }
+    for role in servers:
+        if role != "student":
+            turns[f"the {role}'s server"] = {**kept, **sleeping, **{f"{role}'s server: {term}": size for term, size in servers[role].gpu.items()}}
     here = settings.parallel.ranks // settings.parallel.nodes
-    away = {"trainer, while a server works": (trainer.gpu["weights"] + trainer.gpu["optimizer"]) * here}
+    away = {AWAY: (trainer.gpu["weights"] + trainer.gpu["optimizer"]) * here}
     host = {**trainer.host, **away, **{f"{role}'s server": server.host_total for role, server in servers.items()}}
-    return MemoryUse(max(turns, key=lambda turn: sum(turn.values())), host, servers["student"].figures)
+    totals = {name: sum(turn.values()) for name, turn in turns.items()}
+    fullest = max(totals, key=lambda name: totals[name])
+    return MemoryUse(turns[fullest], host, servers["student"].figures, totals)
 
 
 def _stage_memory(
@@ -129,7 +139,10 @@ def runtime_bytes(parallel: ParallelSection, assumed: Assumptions) -> float:
 def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[float, float]:
     """On the GPU and in host memory, of one rank.
 
-    AdamW's two moments, and of bfloat16 weights a float32 copy; with the distributed optimizer the share of one data rank. What is offloaded
+    AdamW's two moments, and of bfloat16 weights a float32 copy; with the distributed optimizer the
+    share of one data rank. A precision-aware optimizer keeps of that copy only the 16 bits that the
+    weight itself lacks (store_param_remainders), so the float32 copy is whole all the same. What is
+    offloaded
     (Megatron-Core's HybridDeviceOptimizer) has copy, moments and gradient in host memory, in float32; a float32 copy stays on the GPU all the same, unless the
     optimizer is precision-aware.
     """
@@ -144,6 +157,8 @@ def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[floa
     share = float(table.get("optimizer_offload_fraction", 0.0)) if table.get("optimizer_cpu_offload") else 0.0
     moments = sum(SIZES.get(str(table.get(name, "float32")), 1) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")) if precise and share == 0 else 8
     left_behind = 0 if precise else copy
+    if precise and share == 0 and copy and table.get("store_param_remainders", True):
+        copy = 2
     return numbers * ((1 - share) * (copy + moments) + share * left_behind), numbers * share * 16
 
 
@@ -160,6 +175,9 @@ def activation_bytes(arch: Architecture, settings: TrainSection, stage: int, ass
     ring = ring_bytes(arch, parallel, size) if parallel.context > 1 else 0.0
     if settings.recompute == "full":
         return tokens * (layers * in_flight * layer.boundary + (1 + WORK_SHARE) * layer.kept(spread) + ring)
+    if settings.recompute == "selective" and engine:
+        again = layer.recomputed(spread)
+        return tokens * ((layers * in_flight + WORK_SHARE) * layer.attention + (1 + WORK_SHARE) * again + ring)
     return tokens * ((layers * in_flight + WORK_SHARE) * layer.kept(spread) + ring)
 
 
@@ -220,11 +238,12 @@ def server_memory(
     copies = settings.data * settings.replicas
     gpu = {"weights": weights, "KV cache": max(0.0, cache), "context, graphs": assumed.served_runtime_bytes}
     if scoring:
-        # float32 logits of a chunk of the prompt over the whole vocabulary, and their log-softmax
-        chunk = min(
-            float(settings.extra_args.get("chunked_prefill_size", assumed.prefill_chunk)), settings.context_length * float(settings.max_running_requests)
-        )
-        gpu["logits of a chunk"] = max(0.0, chunk) * arch.padded_vocab_size * 4 * 2
+        # float32 logits of so many tokens over the whole vocabulary, and their log-softmax; a
+        # smaller chunk of the prompt is a smaller part
+        asked = settings.context_length * float(settings.max_running_requests)
+        prefill = float(settings.extra_args.get("chunked_prefill_size", assumed.logits_chunk))
+        chunk = min(assumed.logits_chunk, asked, *([prefill] if prefill > 0 else []))  # -1: prompts are not cut
+        gpu["logits of a chunk"] = chunk * arch.padded_vocab_size * 4 * 2
     figures = {
         "kv_tokens": tokens,
         "concurrency": min(settings.max_running_requests, tokens / mean_len),  # of one copy

@@ -11,8 +11,8 @@ from lopd.megatron.architecture import layout_problems, scorer_problems
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.disk import disk_bytes
 from lopd.planning.hardware import Node
-from lopd.planning.hours import Amounts, Work, baseline_steps, sampling_work, scoring_work, training_work
-from lopd.planning.memory import Data, MemoryUse, forward_memory, in_turns, server_memory, trainer_memory
+from lopd.planning.hours import Amounts, Work, baseline_steps, sampling_work, scoring_work, sync_work, training_work
+from lopd.planning.memory import AWAY, SIZES, Data, MemoryUse, forward_memory, in_turns, server_memory, trainer_memory
 from lopd.planning.models import PlannedModel, teacher_roles
 from lopd.planning.parameters import CountJob, StageParameters, count_parameters, parameters_by_formula, total_and_active
 
@@ -42,6 +42,7 @@ class Plan:
     per_rank: Mapping[str, list[StageParameters]]  # sft, distill: of a rank, by pipeline stage
     memory: Mapping[str, MemoryUse]
     work: Mapping[str, Work]
+    syncs: Work  # the part of distill's that is weight syncs and the evaluations after them
     disk: Mapping[str, float]
     problems: list[Problem] = field(default_factory=list)
 
@@ -88,8 +89,11 @@ def make_plan(config: Config, models: Mapping[str, PlannedModel], node: Node, as
     amounts = Amounts.of(config, assumed)
     memory = _memory(config, models, per_rank, node, assumed, amounts, cohost=cohost)
     work = _work(config, models, node, assumed, amounts, total)
+    syncs = _syncs(config, models, node, assumed, amounts, memory["distill"])
+    work["distill"] += syncs
     disk = disk_bytes(config, total, amounts, assumed)
-    return Plan(config, node, models, assumed, amounts, total, active, per_rank, memory, work, disk, _problems(config, memory, disk, node))
+    problems = _problems(config, memory, disk, node)
+    return Plan(config, node, models, assumed, amounts, total, active, per_rank, memory, work, syncs, disk, problems)
 
 
 def given_stages(config: Config) -> set[str]:
@@ -219,6 +223,29 @@ def _work(config: Config, models: Mapping[str, PlannedModel], node: Node, assume
     return work
 
 
+def _syncs(
+    config: Config,
+    models: Mapping[str, PlannedModel],
+    node: Node,
+    assumed: Assumptions,
+    amounts: Amounts,
+    distill: MemoryUse,
+) -> Work:
+    """Nothing where no server lives beside distill. distill: its memory, which has what leaves the
+    GPUs while a server works.
+    """
+    if config.distill.sync_every == 0:
+        return Work(0, 0, 0, 0)
+    student = models["student"].arch
+    size = total_and_active(student)[0]
+    prompts = min(config.distill.sync_num_prompts, amounts.eval_prompts)
+    server = _server(config, models["student"], node, assumed, amounts.prompt_len + amounts.answer_len)
+    about: dict[str, Any] = {"responses": prompts, "mean_len": amounts.answer_len}
+    sampled = sampling_work(student, size, config, server, node, assumed, **about)
+    away = distill.host.get(AWAY, 0.0) / ranks_of_a_node(config.distill)
+    return sync_work(config, size * SIZES[config.sglang.dtype], away, sampled, assumed)
+
+
 # ---- verdict --------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +293,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory": {
             stage: {
                 "gpu": dict(use.gpu), "gpu_total": use.gpu_total, "gpu_limit": plan.node.gpu.memory, "fits": use.gpu_total <= plan.node.gpu.memory,
-                "host": dict(use.host), "host_total": use.host_total, **use.figures,
+                "host": dict(use.host), "host_total": use.host_total, "turns": dict(use.turns), **use.figures,
             }
             for stage, use in plan.memory.items()
         },
@@ -274,6 +301,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens": {stage: work.tokens for stage, work in plan.work.items()},
         "flops": {stage: work.flops for stage, work in plan.work.items()},
         "seconds": {stage: work.seconds for stage, work in plan.work.items()},
+        "mfu": {stage: plan.work[stage].utilisation for stage in plan.trained},
+        "sync_seconds": plan.syncs.seconds,
         "gpu_hours": {**hours, "total": sum(hours.values()), "lightning_opd": sum(hours[stage] for stage in LIGHTNING)},
         "assumptions": {name: getattr(plan.assumed, name) for name in plan.assumed.__slots__},
     }  # fmt: skip

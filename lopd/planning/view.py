@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lopd.errors import LopdError
-from lopd.planning.assumptions import meanings
+from lopd.planning.assumptions import meanings, sources
 from lopd.planning.layouts import Suggestion
 from lopd.planning.plan import LIGHTNING, TIGHT, Plan
 
@@ -77,6 +77,10 @@ def _head(plan: Plan) -> Iterable[str]:
         layout = ", ".join(f"{key} {value}" for key, value in parallel.model_dump().items() if key != "distributed_optimizer" and (value > 1 or key == "ranks"))
         held = " / ".join(_many(stage.total) for stage in stages)
         yield f"{name}: {layout}, data {parallel.data}: a rank holds {held} parameters"
+    for name, use in plan.memory.items():
+        if use.turns:
+            told = ", ".join(f"{who} {_gib(size)}" for who, size in use.turns.items())
+            yield f"{name}, in turns with the GPUs, GiB: {told}"
     yield f"node: {plan.node.num_gpus} x {plan.node.gpu.name} ({plan.node.gpu.memory / _GIB:.1f} GiB), {plan.node.host_memory / 2**40:.2f} TiB of memory"
 
 
@@ -117,11 +121,11 @@ def _gib(size: float | None) -> str:
 
 def _hours_table(plan: Plan) -> Table:
     table = Table(title="time, by assumption", title_justify="left")
-    for title in ("stage", "tokens", "operations", "GPUs used", "tokens/s", "hours", "GPU hours"):
+    for title in ("stage", "tokens", "operations", "GPUs used", "tokens/s", "MFU", "hours", "GPU hours"):
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for stage, work in plan.work.items():
         if work.seconds == 0:
-            table.add_row(stage, "", "", "", "", "given", "")
+            table.add_row(stage, "", "", "", "", "", "given", "")
             continue
         rate = work.tokens / work.seconds
         cells = (
@@ -129,14 +133,18 @@ def _hours_table(plan: Plan) -> Table:
             f"{work.flops:.1e}",
             str(work.gpus),
             f"{rate:,.0f}",
+            f"{work.utilisation:.1%}" if work.utilisation else "",
             f"{work.seconds / 3600:,.2f}",
             f"{plan.gpu_hours(stage):,.1f}",
         )
         table.add_row(stage, *cells)
+        if stage == "distill" and plan.syncs.seconds > 0:
+            hours = plan.syncs.seconds / 3600
+            table.add_row("  syncs, evaluations in it", "", "", "", "", "", f"{hours:,.2f}", f"{hours * plan.node.num_gpus:,.1f}")
     table.add_section()
     for title, stages in (("rollout, score, distill", LIGHTNING), ("all", tuple(plan.work))):
         seconds, hours = sum(plan.work[stage].seconds for stage in stages), sum(plan.gpu_hours(stage) for stage in stages)
-        table.add_row(title, "", "", "", "", f"{seconds / 3600:,.2f}", f"{hours:,.1f}", style="bold")
+        table.add_row(title, "", "", "", "", "", f"{seconds / 3600:,.2f}", f"{hours:,.1f}", style="bold")
     return table
 
 
@@ -155,8 +163,10 @@ def _assumption_table(plan: Plan) -> Table:
     table = Table(title="assumed (change one: --assume name=value)", title_justify="left")
     table.add_column("name", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("from", no_wrap=True)
     table.add_column("meaning")
     for name, meaning in meanings().items():
         value = getattr(plan.assumed, name)
-        table.add_row(name, f"{value / _GIB:.2f} GiB" if value >= _GIB / 4 and not name.endswith("rate") else f"{value:,g}", meaning)
+        is_size = name.endswith("_bytes") and value >= _GIB / 4
+        table.add_row(name, f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}", sources()[name], meaning)
     return table

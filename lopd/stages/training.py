@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lopd.artifacts import publish_json, remove_folder
 from lopd.config import Config, TrainSection
 from lopd.config.secrets import scrubbed
-from lopd.megatron.launch import ANNOUNCEMENT_FILE, run_ranks
+from lopd.megatron.launch import ANNOUNCEMENT_FILE, run_ranks, threads_of
 from lopd.megatron.nodes import Node, await_announcement, this_node
 from lopd.report.console import say
 
@@ -104,7 +104,7 @@ def train(job: TrainingJob, *, engine: SGLangEngine | None = None, attend: Calla
             "lopd.stages.train_worker",
             [str(job_file)],
             ranks=job.settings.parallel.ranks,
-            threads_per_rank=job.settings.threads_per_rank,
+            threads_per_rank=threads_of(job.settings),
             log=job.folder / "train.log",
             timeout_s=job.settings.timeout_s,
             env=environment,
@@ -130,7 +130,7 @@ def follow(folder: Path, settings: TrainSection, index: int, count: int, *, done
             "lopd.stages.train_worker",
             [str(folder / "job.json")],
             ranks=settings.parallel.ranks,
-            threads_per_rank=settings.threads_per_rank,
+            threads_per_rank=threads_of(settings),
             log=folder / f"train-node{node.index}.log",
             timeout_s=settings.timeout_s,
             node=node,

@@ -16,12 +16,17 @@
    times what the copy does. The last two mappings are kept, as torch does for CUDA's.
    Upstream: torch/multiprocessing/reductions.py, rebuild_storage_filename. Can go: when torch keeps them.
 6. Weights that come by broadcast (sync.transport = "distributed") are received where they belong (sglang_rollout.cpu.incoming). Only saves time.
+7. ``enable_memory_saver`` (sync.colocate) works without torch_memory_saver, which is CUDA's alone:
+what a server gives back is really empty until it takes it again (sglang_rollout.cpu.memory).
+Upstream: sglang/srt/utils/torch_memory_saver_adapter.py. Can go: when torch_memory_saver has a CPU
+form.
 
 Versions: sglang 0.5.17 to 0.5.23. A place that is no longer as described raises, and the server does not start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -32,6 +37,7 @@ import torch
 from sglang_rollout import load_files, served_weights
 from sglang_rollout.cpu import incoming
 from sglang_rollout.cpu.kernels import decode_attention, with_enough_rows
+from sglang_rollout.cpu.memory import MemoryOfTags
 
 OURS = "LOPD_SERVER"  # environment variable: this is a server that lopd started
 _MASK = 0xFFFFFFFF
@@ -59,6 +65,7 @@ def activate() -> None:
         _batch_decode_attention()
         _keep_shared_memory_mapped()
         incoming.install()
+        _give_memory_back()
     if os.environ.get(OURS) == "1":
         served_weights.install()
         load_files.install()
@@ -166,6 +173,36 @@ def _keep_shared_memory_mapped() -> None:
         return storage
 
     reductions.rebuild_storage_filename = rebuild_storage_filename
+
+
+def _give_memory_back() -> None:
+    adapter = _need(_module("sglang.srt.utils.torch_memory_saver_adapter"), "TorchMemorySaverAdapter")
+    _need_parameters(_need(adapter, "create"), ("enable",))
+    original, memory = adapter.create, MemoryOfTags()  # one for all adapters of a process, as CUDA's is
+
+    class OnCpu(adapter):  # type: ignore[misc, valid-type]
+        enabled = True
+
+        def configure_subprocess(self) -> Any:
+            return contextlib.nullcontext()
+
+        disable = configure_subprocess
+
+        def cuda_graph(self, **named: Any) -> Any:
+            return contextlib.nullcontext()
+
+        def region(self, tag: str, enable_cpu_backup: bool = False) -> Any:
+            if enable_cpu_backup:
+                raise RuntimeError("enable_weights_cpu_backup does not work on a CPU, where memory that was given back has lost its contents")
+            return memory.region(tag)
+
+        def pause(self, tag: str) -> None:
+            memory.pause(tag)
+
+        def resume(self, tag: str) -> None:
+            memory.resume(tag)
+
+    adapter.create = staticmethod(lambda enable: OnCpu() if enable else original(enable))
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ eval = { num_prompts = 60 }
 [sglang]
 tensor = 2
 replicas = 4
+deterministic = false
 [sft]
 max_tokens_per_microbatch = 16384
 parallel = { ranks = 8, tensor = 4 }
@@ -51,6 +52,7 @@ eval = { num_prompts = 60 }
 [sglang]
 tensor = 2
 replicas = 4
+deterministic = false
 [sft]
 max_tokens_per_microbatch = 12288
 recompute = "full"

@@ -24,9 +24,21 @@ def question(number: int) -> str:
 def fill() -> None:
     """Below $LOPD_HUB. One DAPO question is one of AIME 2024's."""
     for name in ("Qwen3-32B", "Qwen3-8B-Base"):
-        folder = local_path(f"hf://Qwen/{name}@main")
-        _note(folder)
-        (folder / "config.json").write_text(json.dumps(KNOWN_MODELS[name]))
+        (model_folder(name) / "config.json").write_text(json.dumps(KNOWN_MODELS[name]))
+    fill_prompts()
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model of Qwen's in the hub, made as if it had been fetched; what goes into it
+    is up to the caller.
+    """
+    folder = local_path(f"hf://Qwen/{name}@main")
+    _note(folder)
+    return folder
+
+
+def fill_prompts() -> None:
+    """The data sets alone."""
     thoughts = [{"domain": "math", "conversations": [{"from": "human", "value": question(i // 2)}, {"from": "gpt", "value": "so"}]} for i in range(20)]
     _rows("open-thoughts/OpenThoughts3-1.2M@main/data/train-00000.parquet", thoughts)
     dapo = []

@@ -1,9 +1,12 @@
-"""Server and trainer in turns on the same memory: the order of calls, against a fake server; and a real one on a CPU, which keeps its memory."""
+"""Server and trainer in turns on the same memory: the order of calls, against a fake server and a
+real one on a CPU.
+"""
 
 from __future__ import annotations
 
 import importlib.machinery
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +17,10 @@ import torch
 from lopd.config import Config, load_config
 from lopd.errors import ConfigError, EngineError
 from sglang_rollout.client import SGLangEngine
+from sglang_rollout.cpu.memory import MemoryOfTags
 from sglang_rollout.server import SGLangServer
 from sglang_rollout.shared_gpus import colocation_problems, training_settings
-from sglang_rollout.weight_sync import Colocation, load_folder
+from sglang_rollout.weight_sync import Colocation
 from tests.limits import apart, within
 from tests.sglang.conftest import settings
 from tests.sglang.test_parity import MAX_DIFFERENCE
@@ -130,27 +134,78 @@ def test_a_server_that_does_not_release_keeps_the_trainer_out(fake: Watched, stu
     assert trainer.held == set()
 
 
+@pytest.fixture(scope="module")
+def giving(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    """A real server that gives its memory back, on a CPU through sglang_rollout.cpu.memory."""
+    own = settings(extra_args={"enable_memory_saver": True})
+    with SGLangServer(student_dir, own, log=tmp_path_factory.mktemp("giving") / "server.log") as server:
+        yield SGLangEngine(server.url, server.api_key, own, server=server)
+
+
+def no_trainer(recorded: list[str]) -> Any:
+    out, back = partial(recorded.append, "out"), partial(recorded.append, "in")
+    return SimpleNamespace(offload_optimizer=out, offload_weights=lambda: None, reload=back)
+
+
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
-def test_a_real_server_takes_the_calls(transport: str, engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
-    """On a CPU it answers 200 and keeps its memory; what comes after a resume, in this order, it serves."""
+def test_a_real_server_takes_the_calls(
+    transport: str,
+    giving: SGLangEngine,
+    student_dir: Path,
+    other_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """Its memory is empty in the trainer's turn. What comes after a resume it serves, verified."""
     recorded: list[str] = []
-    trainer = SimpleNamespace(offload_optimizer=lambda: recorded.append("out"), offload_weights=lambda: None, reload=lambda: recorded.append("in"))
-    turns = Colocation([engine], barrier=lambda: None)
+    turns = Colocation([giving], barrier=lambda: None)
     turns.to_trainer()
-    turns.admit(trainer)
-    to = receiver(transport, engine, tmp_path, student_dir)
+    turns.admit(no_trainer(recorded))
+    to = receiver(transport, giving, tmp_path, student_dir)
     try:
         for version, folder in (("other", other_dir), ("again", student_dir)):
             with turns.to_server():
                 send(to, version, tensors(folder))
-            within(worst_difference(engine, folder), MAX_DIFFERENCE)
+            within(worst_difference(giving, folder), MAX_DIFFERENCE)
             turns.to_trainer()
         assert recorded == ["out", "in"] * 2
     finally:
         if turns.turn == "trainer":
             with turns.to_server():
-                pass
-        load_folder([engine], student_dir, "default")
+                send(receiver(transport, giving, tmp_path, student_dir), "whole", tensors(student_dir))
+
+
+def test_weights_that_nobody_sends_again_are_lost(giving: SGLangEngine, student_dir: Path, tmp_path: Path) -> None:
+    """The control of the test above: a server that kept its memory would answer as before."""
+    turns = Colocation([giving], barrier=lambda: None)
+    turns.to_trainer()
+    turns.admit(no_trainer([]))
+    with turns.to_server():
+        pass
+    with pytest.raises(EngineError, match="log-probability nan"):
+        worst_difference(giving, student_dir)
+    turns.to_trainer()
+    with turns.to_server():
+        send(receiver("tensor", giving, tmp_path, student_dir), "whole", tensors(student_dir))
+    assert worst_difference(giving, student_dir) <= MAX_DIFFERENCE
+
+
+def test_what_is_given_back_is_empty_until_it_is_taken_again() -> None:
+    memory = MemoryOfTags()
+    with memory.region("weights"):
+        kept = torch.nn.Parameter(torch.empty(1000).normal_(), requires_grad=False)
+        table = torch.arange(10)  # not a parameter: on a GPU it would be in host memory
+        assert torch.ones(500).sum() == 500  # of no use afterwards: not remembered
+    before, outside = kept.clone(), torch.ones(10)
+    assert memory.held_bytes("weights") == 4000
+    memory.pause("weights")
+    assert memory.held_bytes("weights") == kept.untyped_storage().nbytes() == 0
+    memory.resume("weights")
+    assert memory.held_bytes("weights") == 4000
+    assert kept.isnan().all()
+    kept.copy_(before)
+    assert torch.equal(kept, before)
+    assert torch.equal(outside, torch.ones(10))
+    assert torch.equal(table, torch.arange(10))
 
 
 @pytest.mark.gpu
@@ -213,10 +268,8 @@ def test_what_cannot_take_turns(overrides: list[str], message: str, tmp_path: Pa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: installed)
     [problem] = colocation_problems(config, on_gpu=True)
     assert message in str(problem)
-    [on_cpu, *others] = colocation_problems(config, on_gpu=False)
-    assert "sync.colocate: SGLang gives no memory back on a CPU" in str(on_cpu)
-    assert "set sync.colocate=false" in on_cpu.remedy
-    assert len(others) == bool(overrides)
+    on_cpu = [*colocation_problems(config, on_gpu=False)]
+    assert len(on_cpu) == bool(overrides), "a CPU needs no torch_memory_saver"
 
 
 @pytest.mark.parametrize(("overrides", "message"), [("sync.transport=distributed", "NCCL does not broadcast"), ("sync.delta=true", "holds nothing")])
