@@ -70,6 +70,29 @@ def test_versions_are_told_once() -> None:
     assert named == {python}
 
 
+def test_cublas_has_what_transformer_engine_calls() -> None:
+    """Its wheels for CUDA 13 since 2.13 call a function that cuBLAS has since 13.2.0.9, whatever torch pins."""
+    assert Version(VERSIONS["TRANSFORMER_ENGINE_VERSION"]) >= Version("2.13"), "then the override can go"
+    assert Version(LOCK["nvidia-cublas"]) >= Version("13.2.0.9")
+    overridden = re.findall(r"^(\S+)==(\S+)$", (DOCKER / "overrides.txt").read_text(), re.MULTILINE)
+    assert dict(overridden) == {"nvidia-cublas": LOCK["nvidia-cublas"]}
+    assert "--override overrides.txt" in (DOCKER / "lock.sh").read_text()
+    libraries = next(line for line in (DOCKER / "Dockerfile").read_text().splitlines() if "LD_LIBRARY_PATH=" in line)
+    assert libraries.strip().startswith("LD_LIBRARY_PATH=${NVIDIA_WHEELS}/cu13/lib:"), "the base image has a cuBLAS of its own"
+
+
+def test_a_wrong_tag_inside_a_wheel_is_no_fault_of_the_image() -> None:
+    """pip check says it of Transformer Engine 2.16.1; of another version, or of another package, it is one."""
+    wrong_tag = "transformer_engine_cu13 2.16.1 is not supported on this platform"
+    assert list(verify_image.broken_requirements(VERSIONS, lambda: wrong_tag)) == []
+    assert list(verify_image.broken_requirements(VERSIONS, lambda: "No broken requirements found.\n")) == []
+    other = "torch 2.11.0 requires filelock, which is not installed."
+    assert list(verify_image.broken_requirements(VERSIONS, lambda: f"{wrong_tag}\n{other}")) == [f"pip check: {other}"]
+    later = {**VERSIONS, "TRANSFORMER_ENGINE_VERSION": "2.17.1"}
+    assert list(verify_image.broken_requirements(later, lambda: wrong_tag)) == [f"pip check: {wrong_tag}"]
+    assert list(verify_image.broken_requirements(VERSIONS, lambda: wrong_tag.replace("2.16.1", "2.16.0"))) != []
+
+
 def test_the_lock_satisfies_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for line in project["dependencies"]:

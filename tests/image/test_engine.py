@@ -5,6 +5,7 @@ Runs in the image's environment alone (run.sh). Its kernels need a GPU: no forwa
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from pathlib import Path
@@ -191,7 +192,13 @@ def test_its_step_is_the_stand_ins(settings: str) -> None:
     assert not torch.equal(weights[0], torch.randn(33, generator=torch.Generator().manual_seed(5)).to(weights[0].dtype))
 
 
-# ---- imports and patches ------------------------------------------------------------------------------------------------------------------------
+# ---- imports ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_cublas_has_the_function_that_its_library_calls() -> None:
+    """Without it libtransformer_engine.so does not load, and `import megatron.core` is an OSError."""
+    libraries = Path(os.environ["LOPD_IMAGE_PACKAGES"], "nvidia/cu13/lib")
+    assert hasattr(ctypes.CDLL(str(libraries / "libcublasLt.so.13")), "cublasLtGroupedMatrixLayoutInit_internal")
 
 
 def test_megatron_core_finds_it() -> None:
