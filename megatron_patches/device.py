@@ -126,7 +126,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 @patch(
-    upstream="torch: tensor, zeros, ones, empty, empty_like; Tensor.cuda, Module.cuda. Written as device='cuda' in schedules.py, clip_grads.py, optimizer.py",
+    upstream="torch: tensor, zeros, ones, empty, empty_like, arange; Tensor.cuda, Module.cuda. Written as device='cuda' in schedules.py, clip_grads.py, optimizer.py",
     checked=_CHECKED,
     until=_UNTIL,
     without_cuda=True,
@@ -136,7 +136,7 @@ def literal_cuda_is_cpu() -> None:
     # ``with torch.device(...)`` looks functions up in a set that it makes at its first use, and must find torch's own there: ours call them. Made after the
     # change it would hold ours, the context would be ignored, and a model of transformers built under "meta" would keep uninitialised buffers.
     require(device_context, "_device_constructors", parameters=())()
-    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like", "arange"):
         replace(torch, name, _on_cpu(getattr(torch, name)))
     replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     replace(torch.nn.Module, "cuda", lambda self, device=None: self)

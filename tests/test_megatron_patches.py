@@ -77,6 +77,7 @@ def test_applying_twice_changes_nothing_more() -> None:
 _WITH_CUDA = """
 import json, torch, megatron_patches
 torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
 before = [torch.zeros, torch.cuda.current_device, torch.Tensor.cuda]
 megatron_patches.apply()
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
