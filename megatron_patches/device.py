@@ -126,7 +126,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 @patch(
-    upstream="torch: tensor, zeros, ones, empty, empty_like, arange; Tensor.cuda, Module.cuda. Written as device='cuda' in schedules.py, clip_grads.py, optimizer.py",
+    upstream="torch: tensor, zeros, ones, empty, empty_like, arange; Tensor.cuda, Module.cuda. Written as device='cuda' "
+    "in schedules.py, clip_grads.py, optimizer.py, token_dispatcher.py",
     checked=_CHECKED,
     until=_UNTIL,
     without_cuda=True,

@@ -245,5 +245,5 @@ def _shown(value: Any) -> str:
 
 
 def _others_plugins() -> bool:
-    """Plugins of others may add choices."""
-    return any(not one.value.startswith("sglang_rollout.") for one in entry_points(group=_PLUGINS))
+    """Whether plugins are installed that may add choices: not ours, and none that SGLang itself brings (its gRPC servicer, which the image has)."""
+    return any(not one.value.startswith(("sglang_rollout.", "smg_grpc_servicer.")) for one in entry_points(group=_PLUGINS))

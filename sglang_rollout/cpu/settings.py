@@ -40,6 +40,8 @@ def cpu_environment(num_workers: int, interface: str = "lo") -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": interface,
+        # Where NCCL's library is installed, as in the image, SGLang would make a communicator on the CPU and fail. A name that is not there keeps it away.
+        "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # memory for incoming weights is used again, not given back and faulted in anew for every bucket
         "MALLOC_TRIM_THRESHOLD_": str(2**30),
         "TORCHDYNAMO_DISABLE": "1",  # torch.compile of one small sampling function costs 13 s at the first request, and a C++ compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,3 +132,13 @@ def test_every_argument_that_lopd_speaks_of_exists() -> None:
     known = installed_fields().types
     assert [name for name in (*extra_args._OURS, *extra_args._NEVER) if name not in known] == []
     assert extra_args._admits(known["load_format"], "dummy")
+
+
+def test_plugins_that_sglang_brings_are_not_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image has SGLang's gRPC servicer, which is a plugin and adds no choices; with a user's own plugin choices are SGLang's matter."""
+    ours = SimpleNamespace(value="sglang_rollout.cpu.plugin:activate")
+    servicer = SimpleNamespace(value="smg_grpc_servicer.sglang.plugin:register")
+    monkeypatch.setattr(extra_args, "entry_points", lambda group: [ours, servicer])
+    assert not extra_args._others_plugins()
+    monkeypatch.setattr(extra_args, "entry_points", lambda group: [ours, servicer, SimpleNamespace(value="their_backend:register")])
+    assert extra_args._others_plugins()
