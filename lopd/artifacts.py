@@ -266,11 +266,13 @@ class ArtifactWriter:
     def _set_shards(self, shards: Iterable[ShardInfo]) -> None:
         ordered = tuple(sorted(shards, key=lambda shard: shard.name))
         self._manifest = dataclasses.replace(self._manifest, shards=ordered, rows=sum(shard.rows for shard in ordered))
+        # Made here, not when it is asked for: missing() asks for every index, and there may be thousands of shards.
+        self._published = frozenset(int(shard.name.removeprefix("shard-").removesuffix(".parquet")) for shard in ordered)
 
     @property
     def published(self) -> frozenset[int]:
         """Indices of the shards that are on disk."""
-        return frozenset(int(shard.name.removeprefix("shard-").removesuffix(".parquet")) for shard in self._manifest.shards)
+        return self._published
 
     def missing(self, num_shards: int) -> list[int]:
         """Indices below num_shards that are not on disk and are this writer's to publish."""

@@ -79,6 +79,17 @@ def test_a_resumed_writer_publishes_the_same_files(tmp_path: Path) -> None:
     assert not list((tmp_path / "halved").glob("*.partial"))
 
 
+def test_shards_are_listed_once_not_for_every_index(tmp_path: Path) -> None:
+    """missing() of 12,000 shards took 21 s of a processor while the list was made anew for each index."""
+    writer = ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"seed": 1})
+    before = writer.published
+    assert writer.missing(3) == [0, 1, 2]
+    assert writer.published is before, "the list is made when a shard is published, not when it is asked for"
+    writer.publish_shard(1, cache.to_table(some_responses(4)))
+    assert writer.published == {1}
+    assert writer.missing(3) == [0, 2]
+
+
 def test_another_input_is_refused(tmp_path: Path) -> None:
     ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"seed": 1})
     with pytest.raises(ArtifactError, match="other inputs"):
