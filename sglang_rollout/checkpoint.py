@@ -15,7 +15,8 @@ def tensor_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     for path in sorted(model_dir.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118 - not a dict
+                names = file.keys()  # the file itself is no mapping
+                shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
         except (OSError, SafetensorError) as error:
             raise EngineError(f"cannot be read ({error})", where=str(path)) from None
     if not shapes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from lopd.errors import EngineError
@@ -50,7 +51,7 @@ class RestartedServers:
 
     def lost(self) -> list[int]:
         """Those, and the ones whose scheduler does not answer."""
-        asked = [started(lambda engine=engine: engine.call("GET", "/server_info", timeout_s=self._answer_s)) for engine in self._engines]  # type: ignore[misc]
+        asked = [started(partial(engine.call, "GET", "/server_info", timeout_s=self._answer_s)) for engine in self._engines]
         silent = set()
         for replica, answer in enumerate(asked):
             try:

@@ -72,11 +72,12 @@ def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -
                 writer.publish_shard(index, table)
             index += 1
     extra = _carried(first)
-    losses = [manifest.extra.get("logprob_loss") for manifest in manifests]
-    if all(losses):
+    losses = [loss for manifest in manifests if (loss := manifest.extra.get("logprob_loss"))]
+    if len(losses) == len(manifests):
         tokens = [sum(shard.tokens for shard in manifest.shards) for manifest in manifests]
-        mean = sum(loss["mean_abs"] * count for loss, count in zip(losses, tokens, strict=True)) / max(1, sum(tokens))  # type: ignore[index]
-        extra["logprob_loss"] = {"max_abs": max(loss["max_abs"] for loss in losses), "mean_abs": mean}  # type: ignore[index]
+        total = sum(loss["mean_abs"] * count for loss, count in zip(losses, tokens, strict=True))
+        largest = max(loss["max_abs"] for loss in losses)
+        extra["logprob_loss"] = {"max_abs": largest, "mean_abs": total / max(1, sum(tokens))}
     return writer.finish(**extra)
 
 

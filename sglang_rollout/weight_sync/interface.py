@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
@@ -166,4 +167,4 @@ def finished(futures: Mapping[str, Future[T]], timeout_s: float) -> list[T]:
 
 def on_all(engines: Sequence[SGLangEngine], call: Callable[[SGLangEngine], T], timeout_s: float) -> list[T]:
     """The call on every engine at once, results in order. EngineError: the first failure, or one is silent for timeout_s."""
-    return finished({engine.url: started(lambda engine=engine: call(engine)) for engine in engines}, timeout_s)  # type: ignore[misc]
+    return finished({engine.url: started(partial(call, engine)) for engine in engines}, timeout_s)
