@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `datasets` in numpy format gives one float64 column two types: a row's value is float64, the same
 # value in a slice of rows float32. So data[0]["x"] and data[:1]["x"][0] are different numbers.
-# Size: 400 MB on disk.
+# Size: 0.5 GB on disk.
 set -euo pipefail
 
 folder=$(mktemp -d)

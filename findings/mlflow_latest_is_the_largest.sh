@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The value that an MLflow run shows for a metric is not the last one logged: of values with the
 # same step and the same millisecond it is the largest. A trainer that logs several losses under
-# one step shows its worst one, and of several accuracies its best one. Size: 150 MB on disk.
+# one step shows its worst one, and of several accuracies its best one. Size: 200 MB on disk.
 set -euo pipefail
 
 folder=$(mktemp -d)

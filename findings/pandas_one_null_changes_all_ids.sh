@@ -2,7 +2,7 @@
 # One null in one list of integers makes pandas read the lists of all other rows as float64 too,
 # from other row groups of the Parquet file as well, and then integers above 2^53 come back
 # as other integers. A cache keyed by 64-bit hashes no longer finds its rows.
-# Size: 350 MB on disk.
+# Size: 430 MB on disk.
 set -euo pipefail
 
 folder=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # pip installs a wheel and its own `pip check` then calls it "not supported on this platform".
 # Installing goes by the tag in the file's name (py3), checking by the tag inside (cp310), and
-# Transformer Engine's wheels for CUDA 13 have different ones. Size: 0.6 GB on disk.
+# Transformer Engine's wheels for CUDA 13 have different ones. Size: 0.7 GB on disk.
 set -euo pipefail
 
 folder=$(mktemp -d)

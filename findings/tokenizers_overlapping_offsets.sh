@@ -2,7 +2,7 @@
 # Offsets of a byte-level BPE's tokens overlap with unequal lengths: a token that holds a space and
 # the first byte of a character spans both characters, the tokens of its other bytes one of them.
 # So spans cannot colour a text by token, and whoever joins them writes characters twice.
-# Vocabularies of Qwen's kind have such tokens. Size: 60 MB on disk.
+# Vocabularies of Qwen's kind have such tokens. Size: 70 MB on disk.
 set -euo pipefail
 
 folder=$(mktemp -d)

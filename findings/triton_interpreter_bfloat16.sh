@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Triton's interpreter adds bfloat16 numbers as the 16-bit integers they are stored in.
 # TRITON_INTERPRET=1 is how a kernel is tested without a GPU. A bfloat16 kernel that is right
-# fails such a test, and none of its own lines is at fault. Size: 0.9 GB on disk.
+# fails such a test, and none of its own lines is at fault. Size: 0.8 GB on disk.
 set -euo pipefail
 
 folder=$(mktemp -d)
