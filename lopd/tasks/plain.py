@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from lopd.records import Prompt
+from lopd.tasks.answer_text import answer_line, last_box
 from lopd.tasks.answers import FileTask
-from lopd.tasks.verdicts import Verdict, answer_line, last_box
+from lopd.tasks.verdicts import Verdict
 
 
 class Plain(FileTask):

@@ -20,8 +20,9 @@ from lopd.errors import ConfigError
 from lopd.processes import group_alive
 from lopd.records import Prompt
 from lopd.tasks import get_task, sandbox
+from lopd.tasks.answer_text import answer_line, last_box
 from lopd.tasks.code import last_code_block, read_tests, same_output
-from lopd.tasks.verdicts import Verdict, answer_line, final_part, judge_all, last_box
+from lopd.tasks.verdicts import Verdict, final_part, judge_all
 from lopd.tasks.workers import WorkerPool, WorkerTimeoutError
 
 LIMIT_S = 2.0  # of processor time; what is right takes a twentieth of it
@@ -228,7 +229,7 @@ def test_integers_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_boxes_and_lines() -> None:
     assert last_box("\\boxed{\\frac{1}{2}} x") == "\\frac{1}{2}"
     assert last_box("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
-    assert last_box("\\boxed7") is None
+    assert last_box("\\boxed7") == "7"
     assert answer_line("ANSWER: 5\nmore") == "5"
     assert answer_line("the answer: 5") is None
     assert final_part("a</think>b</think>c<|im_end|>\n") == "c"
