@@ -30,7 +30,7 @@ def last_box(text: str) -> str | None:
             end = closing_brace(text, position)
             return None if end is None else text[position + 1 : end].strip()
         bare = _bare_content(text, position)
-        if bare:
+        if bare != "":
             return bare
     return None
 
@@ -53,11 +53,11 @@ def closing_brace(text: str, start: int) -> int | None:
     return None
 
 
-def _bare_content(text: str, start: int) -> str:
+def _bare_content(text: str, start: int) -> str | None:
     r"""The number, single letter or command at ``start``, with all that is attached to it.
 
     TeX itself would box the first digit of ``\boxed 12`` alone, which nobody means. A word is no
-    answer here: it is a sentence about boxes that goes on.
+    answer here: it is a sentence about boxes that goes on. None where a brace is never closed.
     """
     first = _BARE_START.match(text, start)
     if first is None:
@@ -67,7 +67,7 @@ def _bare_content(text: str, start: int) -> str:
         if text[position] == "{":
             end = closing_brace(text, position)
             if end is None:
-                return ""
+                return None
             position = end + 1
             continue
         piece = _BARE_PIECE.match(text, position)
