@@ -16,6 +16,7 @@ from lopd.records import Prompt
 from lopd.tasks.answer_text import answer_line, has_braced_box, last_box
 from lopd.tasks.answers import FileTask
 from lopd.tasks.math_text import bare, readable, same_case, unboxed
+from lopd.tasks.values import list_in
 from lopd.tasks.verdicts import Verdict
 from lopd.tasks.workers import WorkerDiedError, WorkerTimeoutError, pool
 
@@ -51,7 +52,9 @@ class Math(FileTask):
         Equal text and whole numbers are compared at once, the rest by a worker.
         """
         wrong = Verdict(False, "wrong answer", found)
-        gold = unboxed(gold)
+        gold, several = _one_gold(gold)
+        if several or len(gold) > self.max_answer_chars:
+            return Verdict(False, _UNREADABLE, found)
         if bare(gold) and bare(gold) == bare(found):
             return Verdict(True, found=found)
         expected, given = readable(gold), readable(found)
@@ -76,8 +79,38 @@ class Math(FileTask):
         right = answer["right"] and same_case(expected, given)
         return Verdict(True, found=found) if right else wrong
 
+    def answer_fault(self, prompt: Prompt) -> str:
+        """See FileTask."""
+        gold, several = _one_gold(prompt.answer or "")
+        if several:
+            return f"it is a list of {several} answers, and nothing says whether one or all are asked"
+        if not bare(gold):
+            return "it is empty"
+        if len(gold) > self.max_answer_chars:
+            return f"it has {len(gold)} characters, and max_answer_chars is {self.max_answer_chars}"
+        expected = readable(gold)
+        if expected is None:
+            return f"digits stand side by side in {gold!r:.60} and form no number"
+        if _INTEGER.fullmatch(expected):
+            return ""
+        try:
+            answer = self._ask({"gold": _both_signs(expected), "answer": "", "gold_only": True})
+        except WorkerTimeoutError:
+            return f"math-verify reads it for more than limit_s, {self.limit_s:g} s"
+        except WorkerDiedError:
+            return f"math-verify needs more than memory_mb, {self.memory_mb} MB, for it"
+        return "" if "failed" not in answer else f"math-verify cannot parse {gold!r:.60}"
+
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         return pool(_WORKER, self.limit_s, self.memory_mb).ask(job)
+
+
+def _one_gold(gold: str) -> tuple[str, int]:
+    """The prompt's answer without a list or a box around it; and of a longer list, how many."""
+    listed = list_in(gold)
+    if listed is not None and len(listed) != 1:
+        return gold, len(listed)
+    return unboxed(listed[0] if listed else gold), 0
 
 
 def _both_signs(answer: str) -> str:

@@ -32,7 +32,7 @@ def main() -> None:
         if not gold:
             return {"failed": "gold"}
         if job.get("gold_only"):
-            return {"read": not isinstance(gold[0], str)}
+            return {"read": equal(gold, gold)}  # what comparing needs is done, within the limits
         answer = parse(f"\\boxed{{{job['answer']}}}", in_box, parsing_timeout=None)
         if not answer:
             return {"failed": "parse"}
