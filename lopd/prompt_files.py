@@ -89,11 +89,18 @@ def prepare(
         return _UNUSABLE if what else ""
 
     lengths: list[int] | None = None
-    if tokenizer is None:
-        prompts = read_prompts(chosen, "", leave_out=leave_out, counts=counts)
-    else:
-        prompts, ids = load_prompts(chosen, "", load_tokenizer(tokenizer), context_length=_NO_LIMIT, leave_out=leave_out, counts=counts)
-        lengths = [len(one) for one in ids]
+    try:
+        if tokenizer is None:
+            prompts = read_prompts(chosen, "", leave_out=leave_out, counts=counts)
+        else:
+            loaded = load_tokenizer(tokenizer)
+            prompts, ids = load_prompts(chosen, "", loaded, context_length=_NO_LIMIT, leave_out=leave_out, counts=counts)
+            lengths = [len(one) for one in ids]
+    except DataError as error:
+        if not faults:
+            raise
+        what = f"{error.what}; first: {faults[0].line()}"
+        raise DataError(what, where=error.where, limit=error.limit, remedy=REMEDY) from None
     _write(out, prompts)
     report = {
         "inputs": inputs,

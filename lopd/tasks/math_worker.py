@@ -24,6 +24,8 @@ def main() -> None:
     def gold_of(text: str) -> Any:
         return parse(f"${text}$", anywhere, parsing_timeout=None) or parse(text, anywhere, parsing_timeout=None)
 
+    sample = parse("\\boxed{7}", in_box, parsing_timeout=None)
+
     def equal(gold: Any, answer: Any) -> bool:
         return bool(verify(gold, answer, timeout_seconds=None))  # the worker's own limit holds; math-verify's would need the alarm for itself
 
@@ -32,7 +34,8 @@ def main() -> None:
         if not gold:
             return {"failed": "gold"}
         if job.get("gold_only"):
-            return {"read": equal(gold, gold)}  # what comparing needs is done, within the limits
+            equal(gold, sample)  # what any comparison costs, within the limits of one
+            return {}
         answer = parse(f"\\boxed{{{job['answer']}}}", in_box, parsing_timeout=None)
         if not answer:
             return {"failed": "parse"}
