@@ -12,6 +12,8 @@ _BARE_START = re.compile(r"[-+.(]*(?:\\?\$)?(?:[0-9]|\\(?!boxed|fbox)[A-Za-z])|[
 _MARKUP = r"[*_`\s]*"
 _LINE = re.compile(rf"[#>*_`\-\s]*(?:final\s+)?answer{_MARKUP}[:：]{_MARKUP}(.*)", re.IGNORECASE)
 _HEADING = re.compile(rf"[#>*_`\s]*(?:final\s+)?answer{_MARKUP}", re.IGNORECASE)
+_SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s+is\s*:?\s*(.*)", re.IGNORECASE)
+_HOPE = re.compile(r"\.?\s*I hope it is correct\.?\s*\Z")
 _ONLY_MARKUP = re.compile(r"(?:\$\$|\\\[|\\\]|\\\(|\\\)|[`*_=~\-\s])*")
 _TAIL = 10_000  # characters of a response that are searched for a line
 
@@ -96,4 +98,9 @@ def answer_line(text: str) -> str | None:
 
 
 def _clean(value: str) -> str:
-    return "" if _ONLY_MARKUP.fullmatch(value) else value.strip().strip("*`").strip()
+    """Without markup, and without the sentence of a prompt that many evaluations share."""
+    if _ONLY_MARKUP.fullmatch(value):
+        return ""
+    text = _HOPE.sub("", value.strip()).strip("*`").strip()
+    sentence = _SENTENCE.fullmatch(text)
+    return sentence[1].strip("* ") if sentence is not None else text

@@ -62,10 +62,22 @@ class Block:
             return None
 
     def defines(self, name: str) -> bool:
-        """Whether a function of this name stands in it, alone or in a class."""
+        """Whether it makes a function or class of this name; an import of one does not count."""
         if self.tree is None:
-            return re.search(rf"^\s*(?:def|class)\s+{re.escape(name)}\b", self.content, re.MULTILINE) is not None
-        return any(name in _bound(node) for node in ast.walk(self.tree))
+            start = rf"^\s*(?:def|class)\s+{re.escape(name)}\b"
+            return re.search(start, self.content, re.MULTILINE) is not None
+        return name in self._made
+
+    @cached_property
+    def _made(self) -> set[str]:
+        assert self.tree is not None
+        found: set[str] = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Assign):
+                found.update(one.id for one in node.targets if isinstance(one, ast.Name))
+        return found
 
     @cached_property
     def stands_alone(self) -> bool:

@@ -28,7 +28,7 @@ _CASES = (
     "private_tests",
     "generated_tests",
 )
-_TEXTS = ("assertions", "test_list", "test", "challenge_test_list")
+_TEXTS = ("assertions", "test_list", "test", "test_code", "unit_tests", "challenge_test_list")
 _SETUP = ("test_imports", "test_setup_code")
 _FUNCTION = ("func_name", "fn_name", "entry_point")
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
@@ -84,6 +84,9 @@ def read_tests(gold: str, packages: bool = False) -> Tests:
     language = str(about.get("language") or "python").lower()
     if not language.startswith("py"):
         raise _unreadable(f"programs in {language}, and only Python is run")
+    for name in ("tests", "test_cases"):  # where some data sets keep statements
+        if _is_text(_opened(about.get(name))):
+            about = {**about, "assertions": about.pop(name)}
     if any(about.get(name) not in _NOTHING for name in _TEXTS):
         return _statements(about, packages)
     return _cases(about)
@@ -101,6 +104,12 @@ def _statements(about: Mapping[str, Any], packages: bool) -> Tests:
         raise _unreadable(str(error)) from None
     test = Test("check", check.code, None)
     return Tests((test,), called=check.called, needs_candidate=check.needs_candidate)
+
+
+def _is_text(value: Any) -> bool:
+    """Statements, or a list of them; not cases that are JSON text each."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(one, str) and one.strip() and isinstance(_opened(one), str) for one in texts)
 
 
 def _joined(value: Any, end: str) -> str:
@@ -134,7 +143,10 @@ def _cases(about: Mapping[str, Any]) -> Tests:
     for case in opened:
         if not isinstance(case, dict) or "input" not in case or "output" not in case:
             raise _unreadable("a test without input or output")
-    function = function or next((str(case[name]) for case in opened for name in _FUNCTION if case.get(name)), "")
+    for case in opened if not function else ():
+        inner = _opened(case.get("metadata") or {})
+        named = {**(inner if isinstance(inner, dict) else {}), **case}
+        function = function or next((str(named[one]) for one in _FUNCTION if named.get(one)), "")
     kinds = [_kind(case, function) for case in opened]
     if "call" not in kinds:
         return Tests(tuple(_stdin(case) for case in opened))

@@ -12,11 +12,16 @@ from lopd.tasks.answer_text import closing_brace, last_box
 
 _WRAPPERS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _SPACE = "[ \u00a0\u2007\u2009\u202f]"
+_NAMED = r"(?:thin|med|thick|en|nobreak|)space(?![A-Za-z])"
 # what sets groups of digits apart; `\\ ` is a new row of a matrix, not a space
-_GAP = rf"(?:{_SPACE}?(?<!\\)(?:\\[,;:! ]|\\thinspace|\{{\\[,;:]\}}|~|\{{~\}}){_SPACE}?|{_SPACE})"
-_RUN = re.compile(rf"(?<![0-9.^_])([0-9]+(?:{_GAP}[0-9]+)*)(\.[0-9]+(?:{_GAP}[0-9]+)*)?(?!\.?[0-9])")
+_GAP = rf"(?:{_SPACE}?(?:(?<!\\)(?:\\[,;:! ]|\\{_NAMED})|\{{\\[,;: ]\}}|~|\{{~\}}){_SPACE}?|{_SPACE})"
+_THOUSANDS = rf"(?:{_GAP}|\\?_)"
+_DIGITS = rf"[0-9]+(?:{_THOUSANDS}[0-9]+)*"
+_RUN = re.compile(rf"(?<![0-9.^_])({_DIGITS})(\.{_DIGITS})?(?!\.?[0-9])")
 _MIXED = re.compile(rf"(?<![0-9.,^_/])([0-9]+){_GAP}([0-9]+)\s*/\s*([0-9]+)(?![0-9.])")
-_LEFT_APART = re.compile(rf"[0-9]{_GAP}[0-9]")
+_LEFT_APART = re.compile(rf"[0-9](?:{_GAP}|\s*\\q?quad\s*)[0-9]")
+_LOOKALIKES = str.maketrans("０１２３４５６７８９−’", "0123456789-'")
+_WRAPPED_COMMA = re.compile(r"\\(?:math(?:punct|ord|inner)|text)\s*\{,\}")
 _COMMAND = re.compile(r"\\(?:[dtc]?frac|[dt]?binom)(?![A-Za-z])")
 _ONE_TOKEN = re.compile(r"\\[A-Za-z]+|[0-9A-Za-z]")
 _PLAIN_NUMBER = r"[-+]?(?:\\?\$)?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?"
@@ -65,8 +70,10 @@ def readable(answer: str) -> str | None:
 
     math-verify would add or multiply such numbers, and so find right what nobody has written.
     """
-    text = _MIXED.sub(_mixed, bare(answer))
-    text = _without_unit(braced_arguments(_RUN.sub(_joined, text)))
+    text = _WRAPPED_COMMA.sub(",", bare(answer).translate(_LOOKALIKES))
+    text = _MIXED.sub(_mixed, text)
+    text = re.sub(r"~(?=\\)", " ", _RUN.sub(_joined, text))
+    text = _without_unit(braced_arguments(text))
     if _LEFT_APART.search(text):
         return None
     return _LAST_VARIABLE.sub(r"\1{\2}", text)  # math-verify would drop the h of 2h as hours
@@ -82,8 +89,8 @@ def _mixed(match: re.Match[str]) -> str:
 
 def _joined(match: re.Match[str]) -> str:
     """Groups of three digits as one number; anything else as it stands."""
-    whole, decimals = re.split(_GAP, match[1]), re.split(_GAP, (match[2] or "")[1:])
-    gaps = {gap.strip() for gap in re.findall(_GAP, match[0])}
+    whole, decimals = re.split(_THOUSANDS, match[1]), re.split(_THOUSANDS, (match[2] or "")[1:])
+    gaps = {gap.strip() for gap in re.findall(_THOUSANDS, match[0])}
     if len(gaps) > 1:
         return match[0]
     if len(whole) > 1 and not (len(whole[0]) <= 3 and whole[0][0] != "0" and all(len(group) == 3 for group in whole[1:])):
@@ -162,7 +169,8 @@ def same_case(one: str, other: str) -> bool:
 
 
 def _variables(text: str) -> set[str]:
-    plain = _TEXT.sub(lambda match: match[1], text)
+    # of words in \text only single letters, as of a choice: (A)
+    plain = _TEXT.sub(lambda match: match[1] if len(match[1].strip("()")) == 1 else " ", text)
     words = [word for word in _LETTERS.findall(plain) if not word.startswith("\\")]
     return {word for word in words if len(word) == 1} | {letter for word in words if len(word) == 2 for letter in word}
 

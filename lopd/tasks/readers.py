@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from lopd.config import PromptSet
@@ -235,7 +236,11 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 
 def _comparable(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, date) else value  # datetime is a date too
+    if isinstance(value, date):  # datetime is a date too
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return float(value) if isinstance(value, Decimal) else value
 
 
 # ---- our own form ---------------------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ STATEMENTS = [
     *adds("if __name__ == '__main__':\n    assert add(1, 2) == 3"), *adds(UNITTEST),
     *adds("for a, b, c in [(1, 2, 3)]:\n    assert add(a, b) == c"),
     *adds("import solution\nassert solution.add(1, 2) == 3"),
+    *adds({"tests": "assert add(1, 2) == 3"}), *adds({"test_cases": ["assert add(1, 2) == 3"]}),
+    *adds({"test_code": "from solution import *\nassert add(1, 2) == 3"}),
     *adds("if add(1, 2) != 3:\n    raise AssertionError('no')"),
 ]  # fmt: skip
 CALLS = [
@@ -91,6 +93,8 @@ CALLS = [
     *adds([{"type": "function_call", "fn_name": "add", "input": [1, 2], "output": 3}], WRONG),
     *adds({"tests": [{"input": "1\n2", "output": "3", "testtype": "functional"}],
            "func_name": "add"}, WRONG),
+    *adds({"tests": [{"input": "1\n2", "output": "3", "testtype": "functional",
+                      "metadata": {"func_name": "add"}}]}, WRONG),
     # a list of one is the result itself, or its wrapping, for all tests alike
     *both({"fn_name": "f", "inputs": [[3], [7]], "outputs": [[3], [7]]},
           "def f(x): return [x]", "def f(x): return [x] if x == 3 else x"),
@@ -202,7 +206,7 @@ ENDINGS = [
     "```\n$ python main.py\n```", "```\nO(n)\n```", "```\nO(n log n)\n```", "```text\n3\n```",
     "```\nls\n```", "```\nx = 3\n```", "```bash\npython main.py\n```", "```\n[1, 2]\n```",
     "```\nInput: 1 2\nOutput: 3\n```", "```python\nresult = add(1, 2)\nassert result == 3\n```",
-    "```python\nIn [1]: add(1, 2)\n```", "~~~\n3\n~~~", "```json\n{}\n```",
+    "```python\nIn [1]: add(1, 2)\n```", "~~~\n3\n~~~", "```python\nfrom solution import add\nprint(add(1, 2))\n```", "```json\n{}\n```",
 ]  # fmt: skip
 
 

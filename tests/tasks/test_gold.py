@@ -104,6 +104,12 @@ def test_other_fields_that_are_missing_or_no_text(tmp_path: Path) -> None:
             read(tmp_path / "rows.jsonl", [{"q": blank, "a": "1"}])
 
 
+def test_rows_are_chosen_by_columns_of_every_type(tmp_path: Path) -> None:
+    rows = [{"q": str(n), "a": "1", "n": Decimal(n), "b": str(n).encode()} for n in range(5)]
+    chosen = read(tmp_path / "r.parquet", rows, where={"n": {"min": 2}, "b": ["2", "3"]})
+    assert [prompt.messages[0]["content"] for prompt in chosen] == ["2", "3"]
+
+
 def test_answers_of_known_formats(tmp_path: Path) -> None:
     """The next column is looked at where one holds a missing value; boxes hold braces."""
     solution = "so $\\boxed{\\frac{1}{2}}$"

@@ -32,6 +32,11 @@ THOUSANDS = [
     boxed("x^2+10000", "x^2+10\\,000"), boxed("3.141592", "3.141\\,592"),
     boxed("1234.5", "1 234.5"),
     boxed("(1000,2000)", "(1\\,000, 2\\,000)"), boxed("10^{10000}", "10^{10\\,000}"),
+    boxed("10000", "10\\_000"), boxed("10000", "10_000"), boxed("10000", "10\\mathpunct{,}000"),
+    boxed("1234", "1{\\ }234"), boxed("10000", "10\\thinspace 000"), boxed("-10000", "−10\\,000"),
+    boxed("10000", "１００００"), boxed("10000", "10’000"), boxed("10000", "10\\,000~\\mathrm{km}"),
+    boxed("0", "10\\quad 000", UNPARSED), boxed("10000", "10\\quad 000", UNPARSED),
+    boxed("101_2", "101_2"), boxed("1012", "101_2", WRONG), boxed("a_{1}", "a_1"),
     # no groups of three: a list, a pair, or nothing that has one reading
     boxed("1,234", "1, 234", WRONG), boxed("1234", "1, 234", WRONG),
     boxed("1234", "(1, 234)", WRONG),
@@ -70,6 +75,8 @@ LINES = [
         "Answer:\n$$\n13\n$$", "__Answer__: 13", "*Final answer*: $13$.", "Answer：13", "> Answer: 13",
         "**Final Answer**\n13", "## Answer\n\n13", "`Answer: 13`", "- **Answer**: \\(13\\)", "answer:13",
     )),
+    ("13", "Final Answer: The final answer is $13$. I hope it is correct.", ""),
+    ("13", "Final Answer: The final answer is $14$. I hope it is correct.", WRONG),
     *(("13", f"We add.\n{line}", WRONG) for line in (
         "**Answer**: 14", "Answer: 13\nFinal Answer: 14", "Answer:\n14\n13", "Answer: -13",
     )),
@@ -132,7 +139,8 @@ VALUES = [
     # case of single letters
     boxed("a", "A", WRONG), boxed("A", "a", WRONG), boxed("A", "(A)"), boxed("A", "\\text{A}"),
     boxed("A", "\\text{a}", WRONG),
-    boxed("2A+1", "2a+1", WRONG), boxed("\\text{Yes}", "\\text{yes}"), boxed("x+y", "y+x"),
+    boxed("2A+1", "2a+1", WRONG), boxed("\\text{Yes}", "\\text{yes}"), boxed("10\\text{ cm}", "10\\text{ CM}"),
+    boxed("x+y", "y+x"),
     boxed("$A$", "$A$"),
     # percent: docs/tasks.md
     boxed("0.5", "50\\%"), boxed("50", "50\\%"), boxed("50\\%", "\\frac12"),
