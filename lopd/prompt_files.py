@@ -94,7 +94,8 @@ def prepare(
             prompts = read_prompts(chosen, "", leave_out=leave_out, counts=counts)
         else:
             loaded = load_tokenizer(tokenizer)
-            prompts, ids = load_prompts(chosen, "", loaded, context_length=_NO_LIMIT, leave_out=leave_out, counts=counts)
+            more: dict[str, Any] = {"leave_out": leave_out, "counts": counts}
+            prompts, ids = load_prompts(chosen, "", loaded, context_length=_NO_LIMIT, **more)
             lengths = [len(one) for one in ids]
     except DataError as error:
         if not faults:
@@ -211,7 +212,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"left out: {left_out}",
     ]
     for one in report["unusable_answers"][:_ROWS_SHOWN]:
-        lines.append(f"    {one['where']}: field {one['field']}: {one['what']}; remedy: {one['remedy']}")
+        line = f"{one['where']}: field {one['field']}: {one['what']}"
+        lines.append(f"    {line}; remedy: {one['remedy']}")
     for unit in ("chars", "tokens"):
         if report[unit] is not None:
             figures = report[unit]

@@ -1,4 +1,4 @@
-r"""Where the answer of a response stands: its last box, or its last line that begins with ``Answer:``."""
+r"""Where the answer of a response stands: its last box, or its last line ``Answer: ...``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACED_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_BARE_PIECE = re.compile(r"\\[A-Za-z]+|\\[{}%$,;!]|[^\s$\\{}]")  # not \) and \], which end the formula
-_BARE_START = re.compile(r"[-+.(]*(?:\\?\$)?(?:[0-9]|\\(?!boxed|fbox)[A-Za-z])|[A-Za-z](?![A-Za-z0-9])")
+# not \) and \], which end the formula
+_BARE_PIECE = re.compile(r"\\[A-Za-z]+|\\[{}%$,;!]|[^\s$\\{}]")
+_COMMAND = r"\\(?!boxed|fbox)[A-Za-z]"
+_BARE_START = re.compile(rf"[-+.(]*(?:\\?\$)?(?:[0-9]|{_COMMAND})|[A-Za-z](?![A-Za-z0-9])")
 _MARKUP = r"[*_`\s]*"
 _LINE = re.compile(rf"[#>*_`\-\s]*(?:final\s+)?answer{_MARKUP}[:：]{_MARKUP}(.*)", re.IGNORECASE)
 _HEADING = re.compile(rf"[#>*_`\s]*(?:final\s+)?answer{_MARKUP}", re.IGNORECASE)
@@ -19,7 +21,7 @@ _TAIL = 10_000  # characters of a response that are searched for a line
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last ``\boxed`` or ``\fbox`` holds; None where there is none, or it is never closed.
+    r"""What the last ``\boxed`` or ``\fbox`` holds; None where there is none or it stays open.
 
     A box without braces (``\boxed 5``, ``\boxed\frac{1}{2}``) holds what follows up to the next
     white space or the end of the formula. A ``\boxed`` that a sentence only mentions is no box.

@@ -1,4 +1,5 @@
-"""Code: the program of a response passes the prompt's tests, each run in a sandbox (lopd.tasks.sandbox).
+"""Code: the program of a response passes the prompt's tests, each run in a sandbox
+(lopd.tasks.sandbox).
 
 A program is judged from outside: it sees the inputs, never the expected outputs. docs/tasks.md has the forms of tests, and what the sandbox does not
 protect from.
@@ -7,7 +8,9 @@ protect from.
 from __future__ import annotations
 
 import json
+import re
 import secrets
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, ClassVar
 
@@ -17,7 +20,7 @@ from lopd.errors import DataError
 from lopd.records import Prompt
 from lopd.tasks import sandbox
 from lopd.tasks.answers import FileTask
-from lopd.tasks.code_blocks import MODULES, STARRED, last_function, program_of
+from lopd.tasks.code_blocks import MODULES, STARRED, defines, last_function, program_of
 from lopd.tasks.code_tests import Test, Tests, read_tests, same_result
 from lopd.tasks.verdicts import Verdict
 
@@ -100,9 +103,13 @@ class Code(FileTask):
             tests = read_tests(gold, self.packages)
         except DataError:
             return Verdict(False, "the prompt's tests cannot be read")
-        program = program_of(part, tests.called)
+        asked = _asked_function(prompt) if tests.needs_candidate else ""
+        program = program_of(part, tests.called | ({asked} if asked else set()))
         if program is None:
             return Verdict(False, "no code block")
+        if tests.needs_candidate:
+            candidate = asked if defines(program, asked) else last_function(program)
+            tests = replace(tests, function=candidate)
         held = sandbox.require(self.allow_weak_sandbox)
         chosen = tests.tests[: self.max_tests]
         readings = set(range(tests.readings))
@@ -122,7 +129,13 @@ class Code(FileTask):
             return error.what
         return ""
 
-    def _run(self, program: str, test: Test, tests: Tests, held: sandbox.Protections) -> tuple[str, set[int]]:
+    def _run(
+        self,
+        program: str,
+        test: Test,
+        tests: Tests,
+        held: sandbox.Protections,
+    ) -> tuple[str, set[int]]:
         """Why the program fails this test, or nothing, and the readings by which it passes."""
         disk = min(16, self.disk_mb)
         bounds = (self.limit_s, 2 * self.limit_s + 2, self.memory_mb, self.processes, self.disk_mb)
@@ -134,7 +147,7 @@ class Code(FileTask):
         else:
             job: dict[str, Any] = {"function": tests.function, "arguments": test.given}
             if test.kind == "check":
-                candidate = last_function(program) if tests.needs_candidate else ""
+                candidate = tests.function if tests.needs_candidate else ""
                 job = {"check": test.given, "proof": proof, "candidate": candidate}
             main, stdin = _CALLER, json.dumps(job).encode()
         files = {"main.py": main, "prelude.py": _PRELUDE, "program.py": program}
@@ -166,6 +179,12 @@ class Code(FileTask):
     def _command(self, held: sandbox.Protections) -> list[str]:
         python = sandbox.interpreter(held, packages=self.packages)
         return [python, "-I", *([] if self.packages else ["-S"]), "main.py"]
+
+
+def _asked_function(prompt: Prompt) -> str:
+    """The last function that the question begins to write; "" where it writes none."""
+    found = re.findall(r"^\s*def\s+(\w+)\s*\(", prompt.messages[-1]["content"], re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def same_output(printed: str, expected: str) -> bool:

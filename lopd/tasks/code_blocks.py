@@ -97,6 +97,11 @@ class Block:
         return any(isinstance(node, kinds) for node in nodes)
 
     @property
+    def is_broken(self) -> bool:
+        """Whether it was meant as a program and cannot be parsed."""
+        return self.tree is None and _SPEAKS.search(self.content) is not None
+
+    @property
     def may_be_program(self) -> bool:
         """A block in Python, or, where no language is named, one that reads like it."""
         if _SESSION.search(self.content):
@@ -118,16 +123,22 @@ def program_of(text: str, names: Collection[str] = ()) -> str | None:
     if wanted and defining:
         return defining[-1].content
     # a block that cannot be parsed counts: a last program with a syntax error is a wrong one
-    alone = [one for one in blocks if one.stands_alone or (one.tree is None and _SPEAKS.search(one.content))]
+    alone = [one for one in blocks if one.stands_alone or one.is_broken]
     reading = [block for block in alone if _READS.search(block.content)]
     chosen = (reading if not names else []) or alone or [one for one in blocks if one.is_python]
     return chosen[-1].content if chosen else None
 
 
+def defines(program: str, name: str) -> bool:
+    """Whether a program makes a function of this name."""
+    return bool(name) and Block("python", program).defines(name)
+
+
 def last_function(program: str) -> str:
     """The name of the last function on the top level; "" where there is none."""
     tree = Block("python", program).tree
-    functions = [] if tree is None else [one for one in tree.body if isinstance(one, ast.FunctionDef)]
+    body = [] if tree is None else tree.body
+    functions = [one for one in body if isinstance(one, ast.FunctionDef)]
     return functions[-1].name if functions else ""
 
 

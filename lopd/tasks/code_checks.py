@@ -169,9 +169,10 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
     for node in body:
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
             yield from _statements(node.body)
-        elif not (
-            isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in ("unittest.main", "pytest.main", "sys.exit")
-        ):
+            continue
+        value = node.value if isinstance(node, ast.Expr) else None
+        runner = ast.unparse(value.func) if isinstance(value, ast.Call) else ""
+        if runner not in ("unittest.main", "pytest.main", "sys.exit"):
             yield node
 
 

@@ -92,7 +92,7 @@ def read_tests(gold: str, packages: bool = False) -> Tests:
     return _cases(about)
 
 
-# ---- statements -----------------------------------------------------------------------------------
+# ---- statements ----------------------------------------------------------------------
 
 
 def _statements(about: Mapping[str, Any], packages: bool) -> Tests:
@@ -109,7 +109,8 @@ def _statements(about: Mapping[str, Any], packages: bool) -> Tests:
 def _is_text(value: Any) -> bool:
     """Statements, or a list of them; not cases that are JSON text each."""
     texts = value if isinstance(value, list) else [value]
-    return bool(texts) and all(isinstance(one, str) and one.strip() and isinstance(_opened(one), str) for one in texts)
+    opened = [_opened(one) if isinstance(one, str) and one.strip() else None for one in texts]
+    return bool(texts) and all(isinstance(one, str) for one in opened)
 
 
 def _joined(value: Any, end: str) -> str:
@@ -122,7 +123,7 @@ def _joined(value: Any, end: str) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-# ---- cases ----------------------------------------------------------------------------------------
+# ---- cases ---------------------------------------------------------------------------
 
 
 def _cases(about: Mapping[str, Any]) -> Tests:
@@ -191,7 +192,8 @@ def _stdin(case: Mapping[str, Any]) -> Test:
 def _lines(value: Any) -> str:
     """Text, or a list of lines, each of them text, a number or a list of words."""
     if isinstance(value, list):
-        return "\n".join(" ".join(map(str, line)) if isinstance(line, list) else str(line) for line in value)
+        lines = [line if isinstance(line, list) else [line] for line in value]
+        return "\n".join(" ".join(map(str, line)) for line in lines)
     return "" if value is None else str(value)
 
 
@@ -272,11 +274,13 @@ def same_result(result: Any, expected: Any) -> bool:
     if isinstance(expected, list) and isinstance(result, list):
         return len(result) == len(expected) and all(map(same_result, result, expected))
     if isinstance(expected, dict) and isinstance(result, dict):
-        return result.keys() == expected.keys() and all(same_result(result[key], value) for key, value in expected.items())
+        if result.keys() != expected.keys():
+            return False
+        return all(same_result(result[key], expected[key]) for key in expected)
     return bool(result == expected)
 
 
-# ---- columns that hold text -----------------------------------------------------------------------
+# ---- columns that hold text ----------------------------------------------------------
 
 
 def _opened(value: Any) -> Any:

@@ -1,4 +1,4 @@
-r"""Mathematics: the last box of a response, or its last ``Answer:`` line, equals the prompt's answer.
+r"""Mathematics: the last box of a response, or its last ``Answer:`` line, equals the gold answer.
 
 Equal is what math-verify takes for equal, and what is stricter beside it (lopd.tasks.math_exact,
 lopd.tasks.math_text). math-verify runs in worker processes with a hard limit: an
@@ -83,7 +83,7 @@ class Math(FileTask):
         """See FileTask."""
         gold, several = _one_gold(prompt.answer or "")
         if several:
-            return f"it is a list of {several} answers, and nothing says whether one or all are asked"
+            return f"it is a list of {several} answers, and it is not said if all are asked for"
         if not bare(gold):
             return "it is empty"
         if len(gold) > self.max_answer_chars:

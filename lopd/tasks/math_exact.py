@@ -17,7 +17,7 @@ _ORDERED = (Tuple, tuple, Interval)
 
 
 def contradicts(gold: Any, answer: Any) -> bool:
-    """Whether two answers that math-verify takes for equal differ; False where it cannot be told."""
+    """Whether two answers that math-verify takes for equal differ; False where nobody can tell."""
     try:
         return _differ(gold, answer)
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):

@@ -14,7 +14,8 @@ _WRAPPERS = (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"
 _SPACE = "[ \u00a0\u2007\u2009\u202f]"
 _NAMED = r"(?:thin|med|thick|en|nobreak|)space(?![A-Za-z])"
 # what sets groups of digits apart; `\\ ` is a new row of a matrix, not a space
-_GAP = rf"(?:{_SPACE}?(?:(?<!\\)(?:\\[,;:! ]|\\{_NAMED})|\{{\\[,;: ]\}}|~|\{{~\}}){_SPACE}?|{_SPACE})"
+_COMMAND_GAP = rf"(?<!\\)(?:\\[,;:! ]|\\{_NAMED})|\{{\\[,;: ]\}}|~|\{{~\}}"
+_GAP = rf"(?:{_SPACE}?(?:{_COMMAND_GAP}){_SPACE}?|{_SPACE})"
 _THOUSANDS = rf"(?:{_GAP}|\\?_)"
 _DIGITS = rf"[0-9]+(?:{_THOUSANDS}[0-9]+)*"
 _RUN = re.compile(rf"(?<![0-9.^_])({_DIGITS})(\.{_DIGITS})?(?!\.?[0-9])")
@@ -25,7 +26,8 @@ _WRAPPED_COMMA = re.compile(r"\\(?:math(?:punct|ord|inner)|text)\s*\{,\}")
 _COMMAND = re.compile(r"\\(?:[dtc]?frac|[dt]?binom)(?![A-Za-z])")
 _ONE_TOKEN = re.compile(r"\\[A-Za-z]+|[0-9A-Za-z]")
 _PLAIN_NUMBER = r"[-+]?(?:\\?\$)?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?"
-_WITH_WORDS = re.compile(rf"({_PLAIN_NUMBER})(?:\s*\\(?:text|mathrm|textrm|mbox)\s*\{{([^{{}}]*)\}}|(\s*)([A-Za-z -]+))")
+_FORMAL = r"\s*\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}"
+_WITH_WORDS = re.compile(rf"({_PLAIN_NUMBER})(?:{_FORMAL}|(\s*)([A-Za-z -]+))")
 _SCALES = {
     "hundred": "10^{2}",
     "thousand": "10^{3}",
@@ -53,7 +55,8 @@ def bare(answer: str) -> str:
     while True:
         for opening, closing in _WRAPPERS:
             inner = text[len(opening) : -len(closing)]
-            if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing) and opening not in inner:
+            around = text.startswith(opening) and text.endswith(closing)
+            if around and inner and opening not in inner:
                 text = inner.strip()
                 break
         else:
@@ -93,9 +96,12 @@ def _joined(match: re.Match[str]) -> str:
     gaps = {gap.strip() for gap in re.findall(_THOUSANDS, match[0])}
     if len(gaps) > 1:
         return match[0]
-    if len(whole) > 1 and not (len(whole[0]) <= 3 and whole[0][0] != "0" and all(len(group) == 3 for group in whole[1:])):
+    first, *threes = whole
+    if threes and (len(first) > 3 or first[0] == "0"):
         return match[0]
-    if len(decimals) > 1 and not (all(len(group) == 3 for group in decimals[:-1]) and len(decimals[-1]) <= 3):
+    *before, last = decimals
+    threes += before
+    if any(len(group) != 3 for group in threes) or (before and len(last) > 3):
         return match[0]
     return "".join(whole) + ("." + "".join(decimals) if match[2] else "")
 
@@ -163,16 +169,16 @@ def _without_unit(text: str) -> str:
 def same_case(one: str, other: str) -> bool:
     r"""Whether single letters agree in case: ``A`` is not ``a``, while ``\text{Yes}`` is yes."""
     mine, theirs = _variables(one), _variables(other)
-    return not any(letter.swapcase() in theirs and letter not in theirs for letter in mine - theirs) and not any(
-        letter.swapcase() in mine and letter not in mine for letter in theirs - mine
-    )
+    alone = [(letter, theirs) for letter in mine - theirs]
+    alone += [(letter, mine) for letter in theirs - mine]
+    return not any(letter.swapcase() in others for letter, others in alone)
 
 
 def _variables(text: str) -> set[str]:
     # of words in \text only single letters, as of a choice: (A)
     plain = _TEXT.sub(lambda match: match[1] if len(match[1].strip("()")) == 1 else " ", text)
     words = [word for word in _LETTERS.findall(plain) if not word.startswith("\\")]
-    return {word for word in words if len(word) == 1} | {letter for word in words if len(word) == 2 for letter in word}
+    return {letter for word in words if len(word) <= 2 for letter in word}
 
 
 def is_braced_set(text: str) -> bool:

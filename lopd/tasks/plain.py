@@ -40,7 +40,8 @@ class Plain(FileTask):
             return "it is empty"
         listed = list_in(prompt.answer or "")
         if listed is not None and len(listed) > 1 and not self.alternatives:
-            return f"it is a list of {len(listed)} answers, and task.options.alternatives is not set"
+            number = len(listed)
+            return f"it is a list of {number} answers, and task.options.alternatives is not set"
         return ""
 
     def _golds(self, gold: str) -> list[str]:

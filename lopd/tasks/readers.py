@@ -23,7 +23,8 @@ OWN_FORM = 'a line is {"prompt_id": "...", "messages": [{"role": "user", "conten
 
 @dataclass
 class ReadCounts:
-    """What became of the rows of a set: how many were read, and for each reason how many were left out, with the ids of the first.
+    """What became of the rows of a set: how many were read, and for each reason how many were left
+    out, with the ids of the first.
 
     places: of each prompt the row that it was read from. answer_field: where answers stand in it.
     """
@@ -252,7 +253,10 @@ def _own_prompt(row: Row, domain: str, instruction: str) -> Prompt:
     given = {name for name in ("messages", "question") if values.get(name) is not None}
     if len(given) != 1:
         raise DataError(f"prompt {prompt_id!r} needs either messages or question", where=where, remedy=OWN_FORM)
-    messages = _own_messages(values["messages"], where) if "messages" in given else ({"role": "user", "content": _text(values, "question", where)},)
+    told = values.get("messages")
+    if told is None:
+        told = [{"role": "user", "content": _text(values, "question", where)}]
+    messages = _own_messages(told, where)
     answer = None if values.get("answer") is None else _text(values, "answer", where)
     if answer is not None and answer.strip() in MISSING_TEXTS:
         what = f"answer is {answer!r}, which is what a missing value is written as"
@@ -278,9 +282,11 @@ def _own_messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
     messages: list[Mapping[str, str]] = []
     for index, message in enumerate(value):
         content = content_of(message.get("content")) if isinstance(message, dict) else None
-        if content is None or set(message) != {"role", "content"} or not isinstance(message["role"], str):
+        shaped = isinstance(message, dict) and set(message) == {"role", "content"}
+        if content is None or not shaped or not isinstance(message["role"], str):
             what = f"messages[{index}] must have role and content, both strings, and nothing else"
-            reason = refusal_of(message.get("role"), message.get("content")) if isinstance(message, dict) else ""
+            about = message if isinstance(message, dict) else {}
+            reason = refusal_of(about.get("role"), about.get("content")) if about else ""
             raise DataError(what + (f": {reason}" if reason else ""), where=where, remedy=OWN_FORM)
         role = message["role"]
         known = role.strip().lower() in ("user", "assistant", "system")

@@ -77,6 +77,8 @@ def refusal_of(role: Any, content: Any) -> str:
     if content is None:
         return "it has no content"
     if content_of(content) is None:
-        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else [type(content).__name__]
-        return f"its content is no text ({', '.join(map(str, kinds)):.60})"
+        kinds = [type(content).__name__]
+        if isinstance(content, list):
+            kinds = [str(part.get("type")) for part in content if isinstance(part, dict)]
+        return f"its content is no text ({', '.join(kinds):.60})"
     return ""

@@ -46,7 +46,11 @@ def as_text(value: Any, where: str) -> str:
     if isinstance(value, list | tuple) and not any(isinstance(one, list | dict) for one in value):
         return json.dumps([scalar_text(one, where) for one in value], ensure_ascii=False)
     if isinstance(value, list | tuple | Mapping):
-        return json.dumps(value, ensure_ascii=False, default=lambda inner: scalar_text(inner, where))
+
+        def plain(inner: Any) -> str:
+            return scalar_text(inner, where)
+
+        return json.dumps(value, ensure_ascii=False, default=plain)
     return scalar_text(value, where)
 
 
@@ -57,7 +61,8 @@ def scalar_text(value: Any, where: str) -> str:
             return value.decode()
         except UnicodeDecodeError as error:
             remedy = "give the column as text, or another column in prompts.*.fields"
-            raise DataError(f"bytes that are no UTF-8 ({error})", where=where, remedy=remedy) from None
+            what = f"bytes that are no UTF-8 ({error})"
+            raise DataError(what, where=where, remedy=remedy) from None
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:

@@ -89,7 +89,7 @@ CALLS = [
     *adds({"fn_name": "add", "inputs": [[1, 2], [3, 4]], "outputs": [[3], [7]]}, WRONG),
     *adds({"fn_name": "add", "inputs": [[1, 2], [3, 4]], "outputs": [3, 7]}, WRONG),
     *adds({"fn_name": "add", "inputs": '[[1, 2]]', "outputs": '[[3]]'}, WRONG),
-    *adds({"input_output": json.dumps({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]})}, WRONG),
+    *adds({"input_output": '{"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}'}, WRONG),
     *adds([{"type": "function_call", "fn_name": "add", "input": [1, 2], "output": 3}], WRONG),
     *adds({"tests": [{"input": "1\n2", "output": "3", "testtype": "functional"}],
            "func_name": "add"}, WRONG),
@@ -123,7 +123,8 @@ CALLS = [
     *both({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]},
           f"class Solution:\n    pass\n\n{RIGHT_ADD}", f"class Solution:\n    pass\n\n{WRONG_ADD}"),
     *both({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]},
-          "class Solution:\n    def add(self, a, b):\n        return a + b", "def sub(a, b): pass", ERROR),
+          "class Solution:\n    def add(self, a, b):\n        return a + b",
+          "def sub(a, b): pass", ERROR),
 ]  # fmt: skip
 
 
@@ -136,7 +137,8 @@ PROGRAMS = [
     *both({"inputs": [[1, [1, 2]]], "outputs": [[3]]}, SUM_ALL, SUM_ONE),
     *reads([CASE]), *reads({"tests": [CASE]}), *reads({"test_cases": [CASE]}), *reads(repr([CASE])),
     *reads({"tests": json.dumps([CASE])}), *reads({"test_cases": [json.dumps(CASE)]}),
-    *reads({"inputs": '["1 2"]', "outputs": '["3"]'}), *reads({"inputs": "['1 2']", "outputs": ["3"]}),
+    *reads({"inputs": '["1 2"]', "outputs": '["3"]'}), *reads({"inputs": "['1 2']",
+    "outputs": ["3"]}),
     *reads({"input_output": json.dumps({"inputs": ["1 2"], "outputs": ["3"]})}),
     *reads(json.dumps(json.dumps({"inputs": ["1 2"], "outputs": ["3"]}))),
     *reads({"language": "python", "test_cases": [{**CASE, "testtype": None, "type": "stdin"}]}),
@@ -175,7 +177,8 @@ def verdicts() -> dict[Case, Verdict]:
     if not sandbox.protections().sufficient:
         pytest.skip(f"no sandbox here: {sandbox.protections().describe()}")
     question = ({"role": "user", "content": "q"},)
-    responses = ((Prompt("p", question, "code", case.gold), f"```python\n{case.program}\n```", "stop") for case in CASES)
+    texts = [(case.gold, f"```python\n{case.program}\n```") for case in CASES]
+    responses = ((Prompt("p", question, "code", gold), text, "stop") for gold, text in texts)
     judged = judge_all(get_task("code", {"limit_s": 5.0, "memory_mb": 512}), responses)
     return dict(zip(CASES, judged, strict=True))
 
@@ -206,7 +209,8 @@ ENDINGS = [
     "```\n$ python main.py\n```", "```\nO(n)\n```", "```\nO(n log n)\n```", "```text\n3\n```",
     "```\nls\n```", "```\nx = 3\n```", "```bash\npython main.py\n```", "```\n[1, 2]\n```",
     "```\nInput: 1 2\nOutput: 3\n```", "```python\nresult = add(1, 2)\nassert result == 3\n```",
-    "```python\nIn [1]: add(1, 2)\n```", "~~~\n3\n~~~", "```python\nfrom solution import add\nprint(add(1, 2))\n```", "```json\n{}\n```",
+    "```python\nIn [1]: add(1, 2)\n```", "~~~\n3\n~~~",
+    "```python\nfrom solution import add\nprint(add(1, 2))\n```", "```json\n{}\n```",
 ]  # fmt: skip
 
 
@@ -226,8 +230,10 @@ def test_what_follows_a_program_is_not_judged(ending: str) -> None:
     [
         ("~~~python", "~~~"), ("````python", "````"), ('```python title="a.py"', "```"),
         ("```{python}", "```"), ("```{.python .numberLines}", "```"), ("```py", "```"),
-        ("```Python3", "`````"), ("```python:a.py", "```"), ("```python3.11", "```"), ("```", "```"),
-        ("~~~~", "~~~~"), ("``` python", "```  "), ("```ipython", "```"), ("```python,linenos", "```"),
+        ("```Python3", "`````"), ("```python:a.py", "```"), ("```python3.11", "```"), ("```",
+        "```"),
+        ("~~~~", "~~~~"), ("``` python", "```  "), ("```ipython", "```"), ("```python,linenos",
+        "```"),
     ],
 )  # fmt: skip
 def test_fences(opening: str, closing: str) -> None:
@@ -263,7 +269,8 @@ def test_code_that_is_only_indented() -> None:
 
 
 def test_programs_within_programs() -> None:
-    docstring = 'def add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b'
+    quoted = '    """\n    ```\n    add(1, 2)\n    ```\n    """'
+    docstring = f"def add(a, b):\n{quoted}\n    return a + b"
     assert program_of(f"````python\n{docstring}\n````", ["add"]) == f"{docstring}\n"
     assert [block.language for block in blocks_of("```\n~~~\n```\n~~~sh\n```\n~~~")] == ["", "sh"]
 
@@ -273,8 +280,21 @@ def test_the_block_that_defines_what_is_called() -> None:
     text = f"```python\n{RIGHT_ADD}\n```\nand\n```python\ndef sub(a, b):\n    return a - b\n```"
     assert program_of(text, ["add"]) == f"{RIGHT_ADD}\n"
     assert program_of(text, ["sub"]) == "def sub(a, b):\n    return a - b\n"
-    assert program_of(f"```python\n{RIGHT_ADD}\n```\n```python\ndef add(a, b\n```", ["add"]) == ("def add(a, b\n")
-    assert program_of(f"```python\n{READ_ADD}\n```\n```python\nprint(input()\n```") == ("print(input()\n")
+    broken = f"```python\n{RIGHT_ADD}\n```\n```python\ndef add(a, b\n```"
+    assert program_of(broken, ["add"]) == "def add(a, b\n"
+    broken = f"```python\n{READ_ADD}\n```\n```python\nprint(input()\n```"
+    assert program_of(broken) == "print(input()\n"
+
+
+def test_check_is_given_the_function_that_the_question_begins() -> None:
+    """Control: without it the last function of the program is taken, here the helper."""
+    if not sandbox.protections().sufficient:
+        pytest.skip(f"no sandbox here: {sandbox.protections().describe()}")
+    code: Any = get_task("code", {})
+    text = f"```python\n{RIGHT_ADD}\n\ndef helper(a, b):\n    return 0\n```"
+    for question, right in (('def add(a, b):\n    "Adds."\n', True), ("Add.", False)):
+        prompt = Prompt("p", ({"role": "user", "content": question},), "code", HUMAN_EVAL)
+        assert code.judge(prompt, text, "stop").right is right
 
 
 def test_a_megabyte_is_read_in_linear_time() -> None:

@@ -50,7 +50,7 @@ def answer_of(path: Path, value: Any) -> str | None:
     return prompt.answer
 
 
-# ---- answers --------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,12 @@ def answer_of(path: Path, value: Any) -> str | None:
         (["$\\frac{1}{2}$"], "$\\frac{1}{2}$"), ("x", "x"), (7, "7"), (18.0, "18"), (1.5, "1.5"),
         (True, "true"), (["1", "2"], '["1", "2"]'), ([1, 2], '["1", "2"]'), ([[3]], "3"),
         ("[1, 2]", "[1, 2]"), ("none", "none"), ([" 5 "], " 5 "), (1e300, "1e+300"), (0, "0"),
-        (False, "false"), ([0], "0"), ({"b": 1}, '{"b": 1}'), ("NaN is no number", "NaN is no number"),
+        (False, "false"), ([0], "0"), ({"b": 1}, '{"b": 1}'), ("NaN is no number",
+        "NaN is no number"),
         # no answer at all
         (float("nan"), None), ([], None), ("   ", None), ("None", None), (None, None), ("", None),
-        ("nan", None), ("null", None), ("<NA>", None), ([None], None), ([""], None), (["None"], None),
+        ("nan", None), ("null", None), ("<NA>", None), ([None], None), ([""], None),
+        (["None"], None),
         ([float("nan")], None), ("\n\t", None), ({}, None), ([[]], None),
     ],
     ids=repr,
@@ -131,7 +133,7 @@ def test_our_own_form_refuses_what_is_no_answer(tmp_path: Path, value: Any) -> N
     assert caught.value.remedy
 
 
-# ---- messages -------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
@@ -185,19 +187,23 @@ def test_messages_that_are_refused_say_why(tmp_path: Path, turns: Any, message: 
         read(tmp_path / "m.jsonl", [{"m": turns}], fields={"messages": "m"})
 
 
-# ---- answers of no use ----------------------------------------------------------------------------
+# ---- answers of no use ---------------------------------------------------------------
 
 UNUSABLE = [
-    ("math", {}, "2 3", "digits stand side by side"), ("math", {}, '["1", "2"]', "a list of 2 answers"),
-    ("math", {}, "$ $", "empty"), ("math", {"max_answer_chars": 10}, "1" * 11, "it has 11 characters"),
+    ("math", {}, "2 3", "digits stand side by side"),
+    ("math", {}, '["1", "2"]', "a list of 2 answers"),
+    ("math", {}, "$ $", "empty"),
+    ("math", {"max_answer_chars": 10}, "1" * 11, "it has 11 characters"),
     ("math", {"limit_s": 1.0}, "9^{9^{9^{9}}}", "for more than limit_s, 1 s"),
     ("code", {}, "[]", "no test"), ("code", {}, "assert True", "runs no assertion"),
     ("code", {}, "import numpy\nassert f() == 1", "without task.options.packages"),
     ("plain", {}, '["a", "b"]', "alternatives is not set"), ("plain", {}, " ", "empty"),
 ]  # fmt: skip
 USABLE = [
-    ("math", {}, "\\frac{1}{2}"), ("math", {}, '["5"]'), ("math", {}, "1\\,234"), ("math", {}, "[1, 2]"),
-    ("math", {}, "\\text{Evelyn}"), ("math", {}, "3,4"), ("math", {"max_answer_chars": 10}, "1" * 10),
+    ("math", {}, "\\frac{1}{2}"), ("math", {}, '["5"]'), ("math", {}, "1\\,234"),
+    ("math", {}, "[1, 2]"),
+    ("math", {}, "\\text{Evelyn}"), ("math", {}, "3,4"),
+    ("math", {"max_answer_chars": 10}, "1" * 10),
     ("code", {}, "assert f() == 1"), ("code", {"packages": True}, "import numpy\nassert f() == 1"),
     ("plain", {"alternatives": True}, '["a", "b"]'), ("plain", {}, "a"), ("plain", {}, '["a"]'),
 ]  # fmt: skip
@@ -245,7 +251,8 @@ def test_lopd_check_names_the_row(tmp_path: Path) -> None:
     config = write_project(tmp_path)
     folder = tmp_path / "held_out"
     folder.mkdir()
-    rows = [{"q": f"8{index}+06=?", "gold": {"a": "2 3" if index == 2 else "5"}} for index in range(5)]
+    golds = ["5", "5", "2 3", "5", "5"]
+    rows = [{"q": f"8{index}+06=?", "gold": {"a": gold}} for index, gold in enumerate(golds)]
     (folder / "b.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
     overrides = ["task.name=math", "task.options={}"]
     sets = 'format="fields", fields={question="q", answer="gold.a"}'
@@ -285,4 +292,5 @@ def test_lopd_prompts_prepare_names_the_row_and_leaves_it_out(lopd: Lopd, tmp_pa
     assert "left out: none" in output, "as plain text 2 3 is an answer like any other"
     own = write(tmp_path / "own.jsonl", [{"prompt_id": "a", "question": "q", "answer": "assert 1"}])
     wanted = ("prompts", "prepare", own, "--task", "code", "--out", tmp_path / "own_out.jsonl")
-    lopd(*wanted).refused("own.jsonl:1: answer: tests of a problem: the tests' text runs no assertion")
+    what = "own.jsonl:1: answer: tests of a problem: the tests' text runs no assertion"
+    lopd(*wanted).refused(what)

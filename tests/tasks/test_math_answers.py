@@ -72,8 +72,10 @@ LINES = [
     *(("13", f"We add.\n{line}", "") for line in (
         "**Answer**: 13", "Final Answer: 13", "Answer : 13", "Answer:\n13", "Answer:\n\n$13$",
         "**Answer:** 13", "### Answer: 13", "**Final Answer:**\n\n\\[\n13\n\\]", "ANSWER: **13**",
-        "Answer:\n$$\n13\n$$", "__Answer__: 13", "*Final answer*: $13$.", "Answer：13", "> Answer: 13",
-        "**Final Answer**\n13", "## Answer\n\n13", "`Answer: 13`", "- **Answer**: \\(13\\)", "answer:13",
+        "Answer:\n$$\n13\n$$", "__Answer__: 13", "*Final answer*: $13$.", "Answer：13",
+        "> Answer: 13",
+        "**Final Answer**\n13", "## Answer\n\n13", "`Answer: 13`", "- **Answer**: \\(13\\)",
+        "answer:13",
     )),
     ("13", "Final Answer: The final answer is $13$. I hope it is correct.", ""),
     ("13", "Final Answer: The final answer is $14$. I hope it is correct.", WRONG),
@@ -139,7 +141,8 @@ VALUES = [
     # case of single letters
     boxed("a", "A", WRONG), boxed("A", "a", WRONG), boxed("A", "(A)"), boxed("A", "\\text{A}"),
     boxed("A", "\\text{a}", WRONG),
-    boxed("2A+1", "2a+1", WRONG), boxed("\\text{Yes}", "\\text{yes}"), boxed("10\\text{ cm}", "10\\text{ CM}"),
+    boxed("2A+1", "2a+1", WRONG), boxed("\\text{Yes}", "\\text{yes}"), boxed("10\\text{ cm}",
+    "10\\text{ CM}"),
     boxed("x+y", "y+x"),
     boxed("$A$", "$A$"),
     # percent: docs/tasks.md
@@ -160,7 +163,7 @@ def verdicts() -> dict[tuple[str, str, str], Verdict]:
     return dict(zip(CASES, judged, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(f"{case[0]} <- {case[1]}: {case[2]}"))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(" <- ".join(case)))
 def test_answer(case: tuple[str, str, str], verdicts: dict[tuple[str, str, str], Verdict]) -> None:
     verdict = verdicts[case]
     assert (verdict.right, verdict.reason) == (case[2] == "", case[2]), verdict
