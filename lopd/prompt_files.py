@@ -19,13 +19,18 @@ from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.decontamination import EvaluationIndex, Match, question_of
 from lopd.tasks.formats import FORMATS
+from lopd.tasks.gold import REMEDY, Fault, ReadsAnswers, fault, task_for
+from lopd.tasks.interface import get_task
 from lopd.tasks.prompts import load_prompts, read_prompts, render
 from lopd.tasks.readers import ReadCounts, read_candidates
 from lopd.tasks.rows import content_hash
 from lopd.tasks.tokenizer import decode, load_tokenizer
 
 _CONTAMINATED = "in an evaluation set"
+_UNUSABLE = "with an answer that cannot be used"
 _MATCHES_SHOWN = 200
+_FAULTS_SHOWN = 200  # in the report; on screen the first _ROWS_SHOWN
+_ROWS_SHOWN = 5
 _NO_LIMIT = 2**31 - 1
 
 
@@ -40,14 +45,24 @@ def prompt_set(settings: dict[str, Any]) -> PromptSet:
 
 
 def prepare(
-    chosen: PromptSet, out: Path, *, against: Sequence[str] = (), ngram: int = 13, min_coverage: float = 0.0, tokenizer: Path | None = None
+    chosen: PromptSet,
+    out: Path,
+    *,
+    against: Sequence[str] = (),
+    ngram: int = 13,
+    min_coverage: float = 0.0,
+    tokenizer: Path | None = None,
+    task: str | None = None,
 ) -> dict[str, Any]:
     """Writes ``out`` and ``out``.report.json; returns the report. Does nothing where a report of the same inputs stands there.
+
+    task: who will judge the responses; None: the task of each prompt's domain, math or code. A
+    prompt whose answer that task cannot use is left out, and its row stands in the report.
 
     DataError: see lopd.tasks.prompts; or ``out`` is a file that was not written here.
     """
     evaluation = [evaluation_set(text) for text in against]
-    inputs = _inputs(chosen, evaluation, (ngram, min_coverage), tokenizer)
+    inputs = _inputs(chosen, evaluation, (ngram, min_coverage), tokenizer, task)
     report_path = out.with_name(f"{out.name}.report.json")
     standing = _standing(out, report_path)
     if standing is not None and standing["inputs"] == inputs:
@@ -56,22 +71,37 @@ def prepare(
     for one in evaluation:
         index.add(str(one.file), read_prompts(one, ""))
     matches: list[Match] = []
-
-    def contaminated(prompt: Prompt) -> str:
-        match = index.match(prompt)
-        if match is None:
-            return ""
-        matches.append(match)
-        return _CONTAMINATED
-
+    faults: list[Fault] = []
     counts = ReadCounts()
-    leave_out = contaminated if evaluation else None
+    judge = None if task is None else get_task(task, {})
+
+    def leave_out(prompt: Prompt) -> str:
+        match = index.match(prompt) if evaluation else None
+        if match is not None:
+            matches.append(match)
+            return _CONTAMINATED
+        reader = task_for(prompt, judge)
+        what = ""
+        if prompt.answer is not None and isinstance(reader, ReadsAnswers):
+            what = reader.answer_fault(prompt)
+        if what:
+            faults.append(fault(prompt, what, counts))
+        return _UNUSABLE if what else ""
+
     lengths: list[int] | None = None
-    if tokenizer is None:
-        prompts = read_prompts(chosen, "", leave_out=leave_out, counts=counts)
-    else:
-        prompts, ids = load_prompts(chosen, "", load_tokenizer(tokenizer), context_length=_NO_LIMIT, leave_out=leave_out, counts=counts)
-        lengths = [len(one) for one in ids]
+    try:
+        if tokenizer is None:
+            prompts = read_prompts(chosen, "", leave_out=leave_out, counts=counts)
+        else:
+            loaded = load_tokenizer(tokenizer)
+            more: dict[str, Any] = {"leave_out": leave_out, "counts": counts}
+            prompts, ids = load_prompts(chosen, "", loaded, context_length=_NO_LIMIT, **more)
+            lengths = [len(one) for one in ids]
+    except DataError as error:
+        if not faults:
+            raise
+        what = f"{error.what}; first: {faults[0].line()}"
+        raise DataError(what, where=error.where, limit=error.limit, remedy=REMEDY) from None
     _write(out, prompts)
     report = {
         "inputs": inputs,
@@ -83,6 +113,7 @@ def prepare(
         "with_answer": sum(prompt.answer is not None for prompt in prompts),
         "left_out": counts.left_out,
         "left_out_examples": counts.examples,
+        "unusable_answers": [{**asdict(one), "remedy": REMEDY} for one in faults[:_FAULTS_SHOWN]],
         "chars": _quantiles([len(question_of(prompt)) for prompt in prompts]),
         "tokens": None if lengths is None else _quantiles(lengths),
         "decontamination": _decontamination(index, evaluation, matches) if evaluation else None,
@@ -111,11 +142,17 @@ def evaluation_set(text: str) -> PromptSet:
     return prompt_set({"file": Path(path).expanduser().absolute(), "format": form, "instruction": "plain", "duplicates": "drop"})
 
 
-def _inputs(chosen: PromptSet, evaluation: Sequence[PromptSet], match: tuple[int, float], tokenizer: Path | None) -> str:
+def _inputs(
+    chosen: PromptSet,
+    evaluation: Sequence[PromptSet],
+    match: tuple[int, float],
+    tokenizer: Path | None,
+    task: str | None,
+) -> str:
     """Names what a file is made from, by content."""
     about = [[one.model_dump(mode="json", exclude={"file"}), content_hash(one.file) if one.file else None] for one in (chosen, *evaluation)]
     files = [] if tokenizer is None else [content_hash(tokenizer / name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
-    return sha256_json([about, match if evaluation else None, files])
+    return sha256_json([about, match if evaluation else None, files, task])
 
 
 def _standing(out: Path, report_path: Path) -> dict[str, Any] | None:
@@ -174,6 +211,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{report['prompts']:,} prompts of {report['rows']:,} rows read" + (" (unchanged, nothing done)" if report["reused"] else ""),
         f"left out: {left_out}",
     ]
+    for one in report["unusable_answers"][:_ROWS_SHOWN]:
+        line = f"{one['where']}: field {one['field']}: {one['what']}"
+        lines.append(f"    {line}; remedy: {one['remedy']}")
     for unit in ("chars", "tokens"):
         if report[unit] is not None:
             figures = report[unit]

@@ -35,6 +35,10 @@ class FileTask(TaskOptions):
             return Verdict(False, "the prompt has no answer")
         return self.judge_answer(prompt, prompt.answer, part)
 
+    def answer_fault(self, prompt: Prompt) -> str:
+        """Why the prompt's answer cannot be compared with, or cannot be met; "" where it can."""
+        return ""
+
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
         """part: the response after its thinking, end tokens removed."""
         raise NotImplementedError

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from lopd.tasks.answer_text import last_box
+from lopd.tasks.values import is_no_answer
+
 PLAIN = "{question}"
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."  # as the Qwen3 cards recommend
 INSTRUCTIONS = {"plain": PLAIN, "boxed": BOXED}  # names for prompts.*.instruction
@@ -47,13 +50,12 @@ def _after_hashes(row: Mapping[str, Any]) -> str | None:
     return found[1].replace(",", "") if found else text or None
 
 
-def _competition_answer(row: Mapping[str, Any]) -> str | None:
+def _competition_answer(row: Mapping[str, Any]) -> Any:
     """AIME and HMMT: the answer column (a number or LaTeX), else the last box of the solution."""
     for name in ("answer", "Answer"):
-        if row.get(name) is not None:
-            return str(row[name])
-    found = re.findall(r"\\boxed\{([^{}]*)\}", str(row.get("solution") or row.get("Solution") or ""))
-    return found[-1] if found else None
+        if not is_no_answer(row.get(name)):
+            return row[name]
+    return last_box(str(row.get("solution") or row.get("Solution") or ""))
 
 
 _STDIN = (

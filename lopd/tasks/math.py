@@ -1,21 +1,27 @@
-r"""Mathematics: the last ``\boxed{...}`` of a response, or its last ``Answer:`` line, equals the prompt's answer, by math-verify.
+r"""Mathematics: the last box of a response, or its last ``Answer:`` line, equals the gold answer.
 
-math-verify runs in worker processes with a hard limit: an answer like 9^9^9^9 costs that limit and is wrong. docs/tasks.md tells what counts as equal.
+Equal is what math-verify takes for equal, and what is stricter beside it (lopd.tasks.math_exact,
+lopd.tasks.math_text). math-verify runs in worker processes with a hard limit: an
+answer like 9^9^9^9 costs that limit and is wrong. docs/tasks.md tells what counts as equal.
 """
 
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from lopd.records import Prompt
+from lopd.tasks.answer_text import answer_line, has_braced_box, last_box
 from lopd.tasks.answers import FileTask
-from lopd.tasks.verdicts import Verdict, answer_line, last_box
+from lopd.tasks.math_text import bare, readable, same_case, unboxed
+from lopd.tasks.values import list_in
+from lopd.tasks.verdicts import Verdict
 from lopd.tasks.workers import WorkerDiedError, WorkerTimeoutError, pool
 
 _WORKER = "lopd.tasks.math_worker"
+_UNREADABLE = "the prompt's answer cannot be parsed"
 _INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
 
 
@@ -32,7 +38,7 @@ class Math(FileTask):
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
         """See FileTask."""
         found = last_box(part)
-        if found is None and self.answer_line and "\\boxed" not in part:
+        if found is None and self.answer_line and not has_braced_box(part):
             found = answer_line(part)
         if not found:
             return Verdict(False, "no answer")
@@ -41,31 +47,70 @@ class Math(FileTask):
         return self.compare(gold, found)
 
     def compare(self, gold: str, found: str) -> Verdict:
-        """Whether an answer equals the right one. Equal text and whole numbers are compared at once, the rest by a worker."""
-        expected, given = _bare(gold), _bare(found)
-        if expected and expected == given:
+        """Whether an answer equals the right one.
+
+        Equal text and whole numbers are compared at once, the rest by a worker.
+        """
+        wrong = Verdict(False, "wrong answer", found)
+        gold, several = _one_gold(gold)
+        if several or len(gold) > self.max_answer_chars:
+            return Verdict(False, _UNREADABLE, found)
+        if bare(gold) and bare(gold) == bare(found):
             return Verdict(True, found=found)
+        expected, given = readable(gold), readable(found)
+        if expected is None:
+            return Verdict(False, _UNREADABLE, found)
+        if given is None:
+            return Verdict(False, "answer cannot be parsed", found)
         if _INTEGER.fullmatch(expected) and _INTEGER.fullmatch(given):
-            return Verdict(True, found=found) if int(expected) == int(given) else Verdict(False, "wrong answer", found)
+            return Verdict(True, found=found) if int(expected) == int(given) else wrong
         try:
-            answer = pool(_WORKER, self.limit_s, self.memory_mb).ask({"gold": _both_signs(expected), "answer": _both_signs(given)})
+            answer = self._ask({"gold": _both_signs(expected), "answer": _both_signs(given)})
         except WorkerTimeoutError:
             return Verdict(False, "time limit", found)
         except WorkerDiedError:
             return Verdict(False, "verifier died", found)
-        if answer.get("failed") == "gold":
-            return Verdict(False, "the prompt's answer cannot be parsed", found)
-        if "failed" in answer:
-            return Verdict(False, "answer cannot be parsed" if answer["failed"] == "parse" else str(answer["failed"]), found)
-        return Verdict(True, found=found) if answer["right"] else Verdict(False, "wrong answer", found)
+        failed = answer.get("failed")
+        if failed == "gold":
+            return Verdict(False, _UNREADABLE, found)
+        if failed is not None:
+            reason = "answer cannot be parsed" if failed == "parse" else str(failed)
+            return Verdict(False, reason, found)
+        right = answer["right"] and same_case(expected, given)
+        return Verdict(True, found=found) if right else wrong
+
+    def answer_fault(self, prompt: Prompt) -> str:
+        """See FileTask."""
+        gold, several = _one_gold(prompt.answer or "")
+        if several:
+            return f"it is a list of {several} answers, and it is not said if all are asked for"
+        if not bare(gold):
+            return "it is empty"
+        if len(gold) > self.max_answer_chars:
+            return f"it has {len(gold)} characters, and max_answer_chars is {self.max_answer_chars}"
+        expected = readable(gold)
+        if expected is None:
+            return f"digits stand side by side in {gold!r:.60} and form no number"
+        if _INTEGER.fullmatch(expected):
+            return ""
+        try:
+            answer = self._ask({"gold": _both_signs(expected), "answer": "", "gold_only": True})
+        except WorkerTimeoutError:
+            return f"math-verify reads it for more than limit_s, {self.limit_s:g} s"
+        except WorkerDiedError:
+            return f"math-verify needs more than memory_mb, {self.memory_mb} MB, for it"
+        return "" if "failed" not in answer else f"math-verify cannot parse {gold!r:.60}"
+
+    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        return pool(_WORKER, self.limit_s, self.memory_mb).ask(job)
 
 
-def _bare(answer: str) -> str:
-    """Without the dollars around it, a full stop at its end and white space at both."""
-    text = answer.strip()
-    while len(text) > 1 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    return text.rstrip(".").strip()
+def _one_gold(gold: str) -> tuple[str, int]:
+    """The prompt's answer without a list or a box around it; and of a longer list, how many."""
+    listed = list_in(gold)
+    if listed is not None and len(listed) != 1:
+        return gold, len(listed)
+    return unboxed(listed[0] if listed else gold), 0
 
 
 def _both_signs(answer: str) -> str:

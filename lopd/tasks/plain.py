@@ -7,8 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from lopd.records import Prompt
+from lopd.tasks.answer_text import answer_line, last_box
 from lopd.tasks.answers import FileTask
-from lopd.tasks.verdicts import Verdict, answer_line, last_box
+from lopd.tasks.values import list_in
+from lopd.tasks.verdicts import Verdict
 
 
 class Plain(FileTask):
@@ -27,9 +29,27 @@ class Plain(FileTask):
         found = self._find(part)
         if not found:
             return Verdict(False, "no answer")
-        accepted = {self._plain(line) for line in (gold.splitlines() if self.alternatives else [gold])}
+        accepted = {self._plain(one) for one in self._golds(gold)} - {""}
         shown = found if len(found) <= 200 else f"{found[:200]}..."
         return Verdict(True, found=shown) if self._plain(found) in accepted else Verdict(False, "wrong answer", shown)
+
+    def answer_fault(self, prompt: Prompt) -> str:
+        """See FileTask."""
+        golds = self._golds(prompt.answer or "")
+        if not any(self._plain(one) for one in golds):
+            return "it is empty"
+        listed = list_in(prompt.answer or "")
+        if listed is not None and len(listed) > 1 and not self.alternatives:
+            number = len(listed)
+            return f"it is a list of {number} answers, and task.options.alternatives is not set"
+        return ""
+
+    def _golds(self, gold: str) -> list[str]:
+        """Each right answer: the lines of the text, or the members of a list."""
+        listed = list_in(gold)
+        if listed is not None and (self.alternatives or len(listed) == 1):
+            return listed
+        return gold.splitlines() if self.alternatives else [gold]
 
     def _find(self, part: str) -> str | None:
         if self.answer_in == "box":

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from lopd.config import PromptSet
@@ -14,16 +15,23 @@ from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.formats import FIELDS, FORMATS, INSTRUCTIONS, OWN, PLAIN, PromptFormat
 from lopd.tasks.rows import MISSING, Row, parse_path, read_rows, value_at
+from lopd.tasks.turns import content_of, opened_turns, refusal_of, role_of
+from lopd.tasks.values import MISSING_TEXTS, as_text, is_missing, is_no_answer, scalar_text
 
 OWN_FORM = 'a line is {"prompt_id": "...", "messages": [{"role": "user", "content": "..."}], "answer": "..."}, or "question" in place of "messages"'
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 @dataclass
 class ReadCounts:
-    """What became of the rows of a set: how many were read, and for each reason how many were left out, with the ids of the first."""
+    """What became of the rows of a set: how many were read, and for each reason how many were left
+    out, with the ids of the first.
+
+    places: of each prompt the row that it was read from. answer_field: where answers stand in it.
+    """
 
     rows: int = 0
+    places: dict[str, Row] = field(default_factory=dict)
+    answer_field: str = "answer"
     left_out: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -41,7 +49,8 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
     """
     reader = _RowReader(prompt_set, domain)
     assert prompt_set.file is not None
-    places: dict[str, Row] = {}
+    places = counts.places
+    counts.answer_field = reader.answer_field
     questions: dict[bytes, int] = {}
     for row in read_rows(prompt_set.file, reader.columns):
         if not isinstance(row.values, dict):
@@ -110,6 +119,12 @@ class _RowReader:
             raise ConfigError(f"format {self.name}: no column of questions is named", where="prompts.*.fields", remedy=remedy)
         return paths
 
+    @property
+    def answer_field(self) -> str:
+        """Where answers are looked for, for whoever mends one."""
+        paths = [_written(steps) for steps in self.paths.get("answer", ())]
+        return " or ".join(paths) or "answer"
+
     def chooses(self, row: Row) -> bool:
         return all(_matches(value_at(row.values, steps), wanted) for steps, wanted in self.where.values())
 
@@ -124,29 +139,35 @@ class _RowReader:
             digest = hashlib.sha256(json.dumps([dict(message) for message in messages], ensure_ascii=False).encode()).hexdigest()[:16]
             prompt_id = f"{self.name}-{digest}"
         else:
-            prompt_id = given if isinstance(given, str) else f"{self.name}-{given}"
+            text = scalar_text(given, row.where)
+            prompt_id = given if isinstance(given, str) else f"{self.name}-{text}"
         return Prompt(
             prompt_id=prompt_id,
             messages=_instructed(messages, self.instruction),
             domain=domain if isinstance(domain, str) else self.domain,
-            answer=None if answer is MISSING else answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False),
+            answer=None if is_no_answer(answer) else as_text(answer, row.where),
         )
 
     def _value(self, row: Row, name: str) -> Any:
-        """The field's value, or MISSING; empty text and null count as missing."""
+        """The field's value, or MISSING; blank text, null and not-a-number count as missing."""
         for steps in self.paths.get(name, ()):
             value = value_at(row.values, steps)
-            if value is not MISSING and value is not None and value != "":
+            if not (is_no_answer(value) if name == "answer" else is_missing(value)):
                 return value
         if name in self.format.computed and name not in self.paths:
             value = self.format.computed[name](row.values)
-            return MISSING if value is None or value == "" else value
+            return MISSING if is_missing(value) else value
         return MISSING
 
     def _messages(self, row: Row) -> tuple[Mapping[str, str], ...]:
         found = self._value(row, "messages")
+        if isinstance(found, bytes):
+            found = scalar_text(found, row.where)
+        if isinstance(found, str):
+            found = opened_turns(found, row.where, self.remedy)
         if found is MISSING:
             found = self._value(row, "question")
+            found = scalar_text(found, row.where) if isinstance(found, bytes) else found
         if isinstance(found, str):
             turns: Any = [{"role": "user", "content": found}]
         elif found is MISSING:
@@ -155,6 +176,12 @@ class _RowReader:
         else:
             turns = found
         return tuple(_turns(turns, row.where, self.remedy))
+
+
+def _written(steps: Sequence[str | int]) -> str:
+    """A path as users write it."""
+    parts = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps]
+    return "".join(parts).removeprefix(".")
 
 
 def _instruction(given: str | None, default: str) -> str:
@@ -177,11 +204,15 @@ def _turns(value: Any, where: str, remedy: str) -> list[Mapping[str, str]]:
     """Turns (role, content or from, value) up to the last one of the user; what an assistant answers to it is no prompt."""
     turns: list[Mapping[str, str]] = []
     for index, turn in enumerate(value if isinstance(value, list) else [value]):
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if role not in _ROLES or not isinstance(content, str):
-            raise DataError(f"messages[{index}] is {turn!r:.60}", where=where, limit="role and content, or from and value", remedy=remedy)
-        turns.append({"role": _ROLES[role], "content": content})
+        about = turn if isinstance(turn, dict) else {}
+        role = about.get("role", about.get("from"))
+        content = about.get("content", about.get("value"))
+        reason = refusal_of(role, content) if about else "it is no message"
+        if reason:
+            what = f"messages[{index}] is {turn!r:.60}: {reason}"
+            limit = "role and content, or from and value"
+            raise DataError(what, where=where, limit=limit, remedy=remedy)
+        turns.append({"role": str(role_of(role)), "content": str(content_of(content))})
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or not turns[-1]["content"].strip():
@@ -206,7 +237,11 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 
 def _comparable(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, date) else value  # datetime is a date too
+    if isinstance(value, date):  # datetime is a date too
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return float(value) if isinstance(value, Decimal) else value
 
 
 # ---- our own form ---------------------------------------------------------------------------------------------------------------------------------
@@ -215,28 +250,47 @@ def _comparable(value: Any) -> Any:
 def _own_prompt(row: Row, domain: str, instruction: str) -> Prompt:
     values, where = row.values, row.where
     prompt_id = _text(values, "prompt_id", where)
-    if ("messages" in values) == ("question" in values):
+    given = {name for name in ("messages", "question") if values.get(name) is not None}
+    if len(given) != 1:
         raise DataError(f"prompt {prompt_id!r} needs either messages or question", where=where, remedy=OWN_FORM)
-    messages = _own_messages(values["messages"], where) if "messages" in values else ({"role": "user", "content": _text(values, "question", where)},)
+    told = values.get("messages")
+    if told is None:
+        told = [{"role": "user", "content": _text(values, "question", where)}]
+    messages = _own_messages(told, where)
     answer = None if values.get("answer") is None else _text(values, "answer", where)
-    own_domain = _text(values, "domain", where) if "domain" in values else domain
+    if answer is not None and answer.strip() in MISSING_TEXTS:
+        what = f"answer is {answer!r}, which is what a missing value is written as"
+        raise DataError(what, where=where, remedy="leave the answer out, or write the right one")
+    own_domain = domain if values.get("domain") is None else _text(values, "domain", where)
     return Prompt(prompt_id=prompt_id, messages=_instructed(messages, instruction), domain=own_domain, answer=answer)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row.get(key)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         found = f"is {value!r:.60}" if key in row else "is missing"
         raise DataError(f"{key} {found}; it must be a non-empty string", where=where, remedy=OWN_FORM)
     return value
 
 
 def _own_messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+    """A role that is not known here goes to the chat template as it is."""
+    if isinstance(value, str):
+        value = opened_turns(value, where, OWN_FORM)
     if not isinstance(value, list) or not value:
         raise DataError("messages must be a non-empty list", where=where, remedy=OWN_FORM)
+    messages: list[Mapping[str, str]] = []
     for index, message in enumerate(value):
-        if not isinstance(message, dict) or set(message) != {"role", "content"} or not all(isinstance(part, str) for part in message.values()):
-            raise DataError(f"messages[{index}] must have role and content, both strings, and nothing else", where=where, remedy=OWN_FORM)
-    if value[-1]["role"] == "assistant":
+        content = content_of(message.get("content")) if isinstance(message, dict) else None
+        shaped = isinstance(message, dict) and set(message) == {"role", "content"}
+        if content is None or not shaped or not isinstance(message["role"], str):
+            what = f"messages[{index}] must have role and content, both strings, and nothing else"
+            about = message if isinstance(message, dict) else {}
+            reason = refusal_of(about.get("role"), about.get("content")) if about else ""
+            raise DataError(what + (f": {reason}" if reason else ""), where=where, remedy=OWN_FORM)
+        role = message["role"]
+        known = role.strip().lower() in ("user", "assistant", "system")
+        messages.append({"role": role.strip().lower() if known else role, "content": content})
+    if messages[-1]["role"] == "assistant":
         raise DataError("the last message is the assistant's: nothing is left to answer", where=where, remedy="end with the user's message")
-    return tuple(value)
+    return tuple(messages)

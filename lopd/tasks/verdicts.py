@@ -67,33 +67,3 @@ def final_part(text: str) -> str | None:
 
 
 _TAIL = 1_000_000  # characters: no answer stands further from the end, and what reads it must not be made slow by its length
-
-
-def last_box(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` holds; None where there is none, or it is not closed. One pass, whatever the text."""
-    start = text.rfind("\\boxed")
-    if start < 0:
-        return None
-    position = start + len("\\boxed")
-    while position < len(text) and text[position] == " ":
-        position += 1
-    if text[position : position + 1] != "{":
-        return None
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text[position:], re.DOTALL):
-        if match[0] == "{":
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[position + 1 : position + match.start()].strip()
-    return None
-
-
-def answer_line(text: str) -> str | None:
-    """What follows ``Answer:`` in the last line that begins so; asterisks around it do not count."""
-    for line in reversed(text[-10_000:].splitlines()):
-        bare = line.strip().strip("*# ").strip()
-        if bare.lower().startswith("answer:"):
-            return bare[len("answer:") :].strip("* ").strip() or None
-    return None

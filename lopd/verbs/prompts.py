@@ -36,6 +36,10 @@ def prepare(
     max_chars: Annotated[int | None, typer.Option(min=1, help="Leave out longer prompts, in characters.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer prompts, in tokens; needs --tokenizer.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer with a chat template: lengths in tokens.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task that must be able to use the answers. Absent: the domain's."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
 ) -> None:
     """Write a prompt set: read, choose, drop repeated questions, too long ones and those that share words with evaluation prompts; report what was left out.
@@ -58,7 +62,15 @@ def prepare(
         "max_prompt_chars": max_chars,
         "max_prompt_tokens": max_tokens,
     }
-    report = prompt_files.prepare(prompt_files.prompt_set(settings), out, against=against or [], ngram=ngram, min_coverage=min_coverage, tokenizer=tokenizer)
+    report = prompt_files.prepare(
+        prompt_files.prompt_set(settings),
+        out,
+        against=against or [],
+        ngram=ngram,
+        min_coverage=min_coverage,
+        tokenizer=tokenizer,
+        task=task,
+    )
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
     else:

@@ -14,7 +14,7 @@ import pytest
 from lopd.config import PromptSet
 from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
-from lopd.tasks.code import read_tests
+from lopd.tasks.code_tests import read_tests
 from lopd.tasks.formats import BOXED, FORMATS
 from lopd.tasks.prompts import read_prompts
 from lopd.tasks.readers import ReadCounts
@@ -116,7 +116,8 @@ def test_livecodebench_programs_and_functions(tmp_path: Path) -> None:
     assert "standard input" in one.messages[0]["content"]
     assert "def add(self):\n```" in two.messages[0]["content"]
     assert (one.prompt_id, two.prompt_id, one.domain) == ("abc1", "3779", "code")
-    assert [[test.kind for test in read_tests(str(prompt.answer))[0]] for prompt in (one, two)] == [["stdin"], ["call"]]
+    found = [read_tests(str(prompt.answer)).tests for prompt in (one, two)]
+    assert [[test.kind for test in tests] for tests in found] == [["stdin"], ["call"]]
     window = {"contest_date": {"min": "2025-01-01", "max": "2025-02-01"}}
     assert len(read(path, format="livecodebench", where=window)) == 2
     with pytest.raises(DataError, match=r"the prompt set is empty \(2 rows, of which 2 not chosen by where\)"):

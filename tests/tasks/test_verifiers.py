@@ -20,8 +20,11 @@ from lopd.errors import ConfigError
 from lopd.processes import group_alive
 from lopd.records import Prompt
 from lopd.tasks import get_task, sandbox
-from lopd.tasks.code import last_code_block, read_tests, same_output
-from lopd.tasks.verdicts import Verdict, answer_line, final_part, judge_all, last_box
+from lopd.tasks.answer_text import answer_line, last_box
+from lopd.tasks.code import same_output
+from lopd.tasks.code_blocks import program_of
+from lopd.tasks.code_tests import read_tests
+from lopd.tasks.verdicts import Verdict, final_part, judge_all
 from lopd.tasks.workers import WorkerPool, WorkerTimeoutError
 
 LIMIT_S = 2.0  # of processor time; what is right takes a twentieth of it
@@ -228,17 +231,21 @@ def test_integers_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_boxes_and_lines() -> None:
     assert last_box("\\boxed{\\frac{1}{2}} x") == "\\frac{1}{2}"
     assert last_box("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
-    assert last_box("\\boxed7") is None
+    assert last_box("\\boxed7") == "7"
     assert answer_line("ANSWER: 5\nmore") == "5"
     assert answer_line("the answer: 5") is None
     assert final_part("a</think>b</think>c<|im_end|>\n") == "c"
 
 
-def test_output_is_compared_without_rounding() -> None:
+def test_output_is_compared_up_to_rounding_in_double_precision() -> None:
     assert same_output("1.0 2\n\n", "1 2")
-    assert not same_output("0.3333333333333333", "0.333333333333333")
+    assert same_output("0.30000000000000004", "0.3")
+    assert not same_output("0.3000001", "0.3")
+    assert not same_output("1e18", "1000000000000000001"), "a whole number is exact"
+    assert not same_output("2.9999999999999996", "3"), "so is it where a fraction is printed"
     assert not same_output("1\n2", "1 2")
     assert not same_output("nan", "NaN x")
+    assert not same_output("nan", "0.5")
 
 
 def test_packed_tests_are_unpacked_and_no_pickle_is_loaded(tmp_path: Path) -> None:
@@ -249,8 +256,8 @@ def test_packed_tests_are_unpacked_and_no_pickle_is_loaded(tmp_path: Path) -> No
         content = base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
         return json.dumps({"public_test_cases": json.dumps(case), "private_test_cases": content, "metadata": "{}"})
 
-    tests, function = read_tests(packed(json.dumps([*case, *case])))
-    assert (len(tests), function, tests[2].expected) == (3, "", "2")
+    read = read_tests(packed(json.dumps([*case, *case])))
+    assert (len(read.tests), read.function, read.tests[2].expected) == (3, "", "2")
 
     class Command:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -265,9 +272,9 @@ def test_packed_tests_are_unpacked_and_no_pickle_is_loaded(tmp_path: Path) -> No
 
 
 def test_the_last_closed_block_of_python_counts() -> None:
-    assert last_code_block("```py\na\n```\n```python\nb\n") == "a\n"
-    assert last_code_block("``` python\na\n  b\n```\n") == "a\n  b\n"
-    assert last_code_block("```python\n```") is None
+    assert program_of("```py\na\n```\n```python\nb\n") == "a\n"
+    assert program_of("``` python\na\n  b\n```\n") == "a\n  b\n"
+    assert program_of("```python\n```") is None
 
 
 def test_file_tasks_make_no_prompts() -> None:
