@@ -63,6 +63,8 @@ class Block:
 
     def defines(self, name: str) -> bool:
         """Whether it makes a function or class of this name; an import of one does not count."""
+        if name not in self.content:
+            return False  # most blocks need not be parsed
         if self.tree is None:
             start = rf"^\s*(?:def|class)\s+{re.escape(name)}\b"
             return re.search(start, self.content, re.MULTILINE) is not None
@@ -123,10 +125,12 @@ def program_of(text: str, names: Collection[str] = ()) -> str | None:
     if wanted and defining:
         return defining[-1].content
     # a block that cannot be parsed counts: a last program with a syntax error is a wrong one
-    alone = [one for one in blocks if one.stands_alone or one.is_broken]
-    reading = [block for block in alone if _READS.search(block.content)]
-    chosen = (reading if not names else []) or alone or [one for one in blocks if one.is_python]
-    return chosen[-1].content if chosen else None
+    last_first = blocks[::-1]
+    reading = [block for block in last_first if not names and _READS.search(block.content)]
+    for block in (*reading, *last_first):
+        if block.stands_alone or block.is_broken:
+            return block.content
+    return next((block.content for block in last_first if block.is_python), None)
 
 
 def defines(program: str, name: str) -> bool:

@@ -48,6 +48,13 @@ def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> C
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UnusableTextError(f"the tests' text is no Python ({error})") from None
+    try:
+        return _check(tree, entry_point, packages)
+    except RecursionError:
+        raise UnusableTextError("the tests' text is nested too deeply") from None
+
+
+def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
     _importable(tree, packages)
     body = list(_statements(tree.body))
     calls, needs_candidate = _calls(body, entry_point)

@@ -4,6 +4,7 @@ and the program in responses as models write them."""
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +161,7 @@ UNUSABLE = {
     "import pytest\ndef test_add():\n    assert add(1, 2) == 3": "import pytest",
     "from other import add\nassert add(1, 2) == 3": "import other",
     "class Tests:\n    def add(self):\n        assert add(1, 2) == 3": "begins with test",
+    "assert add" + "()" * 20_000: "nested too deeply|no Python",
     '{"assertions": []}': "no test", '{"assertions": ["x = 1"]}': "runs no assertion",
     '{"tests": [{"input": "1"}]}': "without input or output", "3": "runs no assertion",
     '{"inputs": ["1"], "outputs": []}': "1 inputs and 0 outputs", '{"tests": []}': "no test",
@@ -189,14 +191,14 @@ def test_form(case: Case, verdicts: dict[Case, Verdict]) -> None:
     assert (verdict.right, verdict.reason) == (case.reason == "", case.reason), verdict
 
 
-@pytest.mark.parametrize("gold", UNUSABLE)
+@pytest.mark.parametrize("gold", UNUSABLE, ids=lambda gold: ascii(gold[:60]))
 def test_what_checks_nothing_is_unreadable(gold: str) -> None:
     """Every program, right or wrong, is then judged alike, and the checks before a run say so."""
     with pytest.raises(DataError, match=UNUSABLE[gold]):
         read_tests(gold)
     task: Any = get_task("code", {})
     prompt = Prompt("p", ({"role": "user", "content": "q"},), "code", gold)
-    assert UNUSABLE[gold] in task.answer_fault(prompt)
+    assert re.search(UNUSABLE[gold], task.answer_fault(prompt))
     verdict = task.judge(prompt, f"```python\n{RIGHT_ADD}\n```", "stop")
     assert verdict.reason == "the prompt's tests cannot be read"
 
