@@ -18,6 +18,7 @@ from dataclasses import dataclass
 _ASSERTS = re.compile(r"assert|fail\Z")
 _TEST_NAME = re.compile(r"test")
 _SOLUTION_MODULE = "solution"  # the name under which some data sets' tests import the program
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _UNUSED = "the tests' text runs no assertion"
 
 
@@ -57,6 +58,8 @@ def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> C
 def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
     _importable(tree, packages)
     body = list(_statements(tree.body))
+    if any(isinstance(one, ast.Assert) and ast.unparse(one.test) == "False" for one in body):
+        raise UnusableTextError("the tests' text asserts False, which no program meets")
     calls, needs_candidate = _calls(body, entry_point)
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     if not calls and not _asserts(body, functions):
@@ -82,7 +85,9 @@ def _calls(body: Sequence[ast.stmt], entry_point: str) -> tuple[list[str], bool]
             calls.append(_call_of_class(node))
         elif isinstance(node, ast.FunctionDef) and _asserts(node.body, functions):
             needed = len(node.args.posonlyargs + node.args.args) - len(node.args.defaults)
-            if name == "check" and needed == 1:
+            if name == "check" and needed == 0:
+                calls.append("check()")
+            elif name == "check" and needed == 1:
                 needs_candidate = not entry_point
                 calls.append(f"check({entry_point or 'candidate'})")
             elif _TEST_NAME.match(name) and needed == 0 and not node.decorator_list:
@@ -126,13 +131,31 @@ def _asserts(nodes: Iterable[ast.AST], functions: dict[str, ast.FunctionDef]) ->
             if name in functions and name not in seen:
                 seen.add(name)
                 waiting.extend(functions[name].body)
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+        if isinstance(node, ast.Try) and any(map(_swallows, node.handlers)):
+            waiting += [*node.handlers, *node.orelse, *node.finalbody]
+        elif not isinstance(node, _DEFINITIONS):
             waiting.extend(ast.iter_child_nodes(node))
     return False
 
 
+def _swallows(handler: ast.ExceptHandler) -> bool:
+    """Whether a failed assertion ends here, and the tests go on as if it had held."""
+    caught = "BaseException" if handler.type is None else ast.unparse(handler.type)
+    if not re.search(r"\b(AssertionError|Exception|BaseException)\b", caught):
+        return False
+    ends = (ast.Raise, ast.Assert)
+    inside = [node for one in handler.body for node in ast.walk(one)]
+    fails = {"fail", "exit", "_exit"} & _called_names(inside)
+    return not fails and not any(isinstance(node, ends) for node in inside)
+
+
 def _depends(test: ast.expr) -> bool:
-    """False of ``assert True``, and of ``assert (f(1) == 2, "words")``, which is always true."""
+    """False of ``assert True``, and of ``assert (f(1) == 2, "words")``, which is always true.
+
+    ``assert False`` does: it stands where a right program does not come.
+    """
+    if isinstance(test, ast.Constant):
+        return not test.value
     if isinstance(test, ast.Tuple):
         return False
     names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
