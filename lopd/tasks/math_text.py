@@ -20,6 +20,7 @@ _THOUSANDS = rf"(?:{_GAP}|\\?_)"
 _DIGITS = rf"[0-9]+(?:{_THOUSANDS}[0-9]+)*"
 _RUN = re.compile(rf"(?<![0-9.^_])({_DIGITS})(\.{_DIGITS})?(?!\.?[0-9])")
 _MIXED = re.compile(rf"(?<![0-9.,^_/])([0-9]+){_GAP}([0-9]+)\s*/\s*([0-9]+)(?![0-9.])")
+_REPEATING = re.compile(r"(?<![0-9.,])([0-9]{0,50})\.([0-9]{0,50})\\(?:overline|bar)(?![A-Za-z])\s*(?:\{([0-9]{1,50})\}|([0-9]))")
 _LEFT_APART = re.compile(rf"[0-9](?:{_GAP}|\s*\\q?quad\s*)[0-9]")
 _LOOKALIKES = str.maketrans("０１２３４５６７８９−’", "0123456789-'")
 _WRAPPED_COMMA = re.compile(r"\\(?:math(?:punct|ord|inner)|text)\s*\{,\}")
@@ -74,12 +75,21 @@ def readable(answer: str) -> str | None:
     math-verify would add or multiply such numbers, and so find right what nobody has written.
     """
     text = _WRAPPED_COMMA.sub(",", bare(answer).translate(_LOOKALIKES))
-    text = _MIXED.sub(_mixed, text)
+    text = _MIXED.sub(_mixed, _REPEATING.sub(_fraction, text))
     text = re.sub(r"~(?=\\)", " ", _RUN.sub(_joined, text))
     text = _without_unit(braced_arguments(text))
     if _LEFT_APART.search(text):
         return None
     return _LAST_VARIABLE.sub(r"\1{\2}", text)  # math-verify would drop the h of 2h as hours
+
+
+def _fraction(match: re.Match[str]) -> str:
+    r"""``0.1\overline{6}`` is 15/90, exactly. math-verify reads it as 0.1 and drops what repeats."""
+    whole, fixed = match[1] or "0", match[2]
+    repeating = match[3] or match[4]
+    numerator = int(whole + fixed + repeating) - int(whole + fixed)
+    denominator = (10 ** len(repeating) - 1) * 10 ** len(fixed)
+    return f"\\frac{{{numerator}}}{{{denominator}}}"
 
 
 def _mixed(match: re.Match[str]) -> str:
