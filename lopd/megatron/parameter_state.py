@@ -123,7 +123,9 @@ class FusedState:
             if kind == MAIN and self.optimizer.state[self.main][name].dtype == torch.int16:
                 _, value = split(value)
             self.optimizer.set_scaled_state(self.main, name, value)
-        assert MAIN in tensors or self.main.dtype == torch.float32
+        if MAIN not in tensors and _MASTER in self.optimizer.state[self.main]:
+            # float32 weights are not stored twice: its copy would be that of before the load
+            self.optimizer.set_scaled_state(self.main, _MASTER, self.main.detach().clone())
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,7 @@ def _resumed(moe: str, folder: str) -> dict[str, Any]:
 
 
 PRECISE: dict[str, dict[str, Any]] = {  # how FusedAdam keeps the float32 weights and the moments
+    "float32": {"store_param_remainders": False},
     "whole": {"store_param_remainders": False},
     "remainders": {"store_param_remainders": True},
     "moments of 16 bits": {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"},
@@ -120,10 +121,11 @@ def _precise(moe: str, folder: str) -> dict[str, Any]:
     optimizer_config.is_te_min_version = optimizers.is_te_min_version = lambda *_, **__: True
 
     def settings(table: dict[str, Any]) -> Any:
-        return settings_of({"expert": 2}, dtype="bfloat16", megatron=table)
+        return settings_of({"expert": 2}, dtype=dtype, megatron=table)
 
     found: dict[str, Any] = {}
     for name, kept in PRECISE.items():
+        dtype = "float32" if name == "float32" else "bfloat16"
         table = {"use_precision_aware_optimizer": True, **kept}
         path = f"{folder}/precise-{name.replace(' ', '-')}"
         unbroken = trainer_of(moe, settings(table))
