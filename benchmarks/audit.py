@@ -1,11 +1,14 @@
-"""How often ``lopd audit`` is right: draws of fresh responses by the true teacher, and by other models as accurate as it.
+"""How often ``lopd audit`` is right: draws of fresh responses by the true teacher, and by other
+models as accurate as it.
 
     python benchmarks/audit.py --foreign runs/tiny_moe/distill/model --draws 100 --json audit.json
     python benchmarks/audit.py --foreign runs/tiny_moe/distill/model --draws 20 --first 40 --json audit.json     # some of them, added to the file
 
-Every draw has prompts and random numbers of its own, so that draws are independent (draws out of one pool are not: they share its luck). Responses are sampled
-with transformers in this process, at temperature 1, and scored by the teacher. Right is ``consistent`` for the teacher and ``inconsistent`` for the others;
-``cannot tell`` is right for nobody. The default number of responses is what the tolerance needs (the audit says how many: tokens_needed).
+Every draw has prompts and random numbers of its own, so that draws are independent (draws out of
+one pool are not: they share its luck). Responses are sampled with transformers in this process, at
+temperature 1, and scored by the teacher. Right is ``consistent`` for the teacher and
+``inconsistent`` for the others; ``cannot tell`` is right for nobody. The default number of
+responses is what the tolerance needs (the audit says how many: tokens_needed).
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / "examples/tiny_models/teacher"
-TOLERANCE, RESPONSES = 0.003, 960  # nats per token; about 50,000 tokens, where 44,000 would do on average
+TOLERANCE, RESPONSES = (
+    0.003,
+    960,
+)  # nats per token; about 50,000 tokens, where 44,000 would do on average
 LONGEST, BATCH = 64, 480
 
 
@@ -39,15 +45,21 @@ def load(folder: Path) -> Any:
 
 
 @torch.inference_mode()
-def sample(model: Any, prompts: torch.Tensor, ends: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Tokens [N, T] and the model's own scores of them, each [N, T] (log p, entropy, variance), at temperature 1; T: until all have ended."""
+def sample(
+    model: Any, prompts: torch.Tensor, ends: tuple[int, ...], generator: torch.Generator
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Tokens [N, T] and the model's own scores of them, each [N, T] (log p, entropy, variance), at
+    temperature 1; T: until all have ended.
+    """
     inputs, past, steps = prompts, None, []
     done = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(LONGEST):
         out = model(inputs, past_key_values=past, use_cache=True)
         logits, past = out.logits[:, -1], out.past_key_values
         inputs = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        steps.append((inputs[:, 0], *distribution_scores(logits, inputs[:, 0], temperature=1.0, top_p=1.0)))
+        steps.append(
+            (inputs[:, 0], *distribution_scores(logits, inputs[:, 0], temperature=1.0, top_p=1.0))
+        )
         done |= torch.isin(inputs[:, 0], torch.tensor(ends))
         if bool(done.all()):
             break
@@ -62,11 +74,15 @@ def score(teacher: Any, prompts: torch.Tensor, tokens: torch.Tensor) -> list[tor
 
 
 def draw(model: Any, teacher: Any | None, number: int, responses: int) -> tuple[Scores, float]:
-    """The number-th draw: the teacher's scores of so many fresh responses of the model (teacher None: they are its own), and the share that is right."""
+    """The number-th draw: the teacher's scores of so many fresh responses of the model (teacher
+    None: they are its own), and the share that is right.
+    """
     task, tokenizer = get_task("register_arithmetic", {}), load_tokenizer(TEACHER)
     problems = task.generate_prompts(responses, 20 + number % 200)  # 1 to 9 are the example's own
     ends = stop_token_ids(TEACHER, tokenizer)
-    prompts = torch.from_numpy(np.stack(render(problems, tokenizer, context_length=256)).astype(np.int64))
+    prompts = torch.from_numpy(
+        np.stack(render(problems, tokenizer, context_length=256)).astype(np.int64)
+    )
     generator = torch.Generator().manual_seed(1000 + number)
     parts: list[list[np.ndarray]] = [[], [], []]
     lengths, right = [], 0
@@ -78,7 +94,11 @@ def draw(model: Any, teacher: Any | None, number: int, responses: int) -> tuple[
             ended = np.isin(line, ends)
             length = int(np.argmax(ended)) + 1 if ended.any() else len(line)
             lengths.append(length)
-            right += task.verify(problems[start + row], decode(tokenizer, line[:length]), "stop" if ended.any() else "length")
+            right += task.verify(
+                problems[start + row],
+                decode(tokenizer, line[:length]),
+                "stop" if ended.any() else "length",
+            )
             for part, column in zip(parts, scores, strict=True):
                 part.append(column[row, :length].numpy())
     logprobs, entropy, variance = (np.concatenate(part) for part in parts)
@@ -86,8 +106,16 @@ def draw(model: Any, teacher: Any | None, number: int, responses: int) -> tuple[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--foreign", type=Path, action="append", default=[], help="Hugging Face folder of another model; may be given several times")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--foreign",
+        type=Path,
+        action="append",
+        default=[],
+        help="Hugging Face folder of another model; may be given several times",
+    )
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--responses", type=int, default=RESPONSES, help="of a draw")
@@ -96,26 +124,49 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="add the draws to this file")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    done: dict[str, list[dict[str, Any]]] = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
+    done: dict[str, list[dict[str, Any]]] = (
+        json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
+    )
     teacher = load(TEACHER)
-    for name, folder in [*([] if given.skip_teacher else [("teacher", None)]), *((str(folder), folder) for folder in given.foreign)]:
+    for name, folder in [
+        *([] if given.skip_teacher else [("teacher", None)]),
+        *((str(folder), folder) for folder in given.foreign),
+    ]:
         model = teacher if folder is None else load(folder)
         began = time.monotonic()
         for number in range(given.first, given.first + given.draws):
-            scores, accuracy = draw(model, None if folder is None else teacher, number, given.responses)
+            scores, accuracy = draw(
+                model, None if folder is None else teacher, number, given.responses
+            )
             result = audit(scores, tolerance=given.tolerance)
-            row = {"draw": number, "verdict": result.verdict, "z": result.z, "mean": result.mean, "tokens": result.tokens, "needed": result.tokens_needed}
+            row = {
+                "draw": number,
+                "verdict": result.verdict,
+                "z": result.z,
+                "mean": result.mean,
+                "tokens": result.tokens,
+                "needed": result.tokens_needed,
+            }
             done.setdefault(name, []).append({**row, "accuracy": accuracy})
         sys.stderr.write(f"{name}: {given.draws} draws in {time.monotonic() - began:.0f} s\n")
     if given.json:
         given.json.write_text(json.dumps(done, indent=1) + "\n")
-    print("| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token | consistent | inconsistent | cannot tell |")
+    print(
+        "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token | consistent | inconsistent | cannot tell |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, rows in done.items():
         verdicts = Counter(row["verdict"] for row in rows)
-        mean = {key: float(np.mean([row[key] for row in rows])) for key in ("accuracy", "tokens", "mean")}
-        counts = " | ".join(str(verdicts[verdict]) for verdict in ("consistent", "inconsistent", "cannot tell"))
-        print(f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} | {mean['mean']:+.5f} | {counts} |")
+        mean = {
+            key: float(np.mean([row[key] for row in rows]))
+            for key in ("accuracy", "tokens", "mean")
+        }
+        counts = " | ".join(
+            str(verdicts[verdict]) for verdict in ("consistent", "inconsistent", "cannot tell")
+        )
+        print(
+            f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} | {mean['mean']:+.5f} | {counts} |"
+        )
 
 
 if __name__ == "__main__":

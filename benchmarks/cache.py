@@ -1,7 +1,10 @@
-"""How fast a teacher cache is read, and in how much memory: a synthetic one of a given size, in order and in the shuffled order of training.
+"""How fast a teacher cache is read, and in how much memory: a synthetic one of a given size, in
+order and in the shuffled order of training.
 
-Every reading runs in a process of its own, and its peak memory is compared with that of the same process on a cache of one shard: what a reader needs beyond
-the interpreter and its libraries must not grow with the cache. Random values do not compress, so bytes per token are those of the worst case.
+Every reading runs in a process of its own, and its peak memory is compared with that of the same
+process on a cache of one shard: what a reader needs beyond the interpreter and its libraries must
+not grow with the cache. Random values do not compress, so bytes per token are those of the worst
+case.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ RESPONSE, PROMPT, VOCABULARY = 2048, 256, 151_936  # tokens, as of a reasoning m
 
 
 def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0) -> None:
-    """Shards of 256 responses until the size is reached, every one with content of its own; distinct: after so many, copies of them, which is faster."""
+    """Shards of 256 responses until the size is reached, every one with content of its own;
+    distinct: after so many, copies of them, which is faster.
+    """
     from lopd import cache
     from lopd.artifacts import ArtifactWriter
     from lopd.records import Response, TeacherScores, token_hash
@@ -45,7 +50,14 @@ def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0
             )
             responses.append(response)
             teacher = -rng.exponential(0.3, length).astype(np.float32)
-            scores.append(TeacherScores(response.prompt_id, 0, token_hash(response.prompt_ids, response.token_ids), teacher))
+            scores.append(
+                TeacherScores(
+                    response.prompt_id,
+                    0,
+                    token_hash(response.prompt_ids, response.token_ids),
+                    teacher,
+                )
+            )
         writer.publish_shard(index, cache.to_table(responses, scores))
         size += (folder / f"shard-{index:05d}.parquet").stat().st_size
         index += 1
@@ -53,7 +65,9 @@ def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0
         copy = folder / f"shard-{index:05d}.parquet"
         shutil.copyfile(folder / f"shard-{index % distinct:05d}.parquet", copy)
         size, index = size + copy.stat().st_size, index + 1
-    writer = ArtifactWriter(folder, kind="teacher_cache", inputs={"synthetic": megabytes})  # takes the copies in
+    writer = ArtifactWriter(
+        folder, kind="teacher_cache", inputs={"synthetic": megabytes}
+    )  # takes the copies in
     writer.finish(vocab_size=VOCABULARY)
 
 
@@ -77,7 +91,9 @@ def read(folder: Path, how: str, seconds: float) -> dict[str, Any]:
         order = ResponseOrder(len(reader), 32, seed=0)
         step = 0
         while time.perf_counter() - started < seconds and step * 32 < len(reader):
-            tokens += sum(len(response.token_ids) for response, _ in reader.fetch(order.batch_indices(step)))
+            tokens += sum(
+                len(response.token_ids) for response, _ in reader.fetch(order.batch_indices(step))
+            )
             peak, step = max(peak, process.memory_info().rss), step + 1
     elapsed, used = time.perf_counter() - started, time.process_time() - processor
     return {
@@ -90,8 +106,19 @@ def read(folder: Path, how: str, seconds: float) -> dict[str, Any]:
 
 
 def measure(folder: Path, how: str, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--folder", str(folder), "--how", how, "--seconds", str(seconds)]
-    figures: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [
+        sys.executable,
+        __file__,
+        "--folder",
+        str(folder),
+        "--how",
+        how,
+        "--seconds",
+        str(seconds),
+    ]
+    figures: dict[str, Any] = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
     return figures
 
 
@@ -99,8 +126,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=1000.0, help="size of the cache")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for the shuffled order")
-    parser.add_argument("--trainer", type=float, default=30_000.0, help="tokens per second that the trainer consumes")
-    parser.add_argument("--distinct", type=int, default=0, help="shards of content of their own; 0: all")
+    parser.add_argument(
+        "--trainer",
+        type=float,
+        default=30_000.0,
+        help="tokens per second that the trainer consumes",
+    )
+    parser.add_argument(
+        "--distinct", type=int, default=0, help="shards of content of their own; 0: all"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--how", help=argparse.SUPPRESS)
@@ -116,16 +150,22 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (scratch / "large").glob("*.parquet"))
         figures: dict[str, Any] = {"bytes": size, "write_seconds": time.perf_counter() - started}
         for how in ("in order", "shuffled"):
-            small, large = (measure(scratch / name, how, given.seconds) for name in ("small", "large"))
-            figures[how] = {**large, "memory_mb_one_shard": small["memory_mb"], "times_the_trainer": large["tokens_per_s"] / given.trainer}
+            small, large = (
+                measure(scratch / name, how, given.seconds) for name in ("small", "large")
+            )
+            figures[how] = {
+                **large,
+                "memory_mb_one_shard": small["memory_mb"],
+                "times_the_trainer": large["tokens_per_s"] / given.trainer,
+            }
     finally:
         shutil.rmtree(scratch)
     for how in ("in order", "shuffled"):
         row = figures[how]
-        rate = (
-            f"{row['tokens_per_s']:,.0f} tokens/s ({row['tokens_per_processor_s']:,.0f} per processor second), {row['times_the_trainer']:.0f} times the trainer"
+        rate = f"{row['tokens_per_s']:,.0f} tokens/s ({row['tokens_per_processor_s']:,.0f} per processor second), {row['times_the_trainer']:.0f} times the trainer"
+        print(
+            f"{how:9} {rate}; memory {row['memory_mb']:.0f} MB, with one shard {row['memory_mb_one_shard']:.0f} MB"
         )
-        print(f"{how:9} {rate}; memory {row['memory_mb']:.0f} MB, with one shard {row['memory_mb_one_shard']:.0f} MB")
     print(f"cache of {size / 1e6:,.0f} MB, written in {figures['write_seconds']:.0f} s")
     if given.json is not None:
         given.json.write_text(json.dumps(figures, indent=1) + "\n")

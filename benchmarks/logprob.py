@@ -1,16 +1,22 @@
-"""Log-probabilities without the logits against the dense form: peak memory and time of one forward and one backward pass.
+"""Log-probabilities without the logits against the dense form: peak memory and time of one forward
+and one backward pass.
 
     python benchmarks/logprob.py --json logprob.json                       on a CPU: 4,096 tokens, 151,936 vocabulary rows, hidden size 256, float32
     python benchmarks/logprob.py --device cuda --json logprob.json         on a GPU: 12,288 tokens, hidden size 2,048, bfloat16
 
-The dense form is torch's: logits = hidden @ weight.T, then cross entropy in float32. Each run is a process of its own. Runs come in pairs, one of each form
-right after the other, in changing order, so that a busy machine slows both; a ratio is the median of the pairs' ratios, and all of them are printed. Memory
-is what a run adds to its inputs (VmHWM, reset before it; on a GPU the allocator's peak), gradients included; of its pairs the worst counts. Time is the
-better of two passes after a small one that warms up. processor_time_ratio is the same of processor time, which other work hardly disturbs. The upstream
-gradient depends on the values and is zero for an eighth of the tokens, the prompt.
+The dense form is torch's: logits = hidden @ weight.T, then cross entropy in float32. Each run is a
+process of its own. Runs come in pairs, one of each form right after the other, in changing order,
+so that a busy machine slows both; a ratio is the median of the pairs' ratios, and all of them are
+printed. Memory is what a run adds to its inputs (VmHWM, reset before it; on a GPU the allocator's
+peak), gradients included; of its pairs the worst counts. Time is the better of two passes after a
+small one that warms up. processor_time_ratio is the same of processor time, which other work hardly
+disturbs. The upstream gradient depends on the values and is zero for an eighth of the tokens, the
+prompt.
 
-On a GPU our Triton kernel is measured too, and cut-cross-entropy and Liger where they are installed; what fails there is named and does not end the others.
-cut-cross-entropy leaves out small entries of the gradient unless told not to, and with random weights nearly all are small, so it is measured both ways.
+On a GPU our Triton kernel is measured too, and cut-cross-entropy and Liger where they are
+installed; what fails there is named and does not end the others. cut-cross-entropy leaves out small
+entries of the gradient unless told not to, and with random weights nearly all are small, so it is
+measured both ways.
 """
 
 from __future__ import annotations
@@ -27,7 +33,10 @@ from pathlib import Path
 from typing import Any
 
 PROMPT_SHARE = 8
-RATIOS = {"time of blocks over time of dense": "time_ratios", "processor time of blocks over that of dense": "processor_time_ratios"}
+RATIOS = {
+    "time of blocks over time of dense": "time_ratios",
+    "processor time of blocks over that of dense": "processor_time_ratios",
+}
 NEED_CUDA = {  # form: module, name
     "triton": ("triton", "our Triton kernel"),
     "cut_cross_entropy": ("cut_cross_entropy", "cut-cross-entropy"),
@@ -37,17 +46,32 @@ NEED_CUDA = {  # form: module, name
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures: memory_ratio, time_ratio, and what they were made of")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the figures: memory_ratio, time_ratio, and what they were made of",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tokens", type=int, help="default 4096, on a GPU 12288")
     parser.add_argument("--vocab", type=int, default=151_936, help="default 151936")
     parser.add_argument("--hidden", type=int, help="default 256, on a GPU 2048")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32, on a GPU bfloat16")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default float32, on a GPU bfloat16"
+    )
     parser.add_argument("--pairs", type=int, default=3, help="runs of each form; default 3")
-    parser.add_argument("--block-mib", type=int, help="logits that ours holds at once; default: lopd.megatron.logprobs.BLOCK_BYTES")
+    parser.add_argument(
+        "--block-mib",
+        type=int,
+        help="logits that ours holds at once; default: lopd.megatron.model.logprobs.BLOCK_BYTES",
+    )
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
-    parser.add_argument("--form", choices=("dense", "blocks", *NEED_CUDA), help=argparse.SUPPRESS)  # the process that measures one form
+    parser.add_argument(
+        "--form", choices=("dense", "blocks", *NEED_CUDA), help=argparse.SUPPRESS
+    )  # the process that measures one form
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.tokens = options.tokens or (12_288 if gpu else 4_096)
@@ -59,19 +83,33 @@ def arguments() -> argparse.Namespace:
 def dense(hidden: Any, weight: Any, labels: Any, _: argparse.Namespace) -> Any:
     import torch
 
-    return -torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
+    return -torch.nn.functional.cross_entropy(
+        (hidden @ weight.t()).float(), labels, reduction="none"
+    )
 
 
 def blocks(hidden: Any, weight: Any, labels: Any, options: argparse.Namespace) -> Any:
-    from lopd.megatron.logprobs import token_logprobs
+    from lopd.megatron.model.logprobs import token_logprobs
 
-    return token_logprobs(hidden, weight, labels, block_bytes=options.block_mib * 2**20 if options.block_mib else None, kernel="blocks")[0]
+    return token_logprobs(
+        hidden,
+        weight,
+        labels,
+        block_bytes=options.block_mib * 2**20 if options.block_mib else None,
+        kernel="blocks",
+    )[0]
 
 
 def triton(hidden: Any, weight: Any, labels: Any, options: argparse.Namespace) -> Any:
-    from lopd.megatron.logprobs import token_logprobs
+    from lopd.megatron.model.logprobs import token_logprobs
 
-    return token_logprobs(hidden, weight, labels, block_bytes=options.block_mib * 2**20 if options.block_mib else None, kernel="triton")[0]
+    return token_logprobs(
+        hidden,
+        weight,
+        labels,
+        block_bytes=options.block_mib * 2**20 if options.block_mib else None,
+        kernel="triton",
+    )[0]
 
 
 def cut_cross_entropy(hidden: Any, weight: Any, labels: Any, _: argparse.Namespace) -> Any:
@@ -102,14 +140,31 @@ def measure(options: argparse.Namespace, form: Callable[..., Any]) -> dict[str, 
     generator = torch.Generator(device).manual_seed(0)
 
     def inputs(tokens: int) -> tuple[Any, Any, Any]:
-        hidden = torch.randn(tokens, options.hidden, generator=generator, device=device).to(dtype).requires_grad_()
-        weight = (torch.randn(options.vocab, options.hidden, generator=generator, device=device) * options.hidden**-0.5).to(dtype).requires_grad_()
-        return hidden, weight, torch.randint(0, options.vocab, (tokens,), generator=generator, device=device)
+        hidden = (
+            torch.randn(tokens, options.hidden, generator=generator, device=device)
+            .to(dtype)
+            .requires_grad_()
+        )
+        weight = (
+            (
+                torch.randn(options.vocab, options.hidden, generator=generator, device=device)
+                * options.hidden**-0.5
+            )
+            .to(dtype)
+            .requires_grad_()
+        )
+        return (
+            hidden,
+            weight,
+            torch.randint(0, options.vocab, (tokens,), generator=generator, device=device),
+        )
 
     def both_passes(hidden: Any, weight: Any, labels: Any) -> Any:
         hidden.grad = weight.grad = None
         logprobs = form(hidden, weight, labels, options)
-        loss = torch.where(logprobs < -3, logprobs, logprobs.square())[len(logprobs) // PROMPT_SHARE :]
+        loss = torch.where(logprobs < -3, logprobs, logprobs.square())[
+            len(logprobs) // PROMPT_SHARE :
+        ]
         loss.sum().backward()
         return logprobs
 
@@ -125,9 +180,18 @@ def measure(options: argparse.Namespace, form: Callable[..., Any]) -> dict[str, 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         processor_seconds.append(time.process_time() - processor_start)
-    figures = {"bytes": peak_bytes(device) - before, "seconds": min(seconds), "processor_seconds": min(processor_seconds)}
+    figures = {
+        "bytes": peak_bytes(device) - before,
+        "seconds": min(seconds),
+        "processor_seconds": min(processor_seconds),
+    }
     hidden, weight, _ = given
-    return {**figures, "logprobs": logprobs.double().sum().item(), "hidden": norm(hidden.grad), "weight": norm(weight.grad)}
+    return {
+        **figures,
+        "logprobs": logprobs.double().sum().item(),
+        "hidden": norm(hidden.grad),
+        "weight": norm(weight.grad),
+    }
 
 
 def norm(tensor: Any) -> float:
@@ -150,7 +214,11 @@ def peak_bytes(device: Any) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -159,7 +227,12 @@ class RunFailed(SystemExit):
 
 
 def in_own_process(form: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--form", form], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--form", form],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise RunFailed(f"{form} failed:\n{done.stderr[-2000:]}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -188,32 +261,65 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     raise
                 absent[form] = f"{NEED_CUDA[form][1]}: failed, {str(error).splitlines()[-1]}"
     forms = [form for form in forms if form not in absent]
-    result: dict[str, Any] = {key: getattr(options, key) for key in ("device", "dtype", "tokens", "vocab", "hidden")}
+    result: dict[str, Any] = {
+        key: getattr(options, key) for key in ("device", "dtype", "tokens", "vocab", "hidden")
+    }
     for form in forms:
         result[form] = {"bytes": max(run["bytes"] for run in runs[form])}
-        result[form] |= {key: statistics.median(run[key] for run in runs[form]) for key in ("seconds", "processor_seconds")}
+        result[form] |= {
+            key: statistics.median(run[key] for run in runs[form])
+            for key in ("seconds", "processor_seconds")
+        }
         pairs = list(zip(runs[form], runs["dense"], strict=True))
         prefix = "" if form == "blocks" else f"{form}_"
-        result[f"{prefix}memory_ratio"] = max(own["bytes"] / theirs["bytes"] for own, theirs in pairs)
+        result[f"{prefix}memory_ratio"] = max(
+            own["bytes"] / theirs["bytes"] for own, theirs in pairs
+        )
         for name, key in (("time", "seconds"), ("processor_time", "processor_seconds")):
             ratios = [own[key] / theirs[key] for own, theirs in pairs]
-            result |= {f"{prefix}{name}_ratio": statistics.median(ratios), f"{prefix}{name}_ratios": ratios}
+            result |= {
+                f"{prefix}{name}_ratio": statistics.median(ratios),
+                f"{prefix}{name}_ratios": ratios,
+            }
         keys = ("logprobs", "hidden", "weight")
-        result[f"{prefix}difference"] = max(abs(own[key] - theirs[key]) / abs(theirs[key]) for own, theirs in pairs for key in keys)
+        result[f"{prefix}difference"] = max(
+            abs(own[key] - theirs[key]) / abs(theirs[key]) for own, theirs in pairs for key in keys
+        )
     return {**result, "not_measured": list(absent.values())}
 
 
 def table(figures: dict[str, Any]) -> str:
-    lines = [f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"]
-    lines.append(f"{'':<20}{'memory':>12}{'of dense':>10}{'time':>12}{'of dense':>10}{'processor':>12}{'of dense':>10}")
+    lines = [
+        f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"
+    ]
+    lines.append(
+        f"{'':<20}{'memory':>12}{'of dense':>10}{'time':>12}{'of dense':>10}{'processor':>12}{'of dense':>10}"
+    )
     for form in ("dense", "blocks", *NEED_CUDA):
         if form in figures:
             prefix = "" if form == "blocks" else f"{form}_"
-            memory, seconds, processor = figures[form]["bytes"] / 2**20, figures[form]["seconds"], figures[form]["processor_seconds"]
-            ratios = [figures[f"{prefix}{key}_ratio"] for key in ("memory", "time", "processor_time")]
-            lines.append(f"{form:<20}{memory:>8.0f} MiB{ratios[0]:>10.3f}{seconds:>10.3f} s{ratios[1]:>10.2f}{processor:>10.3f} s{ratios[2]:>10.2f}")
-    lines += [f"{name} of the pairs: {', '.join(f'{ratio:.2f}' for ratio in figures[key])}" for name, key in RATIOS.items()]
-    return "\n".join([*lines, f"sums and norms of the results differ by at most {figures['difference']:.1e} relative", *figures["not_measured"]])
+            memory, seconds, processor = (
+                figures[form]["bytes"] / 2**20,
+                figures[form]["seconds"],
+                figures[form]["processor_seconds"],
+            )
+            ratios = [
+                figures[f"{prefix}{key}_ratio"] for key in ("memory", "time", "processor_time")
+            ]
+            lines.append(
+                f"{form:<20}{memory:>8.0f} MiB{ratios[0]:>10.3f}{seconds:>10.3f} s{ratios[1]:>10.2f}{processor:>10.3f} s{ratios[2]:>10.2f}"
+            )
+    lines += [
+        f"{name} of the pairs: {', '.join(f'{ratio:.2f}' for ratio in figures[key])}"
+        for name, key in RATIOS.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            f"sums and norms of the results differ by at most {figures['difference']:.1e} relative",
+            *figures["not_measured"],
+        ]
+    )
 
 
 def main() -> None:

@@ -1,13 +1,18 @@
-"""Lightning OPD, refreshes in between, and standard OPD side by side on the laptop task: accuracy, reverse KL, wall time, what the teacher had to do.
+"""Lightning OPD, refreshes in between, and standard OPD side by side on the laptop task: accuracy,
+reverse KL, wall time, what the teacher had to do.
 
     python benchmarks/refresh.py --runs runs/refresh --json refresh.json                       # all of it: about 15 minutes a seed on 2 cores
     python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only prepare           # or piece by piece; a piece that was killed goes on
-    python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only lightning every10 drift every1
-    python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only table --json refresh.json
+    python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only lightning every10 drift
+    every1
+    python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only table --json
+    refresh.json
 
-All variants of a seed go on from copies of the same four stages (demonstrate, sft, rollout, score), see the same prompts in the same order for as many steps,
-and are evaluated on the same held-out prompts. Seconds are those of the distill stage as the clock showed them, over all attempts, starts of servers included;
-beside them stands the machine's load meanwhile (of the last minute, mean of beginning and end), without which they say little.
+All variants of a seed go on from copies of the same four stages (demonstrate, sft, rollout, score),
+see the same prompts in the same order for as many steps, and are evaluated on the same held-out
+prompts. Seconds are those of the distill stage as the clock showed them, over all attempts, starts
+of servers included; beside them stands the machine's load meanwhile (of the last minute, mean of
+beginning and end), without which they say little.
 """
 
 from __future__ import annotations
@@ -42,7 +47,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "lightning": (),
     "every10": ("distill.refresh.every=10", KEEP),
     "every10_shared": ("distill.refresh.every=10",),
-    "drift": ("distill.refresh.min_effective_share=0.97", "distill.refresh.num_responses=960", KEEP),
+    "drift": (
+        "distill.refresh.min_effective_share=0.97",
+        "distill.refresh.num_responses=960",
+        KEEP,
+    ),
     "every1": ("distill.refresh.every=1", KEEP),
 }
 TITLES = {
@@ -55,20 +64,48 @@ TITLES = {
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/refresh"), help="folder of the run directories (default %(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[17], help="run.seed of each repetition of everything (default %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=("prepare", *VARIANTS, "table"), help="pieces; absent: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/refresh"),
+        help="folder of the run directories (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[17],
+        help="run.seed of each repetition of everything (default %(default)s)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=("prepare", *VARIANTS, "table"), help="pieces; absent: all"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser.parse_args()
 
 
 def lopd(verb: str, run_dir: Path, seed: int, *overrides: str) -> None:
-    """Runs a verb to its end; its seconds, over all attempts, and the load meanwhile, stand in RUN_DIR.wall.json."""
+    """Runs a verb to its end; its seconds, over all attempts, and the load meanwhile, stand in
+    RUN_DIR.wall.json.
+    """
     wall_file = run_dir.with_name(f"{run_dir.name}.wall.json")
     began, load = time.monotonic(), os.getloadavg()[0]
     try:
-        subprocess.run([LOPD, verb, ROOT / "examples" / "tiny_moe.toml", f"run.dir={run_dir}", f"run.seed={seed}", *SETTINGS, *overrides], check=True)
+        subprocess.run(
+            [
+                LOPD,
+                verb,
+                ROOT / "examples" / "tiny_moe.toml",
+                f"run.dir={run_dir}",
+                f"run.seed={seed}",
+                *SETTINGS,
+                *overrides,
+            ],
+            check=True,
+        )
     finally:
         wall = json.loads(wall_file.read_text()) if wall_file.exists() else {}
         wall[verb] = wall.get(verb, 0.0) + time.monotonic() - began
@@ -104,7 +141,9 @@ def figures_of(run_dir: Path) -> dict[str, Any]:
     wall = json.loads(run_dir.with_name(f"{run_dir.name}.wall.json").read_text())
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in steps if row["stage"] == "distill" and row["kind"] == "train"]
-    made = json.loads((run_dir / "distill" / "manifest.json").read_text())["extra"].get("refreshes", [])
+    made = json.loads((run_dir / "distill" / "manifest.json").read_text())["extra"].get(
+        "refreshes", []
+    )
     return {
         "accuracy": {name: summary["accuracy"][name] for name in ("sft", "distilled", "teacher")},
         "accuracy_standard_error": summary["accuracy_standard_error"]["distilled"],
@@ -121,14 +160,26 @@ def figures_of(run_dir: Path) -> dict[str, Any]:
 
 
 def table(figures: dict[str, list[dict[str, Any]]]) -> str:
-    """A line a variant, of each figure the mean over the seeds and, where there are several, each seed's. figures: variant -> of each seed."""
-    lines = ["| refresh | refreshes | accuracy, % | reverse KL, nats per token | least effective share | distill, s (load) | teacher tokens |"]
+    """A line a variant, of each figure the mean over the seeds and, where there are several, each
+    seed's. figures: variant -> of each seed.
+    """
+    lines = [
+        "| refresh | refreshes | accuracy, % | reverse KL, nats per token | least effective share | distill, s (load) | teacher tokens |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, of_seeds in figures.items():
         cells = [
             "/".join(str(of["teacher"]["refreshes"]) for of in of_seeds),
-            _cell([100 * of["accuracy"]["distilled"] for of in of_seeds], "{:.1f}", [100 * of["accuracy_standard_error"] for of in of_seeds]),
-            _cell([of["reverse_kl"]["distilled"] for of in of_seeds], "{:.4f}", [of["reverse_kl_standard_error"] for of in of_seeds]),
+            _cell(
+                [100 * of["accuracy"]["distilled"] for of in of_seeds],
+                "{:.1f}",
+                [100 * of["accuracy_standard_error"] for of in of_seeds],
+            ),
+            _cell(
+                [of["reverse_kl"]["distilled"] for of in of_seeds],
+                "{:.4f}",
+                [of["reverse_kl_standard_error"] for of in of_seeds],
+            ),
             _cell([min(of["effective_sample_share"]) for of in of_seeds], "{:.2f}"),
             " / ".join(f"{of['distill_seconds']:.0f} ({of['distill_load']})" for of in of_seeds),
             _cell([of["teacher"]["tokens"] for of in of_seeds], "{:,.0f}"),
@@ -156,11 +207,25 @@ def main() -> None:
             if name in pieces:
                 run_variant(runs, seed, name)
     if "table" in pieces:
-        done = {name: {seed: runs / name for seed, runs in folders.items() if is_evaluated(runs / name)} for name in VARIANTS}
-        figures = {name: {seed: figures_of(run_dir) for seed, run_dir in of_seeds.items()} for name, of_seeds in done.items() if of_seeds}
+        done = {
+            name: {seed: runs / name for seed, runs in folders.items() if is_evaluated(runs / name)}
+            for name in VARIANTS
+        }
+        figures = {
+            name: {seed: figures_of(run_dir) for seed, run_dir in of_seeds.items()}
+            for name, of_seeds in done.items()
+            if of_seeds
+        }
         if options.json is not None:
-            options.json.write_text(json.dumps({"num_steps": NUM_STEPS, "batch_size": BATCH, "variants": figures}, indent=1) + "\n")
-        sys.stdout.write(table({name: list(of_seeds.values()) for name, of_seeds in figures.items()}) + "\n")
+            options.json.write_text(
+                json.dumps(
+                    {"num_steps": NUM_STEPS, "batch_size": BATCH, "variants": figures}, indent=1
+                )
+                + "\n"
+            )
+        sys.stdout.write(
+            table({name: list(of_seeds.values()) for name, of_seeds in figures.items()}) + "\n"
+        )
 
 
 if __name__ == "__main__":

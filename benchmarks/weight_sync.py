@@ -1,14 +1,18 @@
-"""Weights into a running server by each transport, against a plain copy of the same bytes over the same path.
+"""Weights into a running server by each transport, against a plain copy of the same bytes over the
+same path.
 
-A synthetic Qwen3-MoE checkpoint is made on the spot, a real server started on it, and the checkpoint's tensors are synced again and again from this process,
-which stands for the trainer's rank 0. The plain copy, in turns with the syncs:
+A synthetic Qwen3-MoE checkpoint is made on the spot, a real server started on it, and the
+checkpoint's tensors are synced again and again from this process, which stands for the trainer's
+rank 0. The plain copy, in turns with the syncs:
 
 disk         write the bytes to files, bucket by bucket, and read them back into memory
 tensor       copy a bucket into shared memory, have another process copy it out, next bucket; or by two buffers of 32 MiB in turns
-distributed  broadcast a bucket over gloo to another process, into memory that is there already, next bucket; or its tensors one by one, all at once
+distributed  broadcast a bucket over gloo to another process, into memory that is there already,
+next bucket; or its tensors one by one, all at once
 
-Where there are two ways of a plain copy, the faster one counts. share_of_raw is the time of the plain copy over that of a sync with its calls, without
-verification, best of all rounds; beside it that of the medians, and the time with verification.
+Where there are two ways of a plain copy, the faster one counts. share_of_raw is the time of the
+plain copy over that of a sync with its calls, without verification, best of all rounds; beside it
+that of the medians, and the time with verification.
 """
 
 from __future__ import annotations
@@ -41,14 +45,26 @@ Named = list[tuple[str, torch.Tensor]]
 # --- the model ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def write_model(folder: Path, megabytes: float, dtype: torch.dtype, *, hidden: int = 2048, width: int = 768, experts: int = 16) -> int:
-    """A Qwen3-MoE of random weights and about this size, its tensors of the shapes of Qwen3-30B-A3B; returns its bytes."""
+def write_model(
+    folder: Path,
+    megabytes: float,
+    dtype: torch.dtype,
+    *,
+    hidden: int = 2048,
+    width: int = 768,
+    experts: int = 16,
+) -> int:
+    """A Qwen3-MoE of random weights and about this size, its tensors of the shapes of
+    Qwen3-30B-A3B; returns its bytes.
+    """
     from safetensors.torch import save_file
 
-    from lopd.megatron.architecture import read_architecture
-    from lopd.megatron.hf_mapping import hf_shapes
+    from lopd.megatron.weights.architecture import read_architecture
+    from lopd.megatron.weights.hf_mapping import hf_shapes
 
-    layer = experts * 3 * hidden * width + hidden * 128 * (2 * hidden // 64 + 2 * max(1, hidden // 512))
+    layer = experts * 3 * hidden * width + hidden * 128 * (
+        2 * hidden // 64 + 2 * max(1, hidden // 512)
+    )
     layers = max(1, round((megabytes * 1e6 / dtype.itemsize - 2 * VOCABULARY * hidden) / layer))
     config = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * width,
@@ -62,7 +78,10 @@ def write_model(folder: Path, megabytes: float, dtype: torch.dtype, *, hidden: i
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     shapes = hf_shapes(read_architecture(folder))
-    tensors = {name: (torch.randn(shape, generator=generator) * 0.02).to(dtype) for name, shape in shapes.items()}
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        for name, shape in shapes.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -106,15 +125,21 @@ def copy_by_disk(pieces: list[torch.Tensor], folder: Path) -> Callable[[], None]
     return copy
 
 
-def copy_by_shared_memory(pieces: list[torch.Tensor], link: Connection, num_buffers: int = 1) -> Callable[[], None]:
-    """With two buffers the other process copies out of one while the next piece is copied into the other."""
+def copy_by_shared_memory(
+    pieces: list[torch.Tensor], link: Connection, num_buffers: int = 1
+) -> Callable[[], None]:
+    """With two buffers the other process copies out of one while the next piece is copied into the
+    other.
+    """
     size = max(len(piece) for piece in pieces)
     shared = [shared_memory.SharedMemory(create=True, size=size) for _ in range(num_buffers)]
     views = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared]
     link.send(([one.name for one in shared], [len(piece) for piece in pieces]))
 
     def copy() -> None:
-        assert all(size <= one.size for one in shared)  # and the memory lives as long as this function
+        assert all(
+            size <= one.size for one in shared
+        )  # and the memory lives as long as this function
         for index, piece in enumerate(pieces):
             if index >= num_buffers:
                 link.recv()
@@ -206,13 +231,16 @@ def sync(receiver: Any, version: str, named: Named, bucket_bytes: int) -> None:
 def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    from sglang_rollout.client import SGLangEngine
-    from sglang_rollout.server import SGLangServer
+    from sglang_rollout.requests.client import SGLangEngine
+    from sglang_rollout.servers.server import SGLangServer
     from sglang_rollout.weight_sync import build_receiver
 
     dtype = getattr(torch, args.dtype)
     num_bytes = write_model(scratch / "model", args.megabytes, dtype)
-    named: Named = [(name, tensor.clone()) for name, tensor in load_file(scratch / "model" / "model.safetensors").items()]
+    named: Named = [
+        (name, tensor.clone())
+        for name, tensor in load_file(scratch / "model" / "model.safetensors").items()
+    ]
     bucket_bytes = int(args.bucket_mib * 2**20)
     buckets = [*in_buckets(named, bucket_bytes)]
     pieces = [flat(bucket) for bucket in buckets]
@@ -231,36 +259,71 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "disk": [copy_by_disk(pieces, scratch / "raw")],
         "tensor": [
             copy_by_shared_memory(pieces, other_process(take_from_shared_memory)),
-            copy_by_shared_memory(small_pieces, other_process(take_from_shared_memory), num_buffers=2),
+            copy_by_shared_memory(
+                small_pieces, other_process(take_from_shared_memory), num_buffers=2
+            ),
         ],
         "distributed": [
             copy_by_broadcast([[piece] for piece in pieces], other_process(take_broadcasts)),
             copy_by_broadcast(bytes_of_tensors, other_process(take_broadcasts)),
         ],
     }
-    figures: dict[str, Any] = {"bytes": num_bytes, "tensors": len(named), "bucket_bytes": bucket_bytes, "dtype": args.dtype, "repeats": args.repeats}
-    print(f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, buckets of {args.bucket_mib:g} MiB; best of {args.repeats}", flush=True)
-    settings = SGLangSection(dtype=args.dtype, context_length=64, max_running_requests=4, max_total_tokens=1024)
+    figures: dict[str, Any] = {
+        "bytes": num_bytes,
+        "tensors": len(named),
+        "bucket_bytes": bucket_bytes,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+    }
+    print(
+        f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, buckets of {args.bucket_mib:g} MiB; best of {args.repeats}",
+        flush=True,
+    )
+    settings = SGLangSection(
+        dtype=args.dtype, context_length=64, max_running_requests=4, max_total_tokens=1024
+    )
     with SGLangServer(scratch / "model", settings, log=scratch / "server.log") as server:
         engine = SGLangEngine(server.url, server.api_key, settings, server=server)
 
         def receiver(transport: str, **more: Any) -> Any:
             section = SyncSection.model_validate({"transport": transport, "verify": "off", **more})
-            return build_receiver(section, [engine], folder=scratch / "sync", template_dir=scratch / "model")
+            return build_receiver(
+                section, [engine], folder=scratch / "sync", template_dir=scratch / "model"
+            )
 
         for transport in TRANSPORTS:
             plain, verified = receiver(transport), receiver(transport, verify="tensors")
-            seconds: dict[str, list[float]] = {"sync": [], "verified": [], **{f"raw {index}": [] for index in range(len(raw[transport]))}}
+            seconds: dict[str, list[float]] = {
+                "sync": [],
+                "verified": [],
+                **{f"raw {index}": [] for index in range(len(raw[transport]))},
+            }
             for repeat in range(args.repeats + 1):  # the first is to warm up
                 for index, copy in enumerate(raw[transport]):
                     seconds[f"raw {index}"].append(timed(copy))
-                seconds["sync"].append(timed(lambda number=repeat, to=plain: sync(to, f"plain-{number}", named, bucket_bytes)))  # type: ignore[misc]
-            for repeat in range(args.repeats + 1):  # not in turns with those: a run has one receiver, whose memory its server keeps mapped
-                seconds["verified"].append(timed(lambda number=repeat, to=verified: sync(to, f"verified-{number}", named, bucket_bytes)))  # type: ignore[misc]
+                seconds["sync"].append(
+                    timed(
+                        lambda number=repeat, to=plain: sync(
+                            to, f"plain-{number}", named, bucket_bytes
+                        )
+                    )
+                )  # type: ignore[misc]
+            for repeat in range(
+                args.repeats + 1
+            ):  # not in turns with those: a run has one receiver, whose memory its server keeps mapped
+                seconds["verified"].append(
+                    timed(
+                        lambda number=repeat, to=verified: sync(
+                            to, f"verified-{number}", named, bucket_bytes
+                        )
+                    )
+                )  # type: ignore[misc]
             best = {name: min(values[1:]) for name, values in seconds.items()}
             middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
             for figure in (best, middle):
-                figure["raw"] = min(value for name, value in figure.items() if name.startswith("raw"))
+                figure["raw"] = min(
+                    value for name, value in figure.items() if name.startswith("raw")
+                )
             figures[transport] = {
                 "seconds": best["sync"],
                 "bytes_per_s": num_bytes / best["sync"],
@@ -269,15 +332,23 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "share_of_raw": best["raw"] / best["sync"],
                 "share_of_raw_median": middle["raw"] / middle["sync"],
                 "verified_seconds": best["verified"],
-                "rounds": {name: [round(value, 4) for value in values[1:]] for name, values in seconds.items()},
+                "rounds": {
+                    name: [round(value, 4) for value in values[1:]]
+                    for name, values in seconds.items()
+                },
                 "extra_bytes": plain.report.extra_bytes,
             }
             say(transport, figures[transport])
         if args.delta:
-            figures["delta"] = {transport: measure_delta(receiver(transport, delta=True), named, bucket_bytes) for transport in ("tensor", "distributed")}
+            figures["delta"] = {
+                transport: measure_delta(receiver(transport, delta=True), named, bucket_bytes)
+                for transport in ("tensor", "distributed")
+            }
     for link in links:
         link.send(None)
-    figures["share_of_raw"] = {transport: figures[transport]["share_of_raw"] for transport in TRANSPORTS}
+    figures["share_of_raw"] = {
+        transport: figures[transport]["share_of_raw"] for transport in TRANSPORTS
+    }
     return figures
 
 
@@ -297,12 +368,16 @@ def measure_delta(receiver: Any, named: Named, bucket_bytes: int) -> dict[str, f
         first = len(named) - round(share * len(named))
         for _, tensor in named[first:]:
             tensor.neg_()
-        seconds[f"{share:g}"] = timed(lambda share=share: sync(receiver, f"delta-{share:g}", named, bucket_bytes))  # type: ignore[misc]
+        seconds[f"{share:g}"] = timed(
+            lambda share=share: sync(receiver, f"delta-{share:g}", named, bucket_bytes)
+        )  # type: ignore[misc]
     return seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=float, default=1880.0, help="size of the model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--bucket-mib", type=float, default=512.0)
@@ -317,7 +392,12 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for transport, seconds in figures.get("delta", {}).items():
-        print(f"delta, {transport}: " + ", ".join(f"{float(share):.0%} changed {value:.2f} s" for share, value in seconds.items()))
+        print(
+            f"delta, {transport}: "
+            + ", ".join(
+                f"{float(share):.0%} changed {value:.2f} s" for share, value in seconds.items()
+            )
+        )
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

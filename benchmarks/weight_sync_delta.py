@@ -1,12 +1,15 @@
-"""How much of the weights changes from one sync to the next, as the servers get them (bfloat16): whole tensors, blocks, single values.
+"""How much of the weights changes from one sync to the next, as the servers get them (bfloat16):
+whole tensors, blocks, single values.
 
     python benchmarks/weight_sync_delta.py --json delta.json                  # a synthetic optimizer
     python benchmarks/weight_sync_delta.py FOLDER FOLDER ... --json delta.json    # checkpoints, in the order of their syncs
 
-Synthetic: values of a normal distribution of width 0.02, as of a trained model's matrices, under Adam (float32, betas 0.9 and 0.95) with gradients of which a
-given part of the variance is shared by all steps and the rest is noise; synced as bfloat16 every 1, 4 or 16 steps.
+Synthetic: values of a normal distribution of width 0.02, as of a trained model's matrices, under
+Adam (float32, betas 0.9 and 0.95) with gradients of which a given part of the variance is shared by
+all steps and the rest is noise; synced as bfloat16 every 1, 4 or 16 steps.
 
-Beside it what finding the changes would cost: the seconds to compare a tensor of 256 MiB with the one sent before, block by block, against copying it.
+Beside it what finding the changes would cost: the seconds to compare a tensor of 256 MiB with the
+one sent before, block by block, against copying it.
 """
 
 from __future__ import annotations
@@ -27,12 +30,16 @@ SIZE, WARM_UP_STEPS = 2**22, 20
 
 
 def unchanged(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Shares of the values and of the blocks of bfloat16 that are the same; the last block may be short."""
+    """Shares of the values and of the blocks of bfloat16 that are the same; the last block may be
+    short.
+    """
     same = before.view(torch.int16).flatten() == after.view(torch.int16).flatten()
     shares = {"values": same.float().mean().item()}
     for num_bytes in BLOCK_BYTES:
         blocks = same.split(num_bytes // 2)
-        shares[f"blocks of {num_bytes} B"] = sum(bool(block.all()) for block in blocks) / len(blocks)
+        shares[f"blocks of {num_bytes} B"] = sum(bool(block.all()) for block in blocks) / len(
+            blocks
+        )
     return shares
 
 
@@ -46,7 +53,9 @@ def synthetic(learning_rate: float, steps_between: int, shared: float) -> dict[s
     for step in range(WARM_UP_STEPS + steps_between):
         if step == WARM_UP_STEPS:
             before = weight.to(torch.bfloat16)
-        weight.grad = math.sqrt(shared) * direction + math.sqrt(1 - shared) * torch.randn(SIZE, generator=generator)
+        weight.grad = math.sqrt(shared) * direction + math.sqrt(1 - shared) * torch.randn(
+            SIZE, generator=generator
+        )
         optimizer.step()
     return unchanged(before, weight.to(torch.bfloat16))
 
@@ -55,10 +64,20 @@ def between_checkpoints(first: Path, second: Path) -> dict[str, float]:
     """Over all tensors, weighted by their sizes; and the share of tensors that are the same."""
     from safetensors.torch import load_file
 
-    before, after = ({name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()} for folder in (first, second))
+    before, after = (
+        {
+            name: tensor
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+        for folder in (first, second)
+    )
     assert before.keys() == after.keys(), "checkpoints of the same model, please"
     pairs = [(before[name].to(torch.bfloat16), after[name].to(torch.bfloat16)) for name in before]
-    whole = unchanged(torch.cat([one.flatten() for one, _ in pairs]), torch.cat([other.flatten() for _, other in pairs]))
+    whole = unchanged(
+        torch.cat([one.flatten() for one, _ in pairs]),
+        torch.cat([other.flatten() for _, other in pairs]),
+    )
     return {"tensors": sum(torch.equal(one, other) for one, other in pairs) / len(pairs), **whole}
 
 
@@ -68,10 +87,15 @@ def cost(num_bytes: int = 256 * 2**20, repeats: int = 7) -> dict[str, float]:
     after, target = before.clone(), before.clone()
 
     def compare() -> None:
-        for one, other in zip(before.view(torch.int64).split(2**13), after.view(torch.int64).split(2**13), strict=True):
+        for one, other in zip(
+            before.view(torch.int64).split(2**13), after.view(torch.int64).split(2**13), strict=True
+        ):
             assert torch.equal(one, other)
 
-    ways: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(after), "compare blocks of 64 KiB": compare}
+    ways: dict[str, Callable[[], Any]] = {
+        "copy": lambda: target.copy_(after),
+        "compare blocks of 64 KiB": compare,
+    }
     seconds: dict[str, float] = dict.fromkeys(ways, math.inf)
     for _ in range(repeats):
         for name, work in ways.items():
@@ -82,7 +106,9 @@ def cost(num_bytes: int = 256 * 2**20, repeats: int = 7) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -95,7 +121,9 @@ def main() -> None:
         for learning_rate in (1e-6, 1e-5, 1e-4):
             for steps in (1, 4, 16):
                 for shared in (0.0, 0.5):
-                    figures[f"lr {learning_rate:g}, {steps} steps, {shared:.0%} shared"] = synthetic(learning_rate, steps, shared)
+                    figures[f"lr {learning_rate:g}, {steps} steps, {shared:.0%} shared"] = (
+                        synthetic(learning_rate, steps, shared)
+                    )
         figures["seconds"] = cost()
     for what, shares in figures.items():
         print(f"{what}: " + ", ".join(f"{name} {value:.4f}" for name, value in shares.items()))

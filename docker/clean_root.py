@@ -1,9 +1,12 @@
-"""Runs the Dockerfile's steps, one by one, in a clean root of Debian made with debootstrap, where no engine and no base image are at hand.
+"""Runs the Dockerfile's steps, one by one, in a clean root of Debian made with debootstrap, where
+no engine and no base image are at hand.
 
-    debootstrap --variant=minbase bookworm /tmp/root && python docker/clean_root.py /tmp/root --python /path/to/python-3.12-prefix
+    debootstrap --variant=minbase bookworm /tmp/root && python docker/clean_root.py /tmp/root
+    --python /path/to/python-3.12-prefix
 
-Needs root. Each RUN and COPY is executed with the Dockerfile's own words, but for what CHANGES and SKIPPED name: no CUDA, and no wheel of more than some
-megabytes is downloaded. The last step is verify_image.py, which must then name exactly what was left out. docs/image.md has what was seen.
+Needs root. Each RUN and COPY is executed with the Dockerfile's own words, but for what CHANGES and
+SKIPPED name: no CUDA, and no wheel of more than some megabytes is downloaded. The last step is
+verify_image.py, which must then name exactly what was left out. docs/image.md has what was seen.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CHANGES = {  # text of a RUN -> what runs instead, and why
-    " python3.12 python3.12-dev python3.12-venv": ("", "Debian 12 has no Python 3.12; a build of it is put in place"),
+    " python3.12 python3.12-dev python3.12-venv": (
+        "",
+        "Debian 12 has no Python 3.12; a build of it is put in place",
+    ),
     "userdel --remove ubuntu 2>/dev/null || true;": ("", "Debian has no user ubuntu"),
 }
 SKIPPED = {  # a word of a RUN -> why
@@ -30,8 +36,14 @@ LARGE = re.compile(  # wheels of some ten to some hundred megabytes, and what ca
     r"(nvidia-(cu|nccl|nvshmem|nvjitlink|mathdx|nvvm|nvtx)|torch|triton|sglang-kernel|flashinfer|flash-attn|transformer-engine|tilelang|tokenspeed|cuda-|sgl-deep|"
     r"humming|helion|quack|apache-tvm|z3|llvmlite|scipy|scikit|opencv|pyarrow|numba|mlx)"
 )
-MACHINE_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
-LIBRARIES = "ca-certificates libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3 libuuid1 zlib1g"  # of the Python put in place
+MACHINE_FILES = (
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/pip.conf",
+    "/etc/ssl/certs/ca-certificates.crt",
+)
+# of the Python put in place
+LIBRARIES = "ca-certificates libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3 libuuid1 zlib1g"
 
 AS_USER = (  # after the last step, as the image's user; the one that writes into /opt must fail
     "id -u",
@@ -45,7 +57,9 @@ AS_USER = (  # after the last step, as the image's user; the one that writes int
 
 def instructions(text: str) -> Iterator[tuple[str, str]]:
     """(KEYWORD, arguments) in order, continued lines joined."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [
+        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
     for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
         keyword, _, rest = line.strip().partition(" ")
         yield keyword.upper(), rest.strip()
@@ -53,7 +67,9 @@ def instructions(text: str) -> Iterator[tuple[str, str]]:
 
 def pairs(text: str) -> list[tuple[str, str]]:
     """KEY=value KEY=value of an ENV or ARG."""
-    return [(key, value.strip('"')) for key, _, value in (part.partition("=") for part in text.split())]
+    return [
+        (key, value.strip('"')) for key, _, value in (part.partition("=") for part in text.split())
+    ]
 
 
 def without_large(lock: Path) -> tuple[str, list[str]]:
@@ -65,12 +81,31 @@ def without_large(lock: Path) -> tuple[str, list[str]]:
 
 class Root:
     def __init__(self, folder: Path) -> None:
-        self.folder, self.environment, self.user = folder, {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}, ""
+        self.folder, self.environment, self.user = (
+            folder,
+            {
+                "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                "HOME": "/root",
+            },
+            "",
+        )
 
     def run(self, command: str) -> tuple[int, str]:
         env = [f"{key}={value}" for key, value in self.environment.items()]
         user = ["--userspec", self.user] if self.user else []
-        whole = ["chroot", *user, str(self.folder), "/usr/bin/env", "-i", *env, "/bin/bash", "-o", "pipefail", "-c", command]
+        whole = [
+            "chroot",
+            *user,
+            str(self.folder),
+            "/usr/bin/env",
+            "-i",
+            *env,
+            "/bin/bash",
+            "-o",
+            "pipefail",
+            "-c",
+            command,
+        ]
         result = subprocess.run(whole, capture_output=True, text=True, check=False)
         return result.returncode, result.stdout + result.stderr
 
@@ -86,10 +121,18 @@ def prepare(root: Root, python: Path) -> None:
             target = root.folder / name[1:]
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(name, target)
-    code, output = root.run(f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {LIBRARIES}")
+    code, output = root.run(
+        f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {LIBRARIES}"
+    )
     assert code == 0, output
     target = root.folder / str(python)[1:]  # its own path: it looks there for its library
-    shutil.copytree(python, target, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("test", "__pycache__"))
+    shutil.copytree(
+        python,
+        target,
+        symlinks=True,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("test", "__pycache__"),
+    )
     for name in MACHINE_FILES[-1:]:  # ca-certificates has written its own
         shutil.copy(name, root.folder / name[1:])
     (root.folder / "usr/bin/python3.12").symlink_to(python / "bin/python3.12")
@@ -103,7 +146,9 @@ def copy(root: Root, text: str) -> None:
     for source in (HERE.parent / name for name in sources):
         into = root.folder / target[1:]
         if source.is_dir():
-            shutil.copytree(source, into, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                source, into, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             into.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, into)
@@ -142,13 +187,17 @@ def main() -> int:
             code, output = root.run(text)
         verdict = "skipped" if skipped else "ok" if code == 0 else f"code {code}"
         failed += code != 0
-        sys.stdout.write(f"[{verdict:>8} {time.monotonic() - start:6.1f} s] {keyword} {text[:150]}\n")
+        sys.stdout.write(
+            f"[{verdict:>8} {time.monotonic() - start:6.1f} s] {keyword} {text[:150]}\n"
+        )
         for line in [*notes, *skipped, *(output.strip().splitlines()[-40:] if code != 0 else [])]:
             sys.stdout.write(f"{'':22}{line}\n")
         sys.stdout.flush()
     for command in AS_USER:
         code, output = root.run(command)
-        sys.stdout.write(f"[{'ok' if code == 0 else f'code {code}':>8}] as the image's user: {command}: {output.strip()[-200:]}\n")
+        sys.stdout.write(
+            f"[{'ok' if code == 0 else f'code {code}':>8}] as the image's user: {command}: {output.strip()[-200:]}\n"
+        )
     return 1 if failed else 0
 
 

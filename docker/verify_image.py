@@ -31,9 +31,27 @@ PACKAGES = {  # key of versions.env -> distribution
     "MEGATRON_CORE_VERSION": "megatron-core",
     "TRANSFORMER_ENGINE_VERSION": "transformer-engine",
 }
-SAME_VERSION = {"TRANSFORMER_ENGINE_VERSION": ("transformer-engine-cu13", "transformer-engine-torch")}
-WITHOUT_DRIVER = ("torch", "megatron.core", "transformers", "sglang", "safetensors.torch", "pyarrow.parquet", "lopd.cli", "lopd.objective", "megatron_patches")
-WITH_DRIVER = ("transformer_engine.pytorch", "sgl_kernel", "flashinfer", "sglang.srt.server_args", "lopd.megatron.trainer")
+SAME_VERSION = {
+    "TRANSFORMER_ENGINE_VERSION": ("transformer-engine-cu13", "transformer-engine-torch")
+}
+WITHOUT_DRIVER = (
+    "torch",
+    "megatron.core",
+    "transformers",
+    "sglang",
+    "safetensors.torch",
+    "pyarrow.parquet",
+    "lopd.cli",
+    "lopd.objective",
+    "megatron_patches",
+)
+WITH_DRIVER = (
+    "transformer_engine.pytorch",
+    "sgl_kernel",
+    "flashinfer",
+    "sglang.srt.server_args",
+    "lopd.megatron.training.trainer",
+)
 LEAST_DRIVER = (580, 65)  # of CUDA 13.0
 LAUNCH_PYTHON = Path("/opt/launch/bin/python")
 
@@ -50,7 +68,9 @@ def public_version(version: str) -> str:
     return version.partition("+")[0]
 
 
-def wrong_versions(wanted: Mapping[str, str], installed: Callable[[str], str] = importlib.metadata.version) -> Iterator[str]:
+def wrong_versions(
+    wanted: Mapping[str, str], installed: Callable[[str], str] = importlib.metadata.version
+) -> Iterator[str]:
     """A line for each package that is missing or of another version."""
     for key, package in PACKAGES.items():
         for name in (package, *SAME_VERSION.get(key, ())):
@@ -71,7 +91,8 @@ def wrong_python(wanted: Mapping[str, str]) -> Iterator[str]:
 def known_complaints(wanted: Mapping[str, str]) -> set[str]:
     """The lines of pip check that are not faults of the image.
 
-    The file WHEEL inside transformer_engine_cu13's wheel says cp310, although the wheel is for every
+    The file WHEEL inside transformer_engine_cu13's wheel says cp310, although the wheel is for
+    every
     Python. pip check compares it with this Python. Wheels since 2.17.1 say it right.
     """
     version = wanted["TRANSFORMER_ENGINE_VERSION"]
@@ -80,7 +101,9 @@ def known_complaints(wanted: Mapping[str, str]) -> set[str]:
     return {f"transformer_engine_cu13 {version} is not supported on this platform"}
 
 
-def broken_requirements(wanted: Mapping[str, str], check: Callable[[], str] | None = None) -> Iterator[str]:
+def broken_requirements(
+    wanted: Mapping[str, str], check: Callable[[], str] | None = None
+) -> Iterator[str]:
     """What pip check finds: a package whose requirements are missing or of another version.
 
     check: gives the output of pip check; absent, pip is run.
@@ -112,7 +135,11 @@ def wrong_launcher(wanted: Mapping[str, str], python: Path = LAUNCH_PYTHON) -> I
         return
     code = "import importlib.metadata, nemo_run; print(importlib.metadata.version('nemo-run'))"
     result = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
-    found = result.stdout.strip() if result.returncode == 0 else (result.stderr.strip().splitlines() or ["failed"])[-1]
+    found = (
+        result.stdout.strip()
+        if result.returncode == 0
+        else (result.stderr.strip().splitlines() or ["failed"])[-1]
+    )
     if found != wanted["NEMO_RUN_VERSION"]:
         yield f"nemo-run: {found}, versions.env says {wanted['NEMO_RUN_VERSION']}"
 
@@ -132,7 +159,12 @@ def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "no GPU is visible (docker run --gpus all)"
         return
-    query = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    query = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     driver = (query.stdout.splitlines() or ["0"])[0].strip()
     if tuple(int(part) for part in driver.split(".")[:2]) < LEAST_DRIVER:
         yield f"driver {driver}: CUDA 13.0 needs {'.'.join(map(str, LEAST_DRIVER))} or newer"
@@ -142,12 +174,17 @@ def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     if nccl != wanted["NCCL_VERSION"]:
         yield f"NCCL {nccl} is loaded, versions.env says {wanted['NCCL_VERSION']}"
-    cudnn, parts = torch.backends.cudnn.version(), [int(part) for part in wanted["CUDNN_VERSION"].split(".")]
+    cudnn, parts = (
+        torch.backends.cudnn.version(),
+        [int(part) for part in wanted["CUDNN_VERSION"].split(".")],
+    )
     if cudnn != parts[0] * 10000 + parts[1] * 100 + parts[2]:
         yield f"cuDNN {cudnn} is loaded, versions.env says {wanted['CUDNN_VERSION']}"
 
 
-def findings(wanted: Mapping[str, str], *, driver: bool, launcher: Path = LAUNCH_PYTHON) -> Iterator[str]:
+def findings(
+    wanted: Mapping[str, str], *, driver: bool, launcher: Path = LAUNCH_PYTHON
+) -> Iterator[str]:
     yield from wrong_python(wanted)
     yield from wrong_versions(wanted)
     yield from broken_requirements(wanted)
@@ -165,15 +202,21 @@ def findings(wanted: Mapping[str, str], *, driver: bool, launcher: Path = LAUNCH
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--without-driver", action="store_true", help="only what needs no GPU driver")
+    parser.add_argument(
+        "--without-driver", action="store_true", help="only what needs no GPU driver"
+    )
     parser.add_argument("--versions", type=Path, default=Path(__file__).with_name("versions.env"))
-    parser.add_argument("--launcher", type=Path, default=LAUNCH_PYTHON, help="the Python that has nemo-run")
+    parser.add_argument(
+        "--launcher", type=Path, default=LAUNCH_PYTHON, help="the Python that has nemo-run"
+    )
     options = parser.parse_args()
     wanted = read_versions(options.versions)
     wrong = list(findings(wanted, driver=not options.without_driver, launcher=options.launcher))
     for line in wrong:
         sys.stdout.write(f"WRONG {line}\n")
-    sys.stdout.write(f"{len(wrong)} things are wrong\n" if wrong else "the image is as versions.env says\n")
+    sys.stdout.write(
+        f"{len(wrong)} things are wrong\n" if wrong else "the image is as versions.env says\n"
+    )
     return 1 if wrong else 0
 
 

@@ -1,6 +1,7 @@
 """What is wrong, where, and the remedy: the errors a user can act on.
 
-Every ``LopdError`` becomes one line on screen and exit code 2, without a traceback. A broken invariant of ours is an ``assert`` instead.
+Every ``LopdError`` becomes one line on screen and exit code 2, without a traceback. A broken
+invariant of ours is an ``assert`` instead.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ EXIT_CODE = 2
 class LopdError(Exception):
     """A mistake or a circumstance that the user can mend.
 
-    what: what is wrong, with the offending value. where: file, key or server. limit: the bound that was broken, if there is one. remedy: what to do.
+    what: what is wrong, with the offending value. where: file, key or server. limit: the bound that
+    was broken, if there is one. remedy: what to do.
     """
 
     def __init__(self, what: str, *, where: str = "", limit: str = "", remedy: str = "") -> None:
@@ -25,7 +27,9 @@ class LopdError(Exception):
 
 
 class ConfigError(LopdError):
-    """A key of the configuration is unknown, of the wrong type, out of bounds, or contradicts another."""
+    """A key of the configuration is unknown, of the wrong type, out of bounds, or contradicts
+    another.
+    """
 
 
 class DataError(LopdError):

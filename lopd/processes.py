@@ -1,8 +1,10 @@
 """Child processes that end with their parent, each by its own process group. Standard library only.
 
-``lopd`` never starts a server or a trainer directly: it starts ``python -m lopd.processes CMD...`` (the guard) in a new session. The guard leads the
-group, runs CMD in it, and reads a pipe whose other end only the parent holds. When the parent ends, in whatever way, kill -9 included, the pipe closes
-and the guard kills its group. If the guard itself is killed, the kernel ends CMD (PR_SET_PDEATHSIG).
+``lopd`` never starts a server or a trainer directly: it starts ``python -m lopd.processes CMD...``
+(the guard) in a new session. The guard leads the group, runs CMD in it, and reads a pipe whose
+other end only the parent holds. When the parent ends, in whatever way, kill -9 included, the pipe
+closes and the guard kills its group. If the guard itself is killed, the kernel ends CMD
+(PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -28,8 +30,17 @@ _GUARD_FD = "LOPD_GUARD_FD"
 class GuardedProcess:
     """A command under a guard. stop() ends the whole group; so does the end of this process."""
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], output: IO[bytes] | int | None = None, cwd: Path | None = None) -> None:
-        """output: where stdout and stderr go (None: to ours). Raises OSError where the command cannot be started."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        output: IO[bytes] | int | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        """output: where stdout and stderr go (None: to ours). Raises OSError where the command
+        cannot be started.
+        """
         read_end, self._write_end = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -125,7 +136,9 @@ def last_lines(path: Path, count: int = 8) -> list[str]:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Has the kernel kill this process when its parent ends; holds across exec, not for children. parent: its process id, where this may come after its end."""
+    """Has the kernel kill this process when its parent ends; holds across exec, not for children.
+    parent: its process id, where this may come after its end.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -133,7 +146,9 @@ def die_with_parent(parent: int | None = None) -> None:
 
 def _guard(command: Sequence[str]) -> int:
     pipe = int(os.environ.pop(_GUARD_FD))
-    signal.signal(signal.SIGTERM, lambda *_: None)  # the group gets it too; stay until the command has ended
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # the group gets it too; stay until the command has ended
     signal.signal(signal.SIGINT, lambda *_: None)
     child = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
 

@@ -1,6 +1,7 @@
 """The data that crosses a boundary: frozen, slotted, lengths checked when built.
 
-Conventions: ``*_logprobs[t]`` is the natural-log probability of ``token_ids[t]`` given all before it, at temperature 1. Token ids are the truth.
+Conventions: ``*_logprobs[t]`` is the natural-log probability of ``token_ids[t]`` given all before
+it, at temperature 1. Token ids are the truth.
 """
 
 from __future__ import annotations
@@ -56,11 +57,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One sampled response. The end token, where it was sampled, is the last of token_ids; a truncated response has none.
+    """One sampled response. The end token, where it was sampled, is the last of token_ids; a
+    truncated response has none.
 
-    sampling_logprobs f32[R]: by the policy that sampled, at temperature 1. weight_version: of that policy.
-    loss_mask bool[R]: tokens that SFT learns from; None means all (sampled responses); written demonstrations may mask some.
-    routed_experts i16[P + R - 1, layers, k]: the experts that the sampler chose at each position, for replay in training.
+    sampling_logprobs f32[R]: by the policy that sampled, at temperature 1. weight_version: of that
+    policy.
+    loss_mask bool[R]: tokens that SFT learns from; None means all (sampled responses); written
+    demonstrations may mask some.
+    routed_experts i16[P + R - 1, layers, k]: the experts that the sampler chose at each position,
+    for replay in training.
     """
 
     prompt_id: str
@@ -75,47 +80,73 @@ class Response:
 
     def __post_init__(self) -> None:
         if len(self.sampling_logprobs) != len(self.token_ids):
-            raise ValueError(f"response {self.key}: {len(self.sampling_logprobs)} log-probabilities for {len(self.token_ids)} tokens")
+            raise ValueError(
+                f"response {self.key}: {len(self.sampling_logprobs)} log-probabilities for {len(self.token_ids)} tokens"
+            )
         if self.finish_reason not in FINISH_REASONS:
-            raise ValueError(f"response {self.key}: finish_reason {self.finish_reason!r} is none of {FINISH_REASONS}")
+            raise ValueError(
+                f"response {self.key}: finish_reason {self.finish_reason!r} is none of {FINISH_REASONS}"
+            )
         if self.loss_mask is not None and len(self.loss_mask) != len(self.token_ids):
-            raise ValueError(f"response {self.key}: loss_mask of {len(self.loss_mask)} for {len(self.token_ids)} tokens")
+            raise ValueError(
+                f"response {self.key}: loss_mask of {len(self.loss_mask)} for {len(self.token_ids)} tokens"
+            )
         positions = len(self.prompt_ids) + len(self.token_ids) - 1
-        if self.routed_experts is not None and (self.routed_experts.ndim != 3 or len(self.routed_experts) != positions):
-            raise ValueError(f"response {self.key}: routed_experts of shape {self.routed_experts.shape} for {positions} positions")
+        if self.routed_experts is not None and (
+            self.routed_experts.ndim != 3 or len(self.routed_experts) != positions
+        ):
+            raise ValueError(
+                f"response {self.key}: routed_experts of shape {self.routed_experts.shape} for {positions} positions"
+            )
 
     @property
     def key(self) -> Key:
         return (self.prompt_id, self.sample_index)
 
 
-TAIL_FLOOR = 1e-6  # least probability of a tail: K float32 probabilities may add up to a little more than 1
+TAIL_FLOOR = (
+    1e-6  # least probability of a tail: K float32 probabilities may add up to a little more than 1
+)
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The teacher's K likeliest tokens where each response token was sampled, the likeliest first, at temperature 1."""
+    """The teacher's K likeliest tokens where each response token was sampled, the likeliest first,
+    at temperature 1.
+    """
 
     ids: Ints  # [R, K]
     logprobs: Floats  # [R, K]
     tail_logprob: Floats  # [R], of all other tokens together; at least log TAIL_FLOOR
 
     def __post_init__(self) -> None:
-        if self.ids.ndim != 2 or self.ids.shape != self.logprobs.shape or self.tail_logprob.shape != self.ids.shape[:1]:
-            raise ValueError(f"top-K: ids {self.ids.shape}, log-probabilities {self.logprobs.shape}, tails {self.tail_logprob.shape}")
+        if (
+            self.ids.ndim != 2
+            or self.ids.shape != self.logprobs.shape
+            or self.tail_logprob.shape != self.ids.shape[:1]
+        ):
+            raise ValueError(
+                f"top-K: ids {self.ids.shape}, log-probabilities {self.logprobs.shape}, tails {self.tail_logprob.shape}"
+            )
 
 
 def top_k_of(ids: NDArray[Any], logprobs: NDArray[Any]) -> TopK:
     """From ids and log-probabilities [R, K] alone; the tail is what is missing to 1."""
     outside = 1.0 - np.exp(np.asarray(logprobs, dtype=np.float64)).sum(-1)
-    return TopK(np.asarray(ids, dtype=np.int32), np.asarray(logprobs, dtype=np.float32), float32(np.log(np.maximum(outside, TAIL_FLOOR))))
+    return TopK(
+        np.asarray(ids, dtype=np.int32),
+        np.asarray(logprobs, dtype=np.float32),
+        float32(np.log(np.maximum(outside, TAIL_FLOOR))),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """What the teacher says of one response, at temperature 1: the log-probability of every token, and more where it was asked for.
+    """What the teacher says of one response, at temperature 1: the log-probability of every token,
+    and more where it was asked for.
 
-    token_hash ties it to the exact ids. teacher: fingerprint of the teacher's weights, where a cache has several.
+    token_hash ties it to the exact ids. teacher: fingerprint of the teacher's weights, where a
+    cache has several.
     """
 
     prompt_id: str
@@ -127,9 +158,14 @@ class TeacherScores:
     teacher: str = ""
 
     def __post_init__(self) -> None:
-        for name, column in (("top-K rows", None if self.top is None else self.top.ids), ("entropies", self.entropy)):
+        for name, column in (
+            ("top-K rows", None if self.top is None else self.top.ids),
+            ("entropies", self.entropy),
+        ):
             if column is not None and len(column) != len(self.teacher_logprobs):
-                raise ValueError(f"scores of {self.key}: {len(column)} {name} for {len(self.teacher_logprobs)} tokens")
+                raise ValueError(
+                    f"scores of {self.key}: {len(column)} {name} for {len(self.teacher_logprobs)} tokens"
+                )
 
     @property
     def key(self) -> Key:
@@ -138,7 +174,9 @@ class TeacherScores:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the trainer learns from: prompt and response in one row. Log-probabilities are 0 on the prompt."""
+    """What the trainer learns from: prompt and response in one row. Log-probabilities are 0 on the
+    prompt.
+    """
 
     token_ids: Ints  # [L]
     loss_mask: Bools  # [L], True where the token carries loss (never the first)
@@ -151,11 +189,15 @@ class Sample:
 
     def __post_init__(self) -> None:
         if self.teacher_top is not None and len(self.teacher_top.ids) != len(self.token_ids):
-            raise ValueError(f"sample: top-K of {len(self.teacher_top.ids)} for {len(self.token_ids)} tokens")
+            raise ValueError(
+                f"sample: top-K of {len(self.teacher_top.ids)} for {len(self.token_ids)} tokens"
+            )
         for name in ("loss_mask", "sampling_logprobs", "teacher_logprobs"):
             column = getattr(self, name)
             if column is not None and len(column) != len(self.token_ids):
-                raise ValueError(f"sample: {name} has {len(column)} entries for {len(self.token_ids)} tokens")
+                raise ValueError(
+                    f"sample: {name} has {len(column)} entries for {len(self.token_ids)} tokens"
+                )
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -163,9 +205,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Packed sequences, already shifted: position t predicts labels[t]; mask and log-probabilities belong to labels[t].
+    """Packed sequences, already shifted: position t predicts labels[t]; mask and log-probabilities
+    belong to labels[t].
 
-    cu_seqlens i32[S+1]: sequence s occupies cu_seqlens[s]..cu_seqlens[s+1]; the first num_sequences of them are samples, one more may be padding.
+    cu_seqlens i32[S+1]: sequence s occupies cu_seqlens[s]..cu_seqlens[s+1]; the first num_sequences
+    of them are samples, one more may be padding.
     """
 
     token_ids: NDArray[np.int64]  # [T]
@@ -180,18 +224,32 @@ class Microbatch:
     keys: tuple[Key, ...] = ()  # of the responses in it, for messages
     truncated: Bools | None = None  # [S], sequences that were cut off before an end token
     teacher_top: TopK | None = None  # [T, K]
-    teacher_index: NDArray[np.int64] | None = None  # [S], which of several teachers scored the sequence
+    teacher_index: NDArray[np.int64] | None = (
+        None  # [S], which of several teachers scored the sequence
+    )
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
-        for name in ("labels", "position_ids", "loss_mask", "teacher_logprobs", "sampling_logprobs"):
+        for name in (
+            "labels",
+            "position_ids",
+            "loss_mask",
+            "teacher_logprobs",
+            "sampling_logprobs",
+        ):
             column = getattr(self, name)
             if column is not None and len(column) != length:
-                raise ValueError(f"microbatch: {name} has {len(column)} entries for {length} tokens")
+                raise ValueError(
+                    f"microbatch: {name} has {len(column)} entries for {length} tokens"
+                )
         if self.teacher_top is not None and len(self.teacher_top.ids) != length:
-            raise ValueError(f"microbatch: top-K of {len(self.teacher_top.ids)} for {length} tokens")
+            raise ValueError(
+                f"microbatch: top-K of {len(self.teacher_top.ids)} for {length} tokens"
+            )
         if len(self.cu_seqlens) < 2 or self.cu_seqlens[0] != 0 or self.cu_seqlens[-1] != length:
-            raise ValueError(f"microbatch: cu_seqlens {self.cu_seqlens.tolist()[:3]}.. does not cover {length} tokens")
+            raise ValueError(
+                f"microbatch: cu_seqlens {self.cu_seqlens.tolist()[:3]}.. does not cover {length} tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +264,9 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """A checkpoint by content: sha256 of weights (all safetensors and the config), of the tokenizer, of the chat template."""
+    """A checkpoint by content: sha256 of weights (all safetensors and the config), of the
+    tokenizer, of the chat template.
+    """
 
     path: str
     weights: str
@@ -216,7 +276,9 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an artifact is, from what it was made, and by whom. See lopd.artifacts for reading and writing."""
+    """What an artifact is, from what it was made, and by whom. See lopd.artifacts for reading and
+    writing.
+    """
 
     kind: str
     schema_version: int
@@ -225,9 +287,13 @@ class Manifest:
     parents: Mapping[str, str]  # parent artifact's kind -> fingerprint
     models: Mapping[str, ModelIdentity]
     sampling: Mapping[str, Any]
-    lineage: Mapping[str, Any]  # which teacher made the demonstrations behind this; overrides in force
+    lineage: Mapping[
+        str, Any
+    ]  # which teacher made the demonstrations behind this; overrides in force
     rows: int
     shards: tuple[ShardInfo, ...]
     versions: Mapping[str, str]
     fingerprint: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)  # figures of the stage: steps, losses, seconds
+    extra: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # figures of the stage: steps, losses, seconds

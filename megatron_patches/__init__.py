@@ -1,8 +1,10 @@
 """All that changes Megatron-Core's behaviour, and nothing else. Imports nothing of lopd.
 
-``apply()`` before the model is built; ``listing()`` says what was changed, why, where, and when each change can go. device.py: run on CPU and gloo, does
-nothing where CUDA is. upstream.py and saving.py: faults of Megatron-Core that the trainer meets. norm.py, attention.py, layer_spec.py: the modules that
-take the place of Transformer Engine's where it is not installed; they are used by the layer spec, not patched in.
+``apply()`` before the model is built; ``listing()`` says what was changed, why, where, and when
+each change can go. device.py: run on CPU and gloo, does nothing where CUDA is. upstream.py and
+saving.py: faults of Megatron-Core that the trainer meets. norm.py, attention.py, layer_spec.py: the
+modules that take the place of Transformer Engine's where it is not installed; they are used by the
+layer spec, not patched in.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ def apply() -> None:
         try:
             entry.install()
         except UpstreamChanged as error:
-            installed = ", ".join(f"{package} {metadata.version(package)}" for package in ("megatron-core", "torch"))
-            raise RuntimeError(f"megatron_patches: {entry.name} no longer fits: {error}; checked with {entry.checked}; installed: {installed}") from error
+            installed = ", ".join(
+                f"{package} {metadata.version(package)}" for package in ("megatron-core", "torch")
+            )
+            raise RuntimeError(
+                f"megatron_patches: {entry.name} no longer fits: {error}; checked with {entry.checked}; installed: {installed}"
+            ) from error
         _applied.add(entry.name)
 
 

@@ -1,8 +1,10 @@
 """Attention over packed sequences without Transformer Engine.
 
-Sequences of similar length are padded on the right to one length and go through one batched call: with a causal mask a real query never sees a key to its
-right, so padding needs no mask of its own and changes no result. Slicing each sequence out of the row instead would cost a gradient of the whole row for
-each: on a CPU, for rows of a hundred short sequences, a fifth of the whole training step.
+Sequences of similar length are padded on the right to one length and go through one batched call:
+with a causal mask a real query never sees a key to its right, so padding needs no mask of its own
+and changes no result. Slicing each sequence out of the row instead would cost a gradient of the
+whole row for each: on a CPU, for rows of a hundred short sequences, a fifth of the whole training
+step.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ MAX_PADDING = 0.25  # a sequence joins a group whose longest is at most this muc
 class PaddedGroups:
     """How the T packed tokens become P padded ones, group after group.
 
-    groups: (number of sequences, padded length) of each. padded int64 [P]: the token in each place, T where there is none. packed int64 [T]: the place of
-    each token. None, None where packed and padded are the same.
+    groups: (number of sequences, padded length) of each. padded int64 [P]: the token in each place,
+    T where there is none. packed int64 [T]: the place of each token. None, None where packed and
+    padded are the same.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -39,7 +42,10 @@ class PaddedGroups:
         starts, lengths = bounds[:-1], [end - start for start, end in itertools.pairwise(bounds)]
         if len(set(lengths)) == 1:
             return cls(((len(lengths), lengths[0]),), None, None)
-        order = sorted((index for index, length in enumerate(lengths) if length > 0), key=lambda index: -lengths[index])
+        order = sorted(
+            (index for index, length in enumerate(lengths) if length > 0),
+            key=lambda index: -lengths[index],
+        )
         groups: list[list[int]] = []
         for index in order:
             if not groups or lengths[index] * (1 + MAX_PADDING) < lengths[groups[-1][0]]:
@@ -55,11 +61,17 @@ class PaddedGroups:
         padded = torch.cat(rows)
         packed = torch.empty(num_tokens + 1, dtype=torch.int64)
         packed[padded] = torch.arange(len(padded))
-        return cls(tuple((len(group), lengths[group[0]]) for group in groups), padded.to(device), packed[:-1].to(device))
+        return cls(
+            tuple((len(group), lengths[group[0]]) for group in groups),
+            padded.to(device),
+            packed[:-1].to(device),
+        )
 
 
 class _Rearrange(torch.autograd.Function):
-    """rows[index], where an index past the end gives zeros. inverse: where each row went. Both ways are gathers: much faster on a CPU than index_add."""
+    """rows[index], where an index past the end gives zeros. inverse: where each row went. Both ways
+    are gathers: much faster on a CPU than index_add.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -78,27 +90,55 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     return rows.index_select(0, index)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, plan: PaddedGroups, *, scale: float, dropout: float = 0.0) -> Tensor:
-    """Causal attention inside each sequence. query [T, heads, head_dim], key and value [T, kv_heads, head_dim]; gives [T, heads, head_dim]."""
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PaddedGroups,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention inside each sequence. query [T, heads, head_dim], key and value [T,
+    kv_heads, head_dim]; gives [T, heads, head_dim].
+    """
     tensors = [query, key, value]
     if plan.padded is not None:
-        tensors = [_Rearrange.apply(tensor, plan.padded, plan.packed) for tensor in tensors]  # [P, ...]
+        tensors = [
+            _Rearrange.apply(tensor, plan.padded, plan.packed) for tensor in tensors
+        ]  # [P, ...]
     sizes = [math.prod(group) for group in plan.groups]
     parts = []
-    for (num_sequences, length), *pieces in zip(plan.groups, *(tensor.split(sizes) for tensor in tensors), strict=True):
-        q, k, v = (piece.unflatten(0, (num_sequences, length)).transpose(1, 2) for piece in pieces)  # [N, heads, L, head_dim]
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1], dropout_p=dropout)
+    for (num_sequences, length), *pieces in zip(
+        plan.groups, *(tensor.split(sizes) for tensor in tensors), strict=True
+    ):
+        q, k, v = (
+            piece.unflatten(0, (num_sequences, length)).transpose(1, 2) for piece in pieces
+        )  # [N, heads, L, head_dim]
+        out = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            dropout_p=dropout,
+        )
         parts.append(out.transpose(1, 2).flatten(0, 1))  # [N * L, heads, head_dim]
     out = torch.cat(parts) if len(parts) > 1 else parts[0]
     return out if plan.padded is None else _Rearrange.apply(out, plan.packed, plan.padded)
 
 
 class PackedAttention(DotProductAttention):
-    """Causal attention inside each sequence of a packed row, by torch's scaled_dot_product_attention.
+    """Causal attention inside each sequence of a packed row, by torch's
+    scaled_dot_product_attention.
 
-    Why: upstream's DotProductAttention (megatron/core/transformer/dot_product_attention.py:forward) asserts that no packed_seq_params are given. With this
-    one the trainer always passes packed sequences, as with Transformer Engine. Checked with megatron-core
-    0.16.1 and 0.18.2. Can go when the local spec takes the thd layout; not used where Transformer Engine is installed.
+    Why: upstream's DotProductAttention (megatron/core/transformer/dot_product_attention.py:forward)
+    asserts that no packed_seq_params are given. With this
+    one the trainer always passes packed sequences, as with Transformer Engine. Checked with
+    megatron-core
+    0.16.1 and 0.18.2. Can go when the local spec takes the thd layout; not used where Transformer
+    Engine is installed.
     """
 
     def forward(
@@ -113,7 +153,9 @@ class PackedAttention(DotProductAttention):
     ) -> Tensor:
         """[T, heads / tp * head_dim]."""
         if packed_seq_params is None:
-            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, None)
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias, None
+            )
         assert packed_seq_params.qkv_format == "thd"
         assert attention_bias is None
         plan = getattr(packed_seq_params, "padded_groups", None)
@@ -121,4 +163,6 @@ class PackedAttention(DotProductAttention):
             plan = PaddedGroups.of(packed_seq_params.cu_seqlens_q.tolist(), query.device)
             packed_seq_params.padded_groups = plan
         dropout = self.attention_dropout.p if self.training else 0.0
-        return packed_attention(query, key, value, plan, scale=self.softmax_scale, dropout=dropout).flatten(1)
+        return packed_attention(
+            query, key, value, plan, scale=self.softmax_scale, dropout=dropout
+        ).flatten(1)

@@ -1,6 +1,7 @@
 """Megatron-Core on a CPU with gloo. Every patch here is skipped where CUDA is available.
 
-They change names that Megatron-Core looks up when it calls them, so it does not matter whether it was imported before.
+They change names that Megatron-Core looks up when it calls them, so it does not matter whether it
+was imported before.
 """
 
 from __future__ import annotations
@@ -63,17 +64,31 @@ class NullStream:
         return event or NullEvent()
 
 
-@patch(upstream="torch/cuda: current_device, set_device", checked=_CHECKED, until=_UNTIL, without_cuda=True)
+@patch(
+    upstream="torch/cuda: current_device, set_device",
+    checked=_CHECKED,
+    until=_UNTIL,
+    without_cuda=True,
+)
 def cpu_is_current_device() -> None:
-    """Buffers and parameters are made on torch.cuda.current_device(); without CUDA that call fails. It now answers the CPU."""
+    """Buffers and parameters are made on torch.cuda.current_device(); without CUDA that call fails.
+    It now answers the CPU.
+    """
     replace(torch.cuda, "current_device", lambda: _CPU)
     replace(torch.cuda, "set_device", lambda device: None)
 
 
-@patch(upstream="torch/cuda: Stream, Event, stream, current_stream, default_stream, synchronize, nvtx", checked=_CHECKED, until=_UNTIL, without_cuda=True)
+@patch(
+    upstream="torch/cuda: Stream, Event, stream, current_stream, default_stream, synchronize, nvtx",
+    checked=_CHECKED,
+    until=_UNTIL,
+    without_cuda=True,
+)
 def no_streams() -> None:
-    """The token dispatcher, the gradient buffers and the pipeline schedule order work by streams and events. On a CPU everything is done in order:
-    streams become one stream without effect, events are always past."""
+    """The token dispatcher, the gradient buffers and the pipeline schedule order work by streams
+    and events. On a CPU everything is done in order: streams become one stream without effect,
+    events are always past.
+    """
     null = NullStream()
     replace(torch.cuda, "Stream", NullStream)
     replace(torch.cuda, "Event", NullEvent)
@@ -94,26 +109,42 @@ def no_streams() -> None:
     without_cuda=True,
 )
 def cpu_random_state() -> None:
-    """The tracker of random states per parallel region forks the CUDA generator. It now forks the CPU's, which then is what it warns about
-    ("CPU RNG state changed within GPU RNG context"); that warning is dropped."""
+    """The tracker of random states per parallel region forks the CUDA generator. It now forks the
+    CPU's, which then is what it warns about ("CPU RNG state changed within GPU RNG context"); that
+    warning is dropped.
+    """
     import megatron.core.tensor_parallel.random as random
 
     require(random, "_get_cuda_rng_state", parameters=("device", "clone", "graph_safe"))
     require(random, "_set_cuda_rng_state", parameters=("new_state", "device", "graph_safe"))
-    replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
-    replace(random, "_set_cuda_rng_state", lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state))
+    replace(
+        random,
+        "_get_cuda_rng_state",
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+    )
+    replace(
+        random,
+        "_set_cuda_rng_state",
+        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
+    )
     replace(torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state())
-    replace(torch.cuda, "set_rng_state", lambda new_state, device="cuda": torch.set_rng_state(new_state))
+    replace(
+        torch.cuda, "set_rng_state", lambda new_state, device="cuda": torch.set_rng_state(new_state)
+    )
 
     def seed(value: int) -> None:
         torch.default_generator.manual_seed(value)
 
     replace(torch.cuda, "manual_seed", seed)
-    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -133,9 +164,13 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     without_cuda=True,
 )
 def literal_cuda_is_cpu() -> None:
-    """Schedules, gradient clipping and the optimizers ask for device='cuda' by that word, and move tensors by .cuda(). Both now mean the CPU."""
-    # ``with torch.device(...)`` looks functions up in a set that it makes at its first use, and must find torch's own there: ours call them. Made after the
-    # change it would hold ours, the context would be ignored, and a model of transformers built under "meta" would keep uninitialised buffers.
+    """Schedules, gradient clipping and the optimizers ask for device='cuda' by that word, and move
+    tensors by .cuda(). Both now mean the CPU.
+    """
+    # ``with torch.device(...)`` looks functions up in a set that it makes at its first use, and
+    # must find torch's own there: ours call them. Made after the change it would hold ours, the
+    # context would be ignored, and a model of transformers built under "meta" would keep
+    # uninitialised buffers.
     require(device_context, "_device_constructors", parameters=())()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like", "arange"):
         replace(torch, name, _on_cpu(getattr(torch, name)))
@@ -150,22 +185,34 @@ def literal_cuda_is_cpu() -> None:
     without_cuda=True,
 )
 def type_names_say_cuda() -> None:
-    """The optimizers sort parameters by the name of their tensor type and accept CUDA names only. Asked by Megatron-Core, and by it alone, a CPU tensor
-    now gives the CUDA name of its type."""
+    """The optimizers sort parameters by the name of their tensor type and accept CUDA names only.
+    Asked by Megatron-Core, and by it alone, a CPU tensor now gives the CUDA name of its type.
+    """
     original = require(torch.Tensor, "type")
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = original(self, *args, **kwargs)
-        if isinstance(answer, str) and "cuda" not in answer and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core."):
+        if (
+            isinstance(answer, str)
+            and "cuda" not in answer
+            and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.")
+        ):
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
     replace(torch.Tensor, "type", type_name)
 
 
-@patch(upstream="megatron/core/jit.py:jit_fuser (torch.compile)", checked=_CHECKED, until="never on a CPU without a compiler", without_cuda=True)
+@patch(
+    upstream="megatron/core/jit.py:jit_fuser (torch.compile)",
+    checked=_CHECKED,
+    until="never on a CPU without a compiler",
+    without_cuda=True,
+)
 def no_compilation() -> None:
-    """Small fused functions are decorated with torch.compile at import. On a CPU that needs a C++ compiler and minutes for no gain: they run as written."""
+    """Small fused functions are decorated with torch.compile at import. On a CPU that needs a C++
+    compiler and minutes for no gain: they run as written.
+    """
     import torch._dynamo
 
     require(torch._dynamo.config, "disable")
@@ -179,12 +226,15 @@ def no_compilation() -> None:
     without_cuda=True,
 )
 def split_sizes_from_cpu_tensors() -> None:
-    """The all-to-all dispatcher turns its split sizes into numpy only where they come from a GPU; a CPU tensor reaches all_to_all_single, which refuses
-    it. CPU tensors are now turned too."""
+    """The all-to-all dispatcher turns its split sizes into numpy only where they come from a GPU; a
+    CPU tensor reaches all_to_all_single, which refuses it. CPU tensors are now turned too.
+    """
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
-    original = require(moe_utils, "maybe_move_tensor_to_cpu", parameters=("tensor", "as_numpy", "record_stream"))
+    original = require(
+        moe_utils, "maybe_move_tensor_to_cpu", parameters=("tensor", "as_numpy", "record_stream")
+    )
     require(token_dispatcher, "maybe_move_tensor_to_cpu")
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -196,20 +246,38 @@ def split_sizes_from_cpu_tensors() -> None:
         replace(module, "maybe_move_tensor_to_cpu", move)
 
 
-@patch(upstream="megatron/core/tensor_parallel/mappings.py:_gather_along_first_dim", checked=_CHECKED, until="gloo gathers uneven sizes", without_cuda=True)
+@patch(
+    upstream="megatron/core/tensor_parallel/mappings.py:_gather_along_first_dim",
+    checked=_CHECKED,
+    until="gloo gathers uneven sizes",
+    without_cuda=True,
+)
 def gather_uneven_over_gloo() -> None:
-    """gloo's all_gather takes equal sizes only, NCCL's any. The all-to-all dispatcher gathers uneven ones with expert_tensor > 1: pad, gather, cut."""
+    """gloo's all_gather takes equal sizes only, NCCL's any. The all-to-all dispatcher gathers
+    uneven ones with expert_tensor > 1: pad, gather, cut.
+    """
     import megatron.core.tensor_parallel.mappings as mappings
 
-    original = require(mappings, "_gather_along_first_dim", parameters=("input_", "group", "output_split_sizes", "use_global_buffer"))
+    original = require(
+        mappings,
+        "_gather_along_first_dim",
+        parameters=("input_", "group", "output_split_sizes", "use_global_buffer"),
+    )
 
-    def gather(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False) -> torch.Tensor:
+    def gather(
+        input_: torch.Tensor,
+        group: Any,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return original(input_, group, output_split_sizes, use_global_buffer)
         padded = input_.new_zeros((max(output_split_sizes), *input_.shape[1:]))
         padded[: input_.shape[0]] = input_
         parts = [torch.empty_like(padded) for _ in output_split_sizes]
         torch.distributed.all_gather(parts, padded, group=group)
-        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+        return torch.cat(
+            [part[:size] for part, size in zip(parts, output_split_sizes, strict=True)]
+        )
 
     replace(mappings, "_gather_along_first_dim", gather)

@@ -42,7 +42,9 @@ class Patch:
 PATCHES: list[Patch] = []
 
 
-def patch(*, upstream: str, checked: str, until: str, without_cuda: bool, below: str | None = None) -> Callable[[Callable[[], None]], Callable[[], None]]:
+def patch(
+    *, upstream: str, checked: str, until: str, without_cuda: bool, below: str | None = None
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Registers an installer. Its docstring says what it changes and why. See Patch."""
 
     def register(install: Callable[[], None]) -> Callable[[], None]:
@@ -56,11 +58,18 @@ def patch(*, upstream: str, checked: str, until: str, without_cuda: bool, below:
     return register
 
 
-def require(owner: Any, attribute: str, *, parameters: Sequence[str] | None = None, source: str | None = None) -> Any:
+def require(
+    owner: Any,
+    attribute: str,
+    *,
+    parameters: Sequence[str] | None = None,
+    source: str | None = None,
+) -> Any:
     """The upstream object that a patch is about to change.
 
-    UpstreamChanged where it is missing, where its first parameters are not those the patch was written for, or where its source no longer contains the
-    given text: the patch must be looked at again instead of doing something else silently.
+    UpstreamChanged where it is missing, where its first parameters are not those the patch was
+    written for, or where its source no longer contains the given text: the patch must be looked at
+    again instead of doing something else silently.
     """
     place = f"{getattr(owner, '__name__', owner)}.{attribute}"
     found = getattr(owner, attribute, None)
@@ -70,14 +79,18 @@ def require(owner: Any, attribute: str, *, parameters: Sequence[str] | None = No
     if parameters is not None:
         names = list(inspect.signature(original).parameters)
         if names[: len(parameters)] != list(parameters):
-            raise UpstreamChanged(f"{place} takes ({', '.join(names)}), the patch knows ({', '.join(parameters)})")
+            raise UpstreamChanged(
+                f"{place} takes ({', '.join(names)}), the patch knows ({', '.join(parameters)})"
+            )
     if source is not None and source not in inspect.getsource(original):
         raise UpstreamChanged(f"{place} no longer contains {source!r}")
     return found
 
 
 def replace(owner: Any, attribute: str, replacement: Any) -> None:
-    """Set owner.attribute, which must exist. A function keeps the name and documentation of the one it replaces."""
+    """Set owner.attribute, which must exist. A function keeps the name and documentation of the one
+    it replaces.
+    """
     original = require(owner, attribute)
     if not isinstance(replacement, type):
         function = replacement.__func__ if isinstance(replacement, staticmethod) else replacement

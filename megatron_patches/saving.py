@@ -53,17 +53,39 @@ def writers_are_threads() -> None:
 
     writer = filesystem.FileSystemWriterAsync
     parameters = ("transform_list", "use_msc", "rank", "write_buckets", "global_results_queue")
-    require(writer, "write_preloaded_data_multiproc", parameters=parameters, source='mp.get_context("fork")')
-    one = ("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync")
-    write = require(writer, "write_preloaded_data", parameters=one, source="results_queue.put(local_output)")
+    require(
+        writer,
+        "write_preloaded_data_multiproc",
+        parameters=parameters,
+        source='mp.get_context("fork")',
+    )
+    one = (
+        "transform_list",
+        "local_proc_idx",
+        "write_bucket",
+        "results_queue",
+        "count_queue",
+        "use_fsync",
+    )
+    write = require(
+        writer, "write_preloaded_data", parameters=one, source="results_queue.put(local_output)"
+    )
 
-    def write_preloaded_data_multiproc(transform_list: Any, use_msc: bool, rank: int, write_buckets: Any, global_results_queue: Any) -> None:
+    def write_preloaded_data_multiproc(
+        transform_list: Any, use_msc: bool, rank: int, write_buckets: Any, global_results_queue: Any
+    ) -> None:
         results: queue.Queue[Any] = queue.Queue()
         running: queue.Queue[int] = queue.Queue()
         threads = []
         for number, bucket in enumerate(write_buckets):
             running.put(number)
-            threads.append(threading.Thread(target=write, args=(transform_list, number, bucket, results, running, True), kwargs={"use_msc": use_msc}))
+            threads.append(
+                threading.Thread(
+                    target=write,
+                    args=(transform_list, number, bucket, results, running, True),
+                    kwargs={"use_msc": use_msc},
+                )
+            )
             threads[-1].start()
         for thread in threads:
             thread.join()

@@ -16,8 +16,10 @@ _CHECKED = "megatron-core 0.16.1 and 0.18.2"
     without_cuda=False,
 )
 def name_of_te_gemm() -> None:
-    """The router's product tests `te_general_gemm is not None`, but that name is only defined by a successful import of Transformer Engine. Without it the
-    router raises NameError. The name becomes None, as the test expects."""
+    """The router's product tests `te_general_gemm is not None`, but that name is only defined by a
+    successful import of Transformer Engine. Without it the router raises NameError. The name
+    becomes None, as the test expects.
+    """
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     require(moe_utils, "router_gating_linear", parameters=("inp", "weight", "bias", "router_dtype"))
@@ -32,11 +34,19 @@ def name_of_te_gemm() -> None:
     without_cuda=False,
 )
 def own_step_tensors() -> None:
-    """torch's AdamW (used without Apex and Transformer Engine) counts steps in one tensor per parameter. Loading puts the SAME tensor into every
-    parameter's state, so one optimizer step counts as many as there are parameters: training goes on, silently wrong. Each gets its own copy."""
+    """torch's AdamW (used without Apex and Transformer Engine) counts steps in one tensor per
+    parameter. Loading puts the SAME tensor into every parameter's state, so one optimizer step
+    counts as many as there are parameters: training goes on, silently wrong. Each gets its own
+    copy.
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    original = require(DistributedOptimizer, "load_state_dict", parameters=("self", "state_dict"), source='s["step"] = step')
+    original = require(
+        DistributedOptimizer,
+        "load_state_dict",
+        parameters=("self", "state_dict"),
+        source='s["step"] = step',
+    )
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
         original(self, state_dict)
@@ -54,8 +64,10 @@ def own_step_tensors() -> None:
     without_cuda=False,
 )
 def step_is_not_in_shards() -> None:
-    """Writers leave AdamW's step out of the sharded state (it is kept once, per parameter group), the reader copies every key of the state and raises
-    KeyError: 'step'. The reader is given the step it already has."""
+    """Writers leave AdamW's step out of the sharded state (it is kept once, per parameter group),
+    the reader copies every key of the state and raises KeyError: 'step'. The reader is given the
+    step it already has.
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     original = require(
@@ -67,7 +79,9 @@ def step_is_not_in_shards() -> None:
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         group_index, group_order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
+        state = self.optimizer.state[
+            self.optimizer.param_groups[group_index]["params"][group_order]
+        ]
         if "step" in state and "step" not in tensors:
             tensors = {**tensors, "step": state["step"]}
         original(self, model_param, tensors)

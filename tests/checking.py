@@ -25,4 +25,8 @@ def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> StandIns:
 
 def wrong(config: Path, *overrides: str) -> list[str]:
     """Every finding of lopd check that is wrong, with the name of its check."""
-    return [f"{row['name']} | {row['finding']}" for row in checks.as_rows(load_config(config, overrides)) if not row["ok"]]
+    return [
+        f"{row['name']} | {row['finding']}"
+        for row in checks.as_rows(load_config(config, overrides))
+        if not row["ok"]
+    ]

@@ -9,12 +9,19 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
-# The same examples in every run, and no deadline for one of them or for their making: a busy machine must not fail a test that is right.
-settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The same examples in every run, and no deadline for one of them or for their making: a busy
+# machine must not fail a test that is right.
+settings.register_profile(
+    "suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("suite")
 
 
-_FIRST = ("tests/pipeline", "tests/sglang", "tests/megatron")  # the longest folders, so that two workers end at about the same time
+_FIRST = (
+    "tests/pipeline",
+    "tests/sglang",
+    "tests/megatron",
+)  # the longest folders, so that two workers end at about the same time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,7 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Two threads of a small model wait for each other longer than they work, on a busy machine many times longer; and sums depend on their number."""
+    """Two threads of a small model wait for each other longer than they work, on a busy machine
+    many times longer; and sums depend on their number.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -38,7 +47,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 class _FolderScheduling(LoadScopeScheduling):
-    """Each folder of tests goes to one worker, which then starts the folder's servers and makes its runs once."""
+    """Each folder of tests goes to one worker, which then starts the folder's servers and makes its
+    runs once.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         return _folder(nodeid)

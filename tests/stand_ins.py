@@ -1,6 +1,8 @@
-"""A whole run in seconds: the real command line, checks, pipeline, stages and artifacts, with stand-ins for SGLang and the trainer's ranks.
+"""A whole run in seconds: the real command line, checks, pipeline, stages and artifacts, with
+stand-ins for SGLang and the trainer's ranks.
 
-For tests of what happens around them. What the real ones do is tested in tests/sglang, tests/megatron and tests/pipeline.
+For tests of what happens around them. What the real ones do is tested in tests/sglang,
+tests/megatron and tests/pipeline.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from lopd.report.metrics import MetricsLog
 from lopd.stages import distill, evaluate, sft
 from lopd.stages.context import StageContext
 from lopd.stages.training import TrainingJob
-from sglang_rollout.sampling import SamplingParams, SamplingRequest
-from sglang_rollout.scoring import ScoreRequest
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
+from sglang_rollout.requests.scoring import ScoreRequest
 from tests.models import write_qwen3_moe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +74,9 @@ max_new_tokens = 64
 
 
 def write_project(folder: Path, config: str = CONFIG) -> Path:
-    """A folder as a user has it: config.toml, and copies of the example's two models; returns the config's path."""
+    """A folder as a user has it: config.toml, and copies of the example's two models; returns the
+    config's path.
+    """
     for role in ("teacher", "student"):
         shutil.copytree(TINY_MODELS / role, folder / role)
     path = folder / "config.toml"
@@ -82,17 +86,35 @@ def write_project(folder: Path, config: str = CONFIG) -> Path:
 
 @dataclass
 class Engine:
-    """Answers every request with tokens that follow from its seed, and scores every token alike. fail_after: raise this error after so many answers."""
+    """Answers every request with tokens that follow from its seed, and scores every token alike.
+    fail_after: raise this error after so many answers.
+    """
 
     answered: int = 0
     fail_after: tuple[int, Exception] | None = None
 
-    def generate(self, requests: Iterable[SamplingRequest], params: SamplingParams, *, version: str | None = None) -> Iterator[Response]:
+    def generate(
+        self,
+        requests: Iterable[SamplingRequest],
+        params: SamplingParams,
+        *,
+        version: str | None = None,
+    ) -> Iterator[Response]:
         for request in requests:
             self._count()
-            tokens = int32([*np.random.default_rng(request.seed).integers(4, 30, 12), params.stop_token_ids[0]])
+            tokens = int32(
+                [*np.random.default_rng(request.seed).integers(4, 30, 12), params.stop_token_ids[0]]
+            )
             logprobs = float32(np.full(len(tokens), -0.5))
-            yield Response(request.prompt_id, request.sample_index, request.prompt_ids, tokens, logprobs, "stop", "stand-in")
+            yield Response(
+                request.prompt_id,
+                request.sample_index,
+                request.prompt_ids,
+                tokens,
+                logprobs,
+                "stop",
+                "stand-in",
+            )
 
     def score(self, requests: Iterable[ScoreRequest], *, top_k: int = 0) -> Iterator[TeacherScores]:
         for request in requests:
@@ -100,7 +122,13 @@ class Engine:
             name = token_hash(request.prompt_ids, request.token_ids)
             others = np.arange(4, 4 + top_k)[None].repeat(len(request.token_ids), 0)  # [R, top_k]
             top = top_k_of(others, np.full(others.shape, -4.0)) if top_k else None
-            yield TeacherScores(request.prompt_id, request.sample_index, name, float32(np.full(len(request.token_ids), -0.4)), top)
+            yield TeacherScores(
+                request.prompt_id,
+                request.sample_index,
+                name,
+                float32(np.full(len(request.token_ids), -0.4)),
+                top,
+            )
 
     @property
     def settings(self) -> SGLangSection:
@@ -112,9 +140,6 @@ class Engine:
 
     def model_info(self) -> dict[str, str]:
         return {"weight_version": "stand-in"}
-
-    def update_weights_from_disk(self, model: Path, *, version: str) -> None:
-        pass
 
     def _count(self) -> None:
         if self.fail_after is not None and self.answered >= self.fail_after[0]:
@@ -139,23 +164,39 @@ class StandIns:
         self.served.append(role)
         yield self.engine
 
-    def train(self, job: TrainingJob, *, engine: object = None, attend: object = None) -> dict[str, Any]:
+    def train(
+        self, job: TrainingJob, *, engine: object = None, attend: object = None
+    ) -> dict[str, Any]:
         """Reads the data as the ranks do; the "trained" model is the initial one."""
         self.trained.append(job.folder.name)
-        rows = [len(response.prompt_ids) + len(response.token_ids) for response, _ in cache.read_rows(job.data)]
+        rows = [
+            len(response.prompt_ids) + len(response.token_ids)
+            for response, _ in cache.read_rows(job.data)
+        ]
         if not job.result.exists():
             _copy_model(job.initial, job.model)
             metrics = MetricsLog(job.config.run.dir)
             for step in range(1, job.num_steps + 1):
                 metrics.train(job.stage, step, {"loss": 1 / step})
             metrics.close()
-            figures = {"num_steps": job.num_steps, "num_tokens": sum(rows), "first_loss": 1.0, "last_loss": 0.5, "weight_syncs": 0}
+            figures = {
+                "num_steps": job.num_steps,
+                "num_tokens": sum(rows),
+                "first_loss": 1.0,
+                "last_loss": 0.5,
+                "weight_syncs": 0,
+            }
             publish_json(job.result, figures)
         result: dict[str, Any] = json.loads(job.result.read_text())
         return result
 
     def install(self, patch: pytest.MonkeyPatch) -> StandIns:
-        patch.setattr(StageContext, "serve", lambda context, role, model, settings=None: self.serve(context, role, model))
+        patch.setattr(
+            StageContext,
+            "serve",
+            lambda context, role, model, settings=None: self.serve(context, role, model),
+        )
+        patch.setattr("sglang_rollout.weight_sync.update_weights_from_disk", lambda *_, **__: None)
         for stage in (sft, distill, evaluate):
             patch.setattr(stage, "train", self.train)
         return self
@@ -184,7 +225,9 @@ class Result:
     err: str
 
     def refused(self, *fragments: str) -> str:
-        """Asserts that the command ended with one line of error, exit code 2 and no traceback, and that the line holds every fragment; returns the line."""
+        """Asserts that the command ended with one line of error, exit code 2 and no traceback, and
+        that the line holds every fragment; returns the line.
+        """
         assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
         lines = self.err.splitlines()
         assert len(lines) == 1, f"not one line:\n{self.err}"
@@ -222,12 +265,19 @@ Lopd: TypeAlias = Callable[..., Result]  # what ``command`` gives
 
 
 def states(lopd: Lopd, config: Path, *overrides: str) -> dict[str, str]:
-    return {row["name"]: row["state"] for row in json.loads(lopd("status", config, "--json", *overrides).succeeded().out)}
+    return {
+        row["name"]: row["state"]
+        for row in json.loads(lopd("status", config, "--json", *overrides).succeeded().out)
+    }
 
 
 def contents(folder: Path, pattern: str = "**/*") -> dict[str, str]:
     """sha256 of every file below a folder that matches."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern)) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
 
 
 def flip_bit(path: Path, *, at: float = 0.5) -> None:
@@ -250,7 +300,9 @@ def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 @contextlib.contextmanager
 def scored_project(folder: Path, load: Callable[..., Config], *overrides: str) -> Iterator[Path]:
-    """Two models of random weights whose run has come as far as score by stand-ins, which serve as long as this is open."""
+    """Two models of random weights whose run has come as far as score by stand-ins, which serve as
+    long as this is open.
+    """
     for role, seed in (("teacher", 1), ("student", 0)):
         write_qwen3_moe(folder / role, seed=seed)
     (folder / "config.toml").write_text(CONFIG)

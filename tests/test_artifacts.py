@@ -1,4 +1,6 @@
-"""Artifacts and their rows: published whole or not at all, resumed at the first missing shard, damage noticed."""
+"""Artifacts and their rows: published whole or not at all, resumed at the first missing shard,
+damage noticed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def some_responses(count: int, seed: int = 0) -> list[Response]:
 
 
 def published(folder: Path, responses: list[Response], shard_size: int = 16) -> Path:
-    cache.write_responses(folder, responses, kind="rollouts", inputs={"seed": 1}, shard_size=shard_size)
+    cache.write_responses(
+        folder, responses, kind="rollouts", inputs={"seed": 1}, shard_size=shard_size
+    )
     return folder
 
 
@@ -45,7 +49,10 @@ def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
     for written, (read, scores) in zip(responses, cache.read_rows(folder), strict=True):
         assert scores is None
         assert read.key == written.key
-        assert (read.finish_reason, read.weight_version) == (written.finish_reason, written.weight_version)
+        assert (read.finish_reason, read.weight_version) == (
+            written.finish_reason,
+            written.weight_version,
+        )
         for name in ("prompt_ids", "token_ids", "sampling_logprobs"):
             one, other = getattr(written, name), getattr(read, name)
             assert one.dtype == other.dtype
@@ -56,7 +63,13 @@ def test_floats_are_byte_stream_split_and_ids_32_bit(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     folder = published(tmp_path / "a", some_responses(16))
-    columns = {group.path_in_schema: group for group in (pq.read_metadata(folder / "shard-00000.parquet").row_group(0).column(index) for index in range(7))}
+    columns = {
+        group.path_in_schema: group
+        for group in (
+            pq.read_metadata(folder / "shard-00000.parquet").row_group(0).column(index)
+            for index in range(7)
+        )
+    }
     assert "BYTE_STREAM_SPLIT" in columns["sampling_logprobs.list.element"].encodings
     assert columns["token_ids.list.element"].physical_type == "INT32"
     assert {group.compression for group in columns.values()} == {"ZSTD"}
@@ -67,7 +80,9 @@ def test_a_resumed_writer_publishes_the_same_files(tmp_path: Path) -> None:
     whole = published(tmp_path / "whole", responses)
     inputs = {"seed": 1}
     first = ArtifactWriter(tmp_path / "halved", kind="rollouts", inputs=inputs)
-    first.publish_shard(1, cache.to_table(responses[16:32]))  # then the process dies: no manifest lists this shard
+    first.publish_shard(
+        1, cache.to_table(responses[16:32])
+    )  # then the process dies: no manifest lists this shard
     (tmp_path / "halved" / "shard-00002.parquet.partial").write_bytes(b"half a file")
     second = ArtifactWriter(tmp_path / "halved", kind="rollouts", inputs=inputs)
     assert second.published == {1}
@@ -75,16 +90,22 @@ def test_a_resumed_writer_publishes_the_same_files(tmp_path: Path) -> None:
         second.publish_shard(index, cache.to_table(responses[index * 16 : index * 16 + 16]))
     manifest = second.finish()
     assert manifest.fingerprint == read_manifest(whole).fingerprint
-    assert [sha256_file(path) for path in sorted(whole.glob("*.parquet"))] == [sha256_file(path) for path in sorted((tmp_path / "halved").glob("*.parquet"))]
+    assert [sha256_file(path) for path in sorted(whole.glob("*.parquet"))] == [
+        sha256_file(path) for path in sorted((tmp_path / "halved").glob("*.parquet"))
+    ]
     assert not list((tmp_path / "halved").glob("*.partial"))
 
 
 def test_shards_are_listed_once_not_for_every_index(tmp_path: Path) -> None:
-    """missing() of 12,000 shards took 21 s of a processor while the list was made anew for each index."""
+    """missing() of 12,000 shards took 21 s of a processor while the list was made anew for each
+    index.
+    """
     writer = ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"seed": 1})
     before = writer.published
     assert writer.missing(3) == [0, 1, 2]
-    assert writer.published is before, "the list is made when a shard is published, not when it is asked for"
+    assert writer.published is before, (
+        "the list is made when a shard is published, not when it is asked for"
+    )
     writer.publish_shard(1, cache.to_table(some_responses(4)))
     assert writer.published == {1}
     assert writer.missing(3) == [0, 2]
@@ -108,7 +129,10 @@ def test_damage_is_noticed_and_named(tmp_path: Path, damage: str) -> None:
     else:
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-    for reading in (lambda: list(cache.read_rows(folder)), lambda: verify(folder, read_manifest(folder))):
+    for reading in (
+        lambda: list(cache.read_rows(folder)),
+        lambda: verify(folder, read_manifest(folder)),
+    ):
         with pytest.raises(ArtifactError, match=r"shard-00001\.parquet.*remedy"):
             reading()
 
@@ -138,9 +162,19 @@ def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
 
 def test_scores_of_other_tokens_are_refused() -> None:
     response = some_responses(1)[0]
-    good = TeacherScores(response.prompt_id, response.sample_index, token_hash(response.prompt_ids, response.token_ids), response.sampling_logprobs)
+    good = TeacherScores(
+        response.prompt_id,
+        response.sample_index,
+        token_hash(response.prompt_ids, response.token_ids),
+        response.sampling_logprobs,
+    )
     assert cache.to_table([response], [good]).num_rows == 1
-    other = TeacherScores(response.prompt_id, response.sample_index, token_hash(response.prompt_ids, response.token_ids[::-1]), response.sampling_logprobs)
+    other = TeacherScores(
+        response.prompt_id,
+        response.sample_index,
+        token_hash(response.prompt_ids, response.token_ids[::-1]),
+        response.sampling_logprobs,
+    )
     with pytest.raises(ArtifactError, match="do not belong"):
         cache.to_table([response], [other])
 
@@ -157,7 +191,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB that a test can fill."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)],
+        capture_output=True,
+        check=False,
+    ).returncode:
         pytest.skip("mounting a tmpfs needs privileges")
     yield mount
     subprocess.run(["umount", str(mount)], check=True)
@@ -166,7 +204,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_full_loses_nothing_that_was_published(small_disk: Path) -> None:
     rng = np.random.default_rng(0)
     responses = [
-        Response(f"p{index}", 0, int32([1, 2]), int32(rng.integers(0, 2**31 - 1, 20000)), float32(rng.normal(size=20000)), "stop", "0") for index in range(8)
+        Response(
+            f"p{index}",
+            0,
+            int32([1, 2]),
+            int32(rng.integers(0, 2**31 - 1, 20000)),
+            float32(rng.normal(size=20000)),
+            "stop",
+            "0",
+        )
+        for index in range(8)
     ]
     writer = ArtifactWriter(small_disk / "a", kind="rollouts", inputs={})
     tables = [cache.to_table([response]) for response in responses]
@@ -188,7 +235,9 @@ def test_disk_full_loses_nothing_that_was_published(small_disk: Path) -> None:
 def test_identity_is_of_content_not_of_place(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "x", "transformers_version": name}))
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({"model_type": "x", "transformers_version": name})
+        )
         (tmp_path / name / "model.safetensors").write_bytes(b"weights")
         (tmp_path / name / "tokenizer.json").write_text("{}")
     one, two = identify_model(tmp_path / "one"), identify_model(tmp_path / "two")

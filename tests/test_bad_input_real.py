@@ -1,4 +1,6 @@
-"""Bad input met by a real SGLang server and by real ranks, through the real command: one line, exit code 2, and what was published stays."""
+"""Bad input met by a real SGLang server and by real ranks, through the real command: one line, exit
+code 2, and what was published stays.
+"""
 
 from __future__ import annotations
 
@@ -39,41 +41,66 @@ def spoil_weights(folder: Path) -> None:
 
 
 def test_a_server_that_does_not_start(fresh: Path, lopd: Lopd) -> None:
-    overrides = "sglang.extra_args.json_model_override_args=abacus"  # text, as it should be, but not JSON: only the server finds that out
-    line = lopd("run", fresh, overrides).refused("the teacher server did not start", "JSONDecodeError", "remedy: ")
+    # text, as it should be, but not JSON: only the server finds that out
+    overrides = "sglang.extra_args.json_model_override_args=abacus"
+    line = lopd("run", fresh, overrides).refused(
+        "the teacher server did not start", "JSONDecodeError", "remedy: "
+    )
     assert "/run/demonstrate/sglang-teacher.log: " in line, "it says where to read on"
 
 
 def test_a_server_whose_log_probabilities_are_nan_is_refused(fresh: Path, lopd: Lopd) -> None:
     spoil_weights(fresh.parent / "teacher")
-    lopd("run", fresh).refused("response probe#0", "log-probability nan at token 0", "limit: a log-probability is a number not above 0", "a damaged checkpoint")
-    assert not list((fresh.parent / "run" / "demonstrate").glob("*.parquet")), "none of it was published"
+    lopd("run", fresh).refused(
+        "response probe#0",
+        "log-probability nan at token 0",
+        "limit: a log-probability is a number not above 0",
+        "a damaged checkpoint",
+    )
+    assert not list((fresh.parent / "run" / "demonstrate").glob("*.parquet")), (
+        "none of it was published"
+    )
 
 
 def test_a_server_that_dies(fresh: Path) -> None:
-    sizes = ("prompts.sft.num_prompts=2000", "demonstrate.shard_size=16", "sglang.max_running_requests=8", "sglang.restarts=0")
+    sizes = (
+        "prompts.sft.num_prompts=2000",
+        "demonstrate.shard_size=16",
+        "sglang.max_running_requests=8",
+        "sglang.restarts=0",
+    )
     running = Command("run", fresh.parent / "run", sizes, config=fresh)
     shards = fresh.parent / "run" / "demonstrate"
     running.wait_until(lambda: len(list(shards.glob("*.parquet"))) >= 2, "two shards are published")
     published = contents(shards, "*.parquet")
-    running.kill_child("sglang_rollout.launch")
+    running.kill_child("sglang_rollout.servers.launch")
     finished = running.wait()
-    Result(finished.code, finished.stdout, finished.stderr).refused("the teacher server died", "the same command")
+    Result(finished.code, finished.stdout, finished.stderr).refused(
+        "the teacher server died", "the same command"
+    )
     assert contents(shards, "*.parquet").items() >= published.items()
     assert running.ends_completely()
 
 
-def test_sft_of_a_student_with_nan_stops_with_the_step(fresh: Path, lopd: Lopd, started: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sft_of_a_student_with_nan_stops_with_the_step(
+    fresh: Path, lopd: Lopd, started: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spoil_weights(fresh.parent / "student")
     monkeypatch.setattr(sft, "train", train)
-    lopd("run", fresh).refused("step 1: loss is nan, on rank 0", "the weights were not updated", "remedy: ")
+    lopd("run", fresh).refused(
+        "step 1: loss is nan, on rank 0", "the weights were not updated", "remedy: "
+    )
     assert started.served == ["teacher"]
     assert not (fresh.parent / "run" / "sft" / "model").exists()
 
 
-def test_distill_of_a_student_with_nan_stops_with_the_step(fresh: Path, lopd: Lopd, started: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distill_of_a_student_with_nan_stops_with_the_step(
+    fresh: Path, lopd: Lopd, started: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spoil_weights(fresh.parent / "student")  # the stand-in for SFT hands it on
     monkeypatch.setattr(distill, "train", train)
     lopd("run", fresh).refused("step 1: loss is nan, on rank 0", "the weights were not updated")
-    assert {name: state for name, state in states(lopd, fresh).items() if state == "done"}.keys() == {"demonstrate", "sft", "rollout", "score"}
+    assert {
+        name: state for name, state in states(lopd, fresh).items() if state == "done"
+    }.keys() == {"demonstrate", "sft", "rollout", "score"}
     assert started.trained == ["sft"]

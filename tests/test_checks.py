@@ -1,4 +1,6 @@
-"""lopd check finds everything that is wrong at once and touches nothing; lopd run and each stage refuse before they start anything."""
+"""lopd check finds everything that is wrong at once and touches nothing; lopd run and each stage
+refuse before they start anything.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,21 @@ from lopd import checks
 from lopd.config import load_config
 from lopd.errors import LopdError
 from tests.checking import forbid_processes, wrong
-from tests.stand_ins import STAGES, Lopd, StandIns, command, contents, cut, write_project, write_prompts
+from tests.stand_ins import (
+    STAGES,
+    Lopd,
+    StandIns,
+    command,
+    contents,
+    cut,
+    write_project,
+    write_prompts,
+)
 
 CORES = len(os.sched_getaffinity(0))
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the number of devices is that of CPU cores here")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the number of devices is that of CPU cores here"
+)
 
 
 @pytest.fixture
@@ -42,11 +55,22 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> StandIns:
 # ---- a project in which nothing is wrong ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_right_project_passes_and_nothing_is_written_or_started(config: Path, lopd: Lopd, nothing_starts: StandIns) -> None:
+def test_a_right_project_passes_and_nothing_is_written_or_started(
+    config: Path, lopd: Lopd, nothing_starts: StandIns
+) -> None:
     before = contents(config.parent)
     shown = lopd("check", config).succeeded().out
     assert "wrong" not in shown
-    assert {line.split()[1] for line in shown.splitlines()} >= {"teacher", "student", "tokenizers", "layouts", "prompts", "server", "folders", "disk"}
+    assert {line.split()[1] for line in shown.splitlines()} >= {
+        "teacher",
+        "student",
+        "tokenizers",
+        "layouts",
+        "prompts",
+        "server",
+        "folders",
+        "disk",
+    }
     rows = json.loads(lopd("check", config, "--json").succeeded().out)
     assert all(row["ok"] for row in rows)
     assert contents(config.parent) == before
@@ -56,7 +80,9 @@ def test_a_right_project_passes_and_nothing_is_written_or_started(config: Path, 
 # ---- all at once ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_everything_wrong_is_found_in_one_go_and_run_refuses(config: Path, lopd: Lopd, nothing_starts: StandIns) -> None:
+def test_everything_wrong_is_found_in_one_go_and_run_refuses(
+    config: Path, lopd: Lopd, nothing_starts: StandIns
+) -> None:
     mistakes = {  # override -> what must be said of it
         "models.teacher=absent": "models.teacher: no such folder",
         "sft.parallel.expert=3": "number of experts (8) does not divide by expert (3)",
@@ -79,7 +105,9 @@ def test_everything_wrong_is_found_in_one_go_and_run_refuses(config: Path, lopd:
     assert shown.code == 2
     for said in mistakes.values():
         assert said in shown.out, said
-    refused = lopd("run", config, *mistakes).refused("models.teacher: no such folder", "more: lopd check tells all")
+    refused = lopd("run", config, *mistakes).refused(
+        "models.teacher: no such folder", "more: lopd check tells all"
+    )
     assert f"and {shown.out.count('wrong ') - 1} more" in refused
     assert contents(config.parent) == before
     assert not nothing_starts.started
@@ -90,7 +118,12 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
     shown = lopd("check", config, *mistakes)
     assert shown.code == 2
     assert shown.out.count("wrong") == len(mistakes) == len(shown.out.splitlines())
-    for said in ("unknown key distill.num_step; remedy: the nearest known key is distill.num_steps", "'float32' or 'bfloat16'", "<= 1", "run.seed = true"):
+    for said in (
+        "unknown key distill.num_step; remedy: the nearest known key is distill.num_steps",
+        "'float32' or 'bfloat16'",
+        "<= 1",
+        "run.seed = true",
+    ):
         assert said in shown.out
     lopd("run", config, *mistakes).refused("and 4 more", "lopd check tells all")
 
@@ -102,18 +135,45 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
 @pytest.mark.parametrize(
     ("layout", "fragments"),
     [
-        ({"tensor": 3, "ranks": 3}, ["attention heads (4) does not divide by tensor (3)", "key-value heads (2) does"]),
-        ({"expert": 3, "ranks": 3}, ["number of experts (8) does not divide by expert (3); remedy: expert may be 1, 2"]),
-        ({"pipeline": 2, "ranks": 2}, ["number of layers (3) does not divide by pipeline (2); remedy: pipeline may be 1"]),
+        (
+            {"tensor": 3, "ranks": 3},
+            ["attention heads (4) does not divide by tensor (3)", "key-value heads (2) does"],
+        ),
+        (
+            {"expert": 3, "ranks": 3},
+            ["number of experts (8) does not divide by expert (3); remedy: expert may be 1, 2"],
+        ),
+        (
+            {"pipeline": 2, "ranks": 2},
+            ["number of layers (3) does not divide by pipeline (2); remedy: pipeline may be 1"],
+        ),
         ({"expert_tensor": 7, "ranks": 7}, ["hidden size of an expert", "expert_tensor (7)"]),
-        ({"tensor": 2, "ranks": 1}, ["ranks = 1 is no multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"]),
-        ({"expert": 2, "ranks": 1}, ["ranks = 1 is no multiple of expert * expert_tensor * pipeline = 2"]),
-        ({"context": 2, "ranks": 2}, ["context = 2 needs Transformer Engine, which does not import here; limit: context = 1 without it"]),
-        ({"ranks": CORES + 1}, [f"parallel.ranks = {CORES + 1}; limit: {CORES} CPU cores; remedy: set"]),
+        (
+            {"tensor": 2, "ranks": 1},
+            [
+                "ranks = 1 is no multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"
+            ],
+        ),
+        (
+            {"expert": 2, "ranks": 1},
+            ["ranks = 1 is no multiple of expert * expert_tensor * pipeline = 2"],
+        ),
+        (
+            {"context": 2, "ranks": 2},
+            [
+                "context = 2 needs Transformer Engine, which does not import here; limit: context = 1 without it"
+            ],
+        ),
+        (
+            {"ranks": CORES + 1},
+            [f"parallel.ranks = {CORES + 1}; limit: {CORES} CPU cores; remedy: set"],
+        ),
     ],
     ids=str,
 )
-def test_a_layout_that_does_not_fit(config: Path, stage: str, layout: dict[str, int], fragments: list[str]) -> None:
+def test_a_layout_that_does_not_fit(
+    config: Path, stage: str, layout: dict[str, int], fragments: list[str]
+) -> None:
     found = wrong(config, *(f"{stage}.parallel.{key}={value}" for key, value in layout.items()))
     assert found
     assert all(line.startswith("layouts | ") and stage in line for line in found)
@@ -122,7 +182,16 @@ def test_a_layout_that_does_not_fit(config: Path, stage: str, layout: dict[str, 
 
 
 def test_layouts_that_fit(config: Path) -> None:
-    found = checks.layouts(load_config(config, [f"{stage}.parallel.{key}=2" for stage in ("sft", "distill") for key in ("ranks", "tensor", "expert")]))
+    found = checks.layouts(
+        load_config(
+            config,
+            [
+                f"{stage}.parallel.{key}=2"
+                for stage in ("sft", "distill")
+                for key in ("ranks", "tensor", "expert")
+            ],
+        )
+    )
     assert all(isinstance(finding, str) for finding in found) or CORES < 2
 
 
@@ -152,32 +221,91 @@ def without_a_tensor(folder: Path) -> None:
 
 
 SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
-    (lambda folder: shutil.rmtree(folder / "student"), ["student | ", "models.student: no such folder"]),
-    (lambda folder: (folder / "student" / "config.json").unlink(), ["student | ", "student/config.json: no such file"]),
-    (lambda folder: cut(folder / "teacher" / "config.json"), ["teacher | ", "teacher/config.json: cannot be read"]),
-    (lambda folder: (folder / "teacher" / "config.json").write_text("[]"), ["teacher | ", "teacher/config.json"]),
+    (
+        lambda folder: shutil.rmtree(folder / "student"),
+        ["student | ", "models.student: no such folder"],
+    ),
+    (
+        lambda folder: (folder / "student" / "config.json").unlink(),
+        ["student | ", "student/config.json: no such file"],
+    ),
+    (
+        lambda folder: cut(folder / "teacher" / "config.json"),
+        ["teacher | ", "teacher/config.json: cannot be read"],
+    ),
+    (
+        lambda folder: (folder / "teacher" / "config.json").write_text("[]"),
+        ["teacher | ", "teacher/config.json"],
+    ),
     (
         lambda folder: edit_json(folder / "student" / "config.json", model_type="gpt2"),
         ["student | ", "model_type 'gpt2' is not supported; limit: one of"],
     ),
-    (lambda folder: edit_json(folder / "teacher" / "config.json", max_position_embeddings=64), ["context | ", "context_length = 128; limit:", "teacher: 64"]),
-    (lambda folder: (folder / "teacher" / "model.safetensors").unlink(), ["teacher | ", "teacher/model.safetensors: no such file"]),
-    (lambda folder: cut(folder / "teacher" / "model.safetensors"), ["teacher | ", "teacher/model.safetensors: damaged"]),
-    (lambda folder: cut(folder / "student" / "model.safetensors", to=0.0), ["student | ", "student/model.safetensors: damaged"]),
+    (
+        lambda folder: edit_json(folder / "teacher" / "config.json", max_position_embeddings=64),
+        ["context | ", "context_length = 128; limit:", "teacher: 64"],
+    ),
+    (
+        lambda folder: (folder / "teacher" / "model.safetensors").unlink(),
+        ["teacher | ", "teacher/model.safetensors: no such file"],
+    ),
+    (
+        lambda folder: cut(folder / "teacher" / "model.safetensors"),
+        ["teacher | ", "teacher/model.safetensors: damaged"],
+    ),
+    (
+        lambda folder: cut(folder / "student" / "model.safetensors", to=0.0),
+        ["student | ", "student/model.safetensors: damaged"],
+    ),
     (without_a_tensor, ["student | ", "1 tensors missing, e.g. model.norm.weight"]),
-    (lambda folder: edit_json(folder / "student" / "config.json", num_hidden_layers=4), ["student | ", "tensors missing, e.g. model.layers.3."]),
-    (lambda folder: edit_json(folder / "student" / "config.json", moe_intermediate_size=96), ["student | ", "config.json says"]),
-    (other_tokenizer, ["tokenizers | ", "tokenizer of the student", "differs from the teacher's; limit: sha256 of tokenizer.json"]),
-    (small_vocabulary, ["tokenizers | ", "the tokenizer of the teacher has 32 tokens; limit: vocab_size of config.json: 16"]),
-    (lambda folder: (folder / "teacher" / "tokenizer.json").unlink(), ["tokenizers | ", "teacher: no tokenizer.json"]),
-    (lambda folder: cut(folder / "student" / "tokenizer.json"), ["tokenizers | ", "student: tokenizer cannot be loaded"]),
-    (lambda folder: cut(folder / "student" / "tokenizer_config.json"), ["tokenizers | ", "student"]),
-    (lambda folder: edit_json(folder / "teacher" / "generation_config.json", eos_token_id=99), ["tokenizers | ", "end token 99 of the teacher; limit"]),
+    (
+        lambda folder: edit_json(folder / "student" / "config.json", num_hidden_layers=4),
+        ["student | ", "tensors missing, e.g. model.layers.3."],
+    ),
+    (
+        lambda folder: edit_json(folder / "student" / "config.json", moe_intermediate_size=96),
+        ["student | ", "config.json says"],
+    ),
+    (
+        other_tokenizer,
+        [
+            "tokenizers | ",
+            "tokenizer of the student",
+            "differs from the teacher's; limit: sha256 of tokenizer.json",
+        ],
+    ),
+    (
+        small_vocabulary,
+        [
+            "tokenizers | ",
+            "the tokenizer of the teacher has 32 tokens; limit: vocab_size of config.json: 16",
+        ],
+    ),
+    (
+        lambda folder: (folder / "teacher" / "tokenizer.json").unlink(),
+        ["tokenizers | ", "teacher: no tokenizer.json"],
+    ),
+    (
+        lambda folder: cut(folder / "student" / "tokenizer.json"),
+        ["tokenizers | ", "student: tokenizer cannot be loaded"],
+    ),
+    (
+        lambda folder: cut(folder / "student" / "tokenizer_config.json"),
+        ["tokenizers | ", "student"],
+    ),
+    (
+        lambda folder: edit_json(folder / "teacher" / "generation_config.json", eos_token_id=99),
+        ["tokenizers | ", "end token 99 of the teacher; limit"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "fragments"), SPOILED, ids=[fragments[-1][:50] for _, fragments in SPOILED])
-def test_a_spoiled_model(config: Path, spoil: Callable[[Path], object], fragments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "fragments"), SPOILED, ids=[fragments[-1][:50] for _, fragments in SPOILED]
+)
+def test_a_spoiled_model(
+    config: Path, spoil: Callable[[Path], object], fragments: list[str]
+) -> None:
     spoil(config.parent)
     found = wrong(config)
     assert any(all(fragment in line for fragment in fragments) for line in found), found
@@ -191,15 +319,29 @@ OTHER = {"prompt_id": "b", "question": "11+06=?", "answer": "17"}
     ("rows", "fragments"),
     [
         ([], ["the prompt set is empty"]),
-        ([QUESTION, {**OTHER, "prompt_id": "a"}], ["eval.jsonl:2: duplicate prompt_id 'a', first on line 1"]),
-        ([QUESTION, {**OTHER, "question": "1+" * 100}], ["prompt 'b' has", "leaves no room for a response; limit: fewer than 128 (sglang.context_length)"]),
-        ([QUESTION, {"prompt_id": "b", "question": "11+06=?"}], ["eval.jsonl:2: prompt 'b' has no answer"]),
+        (
+            [QUESTION, {**OTHER, "prompt_id": "a"}],
+            ["eval.jsonl:2: duplicate prompt_id 'a', first on line 1"],
+        ),
+        (
+            [QUESTION, {**OTHER, "question": "1+" * 100}],
+            [
+                "prompt 'b' has",
+                "leaves no room for a response; limit: fewer than 128 (sglang.context_length)",
+            ],
+        ),
+        (
+            [QUESTION, {"prompt_id": "b", "question": "11+06=?"}],
+            ["eval.jsonl:2: prompt 'b' has no answer"],
+        ),
         ([QUESTION, {"prompt_id": 7, "question": "x"}], ["eval.jsonl:2: prompt_id is 7"]),
         ([{**QUESTION, "question": "Was ist das?"}], ["prompt 'a' cannot be rendered"]),
     ],
     ids=lambda value: value[-1][:40] if value and isinstance(value[-1], str) else None,
 )
-def test_a_prompts_file_that_cannot_be_used(config: Path, rows: list[dict[str, Any]], fragments: list[str]) -> None:
+def test_a_prompts_file_that_cannot_be_used(
+    config: Path, rows: list[dict[str, Any]], fragments: list[str]
+) -> None:
     write_prompts(config.parent / "eval.jsonl", rows)
     (line,) = wrong(config, 'prompts.eval={file="eval.jsonl"}')
     assert line.startswith("prompts | prompts.eval: ")
@@ -209,25 +351,44 @@ def test_a_prompts_file_that_cannot_be_used(config: Path, rows: list[dict[str, A
 
 def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
     write_prompts(config.parent / "eval.jsonl", [QUESTION])
-    write_prompts(config.parent / "opd.jsonl", [OTHER, {**QUESTION, "prompt_id": "other name, same question"}])
+    write_prompts(
+        config.parent / "opd.jsonl", [OTHER, {**QUESTION, "prompt_id": "other name, same question"}]
+    )
     (line,) = wrong(config, 'prompts.eval={file="eval.jsonl"}', 'prompts.opd={file="opd.jsonl"}')
-    assert "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, first 'other name, same question'" in line
+    assert (
+        "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, first 'other name, same question'"
+        in line
+    )
     assert wrong(config, 'prompts.eval={file="eval.jsonl"}') == [], "the control"
 
 
 @pytest.mark.parametrize(
     ("override", "fragment"),
     [
-        ("task.name=arithmetic", "task.name: unknown task 'arithmetic'; remedy: the nearest known one is register_arithmetic"),
-        ("task.options.num_operation=3", "no option num_operation; remedy: the nearest known one is num_operations"),
+        (
+            "task.name=arithmetic",
+            "task.name: unknown task 'arithmetic'; remedy: the nearest known one is register_arithmetic",
+        ),
+        (
+            "task.options.num_operation=3",
+            "no option num_operation; remedy: the nearest known one is num_operations",
+        ),
         ("task.options.num_operations=99", "task.options.num_operations"),
         ("prompts.sft={seed=1}", "prompts.sft: a prompt set has neither file nor num_prompts"),
         ("prompts.sft.seed=999", "seed 999 of generated prompts; limit: 0 to 255"),
-        ("prompts.sft.format=gsm8k", "prompts.sft: format gsm8k, fields or where of a file, and no file; limit: prompts are generated by the task"),
-        ("prompts.sft.num_prompts=10000001", "10000001 prompts asked for; limit: 10,000,000; remedy: ask for fewer"),
+        (
+            "prompts.sft.format=gsm8k",
+            "prompts.sft: format gsm8k, fields or where of a file, and no file; limit: prompts are generated by the task",
+        ),
+        (
+            "prompts.sft.num_prompts=10000001",
+            "10000001 prompts asked for; limit: 10,000,000; remedy: ask for fewer",
+        ),
     ],
 )
-def test_a_task_or_prompt_set_that_does_not_exist(config: Path, override: str, fragment: str) -> None:
+def test_a_task_or_prompt_set_that_does_not_exist(
+    config: Path, override: str, fragment: str
+) -> None:
     assert any(fragment in line for line in wrong(config, override))
 
 
@@ -237,12 +398,21 @@ def listening() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_a_port_that_is_taken_matters_to_the_stages_that_serve(config: Path, lopd: Lopd, listening: int, nothing_starts: StandIns) -> None:
+def test_a_port_that_is_taken_matters_to_the_stages_that_serve(
+    config: Path, lopd: Lopd, listening: int, nothing_starts: StandIns
+) -> None:
     (line,) = wrong(config, f"sglang.port={listening}")
-    assert f"server | 127.0.0.1: sglang.port = {listening} is taken; remedy: leave sglang.port out" in line
+    assert (
+        f"server | 127.0.0.1: sglang.port = {listening} is taken; remedy: leave sglang.port out"
+        in line
+    )
     for verb in ("run", "demonstrate"):
-        lopd(verb, config, f"sglang.port={listening}").refused(f"sglang.port = {listening} is taken")
-    lopd("export", config, f"sglang.port={listening}").refused("export needs distill, which is absent")
+        lopd(verb, config, f"sglang.port={listening}").refused(
+            f"sglang.port = {listening} is taken"
+        )
+    lopd("export", config, f"sglang.port={listening}").refused(
+        "export needs distill, which is absent"
+    )
     assert not nothing_starts.started
 
 
@@ -262,50 +432,113 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
             ([f"sglang.student_urls=['{url}']"], [f"sglang.student_urls: {url!r} is no URL"])
             for url in ("http://", "http://a b:1", "http://[::1", "http://h:99999")
         ),
-        (["sglang.teacher_urls=['http://me:secret@127.0.0.1:1']"], ["sglang.teacher_urls: a URL with a name or password in it", "LOPD_SGLANG_KEY"]),
-        ([f"sglang.student_urls=['{SERVER}', '{SERVER}/']"], ["is there 2 times; limit: each server once"]),
-        ([f"sglang.student_urls=['{SERVER}']", f"sglang.teacher_urls=['{SERVER}/']"], ["is also in sglang.teacher_urls; limit: one model a server"]),
+        (
+            ["sglang.teacher_urls=['http://me:secret@127.0.0.1:1']"],
+            ["sglang.teacher_urls: a URL with a name or password in it", "LOPD_SGLANG_KEY"],
+        ),
+        (
+            [f"sglang.student_urls=['{SERVER}', '{SERVER}/']"],
+            ["is there 2 times; limit: each server once"],
+        ),
+        (
+            [f"sglang.student_urls=['{SERVER}']", f"sglang.teacher_urls=['{SERVER}/']"],
+            ["is also in sglang.teacher_urls; limit: one model a server"],
+        ),
         (
             [f"sglang.teacher_urls=['{SERVER}']", "models.teachers.register_arithmetic=teacher"],
             ["sglang.teacher_urls with models.teachers; limit: servers of one"],
         ),
-        (["sync.host=auto"], ['sync.host = "auto" with sync.transport = "disk"; limit: of use to a broadcast alone; remedy: leave sync.host out']),
-        (["sync.host=192.0.2.1", "sync.transport=distributed"], ["sync.host = 192.0.2.1: no network interface of this machine has it"]),
-        ([f"sglang.replicas={2 * CORES}"], [f"sglang.replicas = {2 * CORES}; limit: {CORES} CPU cores; remedy: set sglang.replicas={CORES} or fewer"]),
-        (["sglang.tensor=2", f"sglang.replicas={2 * CORES}"], [f"remedy: set sglang.replicas={CORES // 2} or fewer"] if CORES > 1 else []),
-        (["score.top_k=33"], ["score.top_k = 33; limit: the teacher's vocabulary: 32; remedy: lower score.top_k"]),
+        (
+            ["sync.host=auto"],
+            [
+                'sync.host = "auto" with sync.transport = "disk"; limit: of use to a broadcast alone; remedy: leave sync.host out'
+            ],
+        ),
+        (
+            ["sync.host=192.0.2.1", "sync.transport=distributed"],
+            ["sync.host = 192.0.2.1: no network interface of this machine has it"],
+        ),
+        (
+            [f"sglang.replicas={2 * CORES}"],
+            [
+                f"sglang.replicas = {2 * CORES}; limit: {CORES} CPU cores; remedy: set sglang.replicas={CORES} or fewer"
+            ],
+        ),
+        (
+            ["sglang.tensor=2", f"sglang.replicas={2 * CORES}"],
+            [f"remedy: set sglang.replicas={CORES // 2} or fewer"] if CORES > 1 else [],
+        ),
+        (
+            ["score.top_k=33"],
+            ["score.top_k = 33; limit: the teacher's vocabulary: 32; remedy: lower score.top_k"],
+        ),
     ],
     ids=str,
 )
-def test_servers_and_transports_that_do_not_go_together(config: Path, overrides: list[str], fragments: list[str]) -> None:
+def test_servers_and_transports_that_do_not_go_together(
+    config: Path, overrides: list[str], fragments: list[str]
+) -> None:
     (line,) = wrong(config, *overrides)
     for fragment in fragments:
         assert fragment in line
 
 
 def test_servers_and_transports_that_do(config: Path) -> None:
-    both = [f"sglang.student_urls=['{SERVER}/']", f"sglang.teacher_urls=['{ANOTHER}', 'https://[::1]:30003']"]
-    assert wrong(config, *both, "sync.transport=distributed", "sync.host=127.0.0.2", "score.top_k=32") == []
+    both = [
+        f"sglang.student_urls=['{SERVER}/']",
+        f"sglang.teacher_urls=['{ANOTHER}', 'https://[::1]:30003']",
+    ]
+    assert (
+        wrong(config, *both, "sync.transport=distributed", "sync.host=127.0.0.2", "score.top_k=32")
+        == []
+    )
 
 
 def test_context_ranks_of_the_scorer_need_transformer_engine(config: Path) -> None:
     forward = ["score.forward.parallel.context=2", "score.forward.parallel.ranks=2"]
-    assert any("score.forward.parallel: context = 2 needs Transformer Engine" in line for line in wrong(config, "score.engine=megatron", *forward))
-    assert wrong(config, *forward) == [], "the control: SGLang scores, and these ranks are never started"
+    assert any(
+        "score.forward.parallel: context = 2 needs Transformer Engine" in line
+        for line in wrong(config, "score.engine=megatron", *forward)
+    )
+    assert wrong(config, *forward) == [], (
+        "the control: SGLang scores, and these ranks are never started"
+    )
 
 
-def test_what_can_be_downloaded_is_said_to_be(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_downloaded_is_said_to_be(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOPD_HUB", str(config.parent / "hub"))
-    found = wrong(config, "models.teacher=hf://Qwen/Qwen3-8B@49e3418", "prompts.opd={file='hf://datasets/a/b@main/c.jsonl'}")
-    assert any(line.endswith("remedy: download hf://Qwen/Qwen3-8B@49e3418: lopd fetch CONFIG") for line in found), found
-    assert any("no such file; remedy: download hf://datasets/a/b@main: lopd fetch CONFIG" in line for line in found), found
-    assert not any("lopd fetch" in line for line in wrong(config, "models.teacher=absent", "prompts.opd={file='absent.jsonl'}")), "the control"
+    found = wrong(
+        config,
+        "models.teacher=hf://Qwen/Qwen3-8B@49e3418",
+        "prompts.opd={file='hf://datasets/a/b@main/c.jsonl'}",
+    )
+    assert any(
+        line.endswith("remedy: download hf://Qwen/Qwen3-8B@49e3418: lopd fetch CONFIG")
+        for line in found
+    ), found
+    assert any(
+        "no such file; remedy: download hf://datasets/a/b@main: lopd fetch CONFIG" in line
+        for line in found
+    ), found
+    assert not any(
+        "lopd fetch" in line
+        for line in wrong(config, "models.teacher=absent", "prompts.opd={file='absent.jsonl'}")
+    ), "the control"
 
 
 def test_what_cannot_be_used_together(config: Path) -> None:
     refreshed = wrong(config, "distill.cache=absent", "distill.refresh.every=2")
-    assert any("distill.refresh with distill.cache; limit: fresh rollouts join" in line for line in refreshed), "said before the SFT student is there"
-    given = ["sft.checkpoint=student", "sft.declared_teacher=teacher", "evaluate.equal_compute_baseline=false"]
+    assert any(
+        "distill.refresh with distill.cache; limit: fresh rollouts join" in line
+        for line in refreshed
+    ), "said before the SFT student is there"
+    given = [
+        "sft.checkpoint=student",
+        "sft.declared_teacher=teacher",
+        "evaluate.equal_compute_baseline=false",
+    ]
     assert wrong(config, *given) == []
     (line,) = wrong(config, *given, "sft.init=random")
     assert 'sft.init = "random" with sft.checkpoint; limit: nothing is trained' in line
@@ -331,11 +564,16 @@ def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: 
 
 
 def test_demonstrations_from_elsewhere(config: Path) -> None:
-    assert any("demonstrations | " in line and "absent: no manifest.json" in line for line in wrong(config, "sft.demonstrations=absent"))
+    assert any(
+        "demonstrations | " in line and "absent: no manifest.json" in line
+        for line in wrong(config, "sft.demonstrations=absent")
+    )
 
 
 def test_too_little_room(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
+    )  # type: ignore[attr-defined]
     (line,) = wrong(config)
     assert line.startswith("disk | ")
     assert "0.00 GiB free; limit: about 0.0" in line
@@ -347,7 +585,9 @@ def test_every_check_belongs_to_stages_that_exist() -> None:
         assert set(stages) <= set(STAGES), name
 
 
-def test_one_failing_check_keeps_no_other_from_running(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_failing_check_keeps_no_other_from_running(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(_: object) -> NoReturn:
         raise LopdError("broken", where="here", remedy="mend it")
 

@@ -1,4 +1,6 @@
-"""The command line as a user types it: it answers at once, teaches, and says in one line what was typed wrongly, wherever and however it is run."""
+"""The command line as a user types it: it answers at once, teaches, and says in one line what was
+typed wrongly, wherever and however it is run.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,27 @@ VERBS = ("run", *STAGES, "status", "check", "knobs")
 HEAVY = ("torch", "transformers", "sglang", "megatron", "pyarrow", "matplotlib", "tensorboard")
 
 
-def lopd(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
+def lopd(
+    *arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Result:
     """The script that installation made, in a process of its own, without a terminal."""
-    done = subprocess.run([LOPD, *arguments], cwd=cwd, env=dict(env or os.environ), capture_output=True, timeout=500, stdin=subprocess.DEVNULL)
-    return Result(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+    done = subprocess.run(
+        [LOPD, *arguments],
+        cwd=cwd,
+        env=dict(env or os.environ),
+        capture_output=True,
+        timeout=500,
+        stdin=subprocess.DEVNULL,
+    )
+    return Result(
+        done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    )
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
     """The same in this process, which takes no time to start."""
     return command(monkeypatch, capsys)
 
@@ -60,11 +75,17 @@ except SystemExit:
     pass
 sys.stderr.write("MODULES " + " ".join({{name.partition(".")[0] for name in sys.modules}}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=True
+    )
     return set(done.stderr.rpartition("MODULES ")[2].split())
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("knobs",), ("run", "absent.toml"), ("run",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("run", "--help"), ("knobs",), ("run", "absent.toml"), ("run",)],
+    ids=" ".join,
+)
 def test_nothing_heavy_is_imported_before_a_verb_runs(arguments: tuple[str, ...]) -> None:
     loaded = modules_of(arguments)
     assert "typer" in loaded, "the control: what is imported is seen"
@@ -82,8 +103,15 @@ def test_help_lists_every_verb_with_its_sentence() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_teaches(verb: str, here: Callable[..., Result]) -> None:
     shown = " ".join(here(verb, "--help").succeeded().out.split())
-    expected = {"knobs": ("PREFIX", "default"), "status": ("outdated", "CONFIG"), "check": ("without starting", "exit code 2"), "run": ("reused", "Example:")}
-    for fragment in expected.get(verb, ("Reads ", "Publishes ", f"run.dir/{verb}", f"lopd knobs {verb}", "KEY=VALUE")):
+    expected = {
+        "knobs": ("PREFIX", "default"),
+        "status": ("outdated", "CONFIG"),
+        "check": ("without starting", "exit code 2"),
+        "run": ("reused", "Example:"),
+    }
+    for fragment in expected.get(
+        verb, ("Reads ", "Publishes ", f"run.dir/{verb}", f"lopd knobs {verb}", "KEY=VALUE")
+    ):
         assert fragment in shown, f"{fragment!r} is not in the help of {verb}"
     assert "Any" not in shown
     assert "[[" not in shown
@@ -111,7 +139,9 @@ def test_knobs_read_well() -> None:
         "score.allow_foreign_teacher = false  (true or false)",
     ):
         assert f"{line}\n    " in shown, line
-    assert not re.search(r"ge=|Ge\(|BeforeValidator|NoneType|typing|<class|PydanticUndefined", shown)
+    assert not re.search(
+        r"ge=|Ge\(|BeforeValidator|NoneType|typing|<class|PydanticUndefined", shown
+    )
     sections = {key.rpartition(".")[0] for key in known_keys()}
     listed = {line.split()[0] for line in shown.splitlines() if not line.startswith("    ")}
     assert listed == set(known_keys()) - sections, "every knob and no section"
@@ -119,12 +149,18 @@ def test_knobs_read_well() -> None:
 
 def test_knobs_of_a_section_and_of_none(here: Callable[..., Result]) -> None:
     shown = here("knobs", "distill.optimizer").succeeded().out
-    assert {line.split()[0] for line in shown.splitlines()[::2]} == {key for key in known_keys() if key.startswith("distill.optimizer.")}
-    here("knobs", "distil.optimiser.lr").refused("no knob starts with 'distil.optimiser.lr'", "distill.optimizer.lr")
+    assert {line.split()[0] for line in shown.splitlines()[::2]} == {
+        key for key in known_keys() if key.startswith("distill.optimizer.")
+    }
+    here("knobs", "distil.optimiser.lr").refused(
+        "no knob starts with 'distil.optimiser.lr'", "distill.optimizer.lr"
+    )
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    with subprocess.Popen([LOPD, "knobs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [LOPD, "knobs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
@@ -138,13 +174,22 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        *(((verb,), (f"lopd {verb}: missing argument 'CONFIG'", "give a TOML file")) for verb in ("run", "distill", "status", "check")),
+        *(
+            ((verb,), (f"lopd {verb}: missing argument 'CONFIG'", "give a TOML file"))
+            for verb in ("run", "distill", "status", "check")
+        ),
         (("chek", "x.toml"), ("no such command 'chek'", "check", "lopd --help")),
-        (("run", "x.toml", "--distill.num_steps=3"), ("no such option: --distill.num_steps", "overrides have no dashes: distill.num_steps=")),
+        (
+            ("run", "x.toml", "--distill.num_steps=3"),
+            ("no such option: --distill.num_steps", "overrides have no dashes: distill.num_steps="),
+        ),
         (("run", "x.toml", "-q"), ("no such option: -q", "lopd run --help")),
         (("knobs", "a", "b"), ("unexpected extra argument", "lopd knobs --help")),
         (("run", "absent.toml"), ("absent.toml: no such file", "examples/tiny_moe.toml")),
-        (("run", "distill.num_steps=3", "x.toml"), ("is an override, where a TOML file is needed", "lopd VERB CONFIG section.key=value")),
+        (
+            ("run", "distill.num_steps=3", "x.toml"),
+            ("is an override, where a TOML file is needed", "lopd VERB CONFIG section.key=value"),
+        ),
         (("run", "/"), ("/: cannot be read (Is a directory)",)),
         (("run", ""), ("cannot be read",)),
         (("run", "x" * 5000), ("File name too long",)),
@@ -152,7 +197,11 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
 def test_wrong_usage_is_one_line(
-    arguments: tuple[str, ...], fragments: tuple[str, ...], tmp_path: Path, here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    fragments: tuple[str, ...],
+    tmp_path: Path,
+    here: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     here(*arguments).refused(*fragments)
@@ -187,32 +236,51 @@ def test_any_environment(project: Path, changes: dict[str, str | None]) -> None:
 
 
 def test_any_folder_and_any_name(tmp_path: Path) -> None:
-    folder = tmp_path / "a folder [red] with ü and 'quotes'[" / "red]"  # together also the markup [/red]
+    folder = (
+        tmp_path / "a folder [red] with ü and 'quotes'[" / "red]"
+    )  # together also the markup [/red]
     folder.mkdir(parents=True)
     config = folder / "my config.toml"
-    config.write_text(CONFIG.replace('"teacher"', f'"{write_project(tmp_path / "models").parent / "teacher"}"'))
+    config.write_text(
+        CONFIG.replace('"teacher"', f'"{write_project(tmp_path / "models").parent / "teacher"}"')
+    )
     (tmp_path / "link.toml").symlink_to(config)
-    for path, cwd in ((config, None), (Path(config.name), folder), (tmp_path / "link.toml", Path("/")), (Path("..") / folder.name / config.name, folder)):
+    for path, cwd in (
+        (config, None),
+        (Path(config.name), folder),
+        (tmp_path / "link.toml", Path("/")),
+        (Path("..") / folder.name / config.name, folder),
+    ):
         shown = lopd("status", path, "--json", cwd=cwd)
         assert states(shown) == ["absent"] * len(STAGES)
     titled = lopd("status", config, env={**os.environ, "COLUMNS": "300"}).succeeded().out
-    assert f"run {folder}/run" in titled, "run.dir is beside the config, and its brackets are no markup"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder.parent.name, "link.toml", "models"]), "status writes nothing"
+    assert f"run {folder}/run" in titled, (
+        "run.dir is beside the config, and its brackets are no markup"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [folder.parent.name, "link.toml", "models"]
+    ), "status writes nothing"
     assert [path.name for path in folder.iterdir()] == [config.name]
 
 
-def test_the_current_folder_may_be_gone(tmp_path: Path, project: Path, here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_may_be_gone(
+    tmp_path: Path, project: Path, here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert states(here("status", project, "--json")) == ["absent"] * len(STAGES)
     (tmp_path / "config.toml").write_text(CONFIG)
-    here("status", "../config.toml").refused("../config.toml: the current folder is gone", "go to a folder that exists")
+    here("status", "../config.toml").refused(
+        "../config.toml: the current folder is gone", "go to a folder that exists"
+    )
 
 
 def test_overrides_may_be_many_and_long(project: Path) -> None:
     many = [f"distill.num_steps={number}" for number in range(1, 400)]
     assert states(lopd("status", project, "--json", *many)) == ["absent"] * len(STAGES)
-    line = lopd("status", project, f"distill.num_steps='{'9' * 100_000}'").refused("distill.num_steps", "a whole number")
+    line = lopd("status", project, f"distill.num_steps='{'9' * 100_000}'").refused(
+        "distill.num_steps", "a whole number"
+    )
     assert len(line) < 400

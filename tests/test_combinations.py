@@ -1,4 +1,6 @@
-"""Knobs of the servers' side that do not go together: each was once noticed hours later, or by nobody. Every refusal has a like configuration that passes."""
+"""Knobs of the servers' side that do not go together: each was once noticed hours later, or by
+nobody. Every refusal has a like configuration that passes.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ from lopd import checks
 from lopd.checks import combinations
 from lopd.config import Config, load_config
 from lopd.errors import ConfigError, LopdError
-from sglang_rollout.launch import KEY_VARIABLE
+from sglang_rollout.servers.launch import KEY_VARIABLE
 from tests.checking import forbid_processes, wrong
 from tests.sglang.fake_server import KEY, FakeServer
 from tests.stand_ins import Lopd, StandIns, command, contents, write_project
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU lacks is part of what is said")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="what a CPU lacks is part of what is said"
+)
 URL = "http://127.0.0.1:30001"
 REFRESHED, SYNCED = "distill.refresh.every=1", "distill.sync_every=1"
 
@@ -44,16 +48,36 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> StandIns:
 # overrides that are refused, the line, and what is as good in their place
 PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     # limits that are never reached
-    (("rollout.max_new_tokens=129",), "sampling | rollout: rollout.max_new_tokens = 129; limit: sglang.context_length = 128", ("rollout.max_new_tokens=128",)),
-    (("demonstrate.max_new_tokens=4096",), "demonstrate.max_new_tokens = 4096; limit: sglang.context_length = 128", ("demonstrate.max_new_tokens=64",)),
+    (
+        ("rollout.max_new_tokens=129",),
+        "sampling | rollout: rollout.max_new_tokens = 129; limit: sglang.context_length = 128",
+        ("rollout.max_new_tokens=128",),
+    ),
+    (
+        ("demonstrate.max_new_tokens=4096",),
+        "demonstrate.max_new_tokens = 4096; limit: sglang.context_length = 128",
+        ("demonstrate.max_new_tokens=64",),
+    ),
     (
         ("evaluate={preset='paper_math'}",),
         "evaluate.max_new_tokens = 32768; limit: sglang.context_length = 128: no response",
         ("evaluate={preset='paper_math',max_new_tokens=64}",),
     ),
-    (("rollout.min_p=0.1",), "rollout.min_p = 0.1 with sglang.deterministic", ("rollout.min_p=0.1", "sglang.deterministic=false")),
-    (("sglang.extra_args.max_queued_requests=63",), "the server would refuse what is over 127", ("sglang.extra_args.max_queued_requests=64",)),
-    (("sglang.max_total_tokens=135",), "limit: at least one full sequence: sglang.context_length = 128, and 8", ("sglang.max_total_tokens=136",)),
+    (
+        ("rollout.min_p=0.1",),
+        "rollout.min_p = 0.1 with sglang.deterministic",
+        ("rollout.min_p=0.1", "sglang.deterministic=false"),
+    ),
+    (
+        ("sglang.extra_args.max_queued_requests=63",),
+        "the server would refuse what is over 127",
+        ("sglang.extra_args.max_queued_requests=64",),
+    ),
+    (
+        ("sglang.max_total_tokens=135",),
+        "limit: at least one full sequence: sglang.context_length = 128, and 8",
+        ("sglang.max_total_tokens=136",),
+    ),
     # refreshes
     (
         ("distill.refresh.keep_teacher=true",),
@@ -70,17 +94,37 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
         "score.forward.max_tokens_per_microbatch = 127; limit: at least one full sequence: 128",
         (REFRESHED, "score.engine=megatron", "score.forward.max_tokens_per_microbatch=128"),
     ),
-    ((REFRESHED, "score.entropy=true"), "score.entropy is set, and SGLang gives none", (REFRESHED, "score.entropy=true", "score.engine=megatron")),
+    (
+        (REFRESHED, "score.entropy=true"),
+        "score.entropy is set, and SGLang gives none",
+        (REFRESHED, "score.entropy=true", "score.engine=megatron"),
+    ),
     # servers
-    (("sglang.host=192.0.2.1",), "sglang.host = 192.0.2.1: no network interface of this machine has it", ("sglang.host=127.0.0.2",)),
-    ((f"sglang.teacher_urls=['{URL}/v1']",), "is the address of the OpenAI interface", (f"sglang.teacher_urls=['{URL}/behind/a/proxy']",)),
+    (
+        ("sglang.host=192.0.2.1",),
+        "sglang.host = 192.0.2.1: no network interface of this machine has it",
+        ("sglang.host=127.0.0.2",),
+    ),
+    (
+        (f"sglang.teacher_urls=['{URL}/v1']",),
+        "is the address of the OpenAI interface",
+        (f"sglang.teacher_urls=['{URL}/behind/a/proxy']",),
+    ),
     (
         (f"sglang.student_urls=['{URL}', 'http://localhost:30001']",),
         "is there 2 times; limit: each server once",
         (f"sglang.student_urls=['{URL}', 'http://localhost:30002']",),
     ),
-    (("sglang.extra_args.attention_backend=triton",), "limit: torch_native without a GPU", ("sglang.extra_args.attention_backend=torch_native",)),
-    (("sglang.extra_args.enable_memory_saver=true",), "it follows sync.colocate", ("sglang.extra_args.enable_metrics=true",)),
+    (
+        ("sglang.extra_args.attention_backend=triton",),
+        "limit: torch_native without a GPU",
+        ("sglang.extra_args.attention_backend=torch_native",),
+    ),
+    (
+        ("sglang.extra_args.enable_memory_saver=true",),
+        "it follows sync.colocate",
+        ("sglang.extra_args.enable_metrics=true",),
+    ),
     (
         ("sglang.extra_args.chunked_prefill_size='many'",),
         "chunked_prefill_size = 'many'; limit: a whole number",
@@ -90,7 +134,9 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("bad", "line", "good"), PAIRS, ids=[" ".join(bad) for bad, _, _ in PAIRS])
-def test_what_is_refused_and_what_is_as_good(project: Path, bad: tuple[str, ...], line: str, good: tuple[str, ...]) -> None:
+def test_what_is_refused_and_what_is_as_good(
+    project: Path, bad: tuple[str, ...], line: str, good: tuple[str, ...]
+) -> None:
     (found,) = wrong(project, *bad)
     assert line in found
     assert "; remedy: " in found
@@ -108,17 +154,27 @@ def test_a_default_that_is_longer_than_the_context_is_no_mistake_of_the_user(pro
 @pytest.mark.parametrize(
     ("overrides", "stages"),
     [
-        ((REFRESHED, "score.engine=megatron", "score.forward.max_tokens_per_microbatch=32"), ("run", "score", "distill")),
+        (
+            (REFRESHED, "score.engine=megatron", "score.forward.max_tokens_per_microbatch=32"),
+            ("run", "score", "distill"),
+        ),
         ((REFRESHED, "sglang.port=23456"), ("run", "distill")),
         (("distill.refresh.keep_teacher=true",), ("run", "distill")),
         (("sync.colocate=true",), ("run", "distill")),
         (("rollout.max_new_tokens=4096",), ("run", "rollout")),
-        (("sglang.extra_args.disable_radix_cache=1",), ("run", "demonstrate", "rollout", "score", "distill", "evaluate")),
+        (
+            ("sglang.extra_args.disable_radix_cache=1",),
+            ("run", "demonstrate", "rollout", "score", "distill", "evaluate"),
+        ),
     ],
     ids=str,
 )
 def test_the_stages_refuse_them_before_anything_starts(
-    project: Path, lopd: Lopd, nothing_starts: StandIns, overrides: tuple[str, ...], stages: tuple[str, ...]
+    project: Path,
+    lopd: Lopd,
+    nothing_starts: StandIns,
+    overrides: tuple[str, ...],
+    stages: tuple[str, ...],
 ) -> None:
     before = contents(project.parent)
     for verb in stages:
@@ -129,9 +185,17 @@ def test_the_stages_refuse_them_before_anything_starts(
 
 def test_a_distill_without_a_refresh_does_not_ask_for_a_scorer(project: Path) -> None:
     narrow = ("score.engine=megatron", "score.forward.max_tokens_per_microbatch=32")
-    names = {name for name, finding in checks.check(load_config(project, narrow), "distill") if isinstance(finding, LopdError)}
+    names = {
+        name
+        for name, finding in checks.check(load_config(project, narrow), "distill")
+        if isinstance(finding, LopdError)
+    }
     assert "scorer" not in names
-    refreshed = {name for name, finding in checks.check(load_config(project, [*narrow, REFRESHED]), "distill") if isinstance(finding, LopdError)}
+    refreshed = {
+        name
+        for name, finding in checks.check(load_config(project, [*narrow, REFRESHED]), "distill")
+        if isinstance(finding, LopdError)
+    }
     assert "scorer" in refreshed
 
 
@@ -144,15 +208,24 @@ def sync_lines(config: Config, *, on_gpu: bool | None) -> list[str]:
 
 def test_turns_with_nobody_are_refused(project: Path) -> None:
     (line,) = sync_lines(load_config(project, ["sync.colocate=true"]), on_gpu=None)
-    assert "sync.colocate = true, and no server lives beside the training; limit: distill.sync_every above 0, or a refresh" in line
+    assert (
+        "sync.colocate = true, and no server lives beside the training; limit: distill.sync_every above 0, or a refresh"
+        in line
+    )
     for server in (SYNCED, REFRESHED):
         assert sync_lines(load_config(project, ["sync.colocate=true", server]), on_gpu=None) == []
 
 
 def test_buffers_of_nccl_cannot_be_given_back(project: Path) -> None:
-    (line,) = sync_lines(load_config(project, ["sync.colocate=true", SYNCED, "distill.megatron={nccl_ub=true}"]), on_gpu=None)
+    (line,) = sync_lines(
+        load_config(project, ["sync.colocate=true", SYNCED, "distill.megatron={nccl_ub=true}"]),
+        on_gpu=None,
+    )
     assert "distill.megatron.nccl_ub with sync.colocate; limit: buffers of torch's own" in line
-    for good in (["sync.colocate=true", "distill.megatron={nccl_ub=false}"], ["distill.megatron={nccl_ub=true}"]):
+    for good in (
+        ["sync.colocate=true", "distill.megatron={nccl_ub=false}"],
+        ["distill.megatron={nccl_ub=true}"],
+    ):
         assert sync_lines(load_config(project, [SYNCED, *good]), on_gpu=None) == []
 
 
@@ -160,16 +233,37 @@ def test_a_broadcast_needs_a_gpu_for_each_of_its_ends(project: Path) -> None:
     config = load_config(project, [SYNCED, "sync.transport=distributed"])
     for on_gpu in (True, None):
         (line,) = sync_lines(config, on_gpu=on_gpu)
-        assert 'sync.transport = "distributed": NCCL does not broadcast between two processes of one GPU' in line
+        assert (
+            'sync.transport = "distributed": NCCL does not broadcast between two processes of one GPU'
+            in line
+        )
     assert sync_lines(config, on_gpu=False) == [], "gloo does"
-    assert sync_lines(load_config(project, [SYNCED, "sync.transport=distributed", f"sglang.student_urls=['{URL}']"]), on_gpu=True) == []
-    assert sync_lines(load_config(project, ["sync.transport=distributed"]), on_gpu=True) == [], "no server, no broadcast"
+    assert (
+        sync_lines(
+            load_config(
+                project, [SYNCED, "sync.transport=distributed", f"sglang.student_urls=['{URL}']"]
+            ),
+            on_gpu=True,
+        )
+        == []
+    )
+    assert sync_lines(load_config(project, ["sync.transport=distributed"]), on_gpu=True) == [], (
+        "no server, no broadcast"
+    )
 
 
 def test_a_section_that_does_nothing_is_said_to(project: Path) -> None:
-    said = {row["name"]: row["finding"] for row in checks.as_rows(load_config(project, ["sync.transport=tensor", "sync.delta=true"]))}
+    said = {
+        row["name"]: row["finding"]
+        for row in checks.as_rows(
+            load_config(project, ["sync.transport=tensor", "sync.delta=true"])
+        )
+    }
     assert said["sync"] == "no server lives beside the training: [sync] is of no use"
-    said = {row["name"]: row["finding"] for row in checks.as_rows(load_config(project, ["sync.transport=tensor", SYNCED]))}
+    said = {
+        row["name"]: row["finding"]
+        for row in checks.as_rows(load_config(project, ["sync.transport=tensor", SYNCED]))
+    }
     assert said["sync"] == "by tensor"
 
 
@@ -196,7 +290,9 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checked]:
         yield server
 
 
-def test_a_server_that_tells_no_fingerprints_is_found_before_the_first_sync(project: Path, theirs: Checked) -> None:
+def test_a_server_that_tells_no_fingerprints_is_found_before_the_first_sync(
+    project: Path, theirs: Checked
+) -> None:
     asked = (f"sglang.student_urls=['{theirs.url}']", "sync.verify=tensors")
     (line,) = wrong(project, *asked, SYNCED)
     assert f"server | {theirs.url}: this server cannot tell fingerprints of its weights" in line
@@ -207,7 +303,9 @@ def test_a_server_that_tells_no_fingerprints_is_found_before_the_first_sync(proj
     assert not theirs.calls, "nobody is asked for nothing"
     theirs.tells_fingerprints = True
     assert wrong(project, *asked, SYNCED) == []
-    assert wrong(project, f"sglang.student_urls=['{URL}']", "sync.verify=tensors", SYNCED) == [], "one that is not there yet may come"
+    assert wrong(project, f"sglang.student_urls=['{URL}']", "sync.verify=tensors", SYNCED) == [], (
+        "one that is not there yet may come"
+    )
 
 
 def test_the_port_of_a_replica_is_looked_at_too(project: Path) -> None:
@@ -216,7 +314,10 @@ def test_the_port_of_a_replica_is_looked_at_too(project: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         (line,) = wrong(project, f"sglang.port={port - 1}", "sglang.replicas=2")
-        assert f"port {port}, of replica 2, is taken" in line or f"sglang.port = {port - 1} is taken" in line
+        assert (
+            f"port {port}, of replica 2, is taken" in line
+            or f"sglang.port = {port - 1} is taken" in line
+        )
 
 
 # ---- what the file itself says ----------------------------------------------------------------------------------------------------------------------
@@ -225,16 +326,38 @@ def test_the_port_of_a_replica_is_looked_at_too(project: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "said", "good"),
     [
-        (("rollout.top_k=0",), "rollout.top_k = 0; limit: -1 (all tokens are candidates), or 1 and more", ("rollout.top_k=1",)),
-        (("sglang.port=65535", "sglang.replicas=2"), "sglang.port = 65535 with replicas = 2; limit: 65534", ("sglang.port=65534", "sglang.replicas=2")),
-        (("sglang.urls=['x']",), "the nearest known key is sglang.student_urls", ("sglang.student_urls=['x']",)),
+        (
+            ("rollout.top_k=0",),
+            "rollout.top_k = 0; limit: -1 (all tokens are candidates), or 1 and more",
+            ("rollout.top_k=1",),
+        ),
+        (
+            ("sglang.port=65535", "sglang.replicas=2"),
+            "sglang.port = 65535 with replicas = 2; limit: 65534",
+            ("sglang.port=65534", "sglang.replicas=2"),
+        ),
+        (
+            ("sglang.urls=['x']",),
+            "the nearest known key is sglang.student_urls",
+            ("sglang.student_urls=['x']",),
+        ),
         (("sglang.tp=2",), "the nearest known key is sglang.tensor", ("sglang.tensor=2",)),
-        (("rollout.n=4",), "the nearest known key is rollout.samples_per_prompt", ("rollout.samples_per_prompt=4",)),
-        (("evaluate.max_tokens=4",), "the nearest known key is evaluate.max_new_tokens", ("evaluate.max_new_tokens=4",)),
+        (
+            ("rollout.n=4",),
+            "the nearest known key is rollout.samples_per_prompt",
+            ("rollout.samples_per_prompt=4",),
+        ),
+        (
+            ("evaluate.max_tokens=4",),
+            "the nearest known key is evaluate.max_new_tokens",
+            ("evaluate.max_new_tokens=4",),
+        ),
     ],
     ids=str,
 )
-def test_mistakes_in_the_file(project: Path, bad: tuple[str, ...], said: str, good: tuple[str, ...]) -> None:
+def test_mistakes_in_the_file(
+    project: Path, bad: tuple[str, ...], said: str, good: tuple[str, ...]
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(project, bad)
     assert said in str(caught.value)

@@ -42,7 +42,10 @@ def test_defaults_and_paths_relative_to_the_file(tmp_path: Path) -> None:
 
 
 def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path), ["distill.optimizer.lr=1e-4", "distill.aggregation=token_mean", "sft.parallel.tensor = 2"])
+    config = load_config(
+        written(tmp_path),
+        ["distill.optimizer.lr=1e-4", "distill.aggregation=token_mean", "sft.parallel.tensor = 2"],
+    )
     assert config.distill.optimizer.lr == 1e-4
     assert config.distill.aggregation == "token_mean"
     assert config.sft.parallel.tensor == 2
@@ -62,20 +65,37 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("no_equals_sign", "not section.key=value"),
         ("run.seed.deep=1", "run.seed"),
         ("run.dir.deep=1", "dir is a value, not a section"),
-        ("models.teachers.math=5", "models.teachers.math = 5; limit: a path in quotes; remedy: change it (Teacher by domain"),
+        (
+            "models.teachers.math=5",
+            "models.teachers.math = 5; limit: a path in quotes; remedy: change it (Teacher by domain",
+        ),
         ("sglang.student_urls=[5]", "sglang.student_urls.0 = 5; limit: text in quotes"),
         ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
-        ("sync.host=localhost", 'sync.host = "localhost" is no IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one'),
+        (
+            "sync.host=localhost",
+            'sync.host = "localhost" is no IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one',
+        ),
         (
             "sync.delta=true",
             'sync.delta = true with transport = "disk"; limit: transport = "tensor" or "distributed": a folder must hold every tensor; remedy: set',
         ),
-        ("sync={colocate=true,transport='distributed'}", 'sync.colocate = true with transport = "distributed"; limit: transport = "tensor" or "disk"'),
-        ("sync={colocate=true,transport='tensor',delta=true}", "sync.delta = true with colocate = true; limit: a server that has given"),
-        ("sync={transport='tensor',running_requests='finish'}", 'sync.running_requests = "finish" with transport = "tensor"; limit: it needs transport'),
+        (
+            "sync={colocate=true,transport='distributed'}",
+            'sync.colocate = true with transport = "distributed"; limit: transport = "tensor" or "disk"',
+        ),
+        (
+            "sync={colocate=true,transport='tensor',delta=true}",
+            "sync.delta = true with colocate = true; limit: a server that has given",
+        ),
+        (
+            "sync={transport='tensor',running_requests='finish'}",
+            'sync.running_requests = "finish" with transport = "tensor"; limit: it needs transport',
+        ),
     ],
 )
-def test_mistakes_are_one_line_with_the_key_and_the_remedy(tmp_path: Path, override: str, expected: str) -> None:
+def test_mistakes_are_one_line_with_the_key_and_the_remedy(
+    tmp_path: Path, override: str, expected: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(written(tmp_path), [override])
     assert expected in str(caught.value)
@@ -93,7 +113,9 @@ def test_a_missing_file_and_broken_toml(tmp_path: Path) -> None:
 
 def test_every_knob_says_what_it_means() -> None:
     sections = {key.rpartition(".")[0] for key in known_keys()}
-    silent = [key for key, field in known_keys().items() if not field.description and key not in sections]
+    silent = [
+        key for key, field in known_keys().items() if not field.description and key not in sections
+    ]
     assert silent == []
 
 
@@ -102,23 +124,40 @@ def test_speed_knobs_do_not_decide_results(tmp_path: Path) -> None:
     other = load_config(written(tmp_path), ["sglang.max_in_flight=3", "distill.checkpoint_every=7"])
     sections = ("sglang", "distill")
     assert result_keys(one, sections) == result_keys(other, sections)
-    assert result_keys(one, sections) != result_keys(load_config(written(tmp_path), ["distill.optimizer.lr=1"]), sections)
+    assert result_keys(one, sections) != result_keys(
+        load_config(written(tmp_path), ["distill.optimizer.lr=1"]), sections
+    )
 
 
 def read_anywhere(key: str) -> bool:
-    """True if some library file outside lopd/config mentions the knob's own name as an attribute or key."""
+    """True if some library file outside lopd/config mentions the knob's own name as an attribute or
+    key.
+    """
     name = key.rpartition(".")[2]
-    files = [path for package in ("lopd", "sglang_rollout") for path in (ROOT / package).rglob("*.py") if "config" not in path.parts]
-    return any(f".{name}" in text or f'"{name}"' in text for text in (path.read_text() for path in files))
+    files = [
+        path
+        for package in ("lopd", "sglang_rollout")
+        for path in (ROOT / package).rglob("*.py")
+        if "config" not in path.parts
+    ]
+    return any(
+        f".{name}" in text or f'"{name}"' in text for text in (path.read_text() for path in files)
+    )
 
 
 def test_every_knob_is_read_somewhere() -> None:
     sections = {key.rpartition(".")[0] for key in known_keys()}
-    unread = [key for key in known_keys() if key not in sections and key != "models.trust_remote_code" and not read_anywhere(key)]
+    unread = [
+        key
+        for key in known_keys()
+        if key not in sections and key != "models.trust_remote_code" and not read_anywhere(key)
+    ]
     assert unread == []
     assert not read_anywhere("section.a_knob_that_nothing_reads")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda path: path.name
+)
 def test_every_example_parses(path: Path) -> None:
     assert isinstance(load_config(path), Config)

@@ -1,4 +1,6 @@
-"""A stage run alone with another teacher than everything before it was made with says so, rather than that earlier stages are out of date."""
+"""A stage run alone with another teacher than everything before it was made with says so, rather
+than that earlier stages are out of date.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,24 @@ def lopd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return command(monkeypatch, capsys)
 
 
-def test_scoring_alone_with_another_teacher_names_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lopd: Lopd) -> None:
+def test_scoring_alone_with_another_teacher_names_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lopd: Lopd
+) -> None:
     started = StandIns().install(monkeypatch)
     config = write_project(tmp_path)
     for stage in ("demonstrate", "sft", "rollout", "score"):
         lopd(stage, config).succeeded()
     before, served = contents(tmp_path / "run"), list(started.served)
     another = f"models.teacher={tmp_path / 'student'}"
-    lopd("score", config, another).refused("is not the teacher of demonstrate, which rollout goes back to", f"limit: {tmp_path / 'teacher'}")
-    lopd("score", config, "demonstrate.temperature=0.5").refused("score needs rollout, which was made from other knobs (parent sft)")
+    lopd("score", config, another).refused(
+        "is not the teacher of demonstrate, which rollout goes back to",
+        f"limit: {tmp_path / 'teacher'}",
+    )
+    lopd("score", config, "demonstrate.temperature=0.5").refused(
+        "score needs rollout, which was made from other knobs (parent sft)"
+    )
     lopd("score", config, another, "demonstrate.temperature=0.5").refused("made from other knobs")
     assert started.served == served, "nothing was started"
-    assert {name: sha for name, sha in contents(tmp_path / "run").items() if "log" not in name} == {n: s for n, s in before.items() if "log" not in n}
+    assert {name: sha for name, sha in contents(tmp_path / "run").items() if "log" not in name} == {
+        n: s for n, s in before.items() if "log" not in n
+    }

@@ -1,4 +1,6 @@
-"""distill.cache: training learns from a cache of another making, if it is this student's and its teacher is the right one, or was corrected for; or says so."""
+"""distill.cache: training learns from a cache of another making, if it is this student's and its
+teacher is the right one, or was corrected for; or says so.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_caches_made_from_this_runs_own(project: Project) -> None:
     residualise(project.score, project.folder / "residualised", Settings())
     for cache, expected in (
         (parts[0], "this student's responses, scored by the teacher of its demonstrations"),
-        (project.folder / "merged", "this student's responses, scored by the teacher of its demonstrations"),
+        (
+            project.folder / "merged",
+            "this student's responses, scored by the teacher of its demonstrations",
+        ),
         (project.folder / "residualised", "the teacher's own style, which is not foreign"),
     ):
         manifest = project.distill(cache)
@@ -86,11 +91,19 @@ def test_caches_made_from_this_runs_own(project: Project) -> None:
         assert manifest.inputs["distill.cache"] == read_manifest(cache).fingerprint
         assert manifest.lineage["consistent"] is True
         assert manifest.lineage["allow_foreign_cache"] is False
-    processed = [read_manifest(path).extra["num_tokens"] for path in sorted((project.folder / "run" / "superseded").glob("distill-*"))]
-    assert len(set(processed)) == 2, "the part, and the merged or the residualised, which have all rows: each was learnt from"
+    processed = [
+        read_manifest(path).extra["num_tokens"]
+        for path in sorted((project.folder / "run" / "superseded").glob("distill-*"))
+    ]
+    assert len(set(processed)) == 2, (
+        "the part, and the merged or the residualised, which have all rows: each was learnt from"
+    )
     shutil.rmtree(project.score)
     shutil.rmtree(project.folder / "run" / "rollout")
-    needed = {row["name"] for row in pipeline.status(project.load(f"distill.cache={project.folder / 'merged'}"))}
+    needed = {
+        row["name"]
+        for row in pipeline.status(project.load(f"distill.cache={project.folder / 'merged'}"))
+    }
     assert not needed & {"rollout", "score"}, "a given cache needs neither"
 
 
@@ -115,7 +128,11 @@ def foreign(project: Project) -> Path:
     other = shutil.copytree(TINY_MODELS / "teacher", project.folder / "other_teacher")
     about = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**about, "rms_norm_eps": 2e-6}))
-    own = (f"models.teacher={other}", f"run.dir={project.folder / 'foreign'}", f"sft.demonstrations={project.folder / 'run' / 'demonstrate'}")
+    own = (
+        f"models.teacher={other}",
+        f"run.dir={project.folder / 'foreign'}",
+        f"sft.demonstrations={project.folder / 'run' / 'demonstrate'}",
+    )
     project.run(("sft", "rollout"), *own)
     with pytest.raises(ConsistencyError):
         project.run(("score",), *own)
@@ -123,15 +140,21 @@ def foreign(project: Project) -> Path:
     return project.folder / "foreign" / "score"
 
 
-def test_a_foreign_teachers_cache_is_named_so_and_corrected_by_name(project: Project, foreign: Path) -> None:
+def test_a_foreign_teachers_cache_is_named_so_and_corrected_by_name(
+    project: Project, foreign: Path
+) -> None:
     manifest = project.distill(foreign)
     assert "scored by a foreign teacher" in note_of(manifest)
     assert "not corrected" in note_of(manifest)
     assert manifest.lineage["consistent"] is False
     residualise(foreign, project.folder / "corrected", Settings())
     manifest = project.distill(project.folder / "corrected")
-    assert "corrected by cross-fitted residualisation for a foreign teacher's style" in note_of(manifest)
-    assert manifest.lineage["consistent"] is False, "that it is corrected does not make it the same teacher"
+    assert "corrected by cross-fitted residualisation for a foreign teacher's style" in note_of(
+        manifest
+    )
+    assert manifest.lineage["consistent"] is False, (
+        "that it is corrected does not make it the same teacher"
+    )
 
 
 def job_on(config: Config, data: Path) -> TrainingJob:
@@ -139,16 +162,29 @@ def job_on(config: Config, data: Path) -> TrainingJob:
 
 
 def test_an_imported_cache(project: Project) -> None:
-    """It lacks who sampled, and how likely: refused by name; where allowed, the loss has what it needs and the weights have not."""
-    export_reference(project.score, project.folder / "reference.parquet", project.folder / "teacher")
+    """It lacks who sampled, and how likely: refused by name; where allowed, the loss has what it
+    needs and the weights have not.
+    """
+    export_reference(
+        project.score, project.folder / "reference.parquet", project.folder / "teacher"
+    )
     imported = project.folder / "imported"
     import_reference(project.folder / "reference.parquet", imported, project.folder / "student")
-    with pytest.raises(ConsistencyError, match="nobody knows which student sampled its responses; its scores are not shown to be by the teacher"):
+    with pytest.raises(
+        ConsistencyError,
+        match="nobody knows which student sampled its responses; its scores are not shown to be by the teacher",
+    ):
         project.run(("distill",), f"distill.cache={imported}")
     allowed = project.load(f"distill.cache={imported}", "distill.allow_foreign_cache=true")
-    assert [sample.sampling_logprobs for sample in load_samples(job_on(allowed, imported))] == [None] * 24
+    assert [sample.sampling_logprobs for sample in load_samples(job_on(allowed, imported))] == [
+        None
+    ] * 24
     assert isinstance(objective_of(job_on(allowed, imported)), Lightning)
-    weighted = project.load(f"distill.cache={imported}", "distill.allow_foreign_cache=true", "distill.objective.importance_cap=2.0")
+    weighted = project.load(
+        f"distill.cache={imported}",
+        "distill.allow_foreign_cache=true",
+        "distill.objective.importance_cap=2.0",
+    )
     with pytest.raises(ConfigError, match="needs sampling_logprobs"):
         objective_of(job_on(weighted, imported))
 
@@ -156,19 +192,35 @@ def test_an_imported_cache(project: Project) -> None:
 def damage(project: Project, change: Callable[[np.ndarray], object]) -> Path:
     """The run's cache with values changed by a writer who makes all checksums right."""
     manifest, folder = read_manifest(project.score), project.folder / "damaged"
-    rows = [(response, scores.copy()) for response, scores in read_rows(project.score) if scores is not None]
+    rows = [
+        (response, scores.copy())
+        for response, scores in read_rows(project.score)
+        if scores is not None
+    ]
     change(rows[3][1])
-    about = {"parents": manifest.parents, "models": manifest.models, "sampling": manifest.sampling, "lineage": manifest.lineage}
+    about = {
+        "parents": manifest.parents,
+        "models": manifest.models,
+        "sampling": manifest.sampling,
+        "lineage": manifest.lineage,
+    }
     writer = ArtifactWriter(folder, kind=manifest.kind, inputs=manifest.inputs, **about)
     responses = [response for response, _ in rows]
-    writer.publish_shard(0, to_table(responses, scores_of(responses, [scores for _, scores in rows])))
+    writer.publish_shard(
+        0, to_table(responses, scores_of(responses, [scores for _, scores in rows]))
+    )
     writer.finish(vocab_size=32, name=f"{responses[3].prompt_id}/0")
     return folder
 
 
 def test_what_is_no_sound_cache_is_refused_before_training(project: Project) -> None:
     damaged = damage(project, lambda scores: scores.__setitem__(2, 0.5))
-    with pytest.raises(LopdError, match=re.escape(f"values above 0 in teacher_logprobs: {read_manifest(damaged).extra['name']}")):
+    with pytest.raises(
+        LopdError,
+        match=re.escape(
+            f"values above 0 in teacher_logprobs: {read_manifest(damaged).extra['name']}"
+        ),
+    ):
         project.distill(damaged)
     with pytest.raises(ArtifactError, match="is of kind rollouts; limit: a complete teacher_cache"):
         project.distill(project.folder / "run" / "rollout")
@@ -177,11 +229,15 @@ def test_what_is_no_sound_cache_is_refused_before_training(project: Project) -> 
 
 def test_lopd_check_compares_whose_it_is(project: Project, foreign: Path) -> None:
     assert list(check_given(project.load())) == []
-    assert list(check_given(project.load(f"distill.cache={project.score}"))) == ["this student's responses, scored by the teacher of its demonstrations"]
+    assert list(check_given(project.load(f"distill.cache={project.score}"))) == [
+        "this student's responses, scored by the teacher of its demonstrations"
+    ]
     before = project.load(f"distill.cache={project.score}", f"run.dir={project.folder / 'new'}")
     assert "whose they are is compared once" in str(next(check_given(before)))
     refreshed = project.load(f"distill.cache={project.score}", "distill.refresh.every=1")
-    assert [problem.what for problem in refresh_problems(refreshed)] == ["distill.refresh with distill.cache"]
+    assert [problem.what for problem in refresh_problems(refreshed)] == [
+        "distill.refresh with distill.cache"
+    ]
     assert list(refresh_problems(project.load(f"distill.cache={project.score}"))) == []
 
 
@@ -194,14 +250,22 @@ def test_rollouts_and_scores_say_whose_they_are(project: Project) -> None:
 
 
 def test_a_checkpoint_from_elsewhere_has_a_declared_teacher(project: Project) -> None:
-    """Nothing is trained, nothing demonstrated; who taught it is what the configuration says, and is recorded as said, not shown."""
+    """Nothing is trained, nothing demonstrated; who taught it is what the configuration says, and
+    is recorded as said, not shown.
+    """
     teacher = project.folder / "teacher"
-    given = [f"sft.checkpoint={project.folder / 'student'}", f"run.dir={project.folder / 'taken'}", "evaluate.equal_compute_baseline=false"]
+    given = [
+        f"sft.checkpoint={project.folder / 'student'}",
+        f"run.dir={project.folder / 'taken'}",
+        "evaluate.equal_compute_baseline=false",
+    ]
     project.servers.trained.clear()
     config = project.run(TO_SCORE[1:], *given, f"sft.declared_teacher={teacher}")
     assert project.servers.trained == []
     sft = config.run.dir / "sft"
-    assert identify_model(sft / "model").weights == identify_model(project.folder / "student").weights
+    assert (
+        identify_model(sft / "model").weights == identify_model(project.folder / "student").weights
+    )
     for stage in ("sft", "rollout", "score"):
         assert read_manifest(config.run.dir / stage).lineage["evidence"] == "declared"
     assert read_manifest(config.run.dir / "score").lineage["consistent"] is True
@@ -216,6 +280,10 @@ def test_a_checkpoint_from_elsewhere_has_a_declared_teacher(project: Project) ->
     with pytest.raises(ConsistencyError, match="nobody knows whether teacher"):
         list(check_checkpoint(unknown))
     with pytest.raises(ConfigError, match="one of the two"):
-        list(check_checkpoint(project.load(*given, f"sft.demonstrations={project.folder / 'run' / 'demonstrate'}")))
+        list(
+            check_checkpoint(
+                project.load(*given, f"sft.demonstrations={project.folder / 'run' / 'demonstrate'}")
+            )
+        )
     baseline = project.load(*given[:2], f"sft.declared_teacher={teacher}")
     assert isinstance(next(check_checkpoint(baseline)), ConfigError)

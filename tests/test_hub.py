@@ -1,4 +1,6 @@
-"""Names on the hub become folders of this machine, and lopd fetch fills them; a stand-in takes the place of huggingface_hub's download."""
+"""Names on the hub become folders of this machine, and lopd fetch fills them; a stand-in takes the
+place of huggingface_hub's download.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lopd import hub
 from lopd.config import Config, load_config
 from lopd.config.hub import hub_name, local_path
 from lopd.errors import ConfigError, LopdError
+from lopd.machine import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXT = """
@@ -44,7 +46,9 @@ def config(tmp_path: Path) -> Config:
 
 
 class Downloads:
-    """As huggingface_hub.snapshot_download: files into local_dir, and a note of the commit beside each. calls: what was asked."""
+    """As huggingface_hub.snapshot_download: files into local_dir, and a note of the commit beside
+    each. calls: what was asked.
+    """
 
     def __init__(self, fail: str = "") -> None:
         self.calls: list[dict[str, Any]] = []
@@ -53,7 +57,11 @@ class Downloads:
     def __call__(self, **asked: Any) -> str:
         self.calls.append(asked)
         folder = Path(asked["local_dir"])
-        names = ["data/train-00000.parquet"] if asked["repo_type"] == "dataset" else ["config.json", "model.safetensors"]
+        names = (
+            ["data/train-00000.parquet"]
+            if asked["repo_type"] == "dataset"
+            else ["config.json", "model.safetensors"]
+        )
         for name in names:
             note = folder / ".cache/huggingface/download" / f"{name}.metadata"
             for path, text in ((folder / name, "content"), (note, f"{COMMIT}\netag\n0\n")):
@@ -70,11 +78,27 @@ def test_names_become_paths_and_paths_names(hub_here: Path) -> None:
     assert path == hub_here / "datasets/a-b--c.d@49e3418/data/x.parquet"
     name = hub_name(path)
     assert name is not None
-    assert (name.repository, name.revision, name.dataset, name.is_pinned) == ("a-b/c.d", "49e3418", True, True)
+    assert (name.repository, name.revision, name.dataset, name.is_pinned) == (
+        "a-b/c.d",
+        "49e3418",
+        True,
+        True,
+    )
     assert hub_name(Path("/somewhere/models/a--b@main")) is None
 
 
-@pytest.mark.parametrize("text", ["hf://Qwen", "hf://a/../b", "hf://datasets/x/y@m/../../etc", "hf://a/b@", "hf://a--b/c", "hf://a/b@x/y@z/..", "hf://a b/c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://Qwen",
+        "hf://a/../b",
+        "hf://datasets/x/y@m/../../etc",
+        "hf://a/b@",
+        "hf://a--b/c",
+        "hf://a/b@x/y@z/..",
+        "hf://a b/c",
+    ],
+)
 def test_what_is_no_name_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no name on the hub"):
         local_path(text)
@@ -86,7 +110,11 @@ def test_what_is_no_name_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_configuration_names_what_it_wants(config: Config, hub_here: Path) -> None:
     assert config.models.teacher == hub_here / "models/Qwen--Qwen3-32B@v1"
-    assert [item.key for item in hub.wanted(config)] == ["models.teacher", "prompts.sft.file", "prompts.opd.file"]
+    assert [item.key for item in hub.wanted(config)] == [
+        "models.teacher",
+        "prompts.sft.file",
+        "prompts.opd.file",
+    ]
 
 
 def test_each_repository_is_fetched_once_and_only_data(config: Config) -> None:
@@ -97,19 +125,25 @@ def test_each_repository_is_fetched_once_and_only_data(config: Config) -> None:
         ("open-thoughts/OpenThoughts3-1.2M", "dataset", "main"),
     ]
     for call in downloads.calls:
-        assert not any(pattern.endswith(("py", "bin", "pt", "pkl", "*")) for pattern in call["allow_patterns"]), "neither code nor pickles"
+        assert not any(
+            pattern.endswith(("py", "bin", "pt", "pkl", "*")) for pattern in call["allow_patterns"]
+        ), "neither code nor pickles"
     assert [row["commit"] for row in rows] == [COMMIT, COMMIT]
     assert any(f"write hf://Qwen/Qwen3-32B@{COMMIT}" in line for line in lines), "how to pin it"
     assert (config.models.teacher / "model.safetensors").is_file()
     assert json.loads((config.models.teacher / hub.NOTE).read_text())["commit"] == COMMIT
     again = Downloads()
-    assert all(row["was_there"] for row in hub.fetch(hub.wanted(config), lines.append, snapshot=again))
+    assert all(
+        row["was_there"] for row in hub.fetch(hub.wanted(config), lines.append, snapshot=again)
+    )
     assert again.calls == []
 
 
 def test_a_broken_download_is_no_model_and_goes_on(config: Config) -> None:
     with pytest.raises(LopdError, match=r"models\.teacher: cannot fetch .*lost the connection"):
-        hub.fetch(hub.wanted(config), lambda line: None, snapshot=Downloads(fail="lost the connection"))
+        hub.fetch(
+            hub.wanted(config), lambda line: None, snapshot=Downloads(fail="lost the connection")
+        )
     assert not config.models.teacher.exists()
     partial = config.models.teacher.with_name(config.models.teacher.name + ".partial")
     assert (partial / "config.json").is_file()
@@ -121,7 +155,9 @@ def test_a_broken_download_is_no_model_and_goes_on(config: Config) -> None:
 
 def test_a_file_that_the_repository_does_not_have(config: Config) -> None:
     item = hub.named("hf://datasets/open-thoughts/OpenThoughts3-1.2M@main/date")
-    with pytest.raises(ConfigError, match=r"there is no date in .*it has: data/train-00000\.parquet"):
+    with pytest.raises(
+        ConfigError, match=r"there is no date in .*it has: data/train-00000\.parquet"
+    ):
         hub.fetch([item], lambda line: None, snapshot=Downloads())
 
 

@@ -1,4 +1,6 @@
-"""lopd doctor judges machines that do not exist: each fact that is wrong is one finding, and none hides another."""
+"""lopd doctor judges machines that do not exist: each fact that is wrong is one finding, and none
+hides another.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from lopd import hub, machine
 from lopd.config import Config, load_config
 from lopd.config.hub import hub_folder, hub_name, local_path
 from lopd.errors import LopdError
-from lopd.machine import Facts, GpuFact
+from lopd.machine import doctor as machine
+from lopd.machine import hub
+from lopd.machine.doctor import Facts, GpuFact
 from lopd.planning.hardware import gpu_of_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,18 +47,36 @@ def facts_of(config: Config, tmp_path: Path, **changes: Any) -> Facts:
 
 
 def wrong(config: Config, facts: Facts) -> list[tuple[str, str]]:
-    return [(name, str(finding)) for name, finding in machine.findings(config, facts) if isinstance(finding, LopdError)]
+    return [
+        (name, str(finding))
+        for name, finding in machine.findings(config, facts)
+        if isinstance(finding, LopdError)
+    ]
 
 
 def test_a_node_that_has_everything(config: Config, tmp_path: Path) -> None:
     assert wrong(config, facts_of(config, tmp_path)) == []
-    fitting = {**machine.NEEDED, **machine.NEEDED_ON_GPU, "nvidia-cublas": "13.2.0.9", "megatron-core": "0.18.2"}
+    fitting = {
+        **machine.NEEDED,
+        **machine.NEEDED_ON_GPU,
+        "nvidia-cublas": "13.2.0.9",
+        "megatron-core": "0.18.2",
+    }
     assert wrong(config, facts_of(config, tmp_path, versions=fitting)) == []
 
 
 def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> None:
     """It is asked for by launch.device; on a machine with GPUs nothing changes."""
-    bare = facts_of(config, tmp_path, gpus=(), gpus_problem="none", host_memory=24 * 2**30, shm=2**30, cuda=None, locked_memory=0)
+    bare = facts_of(
+        config,
+        tmp_path,
+        gpus=(),
+        gpus_problem="none",
+        host_memory=24 * 2**30,
+        shm=2**30,
+        cuda=None,
+        locked_memory=0,
+    )
     assert {name for name, _ in wrong(config, bare)} >= {"GPUs", "memory", "driver", "limits"}
     trial = config.model_copy(update={"launch": config.launch.model_copy(update={"device": "cpu"})})
     assert wrong(trial, bare) == []
@@ -66,23 +87,51 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "name", "expected"),
     [
-        ({"gpus": (), "gpus_problem": "nvidia-smi is not installed"}, "GPUs", "0 GPUs (nvidia-smi is not installed); limit: 8"),
+        (
+            {"gpus": (), "gpus_problem": "nvidia-smi is not installed"},
+            "GPUs",
+            "0 GPUs (nvidia-smi is not installed); limit: 8",
+        ),
         ({"gpus": (H100,) * 7}, "GPUs", "7 GPUs; limit: 8"),
         ({"gpus": (*(H100,) * 7, dataclasses.replace(H100, mig=True))}, "GPUs", "MIG"),
-        ({"gpus": (*(H100,) * 7, dataclasses.replace(H100, used=9 * 2**30))}, "GPUs", "GPUs 7 hold memory"),
-        ({"gpus": (*(H100,) * 7, dataclasses.replace(H100, name="NVIDIA H200"))}, "GPUs", "several kinds"),
+        (
+            {"gpus": (*(H100,) * 7, dataclasses.replace(H100, used=9 * 2**30))},
+            "GPUs",
+            "GPUs 7 hold memory",
+        ),
+        (
+            {"gpus": (*(H100,) * 7, dataclasses.replace(H100, name="NVIDIA H200"))},
+            "GPUs",
+            "several kinds",
+        ),
         ({"gpus": (dataclasses.replace(H100, memory=24 * 2**30),) * 8}, "memory", "does not fit"),
         ({"host_memory": TIB // 4}, "memory", "largest term: optimizer"),
         ({"disks": {}}, "disk", "0 GiB free"),
         ({"cuda": None}, "driver", "has no CUDA"),
-        ({"gpus": (dataclasses.replace(H100, driver="550.54.15"),) * 8}, "driver", "550.54.15; limit: 580 for CUDA 13.0"),
+        (
+            {"gpus": (dataclasses.replace(H100, driver="550.54.15"),) * 8},
+            "driver",
+            "550.54.15; limit: 580 for CUDA 13.0",
+        ),
         ({"shm": 64 * 2**20}, "limits", "--ipc=host"),
         ({"open_files": 1024}, "limits", "1024 open files"),
         ({"locked_memory": 64 * 2**10}, "limits", "memlock=-1"),
         ({"ports_taken": (30000,)}, "ports", "port 30000 is taken"),
-        ({"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "transformer-engine": None}}, "versions", "transformer-engine is not installed"),
-        ({"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "sglang": "0.5.9"}}, "versions", "sglang 0.5.9; limit: 0.5.17"),
-        ({"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "megatron-core": "0.19.0"}}, "versions", "megatron-core 0.19.0; limit: below 0.19"),
+        (
+            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "transformer-engine": None}},
+            "versions",
+            "transformer-engine is not installed",
+        ),
+        (
+            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "sglang": "0.5.9"}},
+            "versions",
+            "sglang 0.5.9; limit: 0.5.17",
+        ),
+        (
+            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "megatron-core": "0.19.0"}},
+            "versions",
+            "megatron-core 0.19.0; limit: below 0.19",
+        ),
         (
             {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "nvidia-cublas": "13.1.0.3"}},
             "versions",
@@ -91,21 +140,38 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
         ({"hub": {}}, "sources", "downloads are switched off"),
     ],
 )
-def test_each_thing_that_is_wrong(config: Config, tmp_path: Path, changes: dict[str, Any], name: str, expected: str) -> None:
+def test_each_thing_that_is_wrong(
+    config: Config, tmp_path: Path, changes: dict[str, Any], name: str, expected: str
+) -> None:
     found = wrong(config, facts_of(config, tmp_path, **changes))
     assert {each for each, _ in found} == {name}
     assert any(expected in text for _, text in found), found
 
 
 def test_all_that_is_wrong_is_told_at_once(config: Config, tmp_path: Path) -> None:
-    names = [name for name, _ in wrong(config, Facts(gpus_problem="nvidia-smi is not installed", locked_memory=1))]
+    names = [
+        name
+        for name, _ in wrong(
+            config, Facts(gpus_problem="nvidia-smi is not installed", locked_memory=1)
+        )
+    ]
     assert {"GPUs", "memory", "disk", "driver", "limits", "versions", "sources"} <= set(names)
 
 
 def test_run_and_downloads_may_share_a_disk(config: Config, tmp_path: Path) -> None:
-    shared = facts_of(config, tmp_path, disks={folder: (1, int(1.82 * TIB)) for folder in (config.run.dir, hub_folder())})
-    apart = facts_of(config, tmp_path, disks={config.run.dir: (1, int(1.82 * TIB)), hub_folder(): (2, int(0.12 * TIB))})
-    assert [name for name, _ in wrong(config, shared)] == ["disk"], "1.80 TiB of the run and 0.11 of the models"
+    shared = facts_of(
+        config,
+        tmp_path,
+        disks={folder: (1, int(1.82 * TIB)) for folder in (config.run.dir, hub_folder())},
+    )
+    apart = facts_of(
+        config,
+        tmp_path,
+        disks={config.run.dir: (1, int(1.82 * TIB)), hub_folder(): (2, int(0.12 * TIB))},
+    )
+    assert [name for name, _ in wrong(config, shared)] == ["disk"], (
+        "1.80 TiB of the run and 0.11 of the models"
+    )
     assert wrong(config, apart) == []
 
 
@@ -134,7 +200,12 @@ def test_nvidia_smis_lines() -> None:
 
 @pytest.mark.parametrize(
     ("device", "known"),
-    [("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200-141gb"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb")],
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H200", "h200-141gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+    ],
 )
 def test_devices_by_their_names(device: str, known: str) -> None:
     assert gpu_of_device(device).name == known

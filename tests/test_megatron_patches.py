@@ -1,4 +1,6 @@
-"""Each patch says what it is and stops when upstream changed; packed attention equals attention one sequence at a time."""
+"""Each patch says what it is and stops when upstream changed; packed attention equals attention one
+sequence at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,16 @@ from tests.limits import apart, close
 
 
 def _alone(code: str) -> dict[str, Any]:
-    """Run code in a process of its own, since patches stay installed; the last line it prints is JSON."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=500, check=False)
+    """Run code in a process of its own, since patches stay installed; the last line it prints is
+    JSON.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -70,8 +80,16 @@ print(json.dumps({
 
 def test_applying_twice_changes_nothing_more() -> None:
     found = _alone(_TWICE)
-    assert found.pop("inside") == ["meta"] * 4, "with torch.device(...) no longer reaches the functions that were replaced"
-    assert found == {"changed": True, "same": True, "device": "cpu", "type": "torch.FloatTensor", "random": True}
+    assert found.pop("inside") == ["meta"] * 4, (
+        "with torch.device(...) no longer reaches the functions that were replaced"
+    )
+    assert found == {
+        "changed": True,
+        "same": True,
+        "device": "cpu",
+        "type": "torch.FloatTensor",
+        "random": True,
+    }
 
 
 _WITH_CUDA = """
@@ -141,23 +159,36 @@ def test_requirements_on_upstream() -> None:
         require(json, "dumps", source="a fault that was mended")
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scale: float) -> Tensor:
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scale: float
+) -> Tensor:
     parts = []
     for start, end in itertools.pairwise(bounds):
         q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
         scores = (q @ k.repeat_interleave(q.shape[0] // k.shape[0], 0).transpose(1, 2)) * scale
-        scores = scores.masked_fill(torch.ones(end - start, end - start).triu(1).bool(), float("-inf"))
-        parts.append((scores.softmax(-1) @ v.repeat_interleave(q.shape[0] // v.shape[0], 0)).transpose(0, 1))
+        scores = scores.masked_fill(
+            torch.ones(end - start, end - start).triu(1).bool(), float("-inf")
+        )
+        parts.append(
+            (scores.softmax(-1) @ v.repeat_interleave(q.shape[0] // v.shape[0], 0)).transpose(0, 1)
+        )
     return torch.cat(parts)
 
 
 def _tensors(num_tokens: int) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(num_tokens)
-    tensors = [torch.randn(num_tokens, heads, 8, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2)]
+    tensors = [
+        torch.randn(num_tokens, heads, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
     return tensors, torch.randn(num_tokens, 4, 8, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("lengths", [[3, 3, 3], [5], [1, 1], [7, 1], [10, 23, 7, 1, 24, 7, 24], [100, 1, 50, 49, 40, 39, 2, 2]], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [[3, 3, 3], [5], [1, 1], [7, 1], [10, 23, 7, 1, 24, 7, 24], [100, 1, 50, 49, 40, 39, 2, 2]],
+    ids=str,
+)
 def test_packed_attention_equals_attention_one_sequence_at_a_time(lengths: list[int]) -> None:
     """Outputs and gradients, in float64; with other bounds the same rows give something else."""
     bounds = [0, *itertools.accumulate(lengths)]
@@ -165,15 +196,23 @@ def test_packed_attention_equals_attention_one_sequence_at_a_time(lengths: list[
     ours = packed_attention(*tensors, PaddedGroups.of(bounds, torch.device("cpu")), scale=0.3)
     expected = _one_by_one(*tensors, bounds, 0.3)
     close(ours, expected, abs=1e-12)
-    for gradient, wanted in zip(torch.autograd.grad(ours, tensors, weight), torch.autograd.grad(expected, tensors, weight), strict=True):
+    for gradient, wanted in zip(
+        torch.autograd.grad(ours, tensors, weight),
+        torch.autograd.grad(expected, tensors, weight),
+        strict=True,
+    ):
         close(gradient, wanted, abs=1e-12)
     if len(lengths) > 1:
-        merged = packed_attention(*tensors, PaddedGroups.of([0, bounds[-1]], torch.device("cpu")), scale=0.3)
+        merged = packed_attention(
+            *tensors, PaddedGroups.of([0, bounds[-1]], torch.device("cpu")), scale=0.3
+        )
         apart((merged - expected).abs().max(), 0.01)
 
 
 def test_a_sequence_does_not_see_another() -> None:
-    """Not even through padding: infinite keys and values in one sequence leave the others finite and unchanged."""
+    """Not even through padding: infinite keys and values in one sequence leave the others finite
+    and unchanged.
+    """
     lengths = [6, 5, 9, 8]
     bounds = [0, *itertools.accumulate(lengths)]
     tensors, _ = _tensors(bounds[-1])
@@ -195,7 +234,11 @@ def test_padding_is_bounded_and_no_token_is_lost() -> None:
     plan = PaddedGroups.of(bounds, torch.device("cpu"))
     assert plan.padded is not None
     assert plan.packed is not None
-    assert len(plan.padded) == sum(count * length for count, length in plan.groups) <= (1 + MAX_PADDING) * bounds[-1]
+    assert (
+        len(plan.padded)
+        == sum(count * length for count, length in plan.groups)
+        <= (1 + MAX_PADDING) * bounds[-1]
+    )
     assert torch.equal(plan.padded[plan.packed], torch.arange(bounds[-1]))
     assert (plan.padded == bounds[-1]).sum() == len(plan.padded) - bounds[-1]
     assert len(plan.groups) < 30  # 300 calls without grouping

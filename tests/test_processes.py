@@ -48,8 +48,16 @@ def ends(group: int, within_s: float = 60.0) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_orphan_when_the_parent_is_killed(number: signal.Signals, tmp_path: Path) -> None:
-    with_a_grandchild = [sys.executable, "-c", f"import subprocess; subprocess.run({sleeper(tmp_path / 'up')!r})"]
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(command=with_a_grandchild)], stdout=subprocess.PIPE, text=True)
+    with_a_grandchild = [
+        sys.executable,
+        "-c",
+        f"import subprocess; subprocess.run({sleeper(tmp_path / 'up')!r})",
+    ]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(command=with_a_grandchild)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert parent.stdout is not None
     group = int(parent.stdout.readline())
     assert appears(tmp_path / "up")
@@ -77,7 +85,10 @@ def test_the_command_ends_when_its_guard_is_killed(tmp_path: Path) -> None:
     assert ends(child.pid)
 
 
-@pytest.mark.parametrize(("command", "code"), [("raise SystemExit(3)", 3), ("pass", 0), ("import os; os.kill(os.getpid(), 9)", 137)])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("raise SystemExit(3)", 3), ("pass", 0), ("import os; os.kill(os.getpid(), 9)", 137)],
+)
 def test_exit_codes_pass_through(command: str, code: int) -> None:
     assert GuardedProcess([sys.executable, "-c", command], env=dict(os.environ)).wait(120) == code
 
@@ -91,9 +102,13 @@ def test_what_a_command_leaves_behind_ends_with_it() -> None:
 
 def test_a_command_that_is_begun_by_a_guard_that_has_been_killed_ends_too() -> None:
     """The kernel tells of a parent's end only who asked before it."""
-    with subprocess.Popen(["sleep", "3600"], preexec_fn=lambda: processes.die_with_parent(os.getpid())) as orphan:  # not its parent's id
+    with subprocess.Popen(
+        ["sleep", "3600"], preexec_fn=lambda: processes.die_with_parent(os.getpid())
+    ) as orphan:  # not its parent's id
         assert orphan.wait(60) == -signal.SIGKILL
-    with subprocess.Popen(["true"], preexec_fn=partial(processes.die_with_parent, os.getpid())) as child:
+    with subprocess.Popen(
+        ["true"], preexec_fn=partial(processes.die_with_parent, os.getpid())
+    ) as child:
         assert child.wait(60) == 0, "the control"
 
 
@@ -103,7 +118,9 @@ def test_ports() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert processes.port_taken(port)
-    assert any(not processes.port_taken(processes.free_port()) for _ in range(10)), "one may have been given to another program meanwhile, not each"
+    assert any(not processes.port_taken(processes.free_port()) for _ in range(10)), (
+        "one may have been given to another program meanwhile, not each"
+    )
 
 
 def test_last_lines(tmp_path: Path) -> None:

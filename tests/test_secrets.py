@@ -1,4 +1,6 @@
-"""What may be a secret stands in nothing that is written for others to read: artifacts, exports, jobs, scripts."""
+"""What may be a secret stands in nothing that is written for others to read: artifacts, exports,
+jobs, scripts.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from lopd.errors import ConfigError
 from lopd.launching import bridge, make_plan
 from lopd.pipeline import _flat, report_changes
 from lopd.stages.training import TrainingJob
-from sglang_rollout.extra_args import check_extra_args
+from sglang_rollout.servers.extra_args import check_extra_args
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STORAGE = "hicache_storage_backend_extra_config"
@@ -25,7 +27,9 @@ EXTRA = {STORAGE: json.dumps({"token": SECRET, "pool": 4}), "schedule_policy": "
 
 def config_of(folder: Path, extra: dict[str, Any]) -> Config:
     config = load_config(EXAMPLES / "tiny_moe.toml", [f"run.dir={folder}"])
-    return config.model_copy(update={"sglang": config.sglang.model_copy(update={"extra_args": extra})})
+    return config.model_copy(
+        update={"sglang": config.sglang.model_copy(update={"extra_args": extra})}
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,9 +63,19 @@ def test_a_secret_is_hidden_wherever_it_is(argument: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "argument",
     [
-        {"max_total_tokens": 8192, "tokenizer_path": "/models/a", "speculative_token_map": "/maps/b", "keyboard": "x"},
+        {
+            "max_total_tokens": 8192,
+            "tokenizer_path": "/models/a",
+            "speculative_token_map": "/maps/b",
+            "keyboard": "x",
+        },
         {"ssl_keyfile": "/etc/key.pem", "api_key": None, "hf_token": "", "use_key": True},
-        {"storage": '{"pool" : 4,  "names": ["a"]}', "broken": '{"pool": ', "url": "http://host:1/a@b", "mail": "user@host"},
+        {
+            "storage": '{"pool" : 4,  "names": ["a"]}',
+            "broken": '{"pool": ',
+            "url": "http://host:1/a@b",
+            "mail": "user@host",
+        },
         {"nested": {"a": [1, 2.5, None]}},
     ],
 )
@@ -86,7 +100,9 @@ def test_inputs_of_a_manifest_hide_arguments_of_servers_and_tell_options_of_a_ta
 
 def test_ranks_get_no_secret_of_the_servers_and_their_file_is_the_owners(tmp_path: Path) -> None:
     config = config_of(tmp_path, EXTRA)
-    config = config.model_copy(update={"launch": config.launch.model_copy(update={"env": {"HF_TOKEN": SECRET}})})
+    config = config.model_copy(
+        update={"launch": config.launch.model_copy(update={"env": {"HF_TOKEN": SECRET}})}
+    )
     assert SECRET in json.dumps(config.model_dump(mode="json"))
     job = TrainingJob("sft", config, tmp_path, tmp_path, tmp_path, "checkpoint", 1, 0)
     raw = job.to_json()
@@ -99,7 +115,9 @@ def test_ranks_get_no_secret_of_the_servers_and_their_file_is_the_owners(tmp_pat
         assert bool((tmp_path / "job.json").stat().st_mode & 0o044) is not private
 
 
-def test_neither_the_runs_config_nor_what_is_said_of_changes_tells_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_neither_the_runs_config_nor_what_is_said_of_changes_tells_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(tmp_path, EXTRA)
     assert SECRET not in json.dumps(_flat(config))
     publish_json(tmp_path / "config.json", _flat(config_of(tmp_path, {})))
@@ -123,21 +141,43 @@ def test_a_refused_argument_is_named_without_its_value() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    [f"launch.env.HF_TOKEN={SECRET}", f"sglang.extra_args.ssl_keyfile_password={SECRET}", f"sglang.extra_args={{api_token = '{SECRET}'}}"],
+    [
+        f"launch.env.HF_TOKEN={SECRET}",
+        f"sglang.extra_args.ssl_keyfile_password={SECRET}",
+        f"sglang.extra_args={{api_token = '{SECRET}'}}",
+    ],
 )
-def test_an_override_with_a_secret_is_refused_where_it_would_stand_in_scripts(override: str) -> None:
+def test_an_override_with_a_secret_is_refused_where_it_would_stand_in_scripts(
+    override: str,
+) -> None:
     config = load_config(EXAMPLES / "tiny_moe.toml")
-    assert make_plan(config, "local", config_file=EXAMPLES / "tiny_moe.toml", overrides=["sglang.tensor=1", "sft.num_steps=2"]).jobs
+    assert make_plan(
+        config,
+        "local",
+        config_file=EXAMPLES / "tiny_moe.toml",
+        overrides=["sglang.tensor=1", "sft.num_steps=2"],
+    ).jobs
     with pytest.raises(ConfigError, match="would stand in the scripts of the jobs") as caught:
-        make_plan(config, "local", config_file=EXAMPLES / "tiny_moe.toml", overrides=["sglang.tensor=1", override])
+        make_plan(
+            config,
+            "local",
+            config_file=EXAMPLES / "tiny_moe.toml",
+            overrides=["sglang.tensor=1", override],
+        )
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize(("env", "mode"), [({"HF_TOKEN": SECRET}, 0o700), ({"HF_HOME": "/data"}, None)])
-def test_the_folder_of_scripts_with_a_secret_is_the_owners(tmp_path: Path, env: dict[str, str], mode: int | None) -> None:
+@pytest.mark.parametrize(
+    ("env", "mode"), [({"HF_TOKEN": SECRET}, 0o700), ({"HF_HOME": "/data"}, None)]
+)
+def test_the_folder_of_scripts_with_a_secret_is_the_owners(
+    tmp_path: Path, env: dict[str, str], mode: int | None
+) -> None:
     config = config_of(tmp_path, {})
     config = config.model_copy(update={"launch": config.launch.model_copy(update={"env": env})})
     plan = make_plan(config, "local", config_file=EXAMPLES / "tiny_moe.toml")
     (tmp_path / "usual").mkdir()
     bridge._make_folder(tmp_path / "launch", plan)
-    assert (tmp_path / "launch").stat().st_mode & 0o777 == (mode or (tmp_path / "usual").stat().st_mode & 0o777)
+    assert (tmp_path / "launch").stat().st_mode & 0o777 == (
+        mode or (tmp_path / "usual").stat().st_mode & 0o777
+    )

@@ -13,7 +13,7 @@ def stage(engine: bool, **arguments: Any) -> list[dict[str, float]]:
     """
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from lopd.megatron import trainer
+    from lopd.megatron.training import trainer
     from tests.megatron.gpu_cases import stage as run
 
     if not engine:

@@ -24,10 +24,10 @@ from benchmarks.gpu.sheet import Sheet
 
 from lopd.config import SGLangSection, SyncSection
 from lopd.errors import LopdError
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.sampling import SamplingParams, SamplingRequest, request_seed
-from sglang_rollout.scoring import ScoreRequest
-from sglang_rollout.server import SGLangServer
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
+from sglang_rollout.requests.scoring import ScoreRequest
+from sglang_rollout.servers.server import SGLangServer
 from sglang_rollout.weight_sync import Colocation, build_receiver
 
 FULL: dict[str, Any] = {"megabytes": 1_000, "dtype": "bfloat16", "hidden": 2_048, "width": 768}

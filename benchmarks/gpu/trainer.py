@@ -16,7 +16,7 @@ from benchmarks.gpu.bodies import engine_obstacle, stage
 from benchmarks.gpu.part import arguments
 from benchmarks.gpu.sheet import Sheet
 
-from lopd.megatron.architecture import Architecture, read_architecture
+from lopd.megatron.weights.architecture import Architecture, read_architecture
 from tests.megatron.gpu_cases import (
     layers_that_fit,
     planned_bytes,

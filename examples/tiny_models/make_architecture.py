@@ -1,4 +1,5 @@
-"""Writes the folder of the example's small Qwen3-MoE without weights: config.json, generation_config.json and a tokenizer of 32 tokens with its chat template.
+"""Writes the folder of the example's small Qwen3-MoE without weights: config.json,
+generation_config.json and a tokenizer of 32 tokens with its chat template.
 
     python examples/tiny_models/make_architecture.py FOLDER
 
@@ -15,7 +16,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConf
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = [PAD, START, END, "<think>", "</think>"]
-RESERVED = ["<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"]  # so that the tokenizer has a name for each of the model's 32 ids
+RESERVED = [
+    "<|reserved_0|>",
+    "<|reserved_1|>",
+    "<|reserved_2|>",
+]  # so that the tokenizer has a name for each of the model's 32 ids
 VOCABULARY = [*SPECIAL, "user", "assistant", "\n", *"0123456789+-*=?:;,>c ", *RESERVED]
 
 CHAT_TEMPLATE = (
@@ -27,19 +32,31 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, but for the special tokens and the names of the roles. No unknown token: an unknown character is an error, not a surprise."""
+    """One token per character, but for the special tokens and the names of the roles. No unknown
+    token: an unknown character is an error, not a surprise.
+    """
     ids = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"user|assistant|\n|."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # without it, decoding puts a space between tokens
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in [*SPECIAL, *RESERVED]])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=256, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in [*SPECIAL, *RESERVED]]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def make_config() -> Qwen3MoeConfig:
-    """Qwen3-MoE of 750 thousand parameters: 3 layers of width 128, 4 query and 2 key/value heads of 32, 8 experts of width 64, 2 of them active."""
+    """Qwen3-MoE of 750 thousand parameters: 3 layers of width 128, 4 query and 2 key/value heads of
+    32, 8 experts of width 64, 2 of them active.
+    """
     pad, end = VOCABULARY.index(PAD), VOCABULARY.index(END)
     return Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
@@ -68,11 +85,18 @@ def make_config() -> Qwen3MoeConfig:
 
 
 def write_architecture(folder: Path) -> Path:
-    """Writes config, generation config and tokenizer into folder, which is made where it is missing; returns folder."""
+    """Writes config, generation config and tokenizer into folder, which is made where it is
+    missing; returns folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = make_config()
     config.save_pretrained(folder)
-    GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=True, temperature=1.0).save_pretrained(folder)
+    GenerationConfig(
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+    ).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

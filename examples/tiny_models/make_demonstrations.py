@@ -1,11 +1,13 @@
 """Writes demonstrations of register arithmetic, as an artifact that ``sft.demonstrations`` reads.
 
     python examples/tiny_models/make_demonstrations.py careful   OUT --tokenizer FOLDER --num 89600 --seed 11
-    python examples/tiny_models/make_demonstrations.py corrupted OUT --tokenizer FOLDER --num 19200 --seed 12
+    python examples/tiny_models/make_demonstrations.py corrupted OUT --tokenizer FOLDER --num 19200
+    --seed 12
     python examples/tiny_models/make_demonstrations.py mixture   OUT --tokenizer FOLDER --num 5120  --seed 13 --skip 0.03
 
-careful: every step written out. corrupted: errors in the steps, masked, and a consistent continuation. mixture: careful, or, with probability --skip, no step
-and the answer at once. Sets with different seeds share no problem, nor with the prompts of an example whose seeds are others.
+careful: every step written out. corrupted: errors in the steps, masked, and a consistent
+continuation. mixture: careful, or, with probability --skip, no step and the answer at once. Sets
+with different seeds share no problem, nor with the prompts of an example whose seeds are others.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from lopd.artifacts import MANIFEST, read_manifest, sha256_file
 from lopd.cache import write_responses
 from lopd.records import Response, float32, int32
 from lopd.tasks.prompts import render
-from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic, write_corrupted, write_response
+from lopd.tasks.register_arithmetic import (
+    Problem,
+    RegisterArithmetic,
+    write_corrupted,
+    write_response,
+)
 from lopd.tasks.tokenizer import load_tokenizer
 
 KINDS = ("careful", "corrupted", "mixture")
@@ -31,23 +38,40 @@ _CONTEXT_LENGTH = 256  # of the small models
 _CHUNK = 4096  # responses tokenised at a time
 
 
-def write_texts(kind: str, problems: Sequence[Problem], seed: int, skip: float) -> Iterator[tuple[str, NDArray[np.bool_] | None]]:
-    """The response to each problem and its mask bool[characters]; None: every character is learnt from."""
+def write_texts(
+    kind: str, problems: Sequence[Problem], seed: int, skip: float
+) -> Iterator[tuple[str, NDArray[np.bool_] | None]]:
+    """The response to each problem and its mask bool[characters]; None: every character is learnt
+    from.
+    """
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     for problem in problems:
         if kind == "corrupted":
             yield write_corrupted(problem, rng)
         else:
-            yield write_response(problem, "skip" if kind == "mixture" and rng.random() < skip else "careful"), None
+            yield (
+                write_response(
+                    problem, "skip" if kind == "mixture" and rng.random() < skip else "careful"
+                ),
+                None,
+            )
 
 
-def token_mask(characters: NDArray[np.bool_], offsets: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    """The mask bool[R] of tokens: True where every character [start, end) of a token is learnt from."""
+def token_mask(
+    characters: NDArray[np.bool_], offsets: Sequence[tuple[int, int]]
+) -> NDArray[np.bool_]:
+    """The mask bool[R] of tokens: True where every character [start, end) of a token is learnt
+    from.
+    """
     return np.array([bool(characters[start:end].all()) for start, end in offsets])
 
 
-def make_responses(kind: str, num: int, seed: int, skip: float, tokenizer: Any) -> Iterator[Response]:
-    """Demonstrations as records. Nobody sampled them: sampling_logprobs are 0, weight_version is "written"."""
+def make_responses(
+    kind: str, num: int, seed: int, skip: float, tokenizer: Any
+) -> Iterator[Response]:
+    """Demonstrations as records. Nobody sampled them: sampling_logprobs are 0, weight_version is
+    "written".
+    """
     task = RegisterArithmetic()
     problems = task.generate_problems(num, seed)
     written = write_texts(kind, problems, seed, skip)
@@ -55,7 +79,12 @@ def make_responses(kind: str, num: int, seed: int, skip: float, tokenizer: Any) 
         prompts = [task.to_prompt(problem) for problem in problems[start : start + _CHUNK]]
         texts, masks = zip(*(next(written) for _ in prompts), strict=True)
         prompt_ids = render(prompts, tokenizer, context_length=_CONTEXT_LENGTH)
-        encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=kind == "corrupted")
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=kind == "corrupted",
+        )
         for row, (prompt, ids, mask) in enumerate(zip(prompts, prompt_ids, masks, strict=True)):
             token_ids = int32(encoded["input_ids"][row])
             yield Response(
@@ -66,12 +95,16 @@ def make_responses(kind: str, num: int, seed: int, skip: float, tokenizer: Any) 
                 sampling_logprobs=float32(np.zeros(len(token_ids))),
                 finish_reason="stop",
                 weight_version="written",
-                loss_mask=None if mask is None else token_mask(mask, encoded["offset_mapping"][row]),
+                loss_mask=None
+                if mask is None
+                else token_mask(mask, encoded["offset_mapping"][row]),
             )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
@@ -89,9 +122,13 @@ def main() -> None:
         if found.complete and found.inputs == inputs:
             print(f"{options.out}: {found.rows} demonstrations are there already")
             return
-    responses = make_responses(options.kind, options.num, options.seed, options.skip, load_tokenizer(options.tokenizer))
+    responses = make_responses(
+        options.kind, options.num, options.seed, options.skip, load_tokenizer(options.tokenizer)
+    )
     manifest = write_responses(options.out, responses, kind="demonstrations", inputs=inputs)
-    print(f"{options.out}: {manifest.rows} demonstrations ({options.kind}) in {time.monotonic() - start:.1f} s")
+    print(
+        f"{options.out}: {manifest.rows} demonstrations ({options.kind}) in {time.monotonic() - start:.1f} s"
+    )
 
 
 if __name__ == "__main__":

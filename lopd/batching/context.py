@@ -1,15 +1,17 @@
 """Context parallelism: which tokens of a packed microbatch each rank computes. numpy only.
 
-Causal attention makes the end of a sequence dearer than its beginning. So each sequence is cut into 2 * size chunks of one length, and rank r takes chunks r
-and 2 * size - 1 - r: as much work as every other rank. For that it is padded at its end, which no token before sees. It is the order in which Transformer
-Engine's attention over packed sequences takes them (its thd_get_partitioned_indices).
+Causal attention makes the end of a sequence dearer than its beginning. So each sequence is cut into
+2 * size chunks of one length, and rank r takes chunks r and 2 * size - 1 - r: as much work as every
+other rank. For that it is padded at its end, which no token before sees. It is the order in which
+Transformer Engine's attention over packed sequences takes them (its thd_get_partitioned_indices).
 
     tokens      a0 a1 a2 a3 a4 b0 b1            two sequences, size 2
     padded      a0 a1 a2 a3 a4 __ __ __ b0 b1 __ __
     rank 0      a0 a1 __ __ b0 __               chunks 0 and 3 of each
     rank 1      a2 a3 a4 __ b1 __               chunks 1 and 2
 
-Only the model sees parts. Labels, masks and scores stay with the whole microbatch, which was shifted by one before: nothing crosses the border of a chunk.
+Only the model sees parts. Labels, masks and scores stay with the whole microbatch, which was
+shifted by one before: nothing crosses the border of a chunk.
 """
 
 from __future__ import annotations
@@ -27,13 +29,17 @@ from lopd.records import Ints
 
 @dataclass(frozen=True, slots=True)
 class ContextPart:
-    """One rank's part [P] of a microbatch of T tokens. Every rank has as many; tokens of samples are on one rank each.
+    """One rank's part [P] of a microbatch of T tokens. Every rank has as many; tokens of samples
+    are on one rank each.
 
-    cu_seqlens, max_seqlen: of the padded sequences over all ranks, as attention and rotary embeddings take them.
+    cu_seqlens, max_seqlen: of the padded sequences over all ranks, as attention and rotary
+    embeddings take them.
     """
 
     index: NDArray[np.int64]  # [P], the token in each place of this rank; T where there is padding
-    place: NDArray[np.int64]  # [T], where each token is among the places of all ranks, one rank after the other; size * P for one that nobody computes
+    place: NDArray[
+        np.int64
+    ]  # [T], where each token is among the places of all ranks, one rank after the other; size * P for one that nobody computes
     cu_seqlens: Ints  # [S+1], from 0 to size * P
     max_seqlen: int
 
@@ -43,7 +49,9 @@ class ContextPart:
 
 
 def multiples(size: int, tensor: int) -> tuple[int, int]:
-    """(of each sequence, of all together): to what they are padded. tensor: ranks that divide a part's tokens among them once more."""
+    """(of each sequence, of all together): to what they are padded. tensor: ranks that divide a
+    part's tokens among them once more.
+    """
     return (1, tensor) if size == 1 else (2 * size, size * math.lcm(2, tensor))
 
 
@@ -53,11 +61,14 @@ def padded_lengths(lengths: Sequence[int] | NDArray[Any], size: int) -> NDArray[
     return -(-np.asarray(lengths, dtype=np.int64) // multiple) * multiple
 
 
-def cut(cu_seqlens: Ints, num_sequences: int, *, rank: int, size: int, tensor: int = 1) -> ContextPart:
-    """The part of this rank of ``size`` context ranks. cu_seqlens [S+1], num_sequences: of a Microbatch.
+def cut(
+    cu_seqlens: Ints, num_sequences: int, *, rank: int, size: int, tensor: int = 1
+) -> ContextPart:
+    """The part of this rank of ``size`` context ranks. cu_seqlens [S+1], num_sequences: of a
+    Microbatch.
 
-    Its padding belongs to no part: what is missing to ``multiples`` is one more sequence, and all there is where it has no samples. Of a single rank the
-    part is the microbatch as it stands.
+    Its padding belongs to no part: what is missing to ``multiples`` is one more sequence, and all
+    there is where it has no samples. Of a single rank the part is the microbatch as it stands.
     """
     num_tokens = int(cu_seqlens[-1])
     if size == 1:
@@ -80,4 +91,9 @@ def cut(cu_seqlens: Ints, num_sequences: int, *, rank: int, size: int, tensor: i
     place[by_rank] = np.arange(len(by_rank))
     place_of_tokens = place[:-1]
     own = len(by_rank) // size
-    return ContextPart(by_rank[rank * own : (rank + 1) * own], place_of_tokens, padded.astype(np.int32), int(lengths.max()))
+    return ContextPart(
+        by_rank[rank * own : (rank + 1) * own],
+        place_of_tokens,
+        padded.astype(np.int32),
+        int(lengths.max()),
+    )

@@ -12,11 +12,15 @@ from lopd.errors import DataError
 from lopd.records import Floats, Ints, Microbatch, Response, Sample, TeacherScores, TopK
 
 
-def make_sample(response: Response, teacher: TeacherScores | Floats | None = None, *, with_top: bool = True) -> Sample:
-    """Prompt and response in one row [P + R]; loss on the response's tokens (those of its loss_mask, where it has one).
+def make_sample(
+    response: Response, teacher: TeacherScores | Floats | None = None, *, with_top: bool = True
+) -> Sample:
+    """Prompt and response in one row [P + R]; loss on the response's tokens (those of its
+    loss_mask, where it has one).
 
-    teacher: its scores, or only its log-probabilities f32[R] of the response's tokens. with_top: take the teacher's top-K along, where the scores have it.
-    Log-probabilities are 0 on the prompt. DataError: another number of them than of tokens.
+    teacher: its scores, or only its log-probabilities f32[R] of the response's tokens. with_top:
+    take the teacher's top-K along, where the scores have it. Log-probabilities are 0 on the prompt.
+    DataError: another number of them than of tokens.
     """
     teacher_logprobs = teacher.teacher_logprobs if isinstance(teacher, TeacherScores) else teacher
     top = teacher.top if isinstance(teacher, TeacherScores) and with_top else None
@@ -29,7 +33,9 @@ def make_sample(response: Response, teacher: TeacherScores | Floats | None = Non
         )
     loss_mask = np.zeros(prompt_len + response_len, dtype=np.bool_)
     loss_mask[prompt_len:] = True if response.loss_mask is None else response.loss_mask
-    loss_mask[:1] = False  # nothing stands before the first token to predict it from (an empty prompt)
+    loss_mask[:1] = (
+        False  # nothing stands before the first token to predict it from (an empty prompt)
+    )
 
     def after_prompt(logprobs: Floats) -> Floats:
         return np.concatenate([np.zeros(prompt_len, dtype=np.float32), logprobs.astype(np.float32)])
@@ -41,7 +47,14 @@ def make_sample(response: Response, teacher: TeacherScores | Floats | None = Non
         teacher_logprobs=None if teacher_logprobs is None else after_prompt(teacher_logprobs),
         key=response.key,
         truncated=response.finish_reason != "stop",
-        teacher_top=None if top is None else TopK(*(_padded(column, prompt_len, 0) for column in (top.ids, top.logprobs, top.tail_logprob))),
+        teacher_top=None
+        if top is None
+        else TopK(
+            *(
+                _padded(column, prompt_len, 0)
+                for column in (top.ids, top.logprobs, top.tail_logprob)
+            )
+        ),
     )
 
 
@@ -53,11 +66,13 @@ def _padded(rows: NDArray[Any], before: int, after: int) -> NDArray[Any]:
 def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microbatch:
     """Samples packed end to end [T], T a multiple of pad_multiple, shifted by one.
 
-    Position t predicts labels[t] = token_ids[t + 1] of the same sequence, and mask and log-probabilities move with the labels. The last position of a
-    sequence predicts nothing: label 0, mask False, log-probabilities 0. Positions restart with each sequence. What is missing to a multiple of
-    pad_multiple becomes one more sequence, of token 0 and without loss. No samples: that padding alone, pad_multiple tokens with both log-probability
-    columns, so that a rank with nothing to learn still takes part in every collective. DataError: some samples have log-probabilities, a top-K or a teacher's
-    index, others not.
+    Position t predicts labels[t] = token_ids[t + 1] of the same sequence, and mask and
+    log-probabilities move with the labels. The last position of a sequence predicts nothing: label
+    0, mask False, log-probabilities 0. Positions restart with each sequence. What is missing to a
+    multiple of pad_multiple becomes one more sequence, of token 0 and without loss. No samples:
+    that padding alone, pad_multiple tokens with both log-probability columns, so that a rank with
+    nothing to learn still takes part in every collective. DataError: some samples have
+    log-probabilities, a top-K or a teacher's index, others not.
     """
     assert pad_multiple >= 1, pad_multiple
     lengths = [len(sample) for sample in samples]
@@ -85,7 +100,11 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
         """Of every sample, or of none."""
         columns = [column for sample in samples if (column := getattr(sample, name)) is not None]
         if columns and len(columns) != len(samples):
-            raise DataError(f"{len(columns)} of {len(samples)} samples of a microbatch have {name}", where="batch", remedy="give it for all or for none")
+            raise DataError(
+                f"{len(columns)} of {len(samples)} samples of a microbatch have {name}",
+                where="batch",
+                remedy="give it for all or for none",
+            )
         return columns
 
     def shifted_logprobs(name: str) -> Floats | None:
@@ -97,9 +116,15 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
         if not tops:
             return None
         if len(widths := {top.ids.shape[1] for top in tops}) > 1:
-            raise DataError(f"top-K with K of {sorted(widths)} in one microbatch", where="batch", remedy="score the rollouts again with one score.top_k")
+            raise DataError(
+                f"top-K with K of {sorted(widths)} in one microbatch",
+                where="batch",
+                remedy="score the rollouts again with one score.top_k",
+            )
         merged = []
-        for columns in zip(*((top.ids, top.logprobs, top.tail_logprob) for top in tops), strict=True):
+        for columns in zip(
+            *((top.ids, top.logprobs, top.tail_logprob) for top in tops), strict=True
+        ):
             flat = np.roll(_padded(np.concatenate(columns), 0, total - num_tokens), -1, axis=0)
             flat[last] = 0
             merged.append(flat)
@@ -118,7 +143,12 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
         teacher_logprobs=shifted_logprobs("teacher_logprobs"),
         sampling_logprobs=shifted_logprobs("sampling_logprobs"),
         keys=tuple(sample.key for sample in samples if sample.key is not None),
-        truncated=np.array([*(sample.truncated for sample in samples), *([False] if padding_len else [])], dtype=np.bool_),
+        truncated=np.array(
+            [*(sample.truncated for sample in samples), *([False] if padding_len else [])],
+            dtype=np.bool_,
+        ),
         teacher_top=shifted_top(),
-        teacher_index=np.array([*teachers, *([0] if padding_len else [])], dtype=np.int64) if teachers or not samples else None,
+        teacher_index=np.array([*teachers, *([0] if padding_len else [])], dtype=np.int64)
+        if teachers or not samples
+        else None,
     )

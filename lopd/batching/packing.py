@@ -1,4 +1,6 @@
-"""Which data-parallel rank learns from which samples in which microbatch: equal numbers of microbatches, balanced cost, no budget broken."""
+"""Which data-parallel rank learns from which samples in which microbatch: equal numbers of
+microbatches, balanced cost, no budget broken.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from lopd.errors import ConfigError, DataError
 Indices: TypeAlias = NDArray[np.int64]
 StepPlan: TypeAlias = list[list[Indices]]  # [rank][microbatch] -> indices of samples
 
-ATTENTION_LEN = 32768  # tokens at which a sequence's attention costs about as much as all the rest (8B dense: 54k; 30B-A3B: 15k)
+# tokens at which a sequence's attention costs about as much as all the rest (8B dense: 54k;
+# 30B-A3B: 15k)
+ATTENTION_LEN = 32768
 
 
 def sample_costs(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -25,7 +29,9 @@ def sample_costs(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def microbatch_capacity(max_tokens: int, pad_multiple: int) -> int:
-    """Tokens of samples that fit into a microbatch which, padded to pad_multiple, has at most max_tokens. ConfigError if none do."""
+    """Tokens of samples that fit into a microbatch which, padded to pad_multiple, has at most
+    max_tokens. ConfigError if none do.
+    """
     capacity = max_tokens // pad_multiple * pad_multiple
     if capacity == 0:
         raise ConfigError(
@@ -37,11 +43,18 @@ def microbatch_capacity(max_tokens: int, pad_multiple: int) -> int:
 
 
 def refuse_too_long(
-    lengths: Sequence[int] | Indices, max_tokens: int, pad_multiple: int = 1, names: Sequence[object] | None = None, *, context: int = 1
+    lengths: Sequence[int] | Indices,
+    max_tokens: int,
+    pad_multiple: int = 1,
+    names: Sequence[object] | None = None,
+    *,
+    context: int = 1,
 ) -> None:
-    """DataError for samples that fit into no microbatch. Worth a call on all data before the first step. names: of the samples, for the message.
+    """DataError for samples that fit into no microbatch. Worth a call on all data before the first
+    step. names: of the samples, for the message.
 
-    context: ranks that share a microbatch, for which samples are padded too (lopd.batching.context).
+    context: ranks that share a microbatch, for which samples are padded too
+    (lopd.batching.context).
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     _, pad_multiple = multiples(context, pad_multiple)
@@ -50,7 +63,11 @@ def refuse_too_long(
     if len(too_long):
         first = int(too_long[0])
         longest = int(lengths.max())
-        others = f" (and {len(too_long) - 1} more, the longest of {longest} tokens)" if len(too_long) > 1 else ""
+        others = (
+            f" (and {len(too_long) - 1} more, the longest of {longest} tokens)"
+            if len(too_long) > 1
+            else ""
+        )
         raise DataError(
             f"prompt and response have {lengths[first]} tokens{others}",
             where=f"sample {first if names is None else names[first]}",
@@ -59,17 +76,28 @@ def refuse_too_long(
         )
 
 
-def plan_step(lengths: Sequence[int] | Indices, num_ranks: int, max_tokens: int, pad_multiple: int = 1, *, context: int = 1) -> StepPlan:
+def plan_step(
+    lengths: Sequence[int] | Indices,
+    num_ranks: int,
+    max_tokens: int,
+    pad_multiple: int = 1,
+    *,
+    context: int = 1,
+) -> StepPlan:
     """Samples of one step to [rank][microbatch] index arrays; the same input gives the same plan.
 
-    lengths [N]: tokens of each sample, at least 1. max_tokens: bound of a microbatch after padding to pad_multiple. Every rank gets the same number of
-    microbatches, few enough that first-fit-decreasing would not need fewer. A microbatch is empty only if there are fewer samples than microbatches. context:
-    ranks that share each microbatch; then the bound is kept after what lopd.batching.context pads, too.
+    lengths [N]: tokens of each sample, at least 1. max_tokens: bound of a microbatch after padding
+    to pad_multiple. Every rank gets the same number of microbatches, few enough that
+    first-fit-decreasing would not need fewer. A microbatch is empty only if there are fewer samples
+    than microbatches. context: ranks that share each microbatch; then the bound is kept after what
+    lopd.batching.context pads, too.
 
-    Balance: microbatches are filled longest sample first, each into the cheapest microbatch with room; so two microbatches differ by at most the cost
-    of the costliest sample, unless the budget stood in the way. Sorted by cost they are dealt in rounds of num_ranks, the costliest to the rank with the least
-    so far; so ranks run microbatches of like cost at the same time, and the totals of two ranks never differ by more than two microbatches of one
-    round do. DataError: a sample longer than the budget.
+    Balance: microbatches are filled longest sample first, each into the cheapest microbatch with
+    room; so two microbatches differ by at most the cost of the costliest sample, unless the budget
+    stood in the way. Sorted by cost they are dealt in rounds of num_ranks, the costliest to the
+    rank with the least so far; so ranks run microbatches of like cost at the same time, and the
+    totals of two ranks never differ by more than two microbatches of one round do. DataError: a
+    sample longer than the budget.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     assert num_ranks >= 1, num_ranks
@@ -86,7 +114,9 @@ def plan_step(lengths: Sequence[int] | Indices, num_ranks: int, max_tokens: int,
     enough = max(1, -(-len(tight) // num_ranks))
     bins = None
     for per_rank in range(fewest, enough + 1):
-        bins = _balanced_fit(lengths.tolist(), costs.tolist(), longest_first, capacity, num_ranks * per_rank)
+        bins = _balanced_fit(
+            lengths.tolist(), costs.tolist(), longest_first, capacity, num_ranks * per_rank
+        )
         if bins is not None:
             break
     if bins is None:
@@ -96,7 +126,9 @@ def plan_step(lengths: Sequence[int] | Indices, num_ranks: int, max_tokens: int,
 
 def _first_fit(lengths: list[int], order: list[int], capacity: int) -> list[list[int]]:
     """Each sample into the first microbatch with room, opening one where none has."""
-    free = np.zeros(len(lengths), dtype=np.int64)  # room left in each microbatch; those not yet opened come after
+    free = np.zeros(
+        len(lengths), dtype=np.int64
+    )  # room left in each microbatch; those not yet opened come after
     bins: list[list[int]] = []
     for index in order:
         slot = int(np.argmax(free[: len(bins)] >= lengths[index])) if bins else 0
@@ -109,8 +141,12 @@ def _first_fit(lengths: list[int], order: list[int], capacity: int) -> list[list
     return bins
 
 
-def _balanced_fit(lengths: list[int], costs: list[float], order: list[int], capacity: int, num_bins: int) -> list[list[int]] | None:
-    """Each sample into the cheapest of num_bins microbatches that has room; None where some sample finds no room."""
+def _balanced_fit(
+    lengths: list[int], costs: list[float], order: list[int], capacity: int, num_bins: int
+) -> list[list[int]] | None:
+    """Each sample into the cheapest of num_bins microbatches that has room; None where some sample
+    finds no room.
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     tokens = [0] * num_bins
     cheapest = [(0.0, slot) for slot in range(num_bins)]  # a heap of (cost so far, microbatch)
@@ -130,7 +166,9 @@ def _balanced_fit(lengths: list[int], costs: list[float], order: list[int], capa
 
 
 def _spread(bins: list[list[int]], num_bins: int) -> list[list[int]]:
-    """As many microbatches as asked for: the missing ones take single samples from those that hold most."""
+    """As many microbatches as asked for: the missing ones take single samples from those that hold
+    most.
+    """
     bins = [list(members) for members in bins]
     while len(bins) < num_bins:
         fullest = max(bins, key=len, default=[])
@@ -139,7 +177,9 @@ def _spread(bins: list[list[int]], num_bins: int) -> list[list[int]]:
 
 
 def _deal(bins: list[Indices], costs: NDArray[np.float64], num_ranks: int) -> StepPlan:
-    """Microbatches to ranks, one each per round, the costliest of a round to the rank with the least so far."""
+    """Microbatches to ranks, one each per round, the costliest of a round to the rank with the
+    least so far.
+    """
     bin_costs = [float(costs[members].sum()) for members in bins]
     costliest_first = sorted(range(len(bins)), key=lambda slot: -bin_costs[slot])
     plan: StepPlan = [[] for _ in range(num_ranks)]

@@ -1,4 +1,6 @@
-"""What a cache holds, in figures: lengths, log-probabilities, the advantage at the start, endings, duplicates, bytes. One pass, a shard at a time."""
+"""What a cache holds, in figures: lengths, log-probabilities, the advantage at the start, endings,
+duplicates, bytes. One pass, a shard at a time.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from lopd.records import Manifest, token_hash
 
 LOGPROB_EDGES = (-np.inf, -20.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.1, -0.01, np.inf)
 ADVANTAGE_EDGES = (-np.inf, -10.0, -5.0, -2.0, -1.0, -0.1, 0.1, 1.0, 2.0, 5.0, 10.0, np.inf)
-SHARE_EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)  # of the probability outside of the teacher's top-K
+SHARE_EDGES = (
+    0.0,
+    1e-5,
+    1e-4,
+    1e-3,
+    0.01,
+    0.1,
+    1.0,
+)  # of the probability outside of the teacher's top-K
 ENTROPY_EDGES = (0.0, 1e-3, 0.01, 0.1, 0.5, 1.0, 2.0, np.inf)
 ADVANTAGE_CLIP = 10.0  # of the paper
 
@@ -34,7 +44,11 @@ class Moments:
         values = values[np.isfinite(values)].astype(np.float64)
         if values.size:
             self.counts += np.histogram(values, self.edges)[0]
-            self.number, self.total, self.squares = self.number + values.size, self.total + values.sum(), self.squares + (values**2).sum()
+            self.number, self.total, self.squares = (
+                self.number + values.size,
+                self.total + values.sum(),
+                self.squares + (values**2).sum(),
+            )
             self.least, self.most = min(self.least, values.min()), max(self.most, values.max())
 
     def as_json(self) -> dict[str, Any] | None:
@@ -44,11 +58,19 @@ class Moments:
         spread = max(0.0, self.squares / self.number - mean**2) ** 0.5
         edges = [float(edge) if np.isfinite(edge) else None for edge in self.edges]
         histogram = {"edges": edges, "counts": self.counts.tolist()}
-        return {"mean": mean, "standard_deviation": spread, "min": float(self.least), "max": float(self.most), "histogram": histogram}
+        return {
+            "mean": mean,
+            "standard_deviation": spread,
+            "min": float(self.least),
+            "max": float(self.most),
+            "histogram": histogram,
+        }
 
 
 def inspect_cache(folder: Path) -> dict[str, Any]:
-    """All figures of an artifact of responses, as JSON. Memory: one shard, and some 40 bytes a response. ArtifactError: damaged."""
+    """All figures of an artifact of responses, as JSON. Memory: one shard, and some 40 bytes a
+    response. ArtifactError: damaged.
+    """
     manifest = read_manifest(folder)
     scan = _Scan(set(manifest.extra.get("end_token_ids", [])))
     for shard in manifest.shards:
@@ -65,8 +87,14 @@ def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "complete": manifest.complete,
         "fingerprint": manifest.fingerprint,
         "schema_version": manifest.schema_version,
-        "teacher": None if teacher is None else {"path": teacher.path, "weights": teacher.weights, "tokenizer": teacher.tokenizer},
-        "teachers": {identity.weights: f"{role}: {identity.path}" for role, identity in manifest.models.items() if role.startswith("teacher")},
+        "teacher": None
+        if teacher is None
+        else {"path": teacher.path, "weights": teacher.weights, "tokenizer": teacher.tokenizer},
+        "teachers": {
+            identity.weights: f"{role}: {identity.path}"
+            for role, identity in manifest.models.items()
+            if role.startswith("teacher")
+        },
         "student": manifest.models["student"].path if "student" in manifest.models else None,
         "lineage": dict(manifest.lineage),
         "sampling": dict(manifest.sampling),
@@ -87,7 +115,8 @@ def _sizes(folder: Path, num_tokens: int) -> dict[str, Any]:
     return {
         "bytes": total,
         "bytes_per_token": total / tokens,
-        "bytes_per_token_without_sampling_logprobs": (total - columns.get("sampling_logprobs", 0)) / tokens,
+        "bytes_per_token_without_sampling_logprobs": (total - columns.get("sampling_logprobs", 0))
+        / tokens,
         "bytes_per_token_by_column": {name: size / tokens for name, size in columns.items()},
     }
 
@@ -103,7 +132,9 @@ class _Scan:
         self._sequences: Counter[str] = Counter()
         self._prompts: set[str] = set()
         self._teachers: Counter[str] = Counter()
-        self._logprobs = {name: Moments(LOGPROB_EDGES) for name in ("teacher_logprobs", "sampling_logprobs")}
+        self._logprobs = {
+            name: Moments(LOGPROB_EDGES) for name in ("teacher_logprobs", "sampling_logprobs")
+        }
         self._tail, self._entropy, self._top_ids = Moments(SHARE_EDGES), Moments(ENTROPY_EDGES), 0
         self._advantage, self._over_one, self._clipped = Moments(ADVANTAGE_EDGES), 0, 0
         self.num_tokens = 0
@@ -128,8 +159,14 @@ class _Scan:
             response = ids[ends[row] - lengths[row] : ends[row]]
             if reason == "stop" and len(response):
                 self._last_tokens[int(response[-1])] += 1
-            self._sequences[token_hash(prompts[prompt_ends[row] - prompt_lengths[row] : prompt_ends[row]], response)] += 1
-        found = {name: flat(table, name)[0] for name in self._logprobs if name in table.column_names}
+            self._sequences[
+                token_hash(
+                    prompts[prompt_ends[row] - prompt_lengths[row] : prompt_ends[row]], response
+                )
+            ] += 1
+        found = {
+            name: flat(table, name)[0] for name in self._logprobs if name in table.column_names
+        }
         for name, values in found.items():
             self._logprobs[name].add(values)
         if TOP_IDS in table.column_names:
@@ -147,10 +184,15 @@ class _Scan:
     def as_json(self) -> dict[str, Any]:
         rows, tokens = sum(self._reasons.values()), max(1, self.num_tokens)
         stopped = self._reasons["stop"]
-        ends = self._ends or {token for token, count in self._last_tokens.most_common(1) if count > 1}
+        ends = self._ends or {
+            token for token, count in self._last_tokens.most_common(1) if count > 1
+        }
         advantage = self._advantage.as_json()
         if advantage is not None:
-            advantage |= {"share_over_1_nat": self._over_one / tokens, "share_clipped": self._clipped / tokens}
+            advantage |= {
+                "share_over_1_nat": self._over_one / tokens,
+                "share_clipped": self._clipped / tokens,
+            }
         return {
             "rows": rows,
             "tokens": self.num_tokens,
@@ -160,8 +202,12 @@ class _Scan:
             "finish_reasons": dict(self._reasons),
             "truncated_share": self._reasons["length"] / max(1, rows),
             "end_token_ids": sorted(ends),
-            "end_tokens_from": "manifest" if self._ends else "the commonest last token of responses that stopped",
-            "end_token_coverage": sum(self._last_tokens[token] for token in ends) / stopped if stopped else None,
+            "end_tokens_from": "manifest"
+            if self._ends
+            else "the commonest last token of responses that stopped",
+            "end_token_coverage": sum(self._last_tokens[token] for token in ends) / stopped
+            if stopped
+            else None,
             "duplicate_keys": sum(count - 1 for count in self._keys.values()),
             "duplicate_sequences": sum(count - 1 for count in self._sequences.values()),
             "rows_by_teacher": dict(self._teachers),
@@ -178,5 +224,12 @@ def _lengths_json(parts: list[NDArray[Any]]) -> dict[str, Any] | None:
     if not len(lengths):
         return None
     counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
-    quantiles = {name: float(np.quantile(lengths, share)) for name, share in (("min", 0), ("median", 0.5), ("p95", 0.95), ("max", 1))}
-    return {"mean": float(lengths.mean()), **quantiles, "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}
+    quantiles = {
+        name: float(np.quantile(lengths, share))
+        for name, share in (("min", 0), ("median", 0.5), ("p95", 0.95), ("max", 1))
+    }
+    return {
+        "mean": float(lengths.mean()),
+        **quantiles,
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }

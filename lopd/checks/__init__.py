@@ -1,4 +1,6 @@
-"""Everything that can be found wrong before anything starts: models, tokenizers, layouts, prompts, servers, folders, disk. Starts nothing, writes nothing."""
+"""Everything that can be found wrong before anything starts: models, tokenizers, layouts, prompts,
+servers, folders, disk. Starts nothing, writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from typing import Any
 from lopd.checks import combinations
 from lopd.checks.findings import ALL_STAGES, CORES, Finding, Shapes, devices, problems_of
 from lopd.checks.folders import disk, folders
-from lopd.checks.lineage import cache, checkpoint, checkpoint_problems, demonstrations, lineage, teachers
+from lopd.checks.lineage import (
+    cache,
+    checkpoint,
+    checkpoint_problems,
+    demonstrations,
+    lineage,
+    teachers,
+)
 from lopd.checks.models import context, context_problems, student, teacher, tokenizers
 from lopd.checks.prompts import prompts, verifier
 from lopd.checks.servers import server, server_problems
@@ -25,8 +34,13 @@ def _sync(config: Config) -> Iterator[Finding]:
     return combinations.sync(config, on_gpu=devices()[1] != CORES)
 
 
-CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {  # name -> function, and the stages to which it matters
-    "teacher": (teacher, tuple(stage for stage in ALL_STAGES if stage != "sft")),  # SFT on demonstrations from elsewhere needs none
+CHECKS: dict[
+    str, tuple[Check, tuple[str, ...]]
+] = {  # name -> function, and the stages to which it matters
+    "teacher": (
+        teacher,
+        tuple(stage for stage in ALL_STAGES if stage != "sft"),
+    ),  # SFT on demonstrations from elsewhere needs none
     "student": (student, ALL_STAGES),
     "teachers": (teachers, ("demonstrate", "rollout", "score", "distill")),
     "context": (context, SERVING),
@@ -51,8 +65,13 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {  # name -> function, and th
 
 
 def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Finding]]:
-    """Runs every check (or those that matter to one stage); yields (name, finding). A check that fails keeps no other from running."""
-    done = {stage, *(("rollout", "score") if stage == "distill" and config.distill.refresh.is_on else ())}  # a refresh samples and scores as they do
+    """Runs every check (or those that matter to one stage); yields (name, finding). A check that
+    fails keeps no other from running.
+    """
+    done = {
+        stage,
+        *(("rollout", "score") if stage == "distill" and config.distill.refresh.is_on else ()),
+    }  # a refresh samples and scores as they do
     for name, (function, stages) in CHECKS.items():
         if stage is None or not done.isdisjoint(stages):
             try:
@@ -62,10 +81,14 @@ def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Findi
                 yield name, error
 
 
-def check_anywhere(config: Config, shapes: Shapes, without: Collection[str] = ()) -> Iterator[LopdError]:
-    """What is wrong on whatever machine, by the configuration and its models' shapes alone: of ``lopd plan``, by the same code as ``lopd check``.
+def check_anywhere(
+    config: Config, shapes: Shapes, without: Collection[str] = ()
+) -> Iterator[LopdError]:
+    """What is wrong on whatever machine, by the configuration and its models' shapes alone: of
+    ``lopd plan``, by the same code as ``lopd check``.
 
-    without: stages that this run does not make. What a plan says itself is left out: layouts that do not divide the models.
+    without: stages that this run does not make. What a plan says itself is left out: layouts that
+    do not divide the models.
     """
     for subject in (
         context_problems(config, shapes),
@@ -81,14 +104,21 @@ def check_anywhere(config: Config, shapes: Shapes, without: Collection[str] = ()
 
 
 def check_all(config: Config, stage: str | None = None) -> None:
-    """Raises the first error of all checks; what ``lopd run`` and each stage's verb do before anything else."""
+    """Raises the first error of all checks; what ``lopd run`` and each stage's verb do before
+    anything else.
+    """
     problems = [finding for _, finding in check(config, stage) if isinstance(finding, LopdError)]
     if problems:
         first = problems[0]
         more = f" (and {len(problems) - 1} more: lopd check tells all)" if len(problems) > 1 else ""
-        raise type(first)(first.what + more, where=first.where, limit=first.limit, remedy=first.remedy)
+        raise type(first)(
+            first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
+        )
 
 
 def as_rows(config: Config) -> list[dict[str, Any]]:
     """The checks as rows for a table or JSON: name, ok, finding."""
-    return [{"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)} for name, finding in check(config)]
+    return [
+        {"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)}
+        for name, finding in check(config)
+    ]

@@ -9,10 +9,12 @@ from typing import TypeAlias
 
 from lopd.config import Config
 from lopd.errors import LopdError
-from lopd.megatron.architecture import Architecture, read_architecture
+from lopd.megatron.weights.architecture import Architecture, read_architecture
 
 Finding = str | LopdError  # what was found right, or what is wrong
-Shapes: TypeAlias = Mapping[str, Architecture]  # of the models that are known, by role: teacher, student, teachers.DOMAIN
+Shapes: TypeAlias = Mapping[
+    str, Architecture
+]  # of the models that are known, by role: teacher, student, teachers.DOMAIN
 ALL_STAGES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate", "export")
 CORES = "CPU cores"
 NO_LIMIT = 2**31  # of processes that share the cores of a machine
@@ -36,7 +38,9 @@ def architecture_of(config: Config, role: str) -> Architecture | None:
 
 def shapes_of(config: Config) -> Shapes:
     """Of all models that can be read here."""
-    folders = {role: getattr(config.models, role) for role in ROLES} | {f"teachers.{domain}": folder for domain, folder in config.models.teachers.items()}
+    folders = {role: getattr(config.models, role) for role in ROLES} | {
+        f"teachers.{domain}": folder for domain, folder in config.models.teachers.items()
+    }
     found: dict[str, Architecture] = {}
     for role, folder in folders.items():
         with contextlib.suppress(LopdError):  # ``teacher``, ``student`` and ``teachers`` say so

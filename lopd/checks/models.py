@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from lopd import consistency
 from lopd.artifacts import identify_model
+from lopd.artifacts import lineage as consistency
 from lopd.checks.findings import ROLES, Finding, Shapes, architecture_of, attempt, shapes_of
 from lopd.config import Config
 from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
-from lopd.megatron.architecture import read_architecture
-from lopd.megatron.hf_files import CheckpointReader
+from lopd.megatron.weights.architecture import read_architecture
+from lopd.megatron.weights.hf_files import CheckpointReader
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 
 
@@ -29,7 +29,11 @@ def _model(config: Config, role: str) -> str:
     """A folder of a known architecture whose safetensors hold every tensor of it."""
     folder: Path = getattr(config.models, role)
     if not folder.is_dir():
-        raise ConfigError(f"models.{role}: no such folder", where=str(folder), remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"))
+        raise ConfigError(
+            f"models.{role}: no such folder",
+            where=str(folder),
+            remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
+        )
     architecture = read_architecture(folder)
     if not (role == "student" and config.sft.init == "random"):
         with CheckpointReader(folder, architecture):  # reads the headers
@@ -57,8 +61,14 @@ def context_problems(config: Config, shapes: Shapes) -> Iterator[ConfigError]:
 
 
 def tokenizers(config: Config) -> Iterator[Finding]:
-    """The teacher's and the student's are the same, fit the vocabulary, and know how a response ends."""
-    readable = {role: getattr(config.models, role) for role in ROLES if architecture_of(config, role) is not None}
+    """The teacher's and the student's are the same, fit the vocabulary, and know how a response
+    ends.
+    """
+    readable = {
+        role: getattr(config.models, role)
+        for role in ROLES
+        if architecture_of(config, role) is not None
+    }
     for role, folder in readable.items():
         yield attempt(partial(_tokenizer, role, folder))
     if len(readable) == len(ROLES):
@@ -70,8 +80,18 @@ def _tokenizer(role: str, folder: Path) -> str:
     tokenizer, size = load_tokenizer(folder), read_architecture(folder).vocab_size
     if len(tokenizer) > size:
         limit = f"vocab_size of config.json: {size}"
-        raise DataError(f"the tokenizer of the {role} has {len(tokenizer)} tokens", where=str(folder), limit=limit, remedy="use the model's own tokenizer")
+        raise DataError(
+            f"the tokenizer of the {role} has {len(tokenizer)} tokens",
+            where=str(folder),
+            limit=limit,
+            remedy="use the model's own tokenizer",
+        )
     ends = stop_token_ids(folder, tokenizer)
     if max(ends) >= size:
-        raise DataError(f"end token {max(ends)} of the {role}", where=str(folder), limit=f"vocab_size {size}", remedy="mend generation_config.json")
+        raise DataError(
+            f"end token {max(ends)} of the {role}",
+            where=str(folder),
+            limit=f"vocab_size {size}",
+            remedy="mend generation_config.json",
+        )
     return f"{role}: {len(tokenizer)} tokens, responses end with {', '.join(map(str, ends))}"

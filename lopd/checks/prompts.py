@@ -22,22 +22,43 @@ def prompts(config: Config) -> Iterator[Finding]:
     except LopdError:  # ``tokenizers`` has said so
         tokenizer = None
     sets: dict[str, list[Prompt]] = {}
-    for name in ("eval", "opd", *(("sft",) if config.sft.demonstrations is None and config.sft.checkpoint is None else ())):
+    for name in (
+        "eval",
+        "opd",
+        *(("sft",) if config.sft.demonstrations is None and config.sft.checkpoint is None else ()),
+    ):
         try:
             chosen, answers = getattr(config.prompts, name), name == "eval"
             if tokenizer is None:
                 sets[name] = read_prompts(chosen, task, need_answers=answers)
             else:
-                sets[name], _ = load_prompts(chosen, task, tokenizer, context_length=config.sglang.context_length, need_answers=answers)
+                sets[name], _ = load_prompts(
+                    chosen,
+                    task,
+                    tokenizer,
+                    context_length=config.sglang.context_length,
+                    need_answers=answers,
+                )
         except LopdError as error:
-            where = f"prompts.{name}: {error.where}" if error.where != "prompts" else f"prompts.{name}"
+            where = (
+                f"prompts.{name}: {error.where}" if error.where != "prompts" else f"prompts.{name}"
+            )
             yield type(error)(error.what, where=where, limit=error.limit, remedy=error.remedy)
             continue
-        held_out = {_question(prompt) for prompt in sets["eval"]} if name != "eval" and "eval" in sets else set()
+        held_out = (
+            {_question(prompt) for prompt in sets["eval"]}
+            if name != "eval" and "eval" in sets
+            else set()
+        )
         shared = [prompt.prompt_id for prompt in sets[name] if _question(prompt) in held_out]
         if shared:
             what = f"{len(shared)} prompts are also held-out prompts of prompts.eval, first {shared[0]!r}"
-            yield DataError(what, where=f"prompts.{name}", limit="0", remedy="remove them, or give the sets different seeds")
+            yield DataError(
+                what,
+                where=f"prompts.{name}",
+                limit="0",
+                remedy="remove them, or give the sets different seeds",
+            )
         else:
             yield f"{name}: {len(sets[name])}"
 

@@ -2,7 +2,14 @@
 
 from lopd.config.base import FilePath, Section
 from lopd.config.engine import SGLangSection, SyncSection
-from lopd.config.loading import InvalidConfig, config_from, known_keys, load_config, nearest_key, result_keys
+from lopd.config.loading import (
+    InvalidConfig,
+    config_from,
+    known_keys,
+    load_config,
+    nearest_key,
+    result_keys,
+)
 from lopd.config.sections import (
     Config,
     DemonstrateSection,

@@ -19,7 +19,10 @@ def _usable_path(value: Any) -> Any:
             raise ValueError("an empty path")
         if not str(value).isprintable():
             raise ValueError("a path with characters that cannot be shown")
-        if any(len(os.fsencode(part)) > 255 for part in Path(value).parts) or len(os.fsencode(value)) > 4000:
+        if (
+            any(len(os.fsencode(part)) > 255 for part in Path(value).parts)
+            or len(os.fsencode(value)) > 4000
+        ):
             raise ValueError("a longer path than the system allows")
         if str(value).startswith(PREFIX):
             return local_path(str(value))
@@ -34,7 +37,9 @@ FilePath = Annotated[Path, Strict(False), BeforeValidator(_usable_path)]  # a st
 
 
 class Contradiction(ValueError):
-    """Knobs of one section that do not go together. what: begins with a knob's name; limit, remedy: as in errors.py."""
+    """Knobs of one section that do not go together. what: begins with a knob's name; limit, remedy:
+    as in errors.py.
+    """
 
     def __init__(self, what: str, *, limit: str, remedy: str) -> None:
         super().__init__(f"{what}: {limit}")
@@ -42,6 +47,10 @@ class Contradiction(ValueError):
 
 
 class Section(BaseModel):
-    """A table of the TOML file. Types are strict: true is no number, "8" is none either, and 1e999 is none at all."""
+    """A table of the TOML file. Types are strict: true is no number, "8" is none either, and 1e999
+    is none at all.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )

@@ -24,32 +24,55 @@ class InvalidConfig(ConfigError):
 
     def __init__(self, mistakes: Sequence[ConfigError], keys: Sequence[str]) -> None:
         first, self.mistakes = mistakes[0], tuple(mistakes)
-        more = f" (and {len(mistakes) - 1} more: {', '.join(keys[1:6])}; lopd check tells all)" if len(mistakes) > 1 else ""
-        super().__init__(first.what + more, where=first.where, limit=first.limit, remedy=first.remedy)
+        more = (
+            f" (and {len(mistakes) - 1} more: {', '.join(keys[1:6])}; lopd check tells all)"
+            if len(mistakes) > 1
+            else ""
+        )
+        super().__init__(
+            first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Config from a TOML file and ``section.key=value`` overrides (values in TOML syntax; a bare word is a string).
+    """Config from a TOML file and ``section.key=value`` overrides (values in TOML syntax; a bare
+    word is a string).
 
-    ConfigError: missing file, syntax. InvalidConfig: unknown keys (with the nearest right ones), wrong types, out of bounds.
+    ConfigError: missing file, syntax. InvalidConfig: unknown keys (with the nearest right ones),
+    wrong types, out of bounds.
     """
     return config_from(_read_toml(path), overrides, where=str(path), base=path)
 
 
-def config_from(table: dict[str, Any], overrides: Sequence[str], *, where: str, base: Path) -> Config:
-    """Config from a table as in TOML. Relative paths are relative to the folder of ``base``, a file. Errors: see load_config; where: what they name."""
+def config_from(
+    table: dict[str, Any], overrides: Sequence[str], *, where: str, base: Path
+) -> Config:
+    """Config from a table as in TOML. Relative paths are relative to the folder of ``base``, a
+    file. Errors: see load_config; where: what they name.
+    """
     overridden = {_apply_override(table, override) for override in overrides}
     try:
         config = Config.model_validate(table)
     except pydantic.ValidationError as error:
         found = error.errors()
         keys = [".".join(str(part) for part in problem["loc"]) for problem in found]
-        places = ["command line" if any(f"{name}.".startswith(f"{key}.") for name in overridden) else where for key in keys]
-        raise InvalidConfig([_explain(*about) for about in zip(found, keys, places, strict=True)], keys) from None
+        places = [
+            "command line"
+            if any(f"{name}.".startswith(f"{key}.") for name in overridden)
+            else where
+            for key in keys
+        ]
+        raise InvalidConfig(
+            [_explain(*about) for about in zip(found, keys, places, strict=True)], keys
+        ) from None
     try:
         folder = base.resolve().parent
     except OSError as error:
-        raise ConfigError(f"the current folder is gone ({error.strerror})", where=where, remedy="go to a folder that exists") from None
+        raise ConfigError(
+            f"the current folder is gone ({error.strerror})",
+            where=where,
+            remedy="go to a folder that exists",
+        ) from None
     return cast(Config, _absolute(config, folder))
 
 
@@ -58,14 +81,32 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if "=" in path.name:
-            remedy = "the TOML file comes first, overrides after it: lopd VERB CONFIG section.key=value"
-            raise ConfigError(f"{str(path)!r} is an override, where a TOML file is needed", where="command line", remedy=remedy) from None
-        raise ConfigError("no such file", where=str(path), remedy="give the path of a TOML file, for example examples/tiny_moe.toml") from None
+            remedy = (
+                "the TOML file comes first, overrides after it: lopd VERB CONFIG section.key=value"
+            )
+            raise ConfigError(
+                f"{str(path)!r} is an override, where a TOML file is needed",
+                where="command line",
+                remedy=remedy,
+            ) from None
+        raise ConfigError(
+            "no such file",
+            where=str(path),
+            remedy="give the path of a TOML file, for example examples/tiny_moe.toml",
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text (byte {error.start})", where=str(path), remedy="save it as UTF-8") from None
+        raise ConfigError(
+            f"not UTF-8 text (byte {error.start})", where=str(path), remedy="save it as UTF-8"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: not TOML, or a path with a null byte
-        what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"not valid TOML: {error}"
-        raise ConfigError(what, where=str(path), remedy="give a TOML file, for example examples/tiny_moe.toml") from None
+        what = (
+            f"cannot be read ({error.strerror})"
+            if isinstance(error, OSError)
+            else f"not valid TOML: {error}"
+        )
+        raise ConfigError(
+            what, where=str(path), remedy="give a TOML file, for example examples/tiny_moe.toml"
+        ) from None
 
 
 def _apply_override(table: dict[str, Any], override: str) -> str:
@@ -73,7 +114,11 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     *sections, last = parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
-        raise ConfigError(f"override {override!r:.120} is not section.key=value", where="command line", remedy="write for example distill.num_steps=8")
+        raise ConfigError(
+            f"override {override!r:.120} is not section.key=value",
+            where="command line",
+            remedy="write for example distill.num_steps=8",
+        )
     try:
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
@@ -82,12 +127,18 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{key.strip()}: {section} is a value, not a section", where="command line", remedy=f"see: lopd knobs {sections[0]}")
+            raise ConfigError(
+                f"{key.strip()}: {section} is a value, not a section",
+                where="command line",
+                remedy=f"see: lopd knobs {sections[0]}",
+            )
     table[last] = value
     return ".".join(parts)
 
 
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, pydantic.fields.FieldInfo]:
+def known_keys(
+    model: type[BaseModel] = Config, prefix: str = ""
+) -> dict[str, pydantic.fields.FieldInfo]:
     """Every dotted key with its field, depth first."""
     keys: dict[str, pydantic.fields.FieldInfo] = {}
     for name, field in model.model_fields.items():
@@ -107,8 +158,9 @@ _ELSEWHERE = {  # what other programs call it -> name of the knob
 
 
 def nearest_key(key: str) -> str:
-    """The known key that was probably meant: what another program calls so, one of the same name in another section, else a like one of the same section,
-    else the most like."""
+    """The known key that was probably meant: what another program calls so, one of the same name in
+    another section, else a like one of the same section, else the most like.
+    """
     section, _, name = key.rpartition(".")
     known = [*known_keys()]
     if (meant := f"{section}.{_ELSEWHERE.get(name, '')}") in known:
@@ -127,17 +179,26 @@ _NEEDED = {  # pydantic's name of a wrong type -> what is needed
     "bool_type": "true or false", "string_type": "text in quotes", "path_type": "a path in quotes", "dict_type": "a table { key = value }",
     "list_type": 'a list ["...", "..."]',
 }  # fmt: skip
-_BOUNDS = {"greater_than_equal": (">=", "ge"), "greater_than": (">", "gt"), "less_than_equal": ("<=", "le"), "less_than": ("<", "lt")}
+_BOUNDS = {
+    "greater_than_equal": (">=", "ge"),
+    "greater_than": (">", "gt"),
+    "less_than_equal": ("<=", "le"),
+    "less_than": ("<", "lt"),
+}
 
 
 def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
     """One of pydantic's findings as a line of ours."""
     kind, context, value = problem["type"], problem.get("ctx", {}), _shown(problem["input"])
     if kind == "extra_forbidden":
-        return ConfigError(f"unknown key {key}", where=where, remedy=f"the nearest known key is {nearest_key(key)}")
+        return ConfigError(
+            f"unknown key {key}", where=where, remedy=f"the nearest known key is {nearest_key(key)}"
+        )
     cause = context.get("error")
     if isinstance(cause, Contradiction):
-        return ConfigError(f"{key}.{cause.what}", where=where, limit=cause.limit, remedy=cause.remedy)
+        return ConfigError(
+            f"{key}.{cause.what}", where=where, limit=cause.limit, remedy=cause.remedy
+        )
     known, knob = known_keys(), key
     while knob not in known:  # an item of a list or a table: models.teachers.math
         knob = knob.rpartition(".")[0]
@@ -147,14 +208,23 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
         return ConfigError(f"{key} is missing", where=where, remedy=f"add it: {meaning}")
     if kind == "model_type":
         remedy = f"set its keys one by one, for example {key}.{_children(key)[0]}"
-        return ConfigError(f"{key} = {value} is no section", where=where, limit=meaning, remedy=remedy)
+        return ConfigError(
+            f"{key} = {value} is no section", where=where, limit=meaning, remedy=remedy
+        )
     if kind in _BOUNDS:
         sign, bound = _BOUNDS[kind]
         limit = f"{sign} {context[bound]:g}"
     else:
-        limit = _NEEDED.get(kind) or str(context.get("expected") or context.get("error") or problem["msg"]).replace("False", "false")
+        limit = _NEEDED.get(kind) or str(
+            context.get("expected") or context.get("error") or problem["msg"]
+        ).replace("False", "false")
     refused = "is not allowed" if kind == "value_error" else ""
-    return ConfigError(f"{key} = {value} {refused}".rstrip(), where=where, limit=f"not {limit}" if refused else limit, remedy=f"change it ({meaning})")
+    return ConfigError(
+        f"{key} = {value} {refused}".rstrip(),
+        where=where,
+        limit=f"not {limit}" if refused else limit,
+        remedy=f"change it ({meaning})",
+    )
 
 
 def _shown(value: Any) -> str:
@@ -181,7 +251,9 @@ def _absolute(model: BaseModel, base: Path) -> BaseModel:
 
 
 def result_keys(config: BaseModel, sections: Sequence[str]) -> dict[str, Any]:
-    """The knobs under these dotted sections that decide a result (speed_only ones left out), flat, as JSON values."""
+    """The knobs under these dotted sections that decide a result (speed_only ones left out), flat,
+    as JSON values.
+    """
     flat: dict[str, Any] = {}
     fields = known_keys()
     dumped = config.model_dump(mode="json")
@@ -191,7 +263,9 @@ def result_keys(config: BaseModel, sections: Sequence[str]) -> dict[str, Any]:
         extra = field.json_schema_extra if field is not None else None
         if isinstance(extra, Mapping) and extra.get("speed_only"):
             return
-        if isinstance(value, Mapping) and (field is None or not key.endswith(("options", "extra_args"))):
+        if isinstance(value, Mapping) and (
+            field is None or not key.endswith(("options", "extra_args"))
+        ):
             for name, inner in value.items():
                 visit(inner, f"{key}.{name}")
         else:

@@ -1,8 +1,10 @@
-"""Turns a launch plan into one nemo-run experiment. Runs in nemo-run's own environment, by path: imports nothing of ours.
+"""Turns a launch plan into one nemo-run experiment. Runs in nemo-run's own environment, by path:
+imports nothing of ours.
 
     python -I nemo.py PLAN.json RESULT.json [--render FOLDER]
 
---render writes what would be submitted (Slurm: batch scripts, Kubernetes: TrainJobs, others: commands as JSON) and submits nothing.
+--render writes what would be submitted (Slurm: batch scripts, Kubernetes: TrainJobs, others:
+commands as JSON) and submits nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from nemo_run.core.tunnel.client import LocalTunnel
 
 Job = dict[str, Any]
 Plan = dict[str, Any]
-EXPERIMENT = "lopd_rendered"  # id of an experiment that is only rendered: nothing of a clock in what is compared
+# id of an experiment that is only rendered: nothing of a clock in what is compared
+EXPERIMENT = "lopd_rendered"
 
 
 def mounts_of(settings: dict[str, Any]) -> list[str]:
@@ -40,7 +43,9 @@ def slurm_executor(job: Job, plan: Plan) -> Any:
         partition=slurm["partition"],
         time=f"{hours:02d}:{minutes:02d}:00",
         nodes=job["nodes"],
-        ntasks_per_node=1,  # lopd starts the ranks of a node itself: it watches them and goes on from the newest checkpoint
+        # lopd starts the ranks of a node itself: it watches them and goes on from the newest
+        # checkpoint
+        ntasks_per_node=1,
         cpus_per_task=job["cpus"],
         gpus_per_node=job["gpus"] or None,
         array=f"0-{job['workers'] - 1}" if job["workers"] > 1 else None,
@@ -49,9 +54,12 @@ def slurm_executor(job: Job, plan: Plan) -> Any:
         container_mounts=mounts_of(settings),
         env_vars={key: shlex.quote(value) for key, value in settings["env"].items()},
         setup_lines=settings["setup"],
-        srun_args=[f"--cpus-per-task={job['cpus']}"],  # since Slurm 22.05 a step does not inherit it from its job
+        srun_args=[
+            f"--cpus-per-task={job['cpus']}"
+        ],  # since Slurm 22.05 a step does not inherit it from its job
         additional_parameters={"kill-on-invalid-dep": "yes", **slurm["extra"]},
-        # nemo-run requeues by SLURM_JOB_ID, which for one task of an array is the whole array: a failure would end the other tasks and repeat them
+        # nemo-run requeues by SLURM_JOB_ID, which for one task of an array is the whole array: a
+        # failure would end the other tasks and repeat them
         retries=settings["retries"] if job["workers"] == 1 else 0,
         dependency_type="afterany" if after_shares(job, plan) else "afterok",
         poll_estimated_start_time=False,
@@ -66,7 +74,9 @@ def kubernetes_executor(job: Job, plan: Plan) -> Any:
         runtime_ref=cluster["runtime"],
         namespace=cluster["namespace"],
         image=settings["image"],
-        num_nodes=max(job["nodes"], job["workers"]),  # an array is a job of as many pods; each learns its index from its environment
+        num_nodes=max(
+            job["nodes"], job["workers"]
+        ),  # an array is a job of as many pods; each learns its index from its environment
         nprocs_per_node=1,
         gpus_per_node=job["gpus"] or None,
         cpu_requests=str(job["cpus"]),
@@ -86,18 +96,47 @@ def pod_spec(cluster: dict[str, Any]) -> dict[str, Any]:
             {"name": "runs", "persistentVolumeClaim": {"claimName": cluster["claim"]}},
             {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
         ],
-        "containers": [{"name": "node", "volumeMounts": [{"name": "runs", "mountPath": cluster["mount"]}, {"name": "shared-memory", "mountPath": "/dev/shm"}]}],
-        "securityContext": {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "runAsNonRoot": True},
+        "containers": [
+            {
+                "name": "node",
+                "volumeMounts": [
+                    {"name": "runs", "mountPath": cluster["mount"]},
+                    {"name": "shared-memory", "mountPath": "/dev/shm"},
+                ],
+            }
+        ],
+        "securityContext": {
+            "runAsUser": 1000,
+            "runAsGroup": 1000,
+            "fsGroup": 1000,
+            "runAsNonRoot": True,
+        },
     }
 
 
 def pod_patch(pod: dict[str, Any], field: str) -> dict[str, Any]:
-    """The field of a TrainJob's spec that says so. A cluster drops what its version of Kubeflow Trainer does not know: podTemplateOverrides, which is all that
-    nemo-run 0.11.1 writes, is 2.1's, and cannot say who the pods run as (the image does)."""
+    """The field of a TrainJob's spec that says so. A cluster drops what its version of Kubeflow
+    Trainer does not know: podTemplateOverrides, which is all that nemo-run 0.11.1 writes, is 2.1's,
+    and cannot say who the pods run as (the image does).
+    """
     if field == "podTemplateOverrides":
-        return {field: [{"targetJobs": [{"name": "node"}], "spec": {key: pod[key] for key in ("volumes", "containers")}}]}
+        return {
+            field: [
+                {
+                    "targetJobs": [{"name": "node"}],
+                    "spec": {key: pod[key] for key in ("volumes", "containers")},
+                }
+            ]
+        }
     jobs = [{"name": "node", "template": {"spec": {"template": {"spec": pod}}}}]
-    return {field: [{"manager": "lopd", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": jobs}}}}]}
+    return {
+        field: [
+            {
+                "manager": "lopd",
+                "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": jobs}}},
+            }
+        ]
+    }
 
 
 def docker_executor(job: Job, plan: Plan) -> Any:
@@ -135,15 +174,25 @@ def local_executor(job: Job, plan: Plan) -> Any:
     return run.LocalExecutor(env_vars=dict(plan["settings"]["env"]), packager=run.Packager())
 
 
-EXECUTORS = {"slurm": slurm_executor, "k8s": kubernetes_executor, "docker": docker_executor, "skypilot": skypilot_executor, "local": local_executor}
+EXECUTORS = {
+    "slurm": slurm_executor,
+    "k8s": kubernetes_executor,
+    "docker": docker_executor,
+    "skypilot": skypilot_executor,
+    "local": local_executor,
+}
 
 
 def script_of(job: Job, target: str) -> Any:
     entrypoint, *arguments = job["command"]
     if target in ("slurm", "skypilot"):  # they join the words to a line of shell without quoting
         entrypoint, *arguments = (shlex.quote(word) for word in job["command"])
-    elif target == "docker":  # to one between double quotes, which docker's client takes apart first
-        entrypoint, *arguments = (shlex.quote(word).replace("\\", "\\\\").replace('"', '\\"') for word in job["command"])
+    elif (
+        target == "docker"
+    ):  # to one between double quotes, which docker's client takes apart first
+        entrypoint, *arguments = (
+            shlex.quote(word).replace("\\", "\\\\").replace('"', '\\"') for word in job["command"]
+        )
     return run.Script(path=arguments[0], args=arguments[1:], entrypoint=entrypoint)
 
 
@@ -156,12 +205,20 @@ def render(experiment: Any, plan: Plan, folder: Path) -> None:
         if plan["target"] == "slurm":
             request = submitted._dryrun_info.request
             text = request.materialize()
-            word = "afterany" if after_shares(job, plan) else "afterok"  # their ids are known when they are submitted
-            text = text.replace("# Parameters", "# Parameters" + "".join(f"\n# {word} {name}" for name in job["after"]), 1)
+            word = (
+                "afterany" if after_shares(job, plan) else "afterok"
+            )  # their ids are known when they are submitted
+            text = text.replace(
+                "# Parameters",
+                "# Parameters" + "".join(f"\n# {word} {name}" for name in job["after"]),
+                1,
+            )
             (folder / f"{job['name']}.sh").write_text(text.rstrip() + "\n", encoding="utf-8")
         elif plan["target"] == "k8s":
             body = submitted.executor.get_job_body(f"lopd-{job['name']}", list(job["command"]))
-            text = "".join(f"# after {name}\n" for name in job["after"]) + yaml.safe_dump(body, sort_keys=False)
+            text = "".join(f"# after {name}\n" for name in job["after"]) + yaml.safe_dump(
+                body, sort_keys=False
+            )
             (folder / f"{job['name']}.yaml").write_text(text, encoding="utf-8")
         elif plan["target"] == "skypilot":
             text = "".join(f"# after {name}\n" for name in job["after"]) + yaml.safe_dump(
@@ -169,8 +226,17 @@ def render(experiment: Any, plan: Plan, folder: Path) -> None:
             )  # str() of it fails with SkyPilot 0.14
             (folder / f"{job['name']}.yaml").write_text(text, encoding="utf-8")
         else:
-            about = {"after": job["after"], **(docker_call(submitted) if plan["target"] == "docker" else {"command": job["command"]})}
-            (folder / f"{job['name']}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            about = {
+                "after": job["after"],
+                **(
+                    docker_call(submitted)
+                    if plan["target"] == "docker"
+                    else {"command": job["command"]}
+                ),
+            }
+            (folder / f"{job['name']}.json").write_text(
+                json.dumps(about, indent=1) + "\n", encoding="utf-8"
+            )
 
 
 def docker_call(submitted: Any) -> dict[str, Any]:
@@ -188,7 +254,11 @@ def docker_call(submitted: Any) -> dict[str, Any]:
             asked["network"] = network["name"]
 
         def run(self, image: str, command: str, **options: Any) -> None:
-            asked.update(image=image, command=command, **{key: value for key, value in options.items() if value})
+            asked.update(
+                image=image,
+                command=command,
+                **{key: value for key, value in options.items() if value},
+            )
 
     [container] = submitted._dryrun_info.request.containers
     container.run(client=Recorder(), id=EXPERIMENT)
@@ -203,16 +273,38 @@ def main() -> int:
     options = parser.parse_args()
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     rendered = {"id": EXPERIMENT} if options.render is not None else {}
-    with run.Experiment(plan["title"], log_level="WARN", skip_status_at_exit=True, enable_goodbye_message=False, **rendered) as experiment:
+    with run.Experiment(
+        plan["title"],
+        log_level="WARN",
+        skip_status_at_exit=True,
+        enable_goodbye_message=False,
+        **rendered,
+    ) as experiment:
         for job in plan["jobs"]:
             executor = EXECUTORS[plan["target"]](job, plan)
-            experiment.add(script_of(job, plan["target"]), executor=executor, name=job["name"], dependencies=list(job["after"]) or None, tail_logs=False)
+            experiment.add(
+                script_of(job, plan["target"]),
+                executor=executor,
+                name=job["name"],
+                dependencies=list(job["after"]) or None,
+                tail_logs=False,
+            )
         if options.render is not None:
             render(experiment, plan, options.render)
         else:
             experiment.run(detach=plan["target"] in ("slurm", "skypilot"))
-    jobs = [{"name": job.id, "handle": job.handle, "state": str(job.state), "log_dir": job.executor.job_dir} for job in experiment.jobs]
-    options.result.write_text(json.dumps({"experiment": experiment._id, "jobs": jobs}, indent=1) + "\n", encoding="utf-8")
+    jobs = [
+        {
+            "name": job.id,
+            "handle": job.handle,
+            "state": str(job.state),
+            "log_dir": job.executor.job_dir,
+        }
+        for job in experiment.jobs
+    ]
+    options.result.write_text(
+        json.dumps({"experiment": experiment._id, "jobs": jobs}, indent=1) + "\n", encoding="utf-8"
+    )
     return 0
 
 

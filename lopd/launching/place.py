@@ -1,7 +1,10 @@
-"""Which part of a job this process is: which worker of an array, which node of several. Standard library only.
+"""Which part of a job this process is: which worker of an array, which node of several. Standard
+library only.
 
-A cluster tells it by environment variables, each by its own: Slurm by the index of an array and the number of a node, Kubernetes by the index of a pod in its
-job, SkyPilot by the rank of a node. ``--shards auto/4`` and ``--node auto`` read them; ``--shards 1/4`` and ``--node 1/2`` say it outright.
+A cluster tells it by environment variables, each by its own: Slurm by the index of an array and the
+number of a node, Kubernetes by the index of a pod in its job, SkyPilot by the rank of a node.
+``--shards auto/4`` and ``--node auto`` read them; ``--shards 1/4`` and ``--node 1/2`` say it
+outright.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ _NODE = ("SLURM_NODEID", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "SKYPILOT_NODE
 
 
 def read_share(text: str, environment: Mapping[str, str] = os.environ) -> Share:
-    """``1/4`` or ``auto/4``: the second of four workers, or the one that the cluster says. ConfigError: neither."""
+    """``1/4`` or ``auto/4``: the second of four workers, or the one that the cluster says.
+    ConfigError: neither.
+    """
     index, count = _read(text, "--shards", _WORKER, environment)
     return Share(index, count)
 
@@ -27,13 +32,27 @@ def read_node(text: str, environment: Mapping[str, str] = os.environ) -> tuple[i
     return _read(text, "--node", _NODE, environment)
 
 
-def _read(text: str, option: str, names: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int]:
+def _read(
+    text: str, option: str, names: Sequence[str], environment: Mapping[str, str]
+) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if index == "auto":
-        index = next((environment[name] for name in names if environment.get(name, "").isdigit()), "")
+        index = next(
+            (environment[name] for name in names if environment.get(name, "").isdigit()), ""
+        )
         if not index:
             remedy = f"say it outright, for example {option} 0/{count or 2}"
-            raise ConfigError(f"{option} {text}: no cluster tells which one this is", where="environment", limit=f"one of {', '.join(names)}", remedy=remedy)
+            raise ConfigError(
+                f"{option} {text}: no cluster tells which one this is",
+                where="environment",
+                limit=f"one of {', '.join(names)}",
+                remedy=remedy,
+            )
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise ConfigError(f"{option} {text!r:.40}", where="command line", limit="i/n with 0 <= i < n", remedy=f"write for example {option} 0/2")
+        raise ConfigError(
+            f"{option} {text!r:.40}",
+            where="command line",
+            limit="i/n with 0 <= i < n",
+            remedy=f"write for example {option} 0/2",
+        )
     return int(index), int(count)

@@ -1,4 +1,6 @@
-"""An objective put together from pieces: a loss per token, which tokens carry it, how much each counts, and a pull back to the rollouts' policy."""
+"""An objective put together from pieces: a loss per token, which tokens carry it, how much each
+counts, and a pull back to the rollouts' policy.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,13 @@ class TokenLoss(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """sum over tokens of (product of weightings) * loss + reference, aggregated over the tokens that the selections leave.
+    """sum over tokens of (product of weightings) * loss + reference, aggregated over the tokens
+    that the selections leave.
 
-    What it is divided by counts those tokens or their responses; weightings do not change it. teachers: names of the teachers where responses were scored by
-    several (by domain, say); the loss needs no more than each token's log-probability by its own teacher, and the metrics come for each of them too, as
-    ``X/NAME``. ConfigError: pieces that do not go together.
+    What it is divided by counts those tokens or their responses; weightings do not change it.
+    teachers: names of the teachers where responses were scored by several (by domain, say); the
+    loss needs no more than each token's log-probability by its own teacher, and the metrics come
+    for each of them too, as ``X/NAME``. ConfigError: pieces that do not go together.
     """
 
     loss: TokenLoss
@@ -73,6 +77,12 @@ class Distillation:
             losses = losses + self.reference(logprobs, batch)
             sums |= self.reference.metric_sums(logprobs, batch)
         if self.teachers:
-            sums |= sums_by_teacher(logprobs, batch, advantage_clip=self.loss.advantage_clip, ends=ends, teachers=self.teachers)
+            sums |= sums_by_teacher(
+                logprobs,
+                batch,
+                advantage_clip=self.loss.advantage_clip,
+                ends=ends,
+                teachers=self.teachers,
+            )
         weights, num_items = token_weights(batch, self.loss.aggregation, losses.dtype)
         return LossOutput((weights * losses).sum(), num_items, sums)

@@ -1,4 +1,6 @@
-"""From the configuration to the objective: which knob makes which piece, what each needs, and what is refused."""
+"""From the configuration to the objective: which knob makes which piece, what each needs, and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from lopd.objective.selection import DropTruncated, Prefix
 from lopd.objective.top_k import TopKKL
 from lopd.objective.weighting import EarlyTokenGain, TruncatedImportance
 
-AVAILABLE = frozenset({"teacher_logprobs", "sampling_logprobs", "truncated", "student_top_logprobs"})  # what every cache and the trainer give an objective
+AVAILABLE = frozenset(
+    {"teacher_logprobs", "sampling_logprobs", "truncated", "student_top_logprobs"}
+)  # what every cache and the trainer give an objective
 TOP_K = frozenset({"teacher_top_logprobs"})  # what a cache with the teacher's top-K gives besides
 _ORIGIN = {  # of TokenBatch's fields
     "teacher_logprobs": "the score stage writes them",
@@ -44,21 +48,48 @@ def _top_k(direction: Any) -> Piece:
 
 
 LOSSES: dict[str, Piece] = {  # distill.objective.loss
-    "lightning": Piece(("teacher_logprobs",), lambda distill: Lightning(distill.advantage_clip, distill.aggregation)),
+    "lightning": Piece(
+        ("teacher_logprobs",),
+        lambda distill: Lightning(distill.advantage_clip, distill.aggregation),
+    ),
     "top_k_reverse_kl": _top_k("reverse"),
     "top_k_forward_kl": _top_k("forward"),
 }
-SELECTIONS: dict[str, Piece] = {  # knobs of distill.objective; a piece is used where its knob differs from the default
+SELECTIONS: dict[
+    str, Piece
+] = {  # knobs of distill.objective; a piece is used where its knob differs from the default
     "truncated": Piece(("truncated",), lambda distill: DropTruncated()),
-    "prefix_share": Piece(("truncated",), lambda distill: Prefix(share=distill.objective.prefix_share, keep_end_token=distill.objective.keep_end_token)),
-    "prefix_tokens": Piece(("truncated",), lambda distill: Prefix(num_tokens=distill.objective.prefix_tokens, keep_end_token=distill.objective.keep_end_token)),
+    "prefix_share": Piece(
+        ("truncated",),
+        lambda distill: Prefix(
+            share=distill.objective.prefix_share, keep_end_token=distill.objective.keep_end_token
+        ),
+    ),
+    "prefix_tokens": Piece(
+        ("truncated",),
+        lambda distill: Prefix(
+            num_tokens=distill.objective.prefix_tokens,
+            keep_end_token=distill.objective.keep_end_token,
+        ),
+    ),
 }
 WEIGHTINGS: dict[str, Piece] = {
-    "importance_cap": Piece(("sampling_logprobs",), lambda distill: TruncatedImportance(distill.objective.importance_cap or math.inf)),
-    "early_token_gain": Piece(("teacher_logprobs",), lambda distill: EarlyTokenGain(distill.objective.early_token_gain, distill.advantage_clip)),
+    "importance_cap": Piece(
+        ("sampling_logprobs",),
+        lambda distill: TruncatedImportance(distill.objective.importance_cap or math.inf),
+    ),
+    "early_token_gain": Piece(
+        ("teacher_logprobs",),
+        lambda distill: EarlyTokenGain(distill.objective.early_token_gain, distill.advantage_clip),
+    ),
 }
 REFERENCE: dict[str, Piece] = {
-    "reference_kl": Piece(("sampling_logprobs",), lambda distill: ReferenceKL(distill.objective.reference_kl, distill.objective.reference_direction)),
+    "reference_kl": Piece(
+        ("sampling_logprobs",),
+        lambda distill: ReferenceKL(
+            distill.objective.reference_kl, distill.objective.reference_direction
+        ),
+    ),
 }
 _MODIFIES = {  # a knob -> those of which at least one must be on for it to mean anything
     "keep_end_token": ("prefix_share", "prefix_tokens"),
@@ -67,12 +98,20 @@ _MODIFIES = {  # a knob -> those of which at least one must be on for it to mean
 _TOKEN_WEIGHTED = ("lightning",)  # losses of the sampled token
 
 
-def objective_from_config(section: DistillSection, available: Collection[str] = AVAILABLE, teachers: tuple[str, ...] = ()) -> Objective:
-    """The objective of [distill] and [distill.objective]. available: fields of TokenBatch that data and trainer give. teachers: see Distillation.
+def objective_from_config(
+    section: DistillSection, available: Collection[str] = AVAILABLE, teachers: tuple[str, ...] = ()
+) -> Objective:
+    """The objective of [distill] and [distill.objective]. available: fields of TokenBatch that data
+    and trainer give. teachers: see Distillation.
 
-    ConfigError: knobs that contradict each other or do nothing, or a piece that needs what is not available.
+    ConfigError: knobs that contradict each other or do nothing, or a piece that needs what is not
+    available.
     """
-    chosen = {name: piece for name, piece in (SELECTIONS | WEIGHTINGS | REFERENCE).items() if is_on(section.objective, name)}
+    chosen = {
+        name: piece
+        for name, piece in (SELECTIONS | WEIGHTINGS | REFERENCE).items()
+        if is_on(section.objective, name)
+    }
     _refuse_contradictions(section.objective)
     for name, piece in ({"loss": LOSSES[section.objective.loss]} | chosen).items():
         _refuse_missing(section.objective, name, piece, available)
@@ -83,7 +122,9 @@ def objective_from_config(section: DistillSection, available: Collection[str] = 
     def built(registry: dict[str, Piece]) -> tuple[Any, ...]:
         return tuple(piece.build(section) for name, piece in registry.items() if name in chosen)
 
-    return Distillation(loss, built(SELECTIONS), built(WEIGHTINGS), next(iter(built(REFERENCE)), None), teachers)
+    return Distillation(
+        loss, built(SELECTIONS), built(WEIGHTINGS), next(iter(built(REFERENCE)), None), teachers
+    )
 
 
 def needs_top_k(section: DistillSection) -> bool:
@@ -98,24 +139,51 @@ def is_on(objective: ObjectiveSection, knob: str) -> bool:
 
 def _refuse_contradictions(objective: ObjectiveSection) -> None:
     if is_on(objective, "prefix_share") and is_on(objective, "prefix_tokens"):
-        raise _refused(objective, "prefix_share", "prefix_tokens says how long the prefix is, too", "give one of the two")
+        raise _refused(
+            objective,
+            "prefix_share",
+            "prefix_tokens says how long the prefix is, too",
+            "give one of the two",
+        )
     for knob, needed in _MODIFIES.items():
         if is_on(objective, knob) and not any(is_on(objective, other) for other in needed):
-            raise _refused(objective, knob, f"it changes nothing without {' or '.join(needed)}", f"set {' or '.join(needed)}, or leave it out")
+            raise _refused(
+                objective,
+                knob,
+                f"it changes nothing without {' or '.join(needed)}",
+                f"set {' or '.join(needed)}, or leave it out",
+            )
     if is_on(objective, "top_k_support") and objective.loss in _TOKEN_WEIGHTED:
-        raise _refused(objective, "top_k_support", f"it changes nothing with loss = {objective.loss}", "use a top-K loss, or leave it out")
+        raise _refused(
+            objective,
+            "top_k_support",
+            f"it changes nothing with loss = {objective.loss}",
+            "use a top-K loss, or leave it out",
+        )
     for knob in WEIGHTINGS:
         if is_on(objective, knob) and objective.loss not in _TOKEN_WEIGHTED:
             reason = f"loss = {objective.loss} is a sum over the teacher's tokens, in which the sampled token plays no part"
             raise _refused(objective, knob, reason, "use loss = lightning, or leave it out")
 
 
-def _refuse_missing(objective: ObjectiveSection, knob: str, piece: Piece, available: Collection[str]) -> None:
+def _refuse_missing(
+    objective: ObjectiveSection, knob: str, piece: Piece, available: Collection[str]
+) -> None:
     missing = [name for name in piece.needs if name not in available]
     if missing:
         reason = "; ".join(f"needs {name}: {_ORIGIN[name]}" for name in missing)
-        raise _refused(objective, knob, reason, "use loss = lightning, or give it" if knob == "loss" else "leave it out")
+        raise _refused(
+            objective,
+            knob,
+            reason,
+            "use loss = lightning, or give it" if knob == "loss" else "leave it out",
+        )
 
 
 def _refused(objective: ObjectiveSection, knob: str, reason: str, remedy: str) -> ConfigError:
-    return ConfigError(f"{knob} = {getattr(objective, knob)}", where="[distill.objective]", limit=reason, remedy=remedy)
+    return ConfigError(
+        f"{knob} = {getattr(objective, knob)}",
+        where="[distill.objective]",
+        limit=reason,
+        remedy=remedy,
+    )

@@ -13,12 +13,16 @@ from lopd.objective.interface import LossOutput, TokenBatch
 
 @dataclass(frozen=True, slots=True)
 class Supervised:
-    """-log pi_theta of every loss token. aggregation: see token_weights. Metrics: ``nll`` (mean over tokens, in nats) and ``perplexity``."""
+    """-log pi_theta of every loss token. aggregation: see token_weights. Metrics: ``nll`` (mean
+    over tokens, in nats) and ``perplexity``.
+    """
 
     aggregation: Aggregation = "token_mean"
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> LossOutput:
-        """logprobs [T] with gradient. The batch's log-probabilities of teacher and sampler are not looked at."""
+        """logprobs [T] with gradient. The batch's log-probabilities of teacher and sampler are not
+        looked at.
+        """
         losses = torch.where(batch.loss_mask, -logprobs, 0.0)  # [T]
         weights, num_items = token_weights(batch, self.aggregation, losses.dtype)
         sums = count_sums(batch)

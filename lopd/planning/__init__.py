@@ -1,4 +1,6 @@
-"""What a run will need before anything starts: parameters, memory, disk, operations, hours. docs/plan.md has the assumptions and their sources."""
+"""What a run will need before anything starts: parameters, memory, disk, operations, hours.
+docs/plan.md has the assumptions and their sources.
+"""
 
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.hardware import Node, node_of

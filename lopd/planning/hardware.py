@@ -49,22 +49,42 @@ class Node:
     disk: int
 
 
-def node_of(gpu: str, num_gpus: int, *, host_gib: float | None = None, disk_gib: float | None = None) -> Node:
-    """ConfigError: an unknown GPU, with the nearest. host_gib, absent: 256 GiB per GPU (a usual 8-GPU node has 2 TiB). disk_gib, absent: 3.5 TiB per GPU."""
+def node_of(
+    gpu: str, num_gpus: int, *, host_gib: float | None = None, disk_gib: float | None = None
+) -> Node:
+    """ConfigError: an unknown GPU, with the nearest. host_gib, absent: 256 GiB per GPU (a usual
+    8-GPU node has 2 TiB). disk_gib, absent: 3.5 TiB per GPU.
+    """
     name = gpu.lower()
     if name not in GPUS:
         nearest = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown GPU {gpu!r:.60}", where="--gpu", limit=f"one of {', '.join(GPUS)}", remedy=f"the nearest is {nearest}")
+        raise ConfigError(
+            f"unknown GPU {gpu!r:.60}",
+            where="--gpu",
+            limit=f"one of {', '.join(GPUS)}",
+            remedy=f"the nearest is {nearest}",
+        )
     host = (256 if host_gib is None else host_gib / num_gpus) * num_gpus * _GIB
     disk = (3584 if disk_gib is None else disk_gib / num_gpus) * num_gpus * _GIB
     return Node(GPUS[name], num_gpus, int(host), int(disk))
 
 
 def gpu_of_device(device: str) -> Gpu:
-    """The GPU that torch or nvidia-smi calls by this name; one that is not in the table counts as an H100."""
+    """The GPU that torch or nvidia-smi calls by this name; one that is not in the table counts as
+    an H100.
+    """
     words = device.lower().replace("-", " ").split()
     for gpu in GPUS.values():
         kind, _, size = gpu.name.partition("-")
-        if any(word.startswith(kind) for word in words) and (size in words or sum(other.startswith(f"{kind}-") for other in GPUS) == 1):
+        if any(word.startswith(kind) for word in words) and (
+            size in words or sum(other.startswith(f"{kind}-") for other in GPUS) == 1
+        ):
             return gpu
-    return next((gpu for gpu in GPUS.values() if any(word.startswith(gpu.name.partition("-")[0]) for word in words)), GPUS["h100-80gb"])
+    return next(
+        (
+            gpu
+            for gpu in GPUS.values()
+            if any(word.startswith(gpu.name.partition("-")[0]) for word in words)
+        ),
+        GPUS["h100-80gb"],
+    )

@@ -1,6 +1,8 @@
-"""What the config.json of public models says, so that a plan needs neither download nor hub. Written down from the models' published files.
+"""What the config.json of public models says, so that a plan needs neither download nor hub.
+Written down from the models' published files.
 
-Only the fields that lopd.megatron.families reads. A checkpoint's own config.json wins wherever it is there.
+Only the fields that lopd.megatron.weights.families reads. A checkpoint's own config.json wins
+wherever it is there.
 """
 
 from __future__ import annotations
@@ -12,11 +14,25 @@ _QWEN3 = {
     "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": False,
 }  # fmt: skip
 _BASE = {"max_position_embeddings": 32768}
-_MOE = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "num_key_value_heads": 4, "decoder_sparse_step": 1}
+_MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 4,
+    "decoder_sparse_step": 1,
+}
 
 
 def _shape(hidden: int, layers: int, heads: int, ffn: int, **more: Any) -> dict[str, Any]:
-    return {**_QWEN3, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": ffn, **more}
+    return {
+        **_QWEN3,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        **more,
+    }
 
 
 _DENSE = {

@@ -1,4 +1,6 @@
-"""The nearest settings that fit a node: first the servers', then those of each training. Near: few knobs changed, by little; among equals the fastest."""
+"""The nearest settings that fit a node: first the servers', then those of each training. Near: few
+knobs changed, by little; among equals the fastest.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from lopd.config import Config, TrainSection
-from lopd.megatron.architecture import layout_problems
+from lopd.megatron.weights.architecture import layout_problems
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.hardware import Node
 from lopd.planning.models import PlannedModel
 from lopd.planning.plan import TRAINED, Plan, given_stages, make_plan
 
 SERVED = ("demonstrate", "rollout", "score", "evaluate")
-OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, "use_precision_aware_optimizer": True}
+OFFLOAD = {
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 1.0,
+    "use_precision_aware_optimizer": True,
+}
 MEM_FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 LIVE_FRACTIONS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
@@ -43,17 +49,31 @@ class Suggestion:
 
 
 def nearest_that_fits(
-    config: Config, models: Mapping[str, PlannedModel], node: Node, assumed: Assumptions, *, cohost: bool = False, build: bool = True
+    config: Config,
+    models: Mapping[str, PlannedModel],
+    node: Node,
+    assumed: Assumptions,
+    *,
+    cohost: bool = False,
+    build: bool = True,
 ) -> Suggestion | None:
-    """None: nothing that was searched fits. build: count the parameters of what was found on the model itself."""
+    """None: nothing that was searched fits. build: count the parameters of what was found on the
+    model itself.
+    """
 
     def tried(changes: Changes) -> Plan:
-        return make_plan(changed(config, changes), models, node, assumed, build=False, cohost=cohost)
+        return make_plan(
+            changed(config, changes), models, node, assumed, build=False, cohost=cohost
+        )
 
-    def first(candidates: Iterator[dict[str, Any]], base: Changes, stages: tuple[str, ...]) -> dict[str, Any] | None:
+    def first(
+        candidates: Iterator[dict[str, Any]], base: Changes, stages: tuple[str, ...]
+    ) -> dict[str, Any] | None:
         found: list[tuple[float, float, dict[str, Any]]] = []
         for changes in candidates:
-            distance = sum(_distance(key, value, _at(config, key)) for key, value in changes.items())
+            distance = sum(
+                _distance(key, value, _at(config, key)) for key, value in changes.items()
+            )
             if found and distance > found[0][0]:
                 continue
             plan = tried({**base, **changes})
@@ -69,8 +89,14 @@ def nearest_that_fits(
         return None
     chosen |= servers
     for name in (stage for stage in TRAINED if stage not in given_stages(config)):
-        others = {key: value for key, value in harmless.items() if not key.startswith(f"{name}.") and key not in chosen}
-        live = name == "distill" and (cohost or config.distill.sync_every > 0 or config.distill.refresh.is_on)
+        others = {
+            key: value
+            for key, value in harmless.items()
+            if not key.startswith(f"{name}.") and key not in chosen
+        }
+        live = name == "distill" and (
+            cohost or config.distill.sync_every > 0 or config.distill.refresh.is_on
+        )
         stages = (*SERVED, name) if live else (name,)
         training = first(_trainings(config, models, node, name, live), {**others, **chosen}, stages)
         if training is None:
@@ -83,17 +109,40 @@ def nearest_that_fits(
 
 def _one_gpu() -> dict[str, Any]:
     """A layout that divides every model, for the training that is not looked at."""
-    return {f"parallel.{key}": 1 for key in ("ranks", "nodes", "tensor", "pipeline", "context", "expert", "expert_tensor")}
+    return {
+        f"parallel.{key}": 1
+        for key in ("ranks", "nodes", "tensor", "pipeline", "context", "expert", "expert_tensor")
+    }
 
 
-def _servers(config: Config, models: Mapping[str, PlannedModel], node: Node) -> Iterator[dict[str, Any]]:
+def _servers(
+    config: Config, models: Mapping[str, PlannedModel], node: Node
+) -> Iterator[dict[str, Any]]:
     settings = config.sglang
-    sizes = [size for size in _powers(node.num_gpus) if all(model.arch.num_heads % size == 0 for model in models.values())]
+    sizes = [
+        size
+        for size in _powers(node.num_gpus)
+        if all(model.arch.num_heads % size == 0 for model in models.values())
+    ]
     expert = [(settings.expert, settings.tensor)]
-    for tensor, fraction in itertools.product(sizes, sorted({settings.mem_fraction, *MEM_FRACTIONS}, key=lambda share: abs(share - settings.mem_fraction))):
-        if settings.expert > 1 and (settings.expert, tensor) != expert[0] and tensor % settings.expert:
+    for tensor, fraction in itertools.product(
+        sizes,
+        sorted(
+            {settings.mem_fraction, *MEM_FRACTIONS},
+            key=lambda share: abs(share - settings.mem_fraction),
+        ),
+    ):
+        if (
+            settings.expert > 1
+            and (settings.expert, tensor) != expert[0]
+            and tensor % settings.expert
+        ):
             continue
-        replicas = settings.replicas if tensor == settings.tensor and settings.replicas * tensor <= node.num_gpus else node.num_gpus // tensor
+        replicas = (
+            settings.replicas
+            if tensor == settings.tensor and settings.replicas * tensor <= node.num_gpus
+            else node.num_gpus // tensor
+        )
         yield {
             "sglang.tensor": tensor,
             "sglang.replicas": replicas,
@@ -102,20 +151,41 @@ def _servers(config: Config, models: Mapping[str, PlannedModel], node: Node) -> 
         }
 
 
-def _trainings(config: Config, models: Mapping[str, PlannedModel], node: Node, name: str, live: bool) -> Iterator[dict[str, Any]]:
-    """Layouts that divide the student, with and without recompute and offload. live: servers beside it, smaller or (those that only evaluate) not at all."""
+def _trainings(
+    config: Config, models: Mapping[str, PlannedModel], node: Node, name: str, live: bool
+) -> Iterator[dict[str, Any]]:
+    """Layouts that divide the student, with and without recompute and offload. live: servers beside
+    it, smaller or (those that only evaluate) not at all.
+    """
     student, section = models["student"].arch, getattr(config, name)
     sparse = student.num_experts > 0
     ranks = node.num_gpus * section.parallel.nodes
     sizes = _powers(ranks)
-    contexts = sorted({1, section.parallel.context})  # one that is asked for may stay; none is proposed, since it has never been run on a GPU
-    for tensor, pipeline, context, expert, expert_tensor in itertools.product(sizes, sizes, contexts, sizes if sparse else [1], sizes if sparse else [1]):
-        layout = {"ranks": ranks, "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert, "expert_tensor": expert_tensor}
+    contexts = sorted(
+        {1, section.parallel.context}
+    )  # one that is asked for may stay; none is proposed, since it has never been run on a GPU
+    for tensor, pipeline, context, expert, expert_tensor in itertools.product(
+        sizes, sizes, contexts, sizes if sparse else [1], sizes if sparse else [1]
+    ):
+        layout = {
+            "ranks": ranks,
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "context": context,
+            "expert": expert,
+            "expert_tensor": expert_tensor,
+        }
         parallel = section.parallel.model_copy(update=layout)
-        if tensor * pipeline * context > ranks or expert * expert_tensor * pipeline > ranks or any(layout_problems(student, parallel)):
+        if (
+            tensor * pipeline * context > ranks
+            or expert * expert_tensor * pipeline > ranks
+            or any(layout_problems(student, parallel))
+        ):
             continue
         keys = {f"{name}.parallel.{key}": value for key, value in layout.items()}
-        for recompute, table, servers in itertools.product(_recomputes(section), _tables(section), _servers_beside(config) if live else [{}]):
+        for recompute, table, servers in itertools.product(
+            _recomputes(section), _tables(section), _servers_beside(config) if live else [{}]
+        ):
             yield {**keys, f"{name}.recompute": recompute, f"{name}.megatron": table, **servers}
 
 
@@ -130,7 +200,10 @@ def _tables(section: TrainSection) -> list[dict[str, Any]]:
 
 def _servers_beside(config: Config) -> list[dict[str, Any]]:
     """Shares of the GPUs' memory for them, or no evaluation while training."""
-    smaller = [{"sglang.mem_fraction": fraction} for fraction in (config.sglang.mem_fraction, *LIVE_FRACTIONS)]
+    smaller = [
+        {"sglang.mem_fraction": fraction}
+        for fraction in (config.sglang.mem_fraction, *LIVE_FRACTIONS)
+    ]
     return [*smaller, {"distill.sync_every": 0}] if config.distill.sync_every > 0 else smaller
 
 
@@ -139,7 +212,9 @@ def _powers(limit: int) -> list[int]:
 
 
 def _distance(key: str, new: Any, old: Any) -> float:
-    """How much a change costs the user: doublings of a size, steps of a share, and what each switch takes away."""
+    """How much a change costs the user: doublings of a size, steps of a share, and what each switch
+    takes away.
+    """
     if new == old:
         return 0.0
     if key.endswith("mem_fraction"):
@@ -164,7 +239,9 @@ def _at(config: Config, key: str) -> Any:
 def _toml(value: Any) -> str:
     """A value as TOML; a table in one line, a word bare (an override takes both)."""
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {json.dumps(inner)}" for key, inner in value.items()) + " }"
+        return (
+            "{ " + ", ".join(f"{key} = {json.dumps(inner)}" for key, inner in value.items()) + " }"
+        )
     return value if isinstance(value, str) else json.dumps(value)
 
 

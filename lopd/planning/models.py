@@ -1,4 +1,6 @@
-"""The two models of a configuration by their shapes alone: from their folders, from a given config.json, or from what is known of public models."""
+"""The two models of a configuration by their shapes alone: from their folders, from a given
+config.json, or from what is known of public models.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 
 from lopd.config import Config
 from lopd.errors import ConfigError, LopdError
-from lopd.megatron.architecture import Architecture, read_architecture
-from lopd.megatron.families import FAMILIES
+from lopd.megatron.weights.architecture import Architecture, read_architecture
+from lopd.megatron.weights.families import FAMILIES
 from lopd.planning.known_models import KNOWN_MODELS
 
 ROLES = ("teacher", "student")
@@ -29,10 +31,20 @@ class PlannedModel:
 def planned_models(config: Config, given: Mapping[str, Path]) -> dict[str, PlannedModel]:
     """By role: teacher, student, and teachers.DOMAIN of each domain with a teacher of its own.
 
-    given: config.json files (or folders with one) that win over what the configuration names. LopdError: one of them cannot be had.
+    given: config.json files (or folders with one) that win over what the configuration names.
+    LopdError: one of them cannot be had.
     """
-    own = {f"teachers.{domain}": _planned_model(f"teachers.{domain}", Path(folder), None) for domain, folder in config.models.teachers.items()}
-    return {**{role: _planned_model(role, Path(getattr(config.models, role)), given.get(role)) for role in ROLES}, **own}
+    own = {
+        f"teachers.{domain}": _planned_model(f"teachers.{domain}", Path(folder), None)
+        for domain, folder in config.models.teachers.items()
+    }
+    return {
+        **{
+            role: _planned_model(role, Path(getattr(config.models, role)), given.get(role))
+            for role in ROLES
+        },
+        **own,
+    }
 
 
 def teacher_roles(models: Mapping[str, PlannedModel]) -> list[str]:
@@ -44,17 +56,31 @@ def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
     if given is not None:
         return PlannedModel(public_name(folder), _read(given), str(given))
     if (folder / "config.json").is_file():
-        return PlannedModel(public_name(folder), read_architecture(folder), str(folder / "config.json"))
+        return PlannedModel(
+            public_name(folder), read_architecture(folder), str(folder / "config.json")
+        )
     name = public_name(folder)
     if name in KNOWN_MODELS:
         table = KNOWN_MODELS[name]
-        return PlannedModel(name, Architecture(**FAMILIES[table["model_type"]](table, name)), f"what is known of {name} (not downloaded)")
-    remedy = f"give its config.json: lopd plan CONFIG --{role}-config FILE (or lopd fetch CONFIG)" if role in ROLES else "name a folder with a config.json"
-    raise ConfigError(f"models.{role} is not there, and its shape is not known", where=str(folder), remedy=remedy)
+        return PlannedModel(
+            name,
+            Architecture(**FAMILIES[table["model_type"]](table, name)),
+            f"what is known of {name} (not downloaded)",
+        )
+    remedy = (
+        f"give its config.json: lopd plan CONFIG --{role}-config FILE (or lopd fetch CONFIG)"
+        if role in ROLES
+        else "name a folder with a config.json"
+    )
+    raise ConfigError(
+        f"models.{role} is not there, and its shape is not known", where=str(folder), remedy=remedy
+    )
 
 
 def public_name(folder: Path) -> str:
-    """The last part of a model's name, from a folder called org--name@revision, name@revision or name."""
+    """The last part of a model's name, from a folder called org--name@revision, name@revision or
+    name.
+    """
     return folder.name.partition("@")[0].rpartition("--")[2]
 
 
@@ -64,8 +90,14 @@ def _read(path: Path) -> Architecture:
     try:
         table: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LopdError(f"cannot be read ({error})", where=str(path), remedy="give a Hugging Face config.json") from None
+        raise LopdError(
+            f"cannot be read ({error})", where=str(path), remedy="give a Hugging Face config.json"
+        ) from None
     family = table.get("model_type") if isinstance(table, dict) else None
     if family not in FAMILIES:
-        raise LopdError(f"model_type {family!r} is not supported", where=str(path), limit=f"one of {', '.join(sorted(FAMILIES))}")
+        raise LopdError(
+            f"model_type {family!r} is not supported",
+            where=str(path),
+            limit=f"one of {', '.join(sorted(FAMILIES))}",
+        )
     return Architecture(**FAMILIES[family](table, str(path)))

@@ -32,11 +32,22 @@ def show_plan(plan: Plan, *, assumptions: bool = True) -> None:
 def show_verdict(plan: Plan, console: Console | None = None) -> None:
     console = console or _console()
     if plan.fits:
-        console.print(Text.assemble(("fits", "bold green"), f" {plan.node.num_gpus} x {plan.node.gpu.name}"), soft_wrap=True)
+        console.print(
+            Text.assemble(("fits", "bold green"), f" {plan.node.num_gpus} x {plan.node.gpu.name}"),
+            soft_wrap=True,
+        )
     for stage in plan.tight:
-        console.print(Text.assemble(("tight", "bold yellow"), f" {stage}: less than {1 - TIGHT:.0%} of a GPU is left"), soft_wrap=True)
+        console.print(
+            Text.assemble(
+                ("tight", "bold yellow"), f" {stage}: less than {1 - TIGHT:.0%} of a GPU is left"
+            ),
+            soft_wrap=True,
+        )
     for problem in plan.problems:
-        console.print(Text.assemble(("does not fit", "bold red"), f" {problem.stage}: {problem.what}"), soft_wrap=True)
+        console.print(
+            Text.assemble(("does not fit", "bold red"), f" {problem.stage}: {problem.what}"),
+            soft_wrap=True,
+        )
 
 
 def show_refused(problems: Iterable[LopdError]) -> None:
@@ -50,11 +61,22 @@ def show_suggestion(found: Suggestion | None) -> None:
     """The nearest settings that fit, as overrides to paste."""
     console = _console()
     if found is None:
-        console.print(Text("no layout that was searched fits this node: more GPUs, a smaller student, or fewer tokens per microbatch"), soft_wrap=True)
+        console.print(
+            Text(
+                "no layout that was searched fits this node: more GPUs, a smaller student, or fewer tokens per microbatch"
+            ),
+            soft_wrap=True,
+        )
     elif not found.changes:
         console.print(Text("the configuration fits as it is"), soft_wrap=True)
     else:
-        console.print(Text("the nearest that fits: " + " ".join(_quoted(override) for override in found.overrides)), soft_wrap=True)
+        console.print(
+            Text(
+                "the nearest that fits: "
+                + " ".join(_quoted(override) for override in found.overrides)
+            ),
+            soft_wrap=True,
+        )
         show_verdict(found.plan, console)
 
 
@@ -74,7 +96,11 @@ def _head(plan: Plan) -> Iterable[str]:
     yield f"student: {_many(plan.total)} parameters, {_many(plan.active)} of them active for a token"
     for name in plan.trained:
         parallel, stages = getattr(plan.config, name).parallel, plan.per_rank[name]
-        layout = ", ".join(f"{key} {value}" for key, value in parallel.model_dump().items() if key != "distributed_optimizer" and (value > 1 or key == "ranks"))
+        layout = ", ".join(
+            f"{key} {value}"
+            for key, value in parallel.model_dump().items()
+            if key != "distributed_optimizer" and (value > 1 or key == "ranks")
+        )
         held = " / ".join(_many(stage.total) for stage in stages)
         yield f"{name}: {layout}, data {parallel.data}: a rank holds {held} parameters"
     for name, use in plan.memory.items():
@@ -103,8 +129,14 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row(term, *(_gib(plan.memory[stage].gpu.get(term)) for stage in stages))
     table.add_section()
     limit = plan.node.gpu.memory
-    totals = [(plan.memory[stage].gpu_total, plan.memory[stage].gpu_total <= limit) for stage in stages]
-    table.add_row(f"all (of {limit / _GIB:.1f})", *(Text(_gib(total), style="" if ok else "bold red") for total, ok in totals), style="bold")
+    totals = [
+        (plan.memory[stage].gpu_total, plan.memory[stage].gpu_total <= limit) for stage in stages
+    ]
+    table.add_row(
+        f"all (of {limit / _GIB:.1f})",
+        *(Text(_gib(total), style="" if ok else "bold red") for total, ok in totals),
+        style="bold",
+    )
     table.add_row("host memory", *(_gib(plan.memory[stage].host_total) for stage in stages))
     table.add_row("sequences at once", *(_concurrency(plan, stage) for stage in stages))
     return table
@@ -121,7 +153,16 @@ def _gib(size: float | None) -> str:
 
 def _hours_table(plan: Plan) -> Table:
     table = Table(title="time, by assumption", title_justify="left")
-    for title in ("stage", "tokens", "operations", "GPUs used", "tokens/s", "MFU", "hours", "GPU hours"):
+    for title in (
+        "stage",
+        "tokens",
+        "operations",
+        "GPUs used",
+        "tokens/s",
+        "MFU",
+        "hours",
+        "GPU hours",
+    ):
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for stage, work in plan.work.items():
         if work.seconds == 0:
@@ -140,11 +181,25 @@ def _hours_table(plan: Plan) -> Table:
         table.add_row(stage, *cells)
         if stage == "distill" and plan.syncs.seconds > 0:
             hours = plan.syncs.seconds / 3600
-            table.add_row("  syncs, evaluations in it", "", "", "", "", "", f"{hours:,.2f}", f"{hours * plan.node.num_gpus:,.1f}")
+            table.add_row(
+                "  syncs, evaluations in it",
+                "",
+                "",
+                "",
+                "",
+                "",
+                f"{hours:,.2f}",
+                f"{hours * plan.node.num_gpus:,.1f}",
+            )
     table.add_section()
     for title, stages in (("rollout, score, distill", LIGHTNING), ("all", tuple(plan.work))):
-        seconds, hours = sum(plan.work[stage].seconds for stage in stages), sum(plan.gpu_hours(stage) for stage in stages)
-        table.add_row(title, "", "", "", "", "", f"{seconds / 3600:,.2f}", f"{hours:,.1f}", style="bold")
+        seconds, hours = (
+            sum(plan.work[stage].seconds for stage in stages),
+            sum(plan.gpu_hours(stage) for stage in stages),
+        )
+        table.add_row(
+            title, "", "", "", "", "", f"{seconds / 3600:,.2f}", f"{hours:,.1f}", style="bold"
+        )
     return table
 
 
@@ -168,5 +223,7 @@ def _assumption_table(plan: Plan) -> Table:
     for name, meaning in meanings().items():
         value = getattr(plan.assumed, name)
         is_size = name.endswith("_bytes") and value >= _GIB / 4
-        table.add_row(name, f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}", sources()[name], meaning)
+        table.add_row(
+            name, f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}", sources()[name], meaning
+        )
     return table

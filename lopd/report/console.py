@@ -1,5 +1,6 @@
-"""What the user sees: lines, progress bars, the dense line of a training step, the final tables, errors. All through one rich console, so that lines
-stay above a running bar. Where the output is no terminal, a bar becomes a plain line now and then.
+"""What the user sees: lines, progress bars, the dense line of a training step, the final tables,
+errors. All through one rich console, so that lines stay above a running bar. Where the output is no
+terminal, a bar becomes a plain line now and then.
 """
 
 from __future__ import annotations
@@ -13,14 +14,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from lopd.errors import LopdError
 
 PLAIN_INTERVAL_S = 10.0
-MODEL_TITLES = {"base": "base student", "sft": "SFT student", "sft_longer": "SFT, equal compute", "distilled": "distilled student", "teacher": "teacher"}
+MODEL_TITLES = {
+    "base": "base student",
+    "sft": "SFT student",
+    "sft_longer": "SFT, equal compute",
+    "distilled": "distilled student",
+    "teacher": "teacher",
+}
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
 
@@ -39,11 +54,14 @@ def say(line: str, log: Path | None = None) -> None:
 
 def show_error(error: LopdError) -> None:
     """One line on stderr: what, where, limit, remedy."""
-    _errors.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+    _errors.print(
+        Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True
+    )
 
 
 def training_line(stage: str, step: int, num_steps: int, figures: Mapping[str, float]) -> str:
-    """The dense line of an optimizer step. Shown where figures has them: loss, advantage and reverse_kl (nats), grad_norm, lr, processed_tokens_per_s.
+    """The dense line of an optimizer step. Shown where figures has them: loss, advantage and
+    reverse_kl (nats), grad_norm, lr, processed_tokens_per_s.
 
     With ``seconds`` (of this step) also the time left, were every further step like this one.
     """
@@ -80,8 +98,12 @@ class Bar(Protocol):
 
 @contextlib.contextmanager
 def progress(title: str, *, total: int, done: int = 0, unit: str = "items") -> Iterator[Bar]:
-    """A progress bar with rate and time left; done: how many an earlier run has done (they do not count in the rate)."""
-    bar: _RichBar | _PlainBar = (_RichBar if _console.is_terminal else _PlainBar)(title, total, done, unit)
+    """A progress bar with rate and time left; done: how many an earlier run has done (they do not
+    count in the rate).
+    """
+    bar: _RichBar | _PlainBar = (_RichBar if _console.is_terminal else _PlainBar)(
+        title, total, done, unit
+    )
     try:
         yield bar
     finally:
@@ -113,7 +135,13 @@ class _RichBar:
 
 class _PlainBar:
     def __init__(self, title: str, total: int, done: int, unit: str) -> None:
-        self._title, self._total, self._done, self._before, self._unit = title, total, done, done, unit
+        self._title, self._total, self._done, self._before, self._unit = (
+            title,
+            total,
+            done,
+            done,
+            unit,
+        )
         self._start = self._spoken = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
@@ -123,12 +151,16 @@ class _PlainBar:
             self._spoken = now
             rate = self._speed(now)
             left = f", {duration((self._total - self._done) / rate)} left" if rate else ""
-            say(f"{self._title}: {self._done:,}/{self._total:,} {self._unit}, {_rate(rate)}/s{left}")
+            say(
+                f"{self._title}: {self._done:,}/{self._total:,} {self._unit}, {_rate(rate)}/s{left}"
+            )
 
     def close(self) -> None:
         now = time.monotonic()
         state = "" if self._done >= self._total else "stopped at "
-        say(f"{self._title}: {state}{self._done:,}/{self._total:,} {self._unit}, {_rate(self._speed(now))}/s, {duration(now - self._start)}")
+        say(
+            f"{self._title}: {state}{self._done:,}/{self._total:,} {self._unit}, {_rate(self._speed(now))}/s, {duration(now - self._start)}"
+        )
 
     def _speed(self, now: float) -> float:
         return (self._done - self._before) / max(now - self._start, 1e-9)
@@ -142,7 +174,9 @@ def _rate(speed: float) -> str:
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
-    """Models by accuracy and reverse KL, then seconds per stage. summary: as in summary.json; ``*_standard_error`` and ``notes`` are optional."""
+    """Models by accuracy and reverse KL, then seconds per stage. summary: as in summary.json;
+    ``*_standard_error`` and ``notes`` are optional.
+    """
     if summary.get("accuracy"):
         _console.print(model_table(summary))
     if summary.get("stages"):
@@ -154,16 +188,32 @@ def show_summary(summary: Mapping[str, Any]) -> None:
 
 
 def teacher_line(work: Mapping[str, float]) -> str:
-    """``teacher: 212,992 response tokens scored in 0:21, 3 refreshes``; work: refreshes, tokens, seconds."""
-    refreshes = f", {work['refreshes']} refresh{'es' if work['refreshes'] > 1 else ''}" if work["refreshes"] else ""
+    """``teacher: 212,992 response tokens scored in 0:21, 3 refreshes``; work: refreshes, tokens,
+    seconds.
+    """
+    refreshes = (
+        f", {work['refreshes']} refresh{'es' if work['refreshes'] > 1 else ''}"
+        if work["refreshes"]
+        else ""
+    )
     return f"teacher: {work['tokens']:,} response tokens scored in {duration(work['seconds'])}{refreshes}"
 
 
 def model_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy in percent and reverse KL in nats per token, each with one standard error where the summary has it."""
+    """Accuracy in percent and reverse KL in nats per token, each with one standard error where the
+    summary has it.
+    """
     accuracy, divergence = summary["accuracy"], summary.get("reverse_kl", {})
-    accuracy_error, divergence_error = summary.get("accuracy_standard_error", {}), summary.get("reverse_kl_standard_error", {})
-    table = Table(title="accuracy on held-out prompts, and distance to the teacher", title_justify="left", caption=_caption(summary), caption_justify="left")
+    accuracy_error, divergence_error = (
+        summary.get("accuracy_standard_error", {}),
+        summary.get("reverse_kl_standard_error", {}),
+    )
+    table = Table(
+        title="accuracy on held-out prompts, and distance to the teacher",
+        title_justify="left",
+        caption=_caption(summary),
+        caption_justify="left",
+    )
     table.add_column("model")
     table.add_column("accuracy, %", justify="right", no_wrap=True)
     table.add_column("reverse KL, nats per token", justify="right", no_wrap=True)
@@ -171,7 +221,11 @@ def model_table(summary: Mapping[str, Any]) -> Table:
         if name in accuracy:
             error = accuracy_error.get(name)
             percent = _percent(accuracy[name], error)
-            nats = with_error(divergence[name], divergence_error.get(name)) if divergence.get(name) is not None else ""
+            nats = (
+                with_error(divergence[name], divergence_error.get(name))
+                if divergence.get(name) is not None
+                else ""
+            )
             table.add_row(title, percent, nats, style="bold" if name == "distilled" else None)
     return table
 
@@ -189,9 +243,11 @@ def _percent(share: float, error: float | None) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """``0.0022 ± 0.0003``: as many decimals as the error's first digit needs (two where it is 1); without an error three significant digits.
+    """``0.0022 ± 0.0003``: as many decimals as the error's first digit needs (two where it is 1);
+    without an error three significant digits.
 
-    Below 1e-5 it is rounding of float32 log-probabilities (the teacher against itself): ``< 0.00001``.
+    Below 1e-5 it is rounding of float32 log-probabilities (the teacher against itself): ``<
+    0.00001``.
     """
     if abs(value) < 1e-5 and (error or 0.0) < 1e-5:
         return "< 0.00001"
@@ -209,7 +265,14 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title="stages", title_justify="left", show_footer=True)
     table.add_column("stage", footer="all")
     table.add_column("status")
-    table.add_column("seconds", justify="right", footer=f"{sum(stage['seconds'] for stage in stages):.1f}")
+    table.add_column(
+        "seconds", justify="right", footer=f"{sum(stage['seconds'] for stage in stages):.1f}"
+    )
     for stage in stages:
-        table.add_row(stage["name"], stage["status"], f"{stage['seconds']:.1f}", style="dim" if stage["status"] == "reused" else None)
+        table.add_row(
+            stage["name"],
+            stage["status"],
+            f"{stage['seconds']:.1f}",
+            style="dim" if stage["status"] == "reused" else None,
+        )
     return table

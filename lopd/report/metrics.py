@@ -1,7 +1,10 @@
-"""The run's metrics: ``metrics.jsonl``, one object a line, and TensorBoard event files in ``tensorboard/STAGE``.
+"""The run's metrics: ``metrics.jsonl``, one object a line, and TensorBoard event files in
+``tensorboard/STAGE``.
 
-A line is {"kind": "train" | "eval", "stage": ..., "step": n, figures...}; step n stands for the state after n optimizer steps, 0 for the start. A line is
-written by one system call, so a kill leaves at most the last one torn, which is dropped. JSON has no NaN: a figure that is not finite is null.
+A line is {"kind": "train" | "eval", "stage": ..., "step": n, figures...}; step n stands for the
+state after n optimizer steps, 0 for the start. A line is written by one system call, so a kill
+leaves at most the last one torn, which is dropped. JSON has no NaN: a figure that is not finite is
+null.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 
-def read_metrics(folder: Path, *, kind: str | None = None, stage: str | None = None) -> list[dict[str, Any]]:
-    """The lines of folder/metrics.jsonl in order (none where the file is missing), of one kind and stage if given. ArtifactError: a line is no JSON object."""
+def read_metrics(
+    folder: Path, *, kind: str | None = None, stage: str | None = None
+) -> list[dict[str, Any]]:
+    """The lines of folder/metrics.jsonl in order (none where the file is missing), of one kind and
+    stage if given. ArtifactError: a line is no JSON object.
+    """
     path = folder / METRICS
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(_whole_lines(path), start=1):
@@ -32,14 +39,18 @@ def read_metrics(folder: Path, *, kind: str | None = None, stage: str | None = N
             row = json.loads(line)
             matches = kind in (None, row["kind"]) and stage in (None, row["stage"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(f"not a metrics line ({error})", where=f"{path}:{number}", remedy="remove this line") from None
+            raise ArtifactError(
+                f"not a metrics line ({error})", where=f"{path}:{number}", remedy="remove this line"
+            ) from None
         if matches:
             rows.append(row)
     return rows
 
 
 def set_aside(folder: Path, stages: Collection[str], shelf: Path) -> None:
-    """Moves these stages' lines and event files from a run's metrics into the folder shelf. Repeated after a kill it does the rest."""
+    """Moves these stages' lines and event files from a run's metrics into the folder shelf.
+    Repeated after a kill it does the rest.
+    """
     rows = read_metrics(folder)
     mine = [row for row in rows if row["stage"] in stages]
     if mine:
@@ -55,7 +66,12 @@ def bring_back(folder: Path, shelf: Path) -> None:
     rows = read_metrics(shelf)
     if rows:
         stages = {row["stage"] for row in rows}
-        _publish_lines(folder / METRICS, map(_line, [*(row for row in read_metrics(folder) if row["stage"] not in stages), *rows]))
+        _publish_lines(
+            folder / METRICS,
+            map(
+                _line, [*(row for row in read_metrics(folder) if row["stage"] not in stages), *rows]
+            ),
+        )
     for events in list((shelf / TENSORBOARD).glob("*")):
         _move_folder(events, folder / TENSORBOARD / events.name)
     (shelf / METRICS).unlink(missing_ok=True)
@@ -68,7 +84,9 @@ def _move_folder(source: Path, target: Path) -> None:
 
 
 class MetricsLog:
-    """Appends to a run's metrics. One process writes at a time; lines of other stages are left as they are."""
+    """Appends to a run's metrics. One process writes at a time; lines of other stages are left as
+    they are.
+    """
 
     def __init__(self, folder: Path) -> None:
         """folder: the run directory. A line torn by a kill is dropped."""
@@ -88,7 +106,8 @@ class MetricsLog:
         self._write("eval", stage, step, figures)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Drops the stage's lines beyond the checkpoint at ``step``, so that a resumed run doubles none; step 0, a start from nothing, drops all of them.
+        """Drops the stage's lines beyond the checkpoint at ``step``, so that a resumed run doubles
+        none; step 0, a start from nothing, drops all of them.
 
         TensorBoard is told to hide what it has from there on (its purge_step).
         """
@@ -110,7 +129,12 @@ class MetricsLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(descriptor, (_line({"kind": kind, "stage": stage, "step": step, **figures}) + "\n").encode())
+                os.write(
+                    descriptor,
+                    (
+                        _line({"kind": kind, "stage": stage, "step": step, **figures}) + "\n"
+                    ).encode(),
+                )
             finally:
                 os.close(descriptor)
         writer = self._tensorboard(stage)
@@ -123,7 +147,9 @@ class MetricsLog:
         if stage not in self._writers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writers[stage] = SummaryWriter(str(self._folder / TENSORBOARD / stage), purge_step=self._purge_steps.get(stage))
+            self._writers[stage] = SummaryWriter(
+                str(self._folder / TENSORBOARD / stage), purge_step=self._purge_steps.get(stage)
+            )
         return self._writers[stage]
 
 
@@ -132,7 +158,10 @@ def _publish_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
     return json.dumps(finite, allow_nan=False, ensure_ascii=False)
 
 

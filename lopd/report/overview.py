@@ -17,8 +17,22 @@ from rich.text import Text
 
 from lopd.report.console import duration
 
-_STATE_STYLE = {"done": "green", "partial": "yellow", "outdated": "yellow", "absent": "dim", "damaged": "red"}
-_TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path", dict: "table", list: "list"}
+_STATE_STYLE = {
+    "done": "green",
+    "partial": "yellow",
+    "outdated": "yellow",
+    "absent": "dim",
+    "damaged": "red",
+}
+_TYPES = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    Path: "path",
+    dict: "table",
+    list: "list",
+}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -26,27 +40,42 @@ def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
     """Prints one line a stage: state, rows, seconds of the command that finished it, fingerprint."""
     table = Table()
     for title in ("stage", "state", "rows", "seconds", "fingerprint", "note"):
-        table.add_column(title, justify="right" if title in ("rows", "seconds") else "left", no_wrap=title in ("stage", "state"))
+        table.add_column(
+            title,
+            justify="right" if title in ("rows", "seconds") else "left",
+            no_wrap=title in ("stage", "state"),
+        )
     for row in rows:
         seconds = duration(row["seconds"]) if row["seconds"] is not None else ""
         count = f"{row['rows']:,}" if row["rows"] else ""
         cells = (row["name"], row["state"], count, seconds, row["fingerprint"], row["note"])
-        table.add_row(*(Text(cell) for cell in cells), style=_STATE_STYLE[row["state"]])  # as Text: a path may hold [brackets], which rich would interpret
+        table.add_row(
+            *(Text(cell) for cell in cells), style=_STATE_STYLE[row["state"]]
+        )  # as Text: a path may hold [brackets], which rich would interpret
     console = Console(highlight=False)
-    console.print(Text(f"run {run_dir}"), soft_wrap=True)  # no title of the table, which would break the path
+    console.print(
+        Text(f"run {run_dir}"), soft_wrap=True
+    )  # no title of the table, which would break the path
     console.print(table)
 
 
 def check_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints one line a finding: what was found right, or what is wrong, where, the limit and the remedy."""
+    """Prints one line a finding: what was found right, or what is wrong, where, the limit and the
+    remedy.
+    """
     console = Console(highlight=False)
     for row in rows:
         mark = ("ok   ", "green") if row["ok"] else ("wrong", "bold red")
-        console.print(Text.assemble(mark, f" {row['name']:14} ", " ".join(row["finding"].split())), soft_wrap=True)
+        console.print(
+            Text.assemble(mark, f" {row['name']:14} ", " ".join(row["finding"].split())),
+            soft_wrap=True,
+        )
 
 
 def knob_lines(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
-    """Two lines a knob: key, default, type and bounds; then its meaning. Sections have none of their own."""
+    """Two lines a knob: key, default, type and bounds; then its meaning. Sections have none of
+    their own.
+    """
     for key, field in fields.items():
         kind = _without_none(field.annotation)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -58,7 +87,9 @@ def knob_lines(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
             about.append("required")
         elif default is None:
             about.append("absent")
-        if isinstance(field.json_schema_extra, Mapping) and field.json_schema_extra.get("speed_only"):
+        if isinstance(field.json_schema_extra, Mapping) and field.json_schema_extra.get(
+            "speed_only"
+        ):
             about.append("changes no result")
         yield f"{shown}  ({', '.join(about)})"
         yield f"    {field.description}"
@@ -68,7 +99,11 @@ def _without_none(annotation: Any) -> Any:
     """``X | None`` as X, ``Annotated[X, ...]`` as X."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
-    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+    return (
+        typing.get_args(annotation)[0]
+        if typing.get_origin(annotation) is typing.Annotated
+        else annotation
+    )
 
 
 def _type_name(kind: Any) -> str:
@@ -78,5 +113,13 @@ def _type_name(kind: Any) -> str:
 
 
 def _bounds(field: FieldInfo) -> list[str]:
-    found = ((sign, getattr(bound, name, None)) for bound in field.metadata for name, sign in _SIGNS.items())
-    return [f"{sign} {limit:g}" if limit < 10**6 else f"{sign} {limit}" for sign, limit in found if limit is not None]
+    found = (
+        (sign, getattr(bound, name, None))
+        for bound in field.metadata
+        for name, sign in _SIGNS.items()
+    )
+    return [
+        f"{sign} {limit:g}" if limit < 10**6 else f"{sign} {limit}"
+        for sign, limit in found
+        if limit is not None
+    ]

@@ -1,4 +1,6 @@
-"""The two forms of the smoke run: sizes, layout and settings, and the model folder with random weights."""
+"""The two forms of the smoke run: sizes, layout and settings, and the model folder with random
+weights.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lopd.config import SGLangSection, TrainSection
-from lopd.megatron.architecture import Architecture, read_architecture
+from lopd.megatron.weights.architecture import Architecture, read_architecture
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 _COMMON = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
     "num_hidden_layers": 4, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
@@ -29,7 +36,9 @@ _CPU_MODEL = {
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """num_sequences of sequence_len tokens a step. attention_tolerance: between packed attention and torch's on each sequence alone."""
+    """num_sequences of sequence_len tokens a step. attention_tolerance: between packed attention
+    and torch's on each sequence alone.
+    """
 
     name: str
     model: dict[str, Any]
@@ -56,7 +65,8 @@ NODE = Form(
     sequence_len=2048,
     collective_elements=2**27,  # 512 MiB
     attention_tolerance=2e-2,
-    transports=("disk", "tensor"),  # NCCL takes no two ranks on one GPU, and here the server shares the trainer's
+    # NCCL takes no two ranks on one GPU, and here the server shares the trainer's
+    transports=("disk", "tensor"),
 )  # fmt: skip
 CPU = Form(
     name="CPU: a tiny mixture of experts, TP2 EP2",
@@ -80,11 +90,13 @@ FORMS = {"node": NODE, "cpu": CPU}
 
 
 def write_model(form: Form, folder: Path, tokenizer: Path) -> Architecture:
-    """A Hugging Face checkpoint of the form's shape with random weights, and another folder's tokenizer (any will do: prompts are token ids)."""
+    """A Hugging Face checkpoint of the form's shape with random weights, and another folder's
+    tokenizer (any will do: prompts are token ids).
+    """
     import torch
     from safetensors.torch import save_file
 
-    from lopd.megatron.hf_mapping import hf_shapes
+    from lopd.megatron.weights.hf_mapping import hf_shapes
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(form.model, indent=1), encoding="utf-8")
@@ -94,7 +106,9 @@ def write_model(form: Form, folder: Path, tokenizer: Path) -> Architecture:
     dtype = getattr(torch, form.model["torch_dtype"])
     generator = torch.Generator().manual_seed(1)
     tensors = {
-        name: torch.ones(shape, dtype=dtype) if len(shape) == 1 else (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        name: torch.ones(shape, dtype=dtype)
+        if len(shape) == 1
+        else (torch.randn(shape, generator=generator) * 0.02).to(dtype)
         for name, shape in hf_shapes(architecture).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

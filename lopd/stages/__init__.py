@@ -3,6 +3,14 @@
 from lopd.stages import demonstrate, distill, evaluate, export, rollout, score, sft
 from lopd.stages.context import Stage, StageContext
 
-STAGES: tuple[Stage, ...] = (demonstrate.STAGE, sft.STAGE, rollout.STAGE, score.STAGE, distill.STAGE, evaluate.STAGE, export.STAGE)
+STAGES: tuple[Stage, ...] = (
+    demonstrate.STAGE,
+    sft.STAGE,
+    rollout.STAGE,
+    score.STAGE,
+    distill.STAGE,
+    evaluate.STAGE,
+    export.STAGE,
+)
 
 __all__ = ["STAGES", "Stage", "StageContext"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lopd.consistency import demonstrated_by
+from lopd.artifacts.lineage import demonstrated_by
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import demonstrate_by_domain
 from lopd.stages.sampling import sample_stage
@@ -20,7 +20,15 @@ def run(context: StageContext) -> None:
         lineage=demonstrated_by(identity),
         shard_size=config.demonstrate.shard_size,
     )
-    sample_stage(context, writer, config.demonstrate, prompt_set="sft", role="teacher", model=teacher, title="demonstrations")
+    sample_stage(
+        context,
+        writer,
+        config.demonstrate,
+        prompt_set="sft",
+        role="teacher",
+        model=teacher,
+        title="demonstrations",
+    )
     writer.finish(served=context.served)
 
 

@@ -1,8 +1,10 @@
-"""Several teachers, one a domain: models.teachers names the teacher of each domain of prompts, models.teacher that of every other domain.
+"""Several teachers, one a domain: models.teachers names the teacher of each domain of prompts,
+models.teacher that of every other domain.
 
-The prompts of a domain are a *part*: its own range of shards in demonstrations, rollouts and cache, and its own teacher, whose consistency is checked on its
-own: the teacher that scores a domain's rollouts must be the one that made that domain's demonstrations. In every row of the demonstrations and the cache
-``teacher`` is the fingerprint of its teacher's weights.
+The prompts of a domain are a *part*: its own range of shards in demonstrations, rollouts and cache,
+and its own teacher, whose consistency is checked on its own: the teacher that scores a domain's
+rollouts must be the one that made that domain's demonstrations. In every row of the demonstrations
+and the cache ``teacher`` is the fingerprint of its teacher's weights.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from lopd.artifacts import ArtifactWriter
+from lopd.artifacts.lineage import demonstrated_by, lineage_in
 from lopd.config import Config, Sampling
-from lopd.consistency import demonstrated_by, lineage_in
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
 from lopd.stages.sampling import sample_into, sampling_params
 
 if TYPE_CHECKING:
-    from sglang_rollout.client import SGLangEngine
+    from sglang_rollout.requests.client import SGLangEngine
 
 OTHERS = ""  # the domain that stands for all that models.teachers does not name
 PARTS = "parts"  # in the manifest's extra: [{"domain", "first", "shards"}]
@@ -31,7 +33,9 @@ PARTS = "parts"  # in the manifest's extra: [{"domain", "first", "shards"}]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A domain's prompts, by their places in the prompt set, and its shards [first, first + num_shards)."""
+    """A domain's prompts, by their places in the prompt set, and its shards [first, first +
+    num_shards).
+    """
 
     domain: str
     places: tuple[int, ...]
@@ -41,15 +45,29 @@ class Part:
     def context(self, whole: StageContext) -> StageContext:
         """The stage as if this domain's teacher were the only one."""
         models = whole.config.models
-        alone = models.model_copy(update={"teacher": teacher_of(whole.config, self.domain), "teachers": {}})
+        alone = models.model_copy(
+            update={"teacher": teacher_of(whole.config, self.domain), "teachers": {}}
+        )
         known = {**whole.identities, "teacher": whole.identity(role_of(whole.config, self.domain))}
-        return dataclasses.replace(whole, config=whole.config.model_copy(update={"models": alone}), identities=known)
+        return dataclasses.replace(
+            whole, config=whole.config.model_copy(update={"models": alone}), identities=known
+        )
 
     def rollouts(self, whole: Manifest) -> Manifest:
-        """The part of a manifest of rollouts: its shards, its rows, and what is known of its domain's teacher."""
-        names = {f"shard-{index:05d}.parquet" for index in range(self.first, self.first + self.num_shards)}
+        """The part of a manifest of rollouts: its shards, its rows, and what is known of its
+        domain's teacher.
+        """
+        names = {
+            f"shard-{index:05d}.parquet"
+            for index in range(self.first, self.first + self.num_shards)
+        }
         shards = tuple(shard for shard in whole.shards if shard.name in names)
-        return dataclasses.replace(whole, shards=shards, rows=sum(shard.rows for shard in shards), lineage=lineage_in(whole.lineage, self.domain))
+        return dataclasses.replace(
+            whole,
+            shards=shards,
+            rows=sum(shard.rows for shard in shards),
+            lineage=lineage_in(whole.lineage, self.domain),
+        )
 
 
 def teacher_of(config: Config, domain: str) -> Path:
@@ -65,7 +83,9 @@ def domain_of(config: Config, prompt: Prompt) -> str:
     return prompt.domain if prompt.domain in config.models.teachers else OTHERS
 
 
-def parts_of(config: Config, prompts: Sequence[Prompt], samples_per_prompt: int, shard_size: int) -> list[Part]:
+def parts_of(
+    config: Config, prompts: Sequence[Prompt], samples_per_prompt: int, shard_size: int
+) -> list[Part]:
     """Domains in the order of their names, those without prompts left out."""
     places: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
@@ -79,16 +99,22 @@ def parts_of(config: Config, prompts: Sequence[Prompt], samples_per_prompt: int,
 
 
 def described(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    return [{"domain": part.domain, "first": part.first, "shards": part.num_shards} for part in parts]
+    return [
+        {"domain": part.domain, "first": part.first, "shards": part.num_shards} for part in parts
+    ]
 
 
 def parts_in(rollouts: Manifest) -> list[Part]:
     """The parts that the rollout stage wrote down."""
-    return [Part(part["domain"], (), part["first"], part["shards"]) for part in rollouts.extra[PARTS]]
+    return [
+        Part(part["domain"], (), part["first"], part["shards"]) for part in rollouts.extra[PARTS]
+    ]
 
 
 class PartWriter(ArtifactWriter):
-    """Publishes a part's shards 0, 1, .. as the shards first, first + 1, .. of the whole. teacher: goes into the column of that name, where it is given."""
+    """Publishes a part's shards 0, 1, .. as the shards first, first + 1, .. of the whole. teacher:
+    goes into the column of that name, where it is given.
+    """
 
     def __init__(self, whole: ArtifactWriter, part: Part, teacher: str = "") -> None:
         self.folder, self._whole, self._part, self._teacher = whole.folder, whole, part, teacher
@@ -106,7 +132,9 @@ class PartWriter(ArtifactWriter):
 
     def publish_shard(self, index: int, table: pa.Table) -> None:
         if self._teacher:
-            table = table.append_column("teacher", pa.array([self._teacher] * table.num_rows, pa.string()))
+            table = table.append_column(
+                "teacher", pa.array([self._teacher] * table.num_rows, pa.string())
+            )
         self._whole.publish_shard(self._part.first + index, table)
 
     def finish(self, **extra: Any) -> Manifest:
@@ -122,7 +150,11 @@ def demonstrate_by_domain(context: StageContext) -> None:
     writer = context.writer(
         models={role_of(config, domain): identity for domain, identity in identities.items()},
         sampling=context.sampling_record(section),
-        lineage={"by_domain": {domain: demonstrated_by(identity) for domain, identity in identities.items()}},
+        lineage={
+            "by_domain": {
+                domain: demonstrated_by(identity) for domain, identity in identities.items()
+            }
+        },
         shard_size=section.shard_size,
     )
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
@@ -132,19 +164,34 @@ def demonstrate_by_domain(context: StageContext) -> None:
         if not mine.missing(part.num_shards):
             continue
         with own.serve("teacher", own.config.models.teacher) as engine:
-            _sample_part(context, mine, engine, section, part, prompts, prompt_ids, title="demonstrations")
+            _sample_part(
+                context, mine, engine, section, part, prompts, prompt_ids, title="demonstrations"
+            )
     writer.finish(served=context.served, parts=described(parts))
 
 
-def roll_out_by_domain(context: StageContext, writer: ArtifactWriter, student: Path) -> list[dict[str, Any]]:
-    """The student's responses, domain by domain, from one server; which shards are whose, for the manifest."""
+def roll_out_by_domain(
+    context: StageContext, writer: ArtifactWriter, student: Path
+) -> list[dict[str, Any]]:
+    """The student's responses, domain by domain, from one server; which shards are whose, for the
+    manifest.
+    """
     config, section = context.config, context.config.rollout
     prompts, prompt_ids = context.prompts("opd", student)
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
     if writer.missing(sum(part.num_shards for part in parts)):
         with context.serve("student", student) as engine:
             for part in parts:
-                _sample_part(context, PartWriter(writer, part), engine, section, part, prompts, prompt_ids, title="rollouts")
+                _sample_part(
+                    context,
+                    PartWriter(writer, part),
+                    engine,
+                    section,
+                    part,
+                    prompts,
+                    prompt_ids,
+                    title="rollouts",
+                )
     return described(parts)
 
 

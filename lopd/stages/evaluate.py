@@ -1,7 +1,9 @@
-"""Evaluate: pass@1 (the mean over k samples, avg@k) on held-out prompts, and reverse KL per token to the teacher, for every model of the run.
+"""Evaluate: pass@1 (the mean over k samples, avg@k) on held-out prompts, and reverse KL per token
+to the teacher, for every model of the run.
 
-Reverse KL: E_{a ~ pi_theta}[log pi_theta(a|s) - log pi_T(a|s)], the mean over the tokens of responses sampled at temperature 1 from the model itself,
-with its standard error over responses. The equal-compute baseline goes on with SFT for as many tokens as distill processed.
+Reverse KL: E_{a ~ pi_theta}[log pi_theta(a|s) - log pi_T(a|s)], the mean over the tokens of
+responses sampled at temperature 1 from the model itself, with its standard error over responses.
+The equal-compute baseline goes on with SFT for as many tokens as distill processed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from lopd import cache
-from lopd.evaluation import accuracy_figures
 from lopd.records import Manifest
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.sampling import sample_into, sampling_params, score_into
@@ -22,11 +23,18 @@ from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
 from lopd.stages.training import MODEL, TrainingJob, train
 from lopd.tasks import get_task
+from lopd.tasks.accuracy import accuracy_figures
 from lopd.tasks.tokenizer import decode, load_tokenizer
 from lopd.tasks.verdicts import Judged, judge_all
 
 LONGER = "sft_longer"  # the equal-compute baseline: its name and its folder
-ORDER = ("base", "sft", "sft_longer", "distilled", "teacher")  # the teacher last: it then scores all the others
+ORDER = (
+    "base",
+    "sft",
+    "sft_longer",
+    "distilled",
+    "teacher",
+)  # the teacher last: it then scores all the others
 
 
 def models_of(context: StageContext) -> dict[str, Path]:
@@ -38,11 +46,17 @@ def models_of(context: StageContext) -> dict[str, Path]:
         "distilled": context.folder_of("distill") / MODEL,
         "teacher": context.config.models.teacher,
     }
-    return {name: folders[name] for name in ORDER if name != "sft_longer" or context.config.evaluate.equal_compute_baseline}
+    return {
+        name: folders[name]
+        for name in ORDER
+        if name != "sft_longer" or context.config.evaluate.equal_compute_baseline
+    }
 
 
 def train_longer(context: StageContext) -> dict[str, Any]:
-    """SFT gone on from the SFT student, with a fresh optimizer and another order, for as many tokens as distill processed (rounded up to a step)."""
+    """SFT gone on from the SFT student, with a fresh optimizer and another order, for as many
+    tokens as distill processed (rounded up to a step).
+    """
     sft, distilled = context.manifest_of("sft").extra, context.manifest_of("distill").extra
     tokens_per_step = sft["num_tokens"] / sft["num_steps"]
     demonstrations, _ = demonstrations_of(context)
@@ -64,8 +78,16 @@ def run(context: StageContext) -> None:
     longer = train_longer(context) if config.evaluate.equal_compute_baseline else None
     models = models_of(context)
     prompts, prompt_ids = context.prompts("eval", config.models.student)
-    policy_sampling = config.evaluate.temperature == 1.0 and config.evaluate.top_p == 1.0 and config.evaluate.top_k == -1 and config.evaluate.min_p == 0.0
-    writer = context.writer(models={"teacher": context.identity("teacher")}, lineage=context.manifest_of("distill").lineage)
+    policy_sampling = (
+        config.evaluate.temperature == 1.0
+        and config.evaluate.top_p == 1.0
+        and config.evaluate.top_k == -1
+        and config.evaluate.min_p == 0.0
+    )
+    writer = context.writer(
+        models={"teacher": context.identity("teacher")},
+        lineage=context.manifest_of("distill").lineage,
+    )
     answers: dict[str, Manifest] = {}
     policies: dict[str, Manifest] = {}
     scored: dict[str, Manifest] = {}
@@ -73,8 +95,18 @@ def run(context: StageContext) -> None:
         for name, model in models.items():
             engine = server.use(model, version=name)
 
-            def sample(purpose: str, samples_per_prompt: int, name: str = name, engine: Any = engine, **changes: Any) -> Manifest:
-                part = context.writer(folder=context.folder / f"{purpose}-{name}", kind="evaluation", shard_size=len(prompts))
+            def sample(
+                purpose: str,
+                samples_per_prompt: int,
+                name: str = name,
+                engine: Any = engine,
+                **changes: Any,
+            ) -> Manifest:
+                part = context.writer(
+                    folder=context.folder / f"{purpose}-{name}",
+                    kind="evaluation",
+                    shard_size=len(prompts),
+                )
                 sample_into(
                     part,
                     engine,
@@ -89,21 +121,53 @@ def run(context: StageContext) -> None:
                 return part.finish()
 
             answers[name] = sample("answers", config.evaluate.samples_per_prompt)
-            policies[name] = answers[name] if policy_sampling else sample("policy", 1, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0)
+            policies[name] = (
+                answers[name]
+                if policy_sampling
+                else sample("policy", 1, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0)
+            )
         kind = "answers" if policy_sampling else "policy"
         for name in models:  # the server holds the teacher now
-            part = context.writer(folder=context.folder / f"scores-{name}", kind="evaluation_scores")
-            score_into(part, engine, context.folder / f"{kind}-{name}", policies[name], title=f"teacher on {name}")
+            part = context.writer(
+                folder=context.folder / f"scores-{name}", kind="evaluation_scores"
+            )
+            score_into(
+                part,
+                engine,
+                context.folder / f"{kind}-{name}",
+                policies[name],
+                title=f"teacher on {name}",
+            )
             scored[name] = part.finish()
-    accuracy = {name: accuracy_of(context, context.folder / f"answers-{name}", manifest) for name, manifest in answers.items()}
-    divergence = {name: reverse_kl(context.folder / f"scores-{name}", manifest) for name, manifest in scored.items()}
-    writer.finish(accuracy=accuracy, reverse_kl=divergence, num_prompts=len(prompts), samples_per_prompt=config.evaluate.samples_per_prompt, sft_longer=longer)
+    accuracy = {
+        name: accuracy_of(context, context.folder / f"answers-{name}", manifest)
+        for name, manifest in answers.items()
+    }
+    divergence = {
+        name: reverse_kl(context.folder / f"scores-{name}", manifest)
+        for name, manifest in scored.items()
+    }
+    writer.finish(
+        accuracy=accuracy,
+        reverse_kl=divergence,
+        num_prompts=len(prompts),
+        samples_per_prompt=config.evaluate.samples_per_prompt,
+        sft_longer=longer,
+    )
 
 
 def accuracy_of(context: StageContext, folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """See lopd.evaluation.accuracy_figures: avg@k with its spread over prompts, pass@k, lengths, share of truncated responses."""
-    task, tokenizer = get_task(context.config.task.name, context.config.task.options), load_tokenizer(context.config.models.student)
-    by_id = {prompt.prompt_id: prompt for prompt in context.prompts("eval", context.config.models.student)[0]}
+    """See lopd.tasks.accuracy.accuracy_figures: avg@k with its spread over prompts, pass@k,
+    lengths, share of truncated responses.
+    """
+    task, tokenizer = (
+        get_task(context.config.task.name, context.config.task.options),
+        load_tokenizer(context.config.models.student),
+    )
+    by_id = {
+        prompt.prompt_id: prompt
+        for prompt in context.prompts("eval", context.config.models.student)[0]
+    }
     keys: list[str] = []
     lengths, truncated = [], []
 
@@ -112,7 +176,11 @@ def accuracy_of(context: StageContext, folder: Path, manifest: Manifest) -> dict
             keys.append(response.prompt_id)
             lengths.append(len(response.token_ids))
             truncated.append(response.finish_reason == "length")
-            yield by_id[response.prompt_id], decode(tokenizer, response.token_ids), response.finish_reason
+            yield (
+                by_id[response.prompt_id],
+                decode(tokenizer, response.token_ids),
+                response.finish_reason,
+            )
 
     verdicts = [verdict.right for verdict in judge_all(task, responses())]
     right: dict[str, list[bool]] = {}
@@ -122,7 +190,9 @@ def accuracy_of(context: StageContext, folder: Path, manifest: Manifest) -> dict
 
 
 def reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
-    """Mean over tokens of log pi_theta - log pi_T on responses of pi_theta, in nats, and its standard error (responses are the independent units)."""
+    """Mean over tokens of log pi_theta - log pi_T on responses of pi_theta, in nats, and its
+    standard error (responses are the independent units).
+    """
     sums, counts = [], []
     for response, teacher_logprobs in cache.read_rows(folder, manifest):
         assert teacher_logprobs is not None, "scored shards carry teacher log-probabilities"

@@ -1,4 +1,6 @@
-"""Export: the distilled student as a Hugging Face folder that transformers and SGLang load as it is, with a model card that says how it was made."""
+"""Export: the distilled student as a Hugging Face folder that transformers and SGLang load as it
+is, with a model card that says how it was made.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lopd.artifacts import EXPORT_MARK, check_replaceable, fsync_folder, publish_bytes, publish_json, remove_folder, storage_errors
+from lopd.artifacts import (
+    EXPORT_MARK,
+    check_replaceable,
+    fsync_folder,
+    publish_bytes,
+    publish_json,
+    remove_folder,
+    storage_errors,
+)
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError
 from lopd.stages.context import Stage, StageContext
@@ -27,7 +37,14 @@ def run(context: StageContext) -> None:
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
     publish_bytes(partial / "README.md", _card(context).encode())
-    publish_json(partial / EXPORT_MARK, {"lineage": dict(lineage), "parents": context.parents, "config": scrubbed(context.config.model_dump(mode="json"))})
+    publish_json(
+        partial / EXPORT_MARK,
+        {
+            "lineage": dict(lineage),
+            "parents": context.parents,
+            "config": scrubbed(context.config.model_dump(mode="json")),
+        },
+    )
     check_loads(partial)
     remove_folder(target)
     partial.rename(target)
@@ -36,22 +53,37 @@ def run(context: StageContext) -> None:
 
 
 def check_loads(folder: Path) -> None:
-    """ArtifactError unless transformers loads the folder with no weight missing, unexpected or of another shape."""
+    """ArtifactError unless transformers loads the folder with no weight missing, unexpected or of
+    another shape.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, local_files_only=True, trust_remote_code=False)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
+    )
     report: dict[str, Any] = loaded[1]
-    problems: dict[str, Any] = {name: sorted(map(str, found)) for name, found in report.items() if found and name != "error_msgs"}
+    problems: dict[str, Any] = {
+        name: sorted(map(str, found))
+        for name, found in report.items()
+        if found and name != "error_msgs"
+    }
     if problems:
-        raise ArtifactError(f"transformers does not load the exported weights as they are: {json.dumps(problems)[:300]}", where=str(folder))
+        raise ArtifactError(
+            f"transformers does not load the exported weights as they are: {json.dumps(problems)[:300]}",
+            where=str(folder),
+        )
 
 
 def _card(context: StageContext) -> str:
     distilled, lineage = context.manifest_of("distill"), context.manifest_of("distill").lineage
-    same = "the teacher of the demonstrations" if lineage.get("consistent") else "NOT shown to be the teacher of the demonstrations"
+    same = (
+        "the teacher of the demonstrations"
+        if lineage.get("consistent")
+        else "NOT shown to be the teacher of the demonstrations"
+    )
     return f"""---
 library_name: transformers
 tags: [lightning-opd, distillation]

@@ -1,4 +1,6 @@
-"""Rollout: the SFT student answers each OPD prompt, once. a ~ pi_ref(. | q); these responses stay frozen while distill learns from them."""
+"""Rollout: the SFT student answers each OPD prompt, once. a ~ pi_ref(. | q); these responses stay
+frozen while distill learns from them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ def run(context: StageContext) -> None:
         parts = roll_out_by_domain(context, writer, student)
         writer.finish(served=context.served, parts=parts)
         return
-    sample_stage(context, writer, config.rollout, prompt_set="opd", role="student", model=student, title="rollouts")
+    sample_stage(
+        context,
+        writer,
+        config.rollout,
+        prompt_set="opd",
+        role="student",
+        model=student,
+        title="rollouts",
+    )
     writer.finish(served=context.served)
 
 

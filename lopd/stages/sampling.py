@@ -1,4 +1,6 @@
-"""Sampling and scoring into an artifact: each response published exactly once, in shards whose members never change."""
+"""Sampling and scoring into an artifact: each response published exactly once, in shards whose
+members never change.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.config import Sampling
-from lopd.megatron.scorer import MegatronScorer
+from lopd.megatron.scoring.scorer import MegatronScorer
 from lopd.records import Ints, Key, Manifest, Prompt, Response, TeacherScores
 from lopd.report.console import progress
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
-from sglang_rollout.sampling import SamplingParams, SamplingRequest, request_seed
-from sglang_rollout.scoring import ScoreRequest
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
+from sglang_rollout.requests.scoring import ScoreRequest
 
 if TYPE_CHECKING:
     from lopd.stages.context import StageContext
-    from sglang_rollout.client import SGLangEngine
+    from sglang_rollout.requests.client import SGLangEngine
 
 T = TypeVar("T")
 
 
 def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -> SamplingParams:
-    """The engine's parameters from a config section; responses stop at the end tokens that any of the models' files name.
+    """The engine's parameters from a config section; responses stop at the end tokens that any of
+    the models' files name.
 
-    Teacher and student both count: a base student's files may know only <|endoftext|>, though it has learnt to end as the teacher does.
+    Teacher and student both count: a base student's files may know only <|endoftext|>, though it
+    has learnt to end as the teacher does.
     """
     return SamplingParams(
         temperature=changes.get("temperature", section.temperature),
@@ -41,10 +45,23 @@ def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -
 
 def end_token_ids(models: Iterable[Path]) -> tuple[int, ...]:
     """The ids that end a response, by the files of any of the models, ascending."""
-    return tuple(sorted({token for model in models for token in stop_token_ids(model, load_tokenizer(model))}))
+    return tuple(
+        sorted(
+            {token for model in models for token in stop_token_ids(model, load_tokenizer(model))}
+        )
+    )
 
 
-def sample_stage(context: StageContext, writer: ArtifactWriter, section: Sampling, *, prompt_set: str, role: str, model: Path, title: str) -> None:
+def sample_stage(
+    context: StageContext,
+    writer: ArtifactWriter,
+    section: Sampling,
+    *,
+    prompt_set: str,
+    role: str,
+    model: Path,
+    title: str,
+) -> None:
     """Serves ``model`` and samples a prompt set of the configuration into a stage's artifact."""
     prompts, prompt_ids = context.prompts(prompt_set, model)
     if not writer.missing(-(-len(prompts) * section.samples_per_prompt // writer.shard_size)):
@@ -76,13 +93,15 @@ def sample_into(
     title: str,
     version: str | None = None,
 ) -> None:
-    """Samples what is not yet published. A request's seed derives from (seed, prompt, sample index, purpose), so a resumed stage asks for the same.
+    """Samples what is not yet published. A request's seed derives from (seed, prompt, sample index,
+    purpose), so a resumed stage asks for the same.
 
-    Of a shard, one sample of every prompt is asked for, then a second of every (in_passes): a server then has its prefix. Beyond the prompts, only the
-    responses of shards in flight are in memory; they are what a kill loses.
+    Of a shard, one sample of every prompt is asked for, then a second of every (in_passes): a
+    server then has its prefix. Beyond the prompts, only the responses of shards in flight are in
+    memory; they are what a kill loses.
 
-    version: of the weights that must answer; absent: those that the servers have now. OtherWeights: a server that was started again, by its owner perhaps, has
-    others.
+    version: of the weights that must answer; absent: those that the servers have now. OtherWeights:
+    a server that was started again, by its owner perhaps, has others.
     """
     total, shard_size = len(prompts) * samples_per_prompt, writer.shard_size
     num_shards = -(-total // shard_size)
@@ -120,7 +139,9 @@ def sample_into(
             bar.advance(1)
             if len(done[index]) == size(index):
                 responses = done.pop(index)
-                writer.publish_shard(index, cache.to_table([responses[key] for key, _ in members(index)]))
+                writer.publish_shard(
+                    index, cache.to_table([responses[key] for key, _ in members(index)])
+                )
 
 
 def requests_in_flight(engine: SGLangEngine) -> int:
@@ -129,11 +150,14 @@ def requests_in_flight(engine: SGLangEngine) -> int:
 
 
 def in_passes(prompts: Sequence[Sequence[T]], at_once: int) -> list[T]:
-    """The samples of prompts in the order in which a server computes a prompt's prefix once: one of every prompt, then a second of every, and so on.
+    """The samples of prompts in the order in which a server computes a prompt's prefix once: one of
+    every prompt, then a second of every, and so on.
 
-    Samples of a prompt that meet in one prefill compute its prefix each for itself; only what was prefilled before is in the cache. at_once: so many prompts,
-    or somewhat more, take turns before the next ones do. More than are in flight: then a prompt's sample before has been prefilled. Not many more: the cache
-    must hold the prefix while as many other requests pass through it. 1: the samples of a prompt one after the other.
+    Samples of a prompt that meet in one prefill compute its prefix each for itself; only what was
+    prefilled before is in the cache. at_once: so many prompts, or somewhat more, take turns before
+    the next ones do. More than are in flight: then a prompt's sample before has been prefilled. Not
+    many more: the cache must hold the prefix while as many other requests pass through it. 1: the
+    samples of a prompt one after the other.
     """
     num_blocks = max(1, len(prompts) // at_once)
     bounds = [len(prompts) * number // num_blocks for number in range(num_blocks + 1)]
@@ -141,24 +165,41 @@ def in_passes(prompts: Sequence[Sequence[T]], at_once: int) -> list[T]:
     for first, end in pairwise(bounds):
         block = prompts[first:end]
         passes = max(map(len, block), default=0)
-        order += [samples[number] for number in range(passes) for samples in block if number < len(samples)]
+        order += [
+            samples[number]
+            for number in range(passes)
+            for samples in block
+            if number < len(samples)
+        ]
     return order
 
 
 def by_length(responses: Iterable[Response], at_once: int) -> list[Response]:
-    """Prompts of like length are neighbours, those with the longest response first; at_once of them take turns (in_passes), each with its longest first."""
+    """Prompts of like length are neighbours, those with the longest response first; at_once of them
+    take turns (in_passes), each with its longest first.
+    """
     groups: dict[str, list[Response]] = {}
     for response in responses:
         groups.setdefault(response.prompt_id, []).append(response)
-    samples = [sorted(group, key=lambda response: -len(response.token_ids)) for group in groups.values()]
+    samples = [
+        sorted(group, key=lambda response: -len(response.token_ids)) for group in groups.values()
+    ]
     samples.sort(key=lambda group: -len(group[0].prompt_ids) - len(group[0].token_ids))
     return in_passes(samples, at_once)
 
 
 def score_into(
-    writer: ArtifactWriter, engine: SGLangEngine | None, source: Path, rollouts: Manifest, *, title: str, logprob_bits: int = 32, top_k: int = 0
+    writer: ArtifactWriter,
+    engine: SGLangEngine | None,
+    source: Path,
+    rollouts: Manifest,
+    *,
+    title: str,
+    logprob_bits: int = 32,
+    top_k: int = 0,
 ) -> None:
-    """The teacher's log-probabilities of every response of an artifact; shard i of the result holds the responses of shard i of the source.
+    """The teacher's log-probabilities of every response of an artifact; shard i of the result holds
+    the responses of shard i of the source.
 
     top_k: also the teacher's so many likeliest tokens.
     """
@@ -169,27 +210,49 @@ def score_into(
     responses: dict[int, list[Response]] = {}  # of the shards in flight only
     scores: dict[int, dict[Key, TeacherScores]] = {}
     shard_of: dict[Key, int] = {}
-    prompts_at_once = 1 if isinstance(engine, MegatronScorer) else requests_in_flight(engine)  # Megatron-Core has no prefix cache
+    prompts_at_once = (
+        1 if isinstance(engine, MegatronScorer) else requests_in_flight(engine)
+    )  # Megatron-Core has no prefix cache
 
     def requests(indices: Sequence[int]) -> Iterator[ScoreRequest]:
         for index in indices:
             shard = rollouts.shards[index]
-            responses[index] = [response for response, _ in cache.from_table(read_shard(source, shard), where=str(source / shard.name))]
+            responses[index] = [
+                response
+                for response, _ in cache.from_table(
+                    read_shard(source, shard), where=str(source / shard.name)
+                )
+            ]
             scores[index] = {}
             shard_of.update({response.key: index for response in responses[index]})
             for response in by_length(responses[index], prompts_at_once):
-                yield ScoreRequest(response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids)
+                yield ScoreRequest(
+                    response.prompt_id,
+                    response.sample_index,
+                    response.prompt_ids,
+                    response.token_ids,
+                )
 
     mine = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
     already = mine - sum(rollouts.shards[index].rows for index in missing)
-    # Megatron-Core packs responses: what else is in its stream decides a score's last bits, and what is missing must not decide that
+    # Megatron-Core packs responses: what else is in its stream decides a score's last bits, and
+    # what is missing must not decide that
     streams = [[index] for index in missing] if isinstance(engine, MegatronScorer) else [missing]
     with progress(title, total=mine, done=already, unit="responses") as bar:
-        for score in (score for indices in streams for score in engine.score(requests(indices), top_k=top_k)):
+        for score in (
+            score for indices in streams for score in engine.score(requests(indices), top_k=top_k)
+        ):
             index = shard_of.pop(score.key)
             scores[index][score.key] = score
             bar.advance(1)
             if len(scores[index]) == len(responses[index]):
                 ordered = responses.pop(index)
-                writer.publish_shard(index, cache.to_table(ordered, [scores[index][response.key] for response in ordered], logprob_bits=logprob_bits))
+                writer.publish_shard(
+                    index,
+                    cache.to_table(
+                        ordered,
+                        [scores[index][response.key] for response in ordered],
+                        logprob_bits=logprob_bits,
+                    ),
+                )
                 del scores[index]

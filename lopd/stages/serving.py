@@ -1,4 +1,6 @@
-"""One server that serves several models in turn: weights are exchanged in place where the architecture is the same, otherwise it is started anew."""
+"""One server that serves several models in turn: weights are exchanged in place where the
+architecture is the same, otherwise it is started anew.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lopd.stages.context import StageContext
-    from sglang_rollout.client import SGLangEngine
+    from sglang_rollout.requests.client import SGLangEngine
 
 _NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 class ModelServer:
-    """Use as a context manager; use(model) gives an engine that answers with that model until the next use."""
+    """Use as a context manager; use(model) gives an engine that answers with that model until the
+    next use.
+    """
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
@@ -33,7 +37,9 @@ class ModelServer:
         """EngineError: the server does not start or refuses the weights."""
         architecture = _architecture(model)
         if self._engine is not None and architecture == self._architecture:
-            self._engine.update_weights_from_disk(model, version=version)
+            from sglang_rollout.weight_sync import update_weights_from_disk
+
+            update_weights_from_disk(self._engine, model, version=version)
             return self._engine
         self._open.close()
         self._engine = self._open.enter_context(self._context.serve("evaluated", model))

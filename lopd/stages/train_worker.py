@@ -1,7 +1,8 @@
 """One rank of sft or distill, started by torchrun: ``python -m lopd.stages.train_worker JOB.json``.
 
-Reads like the method: load the frozen responses, then per step, where they are due, a weight sync with an evaluation and a refresh, which share the weights in
-the server; one batch, one forward and one backward, one optimizer step, and every so often a checkpoint to resume from.
+Reads like the method: load the frozen responses, then per step, where they are due, a weight sync
+with an evaluation and a refresh, which share the weights in the server; one batch, one forward and
+one backward, one optimizer step, and every so often a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import publish_json
-from lopd.megatron import parallel
-from lopd.megatron.launch import reporting_errors
-from lopd.megatron.trainer import StepMetrics, Trainer
-from lopd.megatron.weights import save_hf
+from lopd.megatron.ranks import parallel
+from lopd.megatron.ranks.launch import reporting_errors
+from lopd.megatron.training.trainer import StepMetrics, Trainer
+from lopd.megatron.weights.transfer import save_hf
 from lopd.report.console import training_line
 from lopd.report.metrics import MetricsLog, read_metrics
 from lopd.stages.batches import Batches, Refreshes
@@ -45,7 +46,12 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
         entropy=job.objective == "distill" and distill.student_entropy,
         checkpoint_dir=job.checkpoints,
     )
-    state: dict[str, Any] = trainer.resume(say) or {"num_tokens": 0, "first_loss": None, "last_loss": None, "weight_syncs": 0}
+    state: dict[str, Any] = trainer.resume(say) or {
+        "num_tokens": 0,
+        "first_loss": None,
+        "last_loss": None,
+        "weight_syncs": 0,
+    }
     main = parallel.rank() == 0
     metrics = MetricsLog(job.config.run.dir) if main else None
     if metrics is not None:
@@ -54,7 +60,9 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
         student.learn_from(trainer, samples, metrics)
     evaluated = _evaluated_before(job, main)
     batches = Batches(samples, job)
-    refreshes = Refreshes(job, state, student) if student is not None and distill.refresh.is_on else None
+    refreshes = (
+        Refreshes(job, state, student) if student is not None and distill.refresh.is_on else None
+    )
     if refreshes is not None and (resumed := refreshes.resume(say)) is not None:
         batches.learn_from(*resumed)
     for step in range(trainer.step, job.num_steps):
@@ -75,7 +83,13 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
         state["first_loss"] = result.loss if state["first_loss"] is None else state["first_loss"]
         state["last_loss"] = result.loss
         if metrics is not None:
-            _report(job, metrics, result, num_tokens, {} if refreshes is None else {"refreshes": len(refreshes.made)})
+            _report(
+                job,
+                metrics,
+                result,
+                num_tokens,
+                {} if refreshes is None else {"refreshes": len(refreshes.made)},
+            )
         if done % settings.checkpoint_every == 0 and done < job.num_steps:
             trainer.save_checkpoint(state)
     trainer.finish_checkpoint()
@@ -83,7 +97,12 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
         student.evaluate(job.num_steps)
         state["weight_syncs"] += 1
         student.train()
-    save_hf(trainer.export(bucket_bytes=_BUCKET_BYTES), job.model, source=job.initial, shard_bytes=job.config.export.shard_bytes)
+    save_hf(
+        trainer.export(bucket_bytes=_BUCKET_BYTES),
+        job.model,
+        source=job.initial,
+        shard_bytes=job.config.export.shard_bytes,
+    )
     if main:
         publish_json(job.result, {"num_steps": job.num_steps, **state})
         if metrics is not None:
@@ -92,21 +111,38 @@ def run(job: TrainingJob, servers: Mapping[str, Any] | None) -> None:
 
 
 def _evaluated_before(job: TrainingJob, main: bool) -> set[int]:
-    """The steps whose evaluation stands in the metrics: of a command that was killed after it, and after a checkpoint of that step. Every rank calls it."""
+    """The steps whose evaluation stands in the metrics: of a command that was killed after it, and
+    after a checkpoint of that step. Every rank calls it.
+    """
     rows = read_metrics(job.config.run.dir, kind="eval", stage=job.stage) if main else []
     return set(parallel.gather_objects([row["step"] for row in rows])[0])
 
 
-def _report(job: TrainingJob, metrics: MetricsLog, result: StepMetrics, num_tokens: int, more: Mapping[str, int]) -> None:
-    figures = {**result.as_dict(), "processed_tokens": num_tokens, "processed_tokens_per_s": num_tokens / max(result.seconds, 1e-9), **more}
+def _report(
+    job: TrainingJob,
+    metrics: MetricsLog,
+    result: StepMetrics,
+    num_tokens: int,
+    more: Mapping[str, int],
+) -> None:
+    figures = {
+        **result.as_dict(),
+        "processed_tokens": num_tokens,
+        "processed_tokens_per_s": num_tokens / max(result.seconds, 1e-9),
+        **more,
+    }
     metrics.train(job.stage, result.step, figures)
     if result.step % job.settings.log_every == 0 or result.step in (1, job.num_steps):
         sys.stdout.write(training_line(job.stage, result.step, job.num_steps, figures) + "\n")
         sys.stdout.flush()
 
 
-def _student_server(job: TrainingJob, servers: Mapping[str, Any], say: Callable[[str], None]) -> StudentServer:
-    from lopd.stages.student import StudentServer  # sft has none, and need not import what talks to it
+def _student_server(
+    job: TrainingJob, servers: Mapping[str, Any], say: Callable[[str], None]
+) -> StudentServer:
+    from lopd.stages.student import (
+        StudentServer,
+    )  # sft has none, and need not import what talks to it
 
     return StudentServer(job, servers, say)
 
@@ -122,7 +158,9 @@ def main(job_file: Path) -> None:
     servers = raw.pop("servers")
     job = TrainingJob.from_json(raw)
     with reporting_errors():
-        parallel.initialize(job.settings.parallel, seed=job.config.run.seed, timeout_s=job.settings.timeout_s)
+        parallel.initialize(
+            job.settings.parallel, seed=job.config.run.seed, timeout_s=job.settings.timeout_s
+        )
         run(job, servers)
         parallel.shutdown()
 

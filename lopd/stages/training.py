@@ -1,4 +1,6 @@
-"""Starts the trainer's ranks for sft and distill and reads back what they publish. The ranks themselves run lopd.stages.train_worker."""
+"""Starts the trainer's ranks for sft and distill and reads back what they publish. The ranks
+themselves run lopd.stages.train_worker.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,25 @@ from typing import TYPE_CHECKING, Any, Literal
 from lopd.artifacts import publish_json, remove_folder
 from lopd.config import Config, TrainSection
 from lopd.config.secrets import scrubbed
-from lopd.megatron.launch import ANNOUNCEMENT_FILE, run_ranks, threads_of
-from lopd.megatron.nodes import Node, await_announcement, this_node
+from lopd.megatron.ranks.launch import ANNOUNCEMENT_FILE, run_ranks, threads_of
+from lopd.megatron.ranks.nodes import Node, await_announcement, this_node
 from lopd.report.console import say
 
 if TYPE_CHECKING:
-    from sglang_rollout.client import SGLangEngine
+    from sglang_rollout.requests.client import SGLangEngine
 
 MODEL = "model"  # the Hugging Face checkpoint inside the folder of sft, distill and export
 CHECKPOINTS, RESULT = "checkpoints", "result.json"
-SERVER_KEY = "LOPD_SERVER_KEY"  # environment variable: the key never stands in a file or a command line
+SERVER_KEY = (
+    "LOPD_SERVER_KEY"  # environment variable: the key never stands in a file or a command line
+)
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training: an objective, where it starts, what it learns from, and the folder it publishes into."""
+    """One training: an objective, where it starts, what it learns from, and the folder it publishes
+    into.
+    """
 
     objective: Literal["sft", "distill"]
     config: Config
@@ -61,12 +67,31 @@ class TrainingJob:
         return self.folder.name
 
     def to_json(self) -> dict[str, Any]:
-        """For the ranks, which start no server: without the secrets of sglang.extra_args and launch.env. Those of task.options may be needed to judge."""
+        """For the ranks, which start no server: without the secrets of sglang.extra_args and
+        launch.env. Those of task.options may be needed to judge.
+        """
         config = self.config.model_dump(mode="json")
         config["sglang"]["extra_args"] = scrubbed(config["sglang"]["extra_args"])
         config["launch"] = scrubbed(config["launch"])
-        fields = {name: getattr(self, name) for name in ("objective", "folder", "data", "initial", "init", "num_steps", "order_seed")}
-        return {**{name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}, "config": config}
+        fields = {
+            name: getattr(self, name)
+            for name in (
+                "objective",
+                "folder",
+                "data",
+                "initial",
+                "init",
+                "num_steps",
+                "order_seed",
+            )
+        }
+        return {
+            **{
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in fields.items()
+            },
+            "config": config,
+        }
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> TrainingJob:
@@ -75,27 +100,42 @@ class TrainingJob:
 
 
 def servers_json(engine: SGLangEngine) -> dict[str, Any]:
-    """How another process reaches an engine's servers: their URLs, and where it says what a restarted one must serve (None: they are not ours)."""
+    """How another process reaches an engine's servers: their URLs, and where it says what a
+    restarted one must serve (None: they are not ours).
+    """
     weights_file = None if engine.server is None else str(engine.server.weights_file.resolve())
     return {"urls": [one.url for one in engine.engines], "weights_file": weights_file}
 
 
-def train(job: TrainingJob, *, engine: SGLangEngine | None = None, attend: Callable[[], None] | None = None) -> dict[str, Any]:
-    """Trains, or goes on from the newest checkpoint, or only reads the result that is already published. engine: gets the weights at every sync.
+def train(
+    job: TrainingJob,
+    *,
+    engine: SGLangEngine | None = None,
+    attend: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Trains, or goes on from the newest checkpoint, or only reads the result that is already
+    published. engine: gets the weights at every sync.
 
-    attend: called whenever the ranks have said something, to do what they may have asked for; what it raises ends them.
-    Returns num_steps, num_tokens (prompt and response tokens processed), first_loss, last_loss, weight_syncs, and of refreshes what lopd.stages.batches
-    keeps. TrainingError: a rank failed.
+    attend: called whenever the ranks have said something, to do what they may have asked for; what
+    it raises ends them. Returns num_steps, num_tokens (prompt and response tokens processed),
+    first_loss, last_loss, weight_syncs, and of refreshes what lopd.stages.batches keeps.
+    TrainingError: a rank failed.
     """
     if not job.result.exists():
         job_file = job.folder / "job.json"
-        publish_json(job_file, {**job.to_json(), "servers": None if engine is None else servers_json(engine)}, private=True)
+        publish_json(
+            job_file,
+            {**job.to_json(), "servers": None if engine is None else servers_json(engine)},
+            private=True,
+        )
         environment = dict(os.environ)
 
         def show_own_lines(line: str) -> None:
             if line.startswith(f"{job.stage} "):  # the rest, warnings of libraries, is in the log
                 say(line)
-            if attend is not None:  # after any line: another rank's half of one may stand before the one that asks
+            if (
+                attend is not None
+            ):  # after any line: another rank's half of one may stand before the one that asks
                 attend()
 
         if engine is not None:
@@ -116,8 +156,11 @@ def train(job: TrainingJob, *, engine: SGLangEngine | None = None, attend: Calla
     return result
 
 
-def follow(folder: Path, settings: TrainSection, index: int, count: int, *, done: Callable[[], bool]) -> int:
-    """This machine's part of the trainings in a stage's folder that the first machine drives: its ranks, for each training that is announced until done().
+def follow(
+    folder: Path, settings: TrainSection, index: int, count: int, *, done: Callable[[], bool]
+) -> int:
+    """This machine's part of the trainings in a stage's folder that the first machine drives: its
+    ranks, for each training that is announced until done().
 
     Returns how many were joined. TrainingError: a rank here failed, or the first machine was lost.
     """

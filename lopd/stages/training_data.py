@@ -17,13 +17,17 @@ from lopd.objective.registry import AVAILABLE, TOP_K
 from lopd.records import Sample
 from lopd.stages.training import TrainingJob
 
-MEMORY_TOKENS = 2**23  # response tokens that are held as samples, about 25 bytes each; a larger artifact stays on disk and is read by index
+MEMORY_TOKENS = (
+    2**23
+)  # response tokens that are held as samples, about 25 bytes each; a larger artifact stays on disk and is read by index
 
 
 def load_samples(job: TrainingJob) -> Sequence[Sample]:
-    """The frozen responses in shard order: a list where they are few, else read from disk as they are asked for, in memory that does not grow with them.
+    """The frozen responses in shard order: a list where they are few, else read from disk as they
+    are asked for, in memory that does not grow with them.
 
-    DataError: none, or no teacher log-probabilities where distill needs them; ArtifactError: damaged, or a response twice.
+    DataError: none, or no teacher log-probabilities where distill needs them; ArtifactError:
+    damaged, or a response twice.
     """
     samples = CachedSamples(job)
     return samples if samples.num_tokens > MEMORY_TOKENS else samples.all()
@@ -35,14 +39,24 @@ class CachedSamples(Sequence[Sample]):
     def __init__(self, job: TrainingJob) -> None:
         distill = job.objective == "distill"
         self._with_top = distill and needs_top_k(job.config.distill)
-        unread = {"routed_experts", ENTROPY} | (set() if self._with_top else {TOP_IDS, TOP_LOGPROBS, TAIL})
+        unread = {"routed_experts", ENTROPY} | (
+            set() if self._with_top else {TOP_IDS, TOP_LOGPROBS, TAIL}
+        )
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)
         columns = self._reader.columns
         self._sampled = "sampling_logprobs" in columns
         if len(self._reader) == 0:
-            raise DataError("no responses to learn from", where=str(job.data), remedy="check the prompts and run the earlier stages again")
+            raise DataError(
+                "no responses to learn from",
+                where=str(job.data),
+                remedy="check the prompts and run the earlier stages again",
+            )
         if distill and "teacher_logprobs" not in columns:
-            raise DataError("responses without teacher log-probabilities", where=str(job.data), remedy="run the score stage")
+            raise DataError(
+                "responses without teacher log-probabilities",
+                where=str(job.data),
+                remedy="run the score stage",
+            )
         self._reader.require_unique()
         self._teachers = [*teachers_in(self._reader)] if distill else []
 
@@ -59,7 +73,9 @@ class CachedSamples(Sequence[Sample]):
     def __getitem__(self, index: slice) -> list[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
-            return [self._sample(row) for row in self._reader.fetch_scored(np.arange(len(self))[index])]
+            return [
+                self._sample(row) for row in self._reader.fetch_scored(np.arange(len(self))[index])
+            ]
         return self._sample(self._reader.fetch_scored([index])[0])
 
     def all(self) -> list[Sample]:
@@ -72,13 +88,18 @@ class CachedSamples(Sequence[Sample]):
         if self._teachers and row[1] is not None:
             if row[1].teacher not in self._teachers:
                 limit = "one of the teachers that the manifest names"
-                raise DataError(f"response {row[0].key}: teacher {row[1].teacher[:12] or 'none'}", where=str(self._reader.folder), limit=limit)
+                raise DataError(
+                    f"response {row[0].key}: teacher {row[1].teacher[:12] or 'none'}",
+                    where=str(self._reader.folder),
+                    limit=limit,
+                )
             sample = replace(sample, teacher_index=self._teachers.index(row[1].teacher))
         return sample
 
 
 def teachers_in(reader: CacheReader) -> dict[str, str]:
-    """Weights -> name (its domains, where they are known) of each teacher of a cache that has several; empty where it has one.
+    """Weights -> name (its domains, where they are known) of each teacher of a cache that has
+    several; empty where it has one.
 
     DataError: several, and no column that says which response is whose.
     """
@@ -86,10 +107,17 @@ def teachers_in(reader: CacheReader) -> dict[str, str]:
     for role, identity in reader.manifest.models.items():
         if role.startswith("teacher"):
             name = "other" if role == "teacher" else role.removeprefix("teachers.")
-            names[identity.weights] = f"{names[identity.weights]}+{name}" if identity.weights in names else name
+            names[identity.weights] = (
+                f"{names[identity.weights]}+{name}" if identity.weights in names else name
+            )
     if len(names) > 1 and "teacher" not in reader.columns:
         limit = "a column teacher: each response names its own"
-        raise DataError(f"{len(names)} teachers", where=str(reader.folder), limit=limit, remedy="merge the caches again with --teacher-column")
+        raise DataError(
+            f"{len(names)} teachers",
+            where=str(reader.folder),
+            limit=limit,
+            remedy="merge the caches again with --teacher-column",
+        )
     return names if len(names) > 1 else {}
 
 
@@ -98,6 +126,8 @@ def objective_of(job: TrainingJob) -> Objective:
     if job.objective != "distill":
         return Supervised()
     reader = CacheReader(job.data)
-    lacking = frozenset() if "sampling_logprobs" in reader.columns else frozenset({"sampling_logprobs"})
+    lacking = (
+        frozenset() if "sampling_logprobs" in reader.columns else frozenset({"sampling_logprobs"})
+    )
     available = (AVAILABLE | TOP_K if "teacher_top_ids" in reader.columns else AVAILABLE) - lacking
     return objective_from_config(job.config.distill, available, tuple(teachers_in(reader).values()))

@@ -11,9 +11,13 @@ from lopd.tasks.verdicts import Verdict, final_part
 
 
 class FileTask(TaskOptions):
-    """A task that makes no prompts. A subclass gives ``judge_answer``; what comes before it is the same for all."""
+    """A task that makes no prompts. A subclass gives ``judge_answer``; what comes before it is the
+    same for all.
+    """
 
-    judge_truncated: bool = Field(default=False, description="Also judge a response that was cut off; false: it is wrong.")
+    judge_truncated: bool = Field(
+        default=False, description="Also judge a response that was cut off; false: it is wrong."
+    )
 
     def generate_prompts(self, num: int, seed: int) -> list[Prompt]:
         """ConfigError: always."""
@@ -25,7 +29,9 @@ class FileTask(TaskOptions):
         return self.judge(prompt, text, finish_reason).right
 
     def judge(self, prompt: Prompt, text: str, finish_reason: str) -> Verdict:
-        """A response that was cut off, or never left its thinking, is wrong; of others the part after the thinking is judged."""
+        """A response that was cut off, or never left its thinking, is wrong; of others the part
+        after the thinking is judged.
+        """
         if finish_reason != "stop" and not self.judge_truncated:
             return Verdict(False, "cut off")
         part = final_part(text)

@@ -1,8 +1,8 @@
 """Code: the program of a response passes the prompt's tests, each run in a sandbox
 (lopd.tasks.sandbox).
 
-A program is judged from outside: it sees the inputs, never the expected outputs. docs/tasks.md has the forms of tests, and what the sandbox does not
-protect from.
+A program is judged from outside: it sees the inputs, never the expected outputs. docs/tasks.md has
+the forms of tests, and what the sandbox does not protect from.
 """
 
 from __future__ import annotations
@@ -85,16 +85,36 @@ class Code(FileTask):
 
     name: ClassVar[str] = "code"
 
-    limit_s: float = Field(default=6.0, gt=0, le=600, strict=False, description="CPU seconds of one test; twice as many and 2 of the clock.")
+    limit_s: float = Field(
+        default=6.0,
+        gt=0,
+        le=600,
+        strict=False,
+        description="CPU seconds of one test; twice as many and 2 of the clock.",
+    )
     memory_mb: int = Field(default=2048, ge=64, description="Memory of a process of the program.")
     processes: int = Field(default=16, ge=1, description="Processes and threads of the program.")
-    disk_mb: int = Field(default=64, ge=1, description="All that the program may write (per file where the sandbox has no disk of its own).")
-    max_tests: int | None = Field(default=None, ge=1, description="Run only the first tests of a problem; absent: all.")
-    packages: bool = Field(default=False, description="Programs may import what is installed in this environment (numpy).")
-    allow_weak_sandbox: bool = Field(default=False, description="Run code also where it can reach the network or foreign files (docs/tasks.md).")
+    disk_mb: int = Field(
+        default=64,
+        ge=1,
+        description="All that the program may write (per file where the sandbox has no disk of its own).",
+    )
+    max_tests: int | None = Field(
+        default=None, ge=1, description="Run only the first tests of a problem; absent: all."
+    )
+    packages: bool = Field(
+        default=False,
+        description="Programs may import what is installed in this environment (numpy).",
+    )
+    allow_weak_sandbox: bool = Field(
+        default=False,
+        description="Run code also where it can reach the network or foreign files (docs/tasks.md).",
+    )
 
     def check_machine(self) -> str:
-        """One line on the protections here. ConfigError: too few, and allow_weak_sandbox is not set."""
+        """One line on the protections here. ConfigError: too few, and allow_weak_sandbox is not
+        set.
+        """
         return sandbox.require(self.allow_weak_sandbox).describe()
 
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:

@@ -1,7 +1,9 @@
-"""What is known of the columns of public data sets: one table. docs/tasks.md shows it; a field map in the configuration stands above it.
+"""What is known of the columns of public data sets: one table. docs/tasks.md shows it; a field map
+in the configuration stands above it.
 
-The facts were read from the data sets' cards and from public code that loads them, on the hub's pages named in ``source``; of these sets only GSM8K was at hand
-when this was written, so a set that has changed since is met by ``prompts.*.fields``.
+The facts were read from the data sets' cards and from public code that loads them, on the hub's
+pages named in ``source``; of these sets only GSM8K was at hand when this was written, so a set that
+has changed since is met by ``prompts.*.fields``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from lopd.tasks.answer_text import last_box
 from lopd.tasks.values import is_no_answer
 
 PLAIN = "{question}"
-BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."  # as the Qwen3 cards recommend
+# as the Qwen3 cards recommend
+BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 INSTRUCTIONS = {"plain": PLAIN, "boxed": BOXED}  # names for prompts.*.instruction
 FIELDS = ("question", "messages", "answer", "prompt_id", "domain")
 OWN = "lopd"  # our own form: prompt_id, messages or question, answer
@@ -28,8 +31,9 @@ Compute: TypeAlias = Callable[[Mapping[str, Any]], Any]
 class PromptFormat:
     """How the rows of one data set become prompts.
 
-    columns: of each field, dotted paths of which the first that a row has counts. computed: fields that no path gives, from the row. needed: columns that
-    ``computed`` reads. instruction: text around the question. duplicates: what becomes of a question that was there before.
+    columns: of each field, dotted paths of which the first that a row has counts. computed: fields
+    that no path gives, from the row. needed: columns that ``computed`` reads. instruction: text
+    around the question. duplicates: what becomes of a question that was there before.
     """
 
     title: str
@@ -72,17 +76,30 @@ def _livecodebench_question(row: Mapping[str, Any]) -> str | None:
     content, starter = row.get("question_content"), row.get("starter_code")
     if not isinstance(content, str):
         return None
-    return _FUNCTIONAL.format(content=content, starter=starter.rstrip()) if starter else _STDIN.format(content=content)
+    return (
+        _FUNCTIONAL.format(content=content, starter=starter.rstrip())
+        if starter
+        else _STDIN.format(content=content)
+    )
 
 
 def _livecodebench_tests(row: Mapping[str, Any]) -> str | None:
-    """The tests as they are published, packed ones still packed: a problem's hidden tests may be many MB."""
+    """The tests as they are published, packed ones still packed: a problem's hidden tests may be
+    many MB.
+    """
     names = ("public_test_cases", "private_test_cases", "metadata")
     found = {name: row[name] for name in names if row.get(name)}
-    return json.dumps(found, ensure_ascii=False) if len(found) > 1 or "public_test_cases" in found else None
+    return (
+        json.dumps(found, ensure_ascii=False)
+        if len(found) > 1 or "public_test_cases" in found
+        else None
+    )
 
 
-_COMPETITION = {"question": ("problem", "Problem", "question"), "prompt_id": ("id", "ID", "problem_idx")}
+_COMPETITION = {
+    "question": ("problem", "Problem", "question"),
+    "prompt_id": ("id", "ID", "problem_idx"),
+}
 _COMPETITION_NEEDED = ("answer", "Answer", "solution", "Solution")
 
 FORMATS: dict[str, PromptFormat] = {

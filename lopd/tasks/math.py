@@ -30,10 +30,21 @@ class Math(FileTask):
 
     name: ClassVar[str] = "math"
 
-    limit_s: float = Field(default=3.0, gt=0, le=600, strict=False, description="CPU seconds one comparison may take; five times as many of the clock.")
+    limit_s: float = Field(
+        default=3.0,
+        gt=0,
+        le=600,
+        strict=False,
+        description="CPU seconds one comparison may take; five times as many of the clock.",
+    )
     memory_mb: int = Field(default=2048, ge=512, description="Memory of a worker.")
-    max_answer_chars: int = Field(default=2000, ge=1, description="A longer answer is wrong without being looked at.")
-    answer_line: bool = Field(default=True, description="Where no box is, take what follows Answer: in the last line that begins so.")
+    max_answer_chars: int = Field(
+        default=2000, ge=1, description="A longer answer is wrong without being looked at."
+    )
+    answer_line: bool = Field(
+        default=True,
+        description="Where no box is, take what follows Answer: in the last line that begins so.",
+    )
 
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
         """See FileTask."""
@@ -117,5 +128,8 @@ def _both_signs(answer: str) -> str:
     r"""``1 \pm x`` as the two values that it stands for, which math-verify does not know."""
     if "\\pm" not in answer:
         return answer
-    upper, lower = answer.replace("\\pm", "+").replace("\\mp", "-"), answer.replace("\\pm", "-").replace("\\mp", "+")
+    upper, lower = (
+        answer.replace("\\pm", "+").replace("\\mp", "-"),
+        answer.replace("\\pm", "-").replace("\\mp", "+"),
+    )
     return f"{upper}, {lower}"

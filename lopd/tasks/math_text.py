@@ -20,7 +20,9 @@ _THOUSANDS = rf"(?:{_GAP}|\\?_)"
 _DIGITS = rf"[0-9]+(?:{_THOUSANDS}[0-9]+)*"
 _RUN = re.compile(rf"(?<![0-9.^_])({_DIGITS})(\.{_DIGITS})?(?!\.?[0-9])")
 _MIXED = re.compile(rf"(?<![0-9.,^_/])([0-9]+){_GAP}([0-9]+)\s*/\s*([0-9]+)(?![0-9.])")
-_REPEATING = re.compile(r"(?<![0-9.,])([0-9]{0,50})\.([0-9]{0,50})\\(?:overline|bar)(?![A-Za-z])\s*(?:\{([0-9]{1,50})\}|([0-9]))")
+_REPEATING = re.compile(
+    r"(?<![0-9.,])([0-9]{0,50})\.([0-9]{0,50})\\(?:overline|bar)(?![A-Za-z])\s*(?:\{([0-9]{1,50})\}|([0-9]))"
+)
 _LEFT_APART = re.compile(rf"[0-9](?:{_GAP}|\s*\\q?quad\s*)[0-9]")
 _LOOKALIKES = str.maketrans("０１２３４５６７８９−’", "0123456789-'")
 _WRAPPED_COMMA = re.compile(r"\\(?:math(?:punct|ord|inner)|text)\s*\{,\}")

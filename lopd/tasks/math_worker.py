@@ -1,4 +1,6 @@
-"""Are two mathematical answers equal? A worker (lopd.tasks.workers) around math-verify, whose parsing and simplification may take for ever."""
+"""Are two mathematical answers equal? A worker (lopd.tasks.workers) around math-verify, whose
+parsing and simplification may take for ever.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ def main() -> None:
 
     @lru_cache(maxsize=256)
     def gold_of(text: str) -> Any:
-        return parse(f"${text}$", anywhere, parsing_timeout=None) or parse(text, anywhere, parsing_timeout=None)
+        return parse(f"${text}$", anywhere, parsing_timeout=None) or parse(
+            text, anywhere, parsing_timeout=None
+        )
 
     sample = parse("\\boxed{7}", in_box, parsing_timeout=None)
 
     def equal(gold: Any, answer: Any) -> bool:
-        return bool(verify(gold, answer, timeout_seconds=None))  # the worker's own limit holds; math-verify's would need the alarm for itself
+        return bool(
+            verify(gold, answer, timeout_seconds=None)
+        )  # the worker's own limit holds; math-verify's would need the alarm for itself
 
     def compute(job: dict[str, Any]) -> dict[str, Any]:
         gold = gold_of(job["gold"])
@@ -41,7 +47,9 @@ def main() -> None:
             return {"failed": "parse"}
         right = equal(gold, answer)
         if right and isinstance(answer[0], Eq) and not answer[0].lhs.free_symbols:
-            right = equal(gold, [answer[0].lhs])  # math-verify looks at the right side of an equation alone: 205=204 would be right for 204
+            right = equal(
+                gold, [answer[0].lhs]
+            )  # math-verify looks at the right side of an equation alone: 205=204 would be right for 204
         if right:
             right = not wrongly_right(gold[0], answer[0], job)
         return {"right": right}
@@ -55,7 +63,9 @@ def main() -> None:
         # 50\% is both 0.5 and 50 (docs/tasks.md), so there is no one number to compare
         return not any("%" in text for text in texts) and contradicts(gold, answer)
 
-    compute({"gold": "\\frac{1}{2}", "answer": "0.5"})  # what is built at the first use is built before the first limit runs
+    compute(
+        {"gold": "\\frac{1}{2}", "answer": "0.5"}
+    )  # what is built at the first use is built before the first limit runs
     serve(compute)
 
 

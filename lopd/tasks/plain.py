@@ -14,24 +14,35 @@ from lopd.tasks.verdicts import Verdict
 
 
 class Plain(FileTask):
-    """The task ``plain``. A prompt's answer may hold several right ones, one a line, where ``alternatives`` is set."""
+    """The task ``plain``. A prompt's answer may hold several right ones, one a line, where
+    ``alternatives`` is set.
+    """
 
     name: ClassVar[str] = "plain"
 
     answer_in: Literal["whole", "last_line", "answer_line", "box"] = Field(
-        default="whole", description="Where the answer stands: all after the thinking, the last line that is not empty, what follows Answer:, the last box."
+        default="whole",
+        description="Where the answer stands: all after the thinking, the last line that is not empty, what follows Answer:, the last box.",
     )
     ignore_case: bool = Field(default=False, description="Capital and small letters are the same.")
-    alternatives: bool = Field(default=False, description="Each line of a prompt's answer is a right one.")
+    alternatives: bool = Field(
+        default=False, description="Each line of a prompt's answer is a right one."
+    )
 
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
-        """See FileTask. White space at both ends does not count, and inside any amount is one space."""
+        """See FileTask. White space at both ends does not count, and inside any amount is one
+        space.
+        """
         found = self._find(part)
         if not found:
             return Verdict(False, "no answer")
         accepted = {self._plain(one) for one in self._golds(gold)} - {""}
         shown = found if len(found) <= 200 else f"{found[:200]}..."
-        return Verdict(True, found=shown) if self._plain(found) in accepted else Verdict(False, "wrong answer", shown)
+        return (
+            Verdict(True, found=shown)
+            if self._plain(found) in accepted
+            else Verdict(False, "wrong answer", shown)
+        )
 
     def answer_fault(self, prompt: Prompt) -> str:
         """See FileTask."""

@@ -1,4 +1,6 @@
-"""From the rows of a data set to prompts: columns by the format's table or by a field map, rows chosen by their columns, repeated questions left out."""
+"""From the rows of a data set to prompts: columns by the format's table or by a field map, rows
+chosen by their columns, repeated questions left out.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,11 @@ class ReadCounts:
 
 
 def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> Iterator[Prompt]:
-    """Every prompt of the set's file or folder that its columns choose and that is no repetition, in order.
+    """Every prompt of the set's file or folder that its columns choose and that is no repetition,
+    in order.
 
-    domain: of prompts whose format names none. DataError: see lopd.tasks.prompts; ConfigError: fields, where or instruction of the set.
+    domain: of prompts whose format names none. DataError: see lopd.tasks.prompts; ConfigError:
+    fields, where or instruction of the set.
     """
     reader = _RowReader(prompt_set, domain)
     assert prompt_set.file is not None
@@ -54,13 +58,21 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
     questions: dict[bytes, int] = {}
     for row in read_rows(prompt_set.file, reader.columns):
         if not isinstance(row.values, dict):
-            raise DataError(f"a JSON object is needed, found {type(row.values).__name__}", where=row.where, remedy=reader.remedy)
+            raise DataError(
+                f"a JSON object is needed, found {type(row.values).__name__}",
+                where=row.where,
+                remedy=reader.remedy,
+            )
         counts.rows += 1
         if not reader.chooses(row):
             counts.leave_out("not chosen by where")
             continue
         prompt = reader.prompt(row)
-        if prompt_set.max_prompt_chars is not None and sum(len(message["content"]) for message in prompt.messages) > prompt_set.max_prompt_chars:
+        if (
+            prompt_set.max_prompt_chars is not None
+            and sum(len(message["content"]) for message in prompt.messages)
+            > prompt_set.max_prompt_chars
+        ):
             counts.leave_out("too long", prompt.prompt_id)
             continue
         key = question_key(prompt)
@@ -70,11 +82,17 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
             counts.leave_out("repeated", prompt.prompt_id)
             continue
         if before and reader.own_ids is False:
-            prompt = Prompt(f"{prompt.prompt_id}#{before + 1}", prompt.messages, prompt.domain, prompt.answer)
+            prompt = Prompt(
+                f"{prompt.prompt_id}#{before + 1}", prompt.messages, prompt.domain, prompt.answer
+            )
         if prompt.prompt_id in places:
             first = places[prompt.prompt_id]
             place = f"on line {first.number}" if first.file == row.file else f"at {first.where}"
-            raise DataError(f"duplicate prompt_id {prompt.prompt_id!r}, first {place}", where=row.where, remedy="give every prompt its own prompt_id")
+            raise DataError(
+                f"duplicate prompt_id {prompt.prompt_id!r}, first {place}",
+                where=row.where,
+                remedy="give every prompt its own prompt_id",
+            )
         places[prompt.prompt_id] = Row(None, row.file, row.number)
         yield prompt
 
@@ -92,22 +110,37 @@ class _RowReader:
         self.name = prompt_set.format
         self.format: PromptFormat = FORMATS[self.name]
         self.own = self.name == OWN and not prompt_set.fields
-        self.remedy = OWN_FORM if self.own else f"format {self.name} needs {self.format.note or 'prompts.*.fields'}; prompts.*.fields says where else to look"
+        self.remedy = (
+            OWN_FORM
+            if self.own
+            else f"format {self.name} needs {self.format.note or 'prompts.*.fields'}; prompts.*.fields says where else to look"
+        )
         self.domain = self.format.domain or domain
         self.duplicates = prompt_set.duplicates or self.format.duplicates
         self.instruction = _instruction(prompt_set.instruction, self.format.instruction)
         self.paths = self._paths(prompt_set)
         self.own_ids = True if self.own else False if self.duplicates == "keep" else None
-        self.where = {key: (parse_path(key, "prompts.*.where"), wanted) for key, wanted in prompt_set.where.items()}
-        tops = [str(steps[0]) for found in self.paths.values() for steps in found] + [str(steps[0]) for steps, _ in self.where.values()]
+        self.where = {
+            key: (parse_path(key, "prompts.*.where"), wanted)
+            for key, wanted in prompt_set.where.items()
+        }
+        tops = [str(steps[0]) for found in self.paths.values() for steps in found] + [
+            str(steps[0]) for steps, _ in self.where.values()
+        ]
         self.columns = () if self.own else tuple(dict.fromkeys([*tops, *self.format.needed]))
 
     def _paths(self, prompt_set: PromptSet) -> dict[str, list[list[str | int]]]:
-        paths = {name: [parse_path(path, self.name) for path in found] for name, found in self.format.columns.items()}
+        paths = {
+            name: [parse_path(path, self.name) for path in found]
+            for name, found in self.format.columns.items()
+        }
         for name, path in prompt_set.fields.items():
             if name not in FIELDS or not isinstance(path, str):
                 raise ConfigError(
-                    f"{name} = {path!r:.60}", where="prompts.*.fields", limit=f"names {', '.join(FIELDS)}; paths as text", remedy="mend the field map"
+                    f"{name} = {path!r:.60}",
+                    where="prompts.*.fields",
+                    limit=f"names {', '.join(FIELDS)}; paths as text",
+                    remedy="mend the field map",
                 )
             paths[name] = [parse_path(path, f"prompts.*.fields.{name}")]
         if "question" in prompt_set.fields and "messages" not in prompt_set.fields:
@@ -116,7 +149,11 @@ class _RowReader:
             paths.pop("question", None)
         if not {"question", "messages"} & {*paths, *self.format.computed}:
             remedy = 'give prompts.*.fields = { question = "column" } (also messages, answer, prompt_id, domain)'
-            raise ConfigError(f"format {self.name}: no column of questions is named", where="prompts.*.fields", remedy=remedy)
+            raise ConfigError(
+                f"format {self.name}: no column of questions is named",
+                where="prompts.*.fields",
+                remedy=remedy,
+            )
         return paths
 
     @property
@@ -126,7 +163,9 @@ class _RowReader:
         return " or ".join(paths) or "answer"
 
     def chooses(self, row: Row) -> bool:
-        return all(_matches(value_at(row.values, steps), wanted) for steps, wanted in self.where.values())
+        return all(
+            _matches(value_at(row.values, steps), wanted) for steps, wanted in self.where.values()
+        )
 
     def prompt(self, row: Row) -> Prompt:
         if self.own:
@@ -136,7 +175,9 @@ class _RowReader:
         given = self._value(row, "prompt_id")
         domain = self._value(row, "domain")
         if given is MISSING:
-            digest = hashlib.sha256(json.dumps([dict(message) for message in messages], ensure_ascii=False).encode()).hexdigest()[:16]
+            digest = hashlib.sha256(
+                json.dumps([dict(message) for message in messages], ensure_ascii=False).encode()
+            ).hexdigest()[:16]
             prompt_id = f"{self.name}-{digest}"
         else:
             text = scalar_text(given, row.where)
@@ -172,7 +213,12 @@ class _RowReader:
             turns: Any = [{"role": "user", "content": found}]
         elif found is MISSING:
             names = sorted(str(name) for name in row.values)
-            raise DataError("no question in this row", where=row.where, limit=f"its columns: {', '.join(names):.200}", remedy=self.remedy)
+            raise DataError(
+                "no question in this row",
+                where=row.where,
+                limit=f"its columns: {', '.join(names):.200}",
+                remedy=self.remedy,
+            )
         else:
             turns = found
         return tuple(_turns(turns, row.where, self.remedy))
@@ -188,20 +234,31 @@ def _instruction(given: str | None, default: str) -> str:
     text = default if given is None else INSTRUCTIONS.get(given, given)
     if "{question}" not in text:
         remedy = f"write the text with {{question}} in it, or one of {', '.join(INSTRUCTIONS)}"
-        raise ConfigError(f"{given!r:.80} has no place for the question", where="prompts.*.instruction", remedy=remedy)
+        raise ConfigError(
+            f"{given!r:.80} has no place for the question",
+            where="prompts.*.instruction",
+            remedy=remedy,
+        )
     return text
 
 
-def _instructed(messages: Sequence[Mapping[str, str]], instruction: str) -> tuple[Mapping[str, str], ...]:
+def _instructed(
+    messages: Sequence[Mapping[str, str]], instruction: str
+) -> tuple[Mapping[str, str], ...]:
     """The instruction goes around the last message, which is the user's."""
     if instruction == PLAIN:
         return tuple(messages)
     *before, last = messages
-    return (*before, {"role": last["role"], "content": instruction.replace("{question}", last["content"])})
+    return (
+        *before,
+        {"role": last["role"], "content": instruction.replace("{question}", last["content"])},
+    )
 
 
 def _turns(value: Any, where: str, remedy: str) -> list[Mapping[str, str]]:
-    """Turns (role, content or from, value) up to the last one of the user; what an assistant answers to it is no prompt."""
+    """Turns (role, content or from, value) up to the last one of the user; what an assistant
+    answers to it is no prompt.
+    """
     turns: list[Mapping[str, str]] = []
     for index, turn in enumerate(value if isinstance(value, list) else [value]):
         about = turn if isinstance(turn, dict) else {}
@@ -216,24 +273,43 @@ def _turns(value: Any, where: str, remedy: str) -> list[Mapping[str, str]]:
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or not turns[-1]["content"].strip():
-        raise DataError("the question is empty", where=where, remedy="remove this row, or choose rows with prompts.*.where")
+        raise DataError(
+            "the question is empty",
+            where=where,
+            remedy="remove this row, or choose rows with prompts.*.where",
+        )
     return turns
 
 
 def _matches(value: Any, wanted: Any) -> bool:
-    """wanted: a value, a list of allowed ones, or { min, max } (both may be equal; dates compare as text, so 2024-08-01 works with or without quotes)."""
+    """wanted: a value, a list of allowed ones, or { min, max } (both may be equal; dates compare as
+    text, so 2024-08-01 works with or without quotes).
+    """
     value, wanted = _comparable(value), _comparable(wanted)
     if isinstance(wanted, Mapping):
         if not wanted or not set(wanted) <= {"min", "max"}:
-            raise ConfigError(f"{dict(wanted)!r:.80}", where="prompts.*.where", limit="{ min = ..., max = ... }", remedy="mend the choice of rows")
+            raise ConfigError(
+                f"{dict(wanted)!r:.80}",
+                where="prompts.*.where",
+                limit="{ min = ..., max = ... }",
+                remedy="mend the choice of rows",
+            )
         bounds = {name: _comparable(bound) for name, bound in wanted.items()}
         kind = str if isinstance(value, str) else int | float
-        if not isinstance(value, kind) or not all(isinstance(bound, kind) for bound in bounds.values()):
+        if not isinstance(value, kind) or not all(
+            isinstance(bound, kind) for bound in bounds.values()
+        ):
             return False
-        return not ("min" in bounds and value < bounds["min"]) and not ("max" in bounds and value > bounds["max"])
+        return not ("min" in bounds and value < bounds["min"]) and not (
+            "max" in bounds and value > bounds["max"]
+        )
     if isinstance(wanted, list):
         return any(_matches(value, one) for one in wanted)
-    return value is not MISSING and value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+    return (
+        value is not MISSING
+        and value == wanted
+        and isinstance(value, bool) == isinstance(wanted, bool)
+    )
 
 
 def _comparable(value: Any) -> Any:
@@ -252,7 +328,9 @@ def _own_prompt(row: Row, domain: str, instruction: str) -> Prompt:
     prompt_id = _text(values, "prompt_id", where)
     given = {name for name in ("messages", "question") if values.get(name) is not None}
     if len(given) != 1:
-        raise DataError(f"prompt {prompt_id!r} needs either messages or question", where=where, remedy=OWN_FORM)
+        raise DataError(
+            f"prompt {prompt_id!r} needs either messages or question", where=where, remedy=OWN_FORM
+        )
     told = values.get("messages")
     if told is None:
         told = [{"role": "user", "content": _text(values, "question", where)}]
@@ -262,14 +340,21 @@ def _own_prompt(row: Row, domain: str, instruction: str) -> Prompt:
         what = f"answer is {answer!r}, which is what a missing value is written as"
         raise DataError(what, where=where, remedy="leave the answer out, or write the right one")
     own_domain = domain if values.get("domain") is None else _text(values, "domain", where)
-    return Prompt(prompt_id=prompt_id, messages=_instructed(messages, instruction), domain=own_domain, answer=answer)
+    return Prompt(
+        prompt_id=prompt_id,
+        messages=_instructed(messages, instruction),
+        domain=own_domain,
+        answer=answer,
+    )
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         found = f"is {value!r:.60}" if key in row else "is missing"
-        raise DataError(f"{key} {found}; it must be a non-empty string", where=where, remedy=OWN_FORM)
+        raise DataError(
+            f"{key} {found}; it must be a non-empty string", where=where, remedy=OWN_FORM
+        )
     return value
 
 
@@ -292,5 +377,9 @@ def _own_messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
         known = role.strip().lower() in ("user", "assistant", "system")
         messages.append({"role": role.strip().lower() if known else role, "content": content})
     if messages[-1]["role"] == "assistant":
-        raise DataError("the last message is the assistant's: nothing is left to answer", where=where, remedy="end with the user's message")
+        raise DataError(
+            "the last message is the assistant's: nothing is left to answer",
+            where=where,
+            remedy="end with the user's message",
+        )
     return tuple(messages)

@@ -1,6 +1,8 @@
-"""Runs untrusted programs: without network, with their own files, and with limits on time, memory, processes and output. Linux only.
+"""Runs untrusted programs: without network, with their own files, and with limits on time, memory,
+processes and output. Linux only.
 
-Which protections hold depends on what this machine permits; ``protections()`` tries them out and says so. docs/tasks.md says what they do not protect from.
+Which protections hold depends on what this machine permits; ``protections()`` tries them out and
+says so. docs/tasks.md says what they do not protect from.
 """
 
 from __future__ import annotations
@@ -23,15 +25,29 @@ from typing import Any
 from lopd.errors import ConfigError
 
 _LAUNCHER = str(Path(__file__).with_name("sandbox_launcher.py"))
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
-_FIRST_UID = 1_879_048_192  # of programs started by root: a number of its own each, that no account has; limits of processes count per user
+_SYSTEM = (
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/etc/alternatives",
+    "/etc/localtime",
+)
+# of programs started by root: a number of its own each, that no account has; limits of processes
+# count per user
+_FIRST_UID = 1_879_048_192
 _slots = itertools.count()
 _START_S = 20.0  # the launcher's own time, added to the program's limit: a busy machine
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one program. memory is per process; processes count threads; disk is all it may write, file one file (and each of stdout and stderr)."""
+    """Of one program. memory is per process; processes count threads; disk is all it may write,
+    file one file (and each of stdout and stderr).
+    """
 
     cpu_s: float = 10.0
     wall_s: float = 30.0
@@ -43,7 +59,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Protections:
-    """What holds here. mode: namespaces, filters or none. missing: what was tried and why it does not work."""
+    """What holds here. mode: namespaces, filters or none. missing: what was tried and why it does
+    not work.
+    """
 
     mode: str
     network: bool
@@ -60,14 +78,23 @@ class Protections:
 
     def describe(self) -> str:
         """One line for a log."""
-        holds = {"no network": self.network, "files of its own": self.files, "processes of its own": self.processes, "seccomp": self.seccomp}
+        holds = {
+            "no network": self.network,
+            "files of its own": self.files,
+            "processes of its own": self.processes,
+            "seccomp": self.seccomp,
+        }
         words = ", ".join(name for name, yes in holds.items() if yes) or "limits alone"
-        return f"sandbox ({self.mode}): {words}" + (f"; not available: {'; '.join(self.missing)}" if self.missing else "")
+        return f"sandbox ({self.mode}): {words}" + (
+            f"; not available: {'; '.join(self.missing)}" if self.missing else ""
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """code: exit code, or minus the signal that ended the program; None where it was stopped at its time limit. stdout, stderr: bytes, cut at file_mb."""
+    """code: exit code, or minus the signal that ended the program; None where it was stopped at its
+    time limit. stdout, stderr: bytes, cut at file_mb.
+    """
 
     code: int | None
     stdout: bytes
@@ -85,7 +112,8 @@ def run(
     packages: bool = False,
     protections_used: Protections | None = None,
 ) -> Outcome:
-    """Runs argv with these files in its folder. packages: it may read what is installed in this environment too.
+    """Runs argv with these files in its folder. packages: it may read what is installed in this
+    environment too.
 
     OSError: the sandbox itself could not be set up (never the program's doing).
     """
@@ -99,7 +127,10 @@ def run(
             "argv": list(argv),
             "files": dict(files),
             "limits": asdict(_for_this_user(limits, held)),
-            "readonly": [*readonly_folders(), *([sys.prefix] if packages and sys.prefix not in readonly_folders() else [])],
+            "readonly": [
+                *readonly_folders(),
+                *([sys.prefix] if packages and sys.prefix not in readonly_folders() else []),
+            ],
             "work": folder,
             "uid": uid,
             "seccomp": held.seccomp,
@@ -123,7 +154,10 @@ def _for_this_user(limits: Limits, held: Protections) -> Limits:
 
 def _launch(spec: Mapping[str, Any], stdin: bytes, limits: Limits) -> Outcome:
     with contextlib.ExitStack() as opened:
-        fds = {name: os.memfd_create(f"lopd-{name}") for name in ("spec", "status", "stdin", "stdout", "stderr")}  # the program's own limit bounds their size
+        fds = {
+            name: os.memfd_create(f"lopd-{name}")
+            for name in ("spec", "status", "stdin", "stdout", "stderr")
+        }  # the program's own limit bounds their size
         for descriptor in fds.values():
             opened.callback(os.close, descriptor)
         _fill(fds["spec"], json.dumps(spec).encode("utf-8", "surrogatepass"))
@@ -139,19 +173,25 @@ def _launch(spec: Mapping[str, Any], stdin: bytes, limits: Limits) -> Outcome:
         )
         stuck = not _ended(process, limits.wall_s + _START_S)
         status = os.pread(fds["status"], 65536, 0)
-        stdout, stderr = (_content(fds[name], limits.file_mb << 20) for name in ("stdout", "stderr"))
+        stdout, stderr = (
+            _content(fds[name], limits.file_mb << 20) for name in ("stdout", "stderr")
+        )
     about = json.loads(status) if status else {}
     if "failed" in about:
         raise OSError(f"the sandbox could not be set up: {about['failed']}")
     if not stuck and not status:
-        raise OSError(f"the sandbox's launcher ended with {process.returncode}: {stderr[-300:].decode(errors='replace')}")
+        raise OSError(
+            f"the sandbox's launcher ended with {process.returncode}: {stderr[-300:].decode(errors='replace')}"
+        )
     cpu = float(about.get("cpu_s", 0.0))
     code = None if stuck or about["code"] in (-signal.SIGPROF, -signal.SIGXCPU) else about["code"]
     return Outcome(code, stdout, stderr, cpu, timed_out=code is None)
 
 
 def _ended(process: subprocess.Popen[bytes], patience_s: float) -> bool:
-    """False where the launcher did not end by itself, as it should soon after the limit; then everything it started is gone too."""
+    """False where the launcher did not end by itself, as it should soon after the limit; then
+    everything it started is gone too.
+    """
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
@@ -164,7 +204,9 @@ def _ended(process: subprocess.Popen[bytes], patience_s: float) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The launcher and, with it, the program: the kernel ends a process space with its first process, and what stays is in the launcher's group."""
+    """The launcher and, with it, the program: the kernel ends a process space with its first
+    process, and what stays is in the launcher's group.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -185,14 +227,20 @@ def _content(descriptor: int, limit: int) -> bytes:
 
 
 def interpreter(held: Protections, *, packages: bool = False) -> str:
-    """The Python that programs run with: the one behind this environment, with its standard library and, without packages, nothing that was installed here.
+    """The Python that programs run with: the one behind this environment, with its standard library
+    and, without packages, nothing that was installed here.
 
-    Where root starts programs without a root folder of their own and that Python lies where others may not go (/root): the system's.
+    Where root starts programs without a root folder of their own and that Python lies where others
+    may not go (/root): the system's.
     """
     if packages:
         return sys.executable
     own = Path(os.path.realpath(sys.executable))
-    if held.mode != "namespaces" and os.getuid() == 0 and not all(folder.stat().st_mode & 0o001 for folder in own.parents):
+    if (
+        held.mode != "namespaces"
+        and os.getuid() == 0
+        and not all(folder.stat().st_mode & 0o001 for folder in own.parents)
+    ):
         return shutil.which("python3", path="/usr/bin:/bin:/usr/local/bin") or str(own)
     return str(own)
 
@@ -200,13 +248,19 @@ def interpreter(held: Protections, *, packages: bool = False) -> str:
 @cache
 def readonly_folders() -> list[str]:
     """What a program may read: the system's programs and libraries, and the Python it runs with."""
-    own = [path for path in dict.fromkeys([os.path.realpath(sys.base_prefix)]) if not path.startswith(("/usr/", "/lib")) and path != "/usr"]
+    own = [
+        path
+        for path in dict.fromkeys([os.path.realpath(sys.base_prefix)])
+        if not path.startswith(("/usr/", "/lib")) and path != "/usr"
+    ]
     return [path for path in (*_SYSTEM, *own) if os.path.lexists(path)]
 
 
 @cache
 def protections() -> Protections:
-    """Tries what this machine permits, best first: a harmless program is run in each mode and must find that it is cut off."""
+    """Tries what this machine permits, best first: a harmless program is run in each mode and must
+    find that it is cut off.
+    """
     missing: list[str] = []
     for candidate in (
         Protections("namespaces", True, True, True, True, False),
@@ -217,7 +271,9 @@ def protections() -> Protections:
         reason = _try(candidate)
         if not reason:
             return replace(candidate, missing=tuple(missing))
-        missing.append(f"{candidate.mode}{' with seccomp' if candidate.seccomp else ''}{' and Landlock' if candidate.landlock else ''} ({reason})")
+        missing.append(
+            f"{candidate.mode}{' with seccomp' if candidate.seccomp else ''}{' and Landlock' if candidate.landlock else ''} ({reason})"
+        )
     return Protections("none", False, False, False, False, False, tuple(missing))
 
 
@@ -247,18 +303,31 @@ def _try(candidate: Protections) -> str:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             server.listen(1)
-            code = _PROBE.replace("PORT", str(server.getsockname()[1])).replace("SECRET", repr(str(secret)))
+            code = _PROBE.replace("PORT", str(server.getsockname()[1])).replace(
+                "SECRET", repr(str(secret))
+            )
             limits = Limits(cpu_s=10, wall_s=30)
-            outcome = run([interpreter(candidate), "-I", "main.py"], files={"main.py": code}, limits=limits, protections_used=candidate)
+            outcome = run(
+                [interpreter(candidate), "-I", "main.py"],
+                files={"main.py": code},
+                limits=limits,
+                protections_used=candidate,
+            )
     except OSError as error:
         return str(error).replace("the sandbox could not be set up: ", "")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = outcome.stdout.split()
     if len(found) != 3:
-        return f"the probe ended with {outcome.code}: {outcome.stderr[-200:].decode(errors='replace')}"
+        return (
+            f"the probe ended with {outcome.code}: {outcome.stderr[-200:].decode(errors='replace')}"
+        )
     open_doors = [
-        what for what, shut, needed in zip(("network", "files"), found[:2], (candidate.network, candidate.files), strict=True) if needed and shut != b"1"
+        what
+        for what, shut, needed in zip(
+            ("network", "files"), found[:2], (candidate.network, candidate.files), strict=True
+        )
+        if needed and shut != b"1"
     ]
     return f"does not cut off {' and '.join(open_doors)}" if open_doors else ""
 
@@ -267,8 +336,11 @@ def require(allow_weak: bool) -> Protections:
     """The protections here. ConfigError: too few to run code that a model wrote, unless allow_weak."""
     held = protections()
     if not held.sufficient and not allow_weak:
-        remedy = (
-            "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, run in a container of its own, or set task.options.allow_weak_sandbox=true"
+        remedy = "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, run in a container of its own, or set task.options.allow_weak_sandbox=true"
+        raise ConfigError(
+            f"code that a model wrote is not run here: {held.describe()}",
+            where="task code",
+            limit="no network, no foreign files",
+            remedy=remedy,
         )
-        raise ConfigError(f"code that a model wrote is not run here: {held.describe()}", where="task code", limit="no network, no foreign files", remedy=remedy)
     return held

@@ -1,8 +1,11 @@
-"""Runs one untrusted program under protections; started by lopd.tasks.sandbox as a script, in a process of its own. Standard library only, Linux only.
+"""Runs one untrusted program under protections; started by lopd.tasks.sandbox as a script, in a
+process of its own. Standard library only, Linux only.
 
-``sandbox_launcher.py SPEC_FD STATUS_FD``: SPEC_FD holds JSON (``mode``, ``argv``, ``files``, ``limits``, ``readonly``, ``work``, ``uid``); what became of the
-program goes to STATUS_FD as JSON. The program's input and output are this process's own. Modes: ``namespaces`` gives it network, process, mount, IPC and host
-name spaces of its own and a root of read-only binds and one tmpfs; ``filters`` holds it by Landlock alone. Both add rlimits, no_new_privs and a seccomp filter.
+``sandbox_launcher.py SPEC_FD STATUS_FD``: SPEC_FD holds JSON (``mode``, ``argv``, ``files``,
+``limits``, ``readonly``, ``work``, ``uid``); what became of the program goes to STATUS_FD as JSON.
+The program's input and output are this process's own. Modes: ``namespaces`` gives it network,
+process, mount, IPC and host name spaces of its own and a root of read-only binds and one tmpfs;
+``filters`` holds it by Landlock alone. Both add rlimits, no_new_privs and a seccomp filter.
 """
 
 from __future__ import annotations
@@ -20,15 +23,31 @@ import sys
 import time
 from typing import Any, NoReturn
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 SETUP_FAILED = 125
 NOBODY = 65534
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# numbers of system calls: x86_64, aarch64. Only those that cut the program off from what it must not touch
+# numbers of system calls: x86_64, aarch64. Only those that cut the program off from what it must
+# not touch
 _CALLS = {
     "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "mount": (165, 40), "umount2": (166, 39),
     "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97), "setns": (308, 268), "keyctl": (250, 219), "add_key": (248, 217),
@@ -40,7 +59,15 @@ _CALLS = {
     "msgget": (68, 186), "semget": (64, 190),
 }  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
-_NAMESPACE_FLAGS = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | 0x02000000
+_NAMESPACE_FLAGS = (
+    CLONE_NEWNS
+    | CLONE_NEWUTS
+    | CLONE_NEWIPC
+    | CLONE_NEWUSER
+    | CLONE_NEWPID
+    | CLONE_NEWNET
+    | 0x02000000
+)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
@@ -52,14 +79,25 @@ def _check(result: int, what: str) -> int:
 
 
 def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    _check(_libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode() or None), f"mount {target}")
+    _check(
+        _libc.mount(
+            source.encode(),
+            target.encode(),
+            kind.encode(),
+            ctypes.c_ulong(flags),
+            data.encode() or None,
+        ),
+        f"mount {target}",
+    )
 
 
 # ---- a root of its own ----------------------------------------------------------------------------------------------------------------------------
 
 
 def build_root(spec: dict[str, Any]) -> None:
-    """A tmpfs with the read-only folders, three devices and the writable folder /box of limited size; the former root is gone afterwards."""
+    """A tmpfs with the read-only folders, three devices and the writable folder /box of limited
+    size; the former root is gone afterwards.
+    """
     base = spec["work"]  # an empty folder outside, hidden by what is mounted over it here
     _mount("", "/", "", MS_REC | MS_PRIVATE)
     _mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
@@ -71,11 +109,20 @@ def build_root(spec: dict[str, Any]) -> None:
             pass
         _mount(f"/dev/{name}", f"{base}/dev/{name}", "", MS_BIND)
     os.makedirs(base + "/box")
-    _mount("tmpfs", base + "/box", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['limits']['disk_mb']}m,nr_inodes=4096,mode=1777")
+    _mount(
+        "tmpfs",
+        base + "/box",
+        "tmpfs",
+        MS_NOSUID | MS_NODEV,
+        f"size={spec['limits']['disk_mb']}m,nr_inodes=4096,mode=1777",
+    )
     if not os.path.lexists(base + "/tmp"):
         os.symlink("box", base + "/tmp")
     os.makedirs(base + "/.former")
-    _check(_libc.syscall((155, 41)[_architecture()[0]], base.encode(), (base + "/.former").encode()), "pivot_root")
+    _check(
+        _libc.syscall((155, 41)[_architecture()[0]], base.encode(), (base + "/.former").encode()),
+        "pivot_root",
+    )
     os.chdir("/")
     _check(_libc.umount2(b"/.former", MNT_DETACH), "umount")
     os.rmdir("/.former")
@@ -94,14 +141,20 @@ def _bind_readonly(source: str, target: str) -> None:
         with open(target, "w"):
             pass
     _mount(source, target, "", MS_BIND | MS_REC)
-    attributes = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)  # struct mount_attr: to set, to clear, propagation, userns
+    attributes = struct.pack(
+        "QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0
+    )  # struct mount_attr: to set, to clear, propagation, userns
     at_recursive = 0x8000
-    if _libc.syscall(442, -100, target.encode(), at_recursive, attributes, len(attributes)) < 0:  # Linux before 5.12, or not permitted
+    if (
+        _libc.syscall(442, -100, target.encode(), at_recursive, attributes, len(attributes)) < 0
+    ):  # Linux before 5.12, or not permitted
         _mount("", target, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
 def enter_namespaces(uid: int) -> None:
-    """Spaces of its own. As root directly; others through a user namespace, in which they are ``nobody`` as soon as the program starts."""
+    """Spaces of its own. As root directly; others through a user namespace, in which they are
+    ``nobody`` as soon as the program starts.
+    """
     outside = os.getuid()
     spaces = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     if outside == 0 and uid:
@@ -109,7 +162,11 @@ def enter_namespaces(uid: int) -> None:
         return
     group = os.getgid()
     _check(_libc.unshare(CLONE_NEWUSER | spaces), "unshare")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {outside} 1"), ("gid_map", f"{NOBODY} {group} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{NOBODY} {outside} 1"),
+        ("gid_map", f"{NOBODY} {group} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as handle:
             handle.write(text)
 
@@ -118,7 +175,9 @@ def enter_namespaces(uid: int) -> None:
 
 
 def _architecture() -> tuple[int, int]:
-    """Column in _CALLS and the kernel's constant. OSError: system calls of this machine are not known here."""
+    """Column in _CALLS and the kernel's constant. OSError: system calls of this machine are not
+    known here.
+    """
     try:
         return _ARCHITECTURES[platform.machine()]
     except KeyError:
@@ -126,17 +185,33 @@ def _architecture() -> tuple[int, int]:
 
 
 def install_seccomp() -> None:
-    """Sockets, tracing, mounts, namespaces, keys and kernel interfaces answer EPERM; other word sizes end the program."""
+    """Sockets, tracing, mounts, namespaces, keys and kernel interfaces answer EPERM; other word
+    sizes end the program.
+    """
     column, audit = _architecture()
     load, jump_equal, jump_any_bit, jump_ge, answer = 0x20, 0x15, 0x45, 0x35, 0x06
-    allow, kill, refuse, unknown = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+    allow, kill, refuse, unknown = (
+        0x7FFF0000,
+        0x80000000,
+        0x00050000 | errno.EPERM,
+        0x00050000 | errno.ENOSYS,
+    )
     program = [(load, 0, 0, 4), (jump_equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
     if column == 0:
         program += [(jump_ge, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # the x32 calls
     for numbers in _CALLS.values():
         program += [(jump_equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
-    program += [(jump_equal, 0, 1, _CLONE3[column]), (answer, 0, 0, unknown)]  # its flags cannot be seen; libc then uses clone
-    program += [(jump_equal, 0, 4, _CLONE[column]), (load, 0, 0, 16), (jump_any_bit, 0, 1, _NAMESPACE_FLAGS), (answer, 0, 0, refuse), (answer, 0, 0, allow)]
+    program += [
+        (jump_equal, 0, 1, _CLONE3[column]),
+        (answer, 0, 0, unknown),
+    ]  # its flags cannot be seen; libc then uses clone
+    program += [
+        (jump_equal, 0, 4, _CLONE[column]),
+        (load, 0, 0, 16),
+        (jump_any_bit, 0, 1, _NAMESPACE_FLAGS),
+        (answer, 0, 0, refuse),
+        (answer, 0, 0, allow),
+    ]
     program += [(answer, 0, 0, allow)]
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
@@ -150,21 +225,39 @@ def landlock_version() -> int:
 
 
 def install_landlock(readonly: list[str], work: str) -> None:
-    """Files: read and run below ``readonly``, everything below ``work``, nothing elsewhere. From version 4 also no TCP, from 6 no signals outwards."""
+    """Files: read and run below ``readonly``, everything below ``work``, nothing elsewhere. From
+    version 4 also no TCP, from 6 no signals outwards.
+    """
     version = landlock_version()
     if version == 0:
         raise OSError(errno.ENOSYS, "Landlock is not there")
     every = (1 << (13 if version == 1 else 14 if version == 2 else 15)) - 1
     tcp = 3 if version >= 4 else 0
-    attributes = struct.pack("Q", every) if version < 4 else struct.pack("QQ", every, tcp) if version < 6 else struct.pack("QQQ", every, tcp, 3)
-    ruleset = _check(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
+    attributes = (
+        struct.pack("Q", every)
+        if version < 4
+        else struct.pack("QQ", every, tcp)
+        if version < 6
+        else struct.pack("QQQ", every, tcp, 3)
+    )
+    ruleset = _check(
+        _libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0),
+        "landlock_create_ruleset",
+    )
     read, read_file = 1 | 4 | 8, 1 | 4  # execute, read file, read folder
     device = ["/dev/null", "/dev/zero", "/dev/urandom"]
-    for path, access in [*((path, read) for path in readonly), *((path, read_file | 2) for path in device), (work, every)]:
+    for path, access in [
+        *((path, read) for path in readonly),
+        *((path, read_file | 2) for path in device),
+        (work, every),
+    ]:
         if os.path.exists(path):
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
             kept = access if os.path.isdir(path) else access & (1 | 2 | 4)
-            _check(_libc.syscall(445, ruleset, 1, struct.pack("=Qi", kept, descriptor), 0), f"landlock rule of {path}")
+            _check(
+                _libc.syscall(445, ruleset, 1, struct.pack("=Qi", kept, descriptor), 0),
+                f"landlock rule of {path}",
+            )
             os.close(descriptor)
     _check(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
@@ -184,7 +277,9 @@ def set_limits(limits: dict[str, Any]) -> None:
     }
     for name, value in wanted.items():
         resource.setrlimit(name, value)
-    signal.setitimer(signal.ITIMER_PROF, limits["cpu_s"])  # stays across exec and ends the program; finer than the whole seconds of RLIMIT_CPU
+    signal.setitimer(
+        signal.ITIMER_PROF, limits["cpu_s"]
+    )  # stays across exec and ends the program; finer than the whole seconds of RLIMIT_CPU
 
 
 # ---- running --------------------------------------------------------------------------------------------------------------------------------------
@@ -209,7 +304,14 @@ def run_program(spec: dict[str, Any], status: int) -> NoReturn:
             install_landlock(spec["readonly"], spec["work"])
         if spec["seccomp"]:
             install_seccomp()
-        environment = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": home,
+            "TMPDIR": home,
+            "LANG": "C.UTF-8",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONHASHSEED": "0",
+        }
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         os.execve(spec["argv"][0], spec["argv"], environment)
     except BaseException as error:  # nothing of ours may go on as if it were the program
@@ -263,7 +365,9 @@ def _at_wall_limit(*_: object) -> NoReturn:
 
 
 def supervise(spec: dict[str, Any], status: int) -> None:
-    """Starts the program below this process, ends it at the limit of the clock, and tells how it ended."""
+    """Starts the program below this process, ends it at the limit of the clock, and tells how it
+    ended.
+    """
     program = os.fork()
     if program == 0:
         run_program(spec, status)
@@ -278,7 +382,11 @@ def supervise(spec: dict[str, Any], status: int) -> None:
         code = None
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if code != SETUP_FAILED:
-        text = {"code": code, "cpu_s": round(usage.ru_utime + usage.ru_stime, 3), "memory_mb": usage.ru_maxrss // 1024}
+        text = {
+            "code": code,
+            "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
+            "memory_mb": usage.ru_maxrss // 1024,
+        }
         os.write(status, json.dumps(text).encode())
 
 

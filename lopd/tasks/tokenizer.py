@@ -1,4 +1,6 @@
-"""Tokenizers from a Hugging Face folder: offline, without code from the checkpoint. ``transformers`` is imported only when one is loaded."""
+"""Tokenizers from a Hugging Face folder: offline, without code from the checkpoint.
+``transformers`` is imported only when one is loaded.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,38 @@ _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, from its files alone; code that the checkpoint names is not run. DataError: a file is missing or damaged."""
+    """The tokenizer of a checkpoint, from its files alone; code that the checkpoint names is not
+    run. DataError: a file is missing or damaged.
+    """
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"no {' and no '.join(missing)}", where=str(folder), remedy="give a Hugging Face folder with a fast tokenizer")
+        raise DataError(
+            f"no {' and no '.join(missing)}",
+            where=str(folder),
+            remedy="give a Hugging Face folder with a fast tokenizer",
+        )
     from transformers import AutoTokenizer
 
     try:
-        # transformers lets any exception of the tokenizers library through, whose classes are plain Exception: hence the wide net
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        # transformers lets any exception of the tokenizers library through, whose classes are plain
+        # Exception: hence the wide net
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
-        remedy = "repair the tokenizer's files; one that needs code from the checkpoint cannot be used"
-        raise DataError(f"tokenizer cannot be loaded ({_first_line(error)})", where=str(folder), remedy=remedy) from error
+        remedy = (
+            "repair the tokenizer's files; one that needs code from the checkpoint cannot be used"
+        )
+        raise DataError(
+            f"tokenizer cannot be loaded ({_first_line(error)})", where=str(folder), remedy=remedy
+        ) from error
     return tokenizer
 
 
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a response, ascending: eos of generation_config.json, of config.json and of the tokenizer. DataError: none of them names one."""
+    """Token ids that end a response, ascending: eos of generation_config.json, of config.json and
+    of the tokenizer. DataError: none of them names one.
+    """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -42,7 +59,9 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
             try:
                 eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
             except (OSError, ValueError, AttributeError) as error:
-                raise DataError(f"cannot be read as a JSON object ({_first_line(error)})", where=str(path)) from None
+                raise DataError(
+                    f"cannot be read as a JSON object ({_first_line(error)})", where=str(path)
+                ) from None
             found.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
@@ -54,7 +73,11 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArray[Any]) -> str:
     """The text a verifier sees: special tokens and the end token included, no space tidied away."""
-    text = tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(
+        [int(token) for token in token_ids],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
     assert isinstance(text, str)
     return text
 

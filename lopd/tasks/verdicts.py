@@ -1,4 +1,6 @@
-"""What a verifier says of a response, many at a time; and what all of them read first: the part of a response that is its answer."""
+"""What a verifier says of a response, many at a time; and what all of them read first: the part of
+a response that is its answer.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ THINK, THOUGHT = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """right, and why not: one phrase of few kinds ("wrong answer", "no answer", "time limit"), so that they can be counted. found: what was compared."""
+    """right, and why not: one phrase of few kinds ("wrong answer", "no answer", "time limit"), so
+    that they can be counted. found: what was compared.
+    """
 
     right: bool
     reason: str = ""
@@ -36,8 +40,12 @@ class Judge(Protocol):
     def judge(self, prompt: Prompt, text: str, finish_reason: str) -> Verdict: ...
 
 
-def judge_all(task: Task, responses: Iterable[Judged], *, workers: int | None = None) -> Iterator[Verdict]:
-    """The verdict of each response, in order, ``workers`` at a time (None: one per CPU core; verifiers wait for processes of their own)."""
+def judge_all(
+    task: Task, responses: Iterable[Judged], *, workers: int | None = None
+) -> Iterator[Verdict]:
+    """The verdict of each response, in order, ``workers`` at a time (None: one per CPU core;
+    verifiers wait for processes of their own).
+    """
     if not isinstance(task, Judge):
         for prompt, text, finish_reason in responses:
             right = task.verify(prompt, text, finish_reason)
@@ -48,7 +56,9 @@ def judge_all(task: Task, responses: Iterable[Judged], *, workers: int | None = 
     try:
         yield from threads.map(lambda response: judge(*response), responses)
     finally:
-        threads.shutdown(cancel_futures=True)  # an interrupt waits for the responses in hand, not for all
+        threads.shutdown(
+            cancel_futures=True
+        )  # an interrupt waits for the responses in hand, not for all
 
 
 def num_cores() -> int:
@@ -56,9 +66,11 @@ def num_cores() -> int:
 
 
 def final_part(text: str) -> str | None:
-    """What a response says after it has thought, end tokens removed; None where it began to think and never ended.
+    """What a response says after it has thought, end tokens removed; None where it began to think
+    and never ended.
 
-    A template may have put ``<think>`` into the prompt: then the response has the closing tag alone.
+    A template may have put ``<think>`` into the prompt: then the response has the closing tag
+    alone.
     """
     _, closed, rest = text.rpartition(THOUGHT)
     if not closed and THINK in text:
@@ -66,4 +78,6 @@ def final_part(text: str) -> str | None:
     return _END_TOKENS.sub("", rest[-_TAIL:] if closed else text[-_TAIL:])
 
 
-_TAIL = 1_000_000  # characters: no answer stands further from the end, and what reads it must not be made slow by its length
+# characters: no answer stands further from the end, and what reads it must not be made slow by its
+# length
+_TAIL = 1_000_000

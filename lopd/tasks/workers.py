@@ -1,8 +1,10 @@
-"""Worker processes that compute what may never end: asked by lines of JSON, killed by their own process group when a limit passes, and replaced.
+"""Worker processes that compute what may never end: asked by lines of JSON, killed by their own
+process group when a limit passes, and replaced.
 
-The limit is of CPU seconds, kept by the kernel inside the worker (a profiling timer whose signal ends the process, also in the middle of one big-integer
-power), so that a busy machine does not turn right answers into wrong ones; _WALL times as many seconds of the clock are the bound from outside. A worker whose
-parent is gone ends at one of the two, or, when it is idle, at the end of its input.
+The limit is of CPU seconds, kept by the kernel inside the worker (a profiling timer whose signal
+ends the process, also in the middle of one big-integer power), so that a busy machine does not turn
+right answers into wrong ones; _WALL times as many seconds of the clock are the bound from outside.
+A worker whose parent is gone ends at one of the two, or, when it is idle, at the end of its input.
 """
 
 from __future__ import annotations
@@ -28,7 +30,17 @@ from lopd.tasks.verdicts import num_cores
 
 _WALL = 5.0
 _START_S = 120.0  # to import what it needs, on a busy machine
-_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "HOME", "TMPDIR", "SYSTEMROOT")  # no tokens and keys go along
+_ENVIRONMENT = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "HOME",
+    "TMPDIR",
+    "SYSTEMROOT",
+)  # no tokens and keys go along
 
 
 class WorkerTimeoutError(Exception):
@@ -43,7 +55,12 @@ class _Worker:
     def __init__(self, module: str, limit_s: float, memory_mb: int) -> None:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps({"limit_s": limit_s, "wall_s": _WALL * limit_s, "memory_mb": memory_mb})],
+            [
+                sys.executable,
+                "-m",
+                module,
+                json.dumps({"limit_s": limit_s, "wall_s": _WALL * limit_s, "memory_mb": memory_mb}),
+            ],
             env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -56,7 +73,11 @@ class _Worker:
             self._answer(_START_S)
         except (WorkerTimeoutError, WorkerDiedError):
             code = self.kill()
-            raise DataError(f"a verifier's worker did not start (exit code {code})", where=module, remedy=f"see: {sys.executable} -m {module}") from None
+            raise DataError(
+                f"a verifier's worker did not start (exit code {code})",
+                where=module,
+                remedy=f"see: {sys.executable} -m {module}",
+            ) from None
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -98,9 +119,13 @@ class _Worker:
 
 
 class WorkerPool:
-    """At most ``size`` workers, started when they are needed. ask() may be called from any thread; it waits for a free one."""
+    """At most ``size`` workers, started when they are needed. ask() may be called from any thread;
+    it waits for a free one.
+    """
 
-    def __init__(self, module: str, *, limit_s: float, memory_mb: int, size: int | None = None) -> None:
+    def __init__(
+        self, module: str, *, limit_s: float, memory_mb: int, size: int | None = None
+    ) -> None:
         self._module, self._limit_s, self._memory_mb = module, limit_s, memory_mb
         self._free: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(size or num_cores()):
@@ -108,7 +133,9 @@ class WorkerPool:
         atexit.register(self.close)
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """The worker's answer. WorkerTimeoutError, WorkerDiedError: it was replaced; the run goes on."""
+        """The worker's answer. WorkerTimeoutError, WorkerDiedError: it was replaced; the run goes
+        on.
+        """
         worker = self._free.get()
         try:
             worker = worker or _Worker(self._module, self._limit_s, self._memory_mb)
@@ -152,7 +179,9 @@ def serve(compute: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
     output.write("{}\n")
     output.flush()
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, settings["limit_s"])  # default action of both signals: the kernel ends this process
+        signal.setitimer(
+            signal.ITIMER_PROF, settings["limit_s"]
+        )  # default action of both signals: the kernel ends this process
         signal.setitimer(signal.ITIMER_REAL, settings["wall_s"])
         try:
             answer: Mapping[str, Any] = compute(json.loads(line))

@@ -19,41 +19,109 @@ EPILOG = "Example:  lopd evaluate --model Qwen3-8B --prompts aime25.jsonl --form
 
 
 def evaluate(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="TOML file of a run. With --model it may be left out.", show_default=False)] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of knobs, in TOML syntax: sglang.tensor=4", show_default=False)
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="TOML file of a run. With --model it may be left out.",
+            show_default=False,
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Hugging Face folder; with CONFIG also base, sft, sft_longer, distilled or teacher.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts with answers: a JSONL or Parquet file, or a folder. Absent: prompts.eval of CONFIG.")] = None,
-    form: Annotated[str | None, typer.Option("--format", help="Whose columns they have: gsm8k, aime_2024, ... (docs/tasks.md). Absent: our own.")] = None,
-    task: Annotated[str | None, typer.Option(help="Who verifies: math, code, plain, ... Absent: math, or that of CONFIG.")] = None,
-    preset: Annotated[str | None, typer.Option(help="paper_math or paper_code: the paper's sampling.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Overrides of knobs, in TOML syntax: sglang.tensor=4",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face folder; with CONFIG also base, sft, sft_longer, distilled or teacher."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts with answers: a JSONL or Parquet file, or a folder. Absent: prompts.eval of CONFIG."
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Whose columns they have: gsm8k, aime_2024, ... (docs/tasks.md). Absent: our own.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Who verifies: math, code, plain, ... Absent: math, or that of CONFIG."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper_math or paper_code: the paper's sampling.")
+    ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="Only the first ones.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; the same command goes on there after a kill.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Responses per shard: what is published at a time.")] = 64,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; the same command goes on there after a kill."),
+    ] = None,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Responses per shard: what is published at a time.")
+    ] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
     node: Node = None,
 ) -> None:
-    """Stage: pass@1 on held-out prompts and reverse KL to the teacher, for teacher, base, SFT, longer SFT and distilled student.
+    """Stage: pass@1 on held-out prompts and reverse KL to the teacher, for teacher, base, SFT,
+    longer SFT and distilled student.
 
-    Reads the models of the run and prompts.eval. Publishes answers, scores, accuracy and reverse KL of each model in run.dir/evaluate, with manifest.json and
-    logs. The stages it reads from must be complete. It is reused if nothing it depends on has changed; after a kill the same command goes on.
+    Reads the models of the run and prompts.eval. Publishes answers, scores, accuracy and reverse KL
+    of each model in run.dir/evaluate, with manifest.json and logs. The stages it reads from must be
+    complete. It is reused if nothing it depends on has changed; after a kill the same command goes
+    on.
 
-    With --model, CONFIG is not needed: evaluates any checkpoint on any prompts into --out: avg@k, pass@k, bootstrap intervals, lengths, and JSONL of problems
-    and transcripts.
+    With --model, CONFIG is not needed: evaluates any checkpoint on any prompts into --out: avg@k,
+    pass@k, bootstrap intervals, lengths, and JSONL of problems and transcripts.
     """
     if model is None:
-        if node is not None and config is not None and follows("evaluate", Path(config), overrides or [], node):
+        if (
+            node is not None
+            and config is not None
+            and follows("evaluate", Path(config), overrides or [], node)
+        ):
             return
-        _run_stage(config, overrides or [], {"--prompts": prompts, "--format": form, "--task": task, "--preset": preset, "--out": out})
+        _run_stage(
+            config,
+            overrides or [],
+            {
+                "--prompts": prompts,
+                "--format": form,
+                "--task": task,
+                "--preset": preset,
+                "--out": out,
+            },
+        )
         return
     given = list(overrides or [])
     if config is not None and "=" in config:
         given, config = [config, *given], None
-    flags = {"prompts.eval.format": form, "task.name": task, "evaluate.preset": preset, "prompts.eval.num_prompts": num_prompts}
-    loaded = _configuration(config, model, prompts, out, [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None], given)
-    from lopd import model_evaluation, pipeline
+    flags = {
+        "prompts.eval.format": form,
+        "task.name": task,
+        "evaluate.preset": preset,
+        "prompts.eval.num_prompts": num_prompts,
+    }
+    loaded = _configuration(
+        config,
+        model,
+        prompts,
+        out,
+        [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None],
+        given,
+    )
+    from lopd import pipeline
     from lopd.checks import CHECKS
+    from lopd.stages import evaluate_checkpoint as model_evaluation
 
     for name in ("student", "server", "folders"):
         for finding in CHECKS[name][0](loaded):
@@ -61,7 +129,9 @@ def evaluate(
                 raise finding
     own_length = config is not None or any(key.startswith("sglang.context_length") for key in given)
     with pipeline.locked(loaded.run.dir):
-        summary = model_evaluation.evaluate_model(loaded, fit_context=not own_length, shard_size=shard_size)
+        summary = model_evaluation.evaluate_model(
+            loaded, fit_context=not own_length, shard_size=shard_size
+        )
     if as_json:
         typer.echo(json.dumps(summary, indent=1, ensure_ascii=False))
     else:
@@ -86,21 +156,48 @@ def _run_stage(config: str | None, overrides: list[str], useless: dict[str, Any]
     say(f"everything is in {loaded.run.dir}")
 
 
-def _configuration(config: str | None, model: str, prompts: Path | None, out: Path | None, flags: list[str], overrides: list[str]) -> Config:
-    """The configuration of an evaluation: this model as teacher and student, these prompts, this folder."""
+def _configuration(
+    config: str | None,
+    model: str,
+    prompts: Path | None,
+    out: Path | None,
+    flags: list[str],
+    overrides: list[str],
+) -> Config:
+    """The configuration of an evaluation: this model as teacher and student, these prompts, this
+    folder.
+    """
     if out is None:
-        raise ConfigError("--out is missing", where="lopd evaluate", remedy="give a new folder for the results")
+        raise ConfigError(
+            "--out is missing", where="lopd evaluate", remedy="give a new folder for the results"
+        )
     if prompts is None and config is None:
-        raise ConfigError("--prompts is missing", where="lopd evaluate", remedy="give a JSONL or Parquet file with prompts and answers")
+        raise ConfigError(
+            "--prompts is missing",
+            where="lopd evaluate",
+            remedy="give a JSONL or Parquet file with prompts and answers",
+        )
     folder = _model_folder(config, model)
-    settings = [f"run.dir={_quoted(out)}", f"models.student={_quoted(folder)}", f"models.teacher={_quoted(folder)}"]
+    settings = [
+        f"run.dir={_quoted(out)}",
+        f"models.student={_quoted(folder)}",
+        f"models.teacher={_quoted(folder)}",
+    ]
     if prompts is not None:
         settings.append(f"prompts.eval.file={_quoted(prompts)}")
     if config is not None:
         return load_config(Path(config), [*settings, *flags, *overrides])
     unused = {"num_prompts": 1}
-    table: dict[str, Any] = {"task": {"name": "math"}, "prompts": {"sft": dict(unused), "opd": dict(unused), "eval": {}}}
-    return config_from(table, [*settings, *flags, *overrides], where="lopd evaluate", base=Path("lopd-evaluate.toml"))
+    table: dict[str, Any] = {
+        "task": {"name": "math"},
+        "prompts": {"sft": dict(unused), "opd": dict(unused), "eval": {}},
+    }
+    return config_from(
+        table,
+        [*settings, *flags, *overrides],
+        where="lopd evaluate",
+        base=Path("lopd-evaluate.toml"),
+    )
 
 
 def _model_folder(config: str | None, model: str) -> Path:
@@ -130,5 +227,8 @@ def _lines(summary: dict[str, Any], folder: Path) -> list[str]:
         f"cut off {100 * summary['truncated_share']:.1f}%",
     ]
     if summary["reasons"]:
-        lines.append("wrong: " + ", ".join(f"{count} {reason}" for reason, count in summary["reasons"].items()))
+        lines.append(
+            "wrong: "
+            + ", ".join(f"{count} {reason}" for reason, count in summary["reasons"].items())
+        )
     return [*lines, f"everything is in {folder}"]

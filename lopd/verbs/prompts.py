@@ -1,4 +1,6 @@
-"""``lopd prompts``: prompt files made ready: chosen, deduplicated, cut to length, and without what is in the evaluation sets."""
+"""``lopd prompts``: prompt files made ready: chosen, deduplicated, cut to length, and without what
+is in the evaluation sets.
+"""
 
 from __future__ import annotations
 
@@ -19,37 +21,100 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog="Example:  lopd prompts prepare dapo/ --format dapo_math_17k --against aime25.jsonl:aime_2025 --out opd.jsonl")
+@app.command(
+    epilog="Example:  lopd prompts prepare dapo/ --format dapo_math_17k --against aime25.jsonl:aime_2025 --out opd.jsonl"
+)
 def prepare(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="JSONL to write, in our own form; its report goes beside it, as NAME.report.json.")],
-    form: Annotated[str, typer.Option("--format", help="Whose columns SOURCE has: lopd prompts formats.")] = "lopd",
-    against: Annotated[list[str] | None, typer.Option(metavar="FILE[:FORMAT]", help="An evaluation set to keep clear of; may be repeated.")] = None,
-    ngram: Annotated[int, typer.Option(min=5, help="Words in common that make a prompt one of the evaluation's.")] = 13,
-    min_coverage: Annotated[float, typer.Option(min=0, max=1, help="Share of an evaluation prompt's word groups that must be found; 0: one.")] = 0.0,
-    field: Annotated[list[str] | None, typer.Option(metavar="NAME=COLUMN", help="Column of question, messages, answer, prompt_id or domain.")] = None,
-    where: Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only such rows; also a list, or {min=..., max=...}.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="Text around {question}; or plain, boxed. Absent: the format's own.")] = None,
-    duplicates: Annotated[str | None, typer.Option(help="keep or drop repeated questions. Absent: drop, of our own form keep.")] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="So many of those that are left.")] = None,
-    shuffle_seed: Annotated[int | None, typer.Option(min=0, help="Take them at random, by this seed. Absent: the first ones.")] = None,
-    max_chars: Annotated[int | None, typer.Option(min=1, help="Leave out longer prompts, in characters.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer prompts, in tokens; needs --tokenizer.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer with a chat template: lengths in tokens.")] = None,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL to write, in our own form; its report goes beside it, as NAME.report.json."
+        ),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="Whose columns SOURCE has: lopd prompts formats.")
+    ] = "lopd",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:FORMAT]", help="An evaluation set to keep clear of; may be repeated."
+        ),
+    ] = None,
+    ngram: Annotated[
+        int, typer.Option(min=5, help="Words in common that make a prompt one of the evaluation's.")
+    ] = 13,
+    min_coverage: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of an evaluation prompt's word groups that must be found; 0: one.",
+        ),
+    ] = 0.0,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLUMN", help="Column of question, messages, answer, prompt_id or domain."
+        ),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=VALUE", help="Only such rows; also a list, or {min=..., max=...}."
+        ),
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="Text around {question}; or plain, boxed. Absent: the format's own."),
+    ] = None,
+    duplicates: Annotated[
+        str | None,
+        typer.Option(help="keep or drop repeated questions. Absent: drop, of our own form keep."),
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="So many of those that are left.")
+    ] = None,
+    shuffle_seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Take them at random, by this seed. Absent: the first ones."),
+    ] = None,
+    max_chars: Annotated[
+        int | None, typer.Option(min=1, help="Leave out longer prompts, in characters.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave out longer prompts, in tokens; needs --tokenizer."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a tokenizer with a chat template: lengths in tokens."),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Task that must be able to use the answers. Absent: the domain's."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
 ) -> None:
-    """Write a prompt set: read, choose, drop repeated questions, too long ones and those that share words with evaluation prompts; report what was left out.
+    """Write a prompt set: read, choose, drop repeated questions, too long ones and those that share
+    words with evaluation prompts; report what was left out.
 
-    The same command does nothing where its inputs have not changed. It replaces only a file that it has written itself.
+    The same command does nothing where its inputs have not changed. It replaces only a file that it
+    has written itself.
     """
-    from lopd import prompt_files
+    from lopd.tasks import prompt_files
 
     if max_tokens is not None and tokenizer is None:
-        raise ConfigError("--max-tokens counts tokens", where="lopd prompts prepare", remedy="give --tokenizer FOLDER")
+        raise ConfigError(
+            "--max-tokens counts tokens",
+            where="lopd prompts prepare",
+            remedy="give --tokenizer FOLDER",
+        )
     settings = {
         "file": source.expanduser().absolute(),
         "format": form,
@@ -84,7 +149,11 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
     for one in given or []:
         name, equals, text = one.partition("=")
         if not equals or not name:
-            raise ConfigError(f"{one!r:.80} is not NAME=VALUE", where=option, remedy=f"write for example {option} domain=math")
+            raise ConfigError(
+                f"{one!r:.80} is not NAME=VALUE",
+                where=option,
+                remedy=f"write for example {option} domain=math",
+            )
         try:
             parsed = tomllib.loads(f"value = {text}")
             pairs[name] = parsed["value"] if len(parsed) == 1 else text
@@ -93,20 +162,48 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
     return pairs
 
 
-@app.command(epilog="Example:  lopd prompts show aime25.jsonl --format aime_2025 --tokenizer Qwen3-8B")
+@app.command(
+    epilog="Example:  lopd prompts show aime25.jsonl --format aime_2025 --tokenizer Qwen3-8B"
+)
 def show(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False)],
-    form: Annotated[str, typer.Option("--format", help="Whose columns SOURCE has: lopd prompts formats.")] = "lopd",
-    field: Annotated[list[str] | None, typer.Option(metavar="NAME=COLUMN", help="Column of question, messages, answer, prompt_id or domain.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="Text around {question}; or plain, boxed. Absent: the format's own.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer: the text that a model sees, chat template included.")] = None,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False
+        ),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="Whose columns SOURCE has: lopd prompts formats.")
+    ] = "lopd",
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLUMN", help="Column of question, messages, answer, prompt_id or domain."
+        ),
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="Text around {question}; or plain, boxed. Absent: the format's own."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a tokenizer: the text that a model sees, chat template included."
+        ),
+    ] = None,
     thinking: Annotated[bool, typer.Option(help="What the chat template is told.")] = True,
     num_prompts: Annotated[int, typer.Option(min=1, help="So many, from the first.")] = 1,
 ) -> None:
     """Show prompts as a model sees them, with their answers."""
-    from lopd import prompt_files
+    from lopd.tasks import prompt_files
 
-    settings = {"file": source.expanduser().absolute(), "format": form, "fields": _pairs(field, "--field"), "instruction": instruction, "thinking": thinking}
+    settings = {
+        "file": source.expanduser().absolute(),
+        "format": form,
+        "fields": _pairs(field, "--field"),
+        "instruction": instruction,
+        "thinking": thinking,
+    }
     for line in prompt_files.shown(prompt_files.prompt_set(settings), num_prompts, tokenizer):
         typer.echo(line)
 
@@ -117,7 +214,9 @@ def formats() -> None:
     from lopd.tasks.formats import FORMATS
 
     for name, form in FORMATS.items():
-        columns = {field: " or ".join(paths) for field, paths in form.columns.items()} | dict.fromkeys(form.computed, "computed")
+        columns = {
+            field: " or ".join(paths) for field, paths in form.columns.items()
+        } | dict.fromkeys(form.computed, "computed")
         typer.echo(f"{name}: {form.title}  ({form.source})")
         if form.note:
             typer.echo(f"    {form.note}")

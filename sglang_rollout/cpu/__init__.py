@@ -6,5 +6,6 @@ plugin     six changes: seeds, batch invariance, the hash, decode attention, sha
 kernels    the torch code behind the last three
 workers    faster start: forked workers, one model file
 
-Each change first looks whether upstream is still as described and ends the server with a plain message where it is not.
+Each change first looks whether upstream is still as described and ends the server with a plain
+message where it is not.
 """

@@ -1,4 +1,6 @@
-"""Replacements of two slow or batch-dependent places of SGLang's plain-torch path; each is installed by sglang_rollout.cpu.plugin."""
+"""Replacements of two slow or batch-dependent places of SGLang's plain-torch path; each is
+installed by sglang_rollout.cpu.plugin.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,19 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 ROWS = 16
-"""A matrix product with fewer rows is computed with this many. MKL takes other kernels for fewer than 4 rows on one thread and fewer than 12 on two, which
-sum in another order: a row's result would depend on how many rows its neighbours bring. From 16 rows on, a row's result is its own (tested)."""
+"""A matrix product with fewer rows is computed with this many. MKL takes other kernels for fewer
+than 4 rows on one thread and fewer than 12 on two, which sum in another order: a row's result would
+depend on how many rows its neighbours bring. From 16 rows on, a row's result is its own (tested).
+"""
 
-LENGTH_STEP = 32  # keys of a request are padded to a multiple of this: a handful of shapes, at most 31 keys of waste
+# keys of a request are padded to a multiple of this: a handful of shapes, at most 31 keys of waste
+LENGTH_STEP = 32
 
 
 def with_enough_rows(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A linear map whose result for a row does not depend on the number of rows. product: of x [N, K], weight [M, K], anything else -> [N, M]."""
+    """A linear map whose result for a row does not depend on the number of rows. product: of x [N,
+    K], weight [M, K], anything else -> [N, M].
+    """
 
     def invariant(x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         num_rows = x.shape[0]
@@ -37,10 +44,11 @@ def decode_attention(
     seq_lens: torch.Tensor,  # [B] keys of each request
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention of one query per request to its own keys, requests of similar length together; writes and returns output [B, H, D].
+    """Attention of one query per request to its own keys, requests of similar length together;
+    writes and returns output [B, H, D].
 
-    The result for a request depends on its own keys and length alone (on one thread): its keys are padded to a multiple of LENGTH_STEP, not to the longest
-    of the batch.
+    The result for a request depends on its own keys and length alone (on one thread): its keys are
+    padded to a multiple of LENGTH_STEP, not to the longest of the batch.
     """
     padded = (seq_lens + LENGTH_STEP - 1) // LENGTH_STEP * LENGTH_STEP  # [B]
     grouped = query.shape[1] != k_cache.shape[1]

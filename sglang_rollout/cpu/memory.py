@@ -57,7 +57,12 @@ class MemoryOfTags:
         for reference in made:
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             left_out = parameters is not None and reference.cdata not in parameters
-            if storage is not None and storage.nbytes() > 0 and storage.resizable() and not left_out:
+            if (
+                storage is not None
+                and storage.nbytes() > 0
+                and storage.resizable()
+                and not left_out
+            ):
                 self._storages.setdefault(tag, {})[storage._cdata] = storage
 
     def pause(self, tag: str) -> None:
@@ -70,7 +75,9 @@ class MemoryOfTags:
         for key, size in self._sizes.pop(tag, {}).items():
             storage = self._storages[tag][key]
             storage.resize_(size)
-            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(_NOT_A_NUMBER if tag == WEIGHTS else 0)
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(
+                _NOT_A_NUMBER if tag == WEIGHTS else 0
+            )
 
     def held_bytes(self, tag: str) -> int:
         return sum(storage.nbytes() for storage in self._storages.get(tag, {}).values())
@@ -80,4 +87,8 @@ def _parameters() -> set[int]:
     """Storages of all parameters of this process. While a model is loaded, SGLang also makes tables
     of experts, which on a GPU stay in host memory and so keep their contents.
     """
-    return {each.untyped_storage()._cdata for each in gc.get_objects() if isinstance(each, torch.nn.Parameter)}
+    return {
+        each.untyped_storage()._cdata
+        for each in gc.get_objects()
+        if isinstance(each, torch.nn.Parameter)
+    }

@@ -1,19 +1,27 @@
-"""Stand-ins for two packages that SGLang imports and a CPU environment cannot have. Put in place by ``sglang_rollout.launch``, in server processes only.
+"""Stand-ins for two packages that SGLang imports and a CPU environment cannot have. Put in place by
+``sglang_rollout.servers.launch``, in server processes only.
 
-Each is a module object in ``sys.modules``: nothing is on the path, so no other process (the trainer, the tests) ever sees them.
+Each is a module object in ``sys.modules``: nothing is on the path, so no other process (the
+trainer, the tests) ever sees them.
 
 torchvision
-    Why: ``sglang/srt/utils/common.py`` and some files of ``sglang/srt/configs`` import four of its names at the top. Its wheel on PyPI is a CUDA
+    Why: ``sglang/srt/utils/common.py`` and some files of ``sglang/srt/configs`` import four of its
+    names at the top. Its wheel on PyPI is a CUDA
     build whose operators do not load beside a CPU torch. No text model calls any of them.
-    Transformers must go on seeing no torchvision (it would import far more of it), so it is asked first and remembers the answer. Its
-    ``AutoImageProcessor`` then refuses ``register``, which ``sglang/srt/configs/utils.py`` calls when it is imported: that one name gets a stand-in too.
-    Versions: sglang 0.5.17 to 0.5.23 with transformers 5.12. Can go: when SGLang imports torchvision only where images are read.
+    Transformers must go on seeing no torchvision (it would import far more of it), so it is asked
+    first and remembers the answer. Its
+    ``AutoImageProcessor`` then refuses ``register``, which ``sglang/srt/configs/utils.py`` calls
+    when it is imported: that one name gets a stand-in too.
+    Versions: sglang 0.5.17 to 0.5.23 with transformers 5.12. Can go: when SGLang imports
+    torchvision only where images are read.
 
 sgl_kernel
-    Why: SGLang's compiled kernels (sglang-kernel) have no CPU wheel and no source on PyPI. On a CPU without AMX tiles SGLang falls back to plain torch
-    for everything but ``assign_req_to_token_pool_cpu`` (``sglang/srt/mem_cache/allocation.py``). Every other ``*_cpu`` name can be imported and refuses to
-    be called. As ``torch.ops.sgl_kernel.convert_weight_packed`` does not exist, SGLang also leaves AMX alone on a CPU that has it.
-    Versions: sglang 0.5.17 to 0.5.23. Can go: when sglang-kernel has a CPU wheel.
+    Why: SGLang's compiled kernels (sglang-kernel) have no CPU wheel and no source on PyPI. On a CPU
+    without AMX tiles SGLang falls back to plain torch for everything but
+    ``assign_req_to_token_pool_cpu`` (``sglang/srt/mem_cache/allocation.py``). Every other ``*_cpu``
+    name can be imported and refuses to be called. As ``torch.ops.sgl_kernel.convert_weight_packed``
+    does not exist, SGLang also leaves AMX alone on a CPU that has it. Versions: sglang 0.5.17 to
+    0.5.23. Can go: when sglang-kernel has a CPU wheel.
 """
 
 from __future__ import annotations
@@ -69,7 +77,9 @@ def _module(name: str, **names: object) -> ModuleType:
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: object, **__: object) -> NoReturn:
-        raise NotImplementedError(f"{name} is a stand-in: this server runs on a CPU and serves text models only")
+        raise NotImplementedError(
+            f"{name} is a stand-in: this server runs on a CPU and serves text models only"
+        )
 
     refuse.__name__ = name.rpartition(".")[2]
     return refuse
@@ -82,7 +92,9 @@ def _hide_torchvision_from_transformers() -> None:
     from transformers.utils import import_utils
 
     # lru_cache: the answer holds for the life of the process
-    assert hasattr(import_utils.is_torchvision_available, "cache_info"), "transformers no longer remembers whether torchvision is there"
+    assert hasattr(import_utils.is_torchvision_available, "cache_info"), (
+        "transformers no longer remembers whether torchvision is there"
+    )
     assert not import_utils.is_torchvision_available()
 
 
@@ -99,7 +111,9 @@ class _NoImageProcessor:
 
     @staticmethod
     def register(*_: object, **__: object) -> None:
-        """SGLang registers its multimodal processors while it is imported; without torchvision there is nothing to register with."""
+        """SGLang registers its multimodal processors while it is imported; without torchvision
+        there is nothing to register with.
+        """
 
     from_pretrained = staticmethod(_refusing("transformers.AutoImageProcessor.from_pretrained"))
 
@@ -123,8 +137,12 @@ def assign_req_to_token_pool_cpu(
 ) -> None:
     """Write each request's new cache locations into its row of the pool, at start..end; in place."""
     offset = 0
-    for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
-        req_to_token[row, start:end] = out_cache_loc[offset : offset + end - start].to(req_to_token.dtype)
+    for row, start, end in zip(
+        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
+    ):
+        req_to_token[row, start:end] = out_cache_loc[offset : offset + end - start].to(
+            req_to_token.dtype
+        )
         offset += end - start
 
 
@@ -134,4 +152,9 @@ def _install_sgl_kernel() -> None:
             return _refusing(f"sgl_kernel.{name}")
         raise AttributeError(f"sgl_kernel.{name} is not part of the stand-in")
 
-    _module("sgl_kernel", __version__="0.0.0", __getattr__=missing, assign_req_to_token_pool_cpu=assign_req_to_token_pool_cpu)
+    _module(
+        "sgl_kernel",
+        __version__="0.0.0",
+        __getattr__=missing,
+        assign_req_to_token_pool_cpu=assign_req_to_token_pool_cpu,
+    )

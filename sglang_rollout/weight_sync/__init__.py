@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from sglang_rollout.weight_sync.building import build_receiver
 from sglang_rollout.weight_sync.colocation import Apart, Colocation
-from sglang_rollout.weight_sync.disk import DiskWeightReceiver, load_folder
+from sglang_rollout.weight_sync.disk import (
+    DiskWeightReceiver,
+    load_folder,
+    update_weights_from_disk,
+)
 from sglang_rollout.weight_sync.distributed import DistributedWeightReceiver
 from sglang_rollout.weight_sync.interface import Bucket, SyncReport, WeightReceiver
 from sglang_rollout.weight_sync.tensor import TensorWeightReceiver
@@ -24,4 +28,5 @@ __all__ = [
     "WeightReceiver",
     "build_receiver",
     "load_folder",
+    "update_weights_from_disk",
 ]

@@ -1,18 +1,22 @@
-"""Tensors that have not changed since the servers got them need not be sent again: frozen routers and embeddings, or whole models between close syncs."""
+"""Tensors that have not changed since the servers got them need not be sent again: frozen routers
+and embeddings, or whole models between close syncs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.fingerprints import fingerprint
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.server_side.fingerprints import fingerprint
 from sglang_rollout.weight_sync.interface import Bucket, model_info
 
 
 class Unchanged:
-    """Remembers the fingerprint of every tensor that the servers have; changed() leaves out those that are the same.
+    """Remembers the fingerprint of every tensor that the servers have; changed() leaves out those
+    that are the same.
 
-    Everything is sent where a server reports another version than the one that was committed last: it was restarted, or got its weights elsewhere.
+    Everything is sent where a server reports another version than the one that was committed last:
+    it was restarted, or got its weights elsewhere.
     """
 
     def __init__(self) -> None:
@@ -22,7 +26,9 @@ class Unchanged:
 
     def begin(self, engines: Sequence[SGLangEngine], timeout_s: float) -> None:
         self._sent = {}
-        if any(model_info(engine, timeout_s)["weight_version"] != self._version for engine in engines):
+        if any(
+            model_info(engine, timeout_s)["weight_version"] != self._version for engine in engines
+        ):
             self._held = {}
 
     def changed(self, bucket: Bucket, known: Mapping[str, int | None]) -> Bucket:

@@ -1,4 +1,6 @@
-"""What the transports share that change a server's weights while it holds requests back, bucket by bucket."""
+"""What the transports share that change a server's weights while it holds requests back, bucket by
+bucket.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lopd.errors import EngineError
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.weight_sync.delta import Unchanged
 from sglang_rollout.weight_sync.interface import Bucket, Inventory, SyncReport, nbytes, started
 from sglang_rollout.weight_sync.session import RunningRequests, UpdateSession
@@ -17,10 +19,13 @@ from sglang_rollout.weight_sync.verification import TensorVerification
 
 
 class InPlaceReceiver:
-    """The servers' weights change from the first bucket on; requests are held back from begin until commit.
+    """The servers' weights change from the first bucket on; requests are held back from begin until
+    commit.
 
-    template_dir: a checkpoint with the names and shapes of the tensors. ask_for_restart: of servers that a failed sync has left with half of it. remember: told
-    the version once the servers have it, in no folder. A transport adds _send, and _join and _leave where it has something to open and close.
+    template_dir: a checkpoint with the names and shapes of the tensors. ask_for_restart: of servers
+    that a failed sync has left with half of it. remember: told the version once the servers have
+    it, in no folder. A transport adds _send, and _join and _leave where it has something to open
+    and close.
     """
 
     transport: ClassVar[str]
@@ -42,7 +47,12 @@ class InPlaceReceiver:
         self._engines, self._template_dir, self._timeout_s = tuple(engines), template_dir, timeout_s
         self._inventory = Inventory(template_dir, f"weight sync ({self.transport})")
         self._session = UpdateSession(self._engines, running_requests, timeout_s)
-        self._verification, self._unchanged, self._ask_for_restart, self._remember = verification, unchanged, ask_for_restart, remember
+        self._verification, self._unchanged, self._ask_for_restart, self._remember = (
+            verification,
+            unchanged,
+            ask_for_restart,
+            remember,
+        )
         self._began = 0.0
         self._left: Future[None] | None = None  # what the sync before had opened is being closed
 
@@ -65,8 +75,9 @@ class InPlaceReceiver:
             raise
 
     def receive(self, bucket: Bucket) -> None:
-        """Send a bucket; its tensors must stay as they are until the next receive or commit has returned. EngineError: a tensor is not the model's, or a server
-        fails, which may come out at the next call.
+        """Send a bucket; its tensors must stay as they are until the next receive or commit has
+        returned. EngineError: a tensor is not the model's, or a server fails, which may come out at
+        the next call.
         """
         self._inventory.take(bucket)
         self.report.num_tensors += len(bucket)
@@ -84,11 +95,14 @@ class InPlaceReceiver:
             self._expect(bucket)  # while the servers take it
 
     def commit(self) -> None:
-        """Have the servers answer with the new weights. EngineError: tensors are missing, the servers' differ from what was sent, or a server fails."""
+        """Have the servers answer with the new weights. EngineError: tensors are missing, the
+        servers' differ from what was sent, or a server fails.
+        """
         self._inventory.check_complete()
         self._settle()
         self._left = started(self._leave(), at_exit=True)  # nobody waits for it but the next sync
-        self._session.weights_changed()  # of a sync that had nothing to send the version is new all the same
+        # of a sync that had nothing to send the version is new all the same
+        self._session.weights_changed()
         self._session.end_of_changes()
         if self._verification is not None:
             self.report.verified_tensors = self._verification.check(self._engines)
@@ -100,8 +114,10 @@ class InPlaceReceiver:
         self.report.seconds = time.perf_counter() - self._began
 
     def abandon(self) -> None:
-        """Servers whose weights were not touched go on. The others hold a mixture: they stay paused and report an incomplete version until a sync succeeds, or
-        are started again where somebody can."""
+        """Servers whose weights were not touched go on. The others hold a mixture: they stay paused
+        and report an incomplete version until a sync succeeds, or are started again where somebody
+        can.
+        """
         self._leave()()
         if self._session.abandon() and self._ask_for_restart is not None:
             self._ask_for_restart()
@@ -116,7 +132,9 @@ class InPlaceReceiver:
         """Wait for what _send may have left under way."""
 
     def _leave(self) -> Callable[[], None]:
-        """Give up what _join has opened: what this returns closes it, in any thread, within the timeout, without an error. Called twice where commit fails."""
+        """Give up what _join has opened: what this returns closes it, in any thread, within the
+        timeout, without an error. Called twice where commit fails.
+        """
         return lambda: None
 
     def _expect(self, bucket: Bucket) -> dict[str, int | None]:

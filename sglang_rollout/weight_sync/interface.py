@@ -1,4 +1,6 @@
-"""What every transport of weights offers, and the bookkeeping they share: which tensors a version must have, and what a sync cost."""
+"""What every transport of weights offers, and the bookkeeping they share: which tensors a version
+must have, and what a sync cost.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from lopd.errors import EngineError
-from sglang_rollout.checkpoint import check_same_tensors, tensor_shapes
+from sglang_rollout.server_side.checkpoint import check_same_tensors, tensor_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sglang_rollout.client import SGLangEngine
+    from sglang_rollout.requests.client import SGLangEngine
 
 Bucket: TypeAlias = "list[tuple[str, Tensor]]"  # full tensors under their Hugging Face names
 T = TypeVar("T")
@@ -25,12 +27,15 @@ _POLL_S = 0.1
 
 
 class WeightReceiver(Protocol):
-    """Takes one set of weights: begin, any number of buckets, commit; abandon instead of commit where something failed on the way.
+    """Takes one set of weights: begin, any number of buckets, commit; abandon instead of commit
+    where something failed on the way.
 
-    No request is answered with a mixture of two versions. Through a folder the old weights serve until commit; the other transports change the weights in
-    place, so the server holds requests back from the first bucket until commit. A bucket's tensors must stay as they are until the next receive or commit has
-    returned: they may be on their way until then. EngineError from any of the calls: the server died, refused, was silent for the timeout, or a tensor is not
-    the served model's.
+    No request is answered with a mixture of two versions. Through a folder the old weights serve
+    until commit; the other transports change the weights in place, so the server holds requests
+    back from the first bucket until commit. A bucket's tensors must stay as they are until the next
+    receive or commit has returned: they may be on their way until then. EngineError from any of the
+    calls: the server died, refused, was silent for the timeout, or a tensor is not the served
+    model's.
     """
 
     report: SyncReport
@@ -46,7 +51,9 @@ class WeightReceiver(Protocol):
 
 @dataclass
 class SyncReport:
-    """What the newest sync did. extra_bytes: memory that the transport itself needed at most in this process, beyond the bucket it was given."""
+    """What the newest sync did. extra_bytes: memory that the transport itself needed at most in
+    this process, beyond the bucket it was given.
+    """
 
     transport: str
     version: str = ""
@@ -60,20 +67,28 @@ class SyncReport:
 
     def line(self) -> str:
         """One line for the log."""
-        unchanged = f" ({self.num_tensors - self.sent_tensors} of {self.num_tensors} tensors unchanged)" if self.sent_tensors < self.num_tensors else ""
+        unchanged = (
+            f" ({self.num_tensors - self.sent_tensors} of {self.num_tensors} tensors unchanged)"
+            if self.sent_tensors < self.num_tensors
+            else ""
+        )
         verified = f", {self.verified_tensors} tensors verified" if self.verified_tensors else ""
         memory = f", {self.extra_bytes / 2**20:.0f} MiB of extra memory"
         return f"{self.sent_bytes / 2**20:.0f} MiB by {self.transport} in {self.seconds:.2f} s{unchanged}{memory}{verified}"
 
 
 class Inventory:
-    """Holds a version against the tensors that the served model has: none missing, none twice, none of another shape.
+    """Holds a version against the tensors that the served model has: none missing, none twice, none
+    of another shape.
 
-    SGLang looks at none of this: a tensor that never comes keeps its old values without a word, and one of another shape may end the server.
+    SGLang looks at none of this: a tensor that never comes keeps its old values without a word, and
+    one of another shape may end the server.
     """
 
     def __init__(self, template_dir: Path, where: str) -> None:
-        """template_dir: a checkpoint with the tensors that every version has. EngineError: it cannot be read."""
+        """template_dir: a checkpoint with the tensors that every version has. EngineError: it
+        cannot be read.
+        """
         self.shapes, self._where = tensor_shapes(template_dir), where
         self._version, self._seen = "", set[str]()
         self._served = {template_dir.resolve()}  # folders whose tensors are known to be these
@@ -88,7 +103,9 @@ class Inventory:
             if expected is None:
                 raise self._refusal(f"tensor {name} is not in the served model")
             if tuple(tensor.shape) != expected:
-                raise self._refusal(f"tensor {name} has shape {list(tensor.shape)}, the served model's has {list(expected)}")
+                raise self._refusal(
+                    f"tensor {name} has shape {list(tensor.shape)}, the served model's has {list(expected)}"
+                )
             if name in self._seen:
                 raise self._refusal(f"tensor {name} came twice")
             self._seen.add(name)
@@ -108,7 +125,11 @@ class Inventory:
                 self._served.add(folder)
 
     def _refusal(self, what: str) -> EngineError:
-        return EngineError(f"{what} (weight version {self._version})", where=self._where, remedy="only the weights of the served architecture can be exchanged")
+        return EngineError(
+            f"{what} (weight version {self._version})",
+            where=self._where,
+            remedy="only the weights of the served architecture can be exchanged",
+        )
 
 
 def model_info(engine: SGLangEngine, timeout_s: float) -> dict[str, Any]:
@@ -136,7 +157,8 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def started(call: Callable[[], T], *, at_exit: bool = False) -> Future[T]:
-    """The call in a thread of its own. A daemon: where a call is given up, its thread must not keep the process from ending.
+    """The call in a thread of its own. A daemon: where a call is given up, its thread must not keep
+    the process from ending.
 
     at_exit: the process ends after it, for a call that must not be broken off and ends by itself.
     """
@@ -155,16 +177,26 @@ def started(call: Callable[[], T], *, at_exit: bool = False) -> Future[T]:
 
 
 def finished(futures: Mapping[str, Future[T]], timeout_s: float) -> list[T]:
-    """Results of all, as soon as one has failed its error, and after timeout_s EngineError with what was waited for."""
+    """Results of all, as soon as one has failed its error, and after timeout_s EngineError with
+    what was waited for.
+    """
     done, waiting = wait(futures.values(), timeout=timeout_s, return_when=FIRST_EXCEPTION)
     for future in done:
         future.result()
     if waiting:
         late = ", ".join(name for name, future in futures.items() if future in waiting)
-        raise EngineError(f"no answer within {timeout_s:g} s: {late}", limit="sync.timeout_s", remedy="see the server's log: is it stopped or very slow?")
+        raise EngineError(
+            f"no answer within {timeout_s:g} s: {late}",
+            limit="sync.timeout_s",
+            remedy="see the server's log: is it stopped or very slow?",
+        )
     return [future.result() for future in futures.values()]
 
 
-def on_all(engines: Sequence[SGLangEngine], call: Callable[[SGLangEngine], T], timeout_s: float) -> list[T]:
-    """The call on every engine at once, results in order. EngineError: the first failure, or one is silent for timeout_s."""
+def on_all(
+    engines: Sequence[SGLangEngine], call: Callable[[SGLangEngine], T], timeout_s: float
+) -> list[T]:
+    """The call on every engine at once, results in order. EngineError: the first failure, or one is
+    silent for timeout_s.
+    """
     return finished({engine.url: started(partial(call, engine)) for engine in engines}, timeout_s)

@@ -1,4 +1,6 @@
-"""Are the weights that the servers use those that were sent? By fingerprints of every tensor, or by the scores of a few responses."""
+"""Are the weights that the servers use those that were sent? By fingerprints of every tensor, or by
+the scores of a few responses.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,18 @@ from torch import Tensor
 
 from lopd.errors import EngineError
 from lopd.records import Floats, Key
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.fingerprints import fingerprint
-from sglang_rollout.scoring import ScoreRequest
-from sglang_rollout.served_weights import DTYPES, FINGERPRINTS, NOT_FED
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.scoring import ScoreRequest
+from sglang_rollout.server_side.fingerprints import fingerprint
+from sglang_rollout.server_side.served_weights import DTYPES, FINGERPRINTS, NOT_FED
 from sglang_rollout.weight_sync.interface import on_all
 
 _NAMED = 5  # tensors in the message
 
 
 class TensorVerification:
-    """Every tensor by its fingerprint, computed by the server from the parameters that it uses; for servers that lopd started.
+    """Every tensor by its fingerprint, computed by the server from the parameters that it uses; for
+    servers that lopd started.
 
     Tensors are compared as they are after rounding to the dtype in which the server keeps them.
     """
@@ -36,28 +39,38 @@ class TensorVerification:
         self._expected: dict[str, int] = {}
 
     def begin(self, engines: Sequence[SGLangEngine], template_dir: Path) -> None:
-        """EngineError: the servers cannot tell fingerprints, or have parameters that no tensor of the checkpoint goes into."""
+        """EngineError: the servers cannot tell fingerprints, or have parameters that no tensor of
+        the checkpoint goes into.
+        """
         self._template_dir, self._expected = template_dir, {}
         if not self._dtypes:
             ranks = self._ask(engines[:1], DTYPES)[0]
-            for name in sorted(set.intersection(*(set(rank.pop(NOT_FED)) for rank in ranks))):  # one rank's share may be padding alone
+            for name in sorted(
+                set.intersection(*(set(rank.pop(NOT_FED)) for rank in ranks))
+            ):  # one rank's share may be padding alone
                 raise EngineError(
                     f"parameter {name} of the served model gets no tensor of the checkpoint",
                     where=engines[0].url,
                     remedy="this SGLang cannot serve such a checkpoint (tied embeddings of a mixture of experts, say): store the tensor under its own name",
                 )
-            self._dtypes = {name: getattr(torch, held["dtype"]) for rank in ranks for name, held in rank.items()}
+            self._dtypes = {
+                name: getattr(torch, held["dtype"]) for rank in ranks for name, held in rank.items()
+            }
 
     def expect(self, name: str, tensor: Tensor) -> int | None:
         """The tensor's own fingerprint, where it had to be computed."""
         dtype = self._dtypes.get(name)
-        if dtype is None:  # no rank holds it: the output layer of a model that shares its input embedding
+        if (
+            dtype is None
+        ):  # no rank holds it: the output layer of a model that shares its input embedding
             return None
         self._expected[name] = fingerprint(tensor.detach().to(dtype))
         return self._expected[name] if dtype == tensor.dtype else None
 
     def check(self, engines: Sequence[SGLangEngine]) -> int:
-        """The number of tensors compared on every server. EngineError: names the tensors that differ."""
+        """The number of tensors compared on every server. EngineError: names the tensors that
+        differ.
+        """
         for engine, ranks in zip(engines, self._ask(engines, FINGERPRINTS), strict=True):
             wrong = []
             for name, expected in self._expected.items():
@@ -80,20 +93,30 @@ class TensorVerification:
 
         def ask(engine: SGLangEngine) -> list[dict[str, Any]]:
             try:
-                answer = engine.call("POST", "/weights_checker", {"action": f"{action}{self._template_dir.resolve()}"}, timeout_s=self._timeout_s)
+                answer = engine.call(
+                    "POST",
+                    "/weights_checker",
+                    {"action": f"{action}{self._template_dir.resolve()}"},
+                    timeout_s=self._timeout_s,
+                )
             except EngineError as error:
                 raise EngineError(
                     f"the server cannot tell fingerprints of its weights ({error.what})",
                     where=engine.url,
                     remedy='for a server that lopd did not start, set sync.verify = "scores" or "off"',
                 ) from None
-            return [{name: json.loads(held) for name, held in rank["checksums"].items()} for rank in answer["ranks"]]
+            return [
+                {name: json.loads(held) for name, held in rank["checksums"].items()}
+                for rank in answer["ranks"]
+            ]
 
         return on_all(engines, ask, self._timeout_s + 10)
 
 
 def _difference(expected: int, ranks: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with one tensor, "" where nothing is. ranks: those that hold a part of it; a part that several hold counts once."""
+    """What is wrong with one tensor, "" where nothing is. ranks: those that hold a part of it; a
+    part that several hold counts once.
+    """
     parts: dict[str, int] = {}
     for rank in ranks:
         for offset, shape, strides, total in rank["parts"]:
@@ -114,7 +137,8 @@ class Probe:
 
 
 class ScoreVerification:
-    """A few responses scored by every server as by the trainer; names no tensor, but needs nothing of ours in the server.
+    """A few responses scored by every server as by the trainer; names no tensor, but needs nothing
+    of ours in the server.
 
     To be checked once requests are let go again.
     """
@@ -123,7 +147,9 @@ class ScoreVerification:
         self._probe, self._tolerance = probe, tolerance
 
     def check(self, engines: Sequence[SGLangEngine]) -> int:
-        """The number of responses compared. EngineError: the log-probabilities of one differ by more than the tolerance, in the mean over its tokens."""
+        """The number of responses compared. EngineError: the log-probabilities of one differ by
+        more than the tolerance, in the mean over its tokens.
+        """
         for engine in engines:
             worst, key = 0.0, ("", 0)
             for scores in engine.score(self._probe.requests):

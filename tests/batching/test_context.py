@@ -1,4 +1,6 @@
-"""Which tokens each context rank computes: every one of a sample once, in Transformer Engine's order, and everything comes back to its place."""
+"""Which tokens each context rank computes: every one of a sample once, in Transformer Engine's
+order, and everything comes back to its place.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,20 @@ def microbatch_of(lengths: list[int], tensor: int = 1) -> Microbatch:
     """Tokens 1, 2, 3 and so on."""
     first = np.cumsum([1, *lengths])
     samples = [
-        Sample(token_ids=np.arange(start, start + length, dtype=np.int32), loss_mask=np.ones(length, bool))
+        Sample(
+            token_ids=np.arange(start, start + length, dtype=np.int32),
+            loss_mask=np.ones(length, bool),
+        )
         for start, length in zip(first[:-1], lengths, strict=True)
     ]
     return build_microbatch(samples, tensor)
 
 
 def parts_of(microbatch: Microbatch, size: int, tensor: int = 1) -> list[ContextPart]:
-    return [cut(microbatch.cu_seqlens, microbatch.num_sequences, rank=rank, size=size, tensor=tensor) for rank in range(size)]
+    return [
+        cut(microbatch.cu_seqlens, microbatch.num_sequences, rank=rank, size=size, tensor=tensor)
+        for rank in range(size)
+    ]
 
 
 def returned(parts: list[ContextPart], rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -37,7 +45,9 @@ def returned(parts: list[ContextPart], rows: list[NDArray[np.int64]]) -> NDArray
 
 
 @given(LENGTHS, SIZES, TENSOR)
-def test_every_token_of_a_sample_is_on_one_rank_and_nothing_else_is(lengths: list[int], size: int, tensor: int) -> None:
+def test_every_token_of_a_sample_is_on_one_rank_and_nothing_else_is(
+    lengths: list[int], size: int, tensor: int
+) -> None:
     microbatch = microbatch_of(lengths, tensor)
     parts = parts_of(microbatch, size, tensor)
     tokens = np.concatenate([part.take(microbatch.token_ids) for part in parts])
@@ -45,7 +55,9 @@ def test_every_token_of_a_sample_is_on_one_rank_and_nothing_else_is(lengths: lis
 
 
 @given(LENGTHS, SIZES, TENSOR)
-def test_all_ranks_have_as_many_and_tensor_ranks_can_divide_them(lengths: list[int], size: int, tensor: int) -> None:
+def test_all_ranks_have_as_many_and_tensor_ranks_can_divide_them(
+    lengths: list[int], size: int, tensor: int
+) -> None:
     parts = parts_of(microbatch_of(lengths, tensor), size, tensor)
     (count,) = {len(part.index) for part in parts}
     assert count > 0
@@ -60,27 +72,41 @@ def test_all_ranks_have_as_many_and_tensor_ranks_can_divide_them(lengths: list[i
 
 
 @given(LENGTHS, SIZES, TENSOR)
-def test_each_rank_has_two_chunks_of_every_sequence_of_the_beginning_and_of_the_end(lengths: list[int], size: int, tensor: int) -> None:
+def test_each_rank_has_two_chunks_of_every_sequence_of_the_beginning_and_of_the_end(
+    lengths: list[int], size: int, tensor: int
+) -> None:
     """Written down once more, by loops."""
     microbatch = microbatch_of(lengths, tensor)
     for rank, part in enumerate(parts_of(microbatch, size, tensor)):
         expected: list[int] = []
-        for index, (start, end) in enumerate(zip(part.cu_seqlens[:-1].tolist(), part.cu_seqlens[1:].tolist(), strict=True)):
+        for index, (start, end) in enumerate(
+            zip(part.cu_seqlens[:-1].tolist(), part.cu_seqlens[1:].tolist(), strict=True)
+        ):
             chunk = (end - start) // (2 * size)
             first = 1 + sum(lengths[:index])
-            row = [first + place if index < len(lengths) and place < lengths[index] else 0 for place in range(end - start)]
-            expected += row[rank * chunk : (rank + 1) * chunk] + row[(2 * size - 1 - rank) * chunk : (2 * size - rank) * chunk]
+            row = [
+                first + place if index < len(lengths) and place < lengths[index] else 0
+                for place in range(end - start)
+            ]
+            expected += (
+                row[rank * chunk : (rank + 1) * chunk]
+                + row[(2 * size - 1 - rank) * chunk : (2 * size - rank) * chunk]
+            )
         assert part.take(microbatch.token_ids).tolist() == expected
 
 
 @given(LENGTHS, SIZES, TENSOR)
-def test_what_ranks_compute_comes_back_to_its_place(lengths: list[int], size: int, tensor: int) -> None:
+def test_what_ranks_compute_comes_back_to_its_place(
+    lengths: list[int], size: int, tensor: int
+) -> None:
     microbatch = microbatch_of(lengths, tensor)
     parts = parts_of(microbatch, size, tensor)
     rows = [part.take(microbatch.token_ids) for part in parts]
     assert returned(parts, rows).tolist() == microbatch.token_ids.tolist()
     if lengths:
-        assert returned(parts, rows[::-1]).tolist() != microbatch.token_ids.tolist(), "control: ranks in another order"
+        assert returned(parts, rows[::-1]).tolist() != microbatch.token_ids.tolist(), (
+            "control: ranks in another order"
+        )
 
 
 @given(LENGTHS, SIZES)
@@ -90,7 +116,10 @@ def test_labels_cross_no_border(lengths: list[int], size: int) -> None:
     for part in parts_of(microbatch, size):
         tokens, labels = part.take(microbatch.token_ids), part.take(microbatch.labels)
         assert ((labels == tokens + 1) | (labels == 0)).all()
-        assert part.take(np.column_stack([microbatch.labels, microbatch.labels]))[:, 1].tolist() == labels.tolist()
+        assert (
+            part.take(np.column_stack([microbatch.labels, microbatch.labels]))[:, 1].tolist()
+            == labels.tolist()
+        )
 
 
 def test_one_rank_has_the_microbatch_as_it_stands() -> None:
@@ -114,12 +143,22 @@ def test_the_example_of_the_module() -> None:
 
 
 @given(LENGTHS, SIZES, TENSOR, st.integers(1, 4))
-def test_no_microbatch_is_over_budget_after_the_cut(lengths: list[int], size: int, tensor: int, num_ranks: int) -> None:
+def test_no_microbatch_is_over_budget_after_the_cut(
+    lengths: list[int], size: int, tensor: int, num_ranks: int
+) -> None:
     budget = 2 * size * tensor * 20
-    microbatches = [members for rank in plan_step(lengths, num_ranks, budget, tensor, context=size) for members in rank]
-    assert sorted(int(index) for members in microbatches for index in members) == list(range(len(lengths)))
+    microbatches = [
+        members
+        for rank in plan_step(lengths, num_ranks, budget, tensor, context=size)
+        for members in rank
+    ]
+    assert sorted(int(index) for members in microbatches for index in members) == list(
+        range(len(lengths))
+    )
     for members in microbatches:
-        part = parts_of(microbatch_of([lengths[index] for index in members], tensor), size, tensor)[0]
+        part = parts_of(microbatch_of([lengths[index] for index in members], tensor), size, tensor)[
+            0
+        ]
         assert part.cu_seqlens[-1] <= budget
 
 

@@ -1,4 +1,6 @@
-"""Neither packing nor the number of ranks changes what is learned: sums over microbatches and ranks give one loss, one gradient, one set of metrics."""
+"""Neither packing nor the number of ranks changes what is learned: sums over microbatches and ranks
+give one loss, one gradient, one set of metrics.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,26 @@ from tests.objective.dense import TableModel, random_samples
 AGGREGATIONS: tuple[Aggregation, ...] = ("response_mean", "token_mean", "token_sum")
 
 
-def step_outputs(model: TableModel, samples: list[Sample], objective: Lightning, num_ranks: int, max_tokens: int, pad_multiple: int) -> list[LossOutput]:
-    """The outputs of all microbatches of all ranks, in the order in which ranks would run them one after the other."""
+def step_outputs(
+    model: TableModel,
+    samples: list[Sample],
+    objective: Lightning,
+    num_ranks: int,
+    max_tokens: int,
+    pad_multiple: int,
+) -> list[LossOutput]:
+    """The outputs of all microbatches of all ranks, in the order in which ranks would run them one
+    after the other.
+    """
     outputs = []
-    for microbatches in plan_step([len(sample) for sample in samples], num_ranks, max_tokens, pad_multiple):
+    for microbatches in plan_step(
+        [len(sample) for sample in samples], num_ranks, max_tokens, pad_multiple
+    ):
         for members in microbatches:
             microbatch = build_microbatch([samples[index] for index in members], pad_multiple)
-            log_softmax = model.log_softmax(torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids))
+            log_softmax = model.log_softmax(
+                torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids)
+            )
             logprobs = log_softmax.gather(1, torch.as_tensor(microbatch.labels)[:, None])[:, 0]
             outputs.append(objective(logprobs, TokenBatch.from_microbatch(microbatch)))
     return outputs
@@ -33,7 +48,10 @@ def step_outputs(model: TableModel, samples: list[Sample], objective: Lightning,
 
 def step_loss(outputs: list[LossOutput]) -> Tensor:
     """As the trainer divides: once, by the global number of items."""
-    return torch.stack([output.loss_sum for output in outputs]).sum() / torch.stack([output.num_items for output in outputs]).sum()
+    return (
+        torch.stack([output.loss_sum for output in outputs]).sum()
+        / torch.stack([output.num_items for output in outputs]).sum()
+    )
 
 
 def step_metrics(outputs: list[LossOutput]) -> dict[str, float]:
@@ -53,7 +71,12 @@ def step_metrics(outputs: list[LossOutput]) -> dict[str, float]:
 )
 @settings(max_examples=25)
 def test_loss_gradient_and_metrics_do_not_depend_on_the_layout(
-    aggregation: Aggregation, lengths: list[int], num_ranks: int, max_tokens: int, pad_multiple: int, seed: int
+    aggregation: Aggregation,
+    lengths: list[int],
+    num_ranks: int,
+    max_tokens: int,
+    pad_multiple: int,
+    seed: int,
 ) -> None:
     model, objective = TableModel(), Lightning(advantage_clip=1.5, aggregation=aggregation)
     samples = random_samples([*lengths, 24], seed=seed)  # one that surely carries loss

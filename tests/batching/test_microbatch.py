@@ -30,9 +30,13 @@ def response(prompt: list[int], tokens: list[int], loss_mask: list[bool] | None 
 
 class TestMakeSample:
     def test_loss_on_every_response_token_and_none_of_the_prompt(self) -> None:
-        sample = make_sample(response([11, 12], [21, 22, 2]), np.array([-1.0, -2.0, -3.0], dtype=np.float32))
+        sample = make_sample(
+            response([11, 12], [21, 22, 2]), np.array([-1.0, -2.0, -3.0], dtype=np.float32)
+        )
         assert sample.token_ids.tolist() == [11, 12, 21, 22, 2]
-        assert sample.loss_mask.tolist() == [False, False, True, True, True], "the end token (2) carries loss"
+        assert sample.loss_mask.tolist() == [False, False, True, True, True], (
+            "the end token (2) carries loss"
+        )
         assert sample.teacher_logprobs is not None
         assert sample.teacher_logprobs.tolist() == [0, 0, -1, -2, -3]
         assert sample.sampling_logprobs is not None
@@ -47,7 +51,9 @@ class TestMakeSample:
         assert make_sample(response([], [21, 22])).loss_mask.tolist() == [False, True]
 
     def test_scores_of_another_response_are_refused(self) -> None:
-        with pytest.raises(DataError, match=r"response \('p0', 0\): 2 teacher log-probabilities for 3 tokens"):
+        with pytest.raises(
+            DataError, match=r"response \('p0', 0\): 2 teacher log-probabilities for 3 tokens"
+        ):
             make_sample(response([11], [21, 22, 23]), np.zeros(2, dtype=np.float32))
 
 
@@ -69,31 +75,61 @@ class TestBuildMicrobatch:
         microbatch = build_microbatch(random_samples([5, 9]), pad_multiple=4)
         assert microbatch.teacher_logprobs is not None
         assert microbatch.sampling_logprobs is not None
-        dtypes = {name: getattr(microbatch, name).dtype.name for name in ("token_ids", "labels", "position_ids", "loss_mask", "cu_seqlens")}
-        assert dtypes == {"token_ids": "int64", "labels": "int64", "position_ids": "int64", "loss_mask": "bool", "cu_seqlens": "int32"}
+        dtypes = {
+            name: getattr(microbatch, name).dtype.name
+            for name in ("token_ids", "labels", "position_ids", "loss_mask", "cu_seqlens")
+        }
+        assert dtypes == {
+            "token_ids": "int64",
+            "labels": "int64",
+            "position_ids": "int64",
+            "loss_mask": "bool",
+            "cu_seqlens": "int32",
+        }
         assert microbatch.teacher_logprobs.dtype == microbatch.sampling_logprobs.dtype == np.float32
 
-    @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.sampled_from([1, 2, 8]), st.integers(0, 99))
-    def test_every_label_is_the_next_token_of_its_own_sequence(self, lengths: list[int], pad_multiple: int, seed: int) -> None:
+    @given(
+        st.lists(st.integers(1, 20), min_size=1, max_size=8),
+        st.sampled_from([1, 2, 8]),
+        st.integers(0, 99),
+    )
+    def test_every_label_is_the_next_token_of_its_own_sequence(
+        self, lengths: list[int], pad_multiple: int, seed: int
+    ) -> None:
         samples = random_samples(lengths, seed=seed)
         microbatch = build_microbatch(samples, pad_multiple)
         assert len(microbatch.token_ids) % pad_multiple == 0
         assert microbatch.teacher_logprobs is not None
         assert microbatch.sampling_logprobs is not None
-        for start, sample in zip(microbatch.cu_seqlens[: microbatch.num_sequences], samples, strict=True):
+        for start, sample in zip(
+            microbatch.cu_seqlens[: microbatch.num_sequences], samples, strict=True
+        ):
             here = slice(start, start + len(sample) - 1)
             after = slice(1, None)
-            np.testing.assert_array_equal(microbatch.token_ids[start : start + len(sample)], sample.token_ids)
+            np.testing.assert_array_equal(
+                microbatch.token_ids[start : start + len(sample)], sample.token_ids
+            )
             np.testing.assert_array_equal(microbatch.labels[here], sample.token_ids[after])
             np.testing.assert_array_equal(microbatch.loss_mask[here], sample.loss_mask[after])
-            np.testing.assert_array_equal(microbatch.teacher_logprobs[here], np.asarray(sample.teacher_logprobs)[after])
-            np.testing.assert_array_equal(microbatch.sampling_logprobs[here], np.asarray(sample.sampling_logprobs)[after])
+            np.testing.assert_array_equal(
+                microbatch.teacher_logprobs[here], np.asarray(sample.teacher_logprobs)[after]
+            )
+            np.testing.assert_array_equal(
+                microbatch.sampling_logprobs[here], np.asarray(sample.sampling_logprobs)[after]
+            )
             last = start + len(sample) - 1
-            assert (microbatch.labels[last], microbatch.loss_mask[last], microbatch.teacher_logprobs[last]) == (0, False, 0.0)
+            assert (
+                microbatch.labels[last],
+                microbatch.loss_mask[last],
+                microbatch.teacher_logprobs[last],
+            ) == (0, False, 0.0)
         assert microbatch.loss_mask.sum() == sum(sample.loss_mask[1:].sum() for sample in samples)
 
     def test_a_microbatch_knows_its_responses_by_key(self) -> None:
-        named, unnamed = make_sample(response([1], [2, 3]), float32([-1.0, -1.0])), random_samples([4])[0]
+        named, unnamed = (
+            make_sample(response([1], [2, 3]), float32([-1.0, -1.0])),
+            random_samples([4])[0],
+        )
         assert build_microbatch([named, unnamed], pad_multiple=8).keys == (("p0", 0),)
 
     def test_no_padding_where_none_is_needed(self) -> None:

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopd.batching import StepPlan, build_microbatch, microbatch_capacity, plan_step, refuse_too_long, sample_costs
+from lopd.batching import (
+    StepPlan,
+    build_microbatch,
+    microbatch_capacity,
+    plan_step,
+    refuse_too_long,
+    sample_costs,
+)
 from lopd.batching.packing import _spread
 from lopd.errors import ConfigError, DataError
 from lopd.records import Sample
@@ -27,14 +34,20 @@ def rank_costs(plan: StepPlan, lengths: list[int]) -> list[float]:
 
 
 @given(LENGTHS, RANKS, PAD_MULTIPLES)
-def test_every_sample_is_in_exactly_one_microbatch(lengths: list[int], num_ranks: int, pad_multiple: int) -> None:
+def test_every_sample_is_in_exactly_one_microbatch(
+    lengths: list[int], num_ranks: int, pad_multiple: int
+) -> None:
     plan = plan_step(lengths, num_ranks, CAPACITY, pad_multiple)
-    placed = [index for microbatches in plan for members in microbatches for index in members.tolist()]
+    placed = [
+        index for microbatches in plan for members in microbatches for index in members.tolist()
+    ]
     assert sorted(placed) == list(range(len(lengths)))
 
 
 @given(LENGTHS, RANKS, PAD_MULTIPLES)
-def test_no_padded_microbatch_is_over_budget(lengths: list[int], num_ranks: int, pad_multiple: int) -> None:
+def test_no_padded_microbatch_is_over_budget(
+    lengths: list[int], num_ranks: int, pad_multiple: int
+) -> None:
     for microbatches in plan_step(lengths, num_ranks, CAPACITY, pad_multiple):
         for members in microbatches:
             num_tokens = sum(lengths[index] for index in members)
@@ -42,7 +55,9 @@ def test_no_padded_microbatch_is_over_budget(lengths: list[int], num_ranks: int,
 
 
 @given(LENGTHS, RANKS)
-def test_ranks_have_equal_numbers_of_microbatches_and_none_is_empty_without_need(lengths: list[int], num_ranks: int) -> None:
+def test_ranks_have_equal_numbers_of_microbatches_and_none_is_empty_without_need(
+    lengths: list[int], num_ranks: int
+) -> None:
     plan = plan_step(lengths, num_ranks, CAPACITY)
     assert len(plan) == num_ranks
     (per_rank,) = {len(microbatches) for microbatches in plan}
@@ -52,7 +67,9 @@ def test_ranks_have_equal_numbers_of_microbatches_and_none_is_empty_without_need
 
 @given(LENGTHS, RANKS)
 def test_microbatches_are_more_than_half_full(lengths: list[int], num_ranks: int) -> None:
-    """Two microbatches that are half empty would fit into one; so as many are needed as half of the budget holds, rounded up to the ranks."""
+    """Two microbatches that are half empty would fit into one; so as many are needed as half of the
+    budget holds, rounded up to the ranks.
+    """
     per_rank = len(plan_step(lengths, num_ranks, CAPACITY)[0])
     at_most = 2 * sum(lengths) // CAPACITY + 1
     assert per_rank <= -(-at_most // num_ranks)
@@ -61,24 +78,32 @@ def test_microbatches_are_more_than_half_full(lengths: list[int], num_ranks: int
 @given(LENGTHS, RANKS)
 @settings(max_examples=200)
 def test_imbalance_between_ranks_is_that_of_one_round(lengths: list[int], num_ranks: int) -> None:
-    """Rounds fall in cost, and two ranks' totals differ by no more than two microbatches of some one round: differences do not add up over rounds."""
+    """Rounds fall in cost, and two ranks' totals differ by no more than two microbatches of some
+    one round: differences do not add up over rounds.
+    """
     plan = plan_step(lengths, num_ranks, CAPACITY)
     costs = sample_costs(np.array(lengths, dtype=np.int64))
-    rounds = np.array([[costs[members].sum() for members in microbatches] for microbatches in plan]).T  # [round, rank]
+    rounds = np.array(
+        [[costs[members].sum() for members in microbatches] for microbatches in plan]
+    ).T  # [round, rank]
     assert np.all(rounds[:-1].min(axis=1, initial=np.inf) >= rounds[1:].max(axis=1, initial=0.0))
     totals = rounds.sum(axis=0)
     assert totals.max() - totals.min() <= np.ptp(rounds, axis=1).max() + ROUNDING
 
 
 @given(LENGTHS, RANKS)
-def test_imbalance_is_at_most_one_sample_where_the_budget_is_ample(lengths: list[int], num_ranks: int) -> None:
+def test_imbalance_is_at_most_one_sample_where_the_budget_is_ample(
+    lengths: list[int], num_ranks: int
+) -> None:
     totals = rank_costs(plan_step(lengths, num_ranks, max(sum(lengths), 1)), lengths)
     costliest = sample_costs(np.array(lengths, dtype=np.int64)).max(initial=0.0)
     assert max(totals) - min(totals) <= costliest + ROUNDING
 
 
 def test_realistic_step_is_balanced_where_dealing_by_turns_is_not() -> None:
-    """512 responses of a long-tailed length on 8 ranks: totals within 0.1%. Control: giving sample i to rank i mod 8 is off by more than 5%."""
+    """512 responses of a long-tailed length on 8 ranks: totals within 0.1%. Control: giving sample
+    i to rank i mod 8 is off by more than 5%.
+    """
     lengths = realistic_lengths().tolist()
     for max_tokens in (16384, 2**20):  # several microbatches per rank, and one
         totals = rank_costs(plan_step(lengths, 8, max_tokens, 8), lengths)
@@ -88,7 +113,9 @@ def test_realistic_step_is_balanced_where_dealing_by_turns_is_not() -> None:
 
 
 def test_samples_that_balancing_cannot_place_are_packed_tightly() -> None:
-    """5+5 and 4+3+3 fill two microbatches of 10; the cheapest first gives 5+4, 5+3 and no room for the last."""
+    """5+5 and 4+3+3 fill two microbatches of 10; the cheapest first gives 5+4, 5+3 and no room for
+    the last.
+    """
     plan = plan_step([5, 5, 4, 3, 3], 1, 10)
     assert [members.tolist() for members in plan[0]] == [[0, 1], [2, 3, 4]]
 
@@ -101,7 +128,9 @@ def test_tight_packing_leaves_no_microbatch_empty_without_need() -> None:
 def test_plan_is_the_same_for_the_same_input() -> None:
     lengths = realistic_lengths()
     first, second = plan_step(lengths, 4, 16384), plan_step(lengths.copy(), 4, 16384)
-    assert [[members.tolist() for members in rank] for rank in first] == [[members.tolist() for members in rank] for rank in second]
+    assert [[members.tolist() for members in rank] for rank in first] == [
+        [members.tolist() for members in rank] for rank in second
+    ]
 
 
 def test_a_sample_over_the_budget_is_refused_by_name() -> None:
@@ -123,9 +152,19 @@ def test_a_budget_below_the_padding_is_refused() -> None:
 
 
 def test_a_step_is_planned_and_built_quickly() -> None:
-    """512 samples of 700,000 tokens for 8 ranks: 15 ms of processor time on one core of 2024; the step itself takes seconds."""
+    """512 samples of 700,000 tokens for 8 ranks: 15 ms of processor time on one core of 2024; the
+    step itself takes seconds.
+    """
     lengths = realistic_lengths()
-    samples = [Sample(np.zeros(n, np.int32), np.ones(n, np.bool_), np.zeros(n, np.float32), np.zeros(n, np.float32)) for n in lengths]
+    samples = [
+        Sample(
+            np.zeros(n, np.int32),
+            np.ones(n, np.bool_),
+            np.zeros(n, np.float32),
+            np.zeros(n, np.float32),
+        )
+        for n in lengths
+    ]
 
     def seconds() -> float:
         start = time.process_time()

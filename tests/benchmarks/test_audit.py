@@ -1,4 +1,6 @@
-"""benchmarks/audit.py, in small: the audit tells the example's teacher from a model nearly as accurate, at the number of tokens that its tolerance needs."""
+"""benchmarks/audit.py, in small: the audit tells the example's teacher from a model nearly as
+accurate, at the number of tokens that its tolerance needs.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,27 @@ TEACHER = Path(__file__).parents[2] / "examples/tiny_models/teacher"
 
 
 def neighbour(folder: Path, size: float) -> Path:
-    """The teacher with every weight moved by so much of itself, at random: another model, a few percent less often right."""
+    """The teacher with every weight moved by so much of itself, at random: another model, a few
+    percent less often right.
+    """
     shutil.copytree(TEACHER, folder)
     generator = torch.Generator().manual_seed(1)
     weights = load_file(folder / "model.safetensors")
-    moved = {name: value * (1 + size * torch.randn(value.shape, generator=generator)) for name, value in sorted(weights.items())}
+    moved = {
+        name: value * (1 + size * torch.randn(value.shape, generator=generator))
+        for name, value in sorted(weights.items())
+    }
     save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def draws(tmp_path: Path, foreign: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
     out = tmp_path / "audit.json"
-    subprocess.run([sys.executable, str(SCRIPT), "--foreign", str(foreign), *options, "--json", str(out)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(SCRIPT), "--foreign", str(foreign), *options, "--json", str(out)],
+        check=True,
+        capture_output=True,
+    )
     found: dict[str, list[dict[str, Any]]] = json.loads(out.read_text())
     return found
 

@@ -17,7 +17,7 @@ from benchmarks.gpu import report, run
 from benchmarks.gpu.part import last_line
 from benchmarks.gpu.sheet import CUT, DONE, FAILED, STARTED, Sheet
 from lopd.errors import ArtifactError
-from lopd.megatron.architecture import read_architecture
+from lopd.megatron.weights.architecture import read_architecture
 from tests.megatron.gpu_cases import layers_that_fit, write_stage
 
 Patch = pytest.MonkeyPatch

@@ -1,4 +1,6 @@
-"""The benchmark of weight sync: its model can be served, its buckets and plain copies move every byte; the whole of it runs with LOPD_SLOW=1."""
+"""The benchmark of weight sync: its model can be served, its buckets and plain copies move every
+byte; the whole of it runs with LOPD_SLOW=1.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from sglang_rollout.checkpoint import tensor_shapes
+from sglang_rollout.server_side.checkpoint import tensor_shapes
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "weight_sync.py"
 
@@ -31,10 +33,15 @@ def weight_sync() -> Any:
 
 
 def test_the_model_is_of_the_size_asked_for(weight_sync: Any, tmp_path: Path) -> None:
-    num_bytes = weight_sync.write_model(tmp_path / "model", 8, torch.bfloat16, hidden=256, width=128, experts=4)
+    num_bytes = weight_sync.write_model(
+        tmp_path / "model", 8, torch.bfloat16, hidden=256, width=128, experts=4
+    )
     assert 5e6 < num_bytes < 12e6
     assert AutoConfig.from_pretrained(tmp_path / "model").model_type == "qwen3_moe"
-    assert sum(2 * torch.Size(shape).numel() for shape in tensor_shapes(tmp_path / "model").values()) == num_bytes
+    assert (
+        sum(2 * torch.Size(shape).numel() for shape in tensor_shapes(tmp_path / "model").values())
+        == num_bytes
+    )
 
 
 def test_buckets_and_the_copy_by_disk_hold_every_byte(weight_sync: Any, tmp_path: Path) -> None:
@@ -48,7 +55,9 @@ def test_buckets_and_the_copy_by_disk_hold_every_byte(weight_sync: Any, tmp_path
 
 
 @pytest.mark.parametrize("num_buffers", [1, 2])
-def test_the_copy_by_shared_memory_waits_for_the_other_side(weight_sync: Any, num_buffers: int) -> None:
+def test_the_copy_by_shared_memory_waits_for_the_other_side(
+    weight_sync: Any, num_buffers: int
+) -> None:
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     pieces = [torch.arange(length, dtype=torch.uint8) for length in (50, 20, 30)]
     copy = weight_sync.copy_by_shared_memory(pieces, ours, num_buffers)
@@ -68,7 +77,18 @@ def test_the_copy_by_shared_memory_waits_for_the_other_side(weight_sync: Any, nu
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_benchmark_writes_its_figures(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--megabytes", "20", "--repeats", "1", "--bucket-mib", "4", "--json", str(tmp_path / "figures.json")]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--megabytes",
+        "20",
+        "--repeats",
+        "1",
+        "--bucket-mib",
+        "4",
+        "--json",
+        str(tmp_path / "figures.json"),
+    ]
     subprocess.run(command, check=True)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["share_of_raw"]) == {"disk", "tensor", "distributed"}

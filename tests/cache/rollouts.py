@@ -1,4 +1,6 @@
-"""Caches to test with: made in a second, of known content, or cut out of a real run where one is there."""
+"""Caches to test with: made in a second, of known content, or cut out of a real run where one is
+there.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,30 @@ import numpy as np
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter
-from lopd.records import Manifest, ModelIdentity, Response, TeacherScores, float32, int32, token_hash, top_k_of
+from lopd.records import (
+    Manifest,
+    ModelIdentity,
+    Response,
+    TeacherScores,
+    float32,
+    int32,
+    token_hash,
+    top_k_of,
+)
 
 VOCABULARY, END = 32, 2
-TINY_TEACHER = Path(__file__).resolve().parents[2] / "examples" / "tiny_models" / "teacher"  # its tokenizer has 32 tokens and this end token
-TEACHER = ModelIdentity(path="teachers/one", weights="1" * 64, tokenizer="2" * 64, template="3" * 64)
+TINY_TEACHER = (
+    Path(__file__).resolve().parents[2] / "examples" / "tiny_models" / "teacher"
+)  # its tokenizer has 32 tokens and this end token
+TEACHER = ModelIdentity(
+    path="teachers/one", weights="1" * 64, tokenizer="2" * 64, template="3" * 64
+)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_new_tokens": 64}
 
 
-def some_responses(count: int, seed: int = 0, prefix: str = "p", samples_per_prompt: int = 1) -> list[Response]:
+def some_responses(
+    count: int, seed: int = 0, prefix: str = "p", samples_per_prompt: int = 1
+) -> list[Response]:
     """Responses of 8..60 tokens; every fifth is truncated, the others end with the end token."""
     rng = np.random.default_rng(seed)
     responses = []
@@ -45,13 +62,22 @@ def some_responses(count: int, seed: int = 0, prefix: str = "p", samples_per_pro
 
 def scores_of(responses: Sequence[Response], logprobs: Sequence[Any]) -> list[TeacherScores]:
     return [
-        TeacherScores(response.prompt_id, response.sample_index, token_hash(response.prompt_ids, response.token_ids), float32(row))
+        TeacherScores(
+            response.prompt_id,
+            response.sample_index,
+            token_hash(response.prompt_ids, response.token_ids),
+            float32(row),
+        )
         for response, row in zip(responses, logprobs, strict=True)
     ]
 
 
-def full_scores(responses: Sequence[Response], k: int = 4, seed: int = 1) -> tuple[list[Response], list[TeacherScores]]:
-    """Responses with the experts they were routed to (3 layers, 2 of 8), and scores with a top-k, a tail and entropies, all of one random teacher."""
+def full_scores(
+    responses: Sequence[Response], k: int = 4, seed: int = 1
+) -> tuple[list[Response], list[TeacherScores]]:
+    """Responses with the experts they were routed to (3 layers, 2 of 8), and scores with a top-k, a
+    tail and entropies, all of one random teacher.
+    """
     rng = np.random.default_rng(seed)
     routed, scores = [], []
     for response in responses:
@@ -62,9 +88,21 @@ def full_scores(responses: Sequence[Response], k: int = 4, seed: int = 1) -> tup
         own = np.take_along_axis(logprobs, response.token_ids[:, None].astype(np.int64), 1)[:, 0]
         name = token_hash(response.prompt_ids, response.token_ids)
         top = top_k_of(ids, np.take_along_axis(logprobs, ids, 1))
-        scores.append(TeacherScores(response.prompt_id, response.sample_index, name, float32(own), top, float32(entropy), TEACHER.weights))
+        scores.append(
+            TeacherScores(
+                response.prompt_id,
+                response.sample_index,
+                name,
+                float32(own),
+                top,
+                float32(entropy),
+                TEACHER.weights,
+            )
+        )
         positions = len(response.prompt_ids) + len(response.token_ids) - 1
-        routed.append(replace(response, routed_experts=rng.integers(0, 8, (positions, 3, 2)).astype(np.int16)))
+        routed.append(
+            replace(response, routed_experts=rng.integers(0, 8, (positions, 3, 2)).astype(np.int16))
+        )
     return routed, scores
 
 
@@ -80,11 +118,25 @@ def publish_cache(
     inputs: Mapping[str, Any] | None = None,
     student: ModelIdentity | None = None,
 ) -> Manifest:
-    """A complete teacher cache as the score stage publishes one. logprobs: the teacher's; absent: some near the student's."""
+    """A complete teacher cache as the score stage publishes one. logprobs: the teacher's; absent:
+    some near the student's.
+    """
     rng = np.random.default_rng(7)
-    logprobs = [np.minimum(0, r.sampling_logprobs + rng.normal(0, 0.2, len(r.token_ids))) for r in responses] if logprobs is None else logprobs
+    logprobs = (
+        [
+            np.minimum(0, r.sampling_logprobs + rng.normal(0, 0.2, len(r.token_ids)))
+            for r in responses
+        ]
+        if logprobs is None
+        else logprobs
+    )
     scores = scores_of(responses, logprobs)
-    lineage = {"sft_teacher": teacher.weights, "score_teacher": teacher.weights, "consistent": True, "evidence": "proven"}
+    lineage = {
+        "sft_teacher": teacher.weights,
+        "score_teacher": teacher.weights,
+        "consistent": True,
+        "evidence": "proven",
+    }
     writer = ArtifactWriter(
         folder,
         kind="teacher_cache",
@@ -95,5 +147,12 @@ def publish_cache(
     )
     for index, start in enumerate(range(0, len(responses), shard_size)):
         part = slice(start, start + shard_size)
-        writer.publish_shard(index, cache.to_table(responses[part], scores[part], logprob_bits=logprob_bits))
-    return writer.finish(vocab_size=VOCABULARY, end_token_ids=[END], logprob_bits=logprob_bits, logprob_loss=cache.logprob_loss(folder))
+        writer.publish_shard(
+            index, cache.to_table(responses[part], scores[part], logprob_bits=logprob_bits)
+        )
+    return writer.finish(
+        vocab_size=VOCABULARY,
+        end_token_ids=[END],
+        logprob_bits=logprob_bits,
+        logprob_loss=cache.logprob_loss(folder),
+    )

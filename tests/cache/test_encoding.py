@@ -1,4 +1,6 @@
-"""Log-probabilities in the cache: 32 bits lose nothing, 16 bits lose what the manifest says, and row groups are small enough to read one response."""
+"""Log-probabilities in the cache: 32 bits lose nothing, 16 bits lose what the manifest says, and
+row groups are small enough to read one response.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def test_32_bits_are_lossless_and_say_so(tmp_path: Path) -> None:
     responses = some_responses(40)
     manifest = publish_cache(tmp_path / "a", responses)
     found = columns(tmp_path / "a")
-    np.testing.assert_array_equal(found["sampling_logprobs"], np.concatenate([response.sampling_logprobs for response in responses]))
+    np.testing.assert_array_equal(
+        found["sampling_logprobs"],
+        np.concatenate([response.sampling_logprobs for response in responses]),
+    )
     assert manifest.extra["logprob_loss"] is None
 
 
@@ -40,14 +45,21 @@ def test_16_bits_lose_exactly_what_the_manifest_says(tmp_path: Path) -> None:
     loss = publish_cache(short, responses, logprob_bits=16).extra["logprob_loss"]
     before, after = columns(exact), columns(short)
     np.testing.assert_array_equal(before["token_ids"], after["token_ids"])
-    changes = np.concatenate([np.abs(before[name].astype(np.float64) - after[name]) for name in ("sampling_logprobs", "teacher_logprobs")])
+    changes = np.concatenate(
+        [
+            np.abs(before[name].astype(np.float64) - after[name])
+            for name in ("sampling_logprobs", "teacher_logprobs")
+        ]
+    )
     assert after["teacher_logprobs"].dtype == np.float32
     assert changes.max() > 0, "the control: something was lost"
     assert loss["max_abs"] == pytest.approx(changes.max())
     assert loss["mean_abs"] == pytest.approx(changes.mean())
     largest = max(np.abs(before[name]).max() for name in ("sampling_logprobs", "teacher_logprobs"))
     assert changes.max() <= largest / 2048, "one part in 2,048"
-    assert pq.read_schema(short / "shard-00000.parquet").field("teacher_logprobs").type == pa.list_(pa.float16())
+    assert pq.read_schema(short / "shard-00000.parquet").field("teacher_logprobs").type == pa.list_(
+        pa.float16()
+    )
 
 
 def test_16_bits_halve_the_log_probabilities(tmp_path: Path) -> None:
@@ -58,7 +70,9 @@ def test_16_bits_halve_the_log_probabilities(tmp_path: Path) -> None:
     assert short["teacher_logprobs"] < 0.6 * exact["teacher_logprobs"]
     assert short["token_ids"] == exact["token_ids"]
     for name, sizes in (("exact", exact), ("short", short)):
-        assert sum(sizes.values()) == sum(path.stat().st_size for path in (tmp_path / name).glob("*.parquet"))
+        assert sum(sizes.values()) == sum(
+            path.stat().st_size for path in (tmp_path / name).glob("*.parquet")
+        )
 
 
 def test_16_bits_refuse_what_they_cannot_hold() -> None:
@@ -73,8 +87,21 @@ def test_no_rows_in_16_bits() -> None:
 
 def test_a_row_group_holds_about_16384_tokens(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    long = [Response(f"p{index}", 0, int32([1]), int32(rng.integers(0, 9, 5000)), float32(np.zeros(5000)), "length", "0") for index in range(40)]
+    long = [
+        Response(
+            f"p{index}",
+            0,
+            int32([1]),
+            int32(rng.integers(0, 9, 5000)),
+            float32(np.zeros(5000)),
+            "length",
+            "0",
+        )
+        for index in range(40)
+    ]
     publish_cache(tmp_path / "a", long, [np.zeros(5000)] * 40, shard_size=40)
     metadata = pq.read_metadata(tmp_path / "a" / "shard-00000.parquet")
-    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [3] * 13 + [1]
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [
+        3
+    ] * 13 + [1]
     assert read_manifest(tmp_path / "a").rows == 40

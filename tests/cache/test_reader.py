@@ -1,4 +1,6 @@
-"""A cache by index: the rows that a stream gives, any order, each shard verified once and at its first read, memory bounded."""
+"""A cache by index: the rows that a stream gives, any order, each shard verified once and at its
+first read, memory bounded.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,23 @@ def long_cache(tmp_path: Path) -> Path:
     """Three shards of several row groups each."""
     rng = np.random.default_rng(0)
     responses = [
-        Response(f"p{index}", 0, int32([1, 2]), int32(rng.integers(0, 9, 3000 + index)), float32(-rng.random(3000 + index)), "length", "0")
+        Response(
+            f"p{index}",
+            0,
+            int32([1, 2]),
+            int32(rng.integers(0, 9, 3000 + index)),
+            float32(-rng.random(3000 + index)),
+            "length",
+            "0",
+        )
         for index in range(100)
     ]
-    publish_cache(tmp_path / "a", responses, [response.sampling_logprobs / 2 for response in responses], shard_size=40)
+    publish_cache(
+        tmp_path / "a",
+        responses,
+        [response.sampling_logprobs / 2 for response in responses],
+        shard_size=40,
+    )
     return tmp_path / "a"
 
 
@@ -49,7 +64,9 @@ def test_every_index_gives_the_row_of_the_stream(long_cache: Path) -> None:
         assert same(reader[int(index)], expected[index])
     assert same(reader[-1], expected[-1])
     order = np.random.default_rng(1).integers(0, 100, 57)
-    assert all(same(row, expected[index]) for row, index in zip(reader.fetch(order), order, strict=True))
+    assert all(
+        same(row, expected[index]) for row, index in zip(reader.fetch(order), order, strict=True)
+    )
     assert reader.fetch([]) == []
     assert all(same(one, other) for one, other in zip(reader.rows(), expected, strict=True))
     assert reader.num_tokens == sum(len(response.token_ids) for response, _ in expected)
@@ -59,7 +76,9 @@ def test_every_index_gives_the_row_of_the_stream(long_cache: Path) -> None:
 
 
 def test_lengths_are_of_prompt_and_response(long_cache: Path) -> None:
-    np.testing.assert_array_equal(CacheReader(long_cache).lengths, [3002 + index for index in range(100)])
+    np.testing.assert_array_equal(
+        CacheReader(long_cache).lengths, [3002 + index for index in range(100)]
+    )
 
 
 def test_16_bits_and_rollouts_without_scores(tmp_path: Path) -> None:
@@ -92,19 +111,25 @@ def test_each_shard_is_hashed_once(long_cache: Path, monkeypatch: pytest.MonkeyP
 
     hashed: list[str] = []
     original = module.sha256_file
-    monkeypatch.setattr(module, "sha256_file", lambda path: (hashed.append(path.name), original(path))[1])
+    monkeypatch.setattr(
+        module, "sha256_file", lambda path: (hashed.append(path.name), original(path))[1]
+    )
     reader = CacheReader(long_cache)
     for index in (0, 99, 0, 39, 99):
         _ = reader[index]
     assert hashed == ["shard-00000.parquet", "shard-00002.parquet"]
 
 
-def test_few_shards_are_open_at_a_time_and_still_hashed_once(long_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_shards_are_open_at_a_time_and_still_hashed_once(
+    long_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lopd.cache import reader as module
 
     hashed: list[str] = []
     original = module.sha256_file
-    monkeypatch.setattr(module, "sha256_file", lambda path: (hashed.append(path.name), original(path))[1])
+    monkeypatch.setattr(
+        module, "sha256_file", lambda path: (hashed.append(path.name), original(path))[1]
+    )
     monkeypatch.setattr(module, "_OPEN_SHARDS", 1)
     expected = list(cache.read_rows(long_cache))
     reader = CacheReader(long_cache, kept_tokens=1)
@@ -137,5 +162,10 @@ def test_the_order_of_training_reads_every_response_once(long_cache: Path) -> No
     from lopd.batching import ResponseOrder
 
     reader, order = CacheReader(long_cache), ResponseOrder(100, 20, seed=3)
-    keys = [response.key for response, _ in itertools.chain.from_iterable(reader.fetch(order.batch_indices(step)) for step in range(5))]
+    keys = [
+        response.key
+        for response, _ in itertools.chain.from_iterable(
+            reader.fetch(order.batch_indices(step)) for step in range(5)
+        )
+    ]
     assert len(set(keys)) == 100

@@ -1,4 +1,6 @@
-"""Caches made from caches: nothing lost or doubled, nothing mixed that must not be, and what the reference code's format lacks is said."""
+"""Caches made from caches: nothing lost or doubled, nothing mixed that must not be, and what the
+reference code's format lacks is said.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def contents(folder: Path) -> dict[tuple[str, int], tuple[bytes, bytes, bytes]]:
     rows = {}
     for response, scores in cache.read_rows(folder):
         assert scores is not None
-        rows[response.key] = (response.token_ids.tobytes(), response.sampling_logprobs.tobytes(), scores.tobytes())
+        rows[response.key] = (
+            response.token_ids.tobytes(),
+            response.sampling_logprobs.tobytes(),
+            scores.tobytes(),
+        )
     return rows
 
 
@@ -98,7 +104,13 @@ def test_mixed_teachers_need_a_column(tmp_path: Path) -> None:
     with pytest.raises(ConsistencyError, match=r"teachers/two.*teachers/one.*--teacher-column"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     manifest = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", teacher_column=True)
-    teachers = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "c").glob("*.parquet"))]).column("teacher").to_pylist()
+    teachers = (
+        pa.concat_tables(
+            [pq.read_table(path) for path in sorted((tmp_path / "c").glob("*.parquet"))]
+        )
+        .column("teacher")
+        .to_pylist()
+    )
     assert teachers == [TEACHER.weights] * 5 + [OTHER_TEACHER.weights] * 5
     assert {identity.weights for identity in manifest.models.values()} == set(teachers)
     assert set(manifest.lineage["by_teacher"]) == set(teachers)
@@ -106,18 +118,32 @@ def test_mixed_teachers_need_a_column(tmp_path: Path) -> None:
 
 
 def test_mixed_students(tmp_path: Path) -> None:
-    one, other = (dataclasses.replace(TEACHER, path=f"runs/{name}/sft/model", weights=name * 64) for name in "ab")
-    for name, prefix, student in (("a", "p", one), ("b", "q", other), ("c", "r", one), ("d", "s", None)):
+    one, other = (
+        dataclasses.replace(TEACHER, path=f"runs/{name}/sft/model", weights=name * 64)
+        for name in "ab"
+    )
+    for name, prefix, student in (
+        ("a", "p", one),
+        ("b", "q", other),
+        ("c", "r", one),
+        ("d", "s", None),
+    ):
         publish_cache(tmp_path / name, some_responses(5, prefix=prefix), student=student)
     with pytest.raises(ConsistencyError, match="sampled by student runs/b/sft/model"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "x")
     assert merge([tmp_path / "a", tmp_path / "c"], tmp_path / "y").models["student"] == one
-    assert "student" not in merge([tmp_path / "a", tmp_path / "d"], tmp_path / "z").models, "of one of them nobody knows"
+    assert "student" not in merge([tmp_path / "a", tmp_path / "d"], tmp_path / "z").models, (
+        "of one of them nobody knows"
+    )
 
 
 def test_mixed_tokenizers(tmp_path: Path) -> None:
     publish_cache(tmp_path / "a", some_responses(5))
-    publish_cache(tmp_path / "b", some_responses(5, prefix="q"), teacher=dataclasses.replace(TEACHER, tokenizer="other"))
+    publish_cache(
+        tmp_path / "b",
+        some_responses(5, prefix="q"),
+        teacher=dataclasses.replace(TEACHER, tokenizer="other"),
+    )
     with pytest.raises(DataError, match="tokenizers differ"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
 
@@ -133,16 +159,28 @@ def test_mixed_number_formats(tmp_path: Path) -> None:
 
 
 def reference_rows() -> list[dict[str, object]]:
-    prompts = ["<|im_start|>user\n01+02=?<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\n09-02=?<|im_end|>\n<|im_start|>assistant\n"]
+    prompts = [
+        "<|im_start|>user\n01+02=?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\n09-02=?<|im_end|>\n<|im_start|>assistant\n",
+    ]
     tokens = [[8, 9, 10, 11], [9, 9, 10]]
     logprobs = [[-0.5, -0.25, -0.125, -1.0], [-0.75, -0.5, -2.0]]
     return [
         {
             "prompt": prompt,
             "label": "0",
-            "metadata": {"is_lightning_opd": True, "response_tokens": ids, "loss_mask": [1] * len(ids), "response": "text", "teacher_log_probs": values},
+            "metadata": {
+                "is_lightning_opd": True,
+                "response_tokens": ids,
+                "loss_mask": [1] * len(ids),
+                "response": "text",
+                "teacher_log_probs": values,
+            },
         }
-        for prompt, ids, values in [*zip(prompts, tokens, logprobs, strict=True), (prompts[0], [8, 8], [-1.0, -1.5])]
+        for prompt, ids, values in [
+            *zip(prompts, tokens, logprobs, strict=True),
+            (prompts[0], [8, 8], [-1.0, -1.5]),
+        ]
     ]
 
 
@@ -160,10 +198,16 @@ def test_import_says_what_is_lacking(tmp_path: Path) -> None:
     assert sound(tmp_path / "a")
     table = pq.read_table(tmp_path / "a" / "shard-00000.parquet")
     assert table.column("token_ids").to_pylist() == [[8, 9, 10, 11], [9, 9, 10], [8, 8]]
-    assert table.column("teacher_logprobs").to_pylist() == [[-0.5, -0.25, -0.125, -1.0], [-0.75, -0.5, -2.0], [-1.0, -1.5]]
+    assert table.column("teacher_logprobs").to_pylist() == [
+        [-0.5, -0.25, -0.125, -1.0],
+        [-0.75, -0.5, -2.0],
+        [-1.0, -1.5],
+    ]
     assert "sampling_logprobs" not in table.column_names, "nothing is invented"
     ids = table.column("prompt_id").to_pylist()
-    assert (ids[0] == ids[2], ids[0] == ids[1]) == (True, False), "responses to one prompt are told apart by sample_index"
+    assert (ids[0] == ids[2], ids[0] == ids[1]) == (True, False), (
+        "responses to one prompt are told apart by sample_index"
+    )
     assert table.column("sample_index").to_pylist() == [0, 0, 1]
     with pytest.raises(ArtifactError, match=r"sampling_logprobs.*missing"):
         list(cache.read_rows(tmp_path / "a"))
@@ -173,16 +217,22 @@ def test_import_refuses_what_cannot_be_used(tmp_path: Path) -> None:
     rows = reference_rows()
     rows[1]["metadata"]["teacher_log_probs"].append(-1.0)  # type: ignore[index]
     with pytest.raises(DataError, match="row 1: 4 teacher_log_probs for 3 response_tokens"):
-        import_reference(write_reference(tmp_path / "x.parquet", rows), tmp_path / "a", TINY_TEACHER)
+        import_reference(
+            write_reference(tmp_path / "x.parquet", rows), tmp_path / "a", TINY_TEACHER
+        )
     rows = reference_rows()
     rows[0]["metadata"]["teacher_log_probs"][2] = 0.5  # type: ignore[index]
     with pytest.raises(DataError, match="values above 0 in teacher_logprobs"):
-        import_reference(write_reference(tmp_path / "y.parquet", rows), tmp_path / "b", TINY_TEACHER)
+        import_reference(
+            write_reference(tmp_path / "y.parquet", rows), tmp_path / "b", TINY_TEACHER
+        )
     rows = reference_rows()
     for row in rows:
         del row["metadata"]["teacher_log_probs"]  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="intermediate file"):
-        import_reference(write_reference(tmp_path / "z.parquet", rows), tmp_path / "c", TINY_TEACHER)
+        import_reference(
+            write_reference(tmp_path / "z.parquet", rows), tmp_path / "c", TINY_TEACHER
+        )
     (tmp_path / "no.parquet").write_bytes(b"no")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         import_reference(tmp_path / "no.parquet", tmp_path / "d", TINY_TEACHER)
@@ -196,9 +246,20 @@ def test_export_is_what_import_reads(tmp_path: Path) -> None:
         export_reference(tmp_path / "a", tmp_path / "x.parquet", TINY_TEACHER)
     manifest = import_reference(tmp_path / "x.parquet", tmp_path / "b", TINY_TEACHER)
     before = {values[0]: values[2] for values in contents(tmp_path / "a").values()}
-    after = pq.read_table(tmp_path / "b" / "shard-00000.parquet").select(["token_ids", "teacher_logprobs"]).to_pylist()
-    assert {np.array(row["token_ids"], np.int32).tobytes(): np.array(row["teacher_logprobs"], np.float32).tobytes() for row in after} == before
-    assert any("8 of 40" in reason for reason in manifest.extra["lacks"]), "the truncated responses have no end token"
+    after = (
+        pq.read_table(tmp_path / "b" / "shard-00000.parquet")
+        .select(["token_ids", "teacher_logprobs"])
+        .to_pylist()
+    )
+    assert {
+        np.array(row["token_ids"], np.int32).tobytes(): np.array(
+            row["teacher_logprobs"], np.float32
+        ).tobytes()
+        for row in after
+    } == before
+    assert any("8 of 40" in reason for reason in manifest.extra["lacks"]), (
+        "the truncated responses have no end token"
+    )
 
 
 def test_export_needs_a_tokenizer_and_scores(tmp_path: Path) -> None:

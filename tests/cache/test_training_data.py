@@ -1,4 +1,6 @@
-"""What training reads from a cache: the same samples from memory and from disk, no response twice, and of the optional columns only what the loss needs."""
+"""What training reads from a cache: the same samples from memory and from disk, no response twice,
+and of the optional columns only what the loss needs.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def with_top_k(folder: Path, count: int = 20) -> Path:
 
 
 def assert_equal(one: Sample, other: Sample) -> None:
-    assert (one.key, one.truncated, one.teacher_index) == (other.key, other.truncated, other.teacher_index)
+    assert (one.key, one.truncated, one.teacher_index) == (
+        other.key,
+        other.truncated,
+        other.teacher_index,
+    )
     for name in ("token_ids", "loss_mask", "sampling_logprobs", "teacher_logprobs"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert (one.teacher_top is None) == (other.teacher_top is None)
@@ -62,7 +68,9 @@ def test_from_disk_as_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("memory", [100, 10**6])
-def test_a_response_twice_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+def test_a_response_twice_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
     monkeypatch.setattr(training_data, "MEMORY_TOKENS", memory)
     responses = some_responses(40)
     publish_cache(tmp_path / "a", [*responses, responses[7]])
@@ -107,5 +115,8 @@ def test_the_top_k_goes_where_a_loss_asks_for_it(tmp_path: Path) -> None:
 
 def test_a_loss_that_needs_what_the_cache_has_not(tmp_path: Path) -> None:
     publish_cache(tmp_path / "a", some_responses(10))
-    with pytest.raises(ConfigError, match=r"needs teacher_top_logprobs: the cache has none; with score\.top_k = 16, say"):
+    with pytest.raises(
+        ConfigError,
+        match=r"needs teacher_top_logprobs: the cache has none; with score\.top_k = 16, say",
+    ):
         objective_of(job(tmp_path, tmp_path / "a", TOP_K))

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from lopd.config import load_config
-from lopd.evaluation import accuracy_figures, bootstrap_interval, ks_of, pass_at, pass_shares, shares
+from lopd.tasks.accuracy import (
+    accuracy_figures,
+    bootstrap_interval,
+    ks_of,
+    pass_at,
+    pass_shares,
+    shares,
+)
 from tests.stand_ins import ROOT
 
 
@@ -43,7 +50,9 @@ def test_pass_at_k_of_k_outside() -> None:
 
 
 def test_intervals_cover_what_they_promise() -> None:
-    """Problems of very different difficulty, 8 samples each. Control: drawing responses instead of problems covers far too little."""
+    """Problems of very different difficulty, 8 samples each. Control: drawing responses instead of
+    problems covers far too little.
+    """
     rng = np.random.default_rng(5)
     truth, by_problem, by_response = 0.5, 0, 0
     for trial in range(200):
@@ -86,8 +95,27 @@ def test_a_single_problem_has_no_standard_error() -> None:
 
 
 def test_presets_give_the_papers_sampling_below_what_is_set() -> None:
-    config = load_config(ROOT / "examples" / "tiny_moe.toml", ["evaluate={preset='paper_math', top_p=0.9}"]).evaluate
-    assert (config.temperature, config.top_p, config.samples_per_prompt, config.max_new_tokens) == (0.6, 0.9, 32, 32768)
-    code = load_config(ROOT / "examples" / "tiny_moe.toml", ["evaluate={preset='paper_code'}"]).evaluate
-    assert (code.temperature, code.top_p, code.samples_per_prompt, code.max_new_tokens) == (0.6, 0.95, 4, 40960)
-    assert load_config(ROOT / "examples" / "tiny_moe.toml", ["evaluate.preset=paper_math"]).evaluate.samples_per_prompt == 2, "the file's own keys stand"
+    config = load_config(
+        ROOT / "examples" / "tiny_moe.toml", ["evaluate={preset='paper_math', top_p=0.9}"]
+    ).evaluate
+    assert (config.temperature, config.top_p, config.samples_per_prompt, config.max_new_tokens) == (
+        0.6,
+        0.9,
+        32,
+        32768,
+    )
+    code = load_config(
+        ROOT / "examples" / "tiny_moe.toml", ["evaluate={preset='paper_code'}"]
+    ).evaluate
+    assert (code.temperature, code.top_p, code.samples_per_prompt, code.max_new_tokens) == (
+        0.6,
+        0.95,
+        4,
+        40960,
+    )
+    assert (
+        load_config(
+            ROOT / "examples" / "tiny_moe.toml", ["evaluate.preset=paper_math"]
+        ).evaluate.samples_per_prompt
+        == 2
+    ), "the file's own keys stand"

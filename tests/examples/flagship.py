@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lopd.megatron.architecture import read_architecture
-from lopd.megatron.hf_mapping import hf_shapes
+from lopd.megatron.weights.architecture import read_architecture
+from lopd.megatron.weights.hf_mapping import hf_shapes
 from tests.planning.filled_hub import fill_prompts, model_folder
 
 TEACHER, STUDENT = "Qwen3-30B-A3B-Thinking-2507", "Qwen3-30B-A3B-Base"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END = 2
-VOCAB_SIZE = 260  # the special tokens, 256 bytes, and one more so that four tensor ranks have as many rows each
+# the special tokens, 256 bytes, and one more so that four tensor ranks have as many rows each
+VOCAB_SIZE = 260
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -68,8 +69,12 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[END], pad_token=SPECIAL[0])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL[END], pad_token=SPECIAL[0]
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
@@ -82,7 +87,9 @@ def write_model(folder: Path, seed: int) -> None:
     write_tokenizer(folder)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.1
+        name: torch.ones(shape)
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) * 0.1
         for name, shape in hf_shapes(read_architecture(folder)).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,6 @@
-"""examples/extend_megatron: the bare loop learns from a teacher cache, and its first loss is that of our trainer."""
+"""examples/extend_megatron: the bare loop learns from a teacher cache, and its first loss is that
+of our trainer.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def write_cache(folder: Path) -> None:
     rng = np.random.default_rng(0)
     responses, scores = [], []
     for index in range(NUM_RESPONSES):
-        prompt, tokens = int32(rng.integers(4, 512, 5)), int32(rng.integers(4, 512, int(rng.integers(4, 40))))
+        prompt, tokens = (
+            int32(rng.integers(4, 512, 5)),
+            int32(rng.integers(4, 512, int(rng.integers(4, 40)))),
+        )
         sampling, teacher = (float32(-3 * rng.random(len(tokens))) for _ in range(2))
         responses.append(Response(f"p{index}", 0, prompt, tokens, sampling, "stop", "v1"))
         scores.append(TeacherScores(f"p{index}", 0, token_hash(prompt, tokens), teacher))
@@ -39,10 +44,14 @@ def write_cache(folder: Path) -> None:
 
 def first_step_of_our_trainer(model: str, folder: str) -> dict[str, float]:
     """One rank; the same responses."""
-    samples = [make_sample(response, teacher) for response, teacher in cache.read_rows(Path(folder))]
+    samples = [
+        make_sample(response, teacher) for response, teacher in cache.read_rows(Path(folder))
+    ]
     chosen = ResponseOrder(len(samples), NUM_RESPONSES, seed=SEED).batch_indices(0)
     plan = plan_step([len(samples[index]) for index in chosen], 1, MAX_TOKENS)
-    step = trainer_of(model, settings_of()).train_step([build_microbatch([samples[chosen[index]] for index in members]) for members in plan[0]])
+    step = trainer_of(model, settings_of()).train_step(
+        [build_microbatch([samples[chosen[index]] for index in members]) for members in plan[0]]
+    )
     return {"loss": step.loss, "advantage": step.metrics["advantage"]}
 
 
@@ -60,18 +69,34 @@ def teacher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(model: Path, teacher_cache: Path) -> dict[str, float]:
-    result: dict[str, float] = run_ranks(first_step_of_our_trainer, 1, model=str(model), folder=str(teacher_cache))[0]
+    result: dict[str, float] = run_ranks(
+        first_step_of_our_trainer, 1, model=str(model), folder=str(teacher_cache)
+    )[0]
     return result
 
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(["--expert=2"], id="data and expert"), pytest.param(["--tensor=2", "--expert=2"], id="tensor and expert", marks=pytest.mark.slow)],
+    [
+        pytest.param(["--expert=2"], id="data and expert"),
+        pytest.param(["--tensor=2", "--expert=2"], id="tensor and expert", marks=pytest.mark.slow),
+    ],
 )
-def test_the_bare_loop_learns_and_starts_where_our_trainer_does(layout: list[str], model: Path, teacher_cache: Path, ours: dict[str, float]) -> None:
-    arguments = [f"--batch-size={NUM_RESPONSES}", f"--max-tokens={MAX_TOKENS}", f"--seed={SEED}", "--steps=6", "--lr=1e-3", *layout]
+def test_the_bare_loop_learns_and_starts_where_our_trainer_does(
+    layout: list[str], model: Path, teacher_cache: Path, ours: dict[str, float]
+) -> None:
+    arguments = [
+        f"--batch-size={NUM_RESPONSES}",
+        f"--max-tokens={MAX_TOKENS}",
+        f"--seed={SEED}",
+        "--steps=6",
+        "--lr=1e-3",
+        *layout,
+    ]
     text = run_script(EXAMPLE / "train.py", 2, str(model), str(teacher_cache), *arguments)
-    losses = [float(loss) for loss in re.findall(r"^step \d+  loss (\S+)", text, flags=re.MULTILINE)]
+    losses = [
+        float(loss) for loss in re.findall(r"^step \d+  loss (\S+)", text, flags=re.MULTILINE)
+    ]
     assert len(losses) == 6
     close(losses[0], ours["loss"], rel=1e-6)
     assert losses[-1] < 0.8 * losses[0]
@@ -79,7 +104,10 @@ def test_the_bare_loop_learns_and_starts_where_our_trainer_does(layout: list[str
 
 
 def test_every_name_of_the_library_page_exists() -> None:
-    names = re.findall(r"`((?:lopd|megatron_patches|sglang_rollout)(?:\.\w+)+)", (ROOT / "docs/library.md").read_text())
+    names = re.findall(
+        r"`((?:lopd|megatron_patches|sglang_rollout)(?:\.\w+)+)",
+        (ROOT / "docs/library.md").read_text(),
+    )
     assert len(names) > 20
     for name in names:
         module, _, attribute = name.rpartition(".")
@@ -91,10 +119,16 @@ def test_every_name_of_the_library_page_exists() -> None:
 def test_its_readme_names_what_it_uses() -> None:
     readme, script = (EXAMPLE / "README.md").read_text(), (EXAMPLE / "train.py").read_text()
     library = (ROOT / "docs/library.md").read_text()
-    imported = {name.strip() for names in re.findall(r"^from lopd\S* import ([^#\n]+)", script, flags=re.MULTILINE) for name in names.split(",")}
+    imported = {
+        name.strip()
+        for names in re.findall(r"^from lopd\S* import ([^#\n]+)", script, flags=re.MULTILINE)
+        for name in names.split(",")
+    }
     assert {"Lightning", "TokenBatch", "cache", "plan_step"} <= imported
     for name in imported:
-        assert f"`{name}" in library or f".{name}" in library, f"{name} is used by the example and not documented in docs/library.md"
-    assert "lopd.megatron.trainer" not in script
+        assert f"`{name}" in library or f".{name}" in library, (
+            f"{name} is used by the example and not documented in docs/library.md"
+        )
+    assert "lopd.megatron.training.trainer" not in script
     assert "docs/library.md" in readme
     assert os.path.getsize(EXAMPLE / "train.py") < 10_000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lopd.megatron.architecture import layout_problems, read_architecture
+from lopd.megatron.weights.architecture import layout_problems, read_architecture
 from lopd.planning.parameters import total_and_active
 from lopd.smoke.forms import FORMS
 
@@ -17,9 +17,15 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def smoke(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "400"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "400",
+    }
     command = ["bash", str(EXAMPLES / "smoke_8xh100.sh"), "--work", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=550, check=False
+    )
 
 
 def test_everything_works_together(tmp_path: Path) -> None:
@@ -39,7 +45,9 @@ def test_without_gpus_the_nodes_form_says_so_at_once(tmp_path: Path) -> None:
         return
     done = smoke(tmp_path / "work")
     assert done.returncode == 2
-    assert "GPUs; limit: 8; remedy: run the CPU form: --cpu" in " ".join(done.stderr.split()), done.stderr
+    assert "GPUs; limit: 8; remedy: run the CPU form: --cpu" in " ".join(done.stderr.split()), (
+        done.stderr
+    )
 
 
 def test_the_nodes_form_is_the_real_model_with_fewer_layers(tmp_path: Path) -> None:

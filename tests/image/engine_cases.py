@@ -1,4 +1,6 @@
-"""What the ranks of test_engine.py run: models of Transformer Engine's modules, the real ones or the stand-in's."""
+"""What the ranks of test_engine.py run: models of Transformer Engine's modules, the real ones or
+the stand-in's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel", "allreduce")
+MARKS = (
+    "tensor_model_parallel",
+    "partition_dim",
+    "partition_stride",
+    "sequence_parallel",
+    "allreduce",
+)
 LAYOUTS: dict[str, dict[str, int]] = {
     "tensor": {"tensor": 2},
     "expert": {"expert": 2},
@@ -20,15 +28,20 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 
 def describe(models: dict[str, str]) -> dict[str, Any]:
-    """Parameters of each model in each layout: shapes, marks as built and as trained, and weights there and back."""
+    """Parameters of each model in each layout: shapes, marks as built and as trained, and weights
+    there and back.
+    """
     import transformer_engine
 
-    from lopd.megatron import model as model_module
-    from lopd.megatron import parallel
+    from lopd.megatron.model import engine
+    from lopd.megatron.ranks import parallel
 
-    model_module.uses_engine = lambda dtype: True  # as with a GPU and bfloat16
+    engine.uses_engine = lambda dtype: True  # as with a GPU and bfloat16
     _let_modules_be_made()
-    found: dict[str, Any] = {"version": transformer_engine.__version__, "file": transformer_engine.__file__}
+    found: dict[str, Any] = {
+        "version": transformer_engine.__version__,
+        "file": transformer_engine.__file__,
+    }
     for name, folder in models.items():
         for layout, sizes in LAYOUTS.items():
             if name == "moe" or "expert" not in layout:
@@ -59,11 +72,11 @@ def _let_modules_be_made() -> None:
 
 def _described(folder: Path, layout: dict[str, int]) -> dict[str, Any]:
     from lopd.config import ParallelSection
-    from lopd.megatron import parallel
-    from lopd.megatron.architecture import read_architecture
-    from lopd.megatron.model import build_model
-    from lopd.megatron.trainer import _mark_experts
-    from lopd.megatron.weights import export_hf, load_hf
+    from lopd.megatron.model.build import build_model
+    from lopd.megatron.ranks import parallel
+    from lopd.megatron.training.trainer import _mark_experts
+    from lopd.megatron.weights.architecture import read_architecture
+    from lopd.megatron.weights.transfer import export_hf, load_hf
 
     section = ParallelSection(**layout)
     parallel.initialize(section, seed=1, timeout_s=500)
@@ -72,11 +85,17 @@ def _described(folder: Path, layout: dict[str, int]) -> dict[str, Any]:
     built = _marks(model)
     _mark_experts(model)
     load_hf(model, arch, folder)
-    exported = dict(pair for bucket in export_hf(model, arch, bucket_bytes=1 << 20) for pair in bucket)
+    exported = dict(
+        pair for bucket in export_hf(model, arch, bucket_bytes=1 << 20) for pair in bucket
+    )
     changed = []
     if parallel.rank() == 0:
         expected = load_file(folder / "model.safetensors")
-        same = {each for each in exported.keys() & expected.keys() if torch.equal(exported[each], expected[each])}
+        same = {
+            each
+            for each in exported.keys() & expected.keys()
+            if torch.equal(exported[each], expected[each])
+        }
         changed = sorted((exported.keys() | expected.keys()) - same)
     return {
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
@@ -89,5 +108,10 @@ def _described(folder: Path, layout: dict[str, int]) -> dict[str, Any]:
 def _marks(model: Any) -> dict[str, dict[str, Any]]:
     """A mark that is absent and one that is false say the same to Megatron-Core."""
     return {
-        name: {mark: getattr(parameter, mark) for mark in MARKS if getattr(parameter, mark, False) is not False} for name, parameter in model.named_parameters()
+        name: {
+            mark: getattr(parameter, mark)
+            for mark in MARKS
+            if getattr(parameter, mark, False) is not False
+        }
+        for name, parameter in model.named_parameters()
     }

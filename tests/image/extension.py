@@ -1,6 +1,8 @@
-"""Stands in for transformer_engine_torch, the compiled part of Transformer Engine, where it was not built.
+"""Stands in for transformer_engine_torch, the compiled part of Transformer Engine, where it was not
+built.
 
-It has every name that is asked for, and nothing of it can be called. Transformer Engine's own Python imports with it, and its modules can be made.
+It has every name that is asked for, and nothing of it can be called. Transformer Engine's own
+Python imports with it, and its modules can be made.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ class _Name:
         if name.startswith("__"):
             raise AttributeError(name)
         found = _Name(f"{self._name}.{name}")
-        setattr(self, name, found)  # asked for twice it is the same, so it can be compared and looked up
+        setattr(
+            self, name, found
+        )  # asked for twice it is the same, so it can be compared and looked up
         return found
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        raise RuntimeError(f"transformer_engine_torch.{self._name} is compiled, and was not built here")
+        raise RuntimeError(
+            f"transformer_engine_torch.{self._name} is compiled, and was not built here"
+        )
 
     def __int__(self) -> int:
         """A member of an enumeration: any number that is its own."""

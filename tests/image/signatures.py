@@ -27,7 +27,11 @@ from sglang_rollout.cpu import stand_ins
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).with_name("signatures.json")
 SOURCES = ("lopd", "sglang_rollout", "megatron_patches", "examples/extend_megatron")
-PACKAGES = {"megatron.core": "megatron-core", "transformer_engine": "transformer-engine", "sglang": "sglang"}
+PACKAGES = {
+    "megatron.core": "megatron-core",
+    "transformer_engine": "transformer-engine",
+    "sglang": "sglang",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,11 @@ def imported(tree: ast.AST) -> dict[str, str]:
         if isinstance(node, ast.ImportFrom) and node.module and package_of(node.module):
             found |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
         elif isinstance(node, ast.Import):
-            found |= {each.asname: each.name for each in node.names if each.asname and package_of(each.name)}
+            found |= {
+                each.asname: each.name
+                for each in node.names
+                if each.asname and package_of(each.name)
+            }
     return found
 
 
@@ -130,7 +138,9 @@ def resolve(name: str) -> Any:
 
 
 def described(name: str) -> list[list[Any]] | str:
-    """The parameters as [name, kind, has a default]; a word where it is not there or has no signature."""
+    """The parameters as [name, kind, has a default]; a word where it is not there or has no
+    signature.
+    """
     try:
         found = resolve(name)
     except (ImportError, AttributeError):
@@ -151,7 +161,12 @@ def problem(call: Call, parameters: Any) -> str | None:
     if isinstance(parameters, str):
         return None
     kinds = [
-        inspect.Parameter(name, inspect._ParameterKind[kind], default=None if optional else inspect.Parameter.empty) for name, kind, optional in parameters
+        inspect.Parameter(
+            name,
+            inspect._ParameterKind[kind],
+            default=None if optional else inspect.Parameter.empty,
+        )
+        for name, kind, optional in parameters
     ]
     signature = inspect.Signature(kinds)
     bind = signature.bind_partial if call.open_ended else signature.bind
@@ -186,7 +201,12 @@ def main() -> None:
     if options.record:
         known = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
         lines = [
-            f"  {json.dumps(package)}: {{\n" + ",\n".join(f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(entries.items())) + "\n  }"
+            f"  {json.dumps(package)}: {{\n"
+            + ",\n".join(
+                f"    {json.dumps(name)}: {json.dumps(value)}"
+                for name, value in sorted(entries.items())
+            )
+            + "\n  }"
             for package, entries in sorted({**known, **found}.items())
         ]
         DATA.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

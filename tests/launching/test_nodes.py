@@ -1,4 +1,6 @@
-"""How several machines find each other. Two of them for real: tests/launching/test_three_machines.py."""
+"""How several machines find each other. Two of them for real:
+tests/launching/test_three_machines.py.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,18 @@ import pytest
 
 from lopd.config import TrainSection
 from lopd.errors import ConfigError
-from lopd.megatron import nodes
-from lopd.megatron.launch import ANNOUNCEMENT_FILE
-from lopd.megatron.nodes import ADDRESS, NODE, Node, announcing, await_announcement, interface_towards, own_address, this_node
+from lopd.megatron.ranks import nodes
+from lopd.megatron.ranks.launch import ANNOUNCEMENT_FILE
+from lopd.megatron.ranks.nodes import (
+    ADDRESS,
+    NODE,
+    Node,
+    announcing,
+    await_announcement,
+    interface_towards,
+    own_address,
+    this_node,
+)
 from lopd.stages import training
 
 
@@ -68,8 +79,12 @@ def test_nothing_to_join_once_the_stage_is_done(tmp_path: Path) -> None:
     assert await_announcement(tmp_path / "first", done=lambda: True) is None
 
 
-def test_a_machine_follows_every_training_of_the_stage_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first machine may be started again in the middle: two announcements are two trainings joined, at the address of each."""
+def test_a_machine_follows_every_training_of_the_stage_until_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first machine may be started again in the middle: two announcements are two trainings
+    joined, at the address of each.
+    """
     joined: list[dict[str, Any]] = []
     ended, withdrawn = ([threading.Event(), threading.Event()] for _ in range(2))
 
@@ -80,7 +95,9 @@ def test_a_machine_follows_every_training_of_the_stage_until_it_is_done(tmp_path
         assert withdrawn[number].wait(120), "the ranks of all machines end together"
 
     monkeypatch.setattr(training, "run_ranks", run_ranks)
-    monkeypatch.setattr(training, "await_announcement", partial(await_announcement, interval_s=0.05))
+    monkeypatch.setattr(
+        training, "await_announcement", partial(await_announcement, interval_s=0.05)
+    )
     monkeypatch.setattr(nodes, "_BEAT_S", 0.05)
     settings = TrainSection.model_validate({"parallel": {"ranks": 4, "nodes": 2}, "timeout_s": 5.0})
 

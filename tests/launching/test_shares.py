@@ -1,4 +1,6 @@
-"""Workers that share a stage publish, together, file for file what one command publishes; whoever is lost is made up for."""
+"""Workers that share a stage publish, together, file for file what one command publishes; whoever
+is lost is made up for.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def shards(config: Path, stage: str, run: str = "run") -> dict[str, str]:
     return contents(config.parent / run / stage, SHARDS)
 
 
-def test_together_they_publish_what_one_command_publishes(lopd: Lopd, started: StandIns, config: Path) -> None:
+def test_together_they_publish_what_one_command_publishes(
+    lopd: Lopd, started: StandIns, config: Path
+) -> None:
     for stage in ("demonstrate", "sft", "rollout", "score"):
         lopd(stage, config, "run.dir=alone").succeeded()
     alone = {stage: shards(config, stage, "alone") for stage in ("demonstrate", "rollout", "score")}
@@ -49,11 +53,16 @@ def test_together_they_publish_what_one_command_publishes(lopd: Lopd, started: S
         lopd(stage, config).succeeded()
         assert states(lopd, config)[stage] == "done"
         assert started.served == [], "the command that completes a stage needs no server"
-    manifests = [json.loads((config.parent / run / "score/manifest.json").read_text()) for run in ("alone", "run")]
+    manifests = [
+        json.loads((config.parent / run / "score/manifest.json").read_text())
+        for run in ("alone", "run")
+    ]
     assert manifests[0]["shards"] == manifests[1]["shards"]
 
 
-def test_what_a_lost_worker_left_is_made_up_for(lopd: Lopd, started: StandIns, config: Path) -> None:
+def test_what_a_lost_worker_left_is_made_up_for(
+    lopd: Lopd, started: StandIns, config: Path
+) -> None:
     lopd("demonstrate", config, "run.dir=alone").succeeded()
     lopd("demonstrate", config, "--shards", "0/3").succeeded()
     started.engine = Engine(fail_after=(3, EngineError("the server died", remedy="run again")))
@@ -65,7 +74,9 @@ def test_what_a_lost_worker_left_is_made_up_for(lopd: Lopd, started: StandIns, c
     assert not list((config.parent / "run").rglob("*.partial"))
 
 
-def test_a_worker_with_nothing_left_to_do_starts_no_server(lopd: Lopd, started: StandIns, config: Path) -> None:
+def test_a_worker_with_nothing_left_to_do_starts_no_server(
+    lopd: Lopd, started: StandIns, config: Path
+) -> None:
     lopd("demonstrate", config, "--shards", "0/2").succeeded()
     started.served.clear()
     lopd("demonstrate", config, "--shards", "0/2").succeeded()
@@ -75,7 +86,9 @@ def test_a_worker_with_nothing_left_to_do_starts_no_server(lopd: Lopd, started: 
     assert states(lopd, config)["demonstrate"] == "done"
 
 
-def test_another_workers_file_at_work_is_left_alone(lopd: Lopd, started: StandIns, config: Path) -> None:
+def test_another_workers_file_at_work_is_left_alone(
+    lopd: Lopd, started: StandIns, config: Path
+) -> None:
     lopd("demonstrate", config, "--shards", "0/2").succeeded()
     at_work = config.parent / "run/demonstrate/shard-00001.parquet.abcd.partial"
     at_work.write_bytes(b"half")
@@ -85,17 +98,23 @@ def test_another_workers_file_at_work_is_left_alone(lopd: Lopd, started: StandIn
     assert not at_work.exists()
 
 
-def test_changed_knobs_move_the_former_shards_aside_once(lopd: Lopd, started: StandIns, config: Path) -> None:
+def test_changed_knobs_move_the_former_shards_aside_once(
+    lopd: Lopd, started: StandIns, config: Path
+) -> None:
     lopd("demonstrate", config, "--shards", "0/2").succeeded()
     former = shards(config, "demonstrate")
     for index in (1, 0):
-        lopd("demonstrate", config, "demonstrate.temperature=0.5", "--shards", f"{index}/2").succeeded()
+        lopd(
+            "demonstrate", config, "demonstrate.temperature=0.5", "--shards", f"{index}/2"
+        ).succeeded()
     assert len(shards(config, "demonstrate")) == 3
     kept = list((config.parent / "run/superseded").iterdir())
     assert [contents(folder, SHARDS) for folder in kept] == [former]
 
 
-def test_workers_share_the_run_directory_with_workers_alone(lopd: Lopd, started: StandIns, config: Path) -> None:
+def test_workers_share_the_run_directory_with_workers_alone(
+    lopd: Lopd, started: StandIns, config: Path
+) -> None:
     with locked(config.parent / "run", shared=True):
         lopd("demonstrate", config, "--shards", "0/2").succeeded()
         lopd("demonstrate", config).refused("in use by process")
@@ -104,7 +123,9 @@ def test_workers_share_the_run_directory_with_workers_alone(lopd: Lopd, started:
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "one/2", "auto/2", "-1/2"])
-def test_a_share_that_is_none_is_refused(lopd: Lopd, started: StandIns, config: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_share_that_is_none_is_refused(
+    lopd: Lopd, started: StandIns, config: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     lopd("demonstrate", config, f"--shards={text}").refused("--shards")
     assert not started.started

@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 
 from lopd.config import TrainSection
-from lopd.megatron import optimizer_state, parallel, writing
-from lopd.megatron.checkpoint import _problem
-from tests.megatron.trainer_cases import microbatches_of, refused, settings_of, train, trainer_of, weights_digest
+from lopd.megatron.checkpoints import optimizer_state, writing
+from lopd.megatron.checkpoints.checkpoint import _problem
+from lopd.megatron.ranks import parallel
+from tests.megatron.trainer_cases import (
+    microbatches_of,
+    refused,
+    settings_of,
+    train,
+    trainer_of,
+    weights_digest,
+)
 
 SAVED_AT, LAST_STEP = 3, 6
 CASES: dict[str, dict[str, Any]] = {
@@ -55,7 +63,9 @@ def _settings(layout: str) -> TrainSection:
 
 
 def save_and_die(model: str, dense: str, folder: str) -> None:
-    """Saves after steps 1, 2 and 3 in every layout, goes on for one step that is lost, and is killed without a chance to clean up."""
+    """Saves after steps 1, 2 and 3 in every layout, goes on for one step that is lost, and is
+    killed without a chance to clean up.
+    """
     for name in CASES:
         trainer = trainer_of(model, _case(name), checkpoints=f"{folder}/{name}")
         assert trainer.resume() is None
@@ -73,12 +83,16 @@ def save_and_die(model: str, dense: str, folder: str) -> None:
 
 
 def on_one_rank(model: str, folder: str) -> dict[str, Any]:
-    """An unbroken training, whose checkpoint others go on from, and those of two ranks gone on here."""
+    """An unbroken training, whose checkpoint others go on from, and those of two ranks gone on
+    here.
+    """
     trainer = trainer_of(model, _settings("one rank"), checkpoints=f"{folder}/one rank")
     first = train(trainer, SAVED_AT)
     trainer.save_checkpoint({"cursor": SAVED_AT})
     second = train(trainer, LAST_STEP)
-    return {"unbroken": {key: first[key] + second[key] for key in first}} | {name: _cross(model, folder, name, "one rank") for name in TO_ONE_RANK}
+    return {"unbroken": {key: first[key] + second[key] for key in first}} | {
+        name: _cross(model, folder, name, "one rank") for name in TO_ONE_RANK
+    }
 
 
 def _cross(model: str, folder: str, saved: str, layout: str) -> dict[str, Any]:
@@ -90,14 +104,23 @@ def _cross(model: str, folder: str, saved: str, layout: str) -> dict[str, Any]:
 
 
 def resume_and_compare(model: str, dense: str, folder: str) -> dict[str, Any]:
-    """In a new process: every layout resumed, and run without a break; then under other layouts; then what must not be resumed."""
+    """In a new process: every layout resumed, and run without a break; then under other layouts;
+    then what must not be resumed.
+    """
     results: dict[str, Any] = {}
     for name in CASES:
         resumed = trainer_of(model, _case(name), checkpoints=f"{folder}/{name}")
         state = resumed.resume()
-        results[name] = {"state": state, "resumed": train(resumed, LAST_STEP), "resumed weights": weights_digest(resumed)}
+        results[name] = {
+            "state": state,
+            "resumed": train(resumed, LAST_STEP),
+            "resumed weights": weights_digest(resumed),
+        }
         unbroken = trainer_of(model, _case(name))
-        results[name] |= {"unbroken": train(unbroken, LAST_STEP), "unbroken weights": weights_digest(unbroken)}
+        results[name] |= {
+            "unbroken": train(unbroken, LAST_STEP),
+            "unbroken weights": weights_digest(unbroken),
+        }
     for saved, layout in CROSSINGS:
         results[f"{saved} -> {layout}"] = _cross(model, folder, saved, layout)
     results["tied"] = train(trainer_of(dense, _settings("tied")), LAST_STEP)
@@ -106,7 +129,9 @@ def resume_and_compare(model: str, dense: str, folder: str) -> dict[str, Any]:
     results["without moments, another layout"] = _without_moments(model, folder, "data", "tensor")
     results["there and back"] = _there_and_back(model, Path(folder))
     bfloat16 = settings_of(num_steps=LAST_STEP, dtype="bfloat16")
-    results["refused"] = refused(lambda: trainer_of(model, bfloat16, checkpoints=f"{folder}/data").resume())
+    results["refused"] = refused(
+        lambda: trainer_of(model, bfloat16, checkpoints=f"{folder}/data").resume()
+    )
     results["damaged"] = _damaged(model, Path(folder))
     results["no room"] = _no_room(model, Path(folder))
     results["background"] = _in_background(model, Path(folder) / "background")
@@ -126,7 +151,9 @@ def _without_moments(model: str, folder: str, saved: str, layout: str) -> dict[s
 
 
 def _there_and_back(model: str, folder: Path) -> dict[str, Any]:
-    """A bfloat16 training, which keeps float32 weights in its optimizer, saved anew by another layout and gone on with in its own; reading in small parts."""
+    """A bfloat16 training, which keeps float32 weights in its optimizer, saved anew by another
+    layout and gone on with in its own; reading in small parts.
+    """
     passing = settings_of({"tensor": 2, "expert": 2}, num_steps=LAST_STEP, dtype="bfloat16")
     trainer = trainer_of(model, passing, checkpoints=str(folder / "pipeline, bfloat16"))
     trainer.resume(lambda note: None)
@@ -140,7 +167,9 @@ def _there_and_back(model: str, folder: Path) -> dict[str, Any]:
 
 
 def _damaged(model: str, folder: Path) -> dict[str, Any]:
-    """The newest checkpoint cut short, with leftovers of a save that was killed; a bit flipped in each file; a bit flipped in both checkpoints."""
+    """The newest checkpoint cut short, with leftovers of a save that was killed; a bit flipped in
+    each file; a bit flipped in both checkpoints.
+    """
     copy, newest = folder / "damaged", folder / "damaged" / "step-000003"
     if parallel.rank() == 0:
         shutil.copytree(folder / "data", copy)
@@ -151,7 +180,11 @@ def _damaged(model: str, folder: Path) -> dict[str, Any]:
     parallel.barrier()
     notes: list[str] = []
     trainer = trainer_of(model, _case("data"), checkpoints=str(copy))
-    results: dict[str, Any] = {"state": trainer.resume(notes.append), "notes": notes, "left": sorted(path.name for path in copy.iterdir())}
+    results: dict[str, Any] = {
+        "state": trainer.resume(notes.append),
+        "notes": notes,
+        "left": sorted(path.name for path in copy.iterdir()),
+    }
     results["latest"] = (copy / "latest").read_text()
     parallel.barrier()
     trainer.train_step(microbatches_of(trainer.step))
@@ -165,10 +198,15 @@ def _damaged(model: str, folder: Path) -> dict[str, Any]:
         results["flips"][path.name] = _problem(newest)
         _flip(path, place, bit)
     results["whole"] = _problem(newest)
-    files = [next(iter(sorted((copy / step).glob("*.distcp")))) for step in ("step-000002", "step-000003")]
+    files = [
+        next(iter(sorted((copy / step).glob("*.distcp"))))
+        for step in ("step-000002", "step-000003")
+    ]
     for path in files:
         _flip(path, path.stat().st_size // 2, 3)
-    results["both"] = refused(lambda: trainer_of(model, _case("data"), checkpoints=str(copy)).resume())
+    results["both"] = refused(
+        lambda: trainer_of(model, _case("data"), checkpoints=str(copy)).resume()
+    )
     return results
 
 
@@ -184,7 +222,9 @@ def _flip(path: Path, place: int, bit: int) -> None:
 
 
 def _no_room(model: str, folder: Path) -> dict[str, Any]:
-    """A checkpoint where files cannot grow beyond 50 kB, which fails as a full disk does: in the writers' processes. Then with room again."""
+    """A checkpoint where files cannot grow beyond 50 kB, which fails as a full disk does: in the
+    writers' processes. Then with room again.
+    """
     trainer = trainer_of(model, _case("data"), checkpoints=str(folder / "no room"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -198,15 +238,21 @@ def _no_room(model: str, folder: Path) -> dict[str, Any]:
 
 
 def _in_background(model: str, folder: Path) -> dict[str, Any]:
-    """Two steps are taken while the writer of a checkpoint is held up; then it is let go, the checkpoint published, and gone on from."""
-    settings = settings_of({"tensor": 2, "expert": 2}, num_steps=LAST_STEP, checkpoint_in_background=True)
+    """Two steps are taken while the writer of a checkpoint is held up; then it is let go, the
+    checkpoint published, and gone on from.
+    """
+    settings = settings_of(
+        {"tensor": 2, "expert": 2}, num_steps=LAST_STEP, checkpoint_in_background=True
+    )
     go_on = threading.Event()
     write, writing.Writing._write = writing.Writing._write, _held_up(go_on)
     trainer = trainer_of(model, settings, checkpoints=str(folder))
     train(trainer, SAVED_AT)
     trainer.save_checkpoint({"cursor": SAVED_AT})
     before = train(trainer, SAVED_AT + 2)
-    results: dict[str, Any] = {"while it is written": sorted(path.name for path in folder.iterdir())}
+    results: dict[str, Any] = {
+        "while it is written": sorted(path.name for path in folder.iterdir())
+    }
     go_on.set()
     trainer.finish_checkpoint()
     parallel.barrier()

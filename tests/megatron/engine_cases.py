@@ -1,4 +1,6 @@
-"""Bodies for tests.megatron.launch.run_ranks with a stand-in for Transformer Engine on the path (stand_in_engine), which Megatron-Core then finds."""
+"""Bodies for tests.megatron.launch.run_ranks with a stand-in for Transformer Engine on the path
+(stand_in_engine), which Megatron-Core then finds.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,27 @@ LAYOUTS = {"tensor and expert": {"tensor": 2, "expert": 2}, "expert tensor": {"e
 def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     import megatron.core.optimizer as optimizers
 
-    from lopd.megatron import model as model_module
-    from lopd.megatron import parallel
-    from lopd.megatron import trainer as trainer_module
+    from lopd.megatron.model import engine
+    from lopd.megatron.ranks import parallel
+    from lopd.megatron.training import trainer as trainer_module
     from megatron_patches import layer_spec
     from tests.megatron import context_cases
     from tests.megatron.parity_cases import Case, difference, load_model
     from tests.megatron.trainer_cases import settings_of, train, trainer_of
 
-    result: dict[str, Any] = {"found": bool(layer_spec.gpt_layer_specs.HAVE_TE), "used without a GPU": layer_spec.has_transformer_engine()}
-    for module in (model_module, trainer_module):  # as with a GPU and bfloat16, but in float32, so that differences show
-        module.uses_engine = lambda dtype: True
+    result: dict[str, Any] = {
+        "found": bool(layer_spec.gpt_layer_specs.HAVE_TE),
+        "used without a GPU": layer_spec.has_transformer_engine(),
+    }
+    # As with a GPU and bfloat16, but in float32, so that differences show.
+    engine.uses_engine = lambda dtype: True
     case = Case(Path(moe))
     for name, layout in LAYOUTS.items():
         model = load_model(case, {"ranks": 2, **layout})
-        result[name] = {"difference": difference(model, case), "names": sorted(name for name, _ in model.named_parameters())}
+        result[name] = {
+            "difference": difference(model, case),
+            "names": sorted(name for name, _ in model.named_parameters()),
+        }
         result[name]["changed"] = _changed(model, case)
     for name, other in (("dense", Case(Path(dense))), ("biased", Case(Path(biased)))):
         model = load_model(other, {"ranks": 2, "tensor": 2})
@@ -37,9 +45,13 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
             "names": sorted(name for name, _ in model.named_parameters()),
             "changed": _changed(model, other),
         }
-    result["one expert wrong"] = difference(_swapped(load_model(case, {"ranks": 2, "expert": 2})), case)
+    result["one expert wrong"] = difference(
+        _swapped(load_model(case, {"ranks": 2, "expert": 2})), case
+    )
     both = LAYOUTS["tensor and expert"]
-    result["optimizer"] = type(trainer_of(moe, settings_of(both)).optimizer.megatron.chained_optimizers[0].optimizer).__name__
+    result["optimizer"] = type(
+        trainer_of(moe, settings_of(both)).optimizer.megatron.chained_optimizers[0].optimizer
+    ).__name__
     result["training"] = train(trainer_of(moe, settings_of(both)))
     mark, trainer_module._mark_experts = trainer_module._mark_experts, _mark_for_reduction_alone
     result["experts unmarked"] = train(trainer_of(moe, settings_of(both)), 1)
@@ -49,8 +61,7 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     result["recomputed"] = train(trainer_of(moe, settings_of(both, recompute="full")))
     result["resumed"] = _resumed(moe, folder)
     result["precise"] = _precise(moe, folder)
-    for module in (model_module, trainer_module):
-        module.uses_engine = lambda dtype: False
+    engine.uses_engine = lambda dtype: False
     optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
     result["local training"] = train(trainer_of(moe, settings_of(both)))
     result["refused"] = _refused(moe, folder)
@@ -67,14 +78,20 @@ def _mark_for_reduction_alone(module: Any) -> None:
 
 def _changed(model: Any, case: Any) -> list[str]:
     """Names whose bits are not those of the checkpoint, after a way there and back."""
-    from lopd.megatron import parallel
-    from lopd.megatron.weights import export_hf
+    from lopd.megatron.ranks import parallel
+    from lopd.megatron.weights.transfer import export_hf
 
-    exported = dict(pair for bucket in export_hf(model, case.arch, bucket_bytes=40_000) for pair in bucket)
+    exported = dict(
+        pair for bucket in export_hf(model, case.arch, bucket_bytes=40_000) for pair in bucket
+    )
     if parallel.rank() != 0:
         return []
     expected = load_file(case.folder / "model.safetensors")
-    same = {name for name in exported.keys() & expected.keys() if torch.equal(exported[name], expected[name])}
+    same = {
+        name
+        for name in exported.keys() & expected.keys()
+        if torch.equal(exported[name], expected[name])
+    }
     return sorted((exported.keys() | expected.keys()) - same)
 
 
@@ -109,11 +126,13 @@ PRECISE: dict[str, dict[str, Any]] = {  # how FusedAdam keeps the float32 weight
 
 
 def _precise(moe: str, folder: str) -> dict[str, Any]:
-    """Trainings in bfloat16 whose FusedAdam keeps the weights, saved, gone on with, and gone on with otherwise."""
+    """Trainings in bfloat16 whose FusedAdam keeps the weights, saved, gone on with, and gone on
+    with otherwise.
+    """
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import optimizer_config
 
-    from lopd.megatron import overrides
+    from lopd.megatron.model import overrides
     from tests.megatron.trainer_cases import settings_of, train, trainer_of, weights_digest
 
     overrides._refuse_missing_hardware = lambda table, where: None  # there is no GPU here
@@ -157,5 +176,7 @@ def _refused(moe: str, folder: str) -> str:
     """A checkpoint of the other layers."""
     from tests.megatron.trainer_cases import refused, settings_of, trainer_of
 
-    trainer = trainer_of(moe, settings_of(LAYOUTS["tensor and expert"], num_steps=3), checkpoints=folder)
+    trainer = trainer_of(
+        moe, settings_of(LAYOUTS["tensor and expert"], num_steps=3), checkpoints=folder
+    )
     return refused(trainer.resume)

@@ -1,8 +1,11 @@
-"""Ranks for tests.megatron.launch, forked by one process that has done their imports: these cost every rank four seconds of a processor, most bodies less.
+"""Ranks for tests.megatron.launch, forked by one process that has done their imports: these cost
+every rank four seconds of a processor, most bodies less.
 
-``python -m tests.megatron.forking`` serves one client: a line of JSON on stdin asks for ranks (see ``run``), a line on stdout says with which code they ended
-(null: they hung). It ends with its stdin or its parent, and the ranks with it. Nothing of torch runs before a fork, so a rank begins as after its imports. What
-forked ranks share and torchrun's do not is the seed of Python's hashes: the order of a set of names may differ between real ranks.
+``python -m tests.megatron.forking`` serves one client: a line of JSON on stdin asks for ranks (see
+``run``), a line on stdout says with which code they ended (null: they hung). It ends with its stdin
+or its parent, and the ranks with it. Nothing of torch runs before a fork, so a rank begins as after
+its imports. What forked ranks share and torchrun's do not is the seed of Python's hashes: the order
+of a set of names may differ between real ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from pathlib import Path
 from lopd.processes import die_with_parent
 
 IMPORTS = ("pytest", "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen3_moe.modeling_qwen3_moe", "tests.megatron.parity_cases",
-           "tests.megatron.trainer_cases", "tests.models", "lopd.megatron.checkpoint", "lopd.megatron.weights", "lopd.stages.training_data")  # fmt: skip
+           "tests.megatron.trainer_cases", "tests.models", "lopd.megatron.checkpoints.checkpoint", "lopd.megatron.weights.transfer", "lopd.stages.training_data")  # fmt: skip
 
 
 def fork_store() -> tuple[int, int]:
-    """(process id, port) of the ranks' store, held by a process of its own as by torchrun: no other program can take the port before rank 0 has bound it."""
-    from lopd.megatron.torchrun import open_store
+    """(process id, port) of the ranks' store, held by a process of its own as by torchrun: no other
+    program can take the port before rank 0 has bound it.
+    """
+    from lopd.megatron.ranks.torchrun import open_store
 
     read_end, write_end = os.pipe()
     parent = os.getpid()
@@ -44,14 +49,34 @@ def fork_store() -> tuple[int, int]:
 
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """What torchrun tells a rank of its place."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": 0}
-    return {**{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
+    return {
+        **{name: str(value) for name, value in place.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
-def run(folder: str, num_ranks: int, threads: int, timeout_s: float, environment: Mapping[str, str]) -> int | None:
-    """The call in folder/call.json on so many ranks: 0, or the first failure's code as waitpid has it; None where they were ended after timeout_s."""
+def run(
+    folder: str, num_ranks: int, threads: int, timeout_s: float, environment: Mapping[str, str]
+) -> int | None:
+    """The call in folder/call.json on so many ranks: 0, or the first failure's code as waitpid has
+    it; None where they were ended after timeout_s.
+    """
     store, port = fork_store()
-    children = [_fork_rank(Path(folder), threads, {**environment, **rank_environment(rank, num_ranks, port)}) for rank in range(num_ranks)]
+    children = [
+        _fork_rank(
+            Path(folder), threads, {**environment, **rank_environment(rank, num_ranks, port)}
+        )
+        for rank in range(num_ranks)
+    ]
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout_s
     failed_at = 0.0
@@ -62,7 +87,9 @@ def run(folder: str, num_ranks: int, threads: int, timeout_s: float, environment
                     codes[child] = ended[1]
             failed = next((code for code in codes.values() if code), 0)
             failed_at = failed_at or (time.monotonic() if failed else 0.0)
-            if failed and time.monotonic() > failed_at + 0.5:  # the others may have something to say of it
+            if (
+                failed and time.monotonic() > failed_at + 0.5
+            ):  # the others may have something to say of it
                 return failed
             if time.monotonic() > deadline:
                 return None
@@ -105,9 +132,13 @@ def _fork_rank(folder: Path, threads: int, environment: Mapping[str, str]) -> in
 def main() -> None:
     for name in IMPORTS:
         importlib.import_module(name)
-    threads = {path.name: (path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()}
+    threads = {
+        path.name: (path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()
+    }
     del threads[str(os.getpid())]
-    assert set(threads.values()) <= {"jemalloc_bg_thd"}, f"a fork would lose {threads}; jemalloc, which pyarrow brings, knows of forks"
+    assert set(threads.values()) <= {"jemalloc_bg_thd"}, (
+        f"a fork would lose {threads}; jemalloc, which pyarrow brings, knows of forks"
+    )
     gc.freeze()
     for line in sys.stdin:
         sys.stdout.write(json.dumps(run(**json.loads(line))) + "\n")

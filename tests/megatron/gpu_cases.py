@@ -10,9 +10,9 @@ import torch
 
 from lopd.batching import build_microbatch
 from lopd.config import TrainSection
-from lopd.megatron import parallel
-from lopd.megatron.architecture import Architecture
-from lopd.megatron.trainer import Trainer
+from lopd.megatron.ranks import parallel
+from lopd.megatron.training.trainer import Trainer
+from lopd.megatron.weights.architecture import Architecture
 from lopd.objective import Lightning
 from lopd.records import Microbatch, Sample
 from tests.megatron.parity_cases import LENGTHS, Case, forward_of, load_model
@@ -29,7 +29,9 @@ RESERVE = 30e9  # activations, blocks of logits, the allocator
 
 
 def parity(folder: str, dtype: str) -> dict[str, float]:
-    """|d logprob| of every label between this model and transformers in float32 on a CPU: mean, largest; and of labels moved by one, as a control."""
+    """|d logprob| of every label between this model and transformers in float32 on a CPU: mean,
+    largest; and of labels moved by one, as a control.
+    """
     case = Case(Path(folder))
     model = load_model(case, {"ranks": 1}, dtype=dtype)
     device = parallel.device()
@@ -84,23 +86,46 @@ def packed(vocab_size: int, num_tokens: int, sequence_len: int, seed: int) -> Mi
     for _ in range(num_tokens // sequence_len):
         tokens = generator.integers(0, vocab_size, sequence_len).astype(np.int32)
         teacher = -3 * generator.random(sequence_len, dtype=np.float32)
-        samples.append(Sample(tokens, np.arange(sequence_len) >= sequence_len // 8, teacher, teacher))
+        samples.append(
+            Sample(tokens, np.arange(sequence_len) >= sequence_len // 8, teacher, teacher)
+        )
     return build_microbatch(samples)
 
 
 def settings_of_stage(*, num_tokens: int, dtype: str, recompute: str) -> TrainSection:
     return TrainSection.model_validate(
-        {"num_steps": 100, "dtype": dtype, "recompute": recompute, "max_tokens_per_microbatch": num_tokens, "optimizer": {"lr": 1e-6}}
+        {
+            "num_steps": 100,
+            "dtype": dtype,
+            "recompute": recompute,
+            "max_tokens_per_microbatch": num_tokens,
+            "optimizer": {"lr": 1e-6},
+        }
     )
 
 
-def stage(folder: str, num_tokens: int, sequence_len: int, dtype: str, recompute: str, num_steps: int) -> list[dict[str, float]]:
-    """Figures of each of num_steps training steps of one microbatch, on one rank, from random weights."""
+def stage(
+    folder: str, num_tokens: int, sequence_len: int, dtype: str, recompute: str, num_steps: int
+) -> list[dict[str, float]]:
+    """Figures of each of num_steps training steps of one microbatch, on one rank, from random
+    weights.
+    """
     settings = settings_of_stage(num_tokens=num_tokens, dtype=dtype, recompute=recompute)
     parallel.initialize(settings.parallel, seed=1, timeout_s=600)
-    trainer = Trainer(settings, model_dir=Path(folder), init="random", init_std=0.02, seed=1, objective=Lightning(), checkpoint_dir=None)
+    trainer = Trainer(
+        settings,
+        model_dir=Path(folder),
+        init="random",
+        init_std=0.02,
+        seed=1,
+        objective=Lightning(),
+        checkpoint_dir=None,
+    )
     vocab_size = trainer.architecture.vocab_size
-    return [trainer.train_step([packed(vocab_size, num_tokens, sequence_len, seed)]).as_dict() for seed in range(num_steps)]
+    return [
+        trainer.train_step([packed(vocab_size, num_tokens, sequence_len, seed)]).as_dict()
+        for seed in range(num_steps)
+    ]
 
 
 def planned_bytes(
@@ -121,4 +146,6 @@ def planned_bytes(
     engine = has_transformer_engine() if engine is None else engine
     parameters = parameters_by_formula(arch, settings.parallel)
     memory = trainer_memory(arch, settings, parameters, Assumptions(), engine=engine)
-    return sum(size for term, size in memory.gpu.items() if term not in ("context, NCCL", "fragmentation"))
+    return sum(
+        size for term, size in memory.gpu.items() if term not in ("context, NCCL", "fragmentation")
+    )

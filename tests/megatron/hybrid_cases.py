@@ -1,6 +1,8 @@
-"""What the ranks of test_hybrid_optimizer.py run: trainings whose optimizer is offloaded to the CPU.
+"""What the ranks of test_hybrid_optimizer.py run: trainings whose optimizer is offloaded to the
+CPU.
 
-Megatron-Core's HybridDeviceOptimizer moves the state of parameters whose ``is_cuda`` is true. Here a
+Megatron-Core's HybridDeviceOptimizer moves the state of parameters whose ``is_cuda`` is true. Here
+a
 CPU stands for the GPU: every tensor says that it is on one, but those that were pinned, and what is
 made of them. All else is Megatron-Core's own code.
 """
@@ -19,15 +21,31 @@ import torch
 from megatron.core.optimizer import optimizer_config
 
 from lopd.errors import ConfigError
-from lopd.megatron import overrides, parallel, parameter_state, writing
-from tests.megatron.trainer_cases import microbatches_of, settings_of, train, trainer_of, weights_digest
+from lopd.megatron.checkpoints import parameter_state, writing
+from lopd.megatron.model import overrides
+from lopd.megatron.ranks import parallel
+from tests.megatron.trainer_cases import (
+    microbatches_of,
+    settings_of,
+    train,
+    trainer_of,
+    weights_digest,
+)
 
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, "pin_cpu_grads": False}
 CASES: dict[str, dict[str, Any]] = {
     "float32 weights by Megatron": OFFLOAD,
     "precision-aware": {**OFFLOAD, "use_precision_aware_optimizer": True},
-    "half of it": {**OFFLOAD, "optimizer_offload_fraction": 0.5, "use_precision_aware_optimizer": True},
-    "overlapped": {**OFFLOAD, "overlap_cpu_optimizer_d2h_h2d": True, "use_precision_aware_optimizer": True},
+    "half of it": {
+        **OFFLOAD,
+        "optimizer_offload_fraction": 0.5,
+        "use_precision_aware_optimizer": True,
+    },
+    "overlapped": {
+        **OFFLOAD,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        "use_precision_aware_optimizer": True,
+    },
 }
 FIRST_STEPS = 3
 LAST_STEP = 6
@@ -50,9 +68,14 @@ def as_on_a_gpu() -> Iterator[None]:
     read = parameter_state.HybridState.read
 
     def read_plain(self: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        return {kind: tensor.as_subclass(torch.Tensor) for kind, tensor in read(self, kinds).items()}
+        return {
+            kind: tensor.as_subclass(torch.Tensor) for kind, tensor in read(self, kinds).items()
+        }
 
-    newest, optimizer_config.is_te_min_version = optimizer_config.is_te_min_version, lambda *_, **__: True
+    newest, optimizer_config.is_te_min_version = (
+        optimizer_config.is_te_min_version,
+        lambda *_, **__: True,
+    )
     parameter_state.HybridState.read = read_plain  # type: ignore[method-assign]
     overrides._refuse_missing_hardware = lambda table, where: None
     torch.Tensor.pin_memory = lambda self: self.as_subclass(OnHost)  # type: ignore[method-assign]
@@ -70,7 +93,9 @@ def as_on_a_gpu() -> Iterator[None]:
 def resume_offloaded(model: str, folder: str) -> dict[str, Any]:
     """Two ranks: saved after FIRST_STEPS and gone on with, against a training that was not broken."""
     with as_on_a_gpu():
-        results = {name: _there_and_back(model, folder, name, table) for name, table in CASES.items()}
+        results = {
+            name: _there_and_back(model, folder, name, table) for name, table in CASES.items()
+        }
         results["kept on the GPU"] = _unbroken(model, {})
         results["another layout"] = _crossed(model, folder, {"expert": 1}, CASES["precision-aware"])
         results["no longer offloaded"] = _crossed(model, folder, {"expert": 2}, {})
@@ -84,8 +109,15 @@ def resume_offloaded(model: str, folder: str) -> dict[str, Any]:
     return results
 
 
-def _settings(table: dict[str, Any], layout: dict[str, int] | None = None, dtype: str = "bfloat16", **fields: Any) -> Any:
-    return settings_of(layout or {"expert": 2}, num_steps=LAST_STEP, dtype=dtype, megatron=table, **fields)
+def _settings(
+    table: dict[str, Any],
+    layout: dict[str, int] | None = None,
+    dtype: str = "bfloat16",
+    **fields: Any,
+) -> Any:
+    return settings_of(
+        layout or {"expert": 2}, num_steps=LAST_STEP, dtype=dtype, megatron=table, **fields
+    )
 
 
 def _unbroken(model: str, table: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
@@ -94,7 +126,9 @@ def _unbroken(model: str, table: dict[str, Any], dtype: str = "bfloat16") -> dic
     return {**figures, "weights": weights_digest(trainer)}
 
 
-def _there_and_back(model: str, folder: str, name: str, table: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
+def _there_and_back(
+    model: str, folder: str, name: str, table: dict[str, Any], dtype: str = "bfloat16"
+) -> dict[str, Any]:
     path = str(Path(folder) / name.replace(" ", "-"))
     first = trainer_of(model, _settings(table, dtype=dtype), checkpoints=path)
     kinds = [type(each.optimizer).__name__ for each in first.optimizer.megatron.chained_optimizers]
@@ -104,20 +138,32 @@ def _there_and_back(model: str, folder: str, name: str, table: dict[str, Any], d
     second.resume()
     figures = train(second, LAST_STEP)
     resumed = {**figures, "weights": weights_digest(second)}
-    return {"kinds": kinds, "offloaded": _num_offloaded(first), "resumed": resumed, "unbroken": _unbroken(model, table, dtype)}
+    return {
+        "kinds": kinds,
+        "offloaded": _num_offloaded(first),
+        "resumed": resumed,
+        "unbroken": _unbroken(model, table, dtype),
+    }
 
 
 def _num_offloaded(trainer: Any) -> list[int]:
     """Weights whose state is on the CPU, and all, of this rank."""
     hybrids = [each.optimizer for each in trainer.optimizer.megatron.chained_optimizers]
     away = sum(p.numel() for each in hybrids for p in each.gpu_params_map_cpu_copy)
-    return [away, sum(p.numel() for each in hybrids for group in each.param_groups for p in group["params"])]
+    return [
+        away,
+        sum(p.numel() for each in hybrids for group in each.param_groups for p in group["params"]),
+    ]
 
 
-def _crossed(model: str, folder: str, layout: dict[str, int], table: dict[str, Any]) -> dict[str, Any]:
+def _crossed(
+    model: str, folder: str, layout: dict[str, int], table: dict[str, Any]
+) -> dict[str, Any]:
     """The precision-aware case's checkpoint, gone on with otherwise."""
     told: list[str] = []
-    trainer = trainer_of(model, _settings(table, layout), checkpoints=str(Path(folder) / "precision-aware"))
+    trainer = trainer_of(
+        model, _settings(table, layout), checkpoints=str(Path(folder) / "precision-aware")
+    )
     trainer.resume(told.append)
     return {**train(trainer, LAST_STEP), "told": told}
 
@@ -138,7 +184,11 @@ def _with_stale_copies(model: str, folder: str) -> dict[str, Any]:
 
 
 def _with_wrong_count(model: str, folder: str) -> dict[str, Any]:
-    trainer = trainer_of(model, _settings(CASES["precision-aware"]), checkpoints=str(Path(folder) / "precision-aware"))
+    trainer = trainer_of(
+        model,
+        _settings(CASES["precision-aware"]),
+        checkpoints=str(Path(folder) / "precision-aware"),
+    )
     trainer.resume()
     trainer.optimizer.set_num_updates(0)
     return train(trainer, LAST_STEP)
@@ -148,7 +198,10 @@ def _written_late(model: str, folder: str) -> dict[str, Any]:
     """A background checkpoint whose writer begins only after the next step has changed the state."""
     found = {}
     own_copies = writing.own_copies
-    for name, copies in (("copied", own_copies), ("control: not copied", lambda staged, sources: staged)):
+    for name, copies in (
+        ("copied", own_copies),
+        ("control: not copied", lambda staged, sources: staged),
+    ):
         writing.own_copies = copies
         path = str(Path(folder) / f"background-{name.split()[-1]}")
         table = CASES["precision-aware"]

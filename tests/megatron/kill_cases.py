@@ -1,6 +1,8 @@
-"""Trainings killed at random moments and started again: ``python -m tests.megatron.kill_cases MODEL FOLDER NUM_KILLS SEED`` prints what came of it as JSON.
+"""Trainings killed at random moments and started again: ``python -m tests.megatron.kill_cases MODEL
+FOLDER NUM_KILLS SEED`` prints what came of it as JSON.
 
-One process does the slow imports and forks the ranks of every attempt, so an attempt costs a second. Nothing of torch runs before a fork.
+One process does the slow imports and forks the ranks of every attempt, so an attempt costs a
+second. Nothing of torch runs before a fork.
 """
 
 from __future__ import annotations
@@ -25,11 +27,19 @@ NUM_RANKS, NUM_STEPS, CHECKPOINT_EVERY = 2, 8, 2
 
 def train(model: str, folder: Path) -> None:
     """Goes on from whatever is there; each step's figures as a line of steps.jsonl, then done.json."""
-    background = folder.name in ("training-0", "training-2", "training-4")  # the others wait for each checkpoint
-    settings = settings_of(LAYOUT, num_steps=NUM_STEPS, keep_checkpoints=2, checkpoint_in_background=background)
+    background = folder.name in (
+        "training-0",
+        "training-2",
+        "training-4",
+    )  # the others wait for each checkpoint
+    settings = settings_of(
+        LAYOUT, num_steps=NUM_STEPS, keep_checkpoints=2, checkpoint_in_background=background
+    )
     trainer = trainer_of(model, settings, checkpoints=str(folder / "checkpoints"))
     state = trainer.resume() or {"steps": []}
-    assert len(state["steps"]) == trainer.step, "the caller's state is of another step than the weights"
+    assert len(state["steps"]) == trainer.step, (
+        "the caller's state is of another step than the weights"
+    )
     main = os.environ["RANK"] == "0"
     with (folder / "steps.jsonl").open("a") as lines:
         for step in range(trainer.step, NUM_STEPS):
@@ -70,7 +80,9 @@ def _num_lines(folder: Path) -> int:
 
 
 def attempt(model: str, folder: Path, generator: random.Random | None) -> str:
-    """A start of the training; with a generator killed at a moment of its choice, if it has not ended by then: killed, done or failed."""
+    """A start of the training; with a generator killed at a moment of its choice, if it has not
+    ended by then: killed, done or failed.
+    """
     store, port = fork_store()
     try:
         was_killed = _watch(fork_ranks(model, folder, port), folder, generator)
@@ -85,9 +97,15 @@ def attempt(model: str, folder: Path, generator: random.Random | None) -> str:
 def _watch(children: list[int], folder: Path, generator: random.Random | None) -> bool:
     """Until both ranks have ended; kills as the generator says. Whether it has."""
     began, before = time.monotonic(), _num_lines(folder)
-    num_steps = generator.choice([0, 0, 1, 1, 2, 2, 3, 4, 5]) if generator is not None else NUM_STEPS
-    pause_s = generator.uniform(0.0, 2.0 if num_steps == 0 else 0.3) if generator is not None else 0.0
-    victims = generator.choice([children, children[:1], children[1:]]) if generator is not None else []
+    num_steps = (
+        generator.choice([0, 0, 1, 1, 2, 2, 3, 4, 5]) if generator is not None else NUM_STEPS
+    )
+    pause_s = (
+        generator.uniform(0.0, 2.0 if num_steps == 0 else 0.3) if generator is not None else 0.0
+    )
+    victims = (
+        generator.choice([children, children[:1], children[1:]]) if generator is not None else []
+    )
     was_killed = False
     reached: float | None = None
     codes: dict[int, int] = {}  # what waitpid says of those that have ended
@@ -114,12 +132,20 @@ def _watch(children: list[int], folder: Path, generator: random.Random | None) -
 
 
 def main(model: str, root: Path, num_kills: int, seed: int) -> dict[str, Any]:
-    """Kills at least so many times, and until some training has gone on from a checkpoint: where in a training a kill lands is the machine's choice too."""
+    """Kills at least so many times, and until some training has gone on from a checkpoint: where in
+    a training a kill lands is the machine's choice too.
+    """
     generator = random.Random(seed)
     whole = root / "unbroken"
     whole.mkdir()
     assert attempt(model, whole, None) == "done", "the unbroken training failed"
-    results: dict[str, Any] = {"unbroken": json.loads((whole / "done.json").read_text()), "trainings": [], "kills": 0, "saves_interrupted": 0, "resumed_at": []}
+    results: dict[str, Any] = {
+        "unbroken": json.loads((whole / "done.json").read_text()),
+        "trainings": [],
+        "kills": 0,
+        "saves_interrupted": 0,
+        "resumed_at": [],
+    }
 
     def more() -> bool:
         return results["kills"] < num_kills or not any(results["resumed_at"])
@@ -129,16 +155,28 @@ def main(model: str, root: Path, num_kills: int, seed: int) -> dict[str, Any]:
         folder.mkdir()
         while not (folder / "done.json").exists():
             outcome = attempt(model, folder, generator if more() else None)
-            assert outcome != "failed", f"a training that was killed cannot go on; see above (seed {seed})"
+            assert outcome != "failed", (
+                f"a training that was killed cannot go on; see above (seed {seed})"
+            )
             if outcome == "killed":
                 results["kills"] += 1
                 results["saves_interrupted"] += len(list(folder.glob("checkpoints/*.tmp")))
-                results["resumed_at"].append(max((int(path.name[5:]) for path in folder.glob("checkpoints/step-??????")), default=0))
+                results["resumed_at"].append(
+                    max(
+                        (int(path.name[5:]) for path in folder.glob("checkpoints/step-??????")),
+                        default=0,
+                    )
+                )
         lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-        results["trainings"].append({**json.loads((folder / "done.json").read_text()), "lines": lines})
+        results["trainings"].append(
+            {**json.loads((folder / "done.json").read_text()), "lines": lines}
+        )
         shutil.rmtree(folder)
     return results
 
 
 if __name__ == "__main__":
-    print("result " + json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+    print(
+        "result "
+        + json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    )

@@ -1,4 +1,5 @@
-"""Run a function on several ranks under torchrun over gloo, from a test, and get back what each rank returned.
+"""Run a function on several ranks under torchrun over gloo, from a test, and get back what each
+rank returned.
 
     from tests.megatron.launch import run_ranks
 
@@ -9,9 +10,11 @@
     def test_it(tmp_path):
         results = run_ranks(body, 2, folder=str(tmp_path), tensor=2)   # [rank 0's, rank 1's]
 
-Arguments and results travel as JSON (a float64 keeps its bits; tensors go as lists or through a file). An exception or a dead rank raises RanksFailed with
-the end of the log; a hang ends after timeout_s. Process groups are the body's business: ``lopd.megatron.parallel.initialize`` reads torchrun's environment.
-Ranks are forked by a process that has done the imports (tests.megatron.forking); where env asks for an environment of their own, torchrun starts them, for
+Arguments and results travel as JSON (a float64 keeps its bits; tensors go as lists or through a
+file). An exception or a dead rank raises RanksFailed with the end of the log; a hang ends after
+timeout_s. Process groups are the body's business: ``lopd.megatron.ranks.parallel.initialize`` reads
+torchrun's environment. Ranks are forked by a process that has done the imports
+(tests.megatron.forking); where env asks for an environment of their own, torchrun starts them, for
 6 to 10 s.
 """
 
@@ -40,40 +43,97 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    body: Callable[..., Any], num_ranks: int, *, threads: int = 1, timeout_s: float = HANGS_S, env: Mapping[str, str] | None = None, **arguments: Any
+    body: Callable[..., Any],
+    num_ranks: int,
+    *,
+    threads: int = 1,
+    timeout_s: float = HANGS_S,
+    env: Mapping[str, str] | None = None,
+    **arguments: Any,
 ) -> list[Any]:
-    """Call body(**arguments) on num_ranks processes of one CPU thread each (or threads); the list of their results, by rank. RanksFailed on any failure."""
+    """Call body(**arguments) on num_ranks processes of one CPU thread each (or threads); the list
+    of their results, by rank. RanksFailed on any failure.
+    """
     with tempfile.TemporaryDirectory(prefix="lopd-ranks-") as name:
         folder = Path(name)
-        (folder / "call.json").write_text(json.dumps({"module": body.__module__, "function": body.__qualname__, "arguments": arguments}))
+        (folder / "call.json").write_text(
+            json.dumps(
+                {"module": body.__module__, "function": body.__qualname__, "arguments": arguments}
+            )
+        )
         if env is None and not Path("/dev/nvidiactl").exists():  # CUDA does not go through a fork
             code = _FORKS.run(folder, num_ranks, threads, timeout_s)
         else:
-            code = _torchrun(["--module", "lopd.megatron.launch", "tests.megatron.launch", str(folder)], num_ranks, folder / "log", threads, timeout_s, env)
+            code = _torchrun(
+                ["--module", "lopd.megatron.ranks.launch", "tests.megatron.launch", str(folder)],
+                num_ranks,
+                folder / "log",
+                threads,
+                timeout_s,
+                env,
+            )
         results = [folder / f"rank{rank}.json" for rank in range(num_ranks)]
         if code != 0 or not all(path.exists() for path in results):
-            ending = f"did not end within {timeout_s:.0f} s" if code is None else f"ended with code {code}"
-            raise RanksFailed("\n".join([f"{body.__module__}:{body.__qualname__} on {num_ranks} ranks {ending}", *_end_of_log(folder / "log")]))
+            ending = (
+                f"did not end within {timeout_s:.0f} s"
+                if code is None
+                else f"ended with code {code}"
+            )
+            raise RanksFailed(
+                "\n".join(
+                    [
+                        f"{body.__module__}:{body.__qualname__} on {num_ranks} ranks {ending}",
+                        *_end_of_log(folder / "log"),
+                    ]
+                )
+            )
         return [json.loads(path.read_text()) for path in results]
 
 
-def run_script(script: Path, num_ranks: int, *arguments: str, threads: int = 1, timeout_s: float = HANGS_S, env: Mapping[str, str] | None = None) -> str:
+def run_script(
+    script: Path,
+    num_ranks: int,
+    *arguments: str,
+    threads: int = 1,
+    timeout_s: float = HANGS_S,
+    env: Mapping[str, str] | None = None,
+) -> str:
     """Run a python script on num_ranks ranks; its output, or RanksFailed."""
     with tempfile.TemporaryDirectory(prefix="lopd-ranks-") as name:
         log = Path(name) / "log"
         code = _torchrun([str(script), *arguments], num_ranks, log, threads, timeout_s, env or {})
         text = log.read_text(errors="replace")
         if code != 0:
-            ending = f"did not end within {timeout_s:.0f} s" if code is None else f"ended with code {code}"
-            raise RanksFailed("\n".join([f"{script} on {num_ranks} ranks {ending}", *_end_of_log(log)]))
+            ending = (
+                f"did not end within {timeout_s:.0f} s"
+                if code is None
+                else f"ended with code {code}"
+            )
+            raise RanksFailed(
+                "\n".join([f"{script} on {num_ranks} ranks {ending}", *_end_of_log(log)])
+            )
         return text
 
 
-def _torchrun(command: list[str], num_ranks: int, log: Path, threads: int, timeout_s: float, env: Mapping[str, str]) -> int | None:
+def _torchrun(
+    command: list[str],
+    num_ranks: int,
+    log: Path,
+    threads: int,
+    timeout_s: float,
+    env: Mapping[str, str],
+) -> int | None:
     """Exit code, or None where it was still running after timeout_s and was stopped."""
     environment = {**_environment(), "OMP_NUM_THREADS": str(threads), **env}
-    # lopd's own torchrun holds its store's port from the start: one that is chosen here could be another program's before it is bound.
-    launcher = [sys.executable, "-m", "lopd.megatron.torchrun", f"--nproc-per-node={num_ranks}", "--max-restarts=0"]
+    # lopd's own torchrun holds its store's port from the start: one that is chosen here could be
+    # another program's before it is bound.
+    launcher = [
+        sys.executable,
+        "-m",
+        "lopd.megatron.ranks.torchrun",
+        f"--nproc-per-node={num_ranks}",
+        "--max-restarts=0",
+    ]
     with log.open("wb") as output:
         process = GuardedProcess([*launcher, *command], env=environment, output=output, cwd=ROOT)
         try:
@@ -86,11 +146,19 @@ def _torchrun(command: list[str], num_ranks: int, log: Path, threads: int, timeo
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 class _Forks:
-    """The process that forks ranks: started when first asked, and anew where it, or a question of it, came to a bad end."""
+    """The process that forks ranks: started when first asked, and anew where it, or a question of
+    it, came to a bad end.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -103,7 +171,13 @@ class _Forks:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"folder": str(folder), "num_ranks": num_ranks, "threads": threads, "timeout_s": timeout_s, "environment": _environment()}
+        request = {
+            "folder": str(folder),
+            "num_ranks": num_ranks,
+            "threads": threads,
+            "timeout_s": timeout_s,
+            "environment": _environment(),
+        }
         answer = ""
         try:
             with contextlib.suppress(BrokenPipeError):
@@ -116,7 +190,9 @@ class _Forks:
         if not answer:
             assert self._log is not None
             self._log.seek(0)
-            raise RanksFailed(f"the process that forks ranks ended:\n{self._log.read().decode(errors='replace')[-3000:]}")
+            raise RanksFailed(
+                f"the process that forks ranks ended:\n{self._log.read().decode(errors='replace')[-3000:]}"
+            )
         code: int | None = json.loads(answer)
         return code
 
@@ -141,7 +217,14 @@ _FORKS = _Forks()
 def _end_of_log(log: Path) -> list[str]:
     """What the ranks said last, without torchrun's own report on them."""
     lines = last_lines(log, 400)
-    report = next((number for number, line in enumerate(lines) if "torch/distributed/elastic" in line and "failed (exitcode" in line), len(lines))
+    report = next(
+        (
+            number
+            for number, line in enumerate(lines)
+            if "torch/distributed/elastic" in line and "failed (exitcode" in line
+        ),
+        len(lines),
+    )
     return (lines[:report] or lines)[-40:]
 
 

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 
 from lopd.errors import DataError
-from lopd.megatron.launch import ERROR_FILE, HEARTBEATS, reporting_errors
+from lopd.megatron.ranks.launch import ERROR_FILE, HEARTBEATS, reporting_errors
 
 
 def train(case: str, timeout_s: float) -> None:
-    """Collectives without end over gloo, as a training has them; rank 1 leaves them at the third. timeout_s: of a collective."""
+    """Collectives without end over gloo, as a training has them; rank 1 leaves them at the third.
+    timeout_s: of a collective.
+    """
     from lopd.config import ParallelSection
-    from lopd.megatron import parallel
+    from lopd.megatron.ranks import parallel
 
     # Ranks meet after their imports, which on a busy machine take longer for one than this timeout.
     ready = Path(os.environ[ERROR_FILE]).parent
@@ -35,8 +37,11 @@ def train(case: str, timeout_s: float) -> None:
 
 def main(case: str, timeout_s: float) -> None:
     rank = int(os.environ["RANK"])
-    # One write: print would write the end of the line apart, and the other rank's line could come between.
-    sys.stdout.write(f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads: {os.environ['LOPD_CASE']}\n")
+    # One write: print would write the end of the line apart, and the other rank's line could come
+    # between.
+    sys.stdout.write(
+        f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads: {os.environ['LOPD_CASE']}\n"
+    )
     if case == "works":
         if rank == 0:  # as torch's torch_shm_manager: a session of its own, and the rank's stderr
             subprocess.Popen(["sleep", "3600"], start_new_session=True)
@@ -47,7 +52,7 @@ def main(case: str, timeout_s: float) -> None:
         print(f"rank {rank} is done")
         return
     if case in ("stopped", "absent"):
-        import lopd.megatron.parallel  # noqa: F401  # before anybody watches: what a library does while it is loaded may keep the heartbeat waiting
+        import lopd.megatron.ranks.parallel  # noqa: F401  # before anybody watches: what a library does while it is loaded may keep the heartbeat waiting
 
         with reporting_errors():
             train(case, timeout_s if case == "absent" else 3600)
@@ -56,14 +61,22 @@ def main(case: str, timeout_s: float) -> None:
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
             other = Path(os.environ[HEARTBEATS], "1")
-            while not (other.exists() and "State:\tT" in Path(f"/proc/{other.read_text()}/status").read_text()):
+            while not (
+                other.exists()
+                and "State:\tT" in Path(f"/proc/{other.read_text()}/status").read_text()
+            ):
                 time.sleep(0.1)
             raise RuntimeError("Timed out waiting 4000ms for recv operation to complete")
     if rank == 0:
         time.sleep(3600)  # waits for the other, as in a collective
     if case == "reports":
         with reporting_errors():
-            raise DataError("no token carries loss", where="batch 3", limit="at least 1", remedy="drop empty responses")
+            raise DataError(
+                "no token carries loss",
+                where="batch 3",
+                limit="at least 1",
+                remedy="drop empty responses",
+            )
     if case == "raises":
         raise RuntimeError("gradients of the wrong shape")
     if case == "killed":

@@ -1,4 +1,6 @@
-"""Cases of the log-probabilities without logits, those that two ranks run in Triton's interpreter, and the compiler's word on the Triton kernels."""
+"""Cases of the log-probabilities without logits, those that two ranks run in Triton's interpreter,
+and the compiler's word on the Triton kernels.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopd.megatron import logprobs
-from lopd.megatron.logprobs import token_logprobs
+from lopd.megatron.model import logprobs
+from lopd.megatron.model.logprobs import token_logprobs
 
 LIMIT = 1e-5
 NUM_TOKENS, HIDDEN, VOCAB = 37, 24, 302
 SMALL_BLOCK = NUM_TOKENS * 50 * 4  # seven blocks, the last one shorter
-PADDED_FROM = 291  # rows of vocabulary where some are padding; the second of two ranks holds padding then
+PADDED_FROM = (
+    291  # rows of vocabulary where some are padding; the second of two ranks holds padding then
+)
 VOCABULARIES = {"all rows": VOCAB, "second rank has padding only": 150}  # of two ranks
 
 
 class Case:
-    """Random hidden states, weight, labels and upstream gradients that are zero for every third token."""
+    """Random hidden states, weight, labels and upstream gradients that are zero for every third
+    token.
+    """
 
     def __init__(
         self,
@@ -35,7 +41,9 @@ class Case:
     ) -> None:
         generator = torch.Generator().manual_seed(7)
         self.hidden = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
-        self.weight = (torch.randn(num_rows, hidden_size, generator=generator) * (HIDDEN / hidden_size) ** 0.5).to(dtype)
+        self.weight = (
+            torch.randn(num_rows, hidden_size, generator=generator) * (HIDDEN / hidden_size) ** 0.5
+        ).to(dtype)
         shape = (num_tokens, num_labels) if num_labels > 1 else (num_tokens,)
         self.labels = torch.randint(0, vocab, shape, generator=generator)
         if num_labels > 1:
@@ -46,8 +54,12 @@ class Case:
         self.vocab = vocab
 
     def run(self, way: Any, dtype: torch.dtype, part: slice = slice(None)) -> dict[str, Tensor]:
-        """Values and gradients of way(hidden, weight) -> (logprobs, entropy or None), weight being these rows."""
-        hidden, weight = (tensor.to(dtype).clone().requires_grad_() for tensor in (self.hidden, self.weight[part]))
+        """Values and gradients of way(hidden, weight) -> (logprobs, entropy or None), weight being
+        these rows.
+        """
+        hidden, weight = (
+            tensor.to(dtype).clone().requires_grad_() for tensor in (self.hidden, self.weight[part])
+        )
         logprobs, entropy = way(hidden, weight)
         found = {"logprobs": logprobs.detach()}
         loss = (logprobs * self.upstream).sum()
@@ -57,29 +69,47 @@ class Case:
         loss.backward()
         return {**found, "hidden": hidden.grad, "weight": weight.grad}
 
-    def dense(self, dtype: torch.dtype = torch.float64, *, entropy: bool = True) -> dict[str, Tensor]:
+    def dense(
+        self, dtype: torch.dtype = torch.float64, *, entropy: bool = True
+    ) -> dict[str, Tensor]:
         def way(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
             distribution = (hidden @ weight[: self.vocab].t()).log_softmax(1)
-            chosen = distribution.gather(1, self.labels.view(len(hidden), -1)).view(self.labels.shape)
+            chosen = distribution.gather(1, self.labels.view(len(hidden), -1)).view(
+                self.labels.shape
+            )
             return chosen, -(distribution.exp() * distribution).sum(1) if entropy else None
 
         return self.run(way, dtype)
 
     def blocks(self, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Tensor]:
-        settings = {"block_bytes": SMALL_BLOCK, "vocab_size": self.vocab, "entropy": True, **settings}
-        return self.run(lambda hidden, weight: token_logprobs(hidden, weight, self.labels, **settings), dtype)
+        settings = {
+            "block_bytes": SMALL_BLOCK,
+            "vocab_size": self.vocab,
+            "entropy": True,
+            **settings,
+        }
+        return self.run(
+            lambda hidden, weight: token_logprobs(hidden, weight, self.labels, **settings), dtype
+        )
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """Largest, relative to the largest entry."""
-    return {name: ((ours[name].double() - theirs[name].double()).abs().max() / theirs[name].abs().max()).item() for name in theirs}
+    return {
+        name: (
+            (ours[name].double() - theirs[name].double()).abs().max() / theirs[name].abs().max()
+        ).item()
+        for name in theirs
+    }
 
 
 # ---- in Triton's interpreter --------------------------------------------------------------------------------------------------------------------------
 
 
 def on_two_ranks() -> dict[str, Any]:
-    """Runs with TRITON_INTERPRET=1. Both ranks: the two kernels over split rows. Each rank: its half of the Triton kernel's cases on one rank."""
+    """Runs with TRITON_INTERPRET=1. Both ranks: the two kernels over split rows. Each rank: its
+    half of the Triton kernel's cases on one rank.
+    """
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -93,10 +123,12 @@ def on_two_ranks() -> dict[str, Any]:
 
 @contextmanager
 def interpreter() -> Iterator[None]:
-    """Triton's interpreter with tiles so small that there are several of tokens, rows and hidden size, and splits of rows, of which the last are not full."""
+    """Triton's interpreter with tiles so small that there are several of tokens, rows and hidden
+    size, and splits of rows, of which the last are not full.
+    """
     from triton.runtime import interpreter as upstream
 
-    from lopd.megatron import logprobs_triton
+    from lopd.megatron.model import logprobs_triton
 
     patch_tensor = upstream._patch_lang_tensor
 
@@ -119,23 +151,46 @@ def interpreter() -> Iterator[None]:
 
 
 def _split_rows(dist: Any) -> dict[str, float]:
-    """Each rank holds half of the rows; the gradient of the hidden states is summed as Megatron's gathering would."""
+    """Each rank holds half of the rows; the gradient of the hidden states is summed as Megatron's
+    gathering would.
+    """
     part = slice(dist.get_rank() * VOCAB // 2, (dist.get_rank() + 1) * VOCAB // 2)
     results = {}
     for rows, vocab in VOCABULARIES.items():
         case = Case(vocab=vocab)
         expected = case.dense()
         expected["weight"] = expected["weight"][part]
-        for name, block_bytes, kernel in (("blocks", SMALL_BLOCK, "blocks"), ("kept", None, "blocks"), ("triton", 2 * SMALL_BLOCK, "triton")):
+        for name, block_bytes, kernel in (
+            ("blocks", SMALL_BLOCK, "blocks"),
+            ("kept", None, "blocks"),
+            ("triton", 2 * SMALL_BLOCK, "triton"),
+        ):
             for group in (dist.group.WORLD, None):
-                settings: dict[str, Any] = {"group": group, "block_bytes": block_bytes, "vocab_size": vocab if group else None, "kernel": kernel}
-                found = case.run(partial(token_logprobs, labels=case.labels, entropy=True, **settings), torch.float32, part)
+                settings: dict[str, Any] = {
+                    "group": group,
+                    "block_bytes": block_bytes,
+                    "vocab_size": vocab if group else None,
+                    "kernel": kernel,
+                }
+                found = case.run(
+                    partial(token_logprobs, labels=case.labels, entropy=True, **settings),
+                    torch.float32,
+                    part,
+                )
                 dist.all_reduce(found["hidden"])
-                results[f"{rows}, {name}{'' if group else ', not reduced'}"] = max(differences(found, expected).values())
+                results[f"{rows}, {name}{'' if group else ', not reduced'}"] = max(
+                    differences(found, expected).values()
+                )
     return results
 
 
-def _triton(case: Case, dtype: torch.dtype = torch.float32, *, entropy: bool = True, change: Callable[[Case], None] | None = None) -> dict[str, float]:
+def _triton(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    entropy: bool = True,
+    change: Callable[[Case], None] | None = None,
+) -> dict[str, float]:
     """Differences from the dense form in float64; change: what is done to the case between the two."""
     expected = case.dense(entropy=entropy)
     if change is not None:
@@ -152,7 +207,9 @@ def _large_padding() -> dict[str, float]:
 
 
 def _far_above() -> dict[str, float]:
-    """The first tile's logits are 100 above the others': exp of that overflows where the running maximum is lost."""
+    """The first tile's logits are 100 above the others': exp of that overflows where the running
+    maximum is lost.
+    """
     case = Case()
     case.hidden[:, 0], case.weight[:, 0] = 8, 0
     case.weight[:64, 0] = 12.5
@@ -169,7 +226,7 @@ def _count_padding(case: Case) -> None:
 
 def _wrong_mask() -> dict[str, float]:
     """The kernels take what lies beyond the last row of a tile for logits of 0."""
-    from lopd.megatron import logprobs_triton
+    from lopd.megatron.model import logprobs_triton
 
     nothing = logprobs_triton._NOTHING
     logprobs_triton._NOTHING = 0.0
@@ -192,7 +249,16 @@ def _columns_first() -> dict[str, float]:
     expected = case.dense()
     case.weight = case.weight.t().contiguous().t()
     case.hidden = case.hidden.t().contiguous().t()
-    found = case.run(partial(token_logprobs, labels=case.labels, entropy=True, block_bytes=3 * SMALL_BLOCK, kernel="triton"), torch.float32)
+    found = case.run(
+        partial(
+            token_logprobs,
+            labels=case.labels,
+            entropy=True,
+            block_bytes=3 * SMALL_BLOCK,
+            kernel="triton",
+        ),
+        torch.float32,
+    )
     return differences(found, expected)
 
 
@@ -216,17 +282,24 @@ TRITON_CASES: dict[str, Callable[[], dict[str, float]]] = {
 
 
 def compile_kernel(name: str, dtype: torch.dtype, *, num_labels: int, capability: int = 90) -> Any:
-    """The kernel compiled for a GPU that need not be there, with the arguments of a real model: sizes divisible by 16, entropy asked for."""
+    """The kernel compiled for a GPU that need not be there, with the arguments of a real model:
+    sizes divisible by 16, entropy asked for.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lopd.megatron import logprobs_triton
+    from lopd.megatron.model import logprobs_triton
 
     kernel, tile = getattr(logprobs_triton, name), logprobs_triton.TILES[dtype]
     pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     types = {"hidden": pointer, "weight": pointer, "out": pointer, "labels": "*i64"}
-    constants: dict[str, Any] = {"BLOCK_T": tile.tokens, "BLOCK_V": tile.rows, "BLOCK_H": tile.inner, "GROUP_T": logprobs_triton.GROUP}
+    constants: dict[str, Any] = {
+        "BLOCK_T": tile.tokens,
+        "BLOCK_V": tile.rows,
+        "BLOCK_H": tile.inner,
+        "GROUP_T": logprobs_triton.GROUP,
+    }
     constants |= {"SPLIT": logprobs_triton.SPLIT_ROWS, "ENTROPY": True, "UPCAST": False}
     if num_labels == 1:  # as Triton does with an argument that is 1
         constants["num_labels"] = 1
@@ -235,7 +308,17 @@ def compile_kernel(name: str, dtype: torch.dtype, *, num_labels: int, capability
     for argument in kernel.arg_names:
         number = "i32" if argument.startswith("num_") or argument == "hidden_size" else "*fp32"
         signature[argument] = "constexpr" if argument in constants else types.get(argument, number)
-    by_16 = [argument for argument, kind in signature.items() if kind.startswith("*") or argument in ("hidden_size", "num_rows")]
-    attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in by_16}
+    by_16 = [
+        argument
+        for argument, kind in signature.items()
+        if kind.startswith("*") or argument in ("hidden_size", "num_rows")
+    ]
+    attributes = {
+        (kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in by_16
+    }
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tile.num_warps, "num_stages": tile.num_stages})
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )

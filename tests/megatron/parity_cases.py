@@ -1,4 +1,6 @@
-"""What a Megatron model is measured against in tests of parity: packed sequences, and what transformers says about them."""
+"""What a Megatron model is measured against in tests of parity: packed sequences, and what
+transformers says about them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,17 @@ import torch
 from torch import Tensor
 
 from lopd.config import ParallelSection
-from lopd.megatron.architecture import Architecture
+from lopd.megatron.weights.architecture import Architecture
 
-LENGTHS = [10, 23, 7, 1, 24, 7, 24]  # uneven, repeated ones, one of a single token; 96 in all, which divides by two tensor ranks
+LENGTHS = [
+    10,
+    23,
+    7,
+    1,
+    24,
+    7,
+    24,
+]  # uneven, repeated ones, one of a single token; 96 in all, which divides by two tensor ranks
 # Of logits, log-probabilities and entropies in float32, where one unit in the last place of a
 # number between 8 and 16 is 1e-6. The largest difference seen on any processor is 5.5e-6, the least
 # that a wrong model makes 5e-2.
@@ -24,43 +34,75 @@ class Case:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        from lopd.megatron.architecture import read_architecture
+        from lopd.megatron.weights.architecture import read_architecture
 
         self.folder = folder
         self.arch = read_architecture(folder)
         generator = torch.Generator().manual_seed(3)
         # no token 0: transformers gives padding's embedding no gradient
-        sequences = [torch.randint(1, self.arch.vocab_size, (length,), generator=generator) for length in LENGTHS]
+        sequences = [
+            torch.randint(1, self.arch.vocab_size, (length,), generator=generator)
+            for length in LENGTHS
+        ]
         self.tokens = torch.cat(sequences)  # [T]
         self.labels = self.tokens.roll(-1)  # [T]
-        self.bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
-        self.weight = torch.rand(len(self.tokens), generator=generator)  # [T], so that every token counts differently in the gradient
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        self.logits = torch.cat([model(sequence[None]).logits[0] for sequence in sequences])  # [T, V], one sequence at a time
+        self.bounds = torch.tensor(
+            [0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32
+        )
+        self.weight = torch.rand(
+            len(self.tokens), generator=generator
+        )  # [T], so that every token counts differently in the gradient
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.logits = torch.cat(
+            [model(sequence[None]).logits[0] for sequence in sequences]
+        )  # [T, V], one sequence at a time
         self.logprobs = self.logits.log_softmax(-1)[torch.arange(len(self.labels)), self.labels]
         (self.logprobs * self.weight).sum().backward()
-        self.gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        self.gradients = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
         self.logits, self.logprobs = self.logits.detach(), self.logprobs.detach()
         self.entropy = torch.distributions.Categorical(logits=self.logits).entropy()  # [T]
 
 
-def load_model(case: Case, layout: dict[str, int], arch: Architecture | None = None, **settings: Any) -> Any:
-    from lopd.megatron import parallel
-    from lopd.megatron.model import build_model
-    from lopd.megatron.weights import load_hf
+def load_model(
+    case: Case, layout: dict[str, int], arch: Architecture | None = None, **settings: Any
+) -> Any:
+    from lopd.megatron.model.build import build_model
+    from lopd.megatron.ranks import parallel
+    from lopd.megatron.weights.transfer import load_hf
 
     section = ParallelSection(**layout)
     parallel.initialize(section, seed=1, timeout_s=500)
-    model = build_model(arch or case.arch, **{"parallel": section, "dtype": "float32", "recompute": "none", "moe_aux_loss": 0.0, **settings})
+    model = build_model(
+        arch or case.arch,
+        **{
+            "parallel": section,
+            "dtype": "float32",
+            "recompute": "none",
+            "moe_aux_loss": 0.0,
+            **settings,
+        },
+    )
     load_hf(model, arch or case.arch, case.folder)
     return model
 
 
 def forward_of(model: Any, case: Case, bounds: Tensor | None = None, **wanted: Any) -> Any:
-    from lopd.megatron.model import forward
+    from lopd.megatron.model.build import forward
 
     bounds = case.bounds if bounds is None else bounds
-    return forward(model, token_ids=case.tokens, cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()), **wanted)
+    return forward(
+        model,
+        token_ids=case.tokens,
+        cu_seqlens=bounds,
+        max_seqlen=int(bounds.diff().max()),
+        **wanted,
+    )
 
 
 def difference(model: Any, case: Case, bounds: Tensor | None = None) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""What the ranks of test_slow_disk.py run: the last act of a training on a disk slower than a collective may last."""
+"""What the ranks of test_slow_disk.py run: the last act of a training on a disk slower than a
+collective may last.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lopd.errors import ArtifactError, LopdError
-from lopd.megatron import hf_files, parallel
-from lopd.megatron.weights import save_hf
+from lopd.megatron.ranks import parallel
+from lopd.megatron.weights import hf_files
+from lopd.megatron.weights.transfer import save_hf
 from tests.megatron.trainer_cases import settings_of, trainer_of
 
 COLLECTIVE_S = 8.0

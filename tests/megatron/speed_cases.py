@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lopd.config import ParallelSection
-from lopd.megatron import parallel
-from lopd.megatron.fusions import fuse_weight_gradients
-from lopd.megatron.trainer import ddp_config
+from lopd.megatron.model.fusions import fuse_weight_gradients
+from lopd.megatron.ranks import parallel
+from lopd.megatron.training.trainer import ddp_config
 from tests.megatron.trainer_cases import settings_of, train, trainer_of
 
 LAYOUT = {"tensor": 2, "expert": 4, "expert_tensor": 1}  # two data ranks for all but the experts
@@ -32,8 +32,12 @@ def four_ranks(model: str) -> dict[str, Any]:
         "selective": {"recompute": "selective", "megatron": SELECTIVE},
         "both": {"recompute": "selective", "megatron": {**OVERLAP, **SELECTIVE}},
     }
-    result: dict[str, Any] = {name: train(trainer_of(model, settings_of(LAYOUT, **way))) for name, way in ways.items()}
-    result["control"] = train(_without_the_exchange(trainer_of(model, settings_of(LAYOUT, megatron=OVERLAP))))
+    result: dict[str, Any] = {
+        name: train(trainer_of(model, settings_of(LAYOUT, **way))) for name, way in ways.items()
+    }
+    result["control"] = train(
+        _without_the_exchange(trainer_of(model, settings_of(LAYOUT, megatron=OVERLAP)))
+    )
     return result
 
 

@@ -1,4 +1,6 @@
-"""Operations counted by formula are those that torch counts while a Hugging Face model of the same shape runs."""
+"""Operations counted by formula are those that torch counts while a Hugging Face model of the same
+shape runs.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lopd.megatron.architecture import read_architecture
-from lopd.megatron.flops import active_matrix_weights, peak_flops, training_flops
+from lopd.megatron.training.flops import active_matrix_weights, peak_flops, training_flops
+from lopd.megatron.weights.architecture import read_architecture
 
 LENGTH = 96
 
@@ -20,10 +22,22 @@ LENGTH = 96
 def test_the_formula_counts_what_torch_counts(num_experts: int, tmp_path: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     about = {"head_dim": 32, "attn_implementation": "eager", "tie_word_embeddings": False, **sizes}
     if num_experts:
-        experts = {"num_experts": num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+        experts = {
+            "num_experts": num_experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        }
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**about, **experts))
         model.set_experts_implementation("eager")
     else:
@@ -34,11 +48,15 @@ def test_the_formula_counts_what_torch_counts(num_experts: int, tmp_path: Path) 
     with FlopCounterMode(display=False) as counter:
         model(tokens).logits.sum().backward()
     uncausal = (
-        training_flops(arch, [LENGTH]) - training_flops(arch, []) + 6 * arch.num_layers * arch.num_heads * arch.head_dim * LENGTH**2
+        training_flops(arch, [LENGTH])
+        - training_flops(arch, [])
+        + 6 * arch.num_layers * arch.num_heads * arch.head_dim * LENGTH**2
     )  # eager masks, but computes, the upper half
     assert counter.get_total_flops() == pytest.approx(uncausal, rel=0.01)
     without_heads = dataclasses.replace(arch, vocab_size=1)
-    assert training_flops(without_heads, [LENGTH]) < 0.9 * training_flops(arch, [LENGTH]), "a forgotten LM head would not be noticed"
+    assert training_flops(without_heads, [LENGTH]) < 0.9 * training_flops(arch, [LENGTH]), (
+        "a forgotten LM head would not be noticed"
+    )
 
 
 def test_packed_sequences_do_not_attend_to_each_other(tmp_path: Path) -> None:
@@ -48,8 +66,12 @@ def test_packed_sequences_do_not_attend_to_each_other(tmp_path: Path) -> None:
 
 
 def test_active_weights_of_a_known_model(tmp_path: Path) -> None:
-    """Qwen3-30B-A3B activates 3.3 billion parameters, 0.31 billion of which are the embedding that multiplies nothing."""
-    assert active_matrix_weights(read_architecture(_qwen3_30b_a3b(tmp_path))) == pytest.approx(3.04e9, rel=0.01)
+    """Qwen3-30B-A3B activates 3.3 billion parameters, 0.31 billion of which are the embedding that
+    multiplies nothing.
+    """
+    assert active_matrix_weights(read_architecture(_qwen3_30b_a3b(tmp_path))) == pytest.approx(
+        3.04e9, rel=0.01
+    )
 
 
 def _qwen3_30b_a3b(folder: Path) -> Path:
@@ -63,7 +85,14 @@ def _qwen3_30b_a3b(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H20", 148e12), ("Tesla T4", None)]
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H20", 148e12),
+        ("Tesla T4", None),
+    ],
 )
 def test_peaks_by_name(name: str, peak: float | None) -> None:
     assert peak_flops(name, "bfloat16") == peak

@@ -1,4 +1,6 @@
-"""What a step tells besides its loss, the same in every layout; routers at their own learning rate or frozen; fields beside the knobs at work."""
+"""What a step tells besides its loss, the same in every layout; routers at their own learning rate
+or frozen; fields beside the knobs at work.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from lopd.megatron.architecture import read_architecture
-from lopd.megatron.flops import training_flops
-from lopd.megatron.health import expert_load
+from lopd.megatron.training.flops import training_flops
+from lopd.megatron.training.health import expert_load
+from lopd.megatron.weights.architecture import read_architecture
 from tests.limits import apart, close, within
 from tests.megatron.health_cases import one_rank, two_ranks
 from tests.megatron.launch import run_ranks
 from tests.megatron.trainer_cases import samples_of
 from tests.models import write_qwen3_moe
 
-LOADS = ("expert_entropy_share", "expert_entropy_share_min", "expert_max_load", "expert_dropped_share")
+LOADS = (
+    "expert_entropy_share",
+    "expert_entropy_share_min",
+    "expert_max_load",
+    "expert_dropped_share",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +37,25 @@ def one(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     dense = tmp_path_factory.mktemp("dense")
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=512, max_position_embeddings=512, **sizes)).save_pretrained(dense)
-    result: dict[str, Any] = run_ranks(one_rank, 1, model=str(model), dense=str(dense), folder=str(tmp_path_factory.mktemp("checkpoints")))[0]
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=512, max_position_embeddings=512, **sizes)
+    ).save_pretrained(dense)
+    result: dict[str, Any] = run_ranks(
+        one_rank,
+        1,
+        model=str(model),
+        dense=str(dense),
+        folder=str(tmp_path_factory.mktemp("checkpoints")),
+    )[0]
     return result
 
 
@@ -47,8 +69,17 @@ def two(model: Path) -> list[dict[str, Any]]:
 
 def test_load_of_hand_counted_experts() -> None:
     load = expert_load(torch.tensor([[5.0, 5.0, 5.0, 5.0], [20.0, 0.0, 0.0, 0.0]]), num_routed=20)
-    assert load == pytest.approx({"expert_entropy_share": 0.5, "expert_entropy_share_min": 0.0, "expert_max_load": 4.0, "expert_dropped_share": 0.0})
-    assert expert_load(torch.full((1, 4), 5.0), num_routed=25)["expert_dropped_share"] == pytest.approx(0.2)
+    assert load == pytest.approx(
+        {
+            "expert_entropy_share": 0.5,
+            "expert_entropy_share_min": 0.0,
+            "expert_max_load": 4.0,
+            "expert_dropped_share": 0.0,
+        }
+    )
+    assert expert_load(torch.full((1, 4), 5.0), num_routed=25)[
+        "expert_dropped_share"
+    ] == pytest.approx(0.2)
 
 
 def test_loads_are_those_of_hugging_face_routers(one: dict[str, Any], model: Path) -> None:
@@ -58,7 +89,10 @@ def test_loads_are_those_of_hugging_face_routers(one: dict[str, Any], model: Pat
     tokens = torch.zeros(2, 4)
     for sample in samples_of(0):
         with torch.no_grad():
-            logits = reference(torch.as_tensor(sample.token_ids, dtype=torch.int64)[None], output_router_logits=True).router_logits
+            logits = reference(
+                torch.as_tensor(sample.token_ids, dtype=torch.int64)[None],
+                output_router_logits=True,
+            ).router_logits
         for layer, values in enumerate(logits):
             tokens[layer] += torch.nn.functional.one_hot(values.topk(2).indices, 4).sum(dim=(0, 1))
     expected = expert_load(tokens, 2 * sum(len(sample) for sample in samples_of(0)))
@@ -67,11 +101,15 @@ def test_loads_are_those_of_hugging_face_routers(one: dict[str, Any], model: Pat
 
 
 @pytest.mark.parametrize("layout", ["tensor and expert", "data", "pipeline"])
-def test_figures_of_a_step_do_not_depend_on_the_layout(layout: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_figures_of_a_step_do_not_depend_on_the_layout(
+    layout: str, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
     for name in (*LOADS, "num_tokens", "padding_share"):
         close(two[0][layout][name], one["plain"][name], abs=1e-6, name=name)
     assert two[0][layout].keys() == one["plain"].keys()
-    assert {name: two[0][layout][name] for name in LOADS} == {name: two[1][layout][name] for name in LOADS}
+    assert {name: two[0][layout][name] for name in LOADS} == {
+        name: two[1][layout][name] for name in LOADS
+    }
 
 
 def test_padding_loads_no_expert(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
@@ -82,7 +120,9 @@ def test_padding_loads_no_expert(one: dict[str, Any], two: list[dict[str, Any]])
 
 
 def test_recomputed_layers_are_counted_once(one: dict[str, Any]) -> None:
-    assert {name: one["recomputed"][name] for name in LOADS} == {name: one["plain"][name] for name in LOADS}
+    assert {name: one["recomputed"][name] for name in LOADS} == {
+        name: one["plain"][name] for name in LOADS
+    }
 
 
 def test_a_capacity_factor_drops_and_drops_are_told(one: dict[str, Any]) -> None:
@@ -99,13 +139,18 @@ def test_dense_models_tell_nothing_of_experts(one: dict[str, Any]) -> None:
 # ---- work and memory ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_load_imbalance_is_the_most_work_over_the_mean(two: list[dict[str, Any]], one: dict[str, Any], model: Path) -> None:
+def test_load_imbalance_is_the_most_work_over_the_mean(
+    two: list[dict[str, Any]], one: dict[str, Any], model: Path
+) -> None:
     from lopd.batching import plan_step
     from tests.megatron.trainer_cases import MAX_TOKENS
 
     lengths = [len(sample) for sample in samples_of(0)]
     arch = read_architecture(model)
-    work = [training_flops(arch, [lengths[index] for members in rank for index in members]) for rank in plan_step(lengths, 2, MAX_TOKENS, 2)]
+    work = [
+        training_flops(arch, [lengths[index] for members in rank for index in members])
+        for rank in plan_step(lengths, 2, MAX_TOKENS, 2)
+    ]
     assert two[0]["data"]["load_imbalance"] == pytest.approx(2 * max(work) / sum(work))
     assert two[0]["data"]["load_imbalance"] > 1
     assert one["plain"]["load_imbalance"] == 1
@@ -123,7 +168,13 @@ def test_memory_is_that_of_a_process_with_torch(one: dict[str, Any]) -> None:
 def moved(found: dict[str, Any], case: str, part: str) -> torch.Tensor:
     """How far each weight moved from where it was."""
     return torch.tensor(
-        [after - before for name in found["before"][part] for after, before in zip(found[case][part][name], found["before"][part][name], strict=True)]
+        [
+            after - before
+            for name in found["before"][part]
+            for after, before in zip(
+                found[case][part][name], found["before"][part][name], strict=True
+            )
+        ]
     )
 
 
@@ -131,7 +182,9 @@ def both(one: dict[str, Any], two: list[dict[str, Any]]) -> list[dict[str, Any]]
     return [one["routers"], two[0]["routers"]]
 
 
-def test_a_frozen_router_keeps_every_bit_and_nothing_else_does(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_a_frozen_router_keeps_every_bit_and_nothing_else_does(
+    one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
     for found in both(one, two):
         assert found["frozen"]["mlp.gate.weight"] == found["before"]["mlp.gate.weight"]
         assert found["usual"]["mlp.gate.weight"] != found["before"]["mlp.gate.weight"]
@@ -141,7 +194,10 @@ def test_a_frozen_router_keeps_every_bit_and_nothing_else_does(one: dict[str, An
 def test_a_router_learns_at_its_own_rate(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """AdamW's first step is the learning rate times the gradient's sign."""
     for found in both(one, two):
-        usual, scaled = moved(found, "usual", "mlp.gate.weight"), moved(found, "scaled", "mlp.gate.weight")
+        usual, scaled = (
+            moved(found, "usual", "mlp.gate.weight"),
+            moved(found, "scaled", "mlp.gate.weight"),
+        )
         close(usual.abs().median(), 1e-3, rel=0.02, name="usual")
         close(scaled.abs().median(), 1e-4, rel=0.02, name="scaled")
         assert found["scaled"]["q_norm"] == found["usual"]["q_norm"]
@@ -157,15 +213,21 @@ def test_a_training_with_frozen_routers_resumes(one: dict[str, Any]) -> None:
 # ---- fields beside the knobs, and what is not finite ----------------------------------------------------------------------------------------------
 
 
-def test_overlapped_gradient_reduction_changes_nothing(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_overlapped_gradient_reduction_changes_nothing(
+    one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
     for key in ("loss", "grad_norm"):
         close(two[0]["overlapped"][key], one["five steps"][key], rel=1e-5, name=key)
 
 
-def test_what_is_not_finite_names_step_rank_responses_and_checkpoint(two: list[dict[str, Any]]) -> None:
+def test_what_is_not_finite_names_step_rank_responses_and_checkpoint(
+    two: list[dict[str, Any]],
+) -> None:
     for ranks in two:
         message = ranks["not finite"]
-        assert message.startswith("step 1: loss is nan, on rank 1, learning from the responses prompt-1")
+        assert message.startswith(
+            "step 1: loss is nan, on rank 1, learning from the responses prompt-1"
+        )
         assert "prompt-0/0" not in message, "the first data rank's responses are innocent"
         assert "the last good checkpoint is the initial model" in message
     assert two[0]["not finite"] == two[1]["not finite"]
@@ -174,10 +236,14 @@ def test_what_is_not_finite_names_step_rank_responses_and_checkpoint(two: list[d
 # ---- the student's entropy --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_students_entropy_is_the_mean_over_loss_tokens_of_that_of_dense_logits(one: dict[str, Any]) -> None:
+def test_the_students_entropy_is_the_mean_over_loss_tokens_of_that_of_dense_logits(
+    one: dict[str, Any],
+) -> None:
     results = one["entropy"]
     dense = results["dense"]
-    expected = sum(each["loss tokens"] for each in dense) / sum(each["num loss tokens"] for each in dense)
+    expected = sum(each["loss tokens"] for each in dense) / sum(
+        each["num loss tokens"] for each in dense
+    )
     reported = results["entropy True"][0]["student_entropy"]
     close(reported, expected, rel=1e-5)
     over_all_tokens = sum(each["all"] for each in dense) / len(dense)

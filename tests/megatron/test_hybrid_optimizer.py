@@ -1,6 +1,8 @@
-"""A training whose optimizer is offloaded to the CPU (Megatron-Core's HybridDeviceOptimizer) resumes.
+"""A training whose optimizer is offloaded to the CPU (Megatron-Core's HybridDeviceOptimizer)
+resumes.
 
-On its layout to the bit, on another layout or without the offload equal to rounding. hybrid_cases.py
+On its layout to the bit, on another layout or without the offload equal to rounding.
+hybrid_cases.py
 says what stands for the GPU.
 """
 
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lopd.megatron.parameter_state import joined, split
+from lopd.megatron.checkpoints.parameter_state import joined, split
 from tests.limits import apart, within
 from tests.megatron.hybrid_cases import CASES, FIRST_STEPS, resume_offloaded
 from tests.megatron.launch import run_ranks
@@ -68,7 +70,9 @@ def test_offloaded_it_learns_what_it_learns_on_the_gpu(ranks: list[dict[str, Any
         within(_furthest(found, kept), 6e-3)
 
 
-def test_a_background_checkpoint_is_of_the_step_it_was_asked_at(ranks: list[dict[str, Any]]) -> None:
+def test_a_background_checkpoint_is_of_the_step_it_was_asked_at(
+    ranks: list[dict[str, Any]],
+) -> None:
     """Its writer begins after the next step. What is in host memory already is copied for it."""
     for rank in ranks:
         expected = rank["precision-aware"]["unbroken"]["loss"][FIRST_STEPS:]
@@ -81,12 +85,18 @@ def test_weights_in_two_halves_come_back_to_the_bit() -> None:
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn(10_000, generator=generator)
     weights = torch.cat([weights, torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 3.0e38])])
-    edges = torch.tensor([0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3FFF8000], dtype=torch.int32)
+    edges = torch.tensor(
+        [0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3FFF8000], dtype=torch.int32
+    )
     weights = torch.cat([weights, edges.view(torch.float32)])
     rounded, remainder = split(weights)
     assert torch.equal(joined(rounded, remainder).view(torch.int32), weights.view(torch.int32))
-    halves = (weights.view(torch.int32) & 0xFFFF) == 0x8000  # where rounding to even is another thing
+    halves = (
+        weights.view(torch.int32) & 0xFFFF
+    ) == 0x8000  # where rounding to even is another thing
     assert torch.equal(rounded[~halves], weights.bfloat16()[~halves])
     assert halves.sum() >= 2
-    without_undoing = (rounded.view(torch.int16).to(torch.int32) << 16) | (remainder.to(torch.int32) & 0xFFFF)
+    without_undoing = (rounded.view(torch.int16).to(torch.int32) << 16) | (
+        remainder.to(torch.int32) & 0xFFFF
+    )
     assert not torch.equal(without_undoing.view(torch.float32), weights)

@@ -1,4 +1,6 @@
-"""Starting ranks: their lines arrive, the error that stopped them comes back whole, and none outlives the parent."""
+"""Starting ranks: their lines arrive, the error that stopped them comes back whole, and none
+outlives the parent.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,17 @@ from types import SimpleNamespace
 import pytest
 
 from lopd.errors import DataError, TrainingError
-from lopd.megatron import launch
-from lopd.megatron.launch import run_ranks
+from lopd.megatron.ranks import launch
+from lopd.megatron.ranks.launch import run_ranks
 
 MODULE = "tests.megatron.launch_cases"
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def mark_of(folder: Path) -> str:
-    """A value of LOPD_CASE that only what this test starts has: another run of the tests may go on beside this one."""
+    """A value of LOPD_CASE that only what this test starts has: another run of the tests may go on
+    beside this one.
+    """
     return f"{folder.name}-{os.getpid()}"
 
 
@@ -30,9 +34,23 @@ def start(case: str, folder: Path, mark: str = "", timeout_s: float = 600) -> li
     mark = mark or mark_of(folder)
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOPD_CASE": mark, "TMPDIR": str(temporary)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LOPD_CASE": mark,
+        "TMPDIR": str(temporary),
+    }
     log = folder / "train.log"
-    run_ranks(MODULE, [case, str(timeout_s)], ranks=2, threads_per_rank=1, log=log, timeout_s=timeout_s, env=environment, on_line=lines.append)
+    run_ranks(
+        MODULE,
+        [case, str(timeout_s)],
+        ranks=2,
+        threads_per_rank=1,
+        log=log,
+        timeout_s=timeout_s,
+        env=environment,
+        on_line=lines.append,
+    )
     return lines
 
 
@@ -56,7 +74,9 @@ def eventually_none(mark: str, patience_s: float = 60.0) -> bool:
     return not processes_with(mark)
 
 
-def test_lines_of_all_ranks_reach_the_caller_and_the_log_also_where_a_process_of_another_session_keeps_the_pipe(tmp_path: Path) -> None:
+def test_lines_of_all_ranks_reach_the_caller_and_the_log_also_where_a_process_of_another_session_keeps_the_pipe(
+    tmp_path: Path,
+) -> None:
     lines = start("works", tmp_path)
     kept = processes_with(mark_of(tmp_path))
     for left in kept:
@@ -71,14 +91,22 @@ def test_lines_of_all_ranks_reach_the_caller_and_the_log_also_where_a_process_of
 def test_an_error_that_a_rank_reports_is_raised_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
         start("reports", tmp_path)
-    assert str(raised.value) == "batch 3: no token carries loss; limit: at least 1; remedy: drop empty responses"
+    assert (
+        str(raised.value)
+        == "batch 3: no token carries loss; limit: at least 1; remedy: drop empty responses"
+    )
     assert eventually_none(mark_of(tmp_path))
     assert [*(tmp_path / "temporary").iterdir()] == []
 
 
-@pytest.mark.parametrize(("case", "told"), [("raises", "RuntimeError: gradients of the wrong shape"), ("killed", "ended with code 1")])
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [("raises", "RuntimeError: gradients of the wrong shape"), ("killed", "ended with code 1")],
+)
 def test_a_rank_that_fails_takes_the_others_along(case: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=told) as raised:  # the waiting rank would sleep for an hour
+    with pytest.raises(
+        TrainingError, match=told
+    ) as raised:  # the waiting rank would sleep for an hour
         start(case, tmp_path)
     assert "\n" not in str(raised.value)
     assert str(tmp_path / "train.log") in str(raised.value)
@@ -105,8 +133,12 @@ def test_no_rank_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
 # ---- a rank that hangs ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_passes_while_the_parent_itself_is_stopped_is_nobodys_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the whole machine sleeps: the parent may wake before a rank's next beat. The control: as long, but the parent was there and listened."""
+def test_what_passes_while_the_parent_itself_is_stopped_is_nobodys_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the whole machine sleeps: the parent may wake before a rank's next beat. The control:
+    as long, but the parent was there and listened.
+    """
     clock = SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(launch, "time", clock)
     for step_s, silent in ((100.0, False), (1.0, True)):
@@ -120,9 +152,15 @@ def test_what_passes_while_the_parent_itself_is_stopped_is_nobodys_silence(tmp_p
         assert found == silent
 
 
-def test_a_stopped_rank_becomes_one_error_that_names_it_and_nothing_is_left_running(tmp_path: Path) -> None:
-    """Stopped for good in a training over gloo while the other waits for it; the stopped process is ended too."""
-    with pytest.raises(TrainingError, match=r"rank 1 gave no sign of life for \d+ s \(process \d+ is stopped\)") as raised:
+def test_a_stopped_rank_becomes_one_error_that_names_it_and_nothing_is_left_running(
+    tmp_path: Path,
+) -> None:
+    """Stopped for good in a training over gloo while the other waits for it; the stopped process is
+    ended too.
+    """
+    with pytest.raises(
+        TrainingError, match=r"rank 1 gave no sign of life for \d+ s \(process \d+ is stopped\)"
+    ) as raised:
         start("stopped", tmp_path, timeout_s=8)
     log = (tmp_path / "train.log").read_text()
     assert "rank 1 stops itself" in log
@@ -133,7 +171,9 @@ def test_a_stopped_rank_becomes_one_error_that_names_it_and_nothing_is_left_runn
 
 
 @pytest.mark.slow
-def test_a_rank_that_lives_but_does_not_take_part_is_bounded_by_the_collective(tmp_path: Path) -> None:
+def test_a_rank_that_lives_but_does_not_take_part_is_bounded_by_the_collective(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(TrainingError, match="rank 0 waited too long for the other ranks") as raised:
         start("absent", tmp_path, timeout_s=20)
     assert "limit: timeout_s" in str(raised.value)
@@ -142,13 +182,19 @@ def test_a_rank_that_lives_but_does_not_take_part_is_bounded_by_the_collective(t
 
 @pytest.mark.slow
 def test_a_slow_rank_that_shows_life_is_waited_for(tmp_path: Path) -> None:
-    """The control: as long as others of its time, but alive; here the time limit is about life, not about speed."""
+    """The control: as long as others of its time, but alive; here the time limit is about life, not
+    about speed.
+    """
     assert "rank 1 is done" in start("slow", tmp_path, timeout_s=5)
 
 
 @pytest.mark.slow
 def test_a_rank_that_fell_silent_is_named_when_the_others_gave_up_first(tmp_path: Path) -> None:
-    """As when the other had begun to wait long before: its collective times out first. The silent one is named at once, long before timeout_s."""
-    with pytest.raises(TrainingError, match=r"rank 1 gave no sign of life for \d+ s \(process \d+ is stopped\)"):
+    """As when the other had begun to wait long before: its collective times out first. The silent
+    one is named at once, long before timeout_s.
+    """
+    with pytest.raises(
+        TrainingError, match=r"rank 1 gave no sign of life for \d+ s \(process \d+ is stopped\)"
+    ):
         start("stopped early", tmp_path, timeout_s=3600)
     assert eventually_none(mark_of(tmp_path))

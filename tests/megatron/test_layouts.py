@@ -14,7 +14,9 @@ from tests.megatron.test_trainer import difference
 from tests.megatron.trainer_cases import NUM_STEPS
 from tests.models import write_qwen3_moe
 
-pytestmark = pytest.mark.slow  # four ranks on two cores: the layouts of two ranks are in test_trainer.py
+pytestmark = (
+    pytest.mark.slow
+)  # four ranks on two cores: the layouts of two ranks are in test_trainer.py
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +36,32 @@ def four(model: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("layout", FOUR_RANKS)
-def test_four_ranks_take_the_steps_of_one(layout: str, one: dict[str, Any], four: list[dict[str, Any]]) -> None:
+def test_four_ranks_take_the_steps_of_one(
+    layout: str, one: dict[str, Any], four: list[dict[str, Any]]
+) -> None:
     for ranks in four:
         within(difference(ranks[layout], one["all"]), 1e-5)
     assert len(one["all"]["loss"]) == NUM_STEPS
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_change_nothing_in_any_layout(recompute: str, one: dict[str, Any], four: list[dict[str, Any]]) -> None:
+def test_recomputed_activations_change_nothing_in_any_layout(
+    recompute: str, one: dict[str, Any], four: list[dict[str, Any]]
+) -> None:
     within(difference(four[0][recompute], one["all"]), 1e-5)
 
 
 @pytest.mark.parametrize("layout", FEW)
-def test_ranks_without_data_in_the_last_microbatch_change_nothing(layout: str, one: dict[str, Any], four: list[dict[str, Any]]) -> None:
+def test_ranks_without_data_in_the_last_microbatch_change_nothing(
+    layout: str, one: dict[str, Any], four: list[dict[str, Any]]
+) -> None:
     found = four[0][f"few: {layout}"]
     within(difference(found, one["few"]), 1e-5)
     assert max(found["empty"]) == NUM_STEPS, "every rank had data"
     assert one["few"]["empty"] == [0]
 
 
-def test_experts_whose_gradients_stay_on_their_tensor_rank_would_be_noticed(one: dict[str, Any], four: list[dict[str, Any]]) -> None:
+def test_experts_whose_gradients_stay_on_their_tensor_rank_would_be_noticed(
+    one: dict[str, Any], four: list[dict[str, Any]]
+) -> None:
     apart(difference(four[0]["unmarked experts"], one["all"]), 1e-4)

@@ -1,4 +1,6 @@
-"""Log-probabilities and entropies computed block by block are those of all logits at once, in values and gradients, on one rank and two; and stay small."""
+"""Log-probabilities and entropies computed block by block are those of all logits at once, in
+values and gradients, on one rank and two; and stay small.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,30 @@ from typing import Any
 import pytest
 import torch
 
-from lopd.megatron.logprobs import token_logprobs
+from lopd.megatron.model.logprobs import token_logprobs
 from tests.limits import apart, close, within
 from tests.megatron.launch import ROOT, run_ranks
-from tests.megatron.logprob_cases import LIMIT, PADDED_FROM, SMALL_BLOCK, TRITON_CASES, VOCAB, VOCABULARIES, Case, compile_kernel, differences, on_two_ranks
+from tests.megatron.logprob_cases import (
+    LIMIT,
+    PADDED_FROM,
+    SMALL_BLOCK,
+    TRITON_CASES,
+    VOCAB,
+    VOCABULARIES,
+    Case,
+    compile_kernel,
+    differences,
+    on_two_ranks,
+)
 
 
-@pytest.mark.parametrize("block_bytes", [1, SMALL_BLOCK, None], ids=["single rows", "blocks", "all rows kept"])
+@pytest.mark.parametrize(
+    "block_bytes", [1, SMALL_BLOCK, None], ids=["single rows", "blocks", "all rows kept"]
+)
 @pytest.mark.parametrize("vocab", [VOCAB, PADDED_FROM])
-def test_blocks_give_values_and_gradients_of_all_logits(vocab: int, block_bytes: int | None) -> None:
+def test_blocks_give_values_and_gradients_of_all_logits(
+    vocab: int, block_bytes: int | None
+) -> None:
     case = Case(vocab=vocab)
     within(max(differences(case.blocks(block_bytes=block_bytes), case.dense()).values()), LIMIT)
 
@@ -38,7 +55,9 @@ def test_what_is_wrong_is_noticed(fault: str) -> None:
         case.weight[17] *= 1.01
     elif fault == "upstream":
         case.upstream[1] *= 1.01
-    found = differences(case.blocks(vocab_size=VOCAB if fault == "padding counted" else PADDED_FROM), expected)
+    found = differences(
+        case.blocks(vocab_size=VOCAB if fault == "padding counted" else PADDED_FROM), expected
+    )
     apart(max(found.values()), 10 * LIMIT, fault)
     if fault == "upstream":
         within(found["logprobs"], LIMIT)
@@ -75,20 +94,41 @@ def on_gpu(case: Case) -> Case:
     return case
 
 
-LARGE = {"num_tokens": 300, "num_rows": 9_001, "hidden_size": 200, "vocab": 8_990}  # several tiles and splits of every size, none of them full
+LARGE = {
+    "num_tokens": 300,
+    "num_rows": 9_001,
+    "hidden_size": 200,
+    "vocab": 8_990,
+}  # several tiles and splits of every size, none of them full
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "value_limit", "gradient_limit"), [(torch.float32, LIMIT, LIMIT), (torch.bfloat16, LIMIT, 2**-6)], ids=str)
-@pytest.mark.parametrize("sizes", [{}, {"num_labels": 3, "vocab": PADDED_FROM}, LARGE], ids=["one label", "three labels", "large"])
+@pytest.mark.parametrize(
+    ("dtype", "value_limit", "gradient_limit"),
+    [(torch.float32, LIMIT, LIMIT), (torch.bfloat16, LIMIT, 2**-6)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"num_labels": 3, "vocab": PADDED_FROM}, LARGE],
+    ids=["one label", "three labels", "large"],
+)
 @pytest.mark.parametrize("kernel", ["blocks", "triton"])
-def test_on_a_gpu(kernel: str, sizes: dict[str, int], dtype: torch.dtype, value_limit: float, gradient_limit: float) -> None:
+def test_on_a_gpu(
+    kernel: str,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    value_limit: float,
+    gradient_limit: float,
+) -> None:
     """Against the dense form in float64; a second time to the bit."""
     case = on_gpu(Case(dtype, **sizes))
     expected = case.dense()
     for block_bytes in (len(case.hidden) * len(case.weight), None):
-        found, again = (case.blocks(dtype, block_bytes=block_bytes, kernel=kernel) for _ in range(2))
+        found, again = (
+            case.blocks(dtype, block_bytes=block_bytes, kernel=kernel) for _ in range(2)
+        )
         measured = differences(found, expected)
         assert max(measured["logprobs"], measured["entropy"]) < value_limit
         assert max(measured["hidden"], measured["weight"]) < gradient_limit
@@ -120,7 +160,9 @@ def test_frozen_weight_and_frozen_hidden_states() -> None:
     case = Case()
     expected = case.dense()
     hidden = case.hidden.clone().requires_grad_()
-    logprobs, entropy = token_logprobs(hidden, case.weight, case.labels, entropy=True, block_bytes=SMALL_BLOCK)
+    logprobs, entropy = token_logprobs(
+        hidden, case.weight, case.labels, entropy=True, block_bytes=SMALL_BLOCK
+    )
     ((logprobs * case.upstream) + (entropy * case.upstream_entropy)).sum().backward()
     scale = expected["hidden"].abs().max()
     close(hidden.grad / scale, expected["hidden"] / scale, abs=LIMIT)
@@ -129,7 +171,9 @@ def test_frozen_weight_and_frozen_hidden_states() -> None:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    """What each of two ranks found, all in one launch; its environment has Triton's interpreter, which no other test sees."""
+    """What each of two ranks found, all in one launch; its environment has Triton's interpreter,
+    which no other test sees.
+    """
     return run_ranks(on_two_ranks, 2, env={"TRITON_INTERPRET": "1"})
 
 
@@ -151,7 +195,9 @@ GRADIENT_LIMITS = {
 
 
 @pytest.mark.parametrize("name", TRITON_CASES)
-def test_the_triton_kernels_values_and_gradients_are_those_of_all_logits(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_the_triton_kernels_values_and_gradients_are_those_of_all_logits(
+    name: str, ranks: list[dict[str, Any]]
+) -> None:
     """In Triton's interpreter, on a CPU."""
     found = next(rank["one rank"][name] for rank in ranks if name in rank["one rank"])
     values = {key: found[key] for key in found if key in ("logprobs", "entropy")}
@@ -166,8 +212,12 @@ def test_the_triton_kernels_values_and_gradients_are_those_of_all_logits(name: s
 
 
 @pytest.mark.parametrize("kernel", ["_statistics_kernel", "_gradient_kernel"])
-def test_the_triton_kernels_compile_for_an_h100(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which the interpreter does not show: the compiler takes them, the tiles fit into its shared memory, products are its tensor cores', no sum is atomic."""
+def test_the_triton_kernels_compile_for_an_h100(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the interpreter does not show: the compiler takes them, the tiles fit into its shared
+    memory, products are its tensor cores', no sum is atomic.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = compile_kernel(kernel, torch.bfloat16, num_labels=1)
     code = compiled.asm["ptx"]
@@ -177,27 +227,55 @@ def test_the_triton_kernels_compile_for_an_h100(kernel: str, tmp_path: Path, mon
 
 
 def test_memory_is_a_fraction_of_the_dense_form(tmp_path: Path) -> None:
-    """The benchmark at a size that takes seconds; docs/benchmarks.md has full size, and times, which a crowded machine does not tell."""
+    """The benchmark at a size that takes seconds; docs/benchmarks.md has full size, and times,
+    which a crowded machine does not tell.
+    """
     file = tmp_path / "figures.json"
-    options = ["--tokens", "1024", "--vocab", "20480", "--hidden", "16", "--pairs", "1", "--block-mib", "4", "--json", str(file)]
+    options = [
+        "--tokens",
+        "1024",
+        "--vocab",
+        "20480",
+        "--hidden",
+        "16",
+        "--pairs",
+        "1",
+        "--block-mib",
+        "4",
+        "--json",
+        str(file),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "logprob.py"), *options], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "logprob.py"), *options],
+        check=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     figures = json.loads(file.read_text())
     assert figures["memory_ratio"] < 1 / 8
     within(figures["difference"], LIMIT)
-    assert figures["dense"]["bytes"] > 2 * 1024 * 20480 * 4  # the measure sees the dense form's copies
+    assert (
+        figures["dense"]["bytes"] > 2 * 1024 * 20480 * 4
+    )  # the measure sees the dense form's copies
 
 
 @pytest.mark.parametrize("failing", ["triton", "blocks"])
-def test_a_form_that_fails_on_a_gpu_does_not_end_the_benchmark_of_ours(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    specification = importlib.util.spec_from_file_location("benchmark_of_logprobs", ROOT / "benchmarks" / "logprob.py")
+def test_a_form_that_fails_on_a_gpu_does_not_end_the_benchmark_of_ours(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specification = importlib.util.spec_from_file_location(
+        "benchmark_of_logprobs", ROOT / "benchmarks" / "logprob.py"
+    )
     benchmark = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(benchmark)
 
     def run(form: str) -> dict[str, float]:
         if form == failing:
             raise benchmark.RunFailed(f"{form} failed:\nno driver")
-        return dict.fromkeys(("bytes", "seconds", "processor_seconds", "logprobs", "hidden", "weight"), 2.0)
+        return dict.fromkeys(
+            ("bytes", "seconds", "processor_seconds", "logprobs", "hidden", "weight"), 2.0
+        )
 
     monkeypatch.setattr(benchmark, "in_own_process", run)
     options = Namespace(device="cuda", dtype="bfloat16", tokens=8, vocab=8, hidden=8, pairs=2)

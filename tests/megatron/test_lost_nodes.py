@@ -1,4 +1,6 @@
-"""What a machine says of the others when a training over several ends. Machines that are lost for real: tests/launching/test_three_machines.py."""
+"""What a machine says of the others when a training over several ends. Machines that are lost for
+real: tests/launching/test_three_machines.py.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lopd.megatron.lost_nodes import COLLECTIVE, forget_others, log_of, lost_peer, state_of_others
-from lopd.megatron.nodes import Node
+from lopd.megatron.ranks.lost_nodes import (
+    COLLECTIVE,
+    forget_others,
+    log_of,
+    lost_peer,
+    state_of_others,
+)
+from lopd.megatron.ranks.nodes import Node
 
 FIRST, SECOND = Node(0, 3), Node(1, 3)
 
@@ -28,7 +36,11 @@ def error(folder: Path, name: str, where: str, what: str) -> None:
 
 def test_each_machine_knows_the_others_logs(tmp_path: Path) -> None:
     for node, log in ((FIRST, "train.log"), (SECOND, "train-node1.log")):
-        assert [log_of(tmp_path / log, node, index).name for index in range(3)] == ["train.log", "train-node1.log", "train-node2.log"]
+        assert [log_of(tmp_path / log, node, index).name for index in range(3)] == [
+            "train.log",
+            "train-node1.log",
+            "train-node2.log",
+        ]
 
 
 def test_silent_alive_and_gone(tmp_path: Path) -> None:
@@ -48,7 +60,10 @@ def test_silent_alive_and_gone(tmp_path: Path) -> None:
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        assert state_of_others(log, FIRST, 60) == "machines 1, 2 of 3 have signs of life: see the network between them"
+        assert (
+            state_of_others(log, FIRST, 60)
+            == "machines 1, 2 of 3 have signs of life: see the network between them"
+        )
     finally:
         ended.set()
         thread.join()
@@ -57,7 +72,10 @@ def test_silent_alive_and_gone(tmp_path: Path) -> None:
 def test_the_machine_that_failed_for_a_reason_of_its_own_is_named(tmp_path: Path) -> None:
     error(tmp_path, "train", "shard-00001.parquet", "damaged")
     error(tmp_path, "train-node2", COLLECTIVE, "waited")
-    assert state_of_others(tmp_path / "train-node1.log", SECOND, 60) == "machine 0 of 3 ended first: damaged"
+    assert (
+        state_of_others(tmp_path / "train-node1.log", SECOND, 60)
+        == "machine 0 of 3 ended first: damaged"
+    )
 
 
 def test_what_a_former_run_left_is_forgotten(tmp_path: Path) -> None:
@@ -72,9 +90,15 @@ def test_what_a_former_run_left_is_forgotten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [192.0.2.7]:4242", "192.0.2.7"),
+        (
+            "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [192.0.2.7]:4242",
+            "192.0.2.7",
+        ),
         ("Read error [::ffff:192.0.2.7]:4242: Connection reset by peer", "192.0.2.7"),
-        ("Connection closed by peer [127.0.0.1]:4242", None),  # a rank of this machine, whose own words tell why
+        (
+            "Connection closed by peer [127.0.0.1]:4242",
+            None,
+        ),  # a rank of this machine, whose own words tell why
         ("shape '[2, 3]' is invalid for input of size 5", None),
     ],
 )

@@ -1,5 +1,6 @@
-"""A trainer that leaves its device between steps: its storages are emptied, and it trains on to the bit. One case of it runs in test_trainer.py, and one in a
-stage in the pipeline's test_refresh.py."""
+"""A trainer that leaves its device between steps: its storages are emptied, and it trains on to the
+bit. One case of it runs in test_trainer.py, and one in a stage in the pipeline's test_refresh.py.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +17,33 @@ from tests.models import write_qwen3_moe
 LAYOUTS: dict[int, dict[str, Any]] = {1: {}, 2: {"expert": 2}}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(size, marks=pytest.mark.slow) for size in LAYOUTS])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(
+    scope="module", params=[pytest.param(size, marks=pytest.mark.slow) for size in LAYOUTS]
+)
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """The results of every rank, of one and of two (experts split, everything else data-parallel)."""
     folder = tmp_path_factory.mktemp("offload")
-    return run_ranks(leave_and_come_back, request.param, model=str(write_qwen3_moe(folder / "model")), folder=str(folder), layout=LAYOUTS[request.param])
+    return run_ranks(
+        leave_and_come_back,
+        request.param,
+        model=str(write_qwen3_moe(folder / "model")),
+        folder=str(folder),
+        layout=LAYOUTS[request.param],
+    )
 
 
 def test_it_trains_on_to_the_bit(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        for name in (f"{case} {optimizer}" for case in CASES for optimizer in ("distributed", "plain")):
+        for name in (
+            f"{case} {optimizer}" for case in CASES for optimizer in ("distributed", "plain")
+        ):
             assert rank[name]["left"] == rank[name]["stayed"], name
             assert len(set(rank[name]["left"]["loss"])) == STEPS
-        assert rank["forgetful"]["loss"] != rank["float32 distributed"]["stayed"]["loss"]  # the control: the optimizer's state came back as zeros
+        assert (
+            rank["forgetful"]["loss"] != rank["float32 distributed"]["stayed"]["loss"]
+        )  # the control: the optimizer's state came back as zeros
 
 
 def test_what_leaves_is_no_longer_held(ranks: list[dict[str, Any]]) -> None:
@@ -39,13 +54,23 @@ def test_what_leaves_is_no_longer_held(ranks: list[dict[str, Any]]) -> None:
             before, without_optimizer, nothing, after = result["memory"][:4]
             assert min(before.values()) > 0
             assert before["weights"] >= result["resident"]
-            assert before["gradients"] >= result["resident"] * (1 if "float32" in name else 1.9) * ("frozen" not in name)
-            assert without_optimizer == {"gradients": 0, "optimizer": 0, "weights": before["weights"]}
+            assert before["gradients"] >= result["resident"] * (1 if "float32" in name else 1.9) * (
+                "frozen" not in name
+            )
+            assert without_optimizer == {
+                "gradients": 0,
+                "optimizer": 0,
+                "weights": before["weights"],
+            }
             assert nothing == {"gradients": 0, "optimizer": 0, "weights": 0}
             assert after == before
     float32, bfloat16 = (ranks[0][f"{case} plain"]["memory"][0] for case in ("float32", "bfloat16"))
-    assert float32["optimizer"] == 2 * float32["weights"]  # two moments; what they update are the weights
-    assert 5.9 < bfloat16["optimizer"] / bfloat16["weights"] <= 6  # and a float32 copy; norms of 64 elements are padded in buffers
+    assert (
+        float32["optimizer"] == 2 * float32["weights"]
+    )  # two moments; what they update are the weights
+    assert (
+        5.9 < bfloat16["optimizer"] / bfloat16["weights"] <= 6
+    )  # and a float32 copy; norms of 64 elements are padded in buffers
 
 
 def test_nobody_reads_what_is_away(ranks: list[dict[str, Any]]) -> None:
@@ -58,8 +83,12 @@ def test_nobody_reads_what_is_away(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_free_meanwhile(tmp_path: Path) -> None:
-    """What the allocator counts falls by what is said to leave, and goes back to the device: another process can have it."""
-    model = write_qwen3_moe(tmp_path / "model", hidden_size=1024, moe_intermediate_size=1024, num_experts=16)
+    """What the allocator counts falls by what is said to leave, and goes back to the device:
+    another process can have it.
+    """
+    model = write_qwen3_moe(
+        tmp_path / "model", hidden_size=1024, moe_intermediate_size=1024, num_experts=16
+    )
     [result] = run_ranks(on_device, 1, model=str(model))
     held, allocated, reserved = result["held"], result["allocated"], result["reserved"]
     for first in range(0, 4 * STEPS, 4):

@@ -1,4 +1,6 @@
-"""``lopd parity``: figures of hand-made differences, and of a small run whose scores come from transformers or from SGLang."""
+"""``lopd parity``: figures of hand-made differences, and of a small run whose scores come from
+transformers or from SGLang.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lopd.artifacts import ArtifactWriter, read_manifest
+from lopd.audit.parity import agreement
 from lopd.cache import to_table, write_responses
 from lopd.cache.reader import CacheReader
 from lopd.cli import app
 from lopd.config import load_config
 from lopd.errors import ConfigError
-from lopd.parity import agreement
 from lopd.records import Response, TeacherScores, token_hash
 from lopd.report.parity_view import show_parity
 from lopd.verbs.parity import compare
@@ -48,25 +50,59 @@ def test_figures_of_differences_made_by_hand() -> None:
 
 
 def test_k3_is_the_divergence_that_was_put_in() -> None:
-    """Tokens drawn from one distribution, scored by it and by another: the mean over many is their KL."""
+    """Tokens drawn from one distribution, scored by it and by another: the mean over many is their
+    KL.
+    """
     generator = np.random.default_rng(0)
     first, second = (generator.dirichlet(np.ones(20)) for _ in range(2))
     tokens = generator.choice(20, 200_000, p=first)
-    found = agreement([(("a", 0), np.log(first)[tokens].astype(np.float32), np.log(second)[tokens].astype(np.float32))])
+    found = agreement(
+        [
+            (
+                ("a", 0),
+                np.log(first)[tokens].astype(np.float32),
+                np.log(second)[tokens].astype(np.float32),
+            )
+        ]
+    )
     assert found.k3 == pytest.approx(float((first * np.log(first / second)).sum()), rel=0.02)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with rollouts of 24 responses and their scores, both by transformers; teacher and student are beside it."""
+    """A run directory with rollouts of 24 responses and their scores, both by transformers; teacher
+    and student are beside it.
+    """
     root = tmp_path_factory.mktemp("parity")
-    teacher, student = write_qwen3_moe(root / "teacher", seed=1), write_qwen3_moe(root / "run/sft/model", seed=2)
+    teacher, student = (
+        write_qwen3_moe(root / "teacher", seed=1),
+        write_qwen3_moe(root / "run/sft/model", seed=2),
+    )
     requests = requests_of(24)
     sampled, scored = of_transformers(student, requests), of_transformers(teacher, requests)
-    responses = [Response(r.prompt_id, r.sample_index, r.prompt_ids, r.token_ids, sampled[r.key][0].numpy(), "stop", "sft") for r in requests]
+    responses = [
+        Response(
+            r.prompt_id,
+            r.sample_index,
+            r.prompt_ids,
+            r.token_ids,
+            sampled[r.key][0].numpy(),
+            "stop",
+            "sft",
+        )
+        for r in requests
+    ]
     rollouts = write_responses(root / "run/rollout", responses, kind="rollouts", inputs={})
-    writer = ArtifactWriter(root / "run/score", kind="teacher_cache", inputs={"score.engine": "sglang"}, parents={"rollout": rollouts.fingerprint})
-    rows = [TeacherScores(*r.key, token_hash(r.prompt_ids, r.token_ids), scored[r.key][0].numpy()) for r in responses]
+    writer = ArtifactWriter(
+        root / "run/score",
+        kind="teacher_cache",
+        inputs={"score.engine": "sglang"},
+        parents={"rollout": rollouts.fingerprint},
+    )
+    rows = [
+        TeacherScores(*r.key, token_hash(r.prompt_ids, r.token_ids), scored[r.key][0].numpy())
+        for r in responses
+    ]
     writer.publish_shard(0, to_table(responses, rows))
     writer.finish()
     return root
@@ -74,19 +110,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def knobs(run: Path, teacher: Path) -> list[str]:
     one = [f"distill.parallel.{size}=1" for size in ("ranks", "tensor", "expert")]
-    forward = ["score.forward.dtype=float32", "score.forward.timeout_s=500", "distill.dtype=float32", "distill.timeout_s=500", "sglang.dtype=float32"]
-    return [f"run.dir={run / 'run'}", f"models.teacher={teacher}", f"models.student={run / 'run/sft/model'}", *one, *forward]
+    forward = [
+        "score.forward.dtype=float32",
+        "score.forward.timeout_s=500",
+        "distill.dtype=float32",
+        "distill.timeout_s=500",
+        "sglang.dtype=float32",
+    ]
+    return [
+        f"run.dir={run / 'run'}",
+        f"models.teacher={teacher}",
+        f"models.student={run / 'run/sft/model'}",
+        *one,
+        *forward,
+    ]
 
 
-def test_engines_of_the_same_weights_agree_and_a_perturbed_teacher_shows(run: Path, tmp_path: Path) -> None:
-    """The student's engines have the same weights; of the teacher's one has a weight matrix one percent larger."""
+def test_engines_of_the_same_weights_agree_and_a_perturbed_teacher_shows(
+    run: Path, tmp_path: Path
+) -> None:
+    """The student's engines have the same weights; of the teacher's one has a weight matrix one
+    percent larger.
+    """
     before = sorted(path.name for path in (run / "run").iterdir())
     tensors = load_file(run / "teacher/model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"] *= 1.01
     (perturbed := tmp_path / "perturbed").mkdir()
     (perturbed / "config.json").write_bytes((run / "teacher/config.json").read_bytes())
     save_file(tensors, perturbed / "model.safetensors")
-    result = CliRunner().invoke(app, ["parity", str(EXAMPLE), *knobs(run, perturbed), "--responses", "16", "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app,
+        ["parity", str(EXAMPLE), *knobs(run, perturbed), "--responses", "16", "--json"],
+        catch_exceptions=False,
+    )
     assert result.exit_code == 0
     teacher, student = json.loads(result.stdout).values()
     assert teacher["num_responses"] == student["num_responses"] == 16
@@ -96,11 +152,15 @@ def test_engines_of_the_same_weights_agree_and_a_perturbed_teacher_shows(run: Pa
     within(student["k3"], 1e-9, "k3")
     apart(teacher["mean"], 1e-4)
     assert teacher["k3"] > student["k3"]
-    assert sorted(path.name for path in (run / "run").iterdir()) == before, "parity writes nothing into a run"
+    assert sorted(path.name for path in (run / "run").iterdir()) == before, (
+        "parity writes nothing into a run"
+    )
 
 
 def test_the_score_stage_runs_on_megatron_and_keeps_entropies(run: Path, tmp_path: Path) -> None:
-    """Three shards, of which one is there already: the others are scored. Log-probabilities and entropies are those of transformers."""
+    """Three shards, of which one is there already: the others are scored. Log-probabilities and
+    entropies are those of transformers.
+    """
     from lopd.stages.context import StageContext
     from lopd.stages.score import STAGE
 
@@ -109,15 +169,25 @@ def test_the_score_stage_runs_on_megatron_and_keeps_entropies(run: Path, tmp_pat
     expected = of_transformers(run / "teacher", requests)
     responses = [response for response, _ in CacheReader(run / "run/rollout").rows()]
     write_responses(tmp_path / "run/rollout", responses, kind="rollouts", inputs={}, shard_size=8)
-    forward = ["score.engine=megatron", "score.entropy=true", "score.forward.max_tokens_per_microbatch=256", "score.allow_foreign_teacher=true"]
-    config = load_config(EXAMPLE, [*knobs(run, run / "teacher"), *forward, f"run.dir={tmp_path / 'run'}"])
+    forward = [
+        "score.engine=megatron",
+        "score.entropy=true",
+        "score.forward.max_tokens_per_microbatch=256",
+        "score.allow_foreign_teacher=true",
+    ]
+    config = load_config(
+        EXAMPLE, [*knobs(run, run / "teacher"), *forward, f"run.dir={tmp_path / 'run'}"]
+    )
     context = StageContext(config, STAGE)
     middle = responses[8:16]
     sizes = [len(response.token_ids) for response in middle]
     sevens, ones = ([np.full(size, value, np.float32) for size in sizes] for value in (-7, 1))
     hashes = [token_hash(response.prompt_ids, response.token_ids) for response in middle]
     columns = zip(middle, hashes, sevens, ones, strict=True)
-    already = [TeacherScores(*response.key, hashed, seven, entropy=one) for response, hashed, seven, one in columns]
+    already = [
+        TeacherScores(*response.key, hashed, seven, entropy=one)
+        for response, hashed, seven, one in columns
+    ]
     context.writer(lineage={}).publish_shard(1, to_table(middle, already))
     STAGE.run(context)
     rows = list(CacheReader(tmp_path / "run/score").scored_rows())
@@ -126,7 +196,9 @@ def test_the_score_stage_runs_on_megatron_and_keeps_entropies(run: Path, tmp_pat
         assert scores is not None
         assert scores.entropy is not None
         if 8 <= index < 16:
-            assert set(scores.teacher_logprobs.tolist()) == {-7.0}, "a shard that was there was scored again"
+            assert set(scores.teacher_logprobs.tolist()) == {-7.0}, (
+                "a shard that was there was scored again"
+            )
         else:
             logprobs, entropies = expected[response.key]
             close(scores.teacher_logprobs, logprobs, abs=1e-5, name="log-probabilities")
@@ -135,10 +207,20 @@ def test_the_score_stage_runs_on_megatron_and_keeps_entropies(run: Path, tmp_pat
     assert not list((tmp_path / "run/score").glob("*.heartbeats"))
 
 
-def test_the_table_is_whole_where_a_screen_is_80_columns_wide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_whole_where_a_screen_is_80_columns_wide(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     first = np.full(20_099, -1.0, np.float32)
-    found = agreement([(("reg-27-06+23+44-03-24", 0), first, first + np.linspace(0, 0.01234, len(first), dtype=np.float32))])
+    found = agreement(
+        [
+            (
+                ("reg-27-06+23+44-03-24", 0),
+                first,
+                first + np.linspace(0, 0.01234, len(first), dtype=np.float32),
+            )
+        ]
+    )
     show_parity({"teacher: SGLang and Megatron-Core": found, "student: rollout and trainer": found})
     shown = capsys.readouterr().out
     assert "…" not in shown
@@ -149,7 +231,11 @@ def test_the_table_is_whole_where_a_screen_is_80_columns_wide(capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_the_table(run: Path) -> None:
-    result = CliRunner().invoke(app, ["parity", str(EXAMPLE), *knobs(run, run / "teacher"), "--responses", "8"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app,
+        ["parity", str(EXAMPLE), *knobs(run, run / "teacher"), "--responses", "8"],
+        catch_exceptions=False,
+    )
     assert "k3 KL" in result.stdout
     assert "largest at p" in result.stdout
 
@@ -169,4 +255,10 @@ def test_sglang_is_asked_where_the_cache_is_of_megatron(run: Path) -> None:
 
 def test_several_teachers_are_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match="parity is of one teacher"):
-        compare(load_config(EXAMPLE, [*knobs(run, run / "teacher"), f"models.teachers.math={run / 'teacher'}"]), num_responses=8, seed=0)
+        compare(
+            load_config(
+                EXAMPLE, [*knobs(run, run / "teacher"), f"models.teachers.math={run / 'teacher'}"]
+            ),
+            num_responses=8,
+            seed=0,
+        )

@@ -28,6 +28,8 @@ def test_a_full_disk_is_one_error_on_every_rank(ranks: list[dict[str, Any]]) -> 
     assert all("cannot be written (no space)" in rank["full"] for rank in ranks)
 
 
-def test_what_was_published_is_whole(ranks: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_was_published_is_whole(
+    ranks: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folders: list[Path] = sorted(tmp_path_factory.getbasetemp().glob("slow-disk*/slow"))
     assert [path.name for path in folders[-1].glob("*.safetensors")] == ["model.safetensors"]

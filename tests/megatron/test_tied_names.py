@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_model
 from transformers import Qwen3ForCausalLM
 
 from lopd.errors import ArtifactError
-from lopd.megatron.architecture import read_architecture
-from lopd.megatron.hf_files import CheckpointReader
+from lopd.megatron.weights.architecture import read_architecture
+from lopd.megatron.weights.hf_files import CheckpointReader
 from tests.models import write_qwen3_dense
 
 KEPT = "lm_head.weight"

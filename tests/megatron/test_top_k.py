@@ -1,4 +1,6 @@
-"""The top-K losses in the trainer: loss, gradient and figures are those of dense logits, on one rank and on two, with logits a block at a time."""
+"""The top-K losses in the trainer: loss, gradient and figures are those of dense logits, on one
+rank and on two, with logits a block at a time.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from lopd.batching import build_microbatch
-from lopd.megatron import logprobs, parallel
-from lopd.megatron.trainer import Trainer
+from lopd.megatron.model import logprobs
+from lopd.megatron.ranks import parallel
+from lopd.megatron.training.trainer import Trainer
 from lopd.objective import Distillation, TopKKL
 from lopd.records import Sample, top_k_of
 from tests.limits import apart, close, within
@@ -22,7 +25,10 @@ from tests.models import VOCAB_SIZE, write_qwen3_moe
 
 K, LIMIT = 6, 1e-4
 DIRECTIONS = ("reverse", "forward")
-LAYERS = {"lm_head.weight": "output_layer.weight", "model.embed_tokens.weight": "embedding.word_embeddings.weight"}  # behind and before everything else
+LAYERS = {
+    "lm_head.weight": "output_layer.weight",
+    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+}  # behind and before everything else
 
 
 def with_top_k(samples: list[Sample]) -> list[Sample]:
@@ -38,21 +44,41 @@ def with_top_k(samples: list[Sample]) -> list[Sample]:
 
 
 def body(model: str, tensor: int) -> dict[str, Any]:
-    """Of the first step from the same weights, in each direction: figures, and the gradients of two weights (this rank's rows). One microbatch is empty."""
+    """Of the first step from the same weights, in each direction: figures, and the gradients of two
+    weights (this rank's rows). One microbatch is empty.
+    """
     layout = {"tensor": tensor, "expert": tensor}
     settings = settings_of(layout, optimizer={"lr": 1e-12, "weight_decay": 0.0, "clip_grad": 0.0})
     parallel.initialize(settings.parallel, seed=1, timeout_s=500)
     logprobs.BLOCK_BYTES["cpu"] = 40_000  # of 256 or 512 rows some 50 at a time
     samples = with_top_k(samples_of(0, 8))
-    microbatches = [build_microbatch(samples[:5], 2), build_microbatch(samples[5:], 2), build_microbatch([], 2)]
+    microbatches = [
+        build_microbatch(samples[:5], 2),
+        build_microbatch(samples[5:], 2),
+        build_microbatch([], 2),
+    ]
     results: dict[str, Any] = {}
     for direction in DIRECTIONS:
         objective = Distillation(TopKKL(direction))  # type: ignore[arg-type]
-        trainer = Trainer(settings, model_dir=Path(model), init="checkpoint", init_std=0.02, seed=1, objective=objective, checkpoint_dir=None)
+        trainer = Trainer(
+            settings,
+            model_dir=Path(model),
+            init="checkpoint",
+            init_std=0.02,
+            seed=1,
+            objective=objective,
+            checkpoint_dir=None,
+        )
         step = trainer.train_step(microbatches).as_dict()
         parameters = dict(trainer.module.named_parameters())
         gradients = {name: parameters[place].main_grad.tolist() for name, place in LAYERS.items()}
-        results[direction] = {"loss": step["loss"], "grad_norm": step["grad_norm"], "top_k_kl": step["top_k_kl"], "tail": step["student_tail"], **gradients}
+        results[direction] = {
+            "loss": step["loss"],
+            "grad_norm": step["grad_norm"],
+            "top_k_kl": step["top_k_kl"],
+            "tail": step["student_tail"],
+            **gradients,
+        }
     return results
 
 
@@ -64,19 +90,35 @@ def reference(model: Path, direction: str) -> dict[str, Any]:
     responses, tails = [], []
     for sample in with_top_k(samples_of(0, 8)):
         assert sample.teacher_top is not None
-        log_q = torch.log_softmax(student(torch.as_tensor(sample.token_ids.astype(np.int64))[None]).logits[0, :-1].double(), -1)  # [L - 1, V]
+        log_q = torch.log_softmax(
+            student(torch.as_tensor(sample.token_ids.astype(np.int64))[None])
+            .logits[0, :-1]
+            .double(),
+            -1,
+        )  # [L - 1, V]
         log_p = torch.as_tensor(sample.teacher_top.logprobs[1:]).double()  # [L - 1, K]
         chosen = log_q.gather(1, torch.as_tensor(sample.teacher_top.ids[1:]).long())
-        both = [torch.cat([values, (1 - values.exp().sum(1, keepdim=True)).log()], 1) for values in (chosen, log_p)]
+        both = [
+            torch.cat([values, (1 - values.exp().sum(1, keepdim=True)).log()], 1)
+            for values in (chosen, log_p)
+        ]
         first, second = both if direction == "reverse" else both[::-1]
         mask = torch.as_tensor(sample.loss_mask[1:])
         responses.append((first.exp() * (first - second)).sum(1)[mask])
         tails.append(1 - chosen.exp().sum(1)[mask])
     loss = torch.stack([each.mean() for each in responses]).mean()
     loss.backward()
-    norm = torch.stack([parameter.grad.norm() for parameter in student.parameters() if parameter.grad is not None]).norm()
+    norm = torch.stack(
+        [parameter.grad.norm() for parameter in student.parameters() if parameter.grad is not None]
+    ).norm()
     gradients = {name: student.get_parameter(name).grad for name in LAYERS}
-    return {"loss": loss.item(), "grad_norm": norm.item(), "top_k_kl": torch.cat(responses).mean().item(), "tail": torch.cat(tails).mean().item(), **gradients}
+    return {
+        "loss": loss.item(),
+        "grad_norm": norm.item(),
+        "top_k_kl": torch.cat(responses).mean().item(),
+        "tail": torch.cat(tails).mean().item(),
+        **gradients,
+    }
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -89,7 +131,15 @@ def test_step_is_that_of_dense_logits(ranks: int, tmp_path: Path) -> None:
         for name in ("loss", "grad_norm", "top_k_kl", "tail"):
             close(got[0][name], want[name], rel=LIMIT, name=name)
         for name in LAYERS:
-            gradient = torch.cat([torch.tensor(rank[name], dtype=torch.float64) for rank in got])  # rows of all ranks
-            far = {other: ((gradient - expected[other][name]).abs().max() / expected[other][name].abs().max()).item() for other in DIRECTIONS}
+            gradient = torch.cat(
+                [torch.tensor(rank[name], dtype=torch.float64) for rank in got]
+            )  # rows of all ranks
+            far = {
+                other: (
+                    (gradient - expected[other][name]).abs().max()
+                    / expected[other][name].abs().max()
+                ).item()
+                for other in DIRECTIONS
+            }
             within(far.pop(direction), LIMIT, name)
             apart(min(far.values()), 100 * LIMIT, f"the other direction's {name}")

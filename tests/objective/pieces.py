@@ -1,4 +1,6 @@
-"""Responses with everything an objective can look at, and each piece of an objective written down a second time: one response after the other, plain loops."""
+"""Responses with everything an objective can look at, and each piece of an objective written down a
+second time: one response after the other, plain loops.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,21 @@ class Row:
 
 
 def samples_with_everything(seed: int = 0) -> list[Sample]:
-    return [replace(sample, truncated=index in TRUNCATED) for index, sample in enumerate(random_samples(LENGTHS, seed=seed))]
+    return [
+        replace(sample, truncated=index in TRUNCATED)
+        for index, sample in enumerate(random_samples(LENGTHS, seed=seed))
+    ]
 
 
 def packed_logprobs(model: TableModel, samples: Sequence[Sample]) -> tuple[Tensor, TokenBatch]:
     """The student's log-probabilities [T] and the batch, as a trainer has them."""
     microbatch = build_microbatch(samples, pad_multiple=8)
-    log_softmax = model.log_softmax(torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids))
-    return log_softmax.gather(1, torch.as_tensor(microbatch.labels)[:, None])[:, 0], TokenBatch.from_microbatch(microbatch)
+    log_softmax = model.log_softmax(
+        torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids)
+    )
+    return log_softmax.gather(1, torch.as_tensor(microbatch.labels)[:, None])[
+        :, 0
+    ], TokenBatch.from_microbatch(microbatch)
 
 
 def packed_output(model: TableModel, samples: Sequence[Sample], objective: Objective) -> LossOutput:
@@ -60,7 +69,10 @@ def rows(model: TableModel, samples: Sequence[Sample]) -> list[Row]:
         student = log_softmax[torch.arange(len(sample) - 1), token_ids[1:]]
         assert sample.teacher_logprobs is not None
         assert sample.sampling_logprobs is not None
-        teacher, sampling = (torch.as_tensor(column[1:], dtype=student.dtype) for column in (sample.teacher_logprobs, sample.sampling_logprobs))
+        teacher, sampling = (
+            torch.as_tensor(column[1:], dtype=student.dtype)
+            for column in (sample.teacher_logprobs, sample.sampling_logprobs)
+        )
         keep = np.flatnonzero(sample.loss_mask[1:]).tolist()
         found.append(Row(student, teacher, sampling, sample.truncated)[keep])
     return found
@@ -89,5 +101,9 @@ def gradient(model: TableModel, loss: Tensor) -> Tensor:
 
 
 def gradient_difference(model: TableModel, output: LossOutput, reference: Tensor) -> float:
-    """Between the gradients of an objective's output and of a reference, relative to the latter's largest entry."""
-    return relative_difference(gradient(model, output.loss_sum / output.num_items), gradient(model, reference))
+    """Between the gradients of an objective's output and of a reference, relative to the latter's
+    largest entry.
+    """
+    return relative_difference(
+        gradient(model, output.loss_sum / output.num_items), gradient(model, reference)
+    )

@@ -14,14 +14,19 @@ from tests.objective.dense import TableModel, dense_loss, huber, random_samples,
 
 CLIP = 1.5
 AGGREGATIONS: tuple[Aggregation, ...] = ("response_mean", "token_mean", "token_sum")
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # relative to the largest entry of the gradient
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+}  # relative to the largest entry of the gradient
 LENGTHS = (9, 2, 31, 1, 17, 5, 12)  # of 1 token: a sample without any loss token
 
 
 def packed_output(model: TableModel, samples: list[Sample], objective: Lightning) -> LossOutput:
     """What a trainer does with one microbatch, padded to a multiple of 8."""
     microbatch = build_microbatch(samples, pad_multiple=8)
-    log_softmax = model.log_softmax(torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids))
+    log_softmax = model.log_softmax(
+        torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids)
+    )
     logprobs = log_softmax.gather(1, torch.as_tensor(microbatch.labels)[:, None])[:, 0]
     return objective(logprobs, TokenBatch.from_microbatch(microbatch))
 
@@ -42,7 +47,9 @@ def samples() -> list[Sample]:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 class TestUpdate:
-    def test_is_the_negative_gradient_of_the_dense_huber_loss(self, model: TableModel, samples: list[Sample], aggregation: Aggregation) -> None:
+    def test_is_the_negative_gradient_of_the_dense_huber_loss(
+        self, model: TableModel, samples: list[Sample], aggregation: Aggregation
+    ) -> None:
         output = packed_output(model, samples, Lightning(CLIP, aggregation))
         loss = output.loss_sum / output.num_items
         reference = dense_loss(model, samples, huber(CLIP), aggregation)
@@ -50,25 +57,39 @@ class TestUpdate:
         within(relative_difference(loss, reference), tolerance)
         within(relative_difference(model.gradient(loss), model.gradient(reference)), tolerance)
 
-    def test_is_the_score_function_form(self, model: TableModel, samples: list[Sample], aggregation: Aggregation) -> None:
+    def test_is_the_score_function_form(
+        self, model: TableModel, samples: list[Sample], aggregation: Aggregation
+    ) -> None:
         output = packed_output(model, samples, Lightning(CLIP, aggregation))
         gradient = model.gradient(output.loss_sum / output.num_items)
         reference = model.gradient(dense_loss(model, samples, score_function(CLIP), aggregation))
         within(relative_difference(gradient, reference), TOLERANCE[gradient.dtype])
 
-    def test_clip_acts_on_some_tokens_and_not_on_others(self, model: TableModel, samples: list[Sample], aggregation: Aggregation) -> None:
+    def test_clip_acts_on_some_tokens_and_not_on_others(
+        self, model: TableModel, samples: list[Sample], aggregation: Aggregation
+    ) -> None:
         output = packed_output(model, samples, Lightning(CLIP, aggregation))
-        clipped_share = reduce_metrics({name: value.item() for name, value in output.metric_sums.items()})["clipped_share"]
+        clipped_share = reduce_metrics(
+            {name: value.item() for name, value in output.metric_sums.items()}
+        )["clipped_share"]
         assert 0.2 < clipped_share < 0.8
 
-    def test_differs_from_wrong_references(self, model: TableModel, samples: list[Sample], aggregation: Aggregation) -> None:
-        """Control: no clip, another aggregation, or teacher values off by one token are all far outside of the tolerance."""
+    def test_differs_from_wrong_references(
+        self, model: TableModel, samples: list[Sample], aggregation: Aggregation
+    ) -> None:
+        """Control: no clip, another aggregation, or teacher values off by one token are all far
+        outside of the tolerance.
+        """
         output = packed_output(model, samples, Lightning(CLIP, aggregation))
         gradient = model.gradient(output.loss_sum / output.num_items)
         wrong = {
             "unclipped": dense_loss(model, samples, huber(1e9), aggregation),
             "shift by one": dense_loss(model, samples, huber(CLIP), aggregation, teacher_offset=1),
-            **{other: dense_loss(model, samples, huber(CLIP), other) for other in AGGREGATIONS if other != aggregation},
+            **{
+                other: dense_loss(model, samples, huber(CLIP), other)
+                for other in AGGREGATIONS
+                if other != aggregation
+            },
         }
         for name, loss in wrong.items():
             apart(relative_difference(gradient, model.gradient(loss)), 1e-2, name)
@@ -87,7 +108,9 @@ def test_loss_and_gradient_vanish_where_student_equals_teacher(samples: list[Sam
         assert bool((gradient != 0).any()) is (distance > 0)
 
 
-def test_positions_without_loss_get_no_gradient_whatever_stands_there(samples: list[Sample]) -> None:
+def test_positions_without_loss_get_no_gradient_whatever_stands_there(
+    samples: list[Sample],
+) -> None:
     microbatch = build_microbatch(samples, pad_multiple=8)
     batch = TokenBatch.from_microbatch(microbatch)
     generator = torch.Generator().manual_seed(3)
@@ -105,7 +128,9 @@ def test_positions_without_loss_get_no_gradient_whatever_stands_there(samples: l
 
 
 def test_only_padding_gives_zero_items_and_the_same_metric_names(samples: list[Sample]) -> None:
-    """A rank without samples takes part: finite zeros that can be stacked with the sums of the others."""
+    """A rank without samples takes part: finite zeros that can be stacked with the sums of the
+    others.
+    """
     model, objective = TableModel(), Lightning(CLIP)
     empty, full = packed_output(model, [], objective), packed_output(model, samples, objective)
     assert empty.num_items.item() == 0
@@ -119,7 +144,11 @@ def test_num_items_counts_what_the_aggregation_divides_by(samples: list[Sample])
     loss_tokens = [int(sample.loss_mask[1:].sum()) for sample in samples]
     assert 0 in loss_tokens, "the case of a response without loss must be in the data"
     num_responses = sum(count > 0 for count in loss_tokens)
-    expected = {"response_mean": num_responses, "token_sum": num_responses, "token_mean": sum(loss_tokens)}
+    expected = {
+        "response_mean": num_responses,
+        "token_sum": num_responses,
+        "token_mean": sum(loss_tokens),
+    }
     for aggregation in AGGREGATIONS:
         output = packed_output(TableModel(), samples, Lightning(CLIP, aggregation))
         assert output.num_items.dtype is torch.int32

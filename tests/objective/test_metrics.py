@@ -1,4 +1,6 @@
-"""Reverse KL from frozen samples by exact enumeration, the other figures by their definitions, and the reduction of sums."""
+"""Reverse KL from frozen samples by exact enumeration, the other figures by their definitions, and
+the reduction of sums.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ NUM_STATES, VOCAB_SIZE = 5, 11
 
 
 def random_policies(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi of sampler, student and teacher in each of a few states, float64 [states, V]; the student has moved about half a nat from the sampler."""
+    """log pi of sampler, student and teacher in each of a few states, float64 [states, V]; the
+    student has moved about half a nat from the sampler.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, NUM_STATES, VOCAB_SIZE, generator=generator, dtype=torch.float64)
     sampling = torch.log_softmax(logits[0], -1)
@@ -34,13 +38,17 @@ def exact_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 class TestReverseKl:
     def test_estimator_is_unbiased(self) -> None:
-        """Its expectation over every token that the sampler can choose is the KL of each state, to 1e-12."""
+        """Its expectation over every token that the sampler can choose is the KL of each state, to
+        1e-12.
+        """
         sampling, student, teacher = random_policies()
         expectation = (sampling.exp() * reverse_kl_terms(student, teacher, sampling)).sum(-1)
         close(expectation, exact_reverse_kl(student, teacher), rel=1e-12, abs=1e-12)
 
     def test_without_the_weight_it_is_biased(self) -> None:
-        """Control: pretending that the current student did the sampling is off by 2% to 16%, and exact only where it did."""
+        """Control: pretending that the current student did the sampling is off by 2% to 16%, and
+        exact only where it did.
+        """
         sampling, student, teacher = random_policies()
         unweighted = reverse_kl_terms(student, teacher, student)
         truth = exact_reverse_kl(student, teacher)
@@ -48,7 +56,9 @@ class TestReverseKl:
         close((student.exp() * unweighted).sum(-1), truth, rel=1e-12, abs=1e-12)
 
     def test_reported_figure_is_the_mean_over_the_rollouts_tokens(self) -> None:
-        """A rollout that holds each token as often as the sampler would choose it in 1000 draws reports the exact KL of that empirical sampler."""
+        """A rollout that holds each token as often as the sampler would choose it in 1000 draws
+        reports the exact KL of that empirical sampler.
+        """
         counts = torch.tensor([500, 300, 150, 50])
         sampling = (counts.double() / 1000).log()
         student = torch.tensor([0.3, 0.3, 0.3, 0.1], dtype=torch.float64).log()
@@ -62,14 +72,18 @@ class TestReverseKl:
         close(reported["effective_sample_share"], 1 / (1 + chi2), rel=1e-12)
 
     @given(st.lists(st.tuples(*[st.floats(-1e4, 0.0)] * 3), min_size=1, max_size=20))
-    def test_terms_are_finite_and_never_negative(self, rows: list[tuple[float, float, float]]) -> None:
+    def test_terms_are_finite_and_never_negative(
+        self, rows: list[tuple[float, float, float]]
+    ) -> None:
         student, teacher, sampling = torch.tensor(rows, dtype=torch.float64).T
         terms = reverse_kl_terms(student, teacher, sampling)
         assert torch.all(torch.isfinite(terms))
         assert torch.all(terms >= 0)
 
     def test_caps_only_act_on_absurd_ratios(self) -> None:
-        """Below e^20 the term is the formula as written; beyond it is smaller than the formula, not larger."""
+        """Below e^20 the term is the formula as written; beyond it is smaller than the formula, not
+        larger.
+        """
         sampling = torch.tensor([-1.0, -19.0, -30.0], dtype=torch.float64)
         student = torch.tensor([-18.0, -1.0, -1.0], dtype=torch.float64)
         teacher = torch.tensor([-0.5, -3.0, -4.0], dtype=torch.float64)
@@ -80,7 +94,9 @@ class TestReverseKl:
         assert 0 < terms[2] < plain[2] / 100
 
 
-def metrics(student: Tensor, teacher: Tensor, sampling: Tensor | None, clip: float = 10.0) -> dict[str, float]:
+def metrics(
+    student: Tensor, teacher: Tensor, sampling: Tensor | None, clip: float = 10.0
+) -> dict[str, float]:
     """Reported metrics of one sequence of loss tokens."""
     batch = TokenBatch(
         loss_mask=torch.ones(len(student), dtype=torch.bool),
@@ -118,7 +134,9 @@ def test_the_gap_of_the_gradient_and_its_bound() -> None:
         rel=1e-9,
     )
     assert reported["gradient_gap"] < reported["gradient_gap_bound"]
-    assert reported["gradient_gap_bound"] != pytest.approx(reported["advantage_std"] * np.sqrt(reported["chi_square"]), rel=1e-3), "control: spread, E[w] = 1"
+    assert reported["gradient_gap_bound"] != pytest.approx(
+        reported["advantage_std"] * np.sqrt(reported["chi_square"]), rel=1e-3
+    ), "control: spread, E[w] = 1"
     same = torch.tensor(sampling)
     at_the_start = metrics(same, torch.tensor(teacher), same)
     assert at_the_start["gradient_gap"] == at_the_start["gradient_gap_bound"] == 0.0
@@ -126,7 +144,10 @@ def test_the_gap_of_the_gradient_and_its_bound() -> None:
 
 def test_figures_that_need_sampling_logprobs_are_left_out_without_them() -> None:
     values = torch.full((3,), -1.0)
-    assert not {"reverse_kl", "gradient_gap", "gradient_gap_bound"} & metrics(values, values, None).keys()
+    assert (
+        not {"reverse_kl", "gradient_gap", "gradient_gap_bound"}
+        & metrics(values, values, None).keys()
+    )
     assert metrics(values, values, values)["reverse_kl"] == 0.0
 
 
@@ -139,8 +160,16 @@ def test_weights_of_whole_responses_and_of_tokens() -> None:
     """Two responses whose tokens became e^0.1 and e^-0.3 times as likely."""
     sampling = torch.full((5,), -1.0, dtype=torch.float64)
     student = sampling + torch.tensor([0.1, 0.1, -0.3, -0.3, -0.3], dtype=torch.float64)
-    batch = TokenBatch(torch.ones(5, dtype=torch.bool), torch.tensor([0, 2, 5]), 2, teacher_logprobs=sampling, sampling_logprobs=sampling)
-    reported = reduce_metrics({name: value.item() for name, value in Lightning()(student, batch).metric_sums.items()})
+    batch = TokenBatch(
+        torch.ones(5, dtype=torch.bool),
+        torch.tensor([0, 2, 5]),
+        2,
+        teacher_logprobs=sampling,
+        sampling_logprobs=sampling,
+    )
+    reported = reduce_metrics(
+        {name: value.item() for name, value in Lightning()(student, batch).metric_sums.items()}
+    )
     close(reported["sequence_log_weight"], (0.2 - 0.9) / 2, rel=1e-9)
     close(reported["sequence_log_weight_std"], (0.2 + 0.9) / 2, rel=1e-9)
     close(reported["chi_square"], np.mean(np.exp(2 * (student - sampling).numpy())) - 1, rel=1e-9)
@@ -148,14 +177,37 @@ def test_weights_of_whole_responses_and_of_tokens() -> None:
 
 def test_student_entropy_is_reported_where_the_trainer_gives_it() -> None:
     values = torch.full((3,), -1.0)
-    batch = TokenBatch(torch.tensor([True, True, False]), torch.tensor([0, 3]), 1, teacher_logprobs=values)
-    assert "student_entropy" not in reduce_metrics({name: value.item() for name, value in Lightning()(values, batch).metric_sums.items()})
+    batch = TokenBatch(
+        torch.tensor([True, True, False]), torch.tensor([0, 3]), 1, teacher_logprobs=values
+    )
+    assert "student_entropy" not in reduce_metrics(
+        {name: value.item() for name, value in Lightning()(values, batch).metric_sums.items()}
+    )
     given = replace(batch, student_entropy=torch.tensor([1.0, 2.0, torch.nan]))
-    assert reduce_metrics({name: value.item() for name, value in Lightning()(values, given).metric_sums.items()})["student_entropy"] == 1.5
+    assert (
+        reduce_metrics(
+            {name: value.item() for name, value in Lightning()(values, given).metric_sums.items()}
+        )["student_entropy"]
+        == 1.5
+    )
 
 
 def test_parts_are_reduced_among_their_like() -> None:
-    sums = {"num_tokens": 4.0, "advantage": 4.0, "advantage_squared": 4.0, "num_tokens/x": 1.0, "advantage/x": 3.0, "advantage_squared/x": 9.0}
-    assert reduce_metrics(sums) == {"num_tokens": 4.0, "advantage": 1.0, "advantage_std": 0.0, "num_tokens/x": 1.0, "advantage/x": 3.0, "advantage_std/x": 0.0}
+    sums = {
+        "num_tokens": 4.0,
+        "advantage": 4.0,
+        "advantage_squared": 4.0,
+        "num_tokens/x": 1.0,
+        "advantage/x": 3.0,
+        "advantage_squared/x": 9.0,
+    }
+    assert reduce_metrics(sums) == {
+        "num_tokens": 4.0,
+        "advantage": 1.0,
+        "advantage_std": 0.0,
+        "num_tokens/x": 1.0,
+        "advantage/x": 3.0,
+        "advantage_std/x": 0.0,
+    }
     empty = reduce_metrics({**sums, "num_tokens/x": 0.0})
     assert "advantage/x" not in empty

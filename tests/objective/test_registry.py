@@ -1,4 +1,6 @@
-"""The configuration makes the objective: every knob changes it, and what means nothing is refused with the reason."""
+"""The configuration makes the objective: every knob changes it, and what means nothing is refused
+with the reason.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ import pytest
 
 from lopd.config import DistillSection, ObjectiveSection
 from lopd.errors import ConfigError
-from lopd.objective import Distillation, DropTruncated, EarlyTokenGain, Lightning, Prefix, ReferenceKL, TopKKL, TruncatedImportance, objective_from_config
+from lopd.objective import (
+    Distillation,
+    DropTruncated,
+    EarlyTokenGain,
+    Lightning,
+    Prefix,
+    ReferenceKL,
+    TopKKL,
+    TruncatedImportance,
+    objective_from_config,
+)
 from lopd.objective.registry import AVAILABLE, LOSSES, REFERENCE, SELECTIONS, TOP_K, WEIGHTINGS
 
 WITH_TOP_K = AVAILABLE | TOP_K
@@ -28,7 +40,9 @@ OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def section(**knobs: Any) -> DistillSection:
-    return DistillSection(advantage_clip=3.0, aggregation="token_sum", objective=ObjectiveSection(**knobs))
+    return DistillSection(
+        advantage_clip=3.0, aggregation="token_sum", objective=ObjectiveSection(**knobs)
+    )
 
 
 def test_the_default_is_plain_lightning() -> None:
@@ -37,8 +51,16 @@ def test_the_default_is_plain_lightning() -> None:
 
 
 def test_pieces_are_built_with_their_knobs() -> None:
-    knobs = {"truncated": "drop", "prefix_tokens": 64, "keep_end_token": False, "importance_cap": 2.0, "early_token_gain": 0.5}
-    built = objective_from_config(section(**knobs, reference_kl=0.1, reference_direction="reverse"), teachers=("math", "code"))
+    knobs = {
+        "truncated": "drop",
+        "prefix_tokens": 64,
+        "keep_end_token": False,
+        "importance_cap": 2.0,
+        "early_token_gain": 0.5,
+    }
+    built = objective_from_config(
+        section(**knobs, reference_kl=0.1, reference_direction="reverse"), teachers=("math", "code")
+    )
     assert built == Distillation(
         Lightning(3.0, "token_sum"),
         (DropTruncated(), Prefix(num_tokens=64, keep_end_token=False)),
@@ -55,12 +77,16 @@ def test_every_knob_is_read(knob: str) -> None:
     """Another value makes another objective."""
     needed, value = OTHER_VALUES[knob]
     assert value != ObjectiveSection.model_fields[knob].default
-    assert objective_from_config(section(**needed, **{knob: value}), WITH_TOP_K) != objective_from_config(section(**needed), WITH_TOP_K)
+    assert objective_from_config(
+        section(**needed, **{knob: value}), WITH_TOP_K
+    ) != objective_from_config(section(**needed), WITH_TOP_K)
 
 
 def test_the_registry_and_the_configuration_know_the_same_names() -> None:
     modifiers = {"loss", "keep_end_token", "reference_direction", "top_k_support"}
-    assert set(SELECTIONS | WEIGHTINGS | REFERENCE) | modifiers == set(ObjectiveSection.model_fields)
+    assert set(SELECTIONS | WEIGHTINGS | REFERENCE) | modifiers == set(
+        ObjectiveSection.model_fields
+    )
     assert ObjectiveSection.model_fields["loss"].annotation is not None
     for loss in LOSSES:
         assert ObjectiveSection(loss=loss).loss == loss  # type: ignore[arg-type]
@@ -69,17 +95,31 @@ def test_the_registry_and_the_configuration_know_the_same_names() -> None:
 @pytest.mark.parametrize(
     ("knobs", "expected"),
     [
-        ({"loss": "top_k_reverse_kl"}, "loss = top_k_reverse_kl; limit: needs teacher_top_logprobs: the cache has none; with score.top_k = 16, say,"),
+        (
+            {"loss": "top_k_reverse_kl"},
+            "loss = top_k_reverse_kl; limit: needs teacher_top_logprobs: the cache has none; with score.top_k = 16, say,",
+        ),
         ({"loss": "top_k_forward_kl"}, "needs teacher_top_logprobs: the cache has none"),
-        ({"prefix_share": 0.3, "prefix_tokens": 64}, "prefix_tokens says how long the prefix is, too"),
+        (
+            {"prefix_share": 0.3, "prefix_tokens": 64},
+            "prefix_tokens says how long the prefix is, too",
+        ),
         ({"keep_end_token": False}, "changes nothing without prefix_share or prefix_tokens"),
         ({"reference_direction": "reverse"}, "changes nothing without reference_kl"),
         ({"top_k_support": "renormalised"}, "changes nothing with loss = lightning"),
-        ({"loss": "top_k_reverse_kl", "importance_cap": 2.0}, "in which the sampled token plays no part"),
-        ({"loss": "top_k_reverse_kl", "early_token_gain": 1.0}, "in which the sampled token plays no part"),
+        (
+            {"loss": "top_k_reverse_kl", "importance_cap": 2.0},
+            "in which the sampled token plays no part",
+        ),
+        (
+            {"loss": "top_k_reverse_kl", "early_token_gain": 1.0},
+            "in which the sampled token plays no part",
+        ),
     ],
 )
-def test_what_means_nothing_or_cannot_be_had_is_refused_by_name(knobs: dict[str, Any], expected: str) -> None:
+def test_what_means_nothing_or_cannot_be_had_is_refused_by_name(
+    knobs: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(ConfigError, match="remedy") as caught:
         objective_from_config(section(**knobs))
     assert expected in str(caught.value)

@@ -20,15 +20,22 @@ NLL: TokenLoss = lambda student, teacher: -student  # noqa: E731
 def test_loss_and_gradient_equal_the_dense_reference(aggregation: Aggregation) -> None:
     model, samples = TableModel(), random_samples(LENGTHS)
     microbatch = build_microbatch(samples, pad_multiple=8)
-    log_softmax = model.log_softmax(torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids))
+    log_softmax = model.log_softmax(
+        torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids)
+    )
     logprobs = log_softmax.gather(1, torch.as_tensor(microbatch.labels)[:, None])[:, 0]
     output = Supervised(aggregation)(logprobs, TokenBatch.from_microbatch(microbatch))
     loss = output.loss_sum / output.num_items
-    references = {name: dense_loss(model, samples, NLL, name) for name in ("response_mean", "token_mean", "token_sum")}
+    references = {
+        name: dense_loss(model, samples, NLL, name)
+        for name in ("response_mean", "token_mean", "token_sum")
+    }
     close(loss, references[aggregation], rel=1e-12)
     close(model.gradient(loss), model.gradient(references[aggregation]), rel=1e-10, abs=1e-14)
     for other, reference in references.items():
-        assert other == aggregation or abs(loss.item() - reference.item()) > 1e-2, "control: another aggregation gives another loss"
+        assert other == aggregation or abs(loss.item() - reference.item()) > 1e-2, (
+            "control: another aggregation gives another loss"
+        )
 
 
 def test_reports_the_cross_entropy_over_tokens_and_its_exponential() -> None:
@@ -36,7 +43,9 @@ def test_reports_the_cross_entropy_over_tokens_and_its_exponential() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(24, 13), torch.randint(13, (24,))
     mask = torch.rand(24) < 0.6
-    batch = TokenBatch(loss_mask=mask, cu_seqlens=torch.tensor([0, 10, 24], dtype=torch.int32), num_sequences=2)
+    batch = TokenBatch(
+        loss_mask=mask, cu_seqlens=torch.tensor([0, 10, 24], dtype=torch.int32), num_sequences=2
+    )
     logprobs = torch.log_softmax(logits, -1)[torch.arange(24), labels]
     expected = torch.nn.functional.cross_entropy(logits[mask], labels[mask]).item()
     output = Supervised("response_mean")(logprobs, batch)

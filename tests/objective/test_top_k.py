@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from lopd.errors import ConfigError
-from lopd.objective import Distillation, EarlyTokenGain, Lightning, TokenBatch, TopKKL, TruncatedImportance, reduce_metrics
+from lopd.objective import (
+    Distillation,
+    EarlyTokenGain,
+    Lightning,
+    TokenBatch,
+    TopKKL,
+    TruncatedImportance,
+    reduce_metrics,
+)
 from tests.limits import apart, close, within
 from tests.objective.pieces import relative_difference
 
@@ -20,9 +28,13 @@ Support = Literal["tail", "renormalised"]
 
 
 def logits_and_teacher(seed: int = 0, distance: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The student's logits with gradient and the teacher's log-probabilities, float64 [T, V]; at distance 0 they are the same distribution."""
+    """The student's logits with gradient and the teacher's log-probabilities, float64 [T, V]; at
+    distance 0 they are the same distribution.
+    """
     generator = torch.Generator().manual_seed(seed)
-    common, moved = 2 * torch.randn(2, NUM_TOKENS, VOCAB_SIZE, generator=generator, dtype=torch.float64)
+    common, moved = 2 * torch.randn(
+        2, NUM_TOKENS, VOCAB_SIZE, generator=generator, dtype=torch.float64
+    )
     return (common + distance * moved).requires_grad_(), torch.log_softmax(common, -1)
 
 
@@ -40,32 +52,47 @@ def batch_of(logits: Tensor, teacher: Tensor, num_chosen: int) -> TokenBatch:
 
 
 def loss_of(objective: TopKKL, logits: Tensor, teacher: Tensor, num_chosen: int) -> Tensor:
-    output = Distillation(objective)(torch.log_softmax(logits, -1)[:, 0], batch_of(logits, teacher, num_chosen))
+    output = Distillation(objective)(
+        torch.log_softmax(logits, -1)[:, 0], batch_of(logits, teacher, num_chosen)
+    )
     return output.loss_sum / output.num_items
 
 
 def coarse(logprobs: Tensor, ids: Tensor, support: Support) -> Tensor:
-    """Probabilities on the chosen tokens, and what becomes of the others: one more outcome, or nothing. A plain loop."""
+    """Probabilities on the chosen tokens, and what becomes of the others: one more outcome, or
+    nothing. A plain loop.
+    """
     found = []
     for row, chosen in zip(logprobs.exp(), ids, strict=True):
         inside = row[chosen]
         outside = row.sum() - inside.sum()
-        found.append(torch.cat([inside, outside[None]]) if support == "tail" else inside / inside.sum())
+        found.append(
+            torch.cat([inside, outside[None]]) if support == "tail" else inside / inside.sum()
+        )
     return torch.stack(found)
 
 
-def dense_kl(logits: Tensor, teacher: Tensor, direction: Direction, support: Support, num_chosen: int) -> Tensor:
+def dense_kl(
+    logits: Tensor, teacher: Tensor, direction: Direction, support: Support, num_chosen: int
+) -> Tensor:
     """Mean over the two responses of the mean over their loss tokens."""
     ids = teacher.topk(num_chosen, -1).indices
-    student, target = coarse(torch.log_softmax(logits, -1), ids, support), coarse(teacher, ids, support)
+    student, target = (
+        coarse(torch.log_softmax(logits, -1), ids, support),
+        coarse(teacher, ids, support),
+    )
     first, second = (student, target) if direction == "reverse" else (target, student)
-    each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(-1)  # KL(first || second), [T]
+    each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(
+        -1
+    )  # KL(first || second), [T]
     return torch.stack([each[:5].mean(), each[5 : NUM_TOKENS - 2].mean()]).mean()
 
 
 @pytest.mark.parametrize("support", ["tail", "renormalised"])
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_loss_and_gradient_equal_the_dense_reference(direction: Direction, support: Support) -> None:
+def test_loss_and_gradient_equal_the_dense_reference(
+    direction: Direction, support: Support
+) -> None:
     logits, teacher = logits_and_teacher()
     loss = loss_of(TopKKL(direction, support), logits, teacher, K)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -86,9 +113,14 @@ def test_loss_and_gradient_equal_the_dense_reference(direction: Direction, suppo
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_with_a_tail_it_is_a_lower_bound_that_k_of_the_whole_vocabulary_reaches(direction: Direction) -> None:
+def test_with_a_tail_it_is_a_lower_bound_that_k_of_the_whole_vocabulary_reaches(
+    direction: Direction,
+) -> None:
     logits, teacher = logits_and_teacher()
-    bounds = [loss_of(TopKKL(direction, "tail"), logits, teacher, num_chosen).item() for num_chosen in range(1, VOCAB_SIZE + 1)]
+    bounds = [
+        loss_of(TopKKL(direction, "tail"), logits, teacher, num_chosen).item()
+        for num_chosen in range(1, VOCAB_SIZE + 1)
+    ]
     assert all(larger > smaller - 1e-12 for smaller, larger in itertools.pairwise(bounds))
     whole = dense_kl(logits, teacher, direction, "renormalised", VOCAB_SIZE).item()
     close(bounds[-1], whole, rel=1e-9)
@@ -96,11 +128,16 @@ def test_with_a_tail_it_is_a_lower_bound_that_k_of_the_whole_vocabulary_reaches(
 
 
 def test_only_the_tail_sees_what_leaks_out_of_the_chosen_tokens() -> None:
-    """A student with the teacher's proportions inside of the K tokens and far more probability outside: no loss after renormalising."""
+    """A student with the teacher's proportions inside of the K tokens and far more probability
+    outside: no loss after renormalising.
+    """
     _, teacher = logits_and_teacher()
     ids = teacher.topk(K, -1).indices
     leaking = torch.full_like(teacher, 3.0).scatter(1, ids, teacher.gather(1, ids)).requires_grad_()
-    renormalised, tail = (loss_of(TopKKL("reverse", support), leaking, teacher, K) for support in ("renormalised", "tail"))  # type: ignore[arg-type]
+    renormalised, tail = (
+        loss_of(TopKKL("reverse", support), leaking, teacher, K)
+        for support in ("renormalised", "tail")
+    )  # type: ignore[arg-type]
     within(abs(renormalised.item()), 1e-12)
     within(torch.autograd.grad(renormalised, leaking)[0].abs().max(), 1e-12)
     assert tail > 1.0
@@ -120,7 +157,13 @@ def test_vanishes_where_student_equals_teacher(direction: Direction, support: Su
 def test_float32_scores_that_add_up_to_more_than_one_stay_finite() -> None:
     teacher = torch.log(torch.tensor([[0.7, 0.3 + 1e-6]]))
     student = torch.log(torch.tensor([[0.6, 0.4]])).requires_grad_()
-    batch = TokenBatch(torch.ones(1, dtype=torch.bool), torch.tensor([0, 1]), 1, teacher_top_logprobs=teacher, student_top_logprobs=student)
+    batch = TokenBatch(
+        torch.ones(1, dtype=torch.bool),
+        torch.tensor([0, 1]),
+        1,
+        teacher_top_logprobs=teacher,
+        student_top_logprobs=student,
+    )
     for direction in ("reverse", "forward"):
         losses = TopKKL(direction).token_losses(torch.zeros(1), batch)  # type: ignore[arg-type]
         (gradient,) = torch.autograd.grad(losses.sum(), student)
@@ -131,7 +174,9 @@ def test_float32_scores_that_add_up_to_more_than_one_stay_finite() -> None:
 def test_reports_the_divergence_and_both_tails() -> None:
     logits, teacher = logits_and_teacher()
     batch = batch_of(logits, teacher, K)
-    output = Distillation(TopKKL("forward", "tail", "token_mean"))(torch.log_softmax(logits, -1)[:, 0], batch)
+    output = Distillation(TopKKL("forward", "tail", "token_mean"))(
+        torch.log_softmax(logits, -1)[:, 0], batch
+    )
     figures = reduce_metrics({name: value.item() for name, value in output.metric_sums.items()})
     close(figures["top_k_kl"], (output.loss_sum / output.num_items).item(), rel=1e-12)
     ids = teacher.topk(K, -1).indices[:-2]

@@ -1,4 +1,6 @@
-"""One shortened run of the example, shared by all tests of the pipeline: they read it, or go on from a copy of some of its stages."""
+"""One shortened run of the example, shared by all tests of the pipeline: they read it, or go on
+from a copy of some of its stages.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ SHORT = (
     "rollout.shard_size=256",
     "sft.log_every=1",
 )
-"""The example in less time: each rollout is seen once, at twice the learning rate. The last two decide nothing of the result, nor does the first."""
+"""The example in less time: each rollout is seen once, at twice the learning rate. The last two
+decide nothing of the result, nor does the first.
+"""
 
 
 EXAMPLE_RANKS = 2
@@ -37,7 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if len(os.sched_getaffinity(0)) < EXAMPLE_RANKS:
         for item in items:
             if item.path.parent == Path(__file__).parent and item.path.stem in THE_EXAMPLES:
-                item.add_marker(pytest.mark.skip(reason=f"the example trains on {EXAMPLE_RANKS} ranks; lopd refuses more ranks than CPU cores"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason=f"the example trains on {EXAMPLE_RANKS} ranks; lopd refuses more ranks than CPU cores"
+                    )
+                )
 
 
 @dataclass(frozen=True)
@@ -64,4 +72,6 @@ def completed(tmp_path_factory: pytest.TempPathFactory) -> CompletedRun:
 @pytest.fixture
 def done_up_to(completed: CompletedRun, tmp_path: Path) -> Callable[[str], Path]:
     """done_up_to("sft"): a run directory in which demonstrate and sft are done, and nothing else."""
-    return lambda stage: clone(completed.folder, tmp_path / "run", STAGES[: STAGES.index(stage) + 1])
+    return lambda stage: clone(
+        completed.folder, tmp_path / "run", STAGES[: STAGES.index(stage) + 1]
+    )

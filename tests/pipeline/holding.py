@@ -1,9 +1,12 @@
-"""``lopd``, all of it real, held where a test wants it: ``python -m tests.pipeline.holding VERB CONFIG OVERRIDES...``, and the trainer's ranks likewise.
+"""``lopd``, all of it real, held where a test wants it: ``python -m tests.pipeline.holding VERB
+CONFIG OVERRIDES...``, and the trainer's ranks likewise.
 
-A kill must land in the middle of something. A test that only watches for the moment comes too late on a busy machine; here the command waits at the moment.
-LOPD_TEST_HOLDS names a folder with one file a place, called STAGE-NUMBER. A stage that has published so many shards in all, or whose rank 0 has logged this
-step, or which sends that bucket of all its weight syncs in place (sync-NUMBER, from 1), writes STAGE-NUMBER.held beside it and goes on when that is removed.
-Everything else of the command goes on: servers, heartbeats, what is in flight.
+A kill must land in the middle of something. A test that only watches for the moment comes too late
+on a busy machine; here the command waits at the moment. LOPD_TEST_HOLDS names a folder with one
+file a place, called STAGE-NUMBER. A stage that has published so many shards in all, or whose rank 0
+has logged this step, or which sends that bucket of all its weight syncs in place (sync-NUMBER, from
+1), writes STAGE-NUMBER.held beside it and goes on when that is removed. Everything else of the
+command goes on: servers, heartbeats, what is in flight.
 """
 
 from __future__ import annotations
@@ -79,7 +82,9 @@ def rank(job_file: Path) -> None:
 
     log = MetricsLog.train
 
-    def log_and_hold(metrics: MetricsLog, stage: str, step: int, figures: Mapping[str, float]) -> None:
+    def log_and_hold(
+        metrics: MetricsLog, stage: str, step: int, figures: Mapping[str, float]
+    ) -> None:
         log(metrics, stage, step, figures)
         hold(stage, step)
 

@@ -1,7 +1,9 @@
-"""``lopd`` with real ranks but fake servers, in a process that can be killed: ``python -m tests.pipeline.refreshing FOLDER VERB CONFIG OVERRIDES...``.
+"""``lopd`` with real ranks but fake servers, in a process that can be killed: ``python -m
+tests.pipeline.refreshing FOLDER VERB CONFIG OVERRIDES...``.
 
-LOPD_TEST_HOLDS: as for tests.pipeline.holding, of shards. FOLDER/asked.jsonl tells, over all commands, what the servers were asked: one line a sampled or
-scored response and a line for each set of weights.
+LOPD_TEST_HOLDS: as for tests.pipeline.holding, of shards. FOLDER/asked.jsonl tells, over all
+commands, what the servers were asked: one line a sampled or scored response and a line for each set
+of weights.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from typing import Any
 from lopd import cli
 from lopd.config import SGLangSection
 from lopd.stages.context import StageContext
-from sglang_rollout import shared_gpus
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.fleet import fleet_of
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.fleet import fleet_of
+from sglang_rollout.servers import shared_gpus
 from tests.pipeline.holding import hold_after_shards
 from tests.sglang.fake_server import KEY, FakeServer
 
@@ -49,7 +51,9 @@ class RecordingServer(FakeServer):
                 self._salt = 0  # what was given back has lost its contents
             self._note({"away": sorted(self._away)})
             return 200, {}
-        if self._away and (path == "/generate" or ("weights" in self._away and path == "/update_weights_from_disk")):
+        if self._away and (
+            path == "/generate" or ("weights" in self._away and path == "/update_weights_from_disk")
+        ):
             return 400, {"error": {"message": f"{self._away} given back"}}
         if path == "/update_weights_from_disk":
             self._take(Path(body["model_path"]))
@@ -73,14 +77,21 @@ class RecordingServer(FakeServer):
 
 def main(folder: Path, *arguments: str) -> None:
     @contextlib.contextmanager
-    def serve(context: StageContext, role: str, model: Path, settings: SGLangSection | None = None) -> Iterator[SGLangEngine]:
+    def serve(
+        context: StageContext, role: str, model: Path, settings: SGLangSection | None = None
+    ) -> Iterator[SGLangEngine]:
         settings = settings or context.config.sglang
         with contextlib.ExitStack() as stack:
-            servers = [stack.enter_context(RecordingServer(role, replica, folder, model)) for replica in range(settings.replicas)]
+            servers = [
+                stack.enter_context(RecordingServer(role, replica, folder, model))
+                for replica in range(settings.replicas)
+            ]
             yield fleet_of([SGLangEngine(server.url, KEY, settings) for server in servers])
 
     hold_after_shards()
-    shared_gpus.colocation_problems = lambda config, on_gpu: iter(())  # a fake server gives back what it has not, on a CPU too
+    shared_gpus.colocation_problems = lambda config, on_gpu: iter(
+        ()
+    )  # a fake server gives back what it has not, on a CPU too
     StageContext.serve = serve  # type: ignore[method-assign,assignment]
     sys.argv = ["lopd", *arguments]
     cli.main()

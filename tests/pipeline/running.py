@@ -1,4 +1,6 @@
-"""lopd as a user runs it: a process of its own that can be watched and killed, and what it leaves behind on disk and among the processes."""
+"""lopd as a user runs it: a process of its own that can be watched and killed, and what it leaves
+behind on disk and among the processes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "tiny_moe.toml"
 LOPD = Path(sys.executable).with_name("lopd")  # the script that installation made
 STAGES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate", "export")
-MARK = "LOPD_TEST_MARK"  # an environment variable that every process of one command inherits, whichever session or parent it moves to
+# an environment variable that every process of one command inherits, whichever session or parent it
+# moves to
+MARK = "LOPD_TEST_MARK"
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,22 @@ class Finished:
 
 
 class Command:
-    """``lopd VERB examples/tiny_moe.toml run.dir=RUN_DIR OVERRIDES...``, started in a session of its own.
+    """``lopd VERB examples/tiny_moe.toml run.dir=RUN_DIR OVERRIDES...``, started in a session of
+    its own.
 
-    holds: places at which it waits until it is released or killed, each STAGE-NUMBER: so many shards published, or this step logged (tests.pipeline.holding).
+    holds: places at which it waits until it is released or killed, each STAGE-NUMBER: so many
+    shards published, or this step logged (tests.pipeline.holding).
     """
 
-    def __init__(self, verb: str, run_dir: Path, overrides: Sequence[str], *, config: Path = EXAMPLE, holds: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        verb: str,
+        run_dir: Path,
+        overrides: Sequence[str],
+        *,
+        config: Path = EXAMPLE,
+        holds: Sequence[str] = (),
+    ) -> None:
         self._mark = uuid.uuid4().hex
         self._groups: set[int] = set()
         outputs = run_dir.with_name(f"{run_dir.name}.commands")
@@ -66,7 +80,8 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                start_new_session=True,  # a Ctrl-C of the person who runs the tests is not one of this command's
+                # a Ctrl-C of the person who runs the tests is not one of this command's
+                start_new_session=True,
             )
 
     @property
@@ -80,17 +95,28 @@ class Command:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.send(signal.SIGKILL)
-            raise AssertionError(f"still running after {timeout_s} s; its output ends:\n{self.output[-2000:]}") from None
-        return Finished(code, self.output, self._stderr.read_text(errors="replace"), time.monotonic() - self._began)
+            raise AssertionError(
+                f"still running after {timeout_s} s; its output ends:\n{self.output[-2000:]}"
+            ) from None
+        return Finished(
+            code,
+            self.output,
+            self._stderr.read_text(errors="replace"),
+            time.monotonic() - self._began,
+        )
 
     def wait_until(self, reached: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
         """Until reached() is true; the command must still be running then."""
         deadline = time.monotonic() + timeout_s
         while not reached():
             if self._process.poll() is not None:
-                raise AssertionError(f"ended with {self._process.poll()} before {what}:\n{self.output[-2000:]}\n{self._stderr.read_text()[-2000:]}")
+                raise AssertionError(
+                    f"ended with {self._process.poll()} before {what}:\n{self.output[-2000:]}\n{self._stderr.read_text()[-2000:]}"
+                )
             if time.monotonic() > deadline:
-                raise AssertionError(f"not within {timeout_s} s: {what}; its output ends:\n{self.output[-2000:]}")
+                raise AssertionError(
+                    f"not within {timeout_s} s: {what}; its output ends:\n{self.output[-2000:]}"
+                )
             time.sleep(0.03)
 
     def wait_for(self, place: str) -> None:
@@ -116,11 +142,17 @@ class Command:
         self._process.send_signal(number)
 
     def processes(self, containing: str = "") -> list[int]:
-        """Ids of every live process of this command, wherever it went, whose command line has this text.
+        """Ids of every live process of this command, wherever it went, whose command line has this
+        text.
 
-        Known by its environment, or by a process group in which such a process was seen: SGLang's workers write their title over their environment.
+        Known by its environment, or by a process group in which such a process was seen: SGLang's
+        workers write their title over their environment.
         """
-        live = {int(entry.name): Path(entry.path) for entry in os.scandir("/proc") if entry.name.isdigit()}
+        live = {
+            int(entry.name): Path(entry.path)
+            for entry in os.scandir("/proc")
+            if entry.name.isdigit()
+        }
         groups: dict[int, int] = {}
         for process, folder in live.items():
             with contextlib.suppress(OSError):
@@ -130,7 +162,9 @@ class Command:
                     if f"{MARK}={self._mark}\0".encode() in folder.joinpath("environ").read_bytes():
                         self._groups.add(int(group))
         found = []
-        for process in sorted(process for process, group in groups.items() if group in self._groups):
+        for process in sorted(
+            process for process, group in groups.items() if group in self._groups
+        ):
             with contextlib.suppress(OSError):
                 if containing in _command_line(live[process]):
                     found.append(process)
@@ -157,10 +191,14 @@ def _command_line(folder: Path) -> str:
     return folder.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
-def lopd(verb: str, run_dir: Path, overrides: Sequence[str] = (), *, code: int | None = 0) -> Finished:
+def lopd(
+    verb: str, run_dir: Path, overrides: Sequence[str] = (), *, code: int | None = 0
+) -> Finished:
     """Runs a command to its end; code: the exit code it must have (None: any)."""
     finished = Command(verb, run_dir, overrides).wait()
-    assert code is None or finished.code == code, f"lopd {verb}: exit code {finished.code}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
+    assert code is None or finished.code == code, (
+        f"lopd {verb}: exit code {finished.code}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
+    )
     return finished
 
 
@@ -169,7 +207,9 @@ def lopd(verb: str, run_dir: Path, overrides: Sequence[str] = (), *, code: int |
 
 @contextlib.contextmanager
 def listening_addresses(command: Command) -> Iterator[set[tuple[str, str]]]:
-    """While the block lasts, collects (address, program) of every TCP socket on which a process of the command listens, by looking again and again."""
+    """While the block lasts, collects (address, program) of every TCP socket on which a process of
+    the command listens, by looking again and again.
+    """
     seen: set[tuple[str, str]] = set()
     stop = threading.Event()
 
@@ -203,7 +243,10 @@ def _listening(processes: Sequence[int]) -> Iterator[tuple[str, str]]:
                         yield sockets[target[8:-1]], _command_line(folder)[:120]
 
 
-LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1 as /proc/net prints them
+LOOPBACK = {
+    "0100007F",
+    "00000000000000000000000001000000",
+}  # 127.0.0.1 and ::1 as /proc/net prints them
 
 
 def config_of(run_dir: Path, overrides: Sequence[str]) -> Config:
@@ -225,7 +268,11 @@ def clone(run_dir: Path, target: Path, stages: Sequence[str]) -> Path:
     for events in (run_dir / "tensorboard").iterdir():
         if events.name in trained:
             shutil.copytree(events, target / "tensorboard" / events.name)
-    lines = [line for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True) if json.loads(line)["stage"] in trained]
+    lines = [
+        line
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+        if json.loads(line)["stage"] in trained
+    ]
     (target / "metrics.jsonl").write_text("".join(lines))
     return target
 
@@ -254,7 +301,9 @@ def files(folder: Path, pattern: str = "**/*") -> dict[str, FileState]:
     for path in sorted(folder.glob(pattern)):
         if path.is_file():
             about = path.stat()
-            found[str(path.relative_to(folder))] = FileState(about.st_ino, about.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+            found[str(path.relative_to(folder))] = FileState(
+                about.st_ino, about.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()
+            )
     return found
 
 
@@ -273,11 +322,21 @@ def metrics(run_dir: Path, stage: str, kind: str = "train") -> list[dict[str, An
 def deterministic(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without what the clock and the memory of a process decide."""
     volatile = ("seconds", "peak_memory_gib")
-    return [{name: value for name, value in row.items() if name not in volatile and not name.endswith("_per_s")} for row in rows]
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if name not in volatile and not name.endswith("_per_s")
+        }
+        for row in rows
+    ]
 
 
 def tensorboard(run_dir: Path, stage: str, tag: str) -> list[tuple[int, float]]:
     """(step, value) of a curve as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return [(event.step, event.value) for event in EventAccumulator(str(run_dir / "tensorboard" / stage)).Reload().Scalars(tag)]
+    return [
+        (event.step, event.value)
+        for event in EventAccumulator(str(run_dir / "tensorboard" / stage)).Reload().Scalars(tag)
+    ]

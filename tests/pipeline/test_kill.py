@@ -1,4 +1,6 @@
-"""Killed anywhere, by anything: nothing of a command keeps running, and the same command again ends where a run never killed ends."""
+"""Killed anywhere, by anything: nothing of a command keeps running, and the same command again ends
+where a run never killed ends.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,34 @@ import pytest
 
 from lopd.artifacts import read_manifest
 from tests.pipeline.conftest import NUM_STEPS, SHORT, CompletedRun
-from tests.pipeline.running import Command, FileState, Finished, deterministic, files, fingerprints, lopd, metrics, shards, states, tensorboard
+from tests.pipeline.running import (
+    Command,
+    FileState,
+    Finished,
+    deterministic,
+    files,
+    fingerprints,
+    lopd,
+    metrics,
+    shards,
+    states,
+    tensorboard,
+)
 
 pytestmark = pytest.mark.timeout(1800)  # whichever test is first makes the run
 
-LEARNT = ("demonstrate", "sft", "rollout", "score", "distill")  # what is equal bit for bit; evaluate and export name folders
-RANK, HELD_RANK, SERVER = "-u -m lopd.stages.train_worker", "-u -m tests.pipeline.holding", "sglang::scheduler"
+LEARNT = (
+    "demonstrate",
+    "sft",
+    "rollout",
+    "score",
+    "distill",
+)  # what is equal bit for bit; evaluate and export name folders
+RANK, HELD_RANK, SERVER = (
+    "-u -m lopd.stages.train_worker",
+    "-u -m tests.pipeline.holding",
+    "sglang::scheduler",
+)
 
 
 def assert_same_result(run_dir: Path, never_killed: Path, stages: tuple[str, ...] = LEARNT) -> None:
@@ -25,11 +49,15 @@ def assert_same_result(run_dir: Path, never_killed: Path, stages: tuple[str, ...
     assert fingerprints(run_dir, stages) == fingerprints(never_killed, stages)
     for stage in stages:
         for pattern in ("shard-*.parquet", "model/*"):
-            assert {name: file.sha256 for name, file in files(run_dir / stage, pattern).items()} == {
+            assert {
+                name: file.sha256 for name, file in files(run_dir / stage, pattern).items()
+            } == {
                 name: file.sha256 for name, file in files(never_killed / stage, pattern).items()
             }, stage
         for kind in ("train", "eval"):
-            assert deterministic(metrics(run_dir, stage, kind)) == deterministic(metrics(never_killed, stage, kind)), (stage, kind)
+            assert deterministic(metrics(run_dir, stage, kind)) == deterministic(
+                metrics(never_killed, stage, kind)
+            ), (stage, kind)
 
 
 def assert_one_line(finished: Finished) -> None:
@@ -54,9 +82,13 @@ def steps_done(run_dir: Path, stage: str) -> int:
     return len(metrics(run_dir, stage))
 
 
-def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: CompletedRun, done_up_to: Callable[[str], Path]) -> None:
-    """One run directory, always the same command: killed amid rollouts and between two checkpoints of distill; the server dies amid the scores, and between two
-    buckets of a weight sync, and is started again."""
+def test_a_run_killed_again_and_again_ends_as_one_never_killed(
+    completed: CompletedRun, done_up_to: Callable[[str], Path]
+) -> None:
+    """One run directory, always the same command: killed amid rollouts and between two checkpoints
+    of distill; the server dies amid the scores, and between two buckets of a weight sync, and is
+    started again.
+    """
     rng = random.Random(7)
     run_dir = done_up_to("sft")
     kept: dict[str, FileState] = {}
@@ -65,7 +97,11 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: Comple
         return Command(verb, run_dir, [*SHORT, "distill.checkpoint_every=2"], holds=holds)
 
     def nothing_is_rewritten() -> None:
-        now = {f"{stage}/{name}": file for stage in ("rollout", "score") for name, file in shards(run_dir, stage).items()}
+        now = {
+            f"{stage}/{name}": file
+            for stage in ("rollout", "score")
+            for name, file in shards(run_dir, stage).items()
+        }
         assert kept.items() <= now.items()
         kept.update(now)
 
@@ -77,7 +113,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: Comple
     nothing_is_rewritten()
     assert states(run_dir, SHORT)["rollout"] == "partial"
 
-    second, step = rng.randint(1, 3), 2 * rng.randint(2, 3) + 1  # the save after step 4 has completed the one after step 2
+    second, step = (
+        rng.randint(1, 3),
+        2 * rng.randint(2, 3) + 1,
+    )  # the save after step 4 has completed the one after step 2
     command = start(holds=[f"score-{second}", f"distill-{step}"])
     command.wait_for(f"score-{second}")
     command.kill_child(SERVER)
@@ -91,7 +130,17 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: Comple
     assert steps_done(run_dir, "distill") == step, "between two checkpoints"
     nothing_is_rewritten()
 
-    command = Command("distill", run_dir, [*SHORT, "distill.checkpoint_every=2", "sync.transport=distributed", "sync.bucket_bytes=50_000"], holds=["sync-3"])
+    command = Command(
+        "distill",
+        run_dir,
+        [
+            *SHORT,
+            "distill.checkpoint_every=2",
+            "sync.transport=distributed",
+            "sync.bucket_bytes=50_000",
+        ],
+        holds=["sync-3"],
+    )
     command.wait_for("sync-3")
     command.kill_child(SERVER)
     command.wait_until(lambda: "the student server died" in command.output, "its death is told")
@@ -104,11 +153,18 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(completed: Comple
     nothing_is_rewritten()
     assert_same_result(run_dir, completed.folder)
     curve = tensorboard(run_dir, "distill", "train/loss")
-    assert curve == tensorboard(completed.folder, "distill", "train/loss"), "steps done twice are shown once"
-    assert read_manifest(run_dir / "distill").extra == read_manifest(completed.folder / "distill").extra
+    assert curve == tensorboard(completed.folder, "distill", "train/loss"), (
+        "steps done twice are shown once"
+    )
+    assert (
+        read_manifest(run_dir / "distill").extra
+        == read_manifest(completed.folder / "distill").extra
+    )
 
 
-def test_training_goes_on_after_a_rank_was_killed(completed: CompletedRun, done_up_to: Callable[[str], Path]) -> None:
+def test_training_goes_on_after_a_rank_was_killed(
+    completed: CompletedRun, done_up_to: Callable[[str], Path]
+) -> None:
     run_dir = done_up_to("demonstrate")
     overrides = [*SHORT, "sft.checkpoint_every=1"]
     command = Command("sft", run_dir, overrides, holds=["sft-3"])
@@ -130,7 +186,7 @@ def test_training_goes_on_after_a_rank_was_killed(completed: CompletedRun, done_
 def test_interrupted_while_a_server_starts(number: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = Command("demonstrate", run_dir, SHORT)
-    command.wait_until(lambda: bool(command.processes("sglang_rollout.launch")), "a server")
+    command.wait_until(lambda: bool(command.processes("sglang_rollout.servers.launch")), "a server")
     interrupted = kill(command, number)
     assert interrupted.code == 130
     assert_one_line(interrupted)
@@ -154,7 +210,9 @@ MICRO = (
 @pytest.mark.timeout(4800)
 @pytest.mark.parametrize("seed", [11, 12])
 def test_many_kills_at_random_moments(seed: int, tmp_path: Path) -> None:
-    """From nothing to the end on one rank; lopd, a rank or a server killed at any moment of any stage."""
+    """From nothing to the end on one rank; lopd, a rank or a server killed at any moment of any
+    stage.
+    """
     lopd("run", tmp_path / "never", MICRO)
     rng = random.Random(seed)
     run_dir = tmp_path / "often"
@@ -184,16 +242,25 @@ def test_many_kills_at_random_moments(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_while_it_evaluates(completed: CompletedRun, done_up_to: Callable[[str], Path]) -> None:
+def test_killed_while_it_evaluates(
+    completed: CompletedRun, done_up_to: Callable[[str], Path]
+) -> None:
     run_dir = done_up_to("distill")
     command = Command("run", run_dir, SHORT)
-    command.wait_until(lambda: (run_dir / "evaluate" / "answers-sft" / "manifest.json").exists(), "the SFT student's answers")
+    command.wait_until(
+        lambda: (run_dir / "evaluate" / "answers-sft" / "manifest.json").exists(),
+        "the SFT student's answers",
+    )
     kill(command)
     answers = files(run_dir / "evaluate", "answers-base/shard-*.parquet")
     assert answers
     lopd("run", run_dir, SHORT)
     assert files(run_dir / "evaluate", "answers-base/shard-*.parquet") == answers
-    figures, expected = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, completed.folder))
+    figures, expected = (
+        json.loads((folder / "summary.json").read_text()) for folder in (run_dir, completed.folder)
+    )
     for name in ("accuracy", "reverse_kl", "distill", "cache", "sft_longer"):
         assert figures[name] == expected[name], name
-    assert deterministic(metrics(run_dir, "sft_longer")) == deterministic(metrics(completed.folder, "sft_longer"))
+    assert deterministic(metrics(run_dir, "sft_longer")) == deterministic(
+        metrics(completed.folder, "sft_longer")
+    )

@@ -1,5 +1,6 @@
-"""A server that comes back with the weights of its first start, because the newest were in no folder: nobody learns from it or counts it, and the newest are
-sent again. The stages' own code, in one process; fake servers.
+"""A server that comes back with the weights of its first start, because the newest were in no
+folder: nobody learns from it or counts it, and the newest are sent again. The stages' own code, in
+one process; fake servers.
 """
 
 from __future__ import annotations
@@ -27,16 +28,22 @@ from lopd.stages.refresh import Refresher
 from lopd.stages.refreshed import LOST
 from lopd.stages.student import StudentServer
 from lopd.stages.training import SERVER_KEY, TrainingJob
-from sglang_rollout.fleet import fleet_of
+from sglang_rollout.requests.fleet import fleet_of
 from tests.sglang.fake_server import KEY
 from tests.sglang.weight_syncing import UpdatedFake
 from tests.stand_ins import scored_project
 
-SETTINGS = ("distill={num_steps=4, batch_size=4, sync_every=2, sync_num_prompts=6}", "distill.refresh.every=2", "sync.verify=off")
+SETTINGS = (
+    "distill={num_steps=4, batch_size=4, sync_every=2, sync_num_prompts=6}",
+    "distill.refresh.every=2",
+    "sync.verify=off",
+)
 
 
 class Forgetful(UpdatedFake):
-    """After so many responses of an update it is another process, with the first weights: losses, one entry for each time."""
+    """After so many responses of an update it is another process, with the first weights: losses,
+    one entry for each time.
+    """
 
     def __init__(self, *losses: int) -> None:
         super().__init__()
@@ -46,9 +53,15 @@ class Forgetful(UpdatedFake):
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path.startswith("/update_weights"):
             self.num_answers = 0
-        if path == "/generate" and "sampling_seed" in body["sampling_params"]:  # not where the response is scored afterwards
+        if (
+            path == "/generate" and "sampling_seed" in body["sampling_params"]
+        ):  # not where the response is scored afterwards
             self.num_answers += 1
-            if self.losses and self.weight_version != "default" and self.num_answers > self.losses[0]:
+            if (
+                self.losses
+                and self.weight_version != "default"
+                and self.num_answers > self.losses[0]
+            ):
                 self.losses.pop(0)
                 self.weight_version = "default"
             self.answered.append(self.weight_version)
@@ -68,14 +81,27 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 def job_of(project: Path, folder: Path, *overrides: str) -> TrainingJob:
     model = project / "run" / "sft" / "model"
-    return TrainingJob("distill", config_of(project, *overrides), folder, project / "run" / "score", model, "checkpoint", 4, 17)
+    return TrainingJob(
+        "distill",
+        config_of(project, *overrides),
+        folder,
+        project / "run" / "score",
+        model,
+        "checkpoint",
+        4,
+        17,
+    )
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_refresh_asks_again(replicas: int, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the servers loses the weights after three responses, and once more after two. The other side of the request is the real Refresher."""
+def test_a_refresh_asks_again(
+    replicas: int, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the servers loses the weights after three responses, and once more after two. The
+    other side of the request is the real Refresher.
+    """
     project = shutil.copytree(scored, tmp_path / "project")
-    monkeypatch.setattr("lopd.megatron.parallel.barrier", lambda: None)
+    monkeypatch.setattr("lopd.megatron.ranks.parallel.barrier", lambda: None)
     context = StageContext(config_of(project), distill.STAGE)
     context.writer()
     fakes = [Forgetful(3, 2), Forgetful()][:replicas]
@@ -98,7 +124,9 @@ def test_a_refresh_asks_again(replicas: int, scored: Path, tmp_path: Path, monke
             stack.enter_context(fake).model_path = str(project / "run" / "sft" / "model")
         engine = fleet_of([fake.engine(max_in_flight=1) for fake in fakes])
         with Refresher(context, engine, project / "run" / "sft" / "model") as refresher:
-            waiting = Refreshes(job_of(project, context.folder), {"refresh_due": "2 steps"}, Server())
+            waiting = Refreshes(
+                job_of(project, context.folder), {"refresh_due": "2 steps"}, Server()
+            )
             with ThreadPoolExecutor(1) as pool:
                 learnt = pool.submit(waiting, 2, lambda line: None)
                 try:
@@ -106,14 +134,18 @@ def test_a_refresh_asks_again(replicas: int, scored: Path, tmp_path: Path, monke
                         refresher.attend()
                         time.sleep(0.02)
                 except BaseException:
-                    publish_json(context.folder / LOST, {})  # for ever: so that the waiting side ends too
+                    publish_json(
+                        context.folder / LOST, {}
+                    )  # for ever: so that the waiting side ends too
                     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
                     raise
                 samples = learnt.result()
     assert len(samples) == 8
     assert pushed == [(2, False), (2, True), (2, True)]
     rollouts = context.folder / "refresh-0001" / "rollouts"
-    assert {response.weight_version for response, _ in read_rows(rollouts, read_manifest(rollouts))} == {"step-2"}
+    assert {
+        response.weight_version for response, _ in read_rows(rollouts, read_manifest(rollouts))
+    } == {"step-2"}
     assert "default" in fakes[0].answered, "it did lose them"
 
 
@@ -137,16 +169,28 @@ class Log:
         self.evaluations.append((step, figures["num_prompts"]))
 
 
-def student_of(fake: Forgetful, scored: Path, folder: Path, transport: str) -> tuple[StudentServer, Trained, Log]:
+def student_of(
+    fake: Forgetful, scored: Path, folder: Path, transport: str
+) -> tuple[StudentServer, Trained, Log]:
     job = job_of(scored, folder, f"sync.transport={transport}", "sglang.max_in_flight=1")
     fake.model_path = str(job.initial)
-    student, trainer, log = StudentServer(job, {"urls": [fake.url], "weights_file": None}, print), Trained(job.initial), Log()
+    student, trainer, log = (
+        StudentServer(job, {"urls": [fake.url], "weights_file": None}, print),
+        Trained(job.initial),
+        Log(),
+    )
     student.learn_from(trainer, [], log)  # type: ignore[arg-type]
     return student, trainer, log
 
 
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
-def test_an_evaluation_asks_again(transport: str, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_asks_again(
+    transport: str,
+    scored: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setenv(SERVER_KEY, KEY)
     with Forgetful(4) as fake:
         student, trainer, log = student_of(fake, scored, tmp_path, transport)
@@ -160,14 +204,22 @@ def test_an_evaluation_asks_again(transport: str, scored: Path, tmp_path: Path, 
         student.evaluate(2)
         assert trainer.num_exports == 2, "it has them"
     assert log.evaluations == [(0, 6), (2, 6), (2, 6)]
-    assert "a response of the weights default, where step-2 were asked; the weights are sent again" in capsys.readouterr().out
+    assert (
+        "a response of the weights default, where step-2 were asked; the weights are sent again"
+        in capsys.readouterr().out
+    )
 
 
-def test_a_server_that_loses_them_again_and_again_is_an_error(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_loses_them_again_and_again_is_an_error(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(SERVER_KEY, KEY)
     with Forgetful(*[1] * 99) as fake:
         student, trainer, log = student_of(fake, scored, tmp_path, "tensor")
-        with pytest.raises(EngineError, match=r"lost its weights 5 times: a response of the weights default, where step-2 were asked"):
+        with pytest.raises(
+            EngineError,
+            match=r"lost its weights 5 times: a response of the weights default, where step-2 were asked",
+        ):
             student.evaluate(2)
     assert trainer.num_exports == batches.MOST_SENDS == 5
     assert not log.evaluations

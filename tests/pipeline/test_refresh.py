@@ -1,6 +1,8 @@
-"""Refreshes: which step learns from what, and that a training killed in the middle of one ends as one never killed. Real ranks, fake servers.
+"""Refreshes: which step learns from what, and that a training killed in the middle of one ends as
+one never killed. Real ranks, fake servers.
 
-What real servers make of it is measured by benchmarks/refresh.py; the longer tests here start them too.
+What real servers make of it is measured by benchmarks/refresh.py; the longer tests here start them
+too.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from lopd.batching import ResponseOrder
 from lopd.cache import read_rows
 from lopd.config import Config, load_config
 from lopd.errors import ArtifactError, EngineError, TrainingError
-from lopd.megatron.launch import run_ranks
+from lopd.megatron.ranks.launch import run_ranks
 from lopd.report.console import teacher_line
 from lopd.stages import distill
 from lopd.stages.context import StageContext
 from lopd.stages.refresh import Refresher, next_prompts, num_responses
 from lopd.stages.refreshed import REQUEST, Refresh
 from lopd.stages.training import TrainingJob
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.requests.client import SGLangEngine
 from tests.pipeline.holding import HOLDS
 from tests.pipeline.refreshing import DELAY, REFUSES
 from tests.pipeline.running import deterministic, files, metrics
@@ -60,17 +62,37 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 class Distill:
-    """``lopd distill`` in a process of its own; delay_s: of each answer of its servers; hold: where it waits to be killed (tests.pipeline.holding)."""
+    """``lopd distill`` in a process of its own; delay_s: of each answer of its servers; hold: where
+    it waits to be killed (tests.pipeline.holding).
+    """
 
-    def __init__(self, folder: Path, *overrides: str, delay_s: float = 0, refuses: str = "", hold: str = "") -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, delay_s: float = 0, refuses: str = "", hold: str = ""
+    ) -> None:
         self._folder, self._holds = folder, folder / "holds"
         self._holds.mkdir(exist_ok=True)
         if hold:
             (self._holds / hold).touch()
-        arguments = [sys.executable, "-m", "tests.pipeline.refreshing", str(folder), "distill", str(folder / "config.toml"), *SETTINGS, *overrides]
+        arguments = [
+            sys.executable,
+            "-m",
+            "tests.pipeline.refreshing",
+            str(folder),
+            "distill",
+            str(folder / "config.toml"),
+            *SETTINGS,
+            *overrides,
+        ]
         self._output = (folder / "output.txt").open("ab")
         environment = {**os.environ, DELAY: str(delay_s), REFUSES: refuses, HOLDS: str(self._holds)}
-        self._process = subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True)
+        self._process = subprocess.Popen(
+            arguments,
+            env=environment,
+            cwd=ROOT,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def succeeds(self) -> str:
         """What stood on the screen of all commands in this folder."""
@@ -115,7 +137,12 @@ class Distill:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    found.append(entry.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                    found.append(
+                        entry.joinpath("cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
                 except OSError:
                     continue
         return [line for line in found if str(self._folder) in line and "train_worker" in line]
@@ -139,31 +166,50 @@ def never_killed(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_what_each_step_learns_from(never_killed: Path) -> None:
-    """Two refreshes, before the third and the fifth step: fresh responses to the prompts that Lightning OPD would learn from in these steps."""
+    """Two refreshes, before the third and the fifth step: fresh responses to the prompts that
+    Lightning OPD would learn from in these steps.
+    """
     stage = never_killed / "run" / "distill"
     refreshes = read_manifest(stage).extra["refreshes"]
-    assert [(made["number"], made["step"], made["rows"], made["version"]) for made in refreshes] == [(1, 2, 8, "step-2"), (2, 4, 4, "step-4")]
+    assert [
+        (made["number"], made["step"], made["rows"], made["version"]) for made in refreshes
+    ] == [(1, 2, 8, "step-2"), (2, 4, 4, "step-4")]
     rollouts = [response for response, _ in read_rows(never_killed / "run" / "score")]
     order = ResponseOrder(len(rollouts), BATCH, seed=17)
     for made, steps in zip(refreshes, ((2, 3), (4,)), strict=True):
         folder = stage / f"refresh-{made['number']:04d}"
         assert read_manifest(folder / "scores").fingerprint == made["fingerprint"]
         fresh = list(read_rows(folder / "scores"))
-        expected = [rollouts[index].prompt_id for step in steps for index in order.batch_indices(step)]
+        expected = [
+            rollouts[index].prompt_id for step in steps for index in order.batch_indices(step)
+        ]
         assert [response.prompt_id for response, _ in fresh] == expected
-        assert all(response.weight_version == made["version"] and scores is not None for response, scores in fresh)
+        assert all(
+            response.weight_version == made["version"] and scores is not None
+            for response, scores in fresh
+        )
         frozen = {response.prompt_id: response.token_ids.tolist() for response in rollouts}
-        assert all(response.token_ids.tolist() != frozen[response.prompt_id] for response, _ in fresh), "not the cache's responses"
+        assert all(
+            response.token_ids.tolist() != frozen[response.prompt_id] for response, _ in fresh
+        ), "not the cache's responses"
     rows = metrics(never_killed / "run", "distill")
     assert [row["refreshes"] for row in rows] == [0, 0, 1, 1, 2]
 
 
 def test_servers_do_what_is_needed_and_no_more(never_killed: Path) -> None:
     done = asked(never_killed)
-    assert [line["weights"] for line in done if "weights" in line] == ["step-2", "step-4", "step-5"], "a sync and a refresh of the same step share the weights"
+    assert [line["weights"] for line in done if "weights" in line] == [
+        "step-2",
+        "step-4",
+        "step-5",
+    ], "a sync and a refresh of the same step share the weights"
     fresh = [line["seed"] for line in done if line.get("version") in ("step-2", "step-4")]
-    assert len(fresh) == len(set(fresh)) == 8 + 4 + 2, "with two held-out prompts after the fourth step"
-    scored_by_teacher = [line["scored"] for line in done if "scored" in line and line["role"] == "teacher"]
+    assert len(fresh) == len(set(fresh)) == 8 + 4 + 2, (
+        "with two held-out prompts after the fourth step"
+    )
+    scored_by_teacher = [
+        line["scored"] for line in done if "scored" in line and line["role"] == "teacher"
+    ]
     assert len(scored_by_teacher) == 8 + 4
 
 
@@ -172,18 +218,34 @@ def test_the_summary_counts_what_the_teacher_did(never_killed: Path) -> None:
     work = json.loads((run_dir / "summary.json").read_text())["teacher_work"]
     made = read_manifest(run_dir / "distill").extra["refreshes"]
     scored_tokens = sum(len(response.token_ids) for response, _ in read_rows(run_dir / "score"))
-    fresh_tokens = [sum(len(response.token_ids) for response, _ in read_rows(run_dir / "distill" / f"refresh-000{n}" / "scores")) for n in (1, 2)]
+    fresh_tokens = [
+        sum(
+            len(response.token_ids)
+            for response, _ in read_rows(run_dir / "distill" / f"refresh-000{n}" / "scores")
+        )
+        for n in (1, 2)
+    ]
     assert [refresh["tokens"] for refresh in made] == fresh_tokens
     assert (work["refreshes"], work["tokens"]) == (2, scored_tokens + sum(fresh_tokens))
-    seconds = [json.loads(path.read_text())["teacher_seconds"] for path in sorted(run_dir.glob("distill/refresh-*/seconds.json"))]
+    seconds = [
+        json.loads(path.read_text())["teacher_seconds"]
+        for path in sorted(run_dir.glob("distill/refresh-*/seconds.json"))
+    ]
     assert len(seconds) == 2
-    assert work["seconds"] == pytest.approx(json.loads((run_dir / "score" / "seconds.json").read_text())["seconds"] + sum(seconds), abs=1e-3)
+    assert work["seconds"] == pytest.approx(
+        json.loads((run_dir / "score" / "seconds.json").read_text())["seconds"] + sum(seconds),
+        abs=1e-3,
+    )
     assert teacher_line(work).startswith(f"teacher: {work['tokens']} response tokens scored in ")
     assert teacher_line(work).endswith(", 2 refreshes")
-    assert "refresh" not in teacher_line({**work, "refreshes": 0}), "Lightning OPD's line says nothing of them"
+    assert "refresh" not in teacher_line({**work, "refreshes": 0}), (
+        "Lightning OPD's line says nothing of them"
+    )
 
 
-def test_killed_while_it_samples_ends_as_one_never_killed(scored: Path, never_killed: Path, tmp_path: Path) -> None:
+def test_killed_while_it_samples_ends_as_one_never_killed(
+    scored: Path, never_killed: Path, tmp_path: Path
+) -> None:
     folder = copied(scored, tmp_path / "project")
     first = folder / "run" / "distill" / "refresh-0001"
     Distill(folder, hold="rollouts-1").kill_when_held()
@@ -197,26 +259,41 @@ def test_killed_while_it_samples_ends_as_one_never_killed(scored: Path, never_ki
     given_back = [set(line["away"]) for line in asked(folder) if "away" in line]
     everything = {"weights", "kv_cache", "cuda_graph"}
     turns = [everything, *[everything - {"weights"}, set(), everything] * 3]
-    assert given_back == turns, "two refreshes and two evaluations, of which one has its weights from the evaluation before the same step"
+    assert given_back == turns, (
+        "two refreshes and two evaluations, of which one has its weights from the evaluation before the same step"
+    )
     seeds = [line["seed"] for line in asked(folder) if line.get("version") == "step-2"]
     assert 8 <= len(seeds) <= 8 + 4, "at most the shard that the kill cut off is sampled again"
     assert len(set(seeds)) == 8, "what is asked again is asked with the same seed"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["refresh-0001/scores/shard-00000.parquet", "refresh-0001/seconds.json", "refresh-0002/rollouts/manifest.json"])
-def test_killed_while_it_scores_or_trains_on_it_or_begins_the_next(moment: str, scored: Path, never_killed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "refresh-0001/scores/shard-00000.parquet",
+        "refresh-0001/seconds.json",
+        "refresh-0002/rollouts/manifest.json",
+    ],
+)
+def test_killed_while_it_scores_or_trains_on_it_or_begins_the_next(
+    moment: str, scored: Path, never_killed: Path, tmp_path: Path
+) -> None:
     folder = copied(scored, tmp_path / "project")
     stage = folder / "run" / "distill"
     Distill(folder, delay_s=0.15).kill_when(lambda: (stage / moment).exists())
     published = files(stage, "refresh-*/**/*.parquet")
     Distill(folder).succeeds()
-    assert published.items() <= files(stage, "refresh-*/**/*.parquet").items(), "nothing published is made again"
+    assert published.items() <= files(stage, "refresh-*/**/*.parquet").items(), (
+        "nothing published is made again"
+    )
     assert_same_result(folder, never_killed)
 
 
 @pytest.mark.slow
-def test_a_teacher_that_refuses_ends_the_waiting_ranks_with_its_error(scored: Path, never_killed: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_refuses_ends_the_waiting_ranks_with_its_error(
+    scored: Path, never_killed: Path, tmp_path: Path
+) -> None:
     folder = copied(scored, tmp_path / "project")
     assert "error: " in (line := Distill(folder, refuses="teacher").fails())
     assert "as told" in line
@@ -230,13 +307,19 @@ def assert_same_result(folder: Path, never_killed: Path) -> None:
     assert read_manifest(stage).fingerprint == read_manifest(expected).fingerprint
     assert read_manifest(stage).extra == read_manifest(expected).extra
     for pattern in ("model/*", "refresh-*/**/*.parquet"):
-        assert {name: file.sha256 for name, file in files(stage, pattern).items()} == {name: file.sha256 for name, file in files(expected, pattern).items()}
+        assert {name: file.sha256 for name, file in files(stage, pattern).items()} == {
+            name: file.sha256 for name, file in files(expected, pattern).items()
+        }
     assert files(stage, "refresh-*/**/*.parquet"), "there is something to compare"
     for kind in ("train", "eval"):
-        assert deterministic(metrics(folder / "run", "distill", kind)) == deterministic(metrics(never_killed / "run", "distill", kind))
+        assert deterministic(metrics(folder / "run", "distill", kind)) == deterministic(
+            metrics(never_killed / "run", "distill", kind)
+        )
 
 
-def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(scored: Path, tmp_path: Path) -> None:
+def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(
+    scored: Path, tmp_path: Path
+) -> None:
     """And then go on together; the control is a rank that waits as long in a collective."""
     job = job_of(scored, tmp_path)
     publish_json(tmp_path / "job.json", job.to_json())
@@ -247,7 +330,11 @@ def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(scored: Path
         if (tmp_path / REQUEST).exists():
             (tmp_path / REQUEST).unlink()
             time.sleep(REFRESH_S)
-            writer = ArtifactWriter(tmp_path / "refresh-0001" / "scores", kind="teacher_cache", inputs={"refresh.step": 2})
+            writer = ArtifactWriter(
+                tmp_path / "refresh-0001" / "scores",
+                kind="teacher_cache",
+                inputs={"refresh.step": 2},
+            )
             writer.publish_shard(0, read_shard(score, read_manifest(score).shards[0]))
             writer.finish()
 
@@ -264,22 +351,37 @@ def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(scored: Path
             on_line=hear,
         )
     assert {"rank 0 learns from 4, due: False", "rank 1 learns from 4, due: False"} <= set(lines)
-    assert {f"rank {rank} is told: a server: no, says rank 0; remedy: ask another" for rank in (0, 1)} <= set(lines)
+    assert {
+        f"rank {rank} is told: a server: no, says rank 0; remedy: ask another" for rank in (0, 1)
+    } <= set(lines)
     assert "waited in a collective" not in lines
 
 
 def job_of(project: Path, folder: Path) -> TrainingJob:
-    return TrainingJob("distill", config_of(project), folder, project / "run" / "score", project / "run" / "sft" / "model", "checkpoint", NUM_STEPS, 17)
+    return TrainingJob(
+        "distill",
+        config_of(project),
+        folder,
+        project / "run" / "score",
+        project / "run" / "sft" / "model",
+        "checkpoint",
+        NUM_STEPS,
+        17,
+    )
 
 
-def test_responses_that_last_for_longer_are_gone_through_again_in_another_order(scored: Path, tmp_path: Path) -> None:
+def test_responses_that_last_for_longer_are_gone_through_again_in_another_order(
+    scored: Path, tmp_path: Path
+) -> None:
     from lopd.stages.batches import Batches
     from lopd.stages.training_data import load_samples
 
     job = job_of(scored, tmp_path)
     samples = load_samples(job)
     batches = Batches(samples, job)
-    assert batches.indices(3) == ResponseOrder(24, BATCH, seed=17).batch_indices(3).tolist(), "before any refresh: Lightning OPD's order"
+    assert batches.indices(3) == ResponseOrder(24, BATCH, seed=17).batch_indices(3).tolist(), (
+        "before any refresh: Lightning OPD's order"
+    )
     batches.learn_from(samples[:8], 3)
     rounds = [batches.indices(3 + step) + batches.indices(4 + step) for step in (0, 2, 4)]
     assert rounds[0] == list(range(8)), "in the order in which they were sampled"
@@ -297,29 +399,49 @@ class OneVersion(Engine):
 
 
 def test_responses_of_other_weights_are_not_learnt_from(scored: Path, tmp_path: Path) -> None:
-    """As after a restart of a server that nobody could tell the newest weights; and a server that has others is not asked at all."""
+    """As after a restart of a server that nobody could tell the newest weights; and a server that
+    has others is not asked at all.
+    """
     folder = copied(scored, tmp_path / "project")
     context = StageContext(config_of(folder), distill.STAGE)
     context.writer()
-    refresher = Refresher(context, cast(SGLangEngine, engine := OneVersion()), folder / "run" / "sft" / "model")
+    refresher = Refresher(
+        context, cast(SGLangEngine, engine := OneVersion()), folder / "run" / "sft" / "model"
+    )
     Refresh(1, 2, "2 steps", version="step-2").ask(context.folder)
-    with pytest.raises(EngineError, match="responses of the weights stand-in among those of step-2"):
+    with pytest.raises(
+        EngineError, match="responses of the weights stand-in among those of step-2"
+    ):
         refresher.attend()
     asked_for = engine.answered
     Refresh(2, 4, "2 steps", version="step-4").ask(context.folder)
-    with pytest.raises(ArtifactError, match="responses of the weights step-4 are missing, and the server has step-2"):
+    with pytest.raises(
+        ArtifactError,
+        match="responses of the weights step-4 are missing, and the server has step-2",
+    ):
         refresher.attend()
     assert engine.answered == asked_for == 8
 
 
 def test_how_many_responses_and_of_which_prompts(scored: Path) -> None:
-    by_steps, by_drift = config_of(scored), config_of(scored, "distill.refresh={max_chi_square=0.5}")
-    assert [num_responses(by_steps, step, 24) for step in (2, 4)] == [8, 4], "no more than the steps left learn from"
+    by_steps, by_drift = (
+        config_of(scored),
+        config_of(scored, "distill.refresh={max_chi_square=0.5}"),
+    )
+    assert [num_responses(by_steps, step, 24) for step in (2, 4)] == [8, 4], (
+        "no more than the steps left learn from"
+    )
     assert num_responses(by_drift, 1, 24) == 16
-    assert num_responses(by_drift, 1, 8) == 8, "no more than there are prompts: they would be twice among the responses"
+    assert num_responses(by_drift, 1, 8) == 8, (
+        "no more than there are prompts: they would be twice among the responses"
+    )
     assert num_responses(config_of(scored, "distill.refresh.num_responses=6"), 2, 24) == 6
     twice = config_of(scored, "rollout.samples_per_prompt=2")
-    assert next_prompts(24, 2, 4, by_steps)[:2] == next_prompts(24, 4, 4, twice)[:2], "two samples a prompt: half as many prompts a step"
+    assert next_prompts(24, 2, 4, by_steps)[:2] == next_prompts(24, 4, 4, twice)[:2], (
+        "two samples a prompt: half as many prompts a step"
+    )
     later = [next_prompts(24, step, 4, by_steps) for step in range(12)]
-    assert sorted(index for part in later[:6] for index in part) == list(range(24)), "all, before any comes again"
+    assert sorted(index for part in later[:6] for index in part) == list(range(24)), (
+        "all, before any comes again"
+    )
     assert later[6:] == later[:6]

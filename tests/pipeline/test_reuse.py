@@ -1,4 +1,6 @@
-"""What a second command does again and what not: decided by what a stage's result depends on, and by nothing else."""
+"""What a second command does again and what not: decided by what a stage's result depends on, and
+by nothing else.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +39,32 @@ def artifacts(run_dir: Path) -> dict[str, object]:
 
 def of_what_starts(run_dir: Path) -> dict[str, object]:
     """The logs of servers and ranks, to which each start adds."""
-    return {name: state for pattern in ("*/sglang*.log", "**/train.log") for name, state in files(run_dir, pattern).items()}
+    return {
+        name: state
+        for pattern in ("*/sglang*.log", "**/train.log")
+        for name, state in files(run_dir, pattern).items()
+    }
 
 
 def test_the_same_command_again_does_nothing_and_touches_nothing(completed: CompletedRun) -> None:
-    before, logs, rows = artifacts(completed.folder), of_what_starts(completed.folder), (completed.folder / "metrics.jsonl").read_bytes()
+    before, logs, rows = (
+        artifacts(completed.folder),
+        of_what_starts(completed.folder),
+        (completed.folder / "metrics.jsonl").read_bytes(),
+    )
     figures = json.loads((completed.folder / "summary.json").read_text())
     again = lopd("run", completed.folder, SHORT)
-    assert [line for line in again.stdout.splitlines() if ": " in line][: len(STAGES)] == [f"{stage}: reused" for stage in STAGES]
+    assert [line for line in again.stdout.splitlines() if ": " in line][: len(STAGES)] == [
+        f"{stage}: reused" for stage in STAGES
+    ]
     assert artifacts(completed.folder) == before
     assert of_what_starts(completed.folder) == logs, "no server and no rank was started"
-    assert {name.rpartition("/")[2] for name in logs} == {"sglang-teacher.log", "sglang-student.log", "sglang-evaluated.log", "train.log"}, sorted(logs)
+    assert {name.rpartition("/")[2] for name in logs} == {
+        "sglang-teacher.log",
+        "sglang-student.log",
+        "sglang-evaluated.log",
+        "train.log",
+    }, sorted(logs)
     assert (completed.folder / "metrics.jsonl").read_bytes() == rows
     summary = json.loads((completed.folder / "summary.json").read_text())
     assert {stage["status"] for stage in summary.pop("stages")} == {"reused"}
@@ -55,7 +72,13 @@ def test_the_same_command_again_does_nothing_and_touches_nothing(completed: Comp
 
 
 def test_a_knob_that_decides_no_result_runs_nothing(completed: CompletedRun) -> None:
-    overrides = ("export.shard_bytes=2000000", "sglang.max_in_flight=7", "rollout.shard_size=9", "sft.timeout_s=77", "distill.checkpoint_every=3")
+    overrides = (
+        "export.shard_bytes=2000000",
+        "sglang.max_in_flight=7",
+        "rollout.shard_size=9",
+        "sft.timeout_s=77",
+        "distill.checkpoint_every=3",
+    )
     assert states(completed.folder, [*SHORT, *overrides]) == dict.fromkeys(STAGES, "done")
 
 
@@ -70,13 +93,24 @@ def test_a_knob_that_decides_no_result_runs_nothing(completed: CompletedRun) -> 
         ("evaluate.top_p=0.9", "evaluate"),
     ],
 )
-def test_status_foretells_what_a_knob_runs_again(completed: CompletedRun, override: str, first: str) -> None:
-    depending = {"demonstrate": STAGES[0:], "sft": STAGES[1:], "rollout": STAGES[2:], "score": STAGES[3:], "distill": STAGES[4:], "evaluate": ["evaluate"]}
+def test_status_foretells_what_a_knob_runs_again(
+    completed: CompletedRun, override: str, first: str
+) -> None:
+    depending = {
+        "demonstrate": STAGES[0:],
+        "sft": STAGES[1:],
+        "rollout": STAGES[2:],
+        "score": STAGES[3:],
+        "distill": STAGES[4:],
+        "evaluate": ["evaluate"],
+    }
     found = states(completed.folder, [*SHORT, override])
     assert found == {stage: "outdated" if stage in depending[first] else "done" for stage in STAGES}
 
 
-def test_a_changed_knob_runs_what_depends_on_it_and_going_back_runs_nothing(completed: CompletedRun, done_up_to: Callable[[str], Path]) -> None:
+def test_a_changed_knob_runs_what_depends_on_it_and_going_back_runs_nothing(
+    completed: CompletedRun, done_up_to: Callable[[str], Path]
+) -> None:
     run_dir = done_up_to("export")
     former = artifacts(run_dir)
     changed = lopd("run", run_dir, OTHER)
@@ -116,28 +150,50 @@ def test_a_stage_before_its_parent_names_it(tmp_path: Path) -> None:
     assert "sft needs demonstrate, which is absent" in refused.stderr
     assert "lopd demonstrate" in refused.stderr, "the remedy"
     assert "Traceback" not in refused.stderr
-    for stage, parent in (("rollout", "sft"), ("score", "rollout"), ("distill", "sft"), ("evaluate", "sft"), ("export", "distill")):
+    for stage, parent in (
+        ("rollout", "sft"),
+        ("score", "rollout"),
+        ("distill", "sft"),
+        ("evaluate", "sft"),
+        ("export", "distill"),
+    ):
         with pytest.raises(ArtifactError, match=f"{stage} needs {parent}, which is absent"):
             pipeline.run(config_of(tmp_path / "run", SHORT), only=[stage])
 
 
 def test_a_stage_whose_parent_is_of_other_knobs_names_it(completed: CompletedRun) -> None:
-    with pytest.raises(ArtifactError, match=r"rollout needs sft, which was made from other knobs \(sft.optimizer.lr\)"):
-        pipeline.run(config_of(completed.folder, [*SHORT, "sft.optimizer.lr=1e-5"]), only=["rollout"])
-    with pytest.raises(ArtifactError, match=r"distill needs score, which was made from other knobs \(parent rollout\)"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"rollout needs sft, which was made from other knobs \(sft.optimizer.lr\)",
+    ):
+        pipeline.run(
+            config_of(completed.folder, [*SHORT, "sft.optimizer.lr=1e-5"]), only=["rollout"]
+        )
+    with pytest.raises(
+        ArtifactError,
+        match=r"distill needs score, which was made from other knobs \(parent rollout\)",
+    ):
         pipeline.run(config_of(completed.folder, [*SHORT, "rollout.top_p=0.5"]), only=["distill"])
-    assert states(completed.folder, SHORT) == dict.fromkeys(STAGES, "done"), "a refused command changes nothing"
+    assert states(completed.folder, SHORT) == dict.fromkeys(STAGES, "done"), (
+        "a refused command changes nothing"
+    )
     assert json.loads((completed.folder / "config.json").read_text())["rollout.top_p"] == 1.0
 
 
-def test_status_before_amid_and_after(completed: CompletedRun, done_up_to: Callable[[str], Path], tmp_path: Path) -> None:
+def test_status_before_amid_and_after(
+    completed: CompletedRun, done_up_to: Callable[[str], Path], tmp_path: Path
+) -> None:
     assert states(tmp_path / "nothing", SHORT) == dict.fromkeys(STAGES, "absent")
     assert not (tmp_path / "nothing").exists(), "status writes nothing"
     run_dir = done_up_to("score")
     manifest = run_dir / "score" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False, "shards": []}))
+    manifest.write_text(
+        json.dumps({**json.loads(manifest.read_text()), "complete": False, "shards": []})
+    )
     (run_dir / "score" / "shard-00003.parquet").unlink()
-    rows = {row["name"]: row for row in json.loads(lopd("status", run_dir, [*SHORT, "--json"]).stdout)}
+    rows = {
+        row["name"]: row for row in json.loads(lopd("status", run_dir, [*SHORT, "--json"]).stdout)
+    }
     assert [rows[stage]["state"] for stage in STAGES] == ["done"] * 3 + ["partial"] + ["absent"] * 3
     assert rows["score"]["rows"] == 1280 - 256, "what is published counts, listed or not"
     after = lopd("status", completed.folder, SHORT).stdout
@@ -151,7 +207,10 @@ def test_status_before_amid_and_after(completed: CompletedRun, done_up_to: Calla
 
 
 def responses(indices: range) -> list[Response]:
-    return [Response(f"p{index}", 0, int32([1]), int32([2, 3]), float32([-1, -2]), "stop", "0") for index in indices]
+    return [
+        Response(f"p{index}", 0, int32([1]), int32([2, 3]), float32([-1, -2]), "stop", "0")
+        for index in indices
+    ]
 
 
 def test_a_shard_size_changed_amid_a_stage_does_not_move_its_rows(tmp_path: Path) -> None:
@@ -165,13 +224,17 @@ def test_a_shard_of_another_artifact_is_not_adopted(tmp_path: Path) -> None:
     first = ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"temperature": 1.0})
     first.publish_shard(0, to_table(responses(range(4))))
     (tmp_path / "a" / "manifest.json").unlink()
-    assert ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"temperature": 1.0}).published == {0}
+    assert ArtifactWriter(
+        tmp_path / "a", kind="rollouts", inputs={"temperature": 1.0}
+    ).published == {0}
     (tmp_path / "a" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"shard-00000\.parquet.*other inputs"):
         ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"temperature": 0.5})
 
 
-def test_a_knob_newer_than_the_artifact_counts_as_its_default(done_up_to: Callable[[str], Path]) -> None:
+def test_a_knob_newer_than_the_artifact_counts_as_its_default(
+    done_up_to: Callable[[str], Path],
+) -> None:
     run_dir = done_up_to("demonstrate")
     manifest = run_dir / "demonstrate" / "manifest.json"
     about = json.loads(manifest.read_text())

@@ -22,7 +22,9 @@ REFRESHED = (
 
 
 def test_two_servers_of_sglang_make_what_one_makes(tmp_path: Path) -> None:
-    """Two refreshes on real servers: both sample and both score, and every response, score and weight is that of one server, to the bit."""
+    """Two refreshes on real servers: both sample and both score, and every response, score and
+    weight is that of one server, to the bit.
+    """
     by_two, by_one = tmp_path / "two", tmp_path / "one"
     for stage in ("demonstrate", "sft", "rollout", "score"):
         lopd(stage, by_two, REFRESHED)
@@ -30,9 +32,17 @@ def test_two_servers_of_sglang_make_what_one_makes(tmp_path: Path) -> None:
     lopd("distill", by_two, [*REFRESHED, "sglang.replicas=2"])
     lopd("distill", by_one, REFRESHED)
     refreshes = read_manifest(by_two / "distill").extra["refreshes"]
-    assert [(made["step"], made["version"], made["rows"]) for made in refreshes] == [(1, "step-1", 32), (2, "step-2", 32)]
+    assert [(made["step"], made["version"], made["rows"]) for made in refreshes] == [
+        (1, "step-1", 32),
+        (2, "step-2", 32),
+    ]
     assert refreshes == read_manifest(by_one / "distill").extra["refreshes"]
     for role in ("student", "teacher"):
         for replica in (0, 1):
-            assert "Prefill batch" in (by_two / "distill" / f"sglang-{role}-{replica}.log").read_text(errors="replace")
-    assert read_manifest(by_two / "distill").fingerprint == read_manifest(by_one / "distill").fingerprint
+            assert "Prefill batch" in (
+                by_two / "distill" / f"sglang-{role}-{replica}.log"
+            ).read_text(errors="replace")
+    assert (
+        read_manifest(by_two / "distill").fingerprint
+        == read_manifest(by_one / "distill").fingerprint
+    )

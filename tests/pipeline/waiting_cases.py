@@ -1,4 +1,6 @@
-"""Two ranks that wait for a refresh, and for what only rank 0 can do, for longer than a collective may last; started by run_ranks."""
+"""Two ranks that wait for a refresh, and for what only rank 0 can do, for longer than a collective
+may last; started by run_ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from lopd.errors import EngineError
-from lopd.megatron.launch import reporting_errors
+from lopd.megatron.ranks.launch import reporting_errors
 
 COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 3.0
 
@@ -30,8 +32,8 @@ class Server:
 
 def wait(job_file: Path) -> None:
     from lopd.config import ParallelSection
-    from lopd.megatron import parallel
-    from lopd.megatron.first_rank import by_first_rank
+    from lopd.megatron.ranks import parallel
+    from lopd.megatron.ranks.first_rank import by_first_rank
     from lopd.stages.batches import Refreshes
     from lopd.stages.training import TrainingJob
 
@@ -46,7 +48,9 @@ def wait(job_file: Path) -> None:
         by_first_rank(_refused)
     except EngineError as error:
         say(f"rank {parallel.rank()} is told: {error}")
-    collectives_last(600)  # what the ranks read after the wait takes one of them longer than the other
+    collectives_last(
+        600
+    )  # what the ranks read after the wait takes one of them longer than the other
     parallel.gather_objects(len(samples))
     say(f"rank {parallel.rank()} learns from {len(samples)}, due: {refreshes.due}")
     collectives_last(COLLECTIVE_TIMEOUT_S)
@@ -62,7 +66,7 @@ def _work(job_file: Path) -> str:
 
 
 def _refused() -> None:
-    from sglang_rollout.client import Refused
+    from sglang_rollout.requests.client import Refused
 
     raise Refused(f"no, says rank {os.environ['RANK']}", where="a server", remedy="ask another")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lopd.config import Config, load_config
-from lopd.megatron.architecture import Architecture
-from lopd.megatron.families import FAMILIES
+from lopd.megatron.weights.architecture import Architecture
+from lopd.megatron.weights.families import FAMILIES
 from lopd.planning import Assumptions, Plan, make_plan, node_of
 from lopd.planning.known_models import KNOWN_MODELS
 from lopd.planning.models import planned_models
@@ -80,8 +80,24 @@ def config_of(text: str, folder: Path, overrides: Sequence[str] = ()) -> Config:
     return load_config(path, overrides)
 
 
-def plan_of(text: str, folder: Path, overrides: Sequence[str] = (), *, gpu: str = "h100-80gb", gpus: int = 8, cohost: bool = False, **assumed: float) -> Plan:
+def plan_of(
+    text: str,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    *,
+    gpu: str = "h100-80gb",
+    gpus: int = 8,
+    cohost: bool = False,
+    **assumed: float,
+) -> Plan:
     """By formula: quick."""
     config = config_of(text, folder, overrides)
     given: Mapping[str, Path] = {}
-    return make_plan(config, planned_models(config, given), node_of(gpu, gpus), Assumptions(**assumed), build=False, cohost=cohost)
+    return make_plan(
+        config,
+        planned_models(config, given),
+        node_of(gpu, gpus),
+        Assumptions(**assumed),
+        build=False,
+        cohost=cohost,
+    )

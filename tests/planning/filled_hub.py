@@ -1,4 +1,6 @@
-"""The hub's folder as lopd fetch would leave it, with a few rows of each data set that a recipe names, in the columns that it publishes."""
+"""The hub's folder as lopd fetch would leave it, with a few rows of each data set that a recipe
+names, in the columns that it publishes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lopd.config.hub import hub_name, local_path
-from lopd.hub import NOTE
+from lopd.machine.hub import NOTE
 from lopd.planning.known_models import KNOWN_MODELS
 
 IN_A_BENCHMARK = 505
@@ -39,17 +41,44 @@ def model_folder(name: str) -> Path:
 
 def fill_prompts() -> None:
     """The data sets alone."""
-    thoughts = [{"domain": "math", "conversations": [{"from": "human", "value": question(i // 2)}, {"from": "gpt", "value": "so"}]} for i in range(20)]
+    thoughts = [
+        {
+            "domain": "math",
+            "conversations": [
+                {"from": "human", "value": question(i // 2)},
+                {"from": "gpt", "value": "so"},
+            ],
+        }
+        for i in range(20)
+    ]
     _rows("open-thoughts/OpenThoughts3-1.2M@main/data/train-00000.parquet", thoughts)
     dapo = []
     for i in range(10):
         prompt = [{"role": "user", "content": question(500 + i)}]
-        dapo.append({"prompt": prompt, "reward_model": {"ground_truth": "7"}, "extra_info": {"index": f"id{i}"}})
+        dapo.append(
+            {
+                "prompt": prompt,
+                "reward_model": {"ground_truth": "7"},
+                "extra_info": {"index": f"id{i}"},
+            }
+        )
     _rows("BytedTsinghua-SIA/DAPO-Math-17k@main/data/dapo-math-17k.parquet", dapo)
-    _rows("HuggingFaceH4/MATH-500@main/test.jsonl", [{"problem": question(900 + i), "answer": "3", "unique_id": f"u{i}"} for i in range(5)])
-    _rows("HuggingFaceH4/aime_2024@main/data/train.parquet", [{"id": 1, "problem": question(IN_A_BENCHMARK), "answer": "5"}])
-    _rows("math-ai/aime25@main/test.jsonl", [{"id": 1, "problem": "Something else entirely, about circles", "answer": "5"}])
-    _rows("MathArena/hmmt_feb_2025@main/data/train.parquet", [{"problem_idx": 1, "problem": "Another one, about lines", "answer": "5"}])
+    _rows(
+        "HuggingFaceH4/MATH-500@main/test.jsonl",
+        [{"problem": question(900 + i), "answer": "3", "unique_id": f"u{i}"} for i in range(5)],
+    )
+    _rows(
+        "HuggingFaceH4/aime_2024@main/data/train.parquet",
+        [{"id": 1, "problem": question(IN_A_BENCHMARK), "answer": "5"}],
+    )
+    _rows(
+        "math-ai/aime25@main/test.jsonl",
+        [{"id": 1, "problem": "Something else entirely, about circles", "answer": "5"}],
+    )
+    _rows(
+        "MathArena/hmmt_feb_2025@main/data/train.parquet",
+        [{"problem_idx": 1, "problem": "Another one, about lines", "answer": "5"}],
+    )
 
 
 def _rows(name: str, rows: Sequence[Mapping[str, Any]]) -> None:

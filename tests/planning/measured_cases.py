@@ -1,4 +1,6 @@
-"""What a trainer's rank really holds, tensor by tensor and by the system's count: a body for tests.megatron.launch.run_ranks."""
+"""What a trainer's rank really holds, tensor by tensor and by the system's count: a body for
+tests.megatron.launch.run_ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from lopd.batching import build_microbatch
 from lopd.config import TrainSection
-from lopd.megatron import parallel
-from lopd.megatron.model import forward
-from lopd.megatron.trainer import Trainer
+from lopd.megatron.model.build import forward
+from lopd.megatron.ranks import parallel
+from lopd.megatron.training.trainer import Trainer
 from lopd.objective.supervised import Supervised
 from lopd.records import Microbatch, Sample
 
@@ -37,21 +39,49 @@ EXPERTS = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "dense float32": {"model": DENSE, "dtype": "float32", "parallel": {"ranks": 2}},
-    "dense bfloat16 full recompute": {"model": DENSE, "dtype": "bfloat16", "parallel": {"ranks": 2}, "recompute": "full"},
-    "experts bfloat16 EP2": {"model": {**DENSE, **EXPERTS}, "dtype": "bfloat16", "parallel": {"ranks": 2, "expert": 2}},
-    "experts float32 TP2 EP2": {"model": {**DENSE, **EXPERTS}, "dtype": "float32", "parallel": {"ranks": 2, "tensor": 2, "expert": 2}},
-    "dense bfloat16 undistributed": {"model": DENSE, "dtype": "bfloat16", "parallel": {"ranks": 2, "distributed_optimizer": False}},
+    "dense bfloat16 full recompute": {
+        "model": DENSE,
+        "dtype": "bfloat16",
+        "parallel": {"ranks": 2},
+        "recompute": "full",
+    },
+    "experts bfloat16 EP2": {
+        "model": {**DENSE, **EXPERTS},
+        "dtype": "bfloat16",
+        "parallel": {"ranks": 2, "expert": 2},
+    },
+    "experts float32 TP2 EP2": {
+        "model": {**DENSE, **EXPERTS},
+        "dtype": "float32",
+        "parallel": {"ranks": 2, "tensor": 2, "expert": 2},
+    },
+    "dense bfloat16 undistributed": {
+        "model": DENSE,
+        "dtype": "bfloat16",
+        "parallel": {"ranks": 2, "distributed_optimizer": False},
+    },
 }
 
 
 def settings_of(name: str) -> TrainSection:
     case = {key: value for key, value in CASES[name].items() if key != "model"}
-    return TrainSection(**case, num_steps=2, max_tokens_per_microbatch=LENGTH * SEQUENCES, optimizer={"lr": 1e-4})
+    return TrainSection(
+        **case, num_steps=2, max_tokens_per_microbatch=LENGTH * SEQUENCES, optimizer={"lr": 1e-4}
+    )
 
 
 def measure(folder: str) -> dict[str, dict[str, float]]:
-    """Of every case bytes of this rank: weights, gradients, optimizer, and activations kept for the backward pass."""
-    return {name: _measure(Path(folder) / str(os.environ["RANK"]) / name.replace(" ", "_"), CASES[name], settings_of(name)) for name in CASES}
+    """Of every case bytes of this rank: weights, gradients, optimizer, and activations kept for the
+    backward pass.
+    """
+    return {
+        name: _measure(
+            Path(folder) / str(os.environ["RANK"]) / name.replace(" ", "_"),
+            CASES[name],
+            settings_of(name),
+        )
+        for name in CASES
+    }
 
 
 def _measure(folder: Path, case: dict[str, Any], settings: TrainSection) -> dict[str, float]:
@@ -66,25 +96,49 @@ def _measure(folder: Path, case: dict[str, Any], settings: TrainSection) -> dict
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tokens, labels = torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.labels)
-        forward(trainer.module, token_ids=tokens, cu_seqlens=torch.as_tensor(microbatch.cu_seqlens), max_seqlen=microbatch.max_seqlen, labels=labels)
+        forward(
+            trainer.module,
+            token_ids=tokens,
+            cu_seqlens=torch.as_tensor(microbatch.cu_seqlens),
+            max_seqlen=microbatch.max_seqlen,
+            labels=labels,
+        )
     activations = _bytes(kept.values())
     kept.clear()
     trainer.train_step([microbatch])
     return {
         "weights": _bytes(trainer.module.parameters()),
-        "gradients": _bytes(buffer.grad_data for buffer in [*trainer.model.buffers, *trainer.model.expert_parallel_buffers]),
+        "gradients": _bytes(
+            buffer.grad_data
+            for buffer in [*trainer.model.buffers, *trainer.model.expert_parallel_buffers]
+        ),
         "optimizer": _bytes(_optimizer_tensors(trainer), exclude=own),
         "activations": activations,
     }
 
 
-def _trainer(folder: Path, case: dict[str, Any], settings: TrainSection) -> tuple[Trainer, Microbatch]:
+def _trainer(
+    folder: Path, case: dict[str, Any], settings: TrainSection
+) -> tuple[Trainer, Microbatch]:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(case["model"]))
     parallel.initialize(settings.parallel, seed=1, timeout_s=500)
-    trainer = Trainer(settings, model_dir=folder, init="random", init_std=0.02, seed=1, objective=Supervised(), checkpoint_dir=None)
+    trainer = Trainer(
+        settings,
+        model_dir=folder,
+        init="random",
+        init_std=0.02,
+        seed=1,
+        objective=Supervised(),
+        checkpoint_dir=None,
+    )
     generator = np.random.default_rng(parallel.data_rank())
-    samples = [Sample(generator.integers(4, 512, LENGTH).astype(np.int32), np.arange(LENGTH) > 9, None, None) for _ in range(SEQUENCES)]
+    samples = [
+        Sample(
+            generator.integers(4, 512, LENGTH).astype(np.int32), np.arange(LENGTH) > 9, None, None
+        )
+        for _ in range(SEQUENCES)
+    ]
     return trainer, build_microbatch(samples, settings.parallel.tensor)
 
 
@@ -99,12 +153,21 @@ LARGE: dict[str, Any] = {
 
 
 def large_settings() -> TrainSection:
-    return TrainSection(dtype="float32", num_steps=2, max_tokens_per_microbatch=LENGTH * SEQUENCES, optimizer={"lr": 1e-4})
+    return TrainSection(
+        dtype="float32",
+        num_steps=2,
+        max_tokens_per_microbatch=LENGTH * SEQUENCES,
+        optimizer={"lr": 1e-4},
+    )
 
 
 def measure_resident(folder: str) -> float:
-    """Growth of this process's resident memory at its highest, over two steps of a model of 94 million parameters."""
-    small, microbatch = _trainer(Path(folder) / "small", {"model": {**DENSE, "hidden_size": 64}}, large_settings())
+    """Growth of this process's resident memory at its highest, over two steps of a model of 94
+    million parameters.
+    """
+    small, microbatch = _trainer(
+        Path(folder) / "small", {"model": {**DENSE, "hidden_size": 64}}, large_settings()
+    )
     small.train_step([microbatch])  # loads every library that a step needs
     del small
     gc.collect()
@@ -117,16 +180,24 @@ def measure_resident(folder: str) -> float:
 
 
 def _optimizer_tensors(trainer: Trainer) -> Iterator[Tensor]:
-    for chained in getattr(trainer.optimizer.megatron, "chained_optimizers", [trainer.optimizer.megatron]):
+    for chained in getattr(
+        trainer.optimizer.megatron, "chained_optimizers", [trainer.optimizer.megatron]
+    ):
         for group in chained.optimizer.param_groups:
             for parameter in group["params"]:
                 yield parameter
-                yield from (value for value in chained.optimizer.state[parameter].values() if isinstance(value, Tensor))
+                yield from (
+                    value
+                    for value in chained.optimizer.state[parameter].values()
+                    if isinstance(value, Tensor)
+                )
 
 
 def _bytes(tensors: Any, exclude: Any = ()) -> float:
     """Of each storage once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return float(sum(size for pointer, size in storages.items() if pointer not in exclude))
 
 

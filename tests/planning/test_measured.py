@@ -1,4 +1,6 @@
-"""The plan's memory against what a trainer's ranks really hold on a CPU: tensor by tensor, and by the system's own count."""
+"""The plan's memory against what a trainer's ranks really hold on a CPU: tensor by tensor, and by
+the system's own count.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lopd.config import TrainSection
-from lopd.megatron.architecture import Architecture
-from lopd.megatron.families import FAMILIES
+from lopd.megatron.weights.architecture import Architecture
+from lopd.megatron.weights.families import FAMILIES
 from lopd.planning import Assumptions
 from lopd.planning.activations import layer_activations
 from lopd.planning.memory import SIZES, trainer_memory
@@ -34,7 +36,9 @@ def planned(name: str, settings: TrainSection | None = None) -> dict[str, float]
 
 
 def kept(name: str) -> float:
-    """Activations between forward and backward pass: the layers', and around the output layer the final norm's and logits that fit into one block."""
+    """Activations between forward and backward pass: the layers', and around the output layer the
+    final norm's and logits that fit into one block.
+    """
     arch, settings = architecture_of(CASES[name]), measured_cases.settings_of(name)
     size, tensor = SIZES[settings.dtype], settings.parallel.tensor
     layer = layer_activations(arch, tensor=tensor, size=size, engine=False)
@@ -45,20 +49,32 @@ def kept(name: str) -> float:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, float]]]:
-    results: list[dict[str, dict[str, float]]] = run_ranks(measured_cases.measure, 2, folder=str(tmp_path_factory.mktemp("measured")))
+    results: list[dict[str, dict[str, float]]] = run_ranks(
+        measured_cases.measure, 2, folder=str(tmp_path_factory.mktemp("measured"))
+    )
     return results
 
 
 @pytest.mark.parametrize("term", ["weights", "gradients", "optimizer"])
-def test_what_does_not_depend_on_data_is_exact(measured: list[dict[str, dict[str, float]]], term: str) -> None:
+def test_what_does_not_depend_on_data_is_exact(
+    measured: list[dict[str, dict[str, float]]], term: str
+) -> None:
     for rank in measured:
-        assert {name: rank[name][term] for name in CASES} == pytest.approx({name: planned(name)[term] for name in CASES}, rel=0.001)
+        assert {name: rank[name][term] for name in CASES} == pytest.approx(
+            {name: planned(name)[term] for name in CASES}, rel=0.001
+        )
 
 
-def test_the_optimizer_would_be_missed_without_its_shards(measured: list[dict[str, dict[str, float]]]) -> None:
+def test_the_optimizer_would_be_missed_without_its_shards(
+    measured: list[dict[str, dict[str, float]]],
+) -> None:
     whole = measured_cases.settings_of("dense float32")
-    whole = whole.model_copy(update={"parallel": whole.parallel.model_copy(update={"distributed_optimizer": False})})
-    assert planned("dense float32", whole)["optimizer"] == pytest.approx(2 * measured[0]["dense float32"]["optimizer"], rel=0.001)
+    whole = whole.model_copy(
+        update={"parallel": whole.parallel.model_copy(update={"distributed_optimizer": False})}
+    )
+    assert planned("dense float32", whole)["optimizer"] == pytest.approx(
+        2 * measured[0]["dense float32"]["optimizer"], rel=0.001
+    )
 
 
 def test_activations(measured: list[dict[str, dict[str, float]]]) -> None:
@@ -67,15 +83,30 @@ def test_activations(measured: list[dict[str, dict[str, float]]]) -> None:
         within = 0.15 if "experts" in name else 0.03
         for rank in measured:
             assert rank[name]["activations"] == pytest.approx(kept(name), rel=within), name
-    full, none = measured[0]["dense bfloat16 full recompute"]["activations"], measured[0]["dense bfloat16 undistributed"]["activations"]
+    full, none = (
+        measured[0]["dense bfloat16 full recompute"]["activations"],
+        measured[0]["dense bfloat16 undistributed"]["activations"],
+    )
     assert none > 5 * full, "recompute keeps the layers' inputs alone"
 
 
 @pytest.mark.slow
 def test_resident_memory_of_a_training(tmp_path: Path) -> None:
-    """What the system says a process has taken for a model of 94 million parameters, within 15% of the plan's terms."""
-    (grown,) = run_ranks(measured_cases.measure_resident, 1, folder=str(tmp_path), env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
+    """What the system says a process has taken for a model of 94 million parameters, within 15% of
+    the plan's terms.
+    """
+    (grown,) = run_ranks(
+        measured_cases.measure_resident,
+        1,
+        folder=str(tmp_path),
+        env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )
     arch, settings = architecture_of(measured_cases.LARGE), measured_cases.large_settings()
-    terms = trainer_memory(arch, settings, parameters_by_formula(arch, settings.parallel), EVEN, engine=False).gpu
-    expected = sum(terms[name] for name in ("weights", "gradients", "optimizer", "activations", "log-probabilities"))
+    terms = trainer_memory(
+        arch, settings, parameters_by_formula(arch, settings.parallel), EVEN, engine=False
+    ).gpu
+    expected = sum(
+        terms[name]
+        for name in ("weights", "gradients", "optimizer", "activations", "log-probabilities")
+    )
     assert grown == pytest.approx(expected, rel=0.15)

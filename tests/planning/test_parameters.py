@@ -1,4 +1,6 @@
-"""Parameters counted on Megatron-Core's own modules are the published ones, and the formula agrees with them in every layout."""
+"""Parameters counted on Megatron-Core's own modules are the published ones, and the formula agrees
+with them in every layout.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ import dataclasses
 import pytest
 
 from lopd.config import ParallelSection
-from lopd.planning.parameters import CountJob, StageParameters, count_parameters, parameters_by_formula, total_and_active
+from lopd.planning.parameters import (
+    CountJob,
+    StageParameters,
+    count_parameters,
+    parameters_by_formula,
+    total_and_active,
+)
 from tests.planning.configs import architecture
 
 MOE = "Qwen3-30B-A3B-Base"
@@ -16,7 +24,10 @@ LAYOUTS = [
     (MOE, {"ranks": 8, "tensor": 4, "expert": 8}),  # the reference layout
     (MOE, {"ranks": 8, "tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 2}),
     ("Qwen3-8B-Base", {"ranks": 8, "tensor": 4}),
-    ("Qwen3-4B-Base", {"ranks": 4, "tensor": 2, "pipeline": 2}),  # tied embeddings: the last stage has a copy
+    (
+        "Qwen3-4B-Base",
+        {"ranks": 4, "tensor": 2, "pipeline": 2},
+    ),  # tied embeddings: the last stage has a copy
     ("QwQ-32B", {"ranks": 8, "tensor": 8}),  # biases, no norms on queries
 ]
 
@@ -24,7 +35,9 @@ LAYOUTS = [
 @pytest.fixture(scope="module")
 def counted() -> list[list[StageParameters]]:
     """All in one child process."""
-    return count_parameters([CountJob(architecture(name), ParallelSection(**layout)) for name, layout in LAYOUTS])
+    return count_parameters(
+        [CountJob(architecture(name), ParallelSection(**layout)) for name, layout in LAYOUTS]
+    )
 
 
 def test_the_whole_model_has_its_published_parameters(counted: list[list[StageParameters]]) -> None:
@@ -38,13 +51,20 @@ def test_the_whole_model_has_its_published_parameters(counted: list[list[StagePa
 
 def test_the_formula_is_what_megatron_builds(counted: list[list[StageParameters]]) -> None:
     for (name, layout), stages in zip(LAYOUTS, counted, strict=True):
-        assert stages == parameters_by_formula(architecture(name), ParallelSection(**layout)), (name, layout)
+        assert stages == parameters_by_formula(architecture(name), ParallelSection(**layout)), (
+            name,
+            layout,
+        )
     without_norms = dataclasses.replace(architecture("Qwen3-8B-Base"), qk_norm=False)
-    assert parameters_by_formula(without_norms, ParallelSection(ranks=8, tensor=4)) != counted[3], "forgotten norms would not be noticed"
+    assert parameters_by_formula(without_norms, ParallelSection(ranks=8, tensor=4)) != counted[3], (
+        "forgotten norms would not be noticed"
+    )
 
 
 def test_ranks_hold_the_model_once_per_copy(counted: list[list[StageParameters]]) -> None:
-    """Experts: exactly once over the 8 ranks of TP4 EP8. Everything else: a quarter each, but for what tensor ranks share (norms and routers)."""
+    """Experts: exactly once over the 8 ranks of TP4 EP8. Everything else: a quarter each, but for
+    what tensor ranks share (norms and routers).
+    """
     (rank,), (whole,) = counted[1], counted[0]
     assert rank.experts * 8 == whole.experts
     norms_and_routers = whole.dense - 4 * (whole.dense - rank.dense) // 3
@@ -54,11 +74,19 @@ def test_ranks_hold_the_model_once_per_copy(counted: list[list[StageParameters]]
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("Qwen3-0.6B-Base", 0.596), ("Qwen3-4B-Base", 4.02), ("Qwen3-8B-Base", 8.19), ("Qwen3-32B", 32.76), ("Qwen3-235B-A22B-Thinking-2507", 235.1)],
+    [
+        ("Qwen3-0.6B-Base", 0.596),
+        ("Qwen3-4B-Base", 4.02),
+        ("Qwen3-8B-Base", 8.19),
+        ("Qwen3-32B", 32.76),
+        ("Qwen3-235B-A22B-Thinking-2507", 235.1),
+    ],
 )
 def test_the_facts_of_public_models_give_their_published_size(name: str, billions: float) -> None:
     assert total_and_active(architecture(name))[0] / 1e9 == pytest.approx(billions, rel=0.001)
 
 
 def test_active_parameters_of_the_largest() -> None:
-    assert total_and_active(architecture("Qwen3-235B-A22B-Thinking-2507"))[1] / 1e9 == pytest.approx(22, abs=0.5)
+    assert total_and_active(architecture("Qwen3-235B-A22B-Thinking-2507"))[
+        1
+    ] / 1e9 == pytest.approx(22, abs=0.5)

@@ -48,12 +48,17 @@ def test_the_published_rate_of_this_model() -> None:
     published = step(parallel={"ranks": 8, "expert": 8}, assumed=Assumptions(expert_slowdown=1))
     assert published.model_flops / 8 / 21.773 == pytest.approx(277e12, rel=0.01)
     assert 0.88 < 21.773 / published.seconds < 1
-    slower = step(parallel={"ranks": 8, "expert": 8}, assumed=Assumptions(expert_slowdown=1, moe_utilisation=0.12))
+    slower = step(
+        parallel={"ranks": 8, "expert": 8},
+        assumed=Assumptions(expert_slowdown=1, moe_utilisation=0.12),
+    )
     assert 21.773 / slower.seconds < 0.5, "control: the rate that was assumed before"
 
 
 def test_what_is_recomputed_takes_time() -> None:
-    none, selective, full = (step(recompute=recompute) for recompute in ("none", "selective", "full"))
+    none, selective, full = (
+        step(recompute=recompute) for recompute in ("none", "selective", "full")
+    )
     assert none.seconds < selective.seconds < full.seconds
     assert none.model_flops == selective.model_flops == full.model_flops
     head = 2.0 * 2048 * 151_936 * 512 * 4096
@@ -64,7 +69,9 @@ def test_what_is_recomputed_takes_time() -> None:
 
 def test_exchanges_follow_the_layout() -> None:
     def per_token(**parallel: int) -> float:
-        return exchanged_bytes(MOE, section(parallel={"ranks": 8, **parallel}), Assumptions(expert_slowdown=1))
+        return exchanged_bytes(
+            MOE, section(parallel={"ranks": 8, **parallel}), Assumptions(expert_slowdown=1)
+        )
 
     number, layers = 2048 * 2, 48
     assert per_token() == 0
@@ -80,9 +87,15 @@ def test_an_optimizer_on_the_cpu_is_as_fast_as_its_threads() -> None:
     one = seconds(megatron=OFFLOAD, threads_per_rank=1)
     assert one == pytest.approx(PARAMETERS / (8 * 2.7e8)), "14 s, which a step would wait for"
     shared = seconds(megatron=OFFLOAD)
-    assert shared == pytest.approx(PARAMETERS * 28 / 4e11), "96 threads are faster than the memory: 2.1 s"
-    assert seconds(megatron=OFFLOAD, assumed=Assumptions(node_cores=32)) == pytest.approx(PARAMETERS / (32 * 2.7e8))
-    assert seconds(megatron={**OFFLOAD, "optimizer_offload_fraction": 0.5}) == pytest.approx(shared / 2)
+    assert shared == pytest.approx(PARAMETERS * 28 / 4e11), (
+        "96 threads are faster than the memory: 2.1 s"
+    )
+    assert seconds(megatron=OFFLOAD, assumed=Assumptions(node_cores=32)) == pytest.approx(
+        PARAMETERS / (32 * 2.7e8)
+    )
+    assert seconds(megatron={**OFFLOAD, "optimizer_offload_fraction": 0.5}) == pytest.approx(
+        shared / 2
+    )
     copies = PARAMETERS / 8 * 6 / 5e10
     one_after_the_other = {**OFFLOAD, "overlap_cpu_optimizer_d2h_h2d": False}
     assert seconds(megatron=one_after_the_other) == pytest.approx(shared + copies)
@@ -99,8 +112,13 @@ def distilling(folder: Path, *overrides: str) -> dict[str, float]:
 
 def test_a_precision_aware_optimizer_keeps_half_of_the_copy(tmp_path: Path) -> None:
     plain = distilling(tmp_path, "distill.megatron={}")["optimizer"]
-    precise = distilling(tmp_path, "distill.megatron={use_precision_aware_optimizer=true}")["optimizer"]
-    whole = distilling(tmp_path, "distill.megatron={use_precision_aware_optimizer=true, store_param_remainders=false}")["optimizer"]
+    precise = distilling(tmp_path, "distill.megatron={use_precision_aware_optimizer=true}")[
+        "optimizer"
+    ]
+    whole = distilling(
+        tmp_path,
+        "distill.megatron={use_precision_aware_optimizer=true, store_param_remainders=false}",
+    )["optimizer"]
     assert precise == pytest.approx(10 / 12 * plain)
     assert whole == plain
 
@@ -133,29 +151,45 @@ def test_logits_while_scoring_are_sglangs_own_part(tmp_path: Path) -> None:
 
 
 def test_deterministic_sampling_takes_longer(tmp_path: Path) -> None:
-    plain, slow = (plan_of(REFERENCE_30B, tmp_path, ["sglang.deterministic=" + value], startup_s=0) for value in ("false", "true"))
+    plain, slow = (
+        plan_of(REFERENCE_30B, tmp_path, ["sglang.deterministic=" + value], startup_s=0)
+        for value in ("false", "true")
+    )
     for stage in ("demonstrate", "rollout"):
         assert slow.gpu_hours(stage) == pytest.approx(2 * plain.gpu_hours(stage)), stage
     assert slow.gpu_hours("score") == plain.gpu_hours("score")
 
 
-SYNCED = ("distill.sync_every=50", "sync.colocate=true", "sync.transport=tensor", "distill.recompute=none")
+SYNCED = (
+    "distill.sync_every=50",
+    "sync.colocate=true",
+    "sync.transport=tensor",
+    "distill.recompute=none",
+)
 
 
 def test_syncs_have_their_seconds(tmp_path: Path) -> None:
     apart = plan_of(REFERENCE_30B, tmp_path, ["distill.recompute=none"])
     plan = plan_of(REFERENCE_30B, tmp_path, SYNCED)
     assert apart.syncs.seconds == 0
-    assert plan.work["distill"].seconds == pytest.approx(apart.work["distill"].seconds + plan.syncs.seconds)
-    assert plan.work["distill"].utilisation == apart.work["distill"].utilisation, "of the steps alone"
+    assert plan.work["distill"].seconds == pytest.approx(
+        apart.work["distill"].seconds + plan.syncs.seconds
+    )
+    assert plan.work["distill"].utilisation == apart.work["distill"].utilisation, (
+        "of the steps alone"
+    )
     away = apart.memory["distill"].gpu["weights"]  # an offloaded optimizer is on the host already
     quick = plan_of(REFERENCE_30B, tmp_path, SYNCED, host_link=1e15)
-    assert plan.syncs.seconds - quick.syncs.seconds == pytest.approx(4 * 2 * away / 5e10, rel=1e-3), "steps 0, 50, 100, 150"
+    assert plan.syncs.seconds - quick.syncs.seconds == pytest.approx(
+        4 * 2 * away / 5e10, rel=1e-3
+    ), "steps 0, 50, 100, 150"
     faster = plan_of(REFERENCE_30B, tmp_path, SYNCED, sync_rate=4e9)
     assert plan.syncs.seconds - faster.syncs.seconds == pytest.approx(4 * PARAMETERS * 2 / 4e9)
 
 
-def test_turns_are_shown_with_their_memory_and_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_turns_are_shown_with_their_memory_and_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = plan_of(REFERENCE_30B, tmp_path, SYNCED)
     use = plan.memory["distill"]
     assert set(use.turns) == {"the trainer", "a sync", "the student's servers"}
@@ -165,7 +199,10 @@ def test_turns_are_shown_with_their_memory_and_seconds(tmp_path: Path, capsys: p
     assert use.turns["the trainer"] == pytest.approx(alone.memory["distill"].gpu_total + asleep)
     show_plan(plan, assumptions=False)
     shown = capsys.readouterr().out
-    assert f"in turns with the GPUs, GiB: the trainer {use.turns['the trainer'] / GIB:.1f}, a sync" in shown
+    assert (
+        f"in turns with the GPUs, GiB: the trainer {use.turns['the trainer'] / GIB:.1f}, a sync"
+        in shown
+    )
     assert "syncs, evaluations in it" in shown
     show_plan(alone, assumptions=False)
     assert "in turns" not in (shown := capsys.readouterr().out)
@@ -181,7 +218,9 @@ def test_the_page_has_every_assumption_with_its_value_and_source() -> None:
         value, source, said = (cell.strip() for cell in row.strip("| ").split(" | ")[1:])
         assert (source, said) == (sources()[name], meaning)
         default = getattr(Assumptions(), name)
-        shown = float(value.removesuffix(" GiB").replace(",", "")) * (GIB if value.endswith("GiB") else 1)
+        shown = float(value.removesuffix(" GiB").replace(",", "")) * (
+            GIB if value.endswith("GiB") else 1
+        )
         assert shown == pytest.approx(default), name
 
 
@@ -201,10 +240,14 @@ def test_the_flagship_by_the_plan(flagship: Plan) -> None:
     assert flagship.work["sft"].utilisation > 0.21
     assert flagship.work["distill"].utilisation > 0.18
     assert sum(flagship.gpu_hours(stage) for stage in ("rollout", "score", "distill")) < 20
-    assert "student's server: KV cache" in flagship.memory["distill"].gpu, "the fullest is the servers' turn"
+    assert "student's server: KV cache" in flagship.memory["distill"].gpu, (
+        "the fullest is the servers' turn"
+    )
 
 
-def test_every_other_memory_setting_is_slower_or_does_not_fit(flagship: Plan, tmp_path: Path) -> None:
+def test_every_other_memory_setting_is_slower_or_does_not_fit(
+    flagship: Plan, tmp_path: Path
+) -> None:
     text = (Path(__file__).resolve().parents[2] / "examples" / "run_qwen3_30b_a3b.toml").read_text()
     tables = {"offloaded": None, "plain": "{}", "precise": "{use_precision_aware_optimizer=true}"}
     for name, table in tables.items():
@@ -214,7 +257,10 @@ def test_every_other_memory_setting_is_slower_or_does_not_fit(flagship: Plan, tm
             changes = [f"sft.recompute={recompute}", *([f"sft.megatron={table}"] if table else [])]
             other = plan_of(text, tmp_path, changes)
             fits = other.memory["sft"].gpu_total <= 74 * GIB
-            assert not fits or other.work["sft"].seconds > flagship.work["sft"].seconds, (name, recompute)
+            assert not fits or other.work["sft"].seconds > flagship.work["sft"].seconds, (
+                name,
+                recompute,
+            )
 
 
 @pytest.mark.parametrize("name", ["qwen3_30b_a3b", "qwen3_8b", "qwen3_4b"])
@@ -222,6 +268,8 @@ def test_servers_take_as_many_requests_as_their_cache_holds(name: str) -> None:
     plan = planned(name, "h100-80gb", 8)
     use = plan.memory["rollout"].figures
     mean_len = plan.amounts.prompt_len + plan.amounts.rollout_len
-    assert use["concurrency"] == pytest.approx(use["kv_tokens"] / mean_len), "max_running_requests is no bound"
+    assert use["concurrency"] == pytest.approx(use["kv_tokens"] / mean_len), (
+        "max_running_requests is no bound"
+    )
     assert plan.config.sglang.max_in_flight >= use["concurrency"]
     assert plan.config.sglang.deterministic is False

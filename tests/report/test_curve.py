@@ -13,8 +13,26 @@ from lopd.errors import DataError
 from lopd.report.curve import PICTURE, draw_learning_curve, render_learning_curve
 from lopd.report.metrics import METRICS
 
-TRAIN = [{"kind": "train", "stage": "distill", "step": step, "loss": 1.0 / step, "reverse_kl": 0.3 / step} for step in range(1, 17)]
-EVALS = [{"kind": "eval", "stage": "distill", "step": step, "accuracy": 0.5 + step / 40, "num_prompts": 128} for step in (0, 8, 16)]
+TRAIN = [
+    {
+        "kind": "train",
+        "stage": "distill",
+        "step": step,
+        "loss": 1.0 / step,
+        "reverse_kl": 0.3 / step,
+    }
+    for step in range(1, 17)
+]
+EVALS = [
+    {
+        "kind": "eval",
+        "stage": "distill",
+        "step": step,
+        "accuracy": 0.5 + step / 40,
+        "num_prompts": 128,
+    }
+    for step in (0, 8, 16)
+]
 SUMMARY = {
     "accuracy": {"teacher": 0.98, "base": 0.44, "sft": 0.6, "distilled": 0.97, "num_prompts": 9},
     "reverse_kl": {"base": 0.5, "sft": 0.26, "teacher": 0.0},
@@ -43,15 +61,23 @@ def test_curve_is_drawn_from_the_run_directory(tmp_path: Path) -> None:
     [
         (TRAIN[:1], [], {}),
         ([{"step": 1, "loss": None, "reverse_kl": None}], EVALS[:1], {}),
-        ([{"step": 1, "loss": 0.5, "reverse_kl": 0.0}], [{"step": 1, "accuracy": 1.0}], {"accuracy": {"teacher": 1.0, "distilled": 1.0}}),
+        (
+            [{"step": 1, "loss": 0.5, "reverse_kl": 0.0}],
+            [{"step": 1, "accuracy": 1.0}],
+            {"accuracy": {"teacher": 1.0, "distilled": 1.0}},
+        ),
     ],
     ids=["one step", "nothing finite", "zero divergence, perfect accuracy"],
 )
 @pytest.mark.filterwarnings("error")
-def test_a_poor_run_is_drawn_without_a_warning(train: list[Any], evals: list[Any], summary: dict[str, Any]) -> None:
+def test_a_poor_run_is_drawn_without_a_warning(
+    train: list[Any], evals: list[Any], summary: dict[str, Any]
+) -> None:
     size_of(render_learning_curve(train, evals, summary, title="poor"))
 
 
 def test_without_metrics_there_is_no_curve(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no training metrics of stage distill.*run the stage distill first"):
+    with pytest.raises(
+        DataError, match=r"no training metrics of stage distill.*run the stage distill first"
+    ):
         draw_learning_curve(tmp_path)

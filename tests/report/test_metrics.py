@@ -12,7 +12,15 @@ from lopd.errors import ArtifactError
 from lopd.report.metrics import METRICS, MetricsLog, read_metrics
 
 
-def train(folder: Path, first: int, last: int, *, truncate: int | None = None, stage: str = "distill", loss: float = 1.0) -> None:
+def train(
+    folder: Path,
+    first: int,
+    last: int,
+    *,
+    truncate: int | None = None,
+    stage: str = "distill",
+    loss: float = 1.0,
+) -> None:
     """Steps first..last as a trainer logs them, resumed from a checkpoint at ``truncate``."""
     log = MetricsLog(folder)
     if truncate is not None:
@@ -53,12 +61,28 @@ def test_lines_have_kind_stage_step_and_figures(tmp_path: Path) -> None:
 def test_resumed_run_doubles_no_line_and_leaves_other_stages_alone(tmp_path: Path) -> None:
     train(tmp_path, 1, 3, stage="sft")
     train(tmp_path, 1, 5)
-    train(tmp_path, 3, 6, truncate=2, loss=9.0)  # killed after step 5, the last checkpoint is of step 2
+    train(
+        tmp_path, 3, 6, truncate=2, loss=9.0
+    )  # killed after step 5, the last checkpoint is of step 2
     assert steps(tmp_path, kind="train", stage="distill") == [1, 2, 3, 4, 5, 6]
     assert steps(tmp_path, kind="eval", stage="distill") == [2, 4, 6]
     assert steps(tmp_path, kind="train", stage="sft") == [1, 2, 3]
-    assert [row["loss"] for row in read_metrics(tmp_path, kind="train", stage="distill")] == [1.0, 1.0, 9.0, 9.0, 9.0, 9.0]
-    assert scalars(tmp_path, "distill", "train/loss") == [(1, 1.0), (2, 1.0), (3, 9.0), (4, 9.0), (5, 9.0), (6, 9.0)]
+    assert [row["loss"] for row in read_metrics(tmp_path, kind="train", stage="distill")] == [
+        1.0,
+        1.0,
+        9.0,
+        9.0,
+        9.0,
+        9.0,
+    ]
+    assert scalars(tmp_path, "distill", "train/loss") == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 9.0),
+        (4, 9.0),
+        (5, 9.0),
+        (6, 9.0),
+    ]
 
 
 def test_without_truncation_lines_would_double(tmp_path: Path) -> None:
@@ -96,7 +120,9 @@ def test_damaged_line_is_named(tmp_path: Path) -> None:
 
 
 def test_two_logs_of_one_run_can_be_open_when_one_truncates(tmp_path: Path) -> None:
-    """A log holds no handle of metrics.jsonl, so lines written after the file was replaced are not lost."""
+    """A log holds no handle of metrics.jsonl, so lines written after the file was replaced are not
+    lost.
+    """
     first, second = MetricsLog(tmp_path), MetricsLog(tmp_path)
     first.train("sft", 1, {"loss": 1.0})
     second.train("distill", 1, {"loss": 1.0})

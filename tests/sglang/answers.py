@@ -1,4 +1,6 @@
-"""What a fake server answers to /generate. Imports nothing, so that a process of its own starts at once."""
+"""What a fake server answers to /generate. Imports nothing, so that a process of its own starts at
+once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ LOGPROB = -0.5
 
 
 def generation(body: dict[str, Any], weight_version: str) -> dict[str, Any]:
-    """Three tokens that depend on prompt and seed, then the stop token; or the echo of a sequence to score."""
+    """Three tokens that depend on prompt and seed, then the stop token; or the echo of a sequence
+    to score.
+    """
     ids, params = body["input_ids"], body["sampling_params"]
     meta: dict[str, Any] = {
         "id": body.get("rid"),
@@ -22,9 +26,15 @@ def generation(body: dict[str, Any], weight_version: str) -> dict[str, Any]:
         entries = [[LOGPROB, token, None] for token in ids[body["logprob_start_len"] :]]
         entries[0][0] = None
         return {"output_ids": [], "meta_info": {**meta, "input_token_logprobs": entries}}
-    output = [10 + (sum(ids) + params.get("sampling_seed", 0) + step) % 100 for step in range(3)] + [STOP_ID]
+    output = [
+        10 + (sum(ids) + params.get("sampling_seed", 0) + step) % 100 for step in range(3)
+    ] + [STOP_ID]
     output = output[: params["max_new_tokens"]]
     stopped = output[-1] == STOP_ID
     meta["output_token_logprobs"] = [[LOGPROB, token, None] for token in output]
-    meta["finish_reason"] = {"type": "stop", "matched": STOP_ID} if stopped else {"type": "length", "length": len(output)}
+    meta["finish_reason"] = (
+        {"type": "stop", "matched": STOP_ID}
+        if stopped
+        else {"type": "length", "length": len(output)}
+    )
     return {"output_ids": output, "meta_info": meta}

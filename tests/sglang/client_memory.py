@@ -2,7 +2,8 @@
 
 ``python -m tests.sglang.client_memory COUNT FOLDER PROMPT_LEN``
 
-Run as a process of its own, so that its peak memory is its own. Publishes into FOLDER with the stages' own code.
+Run as a process of its own, so that its peak memory is its own. Publishes into FOLDER with the
+stages' own code.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from lopd.artifacts import ArtifactWriter, published_rows
 from lopd.config import SGLangSection
 from lopd.records import Ints, Prompt
 from lopd.stages.sampling import sample_into, score_into
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.sampling import SamplingParams
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.sampling import SamplingParams
 from tests.sglang.answers import STOP_ID, VOCAB_SIZE
 from tests.sglang.quick_fake import quick_fake
 
@@ -40,7 +41,12 @@ class _Prompts(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> list[Prompt]: ...
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
         assert isinstance(index, int)
-        return Prompt(prompt_id=f"p{index}", messages=({"role": "user", "content": "?"},), domain="test", answer=None)
+        return Prompt(
+            prompt_id=f"p{index}",
+            messages=({"role": "user", "content": "?"},),
+            domain="test",
+            answer=None,
+        )
 
 
 class _Ids(Sequence[Ints]):
@@ -63,17 +69,36 @@ class _Ids(Sequence[Ints]):
 
 def peak_mb() -> float:
     """Of this process since it began; getrusage would also count its parent's, before the exec."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+        / 1024
+    )
 
 
 def main(count: int, folder: Path, prompt_len: int) -> None:
-    params = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, max_new_tokens=8, stop_token_ids=(STOP_ID,))
+    params = SamplingParams(
+        temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, max_new_tokens=8, stop_token_ids=(STOP_ID,)
+    )
     settings = SGLangSection(max_in_flight=64, context_length=prompt_len + 8)
     figures = {"before_mb": peak_mb()}
     with quick_fake() as url:
         engine = SGLangEngine(url, "", settings, vocab_size=VOCAB_SIZE)
         writer = ArtifactWriter(folder / "rollouts", kind="rollouts", inputs={}, shard_size=256)
-        sample_into(writer, engine, _Prompts(), _Ids(prompt_len), params, samples_per_prompt=count // PROMPTS, seed=1, purpose="test", title="sampling")
+        sample_into(
+            writer,
+            engine,
+            _Prompts(),
+            _Ids(prompt_len),
+            params,
+            samples_per_prompt=count // PROMPTS,
+            seed=1,
+            purpose="test",
+            title="sampling",
+        )
         rollouts = writer.finish()
         figures |= {"sampled": rollouts.rows, "sampling_peak_mb": peak_mb()}
         scored = ArtifactWriter(folder / "scores", kind="teacher_cache", inputs={})

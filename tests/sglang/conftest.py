@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from lopd.config import SGLangSection
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.sampling import SamplingParams, SamplingRequest, request_seed
-from sglang_rollout.server import SGLangServer
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
+from sglang_rollout.servers.server import SGLangServer
 from tests.models import EOS_ID, VOCAB_SIZE, write_qwen3_moe
 from tests.sglang.fake_server import FakeServer
 
-MANY_STOPS = (EOS_ID, *range(100, 120))  # 21 of 512 tokens: a response of the random model ends after some 24 tokens
+MANY_STOPS = (
+    EOS_ID,
+    *range(100, 120),
+)  # 21 of 512 tokens: a response of the random model ends after some 24 tokens
 
 
 def settings(**overrides: object) -> SGLangSection:
@@ -33,15 +36,27 @@ def settings(**overrides: object) -> SGLangSection:
 
 
 def sampling(**overrides: object) -> SamplingParams:
-    base = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_new_tokens": 40, "stop_token_ids": MANY_STOPS}
+    base = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "max_new_tokens": 40,
+        "stop_token_ids": MANY_STOPS,
+    }
     return SamplingParams(**{**base, **overrides})  # type: ignore[arg-type]
 
 
-def sampling_requests(count: int, *, purpose: str = "test", prompt_len: int = 12) -> list[SamplingRequest]:
+def sampling_requests(
+    count: int, *, purpose: str = "test", prompt_len: int = 12
+) -> list[SamplingRequest]:
     """Random prompts with a seed each; the same for the same arguments."""
     rng = np.random.default_rng(5)
     prompts = rng.integers(4, VOCAB_SIZE, (count, prompt_len)).astype(np.int32)
-    return [SamplingRequest(f"p{i}", 0, prompts[i], request_seed(1, f"p{i}", 0, purpose)) for i in range(count)]
+    return [
+        SamplingRequest(f"p{i}", 0, prompts[i], request_seed(1, f"p{i}", 0, purpose))
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +72,9 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
-    with SGLangServer(student_dir, settings(), log=tmp_path_factory.mktemp("server") / "server.log") as running:
+    with SGLangServer(
+        student_dir, settings(), log=tmp_path_factory.mktemp("server") / "server.log"
+    ) as running:
         yield running
 
 

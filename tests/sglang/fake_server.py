@@ -1,4 +1,6 @@
-"""A small HTTP server that speaks SGLang's /generate, for the failures a real server does not produce on demand."""
+"""A small HTTP server that speaks SGLang's /generate, for the failures a real server does not
+produce on demand.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from lopd.config import SGLangSection
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.requests.client import SGLangEngine
 from tests.sglang.answers import LOGPROB, STOP_ID, VOCAB_SIZE, generation
 
 __all__ = ["KEY", "LOGPROB", "STOP_ID", "VOCAB_SIZE", "FakeServer", "reserved_port"]
@@ -22,12 +24,16 @@ _PATIENCE_S = 120.0
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # with the default of 5 a burst of connections waits a second for TCP to ask again
+    request_queue_size = (
+        128  # with the default of 5 a burst of connections waits a second for TCP to ask again
+    )
 
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that no other program gets and on which nothing listens but a FakeServer(port), as long as there is one."""
+    """A port that no other program gets and on which nothing listens but a FakeServer(port), as
+    long as there is one.
+    """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
@@ -35,13 +41,17 @@ def reserved_port() -> Iterator[int]:
 
 
 class FakeServer:
-    """Answers like SGLang. Set the attributes to make it fail; read calls and most_at_once to see what it was asked."""
+    """Answers like SGLang. Set the attributes to make it fail; read calls and most_at_once to see
+    what it was asked.
+    """
 
     def __init__(self, port: int = 0) -> None:
         self.delay_s = 0.0
         self.answering = threading.Event()  # while cleared, requests to /generate wait
         self.answering.set()
-        self.failures: list[int] = []  # HTTP statuses for the next requests to /generate; 0 drops the connection
+        self.failures: list[
+            int
+        ] = []  # HTTP statuses for the next requests to /generate; 0 drops the connection
         self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
         self.version = "0.5.17"
         self.model_info: dict[str, Any] = {}  # more of what it says of its model and of itself
@@ -56,7 +66,9 @@ class FakeServer:
         self._connections: list[socket.socket] = []
         self._changed = threading.Condition()
         self._server = _Server(("127.0.0.1", port), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
 
     def __enter__(self) -> FakeServer:
         self._thread.start()
@@ -76,7 +88,13 @@ class FakeServer:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def engine(self, *, key: str = KEY, **settings: Any) -> SGLangEngine:
-        return SGLangEngine(self.url, key, SGLangSection(**{"max_in_flight": 8, "context_length": 128, "outage_timeout_s": 60, **settings}))
+        return SGLangEngine(
+            self.url,
+            key,
+            SGLangSection(
+                **{"max_in_flight": 8, "context_length": 128, "outage_timeout_s": 60, **settings}
+            ),
+        )
 
     def paths(self, path: str) -> list[dict[str, Any]]:
         """The bodies that were sent to one path."""
@@ -85,7 +103,9 @@ class FakeServer:
     def until_open(self, count: int) -> None:
         """Waits until so many requests to /generate are open at the same time."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._at_once >= count, _PATIENCE_S), f"{self._at_once} of {count} requests are open"
+            assert self._changed.wait_for(lambda: self._at_once >= count, _PATIENCE_S), (
+                f"{self._at_once} of {count} requests are open"
+            )
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path == "/generate":
@@ -93,18 +113,32 @@ class FakeServer:
                 failure = self.failures.pop(0) if self.failures else None
             time.sleep(self.delay_s)
             self.answering.wait(_PATIENCE_S)
-            return (200, self.change(generation(body, self.weight_version))) if failure is None else (failure, {"error": {"message": "as told"}})
+            return (
+                (200, self.change(generation(body, self.weight_version)))
+                if failure is None
+                else (failure, {"error": {"message": "as told"}})
+            )
         if path == "/server_info":
             return 200, {"version": self.version, **self.server_info}
         if path == "/tokenize":
             return 200, {"tokens": self.tokens}
         if path == "/model_info":
-            return 200, {"weight_version": self.weight_version, "model_path": self.model_path, **self.model_info}
+            return 200, {
+                "weight_version": self.weight_version,
+                "model_path": self.model_path,
+                **self.model_info,
+            }
         if path == "/update_weights_from_disk":
             if self.refuse_update:
                 return 400, {"success": False, "message": self.refuse_update}
             self.weight_version = body["weight_version"]
-        elif path not in ("/abort_request", "/flush_cache", "/continue_generation", "/begin_weight_update", "/end_weight_update"):
+        elif path not in (
+            "/abort_request",
+            "/flush_cache",
+            "/continue_generation",
+            "/begin_weight_update",
+            "/end_weight_update",
+        ):
             return 404, {"detail": "Not Found"}
         return 200, {"success": True}
 
@@ -128,7 +162,11 @@ class FakeServer:
                         fake.most_at_once = max(fake.most_at_once, fake._at_once)
                         fake._changed.notify_all()
                 try:
-                    status, answer = (401, {"error": "Unauthorized"}) if self.headers["Authorization"] != f"Bearer {KEY}" else fake._answer(self.path, body)
+                    status, answer = (
+                        (401, {"error": "Unauthorized"})
+                        if self.headers["Authorization"] != f"Bearer {KEY}"
+                        else fake._answer(self.path, body)
+                    )
                 finally:
                     if self.path == "/generate":
                         with fake._changed:

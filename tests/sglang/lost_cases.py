@@ -1,4 +1,6 @@
-"""What the ranks of tests/sglang/test_weight_sync_lost.py run: a trainer of two ranks whose server is lost where a case says, in the middle of a sync."""
+"""What the ranks of tests/sglang/test_weight_sync_lost.py run: a trainer of two ranks whose server
+is lost where a case says, in the middle of a sync.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,22 @@ import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lopd.config import SGLangSection, SyncSection
-from lopd.megatron import parallel
+from lopd.megatron.ranks import parallel
 from lopd.stages.sync import StudentWeights
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.fleet import fleet_of
-from sglang_rollout.supervision import num_starts
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.fleet import fleet_of
+from sglang_rollout.servers.supervision import num_starts
 from tests.sglang.sync_cases import _trainer, samples
 
 LONG_S = 240.0
 PLACES = ("begin", "bucket", "commit", "verification", "committed")
 
 
-def push_while_servers_are_lost(cases: list[dict[str, str]], model: str, server: dict[str, Any], folder: str) -> list[dict[str, Any]]:
-    """For every case (transport, place, signal): the report, what was said, the versions served, and how often each server has been started. Of rank 0.
+def push_while_servers_are_lost(
+    cases: list[dict[str, str]], model: str, server: dict[str, Any], folder: str
+) -> list[dict[str, Any]]:
+    """For every case (transport, place, signal): the report, what was said, the versions served,
+    and how often each server has been started. Of rank 0.
 
     server: urls, key and weights_file. It is the first of them that is lost.
     """
@@ -36,29 +41,50 @@ def push_while_servers_are_lost(cases: list[dict[str, str]], model: str, server:
     engine = None
     if os.environ["RANK"] == "0":
         settings = SGLangSection(dtype="float32", context_length=128, restarts=2)
-        engine = fleet_of([SGLangEngine(url, server["key"], settings, weights_file=Path(server["weights_file"])) for url in server["urls"]])
+        engine = fleet_of(
+            [
+                SGLangEngine(
+                    url, server["key"], settings, weights_file=Path(server["weights_file"])
+                )
+                for url in server["urls"]
+            ]
+        )
     trainer = _trainer(template, "tensor-expert")
     for number, case in enumerate(cases):
         with torch.no_grad():
             for parameter in trainer.module.parameters():
                 parameter.mul_(1 + 0.01 * (number + 1))
-        section = SyncSection.model_validate({"transport": case["transport"], "bucket_bytes": 20_000, "timeout_s": LONG_S})
+        section = SyncSection.model_validate(
+            {"transport": case["transport"], "bucket_bytes": 20_000, "timeout_s": LONG_S}
+        )
         said: list[str] = []
         weights = StudentWeights(
-            trainer, samples(515), section, engine, folder=Path(folder) / "sync", template=template, weights_file=server["weights_file"], say=said.append
+            trainer,
+            samples(515),
+            section,
+            engine,
+            folder=Path(folder) / "sync",
+            template=template,
+            weights_file=server["weights_file"],
+            say=said.append,
         )
         if engine is not None:
             _lose(weights, engine, Path(server["weights_file"]), case)
         report = weights.push(f"step-{number}")
         if engine is not None and report is not None:
             versions = [one.model_info()["weight_version"] for one in engine.engines]
-            starts = [num_starts(Path(server["weights_file"]), replica) for replica in range(len(versions))]
+            starts = [
+                num_starts(Path(server["weights_file"]), replica)
+                for replica in range(len(versions))
+            ]
             found.append({**asdict(report), "said": said, "served": versions, "starts": starts})
     parallel.shutdown()
     return found
 
 
-def _lose(weights: StudentWeights, engine: SGLangEngine, weights_file: Path, case: dict[str, str]) -> None:
+def _lose(
+    weights: StudentWeights, engine: SGLangEngine, weights_file: Path, case: dict[str, str]
+) -> None:
     """Has the server killed or stopped at that place of the next sync, once."""
     to: Any = weights._receiver
     servers: Any = weights._restarted
@@ -73,7 +99,9 @@ def _lose(weights: StudentWeights, engine: SGLangEngine, weights_file: Path, cas
             _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
     def lose() -> None:
-        if number is signal.SIGSTOP:  # what comes late only tells of a server that is stopped, and not of a machine that is slow
+        if (
+            number is signal.SIGSTOP
+        ):  # what comes late only tells of a server that is stopped, and not of a machine that is slow
             if case["transport"] != "disk":
                 to._settle()
             wait_at_most(1.0, 1.0)
@@ -110,7 +138,11 @@ def _lose(weights: StudentWeights, engine: SGLangEngine, weights_file: Path, cas
 
 def _group_at(port: int) -> int:
     """The process group of whoever listens there."""
-    [process] = {found.pid for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN and found.laddr.port == port}
+    [process] = {
+        found.pid
+        for found in psutil.net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN and found.laddr.port == port
+    }
     assert process is not None
     return os.getpgid(process)
 

@@ -1,4 +1,5 @@
-"""A fake server in a process of its own that answers /generate as fast as Python can: for tests with 100,000 responses. ``python -m tests.sglang.quick_fake``.
+"""A fake server in a process of its own that answers /generate as fast as Python can: for tests
+with 100,000 responses. ``python -m tests.sglang.quick_fake``.
 
 Prints its port and serves until its standard input ends.
 """
@@ -31,13 +32,23 @@ class _Connection(asyncio.Protocol):
             head, separator, rest = self._pending.partition(b"\r\n\r\n")
             if not separator:
                 return
-            lengths = [line.partition(b":")[2] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")]
+            lengths = [
+                line.partition(b":")[2]
+                for line in head.split(b"\r\n")
+                if line.lower().startswith(b"content-length")
+            ]
             length = int(lengths[0]) if lengths else 0
             if len(rest) < length:
                 return
             self._pending = rest[length:]
-            answer = json.dumps(_answer(head.split(b" ", 2)[1].decode(), rest[:length]), separators=(",", ":")).encode()
-            self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
+            answer = json.dumps(
+                _answer(head.split(b" ", 2)[1].decode(), rest[:length]), separators=(",", ":")
+            ).encode()
+            self._transport.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+                % len(answer)
+                + answer
+            )
 
 
 def _answer(path: str, body: bytes) -> dict[str, Any]:
@@ -60,7 +71,9 @@ def quick_fake() -> Iterator[str]:
     """Its URL, as long as the block lasts."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.sglang.quick_fake"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+    ) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         try:

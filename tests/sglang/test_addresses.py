@@ -1,4 +1,6 @@
-"""Where the ranks of a broadcast meet: on loopback unless another address is asked for. Machines for real: tests/launching/test_three_machines.py."""
+"""Where the ranks of a broadcast meet: on loopback unless another address is asked for. Machines
+for real: tests/launching/test_three_machines.py.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from pydantic import ValidationError
 
 from lopd.config import SGLangSection, SyncSection
 from lopd.errors import ConfigError
-from sglang_rollout.addresses import check_reach, interface_of, meeting_address
-from sglang_rollout.arguments import check_settings
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.servers.addresses import check_reach, interface_of, meeting_address
+from sglang_rollout.servers.arguments import check_settings
 from sglang_rollout.weight_sync import DistributedWeightReceiver, build_receiver
 
 HERE, THERE = "http://127.0.0.1:30000", "http://192.0.2.7:30000"
@@ -61,10 +63,19 @@ def test_an_address_that_says_nothing_to_servers_is_refused(host: str) -> None:
         SyncSection(host=host)
 
 
-def test_an_address_of_another_machine_is_refused_before_any_server_is_asked(student_dir: Path, tmp_path: Path) -> None:
+def test_an_address_of_another_machine_is_refused_before_any_server_is_asked(
+    student_dir: Path, tmp_path: Path
+) -> None:
     assert interface_of("127.0.0.1") == "lo"
-    engine = SGLangEngine("http://127.0.0.1:9", "key", SGLangSection())  # nothing listens there: asked, it would be an EngineError
-    receiver = build_receiver(SyncSection(transport="distributed", host="192.0.2.1"), [engine], folder=tmp_path, template_dir=student_dir)
+    engine = SGLangEngine(
+        "http://127.0.0.1:9", "key", SGLangSection()
+    )  # nothing listens there: asked, it would be an EngineError
+    receiver = build_receiver(
+        SyncSection(transport="distributed", host="192.0.2.1"),
+        [engine],
+        folder=tmp_path,
+        template_dir=student_dir,
+    )
     assert isinstance(receiver, DistributedWeightReceiver)
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1: no network interface"):
         receiver.begin("v1")

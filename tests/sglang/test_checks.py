@@ -1,4 +1,6 @@
-"""The checks of a server's answers: what passes, what is refused, and that errors name the response."""
+"""The checks of a server's answers: what passes, what is refused, and that errors name the
+response.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,22 @@ import pytest
 
 from lopd.errors import EngineError
 from lopd.records import float32, int32
-from sglang_rollout.checks import POSITIVE_SLACK, check_ending, check_logprobs, check_not_uniform, check_returned_ids
+from sglang_rollout.requests.checks import (
+    POSITIVE_SLACK,
+    check_ending,
+    check_logprobs,
+    check_not_uniform,
+    check_returned_ids,
+)
 
 KEY = ("prompt-7", 3)
 
 
 def test_equal_ids_pass_and_one_different_id_is_named_with_its_position() -> None:
     check_returned_ids(KEY, int32([5, 6, 7]), int32([5, 6, 7]))
-    with pytest.raises(EngineError, match=r"prompt-7#3: the server returned token 9 at position 1 where 6 was sent"):
+    with pytest.raises(
+        EngineError, match=r"prompt-7#3: the server returned token 9 at position 1 where 6 was sent"
+    ):
         check_returned_ids(KEY, int32([5, 6, 7]), int32([5, 9, 7]))
 
 
@@ -65,7 +75,9 @@ def test_stop_must_end_in_the_stop_token_that_matched() -> None:
     with pytest.raises(EngineError, match="none of the stop tokens"):
         check_ending(KEY, int32([5, 4]), {"type": "stop", "matched": 4}, (2, 9))
     with pytest.raises(EngineError, match="none of the stop tokens"):
-        check_ending(KEY, int32([5]), {"type": "stop", "matched": 2}, (2, 9))  # trimmed: the end token is lost
+        check_ending(
+            KEY, int32([5]), {"type": "stop", "matched": 2}, (2, 9)
+        )  # trimmed: the end token is lost
     with pytest.raises(EngineError):
         check_ending(KEY, int32([]), {"type": "stop", "matched": 2}, (2,))
 
@@ -75,8 +87,12 @@ def test_nan_logits_that_sglang_disguises_as_a_stop_are_refused() -> None:
         check_ending(KEY, int32([5, 2]), {"type": "stop", "matched": "NaN happened"}, (2,))
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [([5, 6], "length"), ([5, 2], "stop"), ([], "length")])
-def test_a_response_that_ends_by_itself_at_the_last_allowed_token_is_no_truncation(tokens: list[int], expected: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [([5, 6], "length"), ([5, 2], "stop"), ([], "length")]
+)
+def test_a_response_that_ends_by_itself_at_the_last_allowed_token_is_no_truncation(
+    tokens: list[int], expected: str
+) -> None:
     assert check_ending(KEY, int32(tokens), {"type": "length", "length": 2}, (2,)) == expected
 
 

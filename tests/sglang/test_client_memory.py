@@ -14,9 +14,23 @@ import pytest
 
 def figures(count: int, folder: Path, prompt_len: int) -> dict[str, Any]:
     """Of sampling and scoring so many responses in a process of its own."""
-    command = [sys.executable, "-m", "tests.sglang.client_memory", str(count), str(folder), str(prompt_len)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.sglang.client_memory",
+        str(count),
+        str(folder),
+        str(prompt_len),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found: dict[str, Any] = json.loads(run.stderr.splitlines()[-1])
     assert (found["sampled"], found["scored"]) == (count, count)
     return found
@@ -25,7 +39,10 @@ def figures(count: int, folder: Path, prompt_len: int) -> dict[str, Any]:
 def _assert_constant(few: dict[str, Any], many: dict[str, Any]) -> None:
     for kind in ("sampling_peak_mb", "scoring_peak_mb"):
         assert few[kind] > few["before_mb"]  # the figure sees what the client needs
-        own_few, own_many = few[kind] - few["before_mb"], many[kind] - many["before_mb"]  # beyond the interpreter and its libraries
+        own_few, own_many = (
+            few[kind] - few["before_mb"],
+            many[kind] - many["before_mb"],
+        )  # beyond the interpreter and its libraries
         assert own_many < 1.2 * own_few + 4, (few, many)
         assert many[kind] < 1.2 * few[kind], (few, many)
 

@@ -16,10 +16,10 @@ import torch
 
 from lopd.config import Config, load_config
 from lopd.errors import ConfigError, EngineError
-from sglang_rollout.client import SGLangEngine
 from sglang_rollout.cpu.memory import MemoryOfTags
-from sglang_rollout.server import SGLangServer
-from sglang_rollout.shared_gpus import colocation_problems, training_settings
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.servers.server import SGLangServer
+from sglang_rollout.servers.shared_gpus import colocation_problems, training_settings
 from sglang_rollout.weight_sync import Colocation
 from tests.limits import apart, within
 from tests.sglang.conftest import settings
@@ -29,7 +29,9 @@ from tests.stand_ins import CONFIG
 
 
 class Watched(UpdatedFake):
-    """A fake server that keeps account of the memory and writes every event into one list with the trainer's."""
+    """A fake server that keeps account of the memory and writes every event into one list with the
+    trainer's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +41,9 @@ class Watched(UpdatedFake):
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path in ("/release_memory_occupation", "/resume_memory_occupation"):
             self.events.append(f"{path[1:7].rstrip('_')} {' '.join(body['tags'])}")
-            self.held = self.held - {*body["tags"]} if "release" in path else self.held | {*body["tags"]}
+            self.held = (
+                self.held - {*body["tags"]} if "release" in path else self.held | {*body["tags"]}
+            )
             return 200, {}
         if path == "/update_weights_from_tensor":
             assert "weights" in self.held
@@ -80,7 +84,13 @@ def turns_of(fake: Watched, trainer: Trainer) -> Colocation:
 
 
 RELEASE = "releas kv_cache weights cuda_graph"
-SYNC = ("optimizer out", "resume weights", "weights sent", "trainer's weights out", "resume kv_cache cuda_graph")
+SYNC = (
+    "optimizer out",
+    "resume weights",
+    "weights sent",
+    "trainer's weights out",
+    "resume kv_cache cuda_graph",
+)
 
 
 def test_the_order_around_a_sync(fake: Watched, student_dir: Path, tmp_path: Path) -> None:
@@ -100,19 +110,33 @@ def test_the_order_around_a_sync(fake: Watched, student_dir: Path, tmp_path: Pat
 
 
 def test_room_for_a_third_program(fake: Watched, student_dir: Path, tmp_path: Path) -> None:
-    """The teacher, between the student's responses and the next step; or before any, where a resumed training lacks scores."""
+    """The teacher, between the student's responses and the next step; or before any, where a
+    resumed training lacks scores.
+    """
     trainer = Trainer(fake)
     turns = turns_of(fake, trainer)
     turns.to_nobody()
     assert (fake.held, trainer.held) == (set(), set())
     turns.to_trainer()
     with turns.to_server():
-        send(receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off"), "v1", tensors(student_dir))
+        send(
+            receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off"),
+            "v1",
+            tensors(student_dir),
+        )
     turns.to_nobody()
     turns.to_nobody()
     assert (fake.held, trainer.held) == (set(), set())
     turns.to_trainer()
-    assert fake.events == [RELEASE, "optimizer out", "trainer's weights out", "trainer in", *SYNC, RELEASE, "trainer in"]
+    assert fake.events == [
+        RELEASE,
+        "optimizer out",
+        "trainer's weights out",
+        "trainer in",
+        *SYNC,
+        RELEASE,
+        "trainer in",
+    ]
 
 
 def test_a_turn_is_not_taken_twice(fake: Watched) -> None:
@@ -123,11 +147,17 @@ def test_a_turn_is_not_taken_twice(fake: Watched) -> None:
         turns.admit(Trainer(fake))
 
 
-def test_a_server_that_does_not_release_keeps_the_trainer_out(fake: Watched, student_dir: Path, tmp_path: Path) -> None:
+def test_a_server_that_does_not_release_keeps_the_trainer_out(
+    fake: Watched, student_dir: Path, tmp_path: Path
+) -> None:
     trainer = Trainer(fake)
     turns = turns_of(fake, trainer)
     with turns.to_server():
-        send(receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off"), "v1", tensors(student_dir))
+        send(
+            receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off"),
+            "v1",
+            tensors(student_dir),
+        )
     fake.refuse["/flush_cache"] = "2 requests are running"
     with pytest.raises(EngineError, match="2 requests are running"):
         turns.to_trainer()
@@ -138,7 +168,9 @@ def test_a_server_that_does_not_release_keeps_the_trainer_out(fake: Watched, stu
 def giving(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
     """A real server that gives its memory back, on a CPU through sglang_rollout.cpu.memory."""
     own = settings(extra_args={"enable_memory_saver": True})
-    with SGLangServer(student_dir, own, log=tmp_path_factory.mktemp("giving") / "server.log") as server:
+    with SGLangServer(
+        student_dir, own, log=tmp_path_factory.mktemp("giving") / "server.log"
+    ) as server:
         yield SGLangEngine(server.url, server.api_key, own, server=server)
 
 
@@ -171,10 +203,16 @@ def test_a_real_server_takes_the_calls(
     finally:
         if turns.turn == "trainer":
             with turns.to_server():
-                send(receiver(transport, giving, tmp_path, student_dir), "whole", tensors(student_dir))
+                send(
+                    receiver(transport, giving, tmp_path, student_dir),
+                    "whole",
+                    tensors(student_dir),
+                )
 
 
-def test_weights_that_nobody_sends_again_are_lost(giving: SGLangEngine, student_dir: Path, tmp_path: Path) -> None:
+def test_weights_that_nobody_sends_again_are_lost(
+    giving: SGLangEngine, student_dir: Path, tmp_path: Path
+) -> None:
     """The control of the test above: a server that kept its memory would answer as before."""
     turns = Colocation([giving], barrier=lambda: None)
     turns.to_trainer()
@@ -211,9 +249,15 @@ def test_what_is_given_back_is_empty_until_it_is_taken_again() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
-def test_a_server_on_a_gpu_gives_its_memory_back(transport: str, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
-    own = settings(mem_fraction=0.3, max_total_tokens=None, extra_args={"enable_memory_saver": True})
-    trainer = SimpleNamespace(offload_optimizer=lambda: None, offload_weights=lambda: None, reload=lambda: None)
+def test_a_server_on_a_gpu_gives_its_memory_back(
+    transport: str, student_dir: Path, other_dir: Path, tmp_path: Path
+) -> None:
+    own = settings(
+        mem_fraction=0.3, max_total_tokens=None, extra_args={"enable_memory_saver": True}
+    )
+    trainer = SimpleNamespace(
+        offload_optimizer=lambda: None, offload_weights=lambda: None, reload=lambda: None
+    )
     free: list[int] = []
 
     def measure() -> None:
@@ -240,11 +284,19 @@ def test_a_server_on_a_gpu_gives_its_memory_back(transport: str, student_dir: Pa
 
 def config_of(folder: Path, *overrides: str) -> Config:
     (folder / "config.toml").write_text(CONFIG)
-    return load_config(folder / "config.toml", ["sync.transport=tensor", "sync.colocate=true", *overrides])
+    return load_config(
+        folder / "config.toml", ["sync.transport=tensor", "sync.colocate=true", *overrides]
+    )
 
 
 def test_servers_can_give_memory_back_and_are_not_started_again(tmp_path: Path) -> None:
-    settings = training_settings(config_of(tmp_path, "sglang.restarts=3", "sglang.extra_args={schedule_policy='lpm', enable_memory_saver=false}"))
+    settings = training_settings(
+        config_of(
+            tmp_path,
+            "sglang.restarts=3",
+            "sglang.extra_args={schedule_policy='lpm', enable_memory_saver=false}",
+        )
+    )
     assert settings.extra_args == {"schedule_policy": "lpm", "enable_memory_saver": True}
     assert (settings.restarts, settings.outage_timeout_s) == (0, 0)
     apart = config_of(tmp_path, "sync.colocate=false")
@@ -258,11 +310,16 @@ def test_servers_can_give_memory_back_and_are_not_started_again(tmp_path: Path) 
         ([], "torch_memory_saver"),
         (["sglang.student_urls=['http://127.0.0.1:1']"], "only servers that lopd starts"),
         (["distill.parallel={ranks=4, nodes=2}"], "the servers are on the first machine alone"),
-        (["distill.refresh={every=2, keep_teacher=true}"], "keeps the teacher's server on the GPUs"),
+        (
+            ["distill.refresh={every=2, keep_teacher=true}"],
+            "keeps the teacher's server on the GPUs",
+        ),
     ],
     ids=["no memory saver", "servers of others", "nodes", "kept teacher"],
 )
-def test_what_cannot_take_turns(overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_take_turns(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(tmp_path, *overrides)
     installed = importlib.machinery.ModuleSpec("torch_memory_saver", None) if overrides else None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: installed)
@@ -272,7 +329,13 @@ def test_what_cannot_take_turns(overrides: list[str], message: str, tmp_path: Pa
     assert len(on_cpu) == bool(overrides), "a CPU needs no torch_memory_saver"
 
 
-@pytest.mark.parametrize(("overrides", "message"), [("sync.transport=distributed", "NCCL does not broadcast"), ("sync.delta=true", "holds nothing")])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("sync.transport=distributed", "NCCL does not broadcast"),
+        ("sync.delta=true", "holds nothing"),
+    ],
+)
 def test_transports_that_cannot(overrides: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(tmp_path, overrides)

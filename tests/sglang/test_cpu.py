@@ -1,4 +1,6 @@
-"""What makes SGLang run on a CPU: the hash is upstream's, products do not depend on their company, attention is upstream's, upstream changes are noticed."""
+"""What makes SGLang run on a CPU: the hash is upstream's, products do not depend on their company,
+attention is upstream's, upstream changes are noticed.
+"""
 
 from __future__ import annotations
 
@@ -34,24 +36,43 @@ print(json.dumps(module.murmur_hash32(torch.tensor(seeds, dtype=torch.uint64), t
 
 def test_the_hash_is_upstreams_triton_kernel_bit_for_bit() -> None:
     """The kernel itself runs on a CPU in Triton's interpreter."""
-    arguments = [[0, 1, 17, 2**31 - 1, 2**33 + 5], [0, 3, 70, 4095, 11], [0, 1, 31, 32, 511, 151_935]]
+    arguments = [
+        [0, 1, 17, 2**31 - 1, 2**33 + 5],
+        [0, 3, 70, 4095, 11],
+        [0, 1, 31, 32, 511, 151_935],
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-c", UPSTREAM_HASH, json.dumps(arguments)], capture_output=True, text=True, env=environment, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", UPSTREAM_HASH, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
     expected = json.loads(run.stdout)
     seeds, positions, columns = (torch.tensor(values) for values in arguments)
     assert plugin.murmur_hash32(seeds.to(torch.uint64), positions, columns).tolist() == expected
-    assert plugin.murmur_hash32((seeds + 1).to(torch.uint64), positions, columns).tolist() != expected
+    assert (
+        plugin.murmur_hash32((seeds + 1).to(torch.uint64), positions, columns).tolist() != expected
+    )
 
 
-@pytest.mark.parametrize(("inner", "outer"), [(128, 256), (64, 128), (128, 32), (128, 8), (512, 1536), (1024, 64)])
+@pytest.mark.parametrize(
+    ("inner", "outer"), [(128, 256), (64, 128), (128, 32), (128, 8), (512, 1536), (1024, 64)]
+)
 def test_a_rows_product_does_not_depend_on_the_number_of_rows(inner: int, outer: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, weight = torch.randn(100, inner, generator=generator), torch.randn(outer, inner, generator=generator)
+    rows, weight = (
+        torch.randn(100, inner, generator=generator),
+        torch.randn(outer, inner, generator=generator),
+    )
     linear = with_enough_rows(functional.linear)
     whole = linear(rows, weight)
     for count in (1, 2, 3, 5, 11, ROWS - 1, ROWS, ROWS + 1, 40, 99):
         for start in (0, 100 - count):
-            assert torch.equal(linear(rows[start : start + count], weight), whole[start : start + count]), (count, start)
+            assert torch.equal(
+                linear(rows[start : start + count], weight), whole[start : start + count]
+            ), (count, start)
 
 
 @pytest.fixture
@@ -91,7 +112,9 @@ def test_batched_decode_attention_is_attention() -> None:
     result = decode_attention(**case, scaling=0.3)
     for index, length in enumerate(LENGTHS):
         slots = case["req_to_token"][case["req_pool_indices"][index], :length].long()
-        keys, values = (case[name][slots].repeat_interleave(2, dim=1) for name in ("k_cache", "v_cache"))  # [L, H, D]
+        keys, values = (
+            case[name][slots].repeat_interleave(2, dim=1) for name in ("k_cache", "v_cache")
+        )  # [L, H, D]
         weights = torch.softmax(torch.einsum("hd,lhd->hl", case["query"][index], keys) * 0.3, -1)
         close(result[index], torch.einsum("hl,lhd->hd", weights, values), rel=1e-5, abs=1e-6)
 
@@ -116,11 +139,20 @@ def test_control_attention_to_one_key_more_is_another() -> None:
 
 def test_each_requests_tokens_go_to_its_own_row_of_the_pool() -> None:
     pool = torch.zeros(3, 6, dtype=torch.int32)
-    assign_req_to_token_pool_cpu(torch.tensor([2, 0]), pool, torch.tensor([1, 0]), torch.tensor([3, 4]), torch.tensor([7, 8, 9, 10, 11, 12]), 6)
+    assign_req_to_token_pool_cpu(
+        torch.tensor([2, 0]),
+        pool,
+        torch.tensor([1, 0]),
+        torch.tensor([3, 4]),
+        torch.tensor([7, 8, 9, 10, 11, 12]),
+        6,
+    )
     assert pool.tolist() == [[9, 10, 11, 12, 0, 0], [0] * 6, [0, 7, 8, 0, 0, 0]]
 
 
-def test_the_plugin_does_nothing_unless_the_server_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_does_nothing_unless_the_server_runs_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
     monkeypatch.setattr(plugin, "_module", lambda name: pytest.fail(f"imported {name}"))
     plugin.activate()
@@ -130,20 +162,32 @@ def test_the_plugin_does_nothing_unless_the_server_runs_on_a_cpu(monkeypatch: py
     ("module", "names", "message"),
     [
         ("sglang.srt.server_args", {}, "DETERMINISTIC_ATTENTION_BACKEND_CHOICES is gone"),
-        ("sglang.srt.server_args", {"DETERMINISTIC_ATTENTION_BACKEND_CHOICES": ("fa3",)}, "is a tuple, no longer a list"),
+        (
+            "sglang.srt.server_args",
+            {"DETERMINISTIC_ATTENTION_BACKEND_CHOICES": ("fa3",)},
+            "is a tuple, no longer a list",
+        ),
         ("sglang.srt.layers.sampler", {}, "murmur_hash32 is gone"),
         ("sglang.srt.layers.sampler", {"murmur_hash32": lambda seed: seed}, "no longer"),
-        ("sglang.srt.layers.logits_processor", {"LogitsProcessor": type("LogitsProcessor", (), {})}, "_compute_lm_head is gone"),
+        (
+            "sglang.srt.layers.logits_processor",
+            {"LogitsProcessor": type("LogitsProcessor", (), {})},
+            "_compute_lm_head is gone",
+        ),
         ("sglang.srt.batch_invariant_ops", {}, "enable_batch_invariant_mode is gone"),
         ("sglang.srt.layers.attention.torch_native_backend", {}, "TorchNativeAttnBackend is gone"),
         ("torch.multiprocessing.reductions", {}, "rebuild_storage_filename is gone"),
     ],
 )
-def test_an_upstream_that_has_moved_is_refused(monkeypatch: pytest.MonkeyPatch, module: str, names: dict[str, Any], message: str) -> None:
+def test_an_upstream_that_has_moved_is_refused(
+    monkeypatch: pytest.MonkeyPatch, module: str, names: dict[str, Any], message: str
+) -> None:
     def hash32(seed: Any, positions: Any, col_indices: Any) -> None: ...
 
     class Processor:
-        def _compute_lm_head(self, hidden_states: Any, lm_head: Any, embedding_bias: Any = None) -> None: ...
+        def _compute_lm_head(
+            self, hidden_states: Any, lm_head: Any, embedding_bias: Any = None
+        ) -> None: ...
 
     upstream: dict[str, dict[str, Any]] = {
         "sglang.srt.server_args": {"DETERMINISTIC_ATTENTION_BACKEND_CHOICES": []},
@@ -151,7 +195,9 @@ def test_an_upstream_that_has_moved_is_refused(monkeypatch: pytest.MonkeyPatch, 
         "sglang.srt.layers.logits_processor": {"LogitsProcessor": Processor},
         "sglang.kernels.ops.sampling.murmur_hash": {"murmur_hash32": hash32},
         "sglang.srt.layers.sampler": {"murmur_hash32": hash32},
-        "sglang.srt.layers.attention.torch_native_backend": {"TorchNativeAttnBackend": type("TorchNativeAttnBackend", (), {})},
+        "sglang.srt.layers.attention.torch_native_backend": {
+            "TorchNativeAttnBackend": type("TorchNativeAttnBackend", (), {})
+        },
         "torch.multiprocessing.reductions": {"rebuild_storage_filename": None},
     }
     if module == "torch.multiprocessing.reductions":  # reached only past the others
@@ -173,9 +219,14 @@ def test_the_last_two_shared_memories_stay_mapped(monkeypatch: pytest.MonkeyPatc
     class Storage:
         pass
 
-    reductions = SimpleNamespace(__name__="reductions", rebuild_storage_filename=lambda cls, manager, handle, size: Storage())
+    reductions = SimpleNamespace(
+        __name__="reductions", rebuild_storage_filename=lambda cls, manager, handle, size: Storage()
+    )
     monkeypatch.setattr(plugin, "_module", lambda name: reductions)
     plugin._keep_shared_memory_mapped()
-    alive = [weakref.ref(reductions.rebuild_storage_filename(None, None, handle, 8)) for handle in (b"one", b"two", b"one", b"three")]
+    alive = [
+        weakref.ref(reductions.rebuild_storage_filename(None, None, handle, 8))
+        for handle in (b"one", b"two", b"one", b"three")
+    ]
     gc.collect()
     assert [reference() is not None for reference in alive] == [False, False, True, True]

@@ -1,4 +1,6 @@
-"""Servers that a user runs: what they are is checked before they are used. On a fake that says what it is told, and once on the real one."""
+"""Servers that a user runs: what they are is checked before they are used. On a fake that says what
+it is told, and once on the real one.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from lopd.config import Config
 from lopd.errors import ConfigError, EngineError
 from lopd.stages.context import Stage, StageContext, _tokenized
 from lopd.tasks.tokenizer import load_tokenizer
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.external import PROBE_LEN, Expected, check_external, connect, probe_ids
-from sglang_rollout.launch import KEY_VARIABLE
-from sglang_rollout.server import SGLangServer
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.external import PROBE_LEN, Expected, check_external, connect, probe_ids
+from sglang_rollout.servers.launch import KEY_VARIABLE
+from sglang_rollout.servers.server import SGLangServer
+from sglang_rollout.weight_sync import update_weights_from_disk
 from tests.models import VOCAB_SIZE
 from tests.sglang.conftest import sampling, sampling_requests, settings
 from tests.sglang.fake_server import KEY, LOGPROB, FakeServer
@@ -27,9 +30,17 @@ from tests.sglang.weight_syncing import receiver, tensors, worst_difference
 TEXT = {"w4 w5": [4, 5]}
 
 
-def expected(model: Path, *, probe: Sequence[float] | None = None, loads_weights: bool = False) -> Expected:
+def expected(
+    model: Path, *, probe: Sequence[float] | None = None, loads_weights: bool = False
+) -> Expected:
     identity = identify_model(model).weights
-    return Expected(model, lambda folder: identify_model(folder).weights == identity, loads_weights=loads_weights, tokenized=TEXT, probe=probe)
+    return Expected(
+        model,
+        lambda folder: identify_model(folder).weights == identity,
+        loads_weights=loads_weights,
+        tokenized=TEXT,
+        probe=probe,
+    )
 
 
 @pytest.fixture
@@ -37,7 +48,12 @@ def served(fake: FakeServer, student_dir: Path) -> FakeServer:
     """A fake that says all that is right."""
     fake.model_path = str(student_dir)
     fake.model_info = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
-    fake.server_info = {"skip_tokenizer_init": True, "dtype": "float32", "enable_deterministic_inference": True, "max_req_input_len": 130}
+    fake.server_info = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enable_deterministic_inference": True,
+        "max_req_input_len": 130,
+    }
     return fake
 
 
@@ -45,23 +61,42 @@ def check(fake: FakeServer, wanted: Expected, **changes: Any) -> dict[str, Any]:
     return check_external(fake.engine(**{"dtype": "float32", **changes}), wanted)
 
 
-def test_a_model_folder_that_can_be_read_proves_the_weights(served: FakeServer, student_dir: Path) -> None:
+def test_a_model_folder_that_can_be_read_proves_the_weights(
+    served: FakeServer, student_dir: Path
+) -> None:
     found = check(served, expected(student_dir))
-    assert (found["weights"], found["version"], found["dtype"], found["url"]) == ("content", "0.5.17", "float32", [served.url])
+    assert (found["weights"], found["version"], found["dtype"], found["url"]) == (
+        "content",
+        "0.5.17",
+        "float32",
+        [served.url],
+    )
     assert found["probe"] == [LOGPROB] * (PROBE_LEN - 1)
     assert len(set(probe_ids(VOCAB_SIZE))) > PROBE_LEN // 2
 
 
-def test_other_weights_in_that_folder_are_refused(served: FakeServer, student_dir: Path, other_dir: Path) -> None:
-    with pytest.raises(EngineError, match=f"{served.url}: it serves {student_dir}, which is not the model in {other_dir}"):
+def test_other_weights_in_that_folder_are_refused(
+    served: FakeServer, student_dir: Path, other_dir: Path
+) -> None:
+    with pytest.raises(
+        EngineError,
+        match=f"{served.url}: it serves {student_dir}, which is not the model in {other_dir}",
+    ):
         check(served, expected(other_dir))
 
 
-def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(served: FakeServer, student_dir: Path) -> None:
+def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
+    served: FakeServer, student_dir: Path
+) -> None:
     served.model_path = "/nowhere/model"
     assert check(served, expected(student_dir))["weights"] == "declared"
-    assert check(served, expected(student_dir, probe=[LOGPROB + 5e-4] * (PROBE_LEN - 1)))["weights"] == "probe"
-    with pytest.raises(EngineError, match=r"0.01 nats a token away from those on record; limit: 0.001"):
+    assert (
+        check(served, expected(student_dir, probe=[LOGPROB + 5e-4] * (PROBE_LEN - 1)))["weights"]
+        == "probe"
+    )
+    with pytest.raises(
+        EngineError, match=r"0.01 nats a token away from those on record; limit: 0.001"
+    ):
         check(served, expected(student_dir, probe=[LOGPROB - 0.01] * (PROBE_LEN - 1)))
     with pytest.raises(EngineError, match="nan nats"):
         check(served, expected(student_dir, probe=[float("nan")] * (PROBE_LEN - 1)))
@@ -70,18 +105,54 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
 @pytest.mark.parametrize(
     ("attribute", "value", "error", "message"),
     [
-        ("model_info", {"architectures": ["LlamaForCausalLM"]}, EngineError, r"it serves architectures \['LlamaForCausalLM'\]"),
+        (
+            "model_info",
+            {"architectures": ["LlamaForCausalLM"]},
+            EngineError,
+            r"it serves architectures \['LlamaForCausalLM'\]",
+        ),
         ("version", "0.4.9", EngineError, "SGLang 0.4.9; limit: 0.5.17"),
-        ("server_info", {"dtype": "bfloat16"}, ConfigError, "computes in bfloat16; limit: sglang.dtype = float32"),
-        ("server_info", {"enable_deterministic_inference": False}, ConfigError, "without deterministic inference"),
-        ("server_info", {"max_req_input_len": 100}, ConfigError, "takes 100 tokens of prompt and response; limit: sglang.context_length = 128"),
-        ("server_info", {"skip_tokenizer_init": False}, EngineError, r"its tokenizer makes \[4, 6\] of 'w4 w5'"),
+        (
+            "server_info",
+            {"dtype": "bfloat16"},
+            ConfigError,
+            "computes in bfloat16; limit: sglang.dtype = float32",
+        ),
+        (
+            "server_info",
+            {"enable_deterministic_inference": False},
+            ConfigError,
+            "without deterministic inference",
+        ),
+        (
+            "server_info",
+            {"max_req_input_len": 100},
+            ConfigError,
+            "takes 100 tokens of prompt and response; limit: sglang.context_length = 128",
+        ),
+        (
+            "server_info",
+            {"skip_tokenizer_init": False},
+            EngineError,
+            r"its tokenizer makes \[4, 6\] of 'w4 w5'",
+        ),
     ],
 )
-def test_what_is_not_as_configured_is_named(served: FakeServer, student_dir: Path, attribute: str, value: Any, error: type[Exception], message: str) -> None:
+def test_what_is_not_as_configured_is_named(
+    served: FakeServer,
+    student_dir: Path,
+    attribute: str,
+    value: Any,
+    error: type[Exception],
+    message: str,
+) -> None:
     served.tokens = [4, 6]
     check(served, expected(student_dir))
-    setattr(served, attribute, {**getattr(served, attribute), **value} if isinstance(value, dict) else value)
+    setattr(
+        served,
+        attribute,
+        {**getattr(served, attribute), **value} if isinstance(value, dict) else value,
+    )
     with pytest.raises(error, match=f"{served.url}: .*{message}"):
         check(served, expected(student_dir))
 
@@ -91,20 +162,27 @@ def test_a_server_whose_tokenizer_agrees_may_keep_it(served: FakeServer, student
     assert check(served, expected(student_dir))["weights"] == "content"
 
 
-def test_servers_that_take_weights_need_the_architecture_and_a_folder_both_can_read(served: FakeServer, student_dir: Path, other_dir: Path) -> None:
+def test_servers_that_take_weights_need_the_architecture_and_a_folder_both_can_read(
+    served: FakeServer, student_dir: Path, other_dir: Path
+) -> None:
     assert check(served, expected(other_dir, loads_weights=True))["weights"] == "to be loaded"
     served.model_path = "/nowhere/model"
     with pytest.raises(EngineError, match="cannot be read here"):
         check(served, expected(other_dir, loads_weights=True))
 
 
-def test_the_key_comes_from_the_environment(served: FakeServer, student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_comes_from_the_environment(
+    served: FakeServer, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = expected(student_dir)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with pytest.raises(EngineError, match=rf"401.*environment variable {KEY_VARIABLE}"):
         check_external(connect([served.url], settings(), student_dir), wanted)
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    assert check_external(connect([served.url, served.url], settings(), student_dir), wanted)["url"] == [served.url] * 2
+    assert (
+        check_external(connect([served.url, served.url], settings(), student_dir), wanted)["url"]
+        == [served.url] * 2
+    )
     with pytest.raises(ConfigError, match="'localhost:30000' is no URL"):
         connect([], settings(teacher_urls=["localhost:30000"]), student_dir)
 
@@ -117,15 +195,31 @@ def context_of(folder: Path, teacher: Path, student: Path, **sglang: Any) -> Sta
         "run": {"dir": str(folder)},
         "models": {"teacher": str(teacher), "student": str(student)},
         "task": {"name": "register_arithmetic"},
-        "prompts": {name: {"num_prompts": 4, "seed": seed} for seed, name in enumerate(("sft", "opd", "eval"))},
+        "prompts": {
+            name: {"num_prompts": 4, "seed": seed}
+            for seed, name in enumerate(("sft", "opd", "eval"))
+        },
         "sglang": {**settings().model_dump(), **sglang},
     }
-    stage = Stage("score", "", "teacher_cache", knobs=(), models=(), prompts=(), parents=lambda config: (), run=lambda context: None)
+    stage = Stage(
+        "score",
+        "",
+        "teacher_cache",
+        knobs=(),
+        models=(),
+        prompts=(),
+        parents=lambda config: (),
+        run=lambda context: None,
+    )
     return StageContext(Config.model_validate(table), stage)
 
 
 def test_a_stage_uses_the_users_teacher_where_it_is_the_configured_one(
-    server: SGLangServer, student_dir: Path, other_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: SGLangServer,
+    student_dir: Path,
+    other_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, server.api_key)
     context = context_of(tmp_path, student_dir, other_dir, teacher_urls=[server.url])
@@ -140,11 +234,18 @@ def test_a_stage_uses_the_users_teacher_where_it_is_the_configured_one(
 
 
 def test_a_stage_puts_the_students_weights_into_the_users_servers(
-    server: SGLangServer, engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: SGLangServer,
+    engine: SGLangEngine,
+    student_dir: Path,
+    other_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, server.api_key)
     context = context_of(tmp_path, student_dir, other_dir, student_urls=[server.url])
-    killed = receiver("tensor", engine, tmp_path, student_dir)  # of a trainer that left them with half of a sync, paused
+    killed = receiver(
+        "tensor", engine, tmp_path, student_dir
+    )  # of a trainer that left them with half of a sync, paused
     killed.begin("step-4")
     killed.receive(tensors(student_dir)[:5])
     killed._settle()  # type: ignore[attr-defined]
@@ -153,10 +254,13 @@ def test_a_stage_puts_the_students_weights_into_the_users_servers(
         with context.serve("student", other_dir):
             assert len(list(engine.generate(sampling_requests(3), sampling(max_new_tokens=4)))) == 3
             assert worst_difference(engine, other_dir) <= MAX_DIFFERENCE
-            assert engine.model_info()["weight_version"] == f"lopd-{identify_model(other_dir).weights[:12]}"
+            assert (
+                engine.model_info()["weight_version"]
+                == f"lopd-{identify_model(other_dir).weights[:12]}"
+            )
             assert engine.model_info()["model_path"] == str(other_dir)
     finally:
-        engine.update_weights_from_disk(student_dir, version="default")
+        update_weights_from_disk(engine, student_dir, version="default")
 
 
 def test_a_tokenizer_without_the_words_of_the_text_is_not_compared() -> None:

@@ -1,4 +1,6 @@
-"""sglang.extra_args against what the installed SGLang knows, and against the two ways in which its versions write it down."""
+"""sglang.extra_args against what the installed SGLang knows, and against the two ways in which its
+versions write it down.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from typing import Any
 import pytest
 
 from lopd.errors import ConfigError, EngineError
-from sglang_rollout import extra_args
-from sglang_rollout.extra_args import check_extra_args, installed_fields, read_fields
+from sglang_rollout.servers import extra_args
+from sglang_rollout.servers.extra_args import check_extra_args, installed_fields, read_fields
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,11 @@ from sglang_rollout.extra_args import check_extra_args, installed_fields, read_f
         ("cuda_graph_bs_decode", [1, "a"], "limit: a list of a whole number"),
         ("custom_sigquit_handler", "f", "limit: nothing that a TOML file can hold"),
         # none of the choices
-        ("attention_backend", "abacus", "attention_backend = 'abacus'; limit: one of triton, torch_native, "),
+        (
+            "attention_backend",
+            "abacus",
+            "attention_backend = 'abacus'; limit: one of triton, torch_native, ",
+        ),
         ("schedule_policy", "lmp", "limit: one of lpm, random, fcfs"),
         ("moe_a2a_backend", "deep", "limit: one of none, deepep"),
         # what lopd sets itself, under any of its names
@@ -36,13 +42,21 @@ from sglang_rollout.extra_args import check_extra_args, installed_fields, read_f
         ("model", "x", "model (model_path) is set by lopd"),
         ("device", "cuda", "device is set by lopd"),
         # names that are none any more, or none as ServerArgs has them
-        ("cuda_graph_bs", [1], "unknown SGLang argument cuda_graph_bs; remedy: the nearest one is cuda_graph_bs_decode"),
+        (
+            "cuda_graph_bs",
+            [1],
+            "unknown SGLang argument cuda_graph_bs; remedy: the nearest one is cuda_graph_bs_decode",
+        ),
         ("schedule-policy", "lpm", "the nearest one is schedule_policy"),
         # what breaks a server of ours
         ("nnodes", 2, "nnodes = 2; limit: lopd starts a server on one machine"),
         ("ssl_keyfile", "key.pem", "lopd asks its own servers over http"),
         ("load_format", "dummy", "the weights would be random numbers"),
-        ("delete_ckpt_after_loading", True, "delete_ckpt_after_loading = true; limit: it deletes the model's folder; remedy: leave it out"),
+        (
+            "delete_ckpt_after_loading",
+            True,
+            "delete_ckpt_after_loading = true; limit: it deletes the model's folder; remedy: leave it out",
+        ),
     ],
 )
 def test_what_no_server_would_take_is_refused_in_one_line(name: str, value: Any, said: str) -> None:
@@ -56,10 +70,20 @@ def test_what_no_server_would_take_is_refused_in_one_line(name: str, value: Any,
 @pytest.mark.parametrize(
     "extra",
     [
-        {"chunked_prefill_size": 4096, "disable_radix_cache": True, "schedule_conservativeness": 1, "cuda_graph_bs_decode": [1, 2]},
+        {
+            "chunked_prefill_size": 4096,
+            "disable_radix_cache": True,
+            "schedule_conservativeness": 1,
+            "cuda_graph_bs_decode": [1, 2],
+        },
         {"attention_backend": "triton", "schedule_policy": "lpm", "moe_a2a_backend": "deepep"},
         {"json_model_override_args": '{"a": 1}', "model_loader_extra_config": {"a": 1}},
-        {"nnodes": 1, "disaggregation_mode": "null", "load_format": "safetensors", "delete_ckpt_after_loading": False},
+        {
+            "nnodes": 1,
+            "disaggregation_mode": "null",
+            "load_format": "safetensors",
+            "delete_ckpt_after_loading": False,
+        },
         {},
     ],
     ids=str,
@@ -68,7 +92,9 @@ def test_what_a_server_takes_passes(extra: dict[str, Any]) -> None:
     check_extra_args(extra)
 
 
-def test_choices_that_a_plugin_of_others_may_have_added_are_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_that_a_plugin_of_others_may_have_added_are_let_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(extra_args, "_others_plugins", lambda: True)
     check_extra_args({"attention_backend": "abacus"})
     with pytest.raises(ConfigError, match="limit: text in quotes"):
@@ -114,7 +140,10 @@ def test_fields_are_found_where_sglang_0_5_22_has_them(newer: Path) -> None:
         ({"schedule_policy": "fcfs"}, "limit: one of lpm, hrrn"),
         ({"page_size": "16"}, "page_size = '16'; limit: a whole number; remedy"),
         ({"tensor_parallel_size": 2}, "is set by lopd"),
-        ({"torchao_config": "int4wo"}, "unknown SGLang argument torchao_config; remedy: the nearest one is "),
+        (
+            {"torchao_config": "int4wo"},
+            "unknown SGLang argument torchao_config; remedy: the nearest one is ",
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             check_extra_args(extra, fields)
@@ -135,10 +164,16 @@ def test_every_argument_that_lopd_speaks_of_exists() -> None:
 
 
 def test_plugins_that_sglang_brings_are_not_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image has SGLang's gRPC servicer, which is a plugin and adds no choices; with a user's own plugin choices are SGLang's matter."""
+    """The image has SGLang's gRPC servicer, which is a plugin and adds no choices; with a user's
+    own plugin choices are SGLang's matter.
+    """
     ours = SimpleNamespace(value="sglang_rollout.cpu.plugin:activate")
     servicer = SimpleNamespace(value="smg_grpc_servicer.sglang.plugin:register")
     monkeypatch.setattr(extra_args, "entry_points", lambda group: [ours, servicer])
     assert not extra_args._others_plugins()
-    monkeypatch.setattr(extra_args, "entry_points", lambda group: [ours, servicer, SimpleNamespace(value="their_backend:register")])
+    monkeypatch.setattr(
+        extra_args,
+        "entry_points",
+        lambda group: [ours, servicer, SimpleNamespace(value="their_backend:register")],
+    )
     assert extra_args._others_plugins()

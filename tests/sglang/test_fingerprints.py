@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from sglang_rollout.fingerprints import fingerprint, part_fingerprint
+from sglang_rollout.server_side.fingerprints import fingerprint, part_fingerprint
 
 SHAPES = [(48, 32), (7, 5), (40,), (3,), (4, 6, 8), ()]
 
@@ -22,7 +22,9 @@ def test_depends_on_bits_alone(shape: tuple[int, ...], dtype: torch.dtype) -> No
     tensor = random(shape, dtype)
     expected = fingerprint(tensor)
     assert expected == fingerprint(tensor.clone())
-    assert expected == fingerprint(tensor.t().contiguous().t() if tensor.dim() == 2 else tensor)  # another layout in memory
+    assert expected == fingerprint(
+        tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+    )  # another layout in memory
     assert expected != fingerprint(random(shape, dtype, seed=1))
 
 
@@ -30,7 +32,9 @@ def test_depends_on_bits_alone(shape: tuple[int, ...], dtype: torch.dtype) -> No
 def test_parts_of_rows_and_columns_add_up(dtype: torch.dtype) -> None:
     tensor = random((48, 64), dtype)
     total = 0
-    for rows, columns in itertools.product((slice(0, 16), slice(16, 48)), (slice(0, 16), slice(16, 24), slice(24, 64))):
+    for rows, columns in itertools.product(
+        (slice(0, 16), slice(16, 48)), (slice(0, 16), slice(16, 24), slice(24, 64))
+    ):
         part = tensor[rows, columns]
         total += part_fingerprint(part.clone(), part.storage_offset(), part.stride(), 64)
     assert total % 2**64 == fingerprint(tensor)
@@ -50,14 +54,35 @@ def test_every_bit_counts_alone_and_in_pairs(dtype: torch.dtype) -> None:
             words[element] ^= -(1 << bit) if bit == top else 1 << bit
         return result
 
-    assert all(flipped((element, bit)) != expected for element, bit in itertools.product(range(32), range(top + 1)))
-    assert all(flipped((one, top), (other, top)) != expected for one, other in itertools.combinations(range(32), 2))  # signs of two elements
+    assert all(
+        flipped((element, bit)) != expected
+        for element, bit in itertools.product(range(32), range(top + 1))
+    )
+    assert all(
+        flipped((one, top), (other, top)) != expected
+        for one, other in itertools.combinations(range(32), 2)
+    )  # signs of two elements
     assert flipped() == expected
 
 
 def test_order_counts() -> None:
     tensor = random((64, 64), torch.float32)
-    assert len({fingerprint(x) for x in (tensor, tensor.flip(0), tensor.flip(1), tensor.t().contiguous(), tensor.roll(1, 0), tensor.roll(2, 1))}) == 6
+    assert (
+        len(
+            {
+                fingerprint(x)
+                for x in (
+                    tensor,
+                    tensor.flip(0),
+                    tensor.flip(1),
+                    tensor.t().contiguous(),
+                    tensor.roll(1, 0),
+                    tensor.roll(2, 1),
+                )
+            }
+        )
+        == 6
+    )
 
 
 def test_a_part_that_cannot_be_placed_is_refused() -> None:

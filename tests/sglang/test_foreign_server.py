@@ -1,4 +1,6 @@
-"""Servers that lopd did not start give log-probabilities of logits / temperature: they are asked a second time. On a fake, by count, and on a real one."""
+"""Servers that lopd did not start give log-probabilities of logits / temperature: they are asked a
+second time. On a fake, by count, and on a real one.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.scoring import ScoreRequest
-from sglang_rollout.server import SGLangServer
-from sglang_rollout.supervision import Activity
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.scoring import ScoreRequest
+from sglang_rollout.servers.server import SGLangServer
+from sglang_rollout.servers.supervision import Activity
 from tests.models import VOCAB_SIZE
 from tests.sglang.conftest import sampling, sampling_requests, settings
 from tests.sglang.fake_server import KEY, LOGPROB, FakeServer
@@ -31,20 +33,36 @@ def score_otherwise(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize(("temperature", "own", "again"), [(0.7, False, True), (1.3, False, True), (1.0, False, False), (0.7, True, False)])
-def test_a_server_that_lopd_did_not_start_scores_what_it_sampled_at_another_temperature(fake: FakeServer, temperature: float, own: bool, again: bool) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "own", "again"),
+    [(0.7, False, True), (1.3, False, True), (1.0, False, False), (0.7, True, False)],
+)
+def test_a_server_that_lopd_did_not_start_scores_what_it_sampled_at_another_temperature(
+    fake: FakeServer, temperature: float, own: bool, again: bool
+) -> None:
     fake.change = score_otherwise
-    ours: Any = SimpleNamespace(check=lambda: None, ready=lambda: True, activity=Activity()) if own else None
+    ours: Any = (
+        SimpleNamespace(check=lambda: None, ready=lambda: True, activity=Activity())
+        if own
+        else None
+    )
     engine = SGLangEngine(fake.url, KEY, settings(), server=ours, vocab_size=VOCAB_SIZE)
     responses = list(engine.generate(sampling_requests(9), sampling(temperature=temperature)))
     bodies = fake.paths("/generate")
     scored = [body for body in bodies if body["sampling_params"]["max_new_tokens"] == 0]
     assert (len(responses), len(bodies) - len(scored), len(scored)) == (9, 9, 9 if again else 0)
-    assert all((body["sampling_params"]["temperature"], body["return_logprob"]) == (1.0, True) for body in scored)
+    assert all(
+        (body["sampling_params"]["temperature"], body["return_logprob"]) == (1.0, True)
+        for body in scored
+    )
     asked = {tuple(body["input_ids"]) for body in scored}
-    assert asked == ({(*r.prompt_ids.tolist(), *r.token_ids.tolist()) for r in responses} if again else set())
+    assert asked == (
+        {(*r.prompt_ids.tolist(), *r.token_ids.tolist()) for r in responses} if again else set()
+    )
     for response in responses:
-        np.testing.assert_array_equal(response.sampling_logprobs, np.float32(AT_ONE if again else LOGPROB))
+        np.testing.assert_array_equal(
+            response.sampling_logprobs, np.float32(AT_ONE if again else LOGPROB)
+        )
 
 
 # --- a real one ----------------------------------------------------------------------------------------------------------------------------------------
@@ -61,26 +79,46 @@ class ForeignServer(SGLangServer):
         environment = {**super()._environment(scratch)}
         del environment["SGLANG_RETURN_ORIGINAL_LOGPROB"]
         root = str(Path(__file__).parents[2])
-        return {**environment, "PYTHONPATH": os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])}
+        return {
+            **environment,
+            "PYTHONPATH": os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])]),
+        }
 
 
 @pytest.fixture(scope="module")
 def foreign(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     """Without deterministic inference, as SGLang starts by itself; min-p needs that too."""
-    with ForeignServer(student_dir, settings(deterministic=False), log=tmp_path_factory.mktemp("foreign") / "server.log") as running:
+    with ForeignServer(
+        student_dir,
+        settings(deterministic=False),
+        log=tmp_path_factory.mktemp("foreign") / "server.log",
+    ) as running:
         yield running
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"temperature": 0.6, "top_p": 0.95}, {"temperature": 1.4, "top_k": 50}], ids=["colder", "hotter"])
-def test_log_probabilities_of_a_foreign_server_are_at_temperature_one(foreign: SGLangServer, student_dir: Path, changes: dict[str, float]) -> None:
-    """The control: the same server taken for one of ours, which is not asked again, gives those of the sampling temperature."""
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 0.6, "top_p": 0.95}, {"temperature": 1.4, "top_k": 50}],
+    ids=["colder", "hotter"],
+)
+def test_log_probabilities_of_a_foreign_server_are_at_temperature_one(
+    foreign: SGLangServer, student_dir: Path, changes: dict[str, float]
+) -> None:
+    """The control: the same server taken for one of ours, which is not asked again, gives those of
+    the sampling temperature.
+    """
     reference = HuggingFace(student_dir)
     temperature = changes["temperature"]
     for server in (None, foreign):
         engine = SGLangEngine(foreign.url, foreign.api_key, foreign.settings, server=server)
-        for response in engine.generate(sampling_requests(6), sampling(**{**changes, "top_p": 1.0, "top_k": -1})):
-            right, wrong = (reference.logprobs(response.prompt_ids, response.token_ids, temperature=one) for one in (1.0, temperature))
+        for response in engine.generate(
+            sampling_requests(6), sampling(**{**changes, "top_p": 1.0, "top_k": -1})
+        ):
+            right, wrong = (
+                reference.logprobs(response.prompt_ids, response.token_ids, temperature=one)
+                for one in (1.0, temperature)
+            )
             if server is not None:
                 right, wrong = wrong, right
             assert np.abs(response.sampling_logprobs - right).max() <= MAX_DIFFERENCE
@@ -94,10 +132,18 @@ def test_log_probabilities_of_a_foreign_server_are_at_temperature_one(foreign: S
 @pytest.mark.slow
 @pytest.mark.parametrize("min_p", [0.3, 0.0])
 def test_min_p_reaches_the_engine(foreign: SGLangServer, min_p: float) -> None:
-    """No token is less likely than 0.3 of the likeliest; the control, without a limit, has many. Only without seeds: deterministic SGLang cannot do it."""
+    """No token is less likely than 0.3 of the likeliest; the control, without a limit, has many.
+    Only without seeds: deterministic SGLang cannot do it.
+    """
     engine = SGLangEngine(foreign.url, foreign.api_key, foreign.settings)
-    responses = list(engine.generate(sampling_requests(12), sampling(max_new_tokens=12, stop_token_ids=(2,), min_p=min_p)))
-    items = [ScoreRequest(r.prompt_id, r.sample_index, r.prompt_ids, r.token_ids) for r in responses]
+    responses = list(
+        engine.generate(
+            sampling_requests(12), sampling(max_new_tokens=12, stop_token_ids=(2,), min_p=min_p)
+        )
+    )
+    items = [
+        ScoreRequest(r.prompt_id, r.sample_index, r.prompt_ids, r.token_ids) for r in responses
+    ]
     below = []
     for scores in engine.score(items, vocab_size=VOCAB_SIZE, top_k=1):
         assert scores.top is not None

@@ -1,4 +1,6 @@
-"""Weights received by broadcast into a model: where they belong if they lie there whole, by the model's own loader otherwise; what arrives is the same."""
+"""Weights received by broadcast into a model: where they belong if they lie there whole, by the
+model's own loader otherwise; what arrives is the same.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sglang_rollout import served_weights
 from sglang_rollout.cpu import incoming
+from sglang_rollout.server_side import served_weights
 
-SHAPES = {"embed": (10, 4), "q": (4, 4), "k": (2, 4), "sharded": (6, 4), "turned": (4, 3), "scaled": (3,), "wide": (5,), "other": (2,)}
+SHAPES = {
+    "embed": (10, 4),
+    "q": (4, 4),
+    "k": (2, 4),
+    "sharded": (6, 4),
+    "turned": (4, 3),
+    "scaled": (3,),
+    "wide": (5,),
+    "other": (2,),
+}
 WHOLE = {"embed", "q", "k"}
 
 
 class Model(nn.Module):
-    """Fuses q and k, pads embed, holds half of sharded, turned transposed, scaled doubled, wide in float64, and leaves other out."""
+    """Fuses q and k, pads embed, holds half of sharded, turned transposed, scaled doubled, wide in
+    float64, and leaves other out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        for name, shape in {"embed": (12, 4), "qk": (6, 4), "sharded": (3, 4), "turned": (3, 4), "scaled": (3,)}.items():
-            self.register_parameter(name, nn.Parameter(torch.full(shape, -1.0), requires_grad=False))
+        for name, shape in {
+            "embed": (12, 4),
+            "qk": (6, 4),
+            "sharded": (3, 4),
+            "turned": (3, 4),
+            "scaled": (3,),
+        }.items():
+            self.register_parameter(
+                name, nn.Parameter(torch.full(shape, -1.0), requires_grad=False)
+            )
         self.wide = nn.Parameter(torch.zeros(5, dtype=torch.float64), requires_grad=False)
         self.loaded: list[str] = []
 
@@ -74,14 +95,24 @@ def values() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def receive(model: Model, monkeypatch: pytest.MonkeyPatch, *, fails_at: int = -1) -> tuple[Broadcasts, Exception | None]:
+def receive(
+    model: Model, monkeypatch: pytest.MonkeyPatch, *, fails_at: int = -1
+) -> tuple[Broadcasts, Exception | None]:
     broadcasts = Broadcasts(values(), fails_at)
     monkeypatch.setattr(torch.distributed, "broadcast", broadcasts.broadcast)
-    error = incoming.receive(model, list(SHAPES), [torch.float32] * len(SHAPES), [list(shape) for shape in SHAPES.values()], "group")
+    error = incoming.receive(
+        model,
+        list(SHAPES),
+        [torch.float32] * len(SHAPES),
+        [list(shape) for shape in SHAPES.values()],
+        "group",
+    )
     return broadcasts, error
 
 
-def test_the_model_holds_what_its_own_loader_would_have_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_holds_what_its_own_loader_would_have_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     expected = Model()
     expected.load_weights(values().items())
     model = Model()
@@ -89,12 +120,21 @@ def test_the_model_holds_what_its_own_loader_would_have_loaded(monkeypatch: pyte
         model.loaded.clear()
         broadcasts, error = receive(model, monkeypatch)
         assert error is None
-        assert all(torch.equal(held, wanted) for held, wanted in zip(model.parameters(), expected.parameters(), strict=True))
+        assert all(
+            torch.equal(held, wanted)
+            for held, wanted in zip(model.parameters(), expected.parameters(), strict=True)
+        )
     assert set(model.loaded) == set(SHAPES) - WHOLE
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    in_place = {name for name, target in zip(SHAPES, broadcasts.targets, strict=True) if target.untyped_storage().data_ptr() in storages}
+    in_place = {
+        name
+        for name, target in zip(SHAPES, broadcasts.targets, strict=True)
+        if target.untyped_storage().data_ptr() in storages
+    }
     assert in_place == WHOLE
-    assert sorted(set(broadcasts.waited)) == list(range(len(SHAPES)))  # the one that the loader leaves out too
+    assert sorted(set(broadcasts.waited)) == list(
+        range(len(SHAPES))
+    )  # the one that the loader leaves out too
 
 
 def test_parameters_that_have_moved_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +146,14 @@ def test_parameters_that_have_moved_are_found_again(monkeypatch: pytest.MonkeyPa
     assert torch.equal(model.qk.data[:4], values()["q"])
 
 
-def test_a_loader_whose_copies_cannot_be_told_loads_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_whose_copies_cannot_be_told_loads_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Careful(Model):
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-            super().load_weights((name, tensor) for name, tensor in weights if tensor.sum().item() > -1e9)  # a value of a tensor without data
+            super().load_weights(
+                (name, tensor) for name, tensor in weights if tensor.sum().item() > -1e9
+            )  # a value of a tensor without data
 
     model = Careful()
     _, error = receive(model, monkeypatch)
@@ -119,7 +163,9 @@ def test_a_loader_whose_copies_cannot_be_told_loads_everything(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["q", "sharded"])
-def test_a_broadcast_that_breaks_is_told_once_all_have_ended(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_broadcast_that_breaks_is_told_once_all_have_ended(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     index = list(SHAPES).index(name)
     broadcasts, error = receive(Model(), monkeypatch, fails_at=index)
     assert "connection closed" in str(error)
@@ -128,4 +174,7 @@ def test_a_broadcast_that_breaks_is_told_once_all_have_ended(monkeypatch: pytest
 
 def test_what_else_a_loader_does_is_noticed() -> None:
     found = served_weights.layout(Model(), SHAPES)
-    assert {name for name, placement in found.items() if placement.copied_only} == set(SHAPES) - {"scaled", "other"}
+    assert {name for name, placement in found.items() if placement.copied_only} == set(SHAPES) - {
+        "scaled",
+        "other",
+    }

@@ -1,4 +1,6 @@
-"""A server that dies or hangs is started again with the newest weights, and nobody loses an answer; one that dies again and again stops the stage."""
+"""A server that dies or hangs is started again with the newest weights, and nobody loses an answer;
+one that dies again and again stops the stage.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ import numpy as np
 import pytest
 
 from lopd.errors import EngineError
-from sglang_rollout import supervision
-from sglang_rollout.client import OtherWeights, SGLangEngine
-from sglang_rollout.scoring import ScoreRequest
-from sglang_rollout.server import SGLangServer
-from sglang_rollout.supervision import (
+from sglang_rollout.requests.client import OtherWeights, SGLangEngine
+from sglang_rollout.requests.scoring import ScoreRequest
+from sglang_rollout.servers import supervision
+from sglang_rollout.servers.server import SGLangServer
+from sglang_rollout.servers.supervision import (
     Activity,
     Watcher,
     ask_for_restart,
@@ -27,6 +29,7 @@ from sglang_rollout.supervision import (
     remember_weights,
     remembered_weights,
 )
+from sglang_rollout.weight_sync import update_weights_from_disk
 from tests.models import VOCAB_SIZE
 from tests.sglang.conftest import sampling, sampling_requests, settings
 from tests.sglang.weight_syncing import receiver, send, tensors
@@ -57,7 +60,12 @@ class Frail:
     """A server that dies when told; fails_to_start: how many starts fail after that."""
 
     def __init__(self, folder: Path) -> None:
-        self.name, self.log, self.weights_file, self.activity = "student", folder / "log", folder / "weights.json", Activity()
+        self.name, self.log, self.weights_file, self.activity = (
+            "student",
+            folder / "log",
+            folder / "weights.json",
+            Activity(),
+        )
         self.replica = self.num_starts = self.num_ends = self.fails_to_start = 0
         self.is_alive = self.is_responding = self.is_reachable = True
 
@@ -90,8 +98,15 @@ def frail(tmp_path: Path) -> Frail:
     return Frail(tmp_path)
 
 
-def watching(server: Frail, restarts: int, *, hang_timeout_s: float = 60, tell: list[str] | None = None) -> Watcher:
-    watcher = Watcher(server, restarts=restarts, hang_timeout_s=hang_timeout_s, tell=tell.append if tell is not None else None)
+def watching(
+    server: Frail, restarts: int, *, hang_timeout_s: float = 60, tell: list[str] | None = None
+) -> Watcher:
+    watcher = Watcher(
+        server,
+        restarts=restarts,
+        hang_timeout_s=hang_timeout_s,
+        tell=tell.append if tell is not None else None,
+    )
     watcher.start()
     return watcher
 
@@ -106,7 +121,10 @@ def until(what: str, condition: object, seconds: float = 60.0) -> None:
 def die(server: Frail, watcher: Watcher) -> None:
     restarts = watcher.num_restarts
     server.is_alive = False
-    until("neither restarted nor given up", lambda: watcher.num_restarts > restarts or watcher.failure is not None)
+    until(
+        "neither restarted nor given up",
+        lambda: watcher.num_restarts > restarts or watcher.failure is not None,
+    )
 
 
 def test_three_deaths_in_a_row_are_the_end(frail: Frail) -> None:
@@ -116,14 +134,19 @@ def test_three_deaths_in_a_row_are_the_end(frail: Frail) -> None:
         assert watcher.failure is None, death
         die(frail, watcher)
     assert watcher.failure is not None
-    assert "died 3 times in a row without answering a request; at last: it died; its log ends: the last line" in str(watcher.failure)
+    assert (
+        "died 3 times in a row without answering a request; at last: it died; its log ends: the last line"
+        in str(watcher.failure)
+    )
     assert "sglang.restarts = 2" in str(watcher.failure)
     assert (frail.num_starts, len(told)) == (2, 2)
     assert not frail.alive()
 
 
 @pytest.mark.parametrize("progress", ["answer", "weights"])
-def test_an_answer_or_new_weights_between_deaths_begin_the_count_anew(frail: Frail, progress: str) -> None:
+def test_an_answer_or_new_weights_between_deaths_begin_the_count_anew(
+    frail: Frail, progress: str
+) -> None:
     watcher = watching(frail, 2)
     for death in range(7):
         if progress == "answer":
@@ -155,7 +178,9 @@ def test_a_start_that_fails_is_a_death_too(frail: Frail) -> None:
     assert frail.num_starts == 2
 
 
-def test_a_start_on_a_full_disk_is_a_death_too(frail: Frail, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_on_a_full_disk_is_a_death_too(
+    frail: Frail, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The thread that watches lives on and says why; before, nobody would have heard of it."""
 
     def relaunch() -> None:
@@ -165,7 +190,10 @@ def test_a_start_on_a_full_disk_is_a_death_too(frail: Frail, monkeypatch: pytest
     monkeypatch.setattr(frail, "relaunch", relaunch)
     die(frail, watcher)
     assert "died 3 times in a row" in str(watcher.failure)
-    assert "at last: the student server cannot be started again ([Errno 28] No space left on device)" in str(watcher.failure)
+    assert (
+        "at last: the student server cannot be started again ([Errno 28] No space left on device)"
+        in str(watcher.failure)
+    )
 
 
 def test_without_restarts_a_death_is_the_end_at_once(frail: Frail) -> None:
@@ -177,14 +205,19 @@ def test_without_restarts_a_death_is_the_end_at_once(frail: Frail) -> None:
 
 def test_clients_of_other_processes_are_told_that_it_is_the_end(frail: Frail) -> None:
     """They would wait for a server that nobody starts again: as long as outage_timeout_s."""
-    elsewhere = SGLangEngine("http://127.0.0.1:9", "key", settings(outage_timeout_s=300), weights_file=frail.weights_file)
+    elsewhere = SGLangEngine(
+        "http://127.0.0.1:9", "key", settings(outage_timeout_s=300), weights_file=frail.weights_file
+    )
     elsewhere.check_alive()
     watcher = watching(frail, 1)
     die(frail, watcher)
     elsewhere.check_alive()
     die(frail, watcher)
     until("told", lambda: frail.weights_file.with_name("weights.json.failure").exists())
-    with pytest.raises(EngineError, match=r"log: the student server died 2 times in a row .* its log ends: the last line; limit: sglang.restarts = 1"):
+    with pytest.raises(
+        EngineError,
+        match=r"log: the student server died 2 times in a row .* its log ends: the last line; limit: sglang.restarts = 1",
+    ):
         list(elsewhere.generate(sampling_requests(2), sampling()))
     with pytest.raises(EngineError, match="died 2 times in a row"):
         elsewhere.model_info()
@@ -238,7 +271,10 @@ def test_any_process_can_ask_for_a_restart(frail: Frail) -> None:
     ask_for_restart(frail.weights_file)
     until("started again", lambda: watcher.num_restarts == 1)
     time.sleep(0.3)
-    assert (frail.num_starts, told) == (1, ["a restart of the student server was asked for; starting it again"])
+    assert (frail.num_starts, told) == (
+        1,
+        ["a restart of the student server was asked for; starting it again"],
+    )
     watcher.stop()
     watcher.join()
 
@@ -256,7 +292,11 @@ def test_who_asks_for_the_end_of_a_process_says_of_which(frail: Frail) -> None:
     ask_to_end(frail.weights_file, 0, 3)
     until("ended and started again", lambda: watcher.num_restarts == 3)
     die(frail, watcher)
-    assert (frail.num_starts, num_starts(frail.weights_file, 0), num_starts(frail.weights_file, 1)) == (4, 5, 0)
+    assert (
+        frail.num_starts,
+        num_starts(frail.weights_file, 0),
+        num_starts(frail.weights_file, 1),
+    ) == (4, 5, 0)
     watcher.stop()
     watcher.join()
 
@@ -265,9 +305,13 @@ def test_who_asks_for_the_end_of_a_process_says_of_which(frail: Frail) -> None:
 
 
 @pytest.fixture(scope="module")
-def restarted(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
+def restarted(
+    student_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SGLangServer]:
     log = tmp_path_factory.mktemp("restarted") / "server.log"
-    with SGLangServer(student_dir, settings(restarts=2, context_length=256, max_in_flight=16), log=log) as running:
+    with SGLangServer(
+        student_dir, settings(restarts=2, context_length=256, max_in_flight=16), log=log
+    ) as running:
         yield running
 
 
@@ -276,41 +320,64 @@ def kill(server: SGLangServer) -> None:
 
 
 def scores_of(engine: SGLangEngine) -> dict[tuple[str, int], np.ndarray]:  # type: ignore[type-arg]
-    items = [ScoreRequest(r.prompt_id, r.sample_index, r.prompt_ids[:6], r.prompt_ids[6:]) for r in sampling_requests(8)]
-    return {score.key: score.teacher_logprobs for score in engine.score(items, vocab_size=VOCAB_SIZE)}
+    items = [
+        ScoreRequest(r.prompt_id, r.sample_index, r.prompt_ids[:6], r.prompt_ids[6:])
+        for r in sampling_requests(8)
+    ]
+    return {
+        score.key: score.teacher_logprobs for score in engine.score(items, vocab_size=VOCAB_SIZE)
+    }
 
 
 def test_a_restarted_server_has_the_newest_weights_for_clients_of_any_process(
     restarted: SGLangServer, student_dir: Path, other_dir: Path, tmp_path: Path
 ) -> None:
     owner = SGLangEngine(restarted.url, restarted.api_key, restarted.settings, server=restarted)
-    elsewhere = SGLangEngine(restarted.url, restarted.api_key, restarted.settings)  # as in a trainer's rank: no handle on the server
-    first, address = scores_of(elsewhere), (restarted.url, restarted.api_key, restarted.num_restarts + 1)
-    owner.update_weights_from_disk(other_dir, version="step-7")
+    elsewhere = SGLangEngine(
+        restarted.url, restarted.api_key, restarted.settings
+    )  # as in a trainer's rank: no handle on the server
+    first, address = (
+        scores_of(elsewhere),
+        (restarted.url, restarted.api_key, restarted.num_restarts + 1),
+    )
+    update_weights_from_disk(owner, other_dir, version="step-7")
     newest = scores_of(elsewhere)
     kill(restarted)
     again = scores_of(elsewhere)  # sent to a server that is not there
-    until("the restart is counted", lambda: restarted.num_restarts == address[2])  # clients may reach it a moment before
+    until(
+        "the restart is counted", lambda: restarted.num_restarts == address[2]
+    )  # clients may reach it a moment before
     assert (restarted.url, restarted.api_key, restarted.num_restarts) == address
     assert elsewhere.model_info()["weight_version"] == "step-7"
     for key, logprobs in again.items():
         np.testing.assert_array_equal(logprobs, newest[key])
         assert not np.allclose(logprobs, first[key], atol=1e-3)
-    send(receiver("disk", elsewhere, tmp_path, student_dir), "step-8", tensors(student_dir))  # into the fresh one
+    send(
+        receiver("disk", elsewhere, tmp_path, student_dir), "step-8", tensors(student_dir)
+    )  # into the fresh one
     assert elsewhere.model_info()["weight_version"] == "step-8"
     for key, logprobs in scores_of(elsewhere).items():
         np.testing.assert_array_equal(logprobs, first[key])
 
 
 def test_a_server_that_hangs_is_started_again_and_weights_that_were_in_no_folder_are_missed(
-    restarted: SGLangServer, student_dir: Path, other_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restarted: SGLangServer,
+    student_dir: Path,
+    other_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The patience is short only while the server is stopped: one that lives must not be taken for one that hangs, however slow the machine."""
+    """The patience is short only while the server is stopped: one that lives must not be taken for
+    one that hangs, however slow the machine.
+    """
     engine = SGLangEngine(restarted.url, restarted.api_key, restarted.settings, server=restarted)
     to, params = receiver("tensor", engine, tmp_path, student_dir), sampling(max_new_tokens=4)
     send(to, "step-9", tensors(other_dir))
     remember_unsaved_weights(restarted.weights_file, "step-9")
-    wanted = {response.key: response.token_ids.tolist() for response in engine.generate(sampling_requests(4), params, version="step-9")}
+    wanted = {
+        response.key: response.token_ids.tolist()
+        for response in engine.generate(sampling_requests(4), params, version="step-9")
+    }
     restarts, relaunch = restarted.num_restarts, restarted.relaunch
     os.killpg(restarted.group_id, signal.SIGSTOP)
     with monkeypatch.context() as patch:
@@ -320,37 +387,64 @@ def test_a_server_that_hangs_is_started_again_and_weights_that_were_in_no_folder
             relaunch()
 
         patch.setattr(restarted, "relaunch", relaunch_with_patience)
-        patch.setattr(restarted, "settings", restarted.settings.model_copy(update={"hang_timeout_s": 0.5}))
+        patch.setattr(
+            restarted, "settings", restarted.settings.model_copy(update={"hang_timeout_s": 0.5})
+        )
         patch.setattr(restarted._watcher, "_hang_timeout_s", 0.5)
         patch.setattr(supervision, "_FAILED_PROBES", 1)
         answers: list[object] = []
-        reader = threading.Thread(target=lambda: answers.extend(engine.generate(sampling_requests(4), sampling(max_new_tokens=4))))
+        reader = threading.Thread(
+            target=lambda: answers.extend(
+                engine.generate(sampling_requests(4), sampling(max_new_tokens=4))
+            )
+        )
         reader.start()
         reader.join(timeout=240)
     assert not reader.is_alive()
     until("the restart is counted", lambda: restarted.num_restarts > restarts)
     assert (len(answers), restarted.num_restarts) == (4, restarts + 1)
-    with pytest.raises(OtherWeights, match="a response of the weights default, where step-9 were asked"):
+    with pytest.raises(
+        OtherWeights, match="a response of the weights default, where step-9 were asked"
+    ):
         list(engine.generate(sampling_requests(4), params, version="step-9"))
     send(to, "step-9", tensors(other_dir))
-    assert {response.key: response.token_ids.tolist() for response in engine.generate(sampling_requests(4), params, version="step-9")} == wanted
+    assert {
+        response.key: response.token_ids.tolist()
+        for response in engine.generate(sampling_requests(4), params, version="step-9")
+    } == wanted
 
 
 @pytest.mark.slow
-def test_three_deaths_of_a_real_server_in_a_row_are_the_end(student_dir: Path, tmp_path: Path) -> None:
+def test_three_deaths_of_a_real_server_in_a_row_are_the_end(
+    student_dir: Path, tmp_path: Path
+) -> None:
     told: list[str] = []
-    with SGLangServer(student_dir, settings(restarts=2), log=tmp_path / "server.log", tell=told.append) as server:
+    with SGLangServer(
+        student_dir, settings(restarts=2), log=tmp_path / "server.log", tell=told.append
+    ) as server:
         engine = SGLangEngine(server.url, server.api_key, server.settings, server=server)
         for death in range(3):
-            until("it runs", lambda death=death: server.num_restarts == death and server.ready(), seconds=240)  # type: ignore[misc]
+            until(
+                "it runs",
+                lambda death=death: server.num_restarts == death and server.ready(),
+                seconds=240,
+            )  # type: ignore[misc]
             assert server._watcher.failure is None
             with server.log.open("a") as log:
                 log.write(f"RuntimeError: cause number {death}\n")
             kill(server)
-            until("its death is noticed", lambda death=death: len(told) > death or server._watcher.failure is not None)  # type: ignore[misc]
+            until(
+                "its death is noticed",
+                lambda death=death: len(told) > death or server._watcher.failure is not None,
+            )  # type: ignore[misc]
         until("it is given up", lambda: server._watcher.failure is not None)
-        for attempt in (lambda: list(engine.generate(sampling_requests(4), sampling())), engine.model_info):
-            with pytest.raises(EngineError, match="died 3 times in a row without answering a request; at last: ") as caught:
+        for attempt in (
+            lambda: list(engine.generate(sampling_requests(4), sampling())),
+            engine.model_info,
+        ):
+            with pytest.raises(
+                EngineError, match="died 3 times in a row without answering a request; at last: "
+            ) as caught:
                 attempt()
             assert "its log ends: RuntimeError: cause number 2" in str(caught.value)
             assert "cause number 1" not in str(caught.value)

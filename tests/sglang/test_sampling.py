@@ -9,8 +9,13 @@ import pytest
 
 from lopd.errors import DataError, EngineError
 from lopd.records import int32, token_hash
-from sglang_rollout.sampling import SamplingRequest, new_tokens_allowed, read_response, request_seed
-from sglang_rollout.scoring import ScoreRequest, check_scorable, read_scores
+from sglang_rollout.requests.sampling import (
+    SamplingRequest,
+    new_tokens_allowed,
+    read_response,
+    request_seed,
+)
+from sglang_rollout.requests.scoring import ScoreRequest, check_scorable, read_scores
 from tests.sglang.conftest import sampling
 
 REQUEST = SamplingRequest("p", 0, int32([5, 6, 7]), seed=1)
@@ -18,11 +23,24 @@ REQUEST = SamplingRequest("p", 0, int32([5, 6, 7]), seed=1)
 
 def answer(ids: list[int], logprobs: list[float | None], reason: dict[str, Any]) -> dict[str, Any]:
     entries = [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=True)]
-    return {"output_ids": ids, "meta_info": {"output_token_logprobs": entries, "finish_reason": reason, "weight_version": "v3"}}
+    return {
+        "output_ids": ids,
+        "meta_info": {
+            "output_token_logprobs": entries,
+            "finish_reason": reason,
+            "weight_version": "v3",
+        },
+    }
 
 
 def echo(ids: list[int], logprobs: list[float | None]) -> dict[str, Any]:
-    return {"meta_info": {"input_token_logprobs": [[logprob, token, None] for logprob, token in zip(logprobs, ids, strict=True)]}}
+    return {
+        "meta_info": {
+            "input_token_logprobs": [
+                [logprob, token, None] for logprob, token in zip(logprobs, ids, strict=True)
+            ]
+        }
+    }
 
 
 def test_a_seed_depends_on_run_prompt_sample_and_purpose_and_on_nothing_else() -> None:
@@ -38,7 +56,11 @@ def test_a_seed_depends_on_run_prompt_sample_and_purpose_and_on_nothing_else() -
 
 
 def test_seeds_are_31_bit_and_do_not_collide_in_a_large_run() -> None:
-    seeds = {request_seed(0, f"prompt-{prompt}", sample, "rollout") for prompt in range(5000) for sample in range(4)}
+    seeds = {
+        request_seed(0, f"prompt-{prompt}", sample, "rollout")
+        for prompt in range(5000)
+        for sample in range(4)
+    }
     assert min(seeds) >= 0
     assert max(seeds) < 2**31
     assert len(seeds) > 20_000 - 3  # by chance 0.1 pairs of 20,000 fall together
@@ -56,24 +78,35 @@ def test_new_tokens_are_reduced_to_what_the_context_has_left() -> None:
 @pytest.mark.parametrize("prompt", [[], list(range(4, 30))])
 def test_a_prompt_that_is_empty_or_fills_the_context_is_named(prompt: list[int]) -> None:
     with pytest.raises(DataError, match="prompt p9 has"):
-        new_tokens_allowed(SamplingRequest("p9", 0, int32(prompt), 0), sampling(), context_length=20)
+        new_tokens_allowed(
+            SamplingRequest("p9", 0, int32(prompt), 0), sampling(), context_length=20
+        )
 
 
 def test_the_end_token_is_part_of_the_response() -> None:
-    response = read_response(REQUEST, sampling(), 40, answer([8, 9, 2], [-1.0, -2.0, -3.0], {"type": "stop", "matched": 2}))
+    response = read_response(
+        REQUEST,
+        sampling(),
+        40,
+        answer([8, 9, 2], [-1.0, -2.0, -3.0], {"type": "stop", "matched": 2}),
+    )
     assert response.token_ids.tolist() == [8, 9, 2]
     assert response.sampling_logprobs.tolist() == [-1.0, -2.0, -3.0]
     assert (response.finish_reason, response.weight_version) == ("stop", "v3")
 
 
 def test_a_truncated_response_is_marked_and_has_no_end_token() -> None:
-    response = read_response(REQUEST, sampling(), 2, answer([8, 9], [-1.0, -2.0], {"type": "length", "length": 2}))
+    response = read_response(
+        REQUEST, sampling(), 2, answer([8, 9], [-1.0, -2.0], {"type": "length", "length": 2})
+    )
     assert (response.finish_reason, response.token_ids.tolist()) == ("length", [8, 9])
 
 
 def test_a_response_cut_before_its_limit_is_refused() -> None:
     with pytest.raises(EngineError, match="max_total_tokens"):
-        read_response(REQUEST, sampling(), 40, answer([8, 9], [-1.0, -2.0], {"type": "length", "length": 2}))
+        read_response(
+            REQUEST, sampling(), 40, answer([8, 9], [-1.0, -2.0], {"type": "length", "length": 2})
+        )
 
 
 def test_ids_that_differ_from_those_of_the_log_probabilities_are_refused() -> None:
@@ -102,13 +135,22 @@ def test_scores_carry_the_hash_of_exactly_these_ids() -> None:
         pytest.param([7, 8, 9], [None, 0.5, -2.0], id="positive"),
     ],
 )
-def test_wrong_scores_are_refused_by_name(returned: list[int], logprobs: list[float | None]) -> None:
+def test_wrong_scores_are_refused_by_name(
+    returned: list[int], logprobs: list[float | None]
+) -> None:
     with pytest.raises(EngineError, match="response p#4"):
-        read_scores(ScoreRequest("p", 4, int32([5, 6, 7]), int32([8, 9])), echo(returned, logprobs), vocab_size=512)
+        read_scores(
+            ScoreRequest("p", 4, int32([5, 6, 7]), int32([8, 9])),
+            echo(returned, logprobs),
+            vocab_size=512,
+        )
 
 
 @pytest.mark.parametrize(("prompt_len", "response_len"), [(0, 3), (3, 0), (10, 11)])
 def test_what_cannot_be_scored_is_named(prompt_len: int, response_len: int) -> None:
     check_scorable(ScoreRequest("p", 4, int32(range(10)), int32(range(10))), context_length=20)
     with pytest.raises(DataError, match="response p#4"):
-        check_scorable(ScoreRequest("p", 4, int32(range(prompt_len)), int32(range(response_len))), context_length=20)
+        check_scorable(
+            ScoreRequest("p", 4, int32(range(prompt_len)), int32(range(response_len))),
+            context_length=20,
+        )

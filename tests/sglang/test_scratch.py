@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_rollout.scratch import Scratch, remove_orphans
+from sglang_rollout.servers.scratch import Scratch, remove_orphans
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_sockets_get_a_short_path_where_tmpdir_is_a_long_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_get_a_short_path_where_tmpdir_is_a_long_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     short = Scratch()
     assert short.path.parent == place
     long_place = place / ("x" * 80)
@@ -38,8 +40,14 @@ def test_sockets_get_a_short_path_where_tmpdir_is_a_long_one(place: Path, monkey
 
 
 def test_what_a_killed_process_left_goes_when_the_next_one_starts(place: Path) -> None:
-    code = "import sys, time; from sglang_rollout.scratch import Scratch; print(Scratch().path, flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(place)})
+    code = "import sys, time; from sglang_rollout.servers.scratch import Scratch; print(Scratch().path, flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(place)},
+    )
     assert other.stdout is not None
     left = Path(other.stdout.readline().strip())
     (left / "socket").touch()

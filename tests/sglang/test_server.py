@@ -1,4 +1,6 @@
-"""Starting, watching and ending a real server: what goes wrong is explained within a bound, and nothing outlives its parent."""
+"""Starting, watching and ending a real server: what goes wrong is explained within a bound, and
+nothing outlives its parent.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,17 @@ import torch
 
 from lopd.errors import ConfigError, EngineError
 from lopd.processes import group_alive
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.extra_args import known_fields
-from sglang_rollout.launch import SECRETS_VARIABLE
-from sglang_rollout.scratch import remove_orphans
-from sglang_rollout.server import SGLangServer, check_extra_args, lasting_port, log_summary
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.servers.extra_args import known_fields
+from sglang_rollout.servers.launch import SECRETS_VARIABLE
+from sglang_rollout.servers.scratch import remove_orphans
+from sglang_rollout.servers.server import SGLangServer, check_extra_args, lasting_port, log_summary
 from tests.models import EOS_ID
 from tests.sglang.conftest import sampling, sampling_requests, settings
 
-BOUND_S = 60.0  # for what takes a second or five: without an end to it, it would take the 600 s of request_timeout_s, or for ever
+# for what takes a second or five: without an end to it, it would take the 600 s of
+# request_timeout_s, or for ever
+BOUND_S = 60.0
 
 
 def members(group: int) -> list[psutil.Process]:
@@ -66,9 +70,16 @@ def gone_within(group: int, seconds: float) -> bool:
 
 
 def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
-    assert {"model_path", "attention_backend", "disable_radix_cache", "schedule_policy"} <= set(known_fields())
-    code = "import sys, sglang_rollout.server as s; s.check_extra_args({'schedule_policy': 'fcfs'}); print([m for m in sys.modules if m.startswith('sglang.')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert {"model_path", "attention_backend", "disable_radix_cache", "schedule_policy"} <= set(
+        known_fields()
+    )
+    code = "import sys, sglang_rollout.servers.server as s; s.check_extra_args({'schedule_policy': 'fcfs'}); print([m for m in sys.modules if m.startswith('sglang.')])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +91,9 @@ def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
         ("tp_size", "sglang.tensor"),
     ],
 )
-def test_extra_arguments_are_checked_by_name_before_anything_starts(student_dir: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_extra_arguments_are_checked_by_name_before_anything_starts(
+    student_dir: Path, tmp_path: Path, name: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_extra_args({name: "x"})
     with pytest.raises(ConfigError, match=message):
@@ -94,15 +107,27 @@ def test_split_experts_are_refused_on_a_cpu(student_dir: Path, tmp_path: Path) -
         SGLangServer(student_dir, settings(expert=2), log=tmp_path / "log").start()
 
 
-@pytest.mark.parametrize(("host", "reached"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("10.1.2.3", "10.1.2.3"), ("::", "[::1]")])
-def test_a_server_listens_where_it_is_told_and_is_reached_there(student_dir: Path, tmp_path: Path, host: str, reached: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("10.1.2.3", "10.1.2.3"),
+        ("::", "[::1]"),
+    ],
+)
+def test_a_server_listens_where_it_is_told_and_is_reached_there(
+    student_dir: Path, tmp_path: Path, host: str, reached: str
+) -> None:
     server = SGLangServer(student_dir, settings(host=host), log=tmp_path / "log")
     server.port = 1234
     assert (server.arguments["host"], server.url) == (host, f"http://{reached}:1234")
     assert SGLangServer(student_dir, settings(), log=tmp_path / "log").settings.host == "127.0.0.1"
 
 
-def test_what_is_no_address_is_refused_before_anything_starts(student_dir: Path, tmp_path: Path) -> None:
+def test_what_is_no_address_is_refused_before_anything_starts(
+    student_dir: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="'my-host' is no IP address"):
         SGLangServer(student_dir, settings(host="my-host"), log=tmp_path / "log").start()
     assert not (tmp_path / "log").exists()
@@ -114,11 +139,19 @@ def test_a_port_of_ours_is_never_one_that_the_kernel_gives_to_a_client() -> None
 
 
 def test_a_record_hides_what_may_be_a_secret(student_dir: Path, tmp_path: Path) -> None:
-    server = SGLangServer(student_dir, settings(extra_args={"ssl_keyfile_password": "hunter2", "schedule_policy": "fcfs"}), log=tmp_path / "log")
+    server = SGLangServer(
+        student_dir,
+        settings(extra_args={"ssl_keyfile_password": "hunter2", "schedule_policy": "fcfs"}),
+        log=tmp_path / "log",
+    )
     server.port = 1234
     arguments = server.record()["arguments"]
     assert isinstance(arguments, dict)
-    assert (arguments["ssl_keyfile_password"], arguments["schedule_policy"], arguments["tp_size"]) == ("***", "fcfs", 1)
+    assert (
+        arguments["ssl_keyfile_password"],
+        arguments["schedule_policy"],
+        arguments["tp_size"],
+    ) == ("***", "fcfs", 1)
     assert server.api_key not in str(server.record())
 
 
@@ -136,7 +169,9 @@ def test_a_taken_port_is_named_before_anything_starts(student_dir: Path, tmp_pat
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "everything"])
-def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(student_dir: Path, tmp_path: Path, missing: str) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(
+    student_dir: Path, tmp_path: Path, missing: str
+) -> None:
     folder = tmp_path / "model"
     if missing != "everything":
         shutil.copytree(student_dir, folder)
@@ -146,42 +181,61 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(studen
     assert not (tmp_path / "log").exists()
 
 
-def test_a_server_stopped_while_it_starts_is_not_waited_for_as_long_as_a_slow_one(student_dir: Path, tmp_path: Path) -> None:
+def test_a_server_stopped_while_it_starts_is_not_waited_for_as_long_as_a_slow_one(
+    student_dir: Path, tmp_path: Path
+) -> None:
     """Control: every other start, none of which is stopped, may take start_timeout_s."""
-    server = SGLangServer(student_dir, settings(hang_timeout_s=1.0, start_timeout_s=500), log=tmp_path / "log")
+    server = SGLangServer(
+        student_dir, settings(hang_timeout_s=1.0, start_timeout_s=500), log=tmp_path / "log"
+    )
     groups: list[int] = []
 
     def stop(_: float) -> None:
         groups.append(server.group_id)
         os.killpg(server.group_id, signal.SIGSTOP)
 
-    with pytest.raises(EngineError, match=r"was stopped \(SIGSTOP\) while it started.*limit: sglang.hang_timeout_s = 1"):
+    with pytest.raises(
+        EngineError,
+        match=r"was stopped \(SIGSTOP\) while it started.*limit: sglang.hang_timeout_s = 1",
+    ):
         server.start(stop)
     assert not group_alive(groups[0])
 
 
-def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(student_dir: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(
+    student_dir: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(student_dir, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     server = SGLangServer(folder, settings(), log=tmp_path / "log")
-    with pytest.raises(EngineError, match=r"did not start; its log ends: .*[Ss]afetensor") as caught:  # and not that start_timeout_s has passed
+    with pytest.raises(
+        EngineError, match=r"did not start; its log ends: .*[Ss]afetensor"
+    ) as caught:  # and not that start_timeout_s has passed
         server.start()
     assert str(tmp_path / "log") in str(caught.value)
     assert not server.alive()
-    assert [process for process in psutil.Process().children(recursive=True) if str(folder) in command_line(process)] == []
+    assert [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if str(folder) in command_line(process)
+    ] == []
 
 
 def test_a_context_longer_than_the_models_is_refused(student_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"sglang.context_length = 513 is more than the 512 positions"):
+    with pytest.raises(
+        EngineError, match=r"sglang.context_length = 513 is more than the 512 positions"
+    ):
         SGLangServer(student_dir, settings(context_length=513), log=tmp_path / "log").start()
 
 
 def test_a_server_that_is_not_healthy_in_time_is_ended(student_dir: Path, tmp_path: Path) -> None:
     server = SGLangServer(student_dir, settings(start_timeout_s=0.5), log=tmp_path / "log")
     waited: list[float] = []
-    with pytest.raises(EngineError, match=r"not healthy after \d+ s; .*sglang.start_timeout_s = 0.5"):
+    with pytest.raises(
+        EngineError, match=r"not healthy after \d+ s; .*sglang.start_timeout_s = 0.5"
+    ):
         server.start(progress=waited.append)
     assert waited
     assert waited == sorted(waited)
@@ -196,36 +250,56 @@ def test_the_cause_is_found_under_a_traceback_and_shutdown_messages(tmp_path: Pa
     assert log_summary(log) == "ValueError: the cause"
     log.write_text("one\ntwo\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sglang_rollout.server.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        patch.setattr(
+            "sglang_rollout.servers.server.shutil.disk_usage", lambda _: SimpleNamespace(free=0)
+        )
         assert log_summary(log) == "one | two | the disk of this log is full"
     assert log_summary(log) == "one | two"
-    log.write_text("ValueError: of a former start\n--- starting the student server on port 1\nthree\n")
+    log.write_text(
+        "ValueError: of a former start\n--- starting the student server on port 1\nthree\n"
+    )
     assert log_summary(log) == "three"
-    log.write_text("three\n[2026] Decode batch, #running-req: 2\n[2026] Prefill batch, #new-seq: 1\n")
+    log.write_text(
+        "three\n[2026] Decode batch, #running-req: 2\n[2026] Prefill batch, #new-seq: 1\n"
+    )
     assert log_summary(log) == "three"
 
 
 # --- a running one ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_key_stands_in_no_command_line_and_in_no_log_and_only_loopback_listens(server: SGLangServer) -> None:
+def test_the_key_stands_in_no_command_line_and_in_no_log_and_only_loopback_listens(
+    server: SGLangServer,
+) -> None:
     processes = members(server.group_id)
     assert len(processes) >= 3
     assert not any(server.api_key in " ".join(process.cmdline()) for process in processes)
     assert server.api_key not in server.log.read_text()
     assert server.api_key not in " ".join(server.command)
-    listening = {c.laddr.ip for process in processes for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
+    listening = {
+        c.laddr.ip
+        for process in processes
+        for c in process.net_connections(kind="inet")
+        if c.status == psutil.CONN_LISTEN
+    }
     assert listening == {"127.0.0.1"}
 
 
 def test_a_secret_argument_stands_in_no_command_line(student_dir: Path, tmp_path: Path) -> None:
-    """It reaches the server all the same: tests/pipeline/test_end_to_end.py finds it in the log, where SGLang writes its arguments."""
-    told = {"hicache_storage_backend_extra_config": '{"token": "hunter2", "pages": 4}', "log_requests": False}
+    """It reaches the server all the same: tests/pipeline/test_end_to_end.py finds it in the log,
+    where SGLang writes its arguments.
+    """
+    told = {
+        "hicache_storage_backend_extra_config": '{"token": "hunter2", "pages": 4}',
+        "log_requests": False,
+    }
     server = SGLangServer(student_dir, settings(extra_args=told), log=tmp_path / "log")
     assert "hunter2" not in " ".join(server.command)
     given = json.loads(server.command[-1])
     secrets = json.loads(server._environment(tmp_path)[SECRETS_VARIABLE])
-    assert secrets == {"hicache_storage_backend_extra_config": told["hicache_storage_backend_extra_config"]}
+    assert secrets == {
+        "hicache_storage_backend_extra_config": told["hicache_storage_backend_extra_config"]
+    }
     assert {**given, **secrets} == server.arguments
     plain = SGLangServer(student_dir, settings(), log=tmp_path / "log")
     assert json.loads(plain._environment(tmp_path)[SECRETS_VARIABLE]) == {}
@@ -253,11 +327,18 @@ def _kill_everything(server: SGLangServer) -> None:
 
 @pytest.mark.parametrize("kill", [_kill_everything, _kill_scheduler], ids=["group", "scheduler"])
 def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
-    student_dir: Path, tmp_path: Path, kill: Callable[[SGLangServer], None], monkeypatch: pytest.MonkeyPatch
+    student_dir: Path,
+    tmp_path: Path,
+    kill: Callable[[SGLangServer], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scratch = tempfile.mkdtemp(dir="/tmp")  # of its own, so that what is left behind is seen; short, because sockets live in it
+    scratch = tempfile.mkdtemp(
+        dir="/tmp"
+    )  # of its own, so that what is left behind is seen; short, because sockets live in it
     monkeypatch.setattr("tempfile.tempdir", scratch)
-    with SGLangServer(student_dir, settings(context_length=500, max_running_requests=8), log=tmp_path / "log") as server:
+    with SGLangServer(
+        student_dir, settings(context_length=500, max_running_requests=8), log=tmp_path / "log"
+    ) as server:
         group = server.group_id
         assert list(Path(scratch).glob("lopd-sglang-*/sglang_loads_*"))
         engine = SGLangEngine(server.url, server.api_key, server.settings, server=server)
@@ -266,7 +347,9 @@ def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
         next(responses)
         kill(server)
         began = time.monotonic()
-        with pytest.raises(EngineError, match=rf"{tmp_path / 'log'}: the student server died; its log ends: "):
+        with pytest.raises(
+            EngineError, match=rf"{tmp_path / 'log'}: the student server died; its log ends: "
+        ):
             list(responses)
         assert time.monotonic() - began < BOUND_S
         with pytest.raises(EngineError, match="died"):
@@ -276,19 +359,27 @@ def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
     os.rmdir(scratch)  # nothing is left in it
 
 
-def test_a_server_ends_with_its_parent_even_at_kill_9(student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_ends_with_its_parent_even_at_kill_9(
+    student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scratch = tempfile.mkdtemp(dir="/tmp")
     code = f"""
         import time
         from pathlib import Path
-        from sglang_rollout.server import SGLangServer
+        from sglang_rollout.servers.server import SGLangServer
         from tests.sglang.conftest import settings
         with SGLangServer(Path({str(student_dir)!r}), settings(), log=Path({str(tmp_path / "log")!r})) as server:
             print(server.group_id, flush=True)
             time.sleep(600)
     """
     root = Path(__file__).parents[2]
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, "TMPDIR": scratch})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "TMPDIR": scratch},
+    )
     assert parent.stdout is not None
     group = int(parent.stdout.readline())
     assert len(members(group)) >= 3

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sglang_rollout.streaming import OpenWork, pulled_ahead, stream
+from sglang_rollout.requests.streaming import OpenWork, pulled_ahead, stream
 
 AT_ONCE_S = 30.0  # for what takes milliseconds, on a machine with much else to do
 
@@ -41,7 +41,9 @@ async def _double(number: int) -> int:
 
 
 def test_every_item_is_worked_on_once() -> None:
-    assert sorted(stream(range(1000), opened(_double), in_flight=7, watch=never)) == [2 * number for number in range(1000)]
+    assert sorted(stream(range(1000), opened(_double), in_flight=7, watch=never)) == [
+        2 * number for number in range(1000)
+    ]
 
 
 def test_an_empty_input_gives_nothing() -> None:
@@ -57,10 +59,21 @@ def test_results_come_as_they_finish() -> None:
         ended.append(number)
         return number
 
-    assert list(stream(range(8), opened(last_first), in_flight=8, watch=never)) == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert list(stream(range(8), opened(last_first), in_flight=8, watch=never)) == [
+        7,
+        6,
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
 
 
-def test_work_begins_where_some_has_ended_without_a_turn_of_the_caller_and_never_more_at_once() -> None:
+def test_work_begins_where_some_has_ended_without_a_turn_of_the_caller_and_never_more_at_once() -> (
+    None
+):
     begun, at_once, most = [], 0, 0
 
     async def work(number: int) -> int:
@@ -110,7 +123,9 @@ def test_never_more_items_alive_than_in_flight_however_many_there_are(in_flight:
     finally:
         gc.unfreeze()
     assert count == 500
-    assert most <= in_flight + pulled_ahead(in_flight) + 2  # the generator's own variables hold one or two that are done
+    assert (
+        most <= in_flight + pulled_ahead(in_flight) + 2
+    )  # the generator's own variables hold one or two that are done
 
 
 def test_the_input_is_pulled_in_the_callers_thread() -> None:

@@ -1,4 +1,6 @@
-"""What a sync leaves behind for whoever restarts a dead server, a sync into a server that is being started again, and which syncs are repeated."""
+"""What a sync leaves behind for whoever restarts a dead server, a sync into a server that is being
+started again, and which syncs are repeated.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from lopd.config import SGLangSection, SyncSection
 from lopd.errors import EngineError
 from lopd.stages import sync
 from lopd.stages.batches import MOST_SENDS
-from sglang_rollout.supervision import remember_weights, remembered_weights
+from sglang_rollout.servers.supervision import remember_weights, remembered_weights
 from sglang_rollout.weight_sync.interface import await_servers
 from tests.sglang.fake_server import FakeServer
 from tests.sglang.weight_syncing import Named, UpdatedFake, buckets, tensors
@@ -32,31 +34,49 @@ class Receiver:
     def abandon(self) -> None: ...
 
 
-def push(transport: Literal["disk", "tensor", "distributed"], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def push(
+    transport: Literal["disk", "tensor", "distributed"], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sync, "build_receiver", lambda *_, **__: Receiver())
     trainer: Any = SimpleNamespace(export=lambda bucket_bytes: iter([[]]))
     engine: Any = SimpleNamespace(engines=[], settings=SGLangSection())
     settings = SyncSection(transport=transport, verify="off")
-    weights = sync.StudentWeights(trainer, [], settings, engine, folder=file.parent / "sync", template=file.parent, weights_file=str(file))
+    weights = sync.StudentWeights(
+        trainer,
+        [],
+        settings,
+        engine,
+        folder=file.parent / "sync",
+        template=file.parent,
+        weights_file=str(file),
+    )
     weights.push("step-4")
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
-def test_weights_in_no_folder_replace_older_ones(transport: Literal["tensor", "distributed"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_no_folder_replace_older_ones(
+    transport: Literal["tensor", "distributed"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that comes back then has its first ones, and not others that were put in between."""
     remember_weights(tmp_path / "weights.json", tmp_path / "step-2", "step-2")
     push(transport, tmp_path / "weights.json", monkeypatch)
     assert remembered_weights(tmp_path / "weights.json") is None
-    assert "step-4" in (tmp_path / "weights.json").read_text()  # progress, for whoever counts deaths
+    assert (
+        "step-4" in (tmp_path / "weights.json").read_text()
+    )  # progress, for whoever counts deaths
 
 
-def test_by_disk_the_receiver_itself_remembers_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_disk_the_receiver_itself_remembers_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push("disk", tmp_path / "weights.json", monkeypatch)
     assert remembered_weights(tmp_path / "weights.json") is None
 
 
 class Trained:
-    """Exports the weights of a folder; at times a server is started again meanwhile, which then has its first weights."""
+    """Exports the weights of a folder; at times a server is started again meanwhile, which then has
+    its first weights.
+    """
 
     def __init__(self, model: Path, fake: UpdatedFake, weights_file: Path, restarts: int) -> None:
         self._model, self._fake, self._file, self._restarts = model, fake, weights_file, restarts
@@ -64,7 +84,7 @@ class Trained:
         self._start(1)
 
     def _start(self, number: int) -> None:
-        """As its owner does (sglang_rollout.supervision)."""
+        """As its owner does (sglang_rollout.servers.supervision)."""
         self._file.with_name(f"{self._file.name}.0.starts").write_text(str(number))
         self._fake.weight_version = "default"
 
@@ -85,17 +105,32 @@ def fake(student_dir: Path) -> Iterator[UpdatedFake]:
         yield running
 
 
-def trained(fake: UpdatedFake, model: Path, folder: Path, restarts: int = 0) -> tuple[Trained, sync.StudentWeights, list[str]]:
+def trained(
+    fake: UpdatedFake, model: Path, folder: Path, restarts: int = 0
+) -> tuple[Trained, sync.StudentWeights, list[str]]:
     said: list[str] = []
     trainer: Any = Trained(model, fake, folder / "weights.json", restarts)
     settings, engine = SyncSection(transport="tensor", verify="off"), fake.engine()
     file = str(folder / "weights.json")
-    weights = sync.StudentWeights(trainer, [], settings, engine, folder=folder / "sync", template=model, weights_file=file, say=said.append)
+    weights = sync.StudentWeights(
+        trainer,
+        [],
+        settings,
+        engine,
+        folder=folder / "sync",
+        template=model,
+        weights_file=file,
+        say=said.append,
+    )
     return trainer, weights, said
 
 
-def test_a_server_that_came_back_during_a_sync_is_sent_all_of_it_again(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
-    """It has taken part of it with its former process, and answers every call: only that it is another process tells."""
+def test_a_server_that_came_back_during_a_sync_is_sent_all_of_it_again(
+    fake: UpdatedFake, student_dir: Path, tmp_path: Path
+) -> None:
+    """It has taken part of it with its former process, and answers every call: only that it is
+    another process tells.
+    """
     trainer, weights, said = trained(fake, student_dir, tmp_path, restarts=2)
     weights.push("step-4")
     assert (trainer.num_exports, fake.weight_version, fake.paused) == (3, "step-4", False)
@@ -105,7 +140,9 @@ def test_a_server_that_came_back_during_a_sync_is_sent_all_of_it_again(fake: Upd
     assert (trainer.num_exports, fake.weight_version, len(said)) == (4, "step-6", 2)
 
 
-def test_a_server_that_never_takes_it_whole_is_an_error(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
+def test_a_server_that_never_takes_it_whole_is_an_error(
+    fake: UpdatedFake, student_dir: Path, tmp_path: Path
+) -> None:
     trainer, weights, said = trained(fake, student_dir, tmp_path, restarts=99)
     with pytest.raises(EngineError, match=r"a sync of step-4 has lost the server .*, 5 times"):
         weights.push("step-4")
@@ -113,7 +150,9 @@ def test_a_server_that_never_takes_it_whole_is_an_error(fake: UpdatedFake, stude
 
 
 def test_a_refusal_is_not_repeated(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:
-    """Nobody was lost: the same would be refused again. All ranks have gathered to the end all the same, where rank 0 says what was refused."""
+    """Nobody was lost: the same would be refused again. All ranks have gathered to the end all the
+    same, where rank 0 says what was refused.
+    """
     trainer, weights, said = trained(fake, student_dir, tmp_path)
     fake.refuse["/update_weights_from_tensor"] = "shape mismatch"
     with pytest.raises(EngineError, match="refused with HTTP 400: shape mismatch"):

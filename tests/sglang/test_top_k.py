@@ -1,4 +1,6 @@
-"""The teacher's top-K as SGLang gives it is that of transformers' full distributions; what contradicts itself is refused."""
+"""The teacher's top-K as SGLang gives it is that of transformers' full distributions; what
+contradicts itself is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import torch
 
 from lopd.errors import EngineError
 from lopd.records import TAIL_FLOOR, int32
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.scoring import ScoreRequest, read_scores, score_payload
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.scoring import ScoreRequest, read_scores, score_payload
 from tests.limits import apart, within
 from tests.models import VOCAB_SIZE
 
@@ -21,7 +23,15 @@ K, TOLERANCE = 8, 1e-4
 
 def requests() -> list[ScoreRequest]:
     rng = np.random.default_rng(9)
-    return [ScoreRequest(f"p{index}", 0, int32(rng.integers(4, VOCAB_SIZE, 5 + index)), int32(rng.integers(4, VOCAB_SIZE, 20 + index))) for index in range(6)]
+    return [
+        ScoreRequest(
+            f"p{index}",
+            0,
+            int32(rng.integers(4, VOCAB_SIZE, 5 + index)),
+            int32(rng.integers(4, VOCAB_SIZE, 20 + index)),
+        )
+        for index in range(6)
+    ]
 
 
 @torch.no_grad()
@@ -30,7 +40,9 @@ def dense(folder: Path, request: ScoreRequest) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    ids = torch.from_numpy(np.concatenate([request.prompt_ids, request.token_ids]).astype(np.int64))[None]
+    ids = torch.from_numpy(
+        np.concatenate([request.prompt_ids, request.token_ids]).astype(np.int64)
+    )[None]
     return torch.log_softmax(model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double(), -1)
 
 
@@ -52,11 +64,17 @@ def test_against_full_distributions(engine: SGLangEngine, student_dir: Path) -> 
         apart(shifted, 100 * TOLERANCE, "another place's values are far off")
     plain = {score.key: score for score in engine.score(wanted.values())}
     assert all(plain[score.key].top is None for score in scores)
-    assert all(np.abs(plain[score.key].teacher_logprobs - score.teacher_logprobs).max() < TOLERANCE for score in scores)
+    assert all(
+        np.abs(plain[score.key].teacher_logprobs - score.teacher_logprobs).max() < TOLERANCE
+        for score in scores
+    )
 
 
 def answer(request: ScoreRequest, top: list[Any]) -> dict[str, Any]:
-    entries = [[None, int(request.prompt_ids[-1]), None], *([-1.5, int(token), None] for token in request.token_ids)]
+    entries = [
+        [None, int(request.prompt_ids[-1]), None],
+        *([-1.5, int(token), None] for token in request.token_ids),
+    ]
     return {"meta_info": {"input_token_logprobs": entries, "input_top_logprobs": [None, *top]}}
 
 
@@ -71,7 +89,10 @@ def test_what_the_server_must_not_say() -> None:
     for wrong, message in (
         (good[:1], "the top 2 of 1 of 2 tokens"),
         ([good[0], [[-1.0, 3, None]]], "the top 2 of 1 of 2 tokens"),
-        ([good[0], [[-1.0, 3, None], [-1.7, 8, None]]], "contradicts the log-probabilities of the same tokens"),
+        (
+            [good[0], [[-1.0, 3, None], [-1.7, 8, None]]],
+            "contradicts the log-probabilities of the same tokens",
+        ),
         ([good[0], [[-1.5, 8, None], [-1.0, 3, None]]], "its order"),
         ([good[0], [[None, 3, None], [-1.5, 8, None]]], "log-probability nan"),
     ):

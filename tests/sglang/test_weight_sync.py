@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lopd.errors import EngineError
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.weight_sync import disk, load_folder
 from tests.sglang.conftest import sampling, sampling_requests
 from tests.sglang.test_parity import MAX_DIFFERENCE
@@ -29,7 +29,9 @@ def version(engine: SGLangEngine) -> str:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_new_weights_are_served_from_commit_on(transport: str, restored: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+def test_new_weights_are_served_from_commit_on(
+    transport: str, restored: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path
+) -> None:
     to = receiver(transport, restored, tmp_path / "sync", student_dir)
     for name, folder in (("step-4", other_dir), ("step-8", student_dir)):
         send(to, name, tensors(folder), size=7)
@@ -46,8 +48,12 @@ def test_new_weights_are_served_from_commit_on(transport: str, restored: SGLangE
     to.commit()
     assert version(restored) == "step-12"
     assert worst_difference(restored, other_dir) <= MAX_DIFFERENCE
-    assert worst_difference(restored, student_dir) > 100 * MAX_DIFFERENCE  # the control: the old weights are gone
-    assert {response.weight_version for response in restored.generate(sampling_requests(3), sampling())} == {"step-12"}
+    assert (
+        worst_difference(restored, student_dir) > 100 * MAX_DIFFERENCE
+    )  # the control: the old weights are gone
+    assert {
+        response.weight_version for response in restored.generate(sampling_requests(3), sampling())
+    } == {"step-12"}
     report = to.report
     assert (report.num_tensors, report.sent_tensors, report.verified_tensors) == (len(named),) * 3
     assert report.num_bytes == sum(tensor.numel() * 4 for _, tensor in named)
@@ -60,7 +66,11 @@ VICTIM = "model.layers.1.mlp.experts.2.down_proj.weight"
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_weight_that_arrives_changed_is_named(
-    transport: str, restored: SGLangEngine, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    transport: str,
+    restored: SGLangEngine,
+    student_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     to: Any = receiver(transport, restored, tmp_path / "sync", student_dir)
 
@@ -72,34 +82,59 @@ def test_a_weight_that_arrives_changed_is_named(
 
     if transport == "disk":
         save = disk.save_file
-        monkeypatch.setattr(disk, "save_file", lambda named, *rest, **more: save({n: changed(n, t) for n, t in named.items()}, *rest, **more))
+        monkeypatch.setattr(
+            disk,
+            "save_file",
+            lambda named, *rest, **more: save(
+                {n: changed(n, t) for n, t in named.items()}, *rest, **more
+            ),
+        )
     else:
         original = to._send
-        to._send = lambda bucket: original([(name, changed(name, tensor)) for name, tensor in bucket])
-    with pytest.raises(EngineError, match=rf"1 of \d+ tensors differ from what was sent: {VICTIM} \(other values\)"):
+        to._send = lambda bucket: original(
+            [(name, changed(name, tensor)) for name, tensor in bucket]
+        )
+    with pytest.raises(
+        EngineError, match=rf"1 of \d+ tensors differ from what was sent: {VICTIM} \(other values\)"
+    ):
         send(to, "flipped", tensors(student_dir))
-    assert version(restored) == ("flipped (not verified)" if transport == "disk" else "flipped (incomplete)")
-    send(receiver(transport, restored, tmp_path / "sync", student_dir, verify="off"), "whole", tensors(student_dir))
+    assert version(restored) == (
+        "flipped (not verified)" if transport == "disk" else "flipped (incomplete)"
+    )
+    send(
+        receiver(transport, restored, tmp_path / "sync", student_dir, verify="off"),
+        "whole",
+        tensors(student_dir),
+    )
     assert version(restored) == "whole"
 
 
 WRONG: list[tuple[Callable[[Named], Named], str]] = [
     (lambda named: [(name, tensor[:-1]) for name, tensor in named], "has shape"),
-    (lambda named: [("model.extra", torch.zeros(2)), *named], "model.extra is not in the served model"),
+    (
+        lambda named: [("model.extra", torch.zeros(2)), *named],
+        "model.extra is not in the served model",
+    ),
     (lambda named: [*named, named[0]], "came twice"),
     (lambda named: named[1:], "1 tensors never came, lm_head.weight first"),
 ]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_wrong_tensors_are_refused_and_never_served(transport: str, restored: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+def test_wrong_tensors_are_refused_and_never_served(
+    transport: str, restored: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path
+) -> None:
     to = receiver(transport, restored, tmp_path / "sync", student_dir)
     send(to, "good", tensors(student_dir))
     for change, message in WRONG:
         with pytest.raises(EngineError, match=message):
             send(to, "bad", change(tensors(other_dir)), size=7)
-        assert version(restored) in (("good",) if transport == "disk" else ("good", "bad (incomplete)"))
-    if transport != "disk":  # half of the other weights are in place: nobody is answered until a sync succeeds
+        assert version(restored) in (
+            ("good",) if transport == "disk" else ("good", "bad (incomplete)")
+        )
+    if (
+        transport != "disk"
+    ):  # half of the other weights are in place: nobody is answered until a sync succeeds
         assert version(restored) == "bad (incomplete)"
         send(to, "again", tensors(student_dir))
     assert worst_difference(restored, student_dir) <= MAX_DIFFERENCE

@@ -1,4 +1,6 @@
-"""Buckets under way while the next is gathered: in order where the order matters, in two buffers, and what goes wrong with one is told soon."""
+"""Buckets under way while the next is gathered: in order where the order matters, in two buffers,
+and what goes wrong with one is told soon.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from lopd.errors import EngineError
-from sglang_rollout.client import Refused
+from sglang_rollout.requests.client import Refused
 from sglang_rollout.weight_sync import distributed, tensor
 from sglang_rollout.weight_sync.distributed import DistributedWeightReceiver
 from tests.sglang.weight_syncing import Named, receiver
@@ -32,7 +34,9 @@ class Server:
         self.came, self.answer = threading.Semaphore(0), threading.Semaphore(0)
         self.refuses: type[EngineError] | None = None
 
-    def call(self, method: str, path: str, body: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    def call(
+        self, method: str, path: str, body: dict[str, Any], *, timeout_s: float
+    ) -> dict[str, Any]:
         self.asked.append(body["names"][0] if "names" in body else path)
         self.came.release()
         if "names" in body:
@@ -79,8 +83,12 @@ def in_thread(work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_a_server_hears_of_a_bucket_only_when_it_is_at_the_one_before(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would take the one's tensors for the other's: HTTP calls may overtake each other, broadcasts go by their order."""
+def test_a_server_hears_of_a_bucket_only_when_it_is_at_the_one_before(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the one's tensors for the other's: HTTP calls may overtake each other,
+    broadcasts go by their order.
+    """
     server, broadcasts = Server(), Broadcasts(monkeypatch)
     to = joined([server], student_dir)
     to._send(bucket(0))  # returns at once
@@ -99,7 +107,9 @@ def test_a_server_hears_of_a_bucket_only_when_it_is_at_the_one_before(student_di
     assert broadcasts.begun == [0, 1]
 
 
-def test_of_several_servers_each_answers_before_the_next_bucket(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_servers_each_answers_before_the_next_bucket(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A broadcast that has ended here may still be on its way from one server to another."""
     servers, broadcasts = [Server(0), Server(1)], Broadcasts(monkeypatch)
     to = joined(servers, student_dir)
@@ -115,7 +125,9 @@ def test_of_several_servers_each_answers_before_the_next_bucket(student_dir: Pat
     assert not second.is_alive()
 
 
-def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, broadcasts = Server(), Broadcasts(monkeypatch)
     server.refuses = Refused
     to = joined([server], student_dir)
@@ -125,11 +137,16 @@ def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(student_dir: 
         to._send(bucket(1))
     assert server.asked == ["tensor-0"]
     to._leave()()
-    assert server.asked == ["tensor-0", "/destroy_weights_update_group"]  # which frees our broadcast: the server does not wait in one
+    assert server.asked == [
+        "tensor-0",
+        "/destroy_weights_update_group",
+    ]  # which frees our broadcast: the server does not wait in one
     broadcasts.end.release()
 
 
-def test_a_bucket_under_way_is_answered_before_the_group_goes(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_under_way_is_answered_before_the_group_goes(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that hears of a bucket of a group it has left would end (SGLang asserts)."""
     server, broadcasts = Server(), Broadcasts(monkeypatch)
     to = joined([server], student_dir)
@@ -143,8 +160,12 @@ def test_a_bucket_under_way_is_answered_before_the_group_goes(student_dir: Path,
     assert server.asked == ["tensor-0", "/destroy_weights_update_group"]
 
 
-def test_a_server_whose_answer_timed_out_is_not_asked_to_leave_the_group(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may still come to the bucket, and would end of it. Control: the test of a refusal above, which differs in this alone."""
+def test_a_server_whose_answer_timed_out_is_not_asked_to_leave_the_group(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may still come to the bucket, and would end of it. Control: the test of a refusal above,
+    which differs in this alone.
+    """
     server, broadcasts = Server(), Broadcasts(monkeypatch)
     server.refuses = EngineError
     to = joined([server], student_dir)
@@ -157,8 +178,12 @@ def test_a_server_whose_answer_timed_out_is_not_asked_to_leave_the_group(student
     broadcasts.end.release()
 
 
-def test_a_silent_server_is_not_asked_to_leave_the_group(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It hears nothing in a broadcast; the end of the connection frees it, so nothing may keep the group alive."""
+def test_a_silent_server_is_not_asked_to_leave_the_group(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears nothing in a broadcast; the end of the connection frees it, so nothing may keep the
+    group alive.
+    """
     server = Server()
     monkeypatch.setattr(distributed, "_LEAVING_TIMEOUT_S", MOMENT_S)
     broadcasts = Broadcasts(monkeypatch)
@@ -174,7 +199,10 @@ def test_a_silent_server_is_not_asked_to_leave_the_group(student_dir: Path, monk
 @pytest.mark.parametrize(
     ("sizes", "pieces"),
     [
-        ((50, 50, 50, 60, 90, 90, 90, 90, 80, 75), ["01", "234", "56789"]),  # of about 100, 200 and 400 bytes
+        (
+            (50, 50, 50, 60, 90, 90, 90, 90, 80, 75),
+            ["01", "234", "56789"],
+        ),  # of about 100, 200 and 400 bytes
         ((60, 45, 50, 1), ["01", "23"]),
         ((60, 45, 40, 1), ["0123"]),  # the rest would be less than half a piece
         ((40, 60, 1, 500, 90, 120), ["01", "2", "3", "45"]),  # a large tensor is a piece of its own
@@ -182,16 +210,28 @@ def test_a_silent_server_is_not_asked_to_leave_the_group(student_dir: Path, monk
         ((0, 0), ["01"]),
     ],
 )
-def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(sizes: tuple[int, ...], pieces: list[str]) -> None:
+def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(
+    sizes: tuple[int, ...], pieces: list[str]
+) -> None:
     named = [(str(index), torch.zeros(size, dtype=torch.uint8)) for index, size in enumerate(sizes)]
-    assert ["".join(name for name, _ in piece) for piece in tensor._pieces(named, iter((100, 200, 400, 400)))] == pieces
+    assert [
+        "".join(name for name, _ in piece)
+        for piece in tensor._pieces(named, iter((100, 200, 400, 400)))
+    ] == pieces
 
 
 def test_pieces_grow_over_the_buckets_of_a_sync() -> None:
-    assert [size // 2**20 for size, _ in zip(tensor._piece_sizes(), range(4), strict=False)] == [64, 128, 256, 256]
+    assert [size // 2**20 for size, _ in zip(tensor._piece_sizes(), range(4), strict=False)] == [
+        64,
+        128,
+        256,
+        256,
+    ]
 
 
-def test_two_shared_buffers_are_used_in_turns(student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_shared_buffers_are_used_in_turns(
+    student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensor, "_FIRST_PIECE_BYTES", 512)
     monkeypatch.setattr(tensor, "_MOST_PIECE_BYTES", 512)
     server = Server()
@@ -207,7 +247,11 @@ def test_two_shared_buffers_are_used_in_turns(student_dir: Path, tmp_path: Path,
         assert done[index].wait(PATIENCE_S)
 
     to._post = post
-    sending = in_thread(lambda: to._send([(str(index), torch.full((512,), index, dtype=torch.uint8)) for index in range(4)]))
+    sending = in_thread(
+        lambda: to._send(
+            [(str(index), torch.full((512,), index, dtype=torch.uint8)) for index in range(4)]
+        )
+    )
     assert came[0].wait(PATIENCE_S)
     for index in range(1, 4):
         assert came[index].wait(PATIENCE_S)  # while the one before is being read
@@ -222,11 +266,25 @@ def test_two_shared_buffers_are_used_in_turns(student_dir: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_memory_is_shared_also_where_the_temporary_folder_has_too_long_a_path_for_a_socket(ours: bool, tmp_path: Path) -> None:
+def test_memory_is_shared_also_where_the_temporary_folder_has_too_long_a_path_for_a_socket(
+    ours: bool, tmp_path: Path
+) -> None:
     place = tmp_path / ("long" * 30)
     place.mkdir()
-    make = "tensor._shared_buffer(4, torch.device('cpu'))" if ours else "torch.UntypedStorage._new_shared(4, device='cpu')"
+    make = (
+        "tensor._shared_buffer(4, torch.device('cpu'))"
+        if ours
+        else "torch.UntypedStorage._new_shared(4, device='cpu')"
+    )
     code = f"import torch; from sglang_rollout.weight_sync import tensor; torch.multiprocessing.set_sharing_strategy('file_system'); {make}"
     environment = {**os.environ, "TMPDIR": str(place)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert (done.returncode == 0) == ours, done.stderr

@@ -1,4 +1,6 @@
-"""Servers that stop, die or refuse in the middle of a sync: a clear error in bounded time, and the next sync works."""
+"""Servers that stop, die or refuse in the middle of a sync: a clear error in bounded time, and the
+next sync works.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,25 @@ from pathlib import Path
 import pytest
 
 from lopd.errors import EngineError
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.server import SGLangServer
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.servers.server import SGLangServer
 from sglang_rollout.weight_sync import WeightReceiver, load_folder
 from tests.sglang.conftest import settings
 from tests.sglang.test_parity import MAX_DIFFERENCE
-from tests.sglang.weight_syncing import TRANSPORTS, Named, lose_patience, receiver, send, tensors, worst_difference
+from tests.sglang.weight_syncing import (
+    TRANSPORTS,
+    Named,
+    lose_patience,
+    receiver,
+    send,
+    tensors,
+    worst_difference,
+)
 
 TIMEOUT_S = 1.0
-BOUND_S = 100.0  # for what takes a second or two, and the time-outs of 10 s for tidying up, on a busy machine; without an end to it, it would take LONG_S
+# for what takes a second or two, and the time-outs of 10 s for tidying up, on a busy machine;
+# without an end to it, it would take LONG_S
+BOUND_S = 100.0
 LONG_S = 250.0
 
 
@@ -30,10 +42,17 @@ def finish(to: WeightReceiver, named: Named) -> None:
 
 
 @pytest.fixture(scope="module")
-def victims(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SGLangServer]]:
-    """A server for each transport, to be stopped, and killed by the last test of all; restarts = 0: they stay dead. No other file's tests suffer from it."""
+def victims(
+    student_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, SGLangServer]]:
+    """A server for each transport, to be stopped, and killed by the last test of all; restarts = 0:
+    they stay dead. No other file's tests suffer from it.
+    """
     folder = tmp_path_factory.mktemp("victims")
-    servers = {name: SGLangServer(student_dir, settings(restarts=0), log=folder / f"{name}.log") for name in TRANSPORTS}
+    servers = {
+        name: SGLangServer(student_dir, settings(restarts=0), log=folder / f"{name}.log")
+        for name in TRANSPORTS
+    }
     with ThreadPoolExecutor(len(servers)) as pool:
         starts = [pool.submit(server.start) for server in servers.values()]
     try:
@@ -52,7 +71,9 @@ def engine(transport: str, victims: dict[str, SGLangServer]) -> SGLangEngine:
 
 
 @pytest.mark.parametrize("transport", ["tensor", "distributed"])
-def test_a_trainer_that_gives_up_leaves_no_server_waiting(transport: str, engine: SGLangEngine, student_dir: Path, tmp_path: Path) -> None:
+def test_a_trainer_that_gives_up_leaves_no_server_waiting(
+    transport: str, engine: SGLangEngine, student_dir: Path, tmp_path: Path
+) -> None:
     to = receiver(transport, engine, tmp_path, student_dir)
     to.begin("v1")
     to.abandon()  # nothing was sent: the old weights go on serving
@@ -61,7 +82,9 @@ def test_a_trainer_that_gives_up_leaves_no_server_waiting(transport: str, engine
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_server_stopped_in_the_middle(transport: str, engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+def test_a_server_stopped_in_the_middle(
+    transport: str, engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path
+) -> None:
     to = receiver(transport, engine, tmp_path, student_dir, timeout_s=LONG_S, verify="off")
     named = tensors(other_dir)
     to.begin("v1")
@@ -77,15 +100,21 @@ def test_a_server_stopped_in_the_middle(transport: str, engine: SGLangEngine, st
         assert time.monotonic() - began < BOUND_S
     finally:
         os.killpg(engine.server.group_id, signal.SIGCONT)
-    send(receiver(transport, engine, tmp_path, student_dir), "v2", tensors(student_dir))  # what was left half done does not matter to the next
+    send(
+        receiver(transport, engine, tmp_path, student_dir), "v2", tensors(student_dir)
+    )  # what was left half done does not matter to the next
     assert engine.model_info()["weight_version"] == "v2"
     assert worst_difference(engine, student_dir) <= MAX_DIFFERENCE
     load_folder([engine], student_dir, "default")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_server_killed_in_the_middle(transport: str, engine: SGLangEngine, student_dir: Path, tmp_path: Path) -> None:
-    elsewhere = SGLangEngine(engine.url, engine.api_key, engine.settings)  # as in a trainer's rank: no handle on the server
+def test_a_server_killed_in_the_middle(
+    transport: str, engine: SGLangEngine, student_dir: Path, tmp_path: Path
+) -> None:
+    elsewhere = SGLangEngine(
+        engine.url, engine.api_key, engine.settings
+    )  # as in a trainer's rank: no handle on the server
     to = receiver(transport, elsewhere, tmp_path, student_dir, timeout_s=LONG_S)
     named = tensors(student_dir)
     to.begin("v1")
@@ -96,4 +125,6 @@ def test_a_server_killed_in_the_middle(transport: str, engine: SGLangEngine, stu
     with pytest.raises(EngineError):
         finish(to, named[5:])
     to.abandon()
-    assert time.monotonic() - began < BOUND_S  # long before the time-out: a lost connection is noticed
+    assert (
+        time.monotonic() - began < BOUND_S
+    )  # long before the time-out: a lost connection is noticed

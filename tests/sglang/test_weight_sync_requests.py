@@ -1,4 +1,6 @@
-"""Requests under way while the weights of a real server change: ended first, paused, kept, or aborted and sent again."""
+"""Requests under way while the weights of a real server change: ended first, paused, kept, or
+aborted and sent again.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lopd.records import Response
-from sglang_rollout.client import SGLangEngine
+from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.weight_sync import load_folder
 from tests.sglang.conftest import sampling
 from tests.sglang.test_parity import MAX_DIFFERENCE
@@ -26,24 +28,53 @@ def turns(student_dir: Path, other_dir: Path) -> Turns:
     return Turns(student_dir, other_dir)
 
 
-def met(mode: str, responses: list[Response], version: int, requests: Traffic, turns: Turns) -> bool:
-    """Whether the sync of this version came in the middle of requests. responses: what came after it had begun, of requests begun before its end."""
+def met(
+    mode: str, responses: list[Response], version: int, requests: Traffic, turns: Turns
+) -> bool:
+    """Whether the sync of this version came in the middle of requests. responses: what came after
+    it had begun, of requests begun before its end.
+    """
     if mode == "finish":
-        return any(turns.version(response) == version - 1 for response in responses)  # it was waited for
+        return any(
+            turns.version(response) == version - 1 for response in responses
+        )  # it was waited for
     if mode == "abort":
         return any(requests.attempts[number_of(response)] > 1 for response in responses)
-    return any(turns.version(response) == version and not turns.pure(response) for response in responses)
+    return any(
+        turns.version(response) == version and not turns.pure(response) for response in responses
+    )
 
 
 @pytest.mark.parametrize(
-    ("transport", "mode"), [("disk", "finish"), ("disk", "pause"), ("tensor", "pause"), ("tensor", "keep"), ("tensor", "abort"), ("distributed", "abort")]
+    ("transport", "mode"),
+    [
+        ("disk", "finish"),
+        ("disk", "pause"),
+        ("tensor", "pause"),
+        ("tensor", "keep"),
+        ("tensor", "abort"),
+        ("distributed", "abort"),
+    ],
 )
 def test_requests_under_way(
-    transport: str, mode: str, engine: SGLangEngine, turns: Turns, student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    transport: str,
+    mode: str,
+    engine: SGLangEngine,
+    turns: Turns,
+    student_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights go in, one checkpoint and the other in turns, until a sync has met requests in the middle: hardly ever more than once."""
+    """Weights go in, one checkpoint and the other in turns, until a sync has met requests in the
+    middle: hardly ever more than once.
+    """
     to = receiver(transport, engine, tmp_path, student_dir, running_requests=mode, verify="off")
-    few = SGLangEngine(engine.url, engine.api_key, engine.settings.model_copy(update={"max_in_flight": AT_ONCE}), server=engine.server)
+    few = SGLangEngine(
+        engine.url,
+        engine.api_key,
+        engine.settings.model_copy(update={"max_in_flight": AT_ONCE}),
+        server=engine.server,
+    )
     deadline = time.monotonic() + PATIENCE_S
     with traffic(few, PARAMS, monkeypatch) as requests:
         for version in itertools.count(1):
@@ -59,23 +90,35 @@ def test_requests_under_way(
                 send(to, f"v{version}", named)
             begun = requests.seen()[0]
             requests.until_answered(begun)
-            between = [response for response in requests.seen()[1][answered:] if number_of(response) < begun]
+            between = [
+                response
+                for response in requests.seen()[1][answered:]
+                if number_of(response) < begun
+            ]
             if met(mode, between, version, requests, turns):
                 break
             assert time.monotonic() < deadline, "no sync has met a request"
         everything = requests.end(more=AFTERWARDS)
-    assert sorted(number_of(response) for response in everything) == list(range(requests.seen()[0]))  # each exactly once
-    assert {turns.version(response) for response in everything} <= set(range(version + 1))  # none was answered under a version that is called incomplete
+    assert sorted(number_of(response) for response in everything) == list(
+        range(requests.seen()[0])
+    )  # each exactly once
+    assert {turns.version(response) for response in everything} <= set(
+        range(version + 1)
+    )  # none was answered under a version that is called incomplete
     later = [response for response in everything if number_of(response) >= begun]
     assert len(later) >= AFTERWARDS
     assert {turns.version(response) for response in later} == {version}
     assert all(turns.pure(response) for response in later)
     assert worst_difference(engine, turns.folder(version)) <= MAX_DIFFERENCE
     mixed = [response for response in between if not turns.pure(response)]
-    assert bool(mixed) == (mode in ("pause", "keep"))  # each mode is the other's control: the check can see a mixture
+    assert bool(mixed) == (
+        mode in ("pause", "keep")
+    )  # each mode is the other's control: the check can see a mixture
     for response in mixed:
         place = turns.num_before(response)
         assert 0 < place < len(response.token_ids)
         assert turns.version(response) == version
-        assert turns.pure_from(response, place) == (mode == "pause")  # with "keep" the old keys and values are read on
+        assert turns.pure_from(response, place) == (
+            mode == "pause"
+        )  # with "keep" the old keys and values are read on
     load_folder([engine], student_dir, "default")

@@ -1,4 +1,6 @@
-"""Requests without end to a real server, so that some are under way whenever its weights change, however fast or slow the machine is."""
+"""Requests without end to a real server, so that some are under way whenever its weights change,
+however fast or slow the machine is.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ import numpy as np
 import pytest
 
 from lopd.records import Floats, Response
-from sglang_rollout import client
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.sampling import SamplingParams, SamplingRequest
+from sglang_rollout.requests import client
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
 from tests.sglang.conftest import sampling_requests
 from tests.sglang.test_parity import MAX_DIFFERENCE, HuggingFace
 
@@ -30,9 +32,13 @@ def number_of(item: SamplingRequest | Response) -> int:
 
 
 class Traffic:
-    """A thread that takes the responses of an engine.generate() whose input goes on until end(). Attributes are the thread's: read copies (seen())."""
+    """A thread that takes the responses of an engine.generate() whose input goes on until end().
+    Attributes are the thread's: read copies (seen()).
+    """
 
-    def __init__(self, engine: SGLangEngine, params: SamplingParams, attempts: Counter[int]) -> None:
+    def __init__(
+        self, engine: SGLangEngine, params: SamplingParams, attempts: Counter[int]
+    ) -> None:
         """attempts: how often each request was sent; somebody else counts."""
         self._engine, self._params, self.attempts = engine, params, attempts
         self._changed = threading.Condition()
@@ -67,7 +73,9 @@ class Traffic:
 
     def _until(self, condition: Callable[[], bool]) -> None:
         with self._changed:
-            came = self._changed.wait_for(lambda: condition() or self._failure is not None, PATIENCE_S)
+            came = self._changed.wait_for(
+                lambda: condition() or self._failure is not None, PATIENCE_S
+            )
         if self._failure is not None:
             raise self._failure
         assert came, f"{len(self._responses)} of {self._num_begun} requests are answered"
@@ -93,7 +101,9 @@ class Traffic:
 
 
 @contextmanager
-def traffic(engine: SGLangEngine, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
+def traffic(
+    engine: SGLangEngine, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Traffic]:
     """Traffic as long as the block lasts."""
     attempts, payload = Counter[int](), client.generate_payload
 
@@ -111,7 +121,9 @@ def traffic(engine: SGLangEngine, params: SamplingParams, monkeypatch: pytest.Mo
 
 
 class Turns:
-    """Two checkpoints that are served in turns: version v3 has the weights of number 3 modulo 2, "default" those of number 0."""
+    """Two checkpoints that are served in turns: version v3 has the weights of number 3 modulo 2,
+    "default" those of number 0.
+    """
 
     def __init__(self, *folders: Path) -> None:
         self._folders, self._references = folders, [HuggingFace(folder) for folder in folders]
@@ -123,13 +135,19 @@ class Turns:
     @staticmethod
     def version(response: Response) -> int:
         """ValueError for a version that nobody has committed, such as one called incomplete."""
-        return 0 if response.weight_version == "default" else int(response.weight_version.removeprefix("v"))
+        return (
+            0
+            if response.weight_version == "default"
+            else int(response.weight_version.removeprefix("v"))
+        )
 
     def _agrees(self, response: Response, version: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether each token's log-probability is that of these weights, [R]."""
         known = (response.token_ids.tobytes(), response.sampling_logprobs.tobytes(), version % 2)
         if known not in self._known:
-            expected: Floats = self._references[version % 2].logprobs(response.prompt_ids, response.token_ids)
+            expected: Floats = self._references[version % 2].logprobs(
+                response.prompt_ids, response.token_ids
+            )
             self._known[known] = np.abs(response.sampling_logprobs - expected) <= MAX_DIFFERENCE
         return self._known[known]
 
@@ -139,8 +157,12 @@ class Turns:
 
     def num_before(self, response: Response) -> int:
         """How many of its first tokens are of the weights before those that it claims."""
-        return int(np.logical_and.accumulate(self._agrees(response, self.version(response) - 1)).sum())
+        return int(
+            np.logical_and.accumulate(self._agrees(response, self.version(response) - 1)).sum()
+        )
 
     def pure_from(self, response: Response, place: int) -> bool:
-        """Every token from this place on is of the weights that the response claims, which have read all before it."""
+        """Every token from this place on is of the weights that the response claims, which have
+        read all before it.
+        """
         return bool(self._agrees(response, self.version(response))[place:].all())

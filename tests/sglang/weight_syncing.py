@@ -1,4 +1,6 @@
-"""What the tests of weight sync share: receivers of every transport, tensors of a folder, and a fake server that takes updates."""
+"""What the tests of weight sync share: receivers of every transport, tensors of a folder, and a
+fake server that takes updates.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from safetensors.torch import load_file
 from torch.distributed import distributed_c10d
 
 from lopd.config import SyncSection
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.scoring import ScoreRequest
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.weight_sync import WeightReceiver, build_receiver
 from sglang_rollout.weight_sync.disk import DiskWeightReceiver
 from tests.sglang.conftest import sampling_requests
@@ -35,7 +37,9 @@ def buckets(named: Named, size: int = 64) -> Iterator[Named]:
         yield named[start : start + size]
 
 
-def receiver(transport: str, engine: SGLangEngine, folder: Path, template: Path, **settings: Any) -> WeightReceiver:
+def receiver(
+    transport: str, engine: SGLangEngine, folder: Path, template: Path, **settings: Any
+) -> WeightReceiver:
     section = SyncSection(transport=transport, **{"timeout_s": 120.0, **settings})  # type: ignore[arg-type]
     return build_receiver(section, [engine], folder=folder, template_dir=template)
 
@@ -64,13 +68,21 @@ def send(to: WeightReceiver, version: str, named: Named, *, size: int = 64) -> N
 def worst_difference(engine: SGLangEngine, folder: Path, count: int = 4) -> float:
     """Largest difference between the server's scores and Hugging Face with the weights of folder."""
     reference = HuggingFace(folder)
-    items = [ScoreRequest(r.prompt_id, 0, r.prompt_ids[:4], r.prompt_ids[4:]) for r in sampling_requests(count)]
+    items = [
+        ScoreRequest(r.prompt_id, 0, r.prompt_ids[:4], r.prompt_ids[4:])
+        for r in sampling_requests(count)
+    ]
     expected = {item.key: reference.logprobs(item.prompt_ids, item.token_ids) for item in items}
-    return max(float(np.abs(score.teacher_logprobs - expected[score.key]).max()) for score in engine.score(items))
+    return max(
+        float(np.abs(score.teacher_logprobs - expected[score.key]).max())
+        for score in engine.score(items)
+    )
 
 
 class UpdatedFake(FakeServer):
-    """A fake server that takes updates of weights. refuse: path -> message of its refusal; info: more of /server_info."""
+    """A fake server that takes updates of weights. refuse: path -> message of its refusal; info:
+    more of /server_info.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +93,11 @@ class UpdatedFake(FakeServer):
     @property
     def updates(self) -> list[str]:
         """The paths called, without questions."""
-        return [path.partition("?")[0] for path, _ in self.calls if path not in ("/server_info", "/model_info", "/weights_checker")]
+        return [
+            path.partition("?")[0]
+            for path, _ in self.calls
+            if path not in ("/server_info", "/model_info", "/weights_checker")
+        ]
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         path = urllib.parse.urlsplit(path).path

@@ -1,12 +1,16 @@
-"""Rollout, scoring and weight sync while servers are killed at random. ``python -m tests.soak.soak --minutes 15 --json soak.json``
+"""Rollout, scoring and weight sync while servers are killed at random. ``python -m tests.soak.soak
+--minutes 15 --json soak.json``
 
-Rounds of three phases go on until the time is over: a rollout stage and a score stage of the real code publish into artifacts, then weights are exchanged
-back and forth with answers asked after each exchange. Meanwhile a thread kills: the whole server, its main process, its scheduler, or it stops all of them
-(SIGSTOP), at random moments, also while the server is being started again. Servers and clients are those of the stages; nothing is mended by hand.
+Rounds of three phases go on until the time is over: a rollout stage and a score stage of the real
+code publish into artifacts, then weights are exchanged back and forth with answers asked after each
+exchange. Meanwhile a thread kills: the whole server, its main process, its scheduler, or it stops
+all of them (SIGSTOP), at random moments, also while the server is being started again. Servers and
+clients are those of the stages; nothing is mended by hand.
 
-Counted, over all rounds: responses that are missing (lost), there twice (duplicated), or not those of an undisturbed server (wrong); answers with weights other
-than the newest (stale); phases without any progress for two minutes (hung); stages that stopped with an error (stopped), which are then run again, as a user
-would.
+Counted, over all rounds: responses that are missing (lost), there twice (duplicated), or not those
+of an undisturbed server (wrong); answers with weights other than the newest (stale); phases without
+any progress for two minutes (hung); stages that stopped with an error (stopped), which are then run
+again, as a user would.
 """
 
 from __future__ import annotations
@@ -36,11 +40,12 @@ from lopd.config import SGLangSection
 from lopd.errors import EngineError
 from lopd.records import Ints, Prompt
 from lopd.stages.sampling import sample_into, score_into
-from sglang_rollout.client import SGLangEngine
-from sglang_rollout.fleet import serve
-from sglang_rollout.sampling import SamplingParams, SamplingRequest
-from sglang_rollout.server import SGLangServer
-from sglang_rollout.supervision import ask_for_restart
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.fleet import serve
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
+from sglang_rollout.servers.server import SGLangServer
+from sglang_rollout.servers.supervision import ask_for_restart
+from sglang_rollout.weight_sync import update_weights_from_disk
 from tests.models import EOS_ID, VOCAB_SIZE, write_qwen3_moe
 
 HUNG_S = 120.0
@@ -50,15 +55,31 @@ FAULTS = ("lost", "duplicated", "wrong", "stale", "hung")
 
 
 class Killer:
-    """Kills servers at random moments in a thread of its own; counts kills by phase and kind. spare_starts: only one that has answered since its start.
+    """Kills servers at random moments in a thread of its own; counts kills by phase and kind.
+    spare_starts: only one that has answered since its start.
 
-    most: how many in one phase; where a start takes longer than the time between kills, work would hardly go on without such a bound.
+    most: how many in one phase; where a start takes longer than the time between kills, work would
+    hardly go on without such a bound.
     """
 
     def __init__(
-        self, engine: SGLangEngine, seed: int, every_s: float, kinds: Sequence[str], kills: Counter[str], *, spare_starts: bool, most: int | None
+        self,
+        engine: SGLangEngine,
+        seed: int,
+        every_s: float,
+        kinds: Sequence[str],
+        kills: Counter[str],
+        *,
+        spare_starts: bool,
+        most: int | None,
     ) -> None:
-        self._engine, self._random, self._every_s, self._kinds, self._spare_starts = engine, random.Random(seed), every_s, kinds, spare_starts
+        self._engine, self._random, self._every_s, self._kinds, self._spare_starts = (
+            engine,
+            random.Random(seed),
+            every_s,
+            kinds,
+            spare_starts,
+        )
         self._most, self._of_phase = most, Counter[str]()
         self.phase, self._kills = PHASES[0], kills
         self._stop = threading.Event()
@@ -89,7 +110,11 @@ class Killer:
                 os.killpg(group, signal.SIGKILL if kind == "server" else signal.SIGSTOP)
             else:
                 children = psutil.Process(group).children(recursive=True)
-                next(child for child in children if ("scheduler" in child.name()) == (kind == "scheduler")).kill()
+                next(
+                    child
+                    for child in children
+                    if ("scheduler" in child.name()) == (kind == "scheduler")
+                ).kill()
         except (AssertionError, ProcessLookupError, psutil.Error, StopIteration):
             return  # it is between two lives
         self._kills[f"{self.phase}: {kind}"] += 1
@@ -110,12 +135,18 @@ class Counts:
         self.responses += len(found)
         self.wrong["lost"] += len(wanted.keys() - times.keys())
         self.wrong["duplicated"] += sum(number - 1 for number in times.values())
-        self.wrong["wrong"] += sum(key not in wanted or value != wanted[key] for key, value in found)
+        self.wrong["wrong"] += sum(
+            key not in wanted or value != wanted[key] for key, value in found
+        )
 
 
 @contextmanager
-def bounded(counts: Counts, progress: Callable[[], int], patience_s: float = HUNG_S) -> Iterator[None]:
-    """Ends the process where a phase makes no progress for so long: then it hangs, which is what must never be."""
+def bounded(
+    counts: Counts, progress: Callable[[], int], patience_s: float = HUNG_S
+) -> Iterator[None]:
+    """Ends the process where a phase makes no progress for so long: then it hangs, which is what
+    must never be.
+    """
     done = threading.Event()
 
     def watch() -> None:
@@ -157,8 +188,17 @@ class Soak:
     ) -> None:
         """every_s: mean time between kills. syncs: weight syncs of a round."""
         self._syncs, self._kills_of_a_phase = syncs, kills_of_a_phase
-        self._folder, self._seed, self._every_s, self._kinds, self._spare_starts = folder, seed, every_s, kinds, spare_starts
-        self._models = [write_qwen3_moe(folder / name, seed=index) for index, name in enumerate(("first", "second"))]
+        self._folder, self._seed, self._every_s, self._kinds, self._spare_starts = (
+            folder,
+            seed,
+            every_s,
+            kinds,
+            spare_starts,
+        )
+        self._models = [
+            write_qwen3_moe(folder / name, seed=index)
+            for index, name in enumerate(("first", "second"))
+        ]
         self._settings = SGLangSection(
             dtype="float32", context_length=160, max_running_requests=32, max_in_flight=32, max_total_tokens=8192, replicas=replicas,
             restarts=2, hang_timeout_s=hang_timeout_s, request_timeout_s=max(20.0, 2 * hang_timeout_s), outage_timeout_s=250, start_timeout_s=200,
@@ -167,28 +207,56 @@ class Soak:
         samples = 4
         self._samples = samples
         self._prompts = [
-            Prompt(prompt_id=f"p{i}", messages=({"role": "user", "content": "?"},), domain="soak", answer=None) for i in range(responses // samples)
+            Prompt(
+                prompt_id=f"p{i}",
+                messages=({"role": "user", "content": "?"},),
+                domain="soak",
+                answer=None,
+            )
+            for i in range(responses // samples)
         ]
-        self._ids: list[Ints] = [rng.integers(4, VOCAB_SIZE, 16).astype(np.int32) for _ in self._prompts]
-        self._params = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, max_new_tokens=100, stop_token_ids=(EOS_ID,))
+        self._ids: list[Ints] = [
+            rng.integers(4, VOCAB_SIZE, 16).astype(np.int32) for _ in self._prompts
+        ]
+        self._params = SamplingParams(
+            temperature=1.0,
+            top_p=1.0,
+            top_k=-1,
+            min_p=0.0,
+            max_new_tokens=100,
+            stop_token_ids=(EOS_ID,),
+        )
         self.counts, self._kills, self._restarts, self._began = Counts(), Counter[str](), 0, 0.0
-        self.report: Callable[[dict[str, Any]], None] = lambda found: None  # gets the counts after every phase
+        self.report: Callable[[dict[str, Any]], None] = lambda found: (
+            None
+        )  # gets the counts after every phase
 
     def run(self, seconds: float, *, restarts: int = 0) -> dict[str, Any]:
-        """The counts, and the kills by phase and kind. seconds: no round begins later, unless fewer restarts than these were seen."""
+        """The counts, and the kills by phase and kind. seconds: no round begins later, unless fewer
+        restarts than these were seen.
+        """
         wanted: dict[str, dict[Any, Any]] = {}
 
         def going_on() -> bool:
             return time.monotonic() - self._began < seconds or self._restarts < restarts
 
         while not wanted or going_on():
-            with serve(self._models[0], self._settings, log=self._folder / "sglang.log", name="student", tell=self._tell) as engine:
+            with serve(
+                self._models[0],
+                self._settings,
+                log=self._folder / "sglang.log",
+                name="student",
+                tell=self._tell,
+            ) as engine:
                 if not wanted:
                     wanted, self._began = self._undisturbed(engine), time.monotonic()
                 stopped = False
                 while not stopped and going_on():
                     self.counts.rounds += 1
-                    seed, limits = self._seed + self.counts.rounds, {"spare_starts": self._spare_starts, "most": self._kills_of_a_phase}
+                    seed, limits = (
+                        self._seed + self.counts.rounds,
+                        {"spare_starts": self._spare_starts, "most": self._kills_of_a_phase},
+                    )
                     killer = Killer(engine, seed, self._every_s, self._kinds, self._kills, **limits)
                     try:
                         with killer:
@@ -216,14 +284,19 @@ class Soak:
         folder = self._folder / "undisturbed"
         self._rollout(engine, folder / "rollouts")
         self._score(engine, folder / "rollouts", folder / "scores")
-        wanted = {"rollout": dict(_rollouts_in(folder / "rollouts")), "scoring": dict(_scores_in(folder / "scores"))}
+        wanted = {
+            "rollout": dict(_rollouts_in(folder / "rollouts")),
+            "scoring": dict(_scores_in(folder / "scores")),
+        }
         for version, model in enumerate(self._models):
-            engine.update_weights_from_disk(model, version=f"v{version}")
+            update_weights_from_disk(engine, model, version=f"v{version}")
             wanted[f"v{version}"] = self._answers(engine)
         assert wanted["v0"] != wanted["v1"], "the two models answer alike: nothing would be seen"
         return wanted
 
-    def _round(self, engine: SGLangEngine, killer: Killer, wanted: dict[str, dict[Any, Any]], end: float) -> None:
+    def _round(
+        self, engine: SGLangEngine, killer: Killer, wanted: dict[str, dict[Any, Any]], end: float
+    ) -> None:
         folder = self._folder / "round"
         killer.phase = "rollout"
         self._put(engine, "v0", self._models[0])
@@ -245,7 +318,15 @@ class Soak:
         writer = ArtifactWriter(folder, kind="rollouts", inputs={}, shard_size=32)
         with bounded(self.counts, lambda: len(list(folder.glob("*.parquet")))):
             sample_into(
-                writer, engine, self._prompts, self._ids, self._params, samples_per_prompt=self._samples, seed=self._seed, purpose="soak", title="rollout"
+                writer,
+                engine,
+                self._prompts,
+                self._ids,
+                self._params,
+                samples_per_prompt=self._samples,
+                seed=self._seed,
+                purpose="soak",
+                title="rollout",
             )
         writer.finish()
 
@@ -255,13 +336,17 @@ class Soak:
             score_into(writer, engine, source, read_manifest(source), title="scoring")
         writer.finish()
 
-    def _sync(self, engine: SGLangEngine, version: str, model: Path, wanted: dict[str, dict[Any, Any]]) -> None:
+    def _sync(
+        self, engine: SGLangEngine, version: str, model: Path, wanted: dict[str, dict[Any, Any]]
+    ) -> None:
         """Weights in, then answers, which must be those of the new weights."""
         self._put(engine, version, model)
         self.counts.syncs += 1
         with bounded(self.counts, lambda: 0):
             answers = self._answers(engine)
-        self.counts.wrong["stale"] += sum(answers[key] != wanted[version][key] for key in wanted[version])
+        self.counts.wrong["stale"] += sum(
+            answers[key] != wanted[version][key] for key in wanted[version]
+        )
 
     def _put(self, engine: SGLangEngine, version: str, model: Path) -> None:
         """Weights into the servers; again, after a restart, where one is silent."""
@@ -269,7 +354,7 @@ class Soak:
         with bounded(self.counts, lambda: tries[0]):
             while True:
                 try:
-                    engine.update_weights_from_disk(model, version=version, timeout_s=10)
+                    update_weights_from_disk(engine, model, version=version, timeout_s=10)
                     return
                 except EngineError:
                     engine.check_alive()
@@ -279,23 +364,37 @@ class Soak:
                 assert server is not None
                 ask_for_restart(server.weights_file)
                 time.sleep(1.0)
-                while not all(one.server is not None and one.server.ready() for one in engine.engines):
+                while not all(
+                    one.server is not None and one.server.ready() for one in engine.engines
+                ):
                     engine.check_alive()
                     time.sleep(0.1)
 
     def _answers(self, engine: SGLangEngine) -> dict[Any, Any]:
-        requests = [SamplingRequest(prompt.prompt_id, 0, ids, 5) for prompt, ids in zip(self._prompts[:24], self._ids[:24], strict=True)]
-        return {response.key: response.token_ids.tolist() for response in engine.generate(requests, self._params)}
+        requests = [
+            SamplingRequest(prompt.prompt_id, 0, ids, 5)
+            for prompt, ids in zip(self._prompts[:24], self._ids[:24], strict=True)
+        ]
+        return {
+            response.key: response.token_ids.tolist()
+            for response in engine.generate(requests, self._params)
+        }
 
 
 def _rollouts_in(folder: Path) -> list[tuple[Any, Any]]:
     assert (folder / MANIFEST).is_file()
-    return [(response.key, response.token_ids.tolist()) for response, _ in cache.read_rows(folder, read_manifest(folder))]
+    return [
+        (response.key, response.token_ids.tolist())
+        for response, _ in cache.read_rows(folder, read_manifest(folder))
+    ]
 
 
 def _scores_in(folder: Path) -> list[tuple[Any, Any]]:
     rows = cache.read_rows(folder, read_manifest(folder))
-    return [(response.key, (response.token_ids.tolist(), np.asarray(scores).tolist())) for response, scores in rows]
+    return [
+        (response.key, (response.token_ids.tolist(), np.asarray(scores).tolist()))
+        for response, scores in rows
+    ]
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
@@ -303,18 +402,32 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=15.0, help="(default %(default)s)")
-    parser.add_argument("--responses", type=int, default=1000, help="of a rollout (default %(default)s)")
+    parser.add_argument(
+        "--responses", type=int, default=1000, help="of a rollout (default %(default)s)"
+    )
     parser.add_argument("--replicas", type=int, default=1, help="servers (default %(default)s)")
-    parser.add_argument("--every", type=float, default=10.0, help="mean seconds between kills (default %(default)s)")
+    parser.add_argument(
+        "--every", type=float, default=10.0, help="mean seconds between kills (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the servers' own ends: a guard that is stopped could not follow a sudden one
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # through the servers' own ends: a guard that is stopped could not follow a sudden one
     folder = Path(tempfile.mkdtemp(prefix="lopd-soak-"))
     try:
-        soak = Soak(folder, responses=options.responses, replicas=options.replicas, seed=options.seed, every_s=options.every)
+        soak = Soak(
+            folder,
+            responses=options.responses,
+            replicas=options.replicas,
+            seed=options.seed,
+            every_s=options.every,
+        )
         if options.json is not None:
             soak.report = lambda found: write(options.json, found)
         found = soak.run(options.minutes * 60)

@@ -27,7 +27,9 @@ def load_example(name: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with config.json, generation_config.json and tokenizer of the small Qwen3-MoE."""
-    folder: Path = load_example("make_architecture").write_architecture(tmp_path_factory.mktemp("tiny") / "architecture")
+    folder: Path = load_example("make_architecture").write_architecture(
+        tmp_path_factory.mktemp("tiny") / "architecture"
+    )
     return folder
 
 

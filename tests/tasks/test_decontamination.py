@@ -1,4 +1,6 @@
-"""Training prompts that hold pieces of evaluation prompts are found and left out; and ``lopd prompts prepare`` writes, reports and repeats."""
+"""Training prompts that hold pieces of evaluation prompts are found and left out; and ``lopd
+prompts prepare`` writes, reports and repeats.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ def index(*questions: str, ngram: int = 13) -> EvaluationIndex:
 
 @pytest.mark.parametrize(
     "text",
-    [QUESTION, f"Please solve this. {QUESTION} Show your work.", QUESTION.upper().replace(" ", "\n"), QUESTION.replace("(", "\\left(").replace("=", "$=$")],
+    [
+        QUESTION,
+        f"Please solve this. {QUESTION} Show your work.",
+        QUESTION.upper().replace(" ", "\n"),
+        QUESTION.replace("(", "\\left(").replace("=", "$=$"),
+    ],
     ids=["the same", "in a frame", "other spacing", "other marks"],
 )
 def test_copies_are_found(text: str) -> None:
@@ -41,7 +48,9 @@ def test_copies_are_found(text: str) -> None:
 
 
 def test_others_are_not() -> None:
-    """Control of the length: with 5 words a turn of phrase is enough, and then the share of the question tells a copy from it."""
+    """Control of the length: with 5 words a turn of phrase is enough, and then the share of the
+    question tells a copy from it.
+    """
     like = "Find the number of ordered pairs (m, n) of positive integers with m n = 12."
     assert index(QUESTION).match(prompt("t", like)) is None
     loose = EvaluationIndex(5, min_coverage=0.5)
@@ -54,7 +63,10 @@ def test_others_are_not() -> None:
 
 def test_a_frame_around_every_question_is_no_copy() -> None:
     """Control: around one question of many it is."""
-    questions = [f"Compute the value of {number} times {number + 1} plus {number + 7}." for number in range(40)]
+    questions = [
+        f"Compute the value of {number} times {number + 1} plus {number + 7}."
+        for number in range(40)
+    ]
     framed = index(*(FRAME + question for question in questions))
     assert framed.boilerplate
     assert framed.match(prompt("t", FRAME + OTHER)) is None
@@ -77,22 +89,40 @@ def test_chinese_has_no_spaces() -> None:
 
 
 @pytest.fixture
-def lopd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., object]:
+def lopd(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., object]:
     return command(monkeypatch, capsys)
 
 
 def test_prepare_writes_reports_and_repeats(lopd: Lopd, tmp_path: Path) -> None:
-    rows = [{"question": f"w4 w5 w{number}", "answer": f"#### {number}"} for number in range(10, 30)]
+    rows = [
+        {"question": f"w4 w5 w{number}", "answer": f"#### {number}"} for number in range(10, 30)
+    ]
     rows += [
         {"question": f"Hint. {QUESTION}", "answer": "#### 1"},
         {"question": rows[0]["question"], "answer": "#### 10"},
         {"question": "w6 " * 60, "answer": "#### 2"},
     ]
     source = write_prompts(tmp_path / "train.jsonl", rows)
-    held_out = write_prompts(tmp_path / "eval.jsonl", [{"problem": QUESTION, "answer": "7", "id": 5}])
+    held_out = write_prompts(
+        tmp_path / "eval.jsonl", [{"problem": QUESTION, "answer": "7", "id": 5}]
+    )
     write_tokenizer(tmp_path / "model")
     out = tmp_path / "made" / "sft.jsonl"
-    wanted = ("prompts", "prepare", source, "--format", "gsm8k", "--instruction", "plain", "--against", f"{held_out}:aime_2025", "--out", out)
+    wanted = (
+        "prompts",
+        "prepare",
+        source,
+        "--format",
+        "gsm8k",
+        "--instruction",
+        "plain",
+        "--against",
+        f"{held_out}:aime_2025",
+        "--out",
+        out,
+    )
     wanted += ("--tokenizer", tmp_path / "model", "--max-tokens", "50")
     shown = lopd(*wanted).succeeded().out
     assert "20 prompts of 23 rows read" in shown
@@ -102,17 +132,25 @@ def test_prepare_writes_reports_and_repeats(lopd: Lopd, tmp_path: Path) -> None:
     report = json.loads(out.with_name("sft.jsonl.report.json").read_text())
     assert report["left_out"] == {"in an evaluation set": 1, "repeated": 1, "too long": 1}
     (match,) = report["decontamination"]["matches"]
-    assert (match["evaluation_id"], match["evaluation_set"], match["coverage"]) == ("aime_2025-5", str(held_out), 1.0)
+    assert (match["evaluation_id"], match["evaluation_set"], match["coverage"]) == (
+        "aime_2025-5",
+        str(held_out),
+        1.0,
+    )
     assert report["tokens"]["most"] == 4, "<bos> and three words"
     stamp = out.stat().st_mtime_ns
     assert "unchanged, nothing done" in lopd(*wanted).succeeded().out
     assert out.stat().st_mtime_ns == stamp
-    assert "5 prompts of" in lopd(*wanted, "--num-prompts", "5", "--shuffle-seed", "1").succeeded().out
+    assert (
+        "5 prompts of" in lopd(*wanted, "--num-prompts", "5", "--shuffle-seed", "1").succeeded().out
+    )
 
 
 def test_prepare_replaces_nothing_that_is_not_its_own(lopd: Lopd, tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "train.jsonl", [{"prompt_id": "a", "question": "Q"}])
-    lopd("prompts", "prepare", source, "--out", source).refused("is there already", "give another --out")
+    lopd("prompts", "prepare", source, "--out", source).refused(
+        "is there already", "give another --out"
+    )
     out = tmp_path / "out.jsonl"
     lopd("prompts", "prepare", source, "--out", out).succeeded()
     out.write_text(out.read_text() + "\n")
@@ -129,9 +167,13 @@ def test_prepare_replaces_nothing_that_is_not_its_own(lopd: Lopd, tmp_path: Path
         (("--against", "absent.jsonl:gsm8k"), "no such file"),
     ],
 )
-def test_prepare_is_refused_in_one_line(lopd: Lopd, tmp_path: Path, arguments: tuple[str, ...], fragment: str) -> None:
+def test_prepare_is_refused_in_one_line(
+    lopd: Lopd, tmp_path: Path, arguments: tuple[str, ...], fragment: str
+) -> None:
     source = write_prompts(tmp_path / "train.jsonl", [{"prompt_id": "a", "question": "Q"}])
-    lopd("prompts", "prepare", source, "--out", tmp_path / "out.jsonl", *arguments).refused(fragment)
+    lopd("prompts", "prepare", source, "--out", tmp_path / "out.jsonl", *arguments).refused(
+        fragment
+    )
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -142,7 +184,10 @@ def test_formats_are_listed(lopd: Lopd) -> None:
 
 
 def test_prompts_are_shown_as_a_model_sees_them(lopd: Lopd, tmp_path: Path) -> None:
-    source = write_prompts(tmp_path / "train.jsonl", [{"question": f"w4 w{number}", "answer": f"#### {number}"} for number in (7, 8)])
+    source = write_prompts(
+        tmp_path / "train.jsonl",
+        [{"question": f"w4 w{number}", "answer": f"#### {number}"} for number in (7, 8)],
+    )
     write_tokenizer(tmp_path / "model")
     flags = ("prompts", "show", source, "--format", "gsm8k", "--instruction", "plain")
     shown = lopd(*flags, "--tokenizer", tmp_path / "model").succeeded().out

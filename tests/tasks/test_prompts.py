@@ -1,4 +1,6 @@
-"""Prompt sets from files and tasks, the chat template, tokenizers: what goes in, and one clear line for what cannot."""
+"""Prompt sets from files and tasks, the chat template, tokenizers: what goes in, and one clear line
+for what cannot.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,23 @@ from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
 TASK = RegisterArithmetic()
 GOOD = {"prompt_id": "a", "question": "01+01=?", "answer": "02"}
 PROMPT = TASK.to_prompt(Problem(81, (("+", 6), ("+", 2), ("+", 7), ("+", 3), ("-", 10))))
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "\n"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "user",
+    "assistant",
+    "\n",
+]
 
 
 def write_lines(path: Path, *lines: object) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -32,15 +46,26 @@ def write_lines(path: Path, *lines: object) -> Path:
 
 def test_reads_questions_and_messages_in_order_and_skips_blank_lines(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    path = write_lines(tmp_path / "prompts.jsonl", GOOD, "", {"prompt_id": "b", "messages": chat, "domain": "chat", "source": "ours"})
+    path = write_lines(
+        tmp_path / "prompts.jsonl",
+        GOOD,
+        "",
+        {"prompt_id": "b", "messages": chat, "domain": "chat", "source": "ours"},
+    )
     first, second = read_prompts(PromptSet(file=path), TASK)
-    assert first == Prompt("a", ({"role": "user", "content": "01+01=?"},), "register_arithmetic", "02")
+    assert first == Prompt(
+        "a", ({"role": "user", "content": "01+01=?"},), "register_arithmetic", "02"
+    )
     assert second == Prompt("b", tuple(chat), "chat", None)
 
 
 def test_num_prompts_takes_the_first_ones(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "prompts.jsonl", *({**GOOD, "prompt_id": f"p{index}"} for index in range(5)))
-    assert [prompt.prompt_id for prompt in read_prompts(PromptSet(file=path, num_prompts=2), TASK)] == ["p0", "p1"]
+    path = write_lines(
+        tmp_path / "prompts.jsonl", *({**GOOD, "prompt_id": f"p{index}"} for index in range(5))
+    )
+    assert [
+        prompt.prompt_id for prompt in read_prompts(PromptSet(file=path, num_prompts=2), TASK)
+    ] == ["p0", "p1"]
 
 
 def test_without_a_file_the_task_generates() -> None:
@@ -59,9 +84,18 @@ def test_without_a_file_the_task_generates() -> None:
         ([{"prompt_id": "a"}], r":1: prompt 'a' needs either messages or question"),
         ([{**GOOD, "messages": []}], r":1: prompt 'a' needs either messages or question"),
         ([{"prompt_id": "a", "messages": []}], r":1: messages must be a non-empty list"),
-        ([{"prompt_id": "a", "messages": [{"role": "user"}]}], r":1: messages\[0\] must have role and content"),
-        ([{"prompt_id": "a", "messages": [{"role": "user", "content": 3}]}], r":1: messages\[0\] must have role and content"),
-        ([{"prompt_id": "a", "messages": [{"role": "assistant", "content": "x"}]}], r":1: the last message is the assistant's"),
+        (
+            [{"prompt_id": "a", "messages": [{"role": "user"}]}],
+            r":1: messages\[0\] must have role and content",
+        ),
+        (
+            [{"prompt_id": "a", "messages": [{"role": "user", "content": 3}]}],
+            r":1: messages\[0\] must have role and content",
+        ),
+        (
+            [{"prompt_id": "a", "messages": [{"role": "assistant", "content": "x"}]}],
+            r":1: the last message is the assistant's",
+        ),
         ([{**GOOD, "answer": 2}], r":1: answer is 2; it must be a non-empty string"),
         ([GOOD, {**GOOD, "prompt_id": "b"}, GOOD], r":3: duplicate prompt_id 'a', first on line 1"),
         ([GOOD, {"prompt_id": "b", "question": "q"}], r":2: prompt 'b' has no answer"),
@@ -91,26 +125,43 @@ def test_missing_unreadable_and_short_files(tmp_path: Path) -> None:
 
 
 def test_render_gives_the_documented_prompt(tokenizer: Any) -> None:
-    """27 tokens; expected ids are spelled out from the order of the vocabulary, not by the tokenizer."""
+    """27 tokens; expected ids are spelled out from the order of the vocabulary, not by the
+    tokenizer.
+    """
     expected = [SPECIAL.index(token) for token in ("<|im_start|>", "user", "\n")]
-    expected += [len(SPECIAL) + "0123456789+-*=?".index(character) for character in "81+06+02+07+03-10=?"]
-    expected += [SPECIAL.index(token) for token in ("<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")]
+    expected += [
+        len(SPECIAL) + "0123456789+-*=?".index(character) for character in "81+06+02+07+03-10=?"
+    ]
+    expected += [
+        SPECIAL.index(token) for token in ("<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")
+    ]
     (ids,) = render([PROMPT], tokenizer, context_length=256)
     assert len(ids) == 27
     assert ids.dtype == "int32"
     assert ids.tolist() == expected
-    assert decode(tokenizer, ids) == "<|im_start|>user\n81+06+02+07+03-10=?<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        decode(tokenizer, ids)
+        == "<|im_start|>user\n81+06+02+07+03-10=?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
-def test_prompt_that_fills_the_context_is_named_with_its_length_and_the_limit(tokenizer: Any) -> None:
+def test_prompt_that_fills_the_context_is_named_with_its_length_and_the_limit(
+    tokenizer: Any,
+) -> None:
     render([PROMPT], tokenizer, context_length=28)
-    with pytest.raises(DataError, match=r"prompt 'reg-81\+06\+02\+07\+03-10' has 27 tokens.*limit: fewer than 27"):
+    with pytest.raises(
+        DataError, match=r"prompt 'reg-81\+06\+02\+07\+03-10' has 27 tokens.*limit: fewer than 27"
+    ):
         render([PROMPT], tokenizer, context_length=27)
 
 
 def test_unknown_character_and_missing_template_are_named(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"prompt 'x' cannot be rendered"):
-        render([Prompt("x", ({"role": "user", "content": "why?"},), "other")], tokenizer, context_length=256)
+        render(
+            [Prompt("x", ({"role": "user", "content": "why?"},), "other")],
+            tokenizer,
+            context_length=256,
+        )
     without = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match="no chat template"):
         render([PROMPT], without, context_length=256)
@@ -137,7 +188,9 @@ def test_config_is_what_transformers_builds(architecture: Path) -> None:
     assert not config.tie_word_embeddings
 
 
-def test_stop_tokens_come_from_every_file(architecture: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_stop_tokens_come_from_every_file(
+    architecture: Path, tokenizer: Any, tmp_path: Path
+) -> None:
     assert stop_token_ids(architecture, tokenizer) == (2,)
     folder = shutil.copytree(architecture, tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')

@@ -1,4 +1,6 @@
-"""Rows of public data sets become prompts: every format by rows of its columns' shapes, nested columns, the choice of rows, repetitions, folders."""
+"""Rows of public data sets become prompts: every format by rows of its columns' shapes, nested
+columns, the choice of rows, repetitions, folders.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def read(path: Path, **settings: Any) -> list[Prompt]:
     return read_prompts(PromptSet(file=path, **settings), "domain")
 
 
-ROWS: dict[str, tuple[dict[str, Any], tuple[str | None, str, str | None, str]]] = {  # format -> a row; id, question, answer, domain
+# format -> a row; id, question, answer, domain
+ROWS: dict[str, tuple[dict[str, Any], tuple[str | None, str, str | None, str]]] = {
     "openthoughts3": (
         {
             "difficulty": 7, "source": "x", "domain": "science",
@@ -83,7 +86,9 @@ def test_every_format_reads_its_columns(form: str, kind: str, tmp_path: Path) ->
     (prompt,) = read(write(tmp_path, [row], kind), format=form)
     assert prompt.messages == ({"role": "user", "content": question},)
     assert (prompt.answer, prompt.domain) == (answer, domain)
-    assert prompt.prompt_id == prompt_id or (prompt_id is None and prompt.prompt_id.startswith(f"{form}-"))
+    assert prompt.prompt_id == prompt_id or (
+        prompt_id is None and prompt.prompt_id.startswith(f"{form}-")
+    )
 
 
 def test_every_format_is_tested_and_can_be_configured() -> None:
@@ -92,23 +97,53 @@ def test_every_format_is_tested_and_can_be_configured() -> None:
 
 
 def test_other_editions_of_a_data_set(tmp_path: Path) -> None:
-    (one,) = read(write(tmp_path, [{"ID": "2024-II-4", "Problem": "p", "Solution": "s", "Answer": 33}]), format="aime_2024")
+    (one,) = read(
+        write(tmp_path, [{"ID": "2024-II-4", "Problem": "p", "Solution": "s", "Answer": 33}]),
+        format="aime_2024",
+    )
     assert (one.prompt_id, one.answer) == ("2024-II-4", "33")
-    (two,) = read(write(tmp_path, [{"id": 1, "problem": "p", "solution": "so $\\boxed{204}$"}]), format="aime_2024")
+    (two,) = read(
+        write(tmp_path, [{"id": 1, "problem": "p", "solution": "so $\\boxed{204}$"}]),
+        format="aime_2024",
+    )
     assert two.answer == "204"
-    row = {"prompt": "What is 1+1?", "solution": "2", "source_prompt": [{"content": DAPO, "role": "user"}], "extra_info": {"index": "i"}}
+    row = {
+        "prompt": "What is 1+1?",
+        "solution": "2",
+        "source_prompt": [{"content": DAPO, "role": "user"}],
+        "extra_info": {"index": "i"},
+    }
     (three,) = read(write(tmp_path, [row]), format="dapo_math_17k")
     assert three.messages[0]["content"] == DAPO
     bare = {"format": "dapo_math_17k", "fields": {"question": "prompt"}, "instruction": "boxed"}
-    assert read(tmp_path / "rows.parquet", **bare)[0].messages[0]["content"] == BOXED.replace("{question}", "What is 1+1?")
+    assert read(tmp_path / "rows.parquet", **bare)[0].messages[0]["content"] == BOXED.replace(
+        "{question}", "What is 1+1?"
+    )
 
 
 def test_livecodebench_programs_and_functions(tmp_path: Path) -> None:
     tests = json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}])
-    common = {"question_title": "t", "platform": "atcoder", "contest_date": "2025-01-04T00:00:00", "difficulty": "easy"}
-    stdin = {**common, "question_id": "abc1", "question_content": "Add {one}.", "starter_code": "", "public_test_cases": tests, "metadata": "{}"}
+    common = {
+        "question_title": "t",
+        "platform": "atcoder",
+        "contest_date": "2025-01-04T00:00:00",
+        "difficulty": "easy",
+    }
+    stdin = {
+        **common,
+        "question_id": "abc1",
+        "question_content": "Add {one}.",
+        "starter_code": "",
+        "public_test_cases": tests,
+        "metadata": "{}",
+    }
     call = json.dumps([{"input": "1", "output": "2", "testtype": "functional"}])
-    function = {**stdin, "question_id": "3779", "starter_code": "class Solution:\n    def add(self):", "public_test_cases": call}
+    function = {
+        **stdin,
+        "question_id": "3779",
+        "starter_code": "class Solution:\n    def add(self):",
+        "public_test_cases": call,
+    }
     function["metadata"] = json.dumps({"func_name": "add"})
     path = write(tmp_path, [stdin, function], "test5.jsonl")
     one, two = read(path, format="livecodebench")
@@ -120,7 +155,9 @@ def test_livecodebench_programs_and_functions(tmp_path: Path) -> None:
     assert [[test.kind for test in tests] for tests in found] == [["stdin"], ["call"]]
     window = {"contest_date": {"min": "2025-01-01", "max": "2025-02-01"}}
     assert len(read(path, format="livecodebench", where=window)) == 2
-    with pytest.raises(DataError, match=r"the prompt set is empty \(2 rows, of which 2 not chosen by where\)"):
+    with pytest.raises(
+        DataError, match=r"the prompt set is empty \(2 rows, of which 2 not chosen by where\)"
+    ):
         read(path, format="livecodebench", where={"contest_date": {"min": "2025-02-01"}})
 
 
@@ -128,17 +165,41 @@ def test_livecodebench_programs_and_functions(tmp_path: Path) -> None:
 
 
 def test_a_field_map_reaches_into_nested_columns(tmp_path: Path) -> None:
-    row = {"task": {"turns": [{"text": "skip"}, {"text": "Q"}], "gold": [7, 8]}, "meta": json.dumps({"key": "k1"}), "topic": "algebra"}
-    fields = {"question": "task.turns[1].text", "answer": "task.gold[-1]", "prompt_id": "meta.key", "domain": "topic"}
+    row = {
+        "task": {"turns": [{"text": "skip"}, {"text": "Q"}], "gold": [7, 8]},
+        "meta": json.dumps({"key": "k1"}),
+        "topic": "algebra",
+    }
+    fields = {
+        "question": "task.turns[1].text",
+        "answer": "task.gold[-1]",
+        "prompt_id": "meta.key",
+        "domain": "topic",
+    }
     (prompt,) = read(write(tmp_path, [row]), format="fields", fields=fields)
     assert prompt == Prompt("k1", ({"role": "user", "content": "Q"},), "algebra", "8")
 
 
 def test_messages_end_with_the_user(tmp_path: Path) -> None:
-    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"), ("assistant", "...")]
-    path = write(tmp_path, [{"chat": [{"role": role, "content": content} for role, content in turns]}])
-    (prompt,) = read(path, format="fields", fields={"messages": "chat"}, instruction="<<{question}>>")
-    assert [message["content"] for message in prompt.messages] == ["Be brief.", "Hi", "Hello", "<<Why?>>"]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "Why?"),
+        ("assistant", "..."),
+    ]
+    path = write(
+        tmp_path, [{"chat": [{"role": role, "content": content} for role, content in turns]}]
+    )
+    (prompt,) = read(
+        path, format="fields", fields={"messages": "chat"}, instruction="<<{question}>>"
+    )
+    assert [message["content"] for message in prompt.messages] == [
+        "Be brief.",
+        "Hi",
+        "Hello",
+        "<<Why?>>",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,16 +207,34 @@ def test_messages_end_with_the_user(tmp_path: Path) -> None:
     [
         ({"format": "fields"}, ConfigError, "no column of questions is named"),
         ({"format": "fields", "fields": {"question": "a..b"}}, ConfigError, "'a..b' is no path"),
-        ({"format": "fields", "fields": {"query": "a"}}, ConfigError, "query = 'a'; limit: names question"),
+        (
+            {"format": "fields", "fields": {"query": "a"}},
+            ConfigError,
+            "query = 'a'; limit: names question",
+        ),
         ({"format": "fields", "fields": {"question": 3}}, ConfigError, "question = 3"),
-        ({"format": "fields", "fields": {"question": "b"}}, DataError, r"rows.parquet:1: no question in this row; limit: its columns: b"),
+        (
+            {"format": "fields", "fields": {"question": "b"}},
+            DataError,
+            r"rows.parquet:1: no question in this row; limit: its columns: b",
+        ),
         ({"format": "fields", "fields": {"question": "c"}}, DataError, r"messages\[0\] is 1"),
-        ({"format": "gsm8k", "instruction": "solve it"}, ConfigError, "has no place for the question"),
-        ({"format": "fields", "fields": {"question": "a"}, "where": {"c": {"least": 1}}}, ConfigError, "min = ..., max = ..."),
+        (
+            {"format": "gsm8k", "instruction": "solve it"},
+            ConfigError,
+            "has no place for the question",
+        ),
+        (
+            {"format": "fields", "fields": {"question": "a"}, "where": {"c": {"least": 1}}},
+            ConfigError,
+            "min = ..., max = ...",
+        ),
     ],
     ids=str,
 )
-def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_mistakes_are_one_line(
+    tmp_path: Path, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     path = write(tmp_path, [{"a": "Q", "b": None, "c": [1]}])
     with pytest.raises(error, match=message) as caught:
         read(path, **settings)
@@ -166,7 +245,15 @@ def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, Any], error: 
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
-    return [{"q": f"Question {number}", "level": number % 5, "hard": number % 2 == 0, "topic": "ab"[number % 2]} for number in range(count)]
+    return [
+        {
+            "q": f"Question {number}",
+            "level": number % 5,
+            "hard": number % 2 == 0,
+            "topic": "ab"[number % 2],
+        }
+        for number in range(count)
+    ]
 
 
 FIELDS: dict[str, Any] = {"format": "fields", "fields": {"question": "q"}}
@@ -174,15 +261,26 @@ FIELDS: dict[str, Any] = {"format": "fields", "fields": {"question": "q"}}
 
 @pytest.mark.parametrize(
     ("where", "expected"),
-    [({"level": 3}, 4), ({"level": [3, 4]}, 8), ({"level": {"min": 2, "max": 3}}, 8), ({"hard": True, "topic": "a"}, 10), ({"level": 3, "hard": True}, 2)],
+    [
+        ({"level": 3}, 4),
+        ({"level": [3, 4]}, 8),
+        ({"level": {"min": 2, "max": 3}}, 8),
+        ({"hard": True, "topic": "a"}, 10),
+        ({"level": 3, "hard": True}, 2),
+    ],
     ids=str,
 )
-def test_rows_are_chosen_by_their_columns(tmp_path: Path, where: dict[str, Any], expected: int) -> None:
+def test_rows_are_chosen_by_their_columns(
+    tmp_path: Path, where: dict[str, Any], expected: int
+) -> None:
     assert len(read(write(tmp_path, numbered(20)), **FIELDS, where=where)) == expected
 
 
 def test_dates_with_and_without_quotes(tmp_path: Path) -> None:
-    path = write(tmp_path, [{"q": str(day), "when": datetime(2025, 1, day), "tags": [day]} for day in range(1, 11)])
+    path = write(
+        tmp_path,
+        [{"q": str(day), "when": datetime(2025, 1, day), "tags": [day]} for day in range(1, 11)],
+    )
     for bound in ("2025-01-08", date(2025, 1, 8)):
         assert len(read(path, **FIELDS, where={"when": {"min": bound}})) == 3
     with pytest.raises(DataError, match="10 not chosen"):
@@ -197,7 +295,9 @@ def test_true_is_no_number_and_text_no_date(tmp_path: Path) -> None:
 
 
 def test_repeated_questions_are_dropped_or_kept(tmp_path: Path) -> None:
-    path = write(tmp_path, [{"q": "What is 1+1?"}, {"q": "  What is  1+1?\n"}, {"q": "What is 1+2?"}])
+    path = write(
+        tmp_path, [{"q": "What is 1+1?"}, {"q": "  What is  1+1?\n"}, {"q": "What is 1+2?"}]
+    )
     counts = ReadCounts()
     kept = read_prompts(PromptSet(file=path, **FIELDS), "d", counts=counts)
     assert [prompt.messages[0]["content"] for prompt in kept] == ["What is 1+1?", "What is 1+2?"]
@@ -209,14 +309,20 @@ def test_repeated_questions_are_dropped_or_kept(tmp_path: Path) -> None:
 
 def test_the_same_id_of_two_questions_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": "a", "i": 1}, {"q": "b", "i": 1}])
-    with pytest.raises(DataError, match=r"rows.parquet:2: duplicate prompt_id 'fields-1', first on line 1"):
+    with pytest.raises(
+        DataError, match=r"rows.parquet:2: duplicate prompt_id 'fields-1', first on line 1"
+    ):
         read(path, format="fields", fields={"question": "q", "prompt_id": "i"})
 
 
 def test_lengths_and_shuffling(tmp_path: Path) -> None:
-    path = write(tmp_path, [*numbered(30), {"q": "x" * 100, "level": 0, "hard": False, "topic": "a"}])
+    path = write(
+        tmp_path, [*numbered(30), {"q": "x" * 100, "level": 0, "hard": False, "topic": "a"}]
+    )
     assert len(read(path, **FIELDS, max_prompt_chars=50)) == 30
-    first, second, other = (read(path, **FIELDS, shuffle_seed=seed, num_prompts=10) for seed in (1, 1, 2))
+    first, second, other = (
+        read(path, **FIELDS, shuffle_seed=seed, num_prompts=10) for seed in (1, 1, 2)
+    )
     assert first == second
     assert first != other
     assert first != read(path, **FIELDS, num_prompts=10)
@@ -229,17 +335,24 @@ def test_lengths_and_shuffling(tmp_path: Path) -> None:
 
 def test_a_folder_is_read_in_order_of_its_files(tmp_path: Path) -> None:
     rows = numbered(4)
-    for name, part in (("data/train-00001.parquet", rows[2:]), ("data/train-00000.parquet", rows[:2])):
+    for name, part in (
+        ("data/train-00001.parquet", rows[2:]),
+        ("data/train-00000.parquet", rows[:2]),
+    ):
         write(tmp_path, part, name)
     write(tmp_path, [{"q": "cached"}], ".cache/x.parquet")
     (tmp_path / "README.md").write_text("a card")
-    assert [prompt.messages[0]["content"] for prompt in read(tmp_path, **FIELDS)] == [row["q"] for row in rows]
+    assert [prompt.messages[0]["content"] for prompt in read(tmp_path, **FIELDS)] == [
+        row["q"] for row in rows
+    ]
     before = content_hash(tmp_path)
     assert before is not None
     write(tmp_path, rows[:1], "data/train-00001.parquet")
     assert content_hash(tmp_path) != before
     write(tmp_path, rows, "extra.jsonl")
-    with pytest.raises(DataError, match=r"files of several kinds in this folder \(.jsonl, .parquet\)"):
+    with pytest.raises(
+        DataError, match=r"files of several kinds in this folder \(.jsonl, .parquet\)"
+    ):
         read(tmp_path, **FIELDS)
 
 
@@ -248,7 +361,10 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(22, "Invalid argument", "/proc/1/task/1/net")
 
     monkeypatch.setattr(Path, "rglob", refuse)
-    with pytest.raises(DataError, match=r"/proc/1/task/1/net: cannot be read \(Invalid argument\); remedy: give a folder"):
+    with pytest.raises(
+        DataError,
+        match=r"/proc/1/task/1/net: cannot be read \(Invalid argument\); remedy: give a folder",
+    ):
         read(tmp_path, **FIELDS)
 
 

@@ -1,4 +1,6 @@
-"""Register arithmetic: problems, their separation into sets, the verifier, and the written responses."""
+"""Register arithmetic: problems, their separation into sets, the verifier, and the written
+responses.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import pytest
 
 from lopd.errors import ConfigError
 from lopd.tasks import Task, get_task
-from lopd.tasks.register_arithmetic import NUM_PARTITIONS, Corruption, Problem, RegisterArithmetic, write_corrupted, write_response
+from lopd.tasks.register_arithmetic import (
+    NUM_PARTITIONS,
+    Corruption,
+    Problem,
+    RegisterArithmetic,
+    write_corrupted,
+    write_response,
+)
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 PROBLEM = Problem(81, (("+", 6), ("+", 2), ("+", 7), ("+", 3), ("-", 10)))
@@ -30,7 +39,11 @@ def register_values(text: str) -> list[int]:
 def test_prompt_of_the_documented_problem() -> None:
     prompt = RegisterArithmetic().to_prompt(PROBLEM)
     assert prompt.messages == ({"role": "user", "content": "81+06+02+07+03-10=?"},)
-    assert (prompt.prompt_id, prompt.answer, prompt.domain) == ("reg-81+06+02+07+03-10", "89", "register_arithmetic")
+    assert (prompt.prompt_id, prompt.answer, prompt.domain) == (
+        "reg-81+06+02+07+03-10",
+        "89",
+        "register_arithmetic",
+    )
 
 
 @pytest.mark.parametrize("multiplication", [False, True])
@@ -45,16 +58,22 @@ def test_register_never_leaves_its_range_and_the_answer_is_right(multiplication:
 
 def test_multiplication_occurs_only_when_asked_for() -> None:
     def operators(task: RegisterArithmetic) -> set[str]:
-        return {sign for problem in task.generate_problems(200, seed=5) for sign, _ in problem.steps}
+        return {
+            sign for problem in task.generate_problems(200, seed=5) for sign, _ in problem.steps
+        }
 
     assert operators(RegisterArithmetic()) == {"+", "-"}
     assert operators(RegisterArithmetic(multiplication=True)) == {"+", "-", "*"}
 
 
 def test_sets_with_different_seeds_share_no_prompt_even_where_the_task_is_small() -> None:
-    """With two operations there are about a million problems: sets of 1,500 from independent random draws would overlap (the control shows it)."""
+    """With two operations there are about a million problems: sets of 1,500 from independent random
+    draws would overlap (the control shows it).
+    """
     task = RegisterArithmetic(num_operations=2)
-    sets = [{prompt.prompt_id for prompt in task.generate_prompts(1_500, seed)} for seed in range(4)]
+    sets = [
+        {prompt.prompt_id for prompt in task.generate_prompts(1_500, seed)} for seed in range(4)
+    ]
     assert [len(ids) for ids in sets] == [1_500] * 4
     assert len(set().union(*sets)) == 4 * 1_500
 
@@ -69,14 +88,22 @@ def test_prompts_are_reproducible_and_a_longer_set_begins_with_the_shorter_one()
 
 
 def test_a_sets_first_prompts_stay_what_they_were() -> None:
-    """The shipped models and the published figures rest on these very problems: a change of the generator must not go unnoticed."""
-    assert [problem.text for problem in RegisterArithmetic().generate_problems(2, seed=2)] == FIRST_OF_SEED_2
+    """The shipped models and the published figures rest on these very problems: a change of the
+    generator must not go unnoticed.
+    """
+    assert [
+        problem.text for problem in RegisterArithmetic().generate_problems(2, seed=2)
+    ] == FIRST_OF_SEED_2
 
 
 def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> None:
-    with pytest.raises(ConfigError, match=rf"seed {NUM_PARTITIONS}.*limit: 0 to {NUM_PARTITIONS - 1}.*another seed"):
+    with pytest.raises(
+        ConfigError, match=rf"seed {NUM_PARTITIONS}.*limit: 0 to {NUM_PARTITIONS - 1}.*another seed"
+    ):
         RegisterArithmetic().generate_prompts(1, seed=NUM_PARTITIONS)
-    with pytest.raises(ConfigError, match=r"100 prompts asked for, seed 0 has only [1-9][0-9]?;.*num_operations"):
+    with pytest.raises(
+        ConfigError, match=r"100 prompts asked for, seed 0 has only [1-9][0-9]?;.*num_operations"
+    ):
         RegisterArithmetic(num_operations=1).generate_prompts(100, seed=0)
 
 
@@ -114,7 +141,9 @@ def test_written_responses() -> None:
 
 
 def test_corrupted_response_masks_exactly_what_is_wrong_where_it_stands() -> None:
-    """Every learnt character follows from what is written before it: recomputed here by reading the text step by step."""
+    """Every learnt character follows from what is written before it: recomputed here by reading the
+    text step by step.
+    """
     rng = np.random.default_rng(1)
     masked = 0
     for problem in RegisterArithmetic().generate_problems(400, seed=7):
@@ -126,9 +155,13 @@ def test_corrupted_response_masks_exactly_what_is_wrong_where_it_stands() -> Non
             line = text[start : start + 9]
             assert re.fullmatch(r"[0-9]{2}[-+][0-9]{2}=[0-9]{2}\n", line)
             exact = OPERATORS[line[2]](int(line[:2]), int(line[3:5]))
-            value = f"{exact:02d}" if 0 <= exact <= 99 else "??"  # nothing right can be written there
+            value = (
+                f"{exact:02d}" if 0 <= exact <= 99 else "??"
+            )  # nothing right can be written there
             expected = f"{register:02d}{sign}{operand:02d}={value}\n"
-            assert mask[start : start + 9].tolist() == [found == right for found, right in zip(line, expected, strict=True)]
+            assert mask[start : start + 9].tolist() == [
+                found == right for found, right in zip(line, expected, strict=True)
+            ]
             register = int(line[6:8])
         assert text[start + 9 :] == f"</think>\n{register:02d}<|im_end|>"
         assert mask[: len("<think>\n")].all()
@@ -138,7 +171,9 @@ def test_corrupted_response_masks_exactly_what_is_wrong_where_it_stands() -> Non
 
 
 def test_corruption_rates_of_zero_give_the_careful_response() -> None:
-    text, mask = write_corrupted(PROBLEM, np.random.default_rng(0), Corruption(operator=0, operand=0, value=0))
+    text, mask = write_corrupted(
+        PROBLEM, np.random.default_rng(0), Corruption(operator=0, operand=0, value=0)
+    )
     assert text == CAREFUL
     assert mask.all()
 
@@ -153,13 +188,35 @@ def test_registry_gives_the_task_with_its_options() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("register_aritmetic", {}, r"task.name: unknown task 'register_aritmetic'.*nearest known one is register_arithmetic"),
-        ("register_arithmetic", {"num_operation": 5}, r"task.options.num_operation: .*has no option num_operation.*nearest known one is num_operations"),
-        ("register_arithmetic", {"num_operations": "5"}, r"task.options.num_operations: '5': .*integer"),
-        ("register_arithmetic", {"num_operations": 0}, r"task.options.num_operations: 0: .*greater than or equal to 1"),
-        ("register_arithmetic", {"multiplication": 1}, r"task.options.multiplication: 1: .*boolean"),
+        (
+            "register_aritmetic",
+            {},
+            r"task.name: unknown task 'register_aritmetic'.*nearest known one is register_arithmetic",
+        ),
+        (
+            "register_arithmetic",
+            {"num_operation": 5},
+            r"task.options.num_operation: .*has no option num_operation.*nearest known one is num_operations",
+        ),
+        (
+            "register_arithmetic",
+            {"num_operations": "5"},
+            r"task.options.num_operations: '5': .*integer",
+        ),
+        (
+            "register_arithmetic",
+            {"num_operations": 0},
+            r"task.options.num_operations: 0: .*greater than or equal to 1",
+        ),
+        (
+            "register_arithmetic",
+            {"multiplication": 1},
+            r"task.options.multiplication: 1: .*boolean",
+        ),
     ],
 )
-def test_wrong_task_or_option_is_explained(name: str, options: dict[str, object], message: str) -> None:
+def test_wrong_task_or_option_is_explained(
+    name: str, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         get_task(name, options)

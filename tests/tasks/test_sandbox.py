@@ -1,4 +1,6 @@
-"""The sandbox in each of its modes: what a program may, and what it may not; and that nothing of it stays behind."""
+"""The sandbox in each of its modes: what a program may, and what it may not; and that nothing of it
+stays behind.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ MODES = {
     "filters": Protections("filters", True, True, False, True, True),
 }
 UNPROTECTED = Protections("none", False, False, False, False, False)
-MARK = os.environ.get("LOPD_SANDBOX_MARK", f"mark-{os.getpid()}")  # on the command line of this session's programs, and of no other's
+MARK = os.environ.get(
+    "LOPD_SANDBOX_MARK", f"mark-{os.getpid()}"
+)  # on the command line of this session's programs, and of no other's
 SMALL = Limits(cpu_s=20, wall_s=100, memory_mb=256, processes=8, disk_mb=4, file_mb=2)
 
 
@@ -36,7 +40,13 @@ def mode(request: pytest.FixtureRequest) -> Protections:
 
 
 def run(held: Protections, code: str, stdin: bytes = b"", limits: Limits = SMALL) -> Outcome:
-    return sandbox.run([sandbox.interpreter(held), "-I", "main.py", MARK], files={"main.py": code}, stdin=stdin, limits=limits, protections_used=held)
+    return sandbox.run(
+        [sandbox.interpreter(held), "-I", "main.py", MARK],
+        files={"main.py": code},
+        stdin=stdin,
+        limits=limits,
+        protections_used=held,
+    )
 
 
 def test_a_program_reads_computes_writes_and_starts_others(mode: Protections) -> None:
@@ -48,7 +58,12 @@ print(open("mine").read()[::-1], subprocess.run(["/bin/echo", "child"], capture_
 sys.exit(3)
 """
     outcome = run(mode, code, stdin=b"abc\n")
-    assert (outcome.code, outcome.stdout, outcome.stderr, outcome.timed_out) == (3, b"cba child\n", b"", False)
+    assert (outcome.code, outcome.stdout, outcome.stderr, outcome.timed_out) == (
+        3,
+        b"cba child\n",
+        b"",
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +84,9 @@ sys.exit(3)
 def test_what_is_refused(mode: Protections, attempt: str, tmp_path: Path) -> None:
     """Control: the same attempts without a sandbox succeed (those that harm nothing)."""
     (tmp_path / "secret").write_text("secret")
-    code = "import os, socket\n" + attempt.format(secret=str(tmp_path / "secret"), folder=str(tmp_path), pid=os.getpid())
+    code = "import os, socket\n" + attempt.format(
+        secret=str(tmp_path / "secret"), folder=str(tmp_path), pid=os.getpid()
+    )
     outcome = run(mode, code)
     assert outcome.code == 1, outcome
     assert b"Error" in outcome.stderr
@@ -77,9 +94,23 @@ def test_what_is_refused(mode: Protections, attempt: str, tmp_path: Path) -> Non
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("call", ["unshare(0x10000000)", "ptrace(0, 0, 0, 0)", "syscall(425, 1, 0)", "mount(b'a', b'.', b'tmpfs', 0, 0)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "unshare(0x10000000)",
+        "ptrace(0, 0, 0, 0)",
+        "syscall(425, 1, 0)",
+        "mount(b'a', b'.', b'tmpfs', 0, 0)",
+    ],
+)
 def test_the_kernel_answers_no(mode: Protections, call: str) -> None:
-    assert run(mode, f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.{call}, ctypes.get_errno())").stdout == b"-1 1\n"
+    assert (
+        run(
+            mode,
+            f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.{call}, ctypes.get_errno())",
+        ).stdout
+        == b"-1 1\n"
+    )
 
 
 def test_no_variable_of_ours_is_seen(mode: Protections, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +124,10 @@ def test_limits(mode: Protections) -> None:
     assert run(mode, "import time\ntime.sleep(600)", limits=replace(SMALL, wall_s=0.5)).timed_out
     assert time.monotonic() - start < 100
     assert b"MemoryError" in run(mode, "bytearray(10**9)").stderr
-    forks = run(mode, "import os, time\nn = 1\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(60)\n        n += 1\nexcept OSError:\n    print(n)")
+    forks = run(
+        mode,
+        "import os, time\nn = 1\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(60)\n        n += 1\nexcept OSError:\n    print(n)",
+    )
     assert int(forks.stdout) <= SMALL.processes
     assert len(run(mode, "while True: print('x' * 10**5)").stdout) <= SMALL.file_mb << 20
 
@@ -103,15 +137,15 @@ def test_all_files_together_are_bounded_where_the_disk_is_its_own() -> None:
         pytest.skip("no name spaces here")
     code = "for number in range(99): open(str(number), 'w').write('x' * 10**5)"
     assert b"No space left" in run(MODES["namespaces"], code).stderr
-    assert run(MODES["namespaces"], code, limits=replace(SMALL, disk_mb=64)).code == 0, "the control"
+    assert run(MODES["namespaces"], code, limits=replace(SMALL, disk_mb=64)).code == 0, (
+        "the control"
+    )
 
 
 @pytest.mark.parametrize("ending", ["print('left')", "time.sleep(60)"], ids=["ends", "is stopped"])
 def test_what_it_leaves_behind_is_ended(mode: Protections, ending: str) -> None:
     mark = f"4242{os.getpid()}"
-    code = (
-        f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep({mark})\n    os._exit(0)\ntime.sleep(0.2)\n{ending}"
-    )
+    code = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep({mark})\n    os._exit(0)\ntime.sleep(0.2)\n{ending}"
     run(mode, f"mark = {mark}\n" + code, limits=replace(SMALL, wall_s=1))
     assert not orphans(), "a process of the sandbox is alive"
 
@@ -138,7 +172,10 @@ from dataclasses import replace
 run(MODES[{mode.mode!r}], "import time; time.sleep(60)", limits=replace(SMALL, wall_s=60))
 """
     parent = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], env={**os.environ, "LOPD_SANDBOX_MARK": MARK}, start_new_session=True
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "LOPD_SANDBOX_MARK": MARK},
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not orphans() and time.monotonic() < deadline:
@@ -157,12 +194,17 @@ def test_protections_are_found_out_and_told() -> None:
     assert held.mode in (*MODES, "none")
     assert ("no network" in held.describe()) == held.network
     open_mode = replace(MODES["filters"], seccomp=False, landlock=False)
-    assert sandbox._try(open_mode) == "does not cut off network and files", "the probe notices what is open"
+    assert sandbox._try(open_mode) == "does not cut off network and files", (
+        "the probe notices what is open"
+    )
 
 
 def test_code_is_refused_where_nothing_protects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "protections", lambda: UNPROTECTED)
-    with pytest.raises(ConfigError, match=r"code that a model wrote is not run here: sandbox \(none\): limits alone.*allow_weak_sandbox") as caught:
+    with pytest.raises(
+        ConfigError,
+        match=r"code that a model wrote is not run here: sandbox \(none\): limits alone.*allow_weak_sandbox",
+    ) as caught:
         get_task("code", {}).check_machine()  # type: ignore[attr-defined]
     assert "\n" not in str(caught.value)
     assert "limits alone" in get_task("code", {"allow_weak_sandbox": True}).check_machine()  # type: ignore[attr-defined]

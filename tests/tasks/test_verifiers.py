@@ -1,4 +1,6 @@
-"""Right, wrong, malformed and hostile answers of every verifier. A table; all of it is judged once, in parallel, as an evaluation does."""
+"""Right, wrong, malformed and hostile answers of every verifier. A table; all of it is judged once,
+in parallel, as an evaluation does.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ LIMIT_S = 2.0  # of processor time; what is right takes a twentieth of it
 TASKS = {
     "math": get_task("math", {"limit_s": LIMIT_S}),
     "plain": get_task("plain", {}),
-    "plain_line": get_task("plain", {"answer_in": "last_line", "ignore_case": True, "alternatives": True}),
+    "plain_line": get_task(
+        "plain", {"answer_in": "last_line", "ignore_case": True, "alternatives": True}
+    ),
     "code": get_task("code", {"limit_s": LIMIT_S, "memory_mb": 512, "disk_mb": 8}),
     "code_numpy": get_task("code", {"limit_s": 5.0, "packages": True}),
 }
@@ -54,7 +58,12 @@ class Case:
 
 
 def boxed(gold: str, answer: str, reason: str = "") -> Case:
-    return Case("math", gold, f"<think>\nhm\n</think>\n\nSo the answer is $\\boxed{{{answer}}}$.{END}", reason)
+    return Case(
+        "math",
+        gold,
+        f"<think>\nhm\n</think>\n\nSo the answer is $\\boxed{{{answer}}}$.{END}",
+        reason,
+    )
 
 
 WRONG = "wrong answer"
@@ -69,7 +78,8 @@ MATH = [
     boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"), boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
     Case("math", "7", f"first \\boxed{{8}}, no: \\boxed{{7}}{END}"),  # the last box
     Case("math", "7", f"no thinking at all \\boxed{{7}}{END}"),
-    Case("math", "7", f"thought before </think> \\boxed {{7}}{END}"),  # the template opened the thinking
+    # the template opened the thinking
+    Case("math", "7", f"thought before </think> \\boxed {{7}}{END}"),
     Case("math", "34", f"</think>We add.\n\n**Answer: 34**{END}"),
     Case("math", "34", f"</think>We add.\nAnswer: $34$\n{END}"),
     # wrong
@@ -82,7 +92,8 @@ MATH = [
     boxed("7", "", "no answer"),
     Case("math", "7", f"the answer is 7{END}", "no answer"),
     Case("math", "7", f"\\boxed{{7{END}", "no answer"),
-    Case("math", "7", f"\\boxed{{7}} and \\boxed{{8{END}", "no answer"),  # the last box is not closed
+    # the last box is not closed
+    Case("math", "7", f"\\boxed{{7}} and \\boxed{{8{END}", "no answer"),
     Case("math", "7", f"<think>\\boxed{{7}}</think> so it is{END}", "no answer"),
     Case("math", "7", f"<think>it is \\boxed{{7}}{END}", "never ended its thinking"),
     Case("math", "7", "so \\boxed{7}", "cut off", finish_reason="length"),
@@ -96,13 +107,22 @@ MATH = [
     Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}{END}"), Case("math", "7", f"\\boxed{{\x00\ud800}}{END}", WRONG),
 ]  # fmt: skip
 
-ADD = json.dumps({"tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]})
-CALL = json.dumps({"fn_name": "join", "inputs": ["[1, 2]\n3", [[], 7]], "outputs": ["[1, 2, 3]", [7]]})
+ADD = json.dumps(
+    {"tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11\n"}]}
+)
+CALL = json.dumps(
+    {"fn_name": "join", "inputs": ["[1, 2]\n3", [[], 7]], "outputs": ["[1, 2, 3]", [7]]}
+)
 CHECK = json.dumps({"assertions": "assert square(2) == 4\nassert square(3) == 9"})
 
 
 def python(tests: str, program: str, reason: str = "") -> Case:
-    return Case("code", tests, f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```{END}", reason)
+    return Case(
+        "code",
+        tests,
+        f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```{END}",
+        reason,
+    )
 
 
 NUMPY = "import numpy\nprint(numpy.sum(list(map(int, input().split()))))"
@@ -153,8 +173,22 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Verdict]:
     os.chdir(tmp_path_factory.mktemp("verdicts"))
     try:
         for name, task in TASKS.items():
-            cases = [case for case in CASES if case.task == name and ("code" not in name or sandbox.protections().sufficient)]
-            judged = judge_all(task, ((Prompt("p", ({"role": "user", "content": "q"},), name, case.gold), case.text, case.finish_reason) for case in cases))
+            cases = [
+                case
+                for case in CASES
+                if case.task == name and ("code" not in name or sandbox.protections().sufficient)
+            ]
+            judged = judge_all(
+                task,
+                (
+                    (
+                        Prompt("p", ({"role": "user", "content": "q"},), name, case.gold),
+                        case.text,
+                        case.finish_reason,
+                    )
+                    for case in cases
+                ),
+            )
             found |= dict(zip(cases, judged, strict=True))
         assert list(Path.cwd().iterdir()) == [], "an answer has written a file"
     finally:
@@ -167,7 +201,9 @@ def test_the_table_is_large() -> None:
     assert len(set(CASES)) == len(CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.encode("ascii", "replace").decode())
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: case.name.encode("ascii", "replace").decode()
+)
 def test_case(case: Case, verdicts: dict[Case, Verdict]) -> None:
     if case not in verdicts:
         pytest.skip(f"no sandbox here: {sandbox.protections().describe()}")
@@ -192,7 +228,9 @@ def test_a_bomb_costs_the_limit_and_the_next_answer_is_judged() -> None:
 
 
 def test_workers_end_with_their_parent() -> None:
-    """kill -9 of the process that asked: an idle worker ends at the end of its input, one in a bomb at its limit."""
+    """kill -9 of the process that asked: an idle worker ends at the end of its input, one in a bomb
+    at its limit.
+    """
     script = """
 import os, threading
 from lopd.tasks.workers import WorkerPool
@@ -205,7 +243,9 @@ while len(pids) < 2:
 print(*pids, flush=True)
 threading.Event().wait()
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         workers = [int(word) for word in parent.stdout.readline().split()]
         parent.kill()
@@ -249,12 +289,16 @@ def test_output_is_compared_up_to_rounding_in_double_precision() -> None:
 
 
 def test_packed_tests_are_unpacked_and_no_pickle_is_loaded(tmp_path: Path) -> None:
-    """Control: a pickle that would run a command when loaded is refused, and the command does not run; loading it here does."""
+    """Control: a pickle that would run a command when loaded is refused, and the command does not
+    run; loading it here does.
+    """
     case = [{"input": "1", "output": "2", "testtype": "stdin"}]
 
     def packed(value: object) -> str:
         content = base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
-        return json.dumps({"public_test_cases": json.dumps(case), "private_test_cases": content, "metadata": "{}"})
+        return json.dumps(
+            {"public_test_cases": json.dumps(case), "private_test_cases": content, "metadata": "{}"}
+        )
 
     read = read_tests(packed(json.dumps([*case, *case])))
     assert (len(read.tests), read.function, read.tests[2].expected) == (3, "", "2")
@@ -264,7 +308,11 @@ def test_packed_tests_are_unpacked_and_no_pickle_is_loaded(tmp_path: Path) -> No
             return Path.touch, (tmp_path / "proof",)
 
     code: Any = TASKS["code"]
-    verdict = code.judge_answer(Prompt("p", ({"role": "user", "content": "q"},), "code"), packed(Command()), "```python\nprint(2)\n```")
+    verdict = code.judge_answer(
+        Prompt("p", ({"role": "user", "content": "q"},), "code"),
+        packed(Command()),
+        "```python\nprint(2)\n```",
+    )
     assert verdict.reason == "the prompt's tests cannot be read"
     assert not (tmp_path / "proof").exists()
     pickle.loads(pickle.dumps(Command()))  # noqa: S301 (the control)

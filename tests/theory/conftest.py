@@ -1,4 +1,6 @@
-"""One thread: these tensors are tiny, and threads that wait for each other on a busy machine cost far more than they save."""
+"""One thread: these tensors are tiny, and threads that wait for each other on a busy machine cost
+far more than they save.
+"""
 
 from __future__ import annotations
 

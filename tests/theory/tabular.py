@@ -1,7 +1,9 @@
-"""A language of three tokens small enough to write down every response: expectations are sums, so that the theory's statements can be tested exactly.
+"""A language of three tokens small enough to write down every response: expectations are sums, so
+that the theory's statements can be tested exactly.
 
-Token 0 ends a response; one of three tokens without it is cut off. A policy has a row of logits for every prefix: 7 states, 15 responses, 21 parameters. The
-update of a response is what lopd's own objective gives for it.
+Token 0 ends a response; one of three tokens without it is cut off. A policy has a row of logits for
+every prefix: 7 states, 15 responses, 21 parameters. The update of a response is what lopd's own
+objective gives for it.
 """
 
 from __future__ import annotations
@@ -18,11 +20,20 @@ from lopd.objective.aggregation import on_tokens as spread
 from lopd.objective.weighting import Weighting
 
 VOCAB_SIZE, MAX_LEN, END = 3, 3, 0
-STATES: list[tuple[int, ...]] = [prefix for length in range(MAX_LEN) for prefix in itertools.product(range(1, VOCAB_SIZE), repeat=length)]
+STATES: list[tuple[int, ...]] = [
+    prefix
+    for length in range(MAX_LEN)
+    for prefix in itertools.product(range(1, VOCAB_SIZE), repeat=length)
+]
 RESPONSES: list[tuple[int, ...]] = [
-    (*prefix, token) for prefix in STATES for token in range(VOCAB_SIZE) if token == END or len(prefix) == MAX_LEN - 1
+    (*prefix, token)
+    for prefix in STATES
+    for token in range(VOCAB_SIZE)
+    if token == END or len(prefix) == MAX_LEN - 1
 ]  # every response that ends, and every one that is cut off
-_STATE_OF = torch.tensor([STATES.index(response[:t]) for response in RESPONSES for t in range(len(response))])
+_STATE_OF = torch.tensor(
+    [STATES.index(response[:t]) for response in RESPONSES for t in range(len(response))]
+)
 _TOKENS = torch.tensor([token for response in RESPONSES for token in response])
 _LENGTHS = [len(response) for response in RESPONSES]
 METHOD = Lightning(advantage_clip=10.0, aggregation="token_sum")  # the paper's sum over tokens
@@ -30,7 +41,9 @@ METHOD = Lightning(advantage_clip=10.0, aggregation="token_sum")  # the paper's 
 
 def random_logits(seed: int, scale: float = 1.0) -> Tensor:
     """float64 [states, V]."""
-    return scale * torch.randn(len(STATES), VOCAB_SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        len(STATES), VOCAB_SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def log_policy(logits: Tensor) -> Tensor:
@@ -74,21 +87,36 @@ def expected_update(
     weightings: tuple[Weighting, ...] = (),
     policy: Callable[[Tensor], Tensor] = log_policy,
 ) -> Tensor:
-    """E[f(x)]: the direction in which the objective moves the parameters when response x comes with probabilities[x]; [parameters of logits].
+    """E[f(x)]: the direction in which the objective moves the parameters when response x comes with
+    probabilities[x]; [parameters of logits].
 
-    Minus the gradient of the sum over all responses of p(x) * loss. teacher, sampling: log pi [states, V]. policy: logits to the student's log-probabilities.
+    Minus the gradient of the sum over all responses of p(x) * loss. teacher, sampling: log pi
+    [states, V]. policy: logits to the student's log-probabilities.
     """
     logits = logits.detach().requires_grad_()
     bounds = torch.tensor([0, *itertools.accumulate(_LENGTHS)], dtype=torch.int32)
-    batch = TokenBatch(torch.ones(len(_TOKENS), dtype=torch.bool), bounds, len(RESPONSES), on_tokens(teacher), on_tokens(sampling))
-    objective = Distillation(METHOD, weightings=(ByProbability(probabilities.detach()), *weightings))
+    batch = TokenBatch(
+        torch.ones(len(_TOKENS), dtype=torch.bool),
+        bounds,
+        len(RESPONSES),
+        on_tokens(teacher),
+        on_tokens(sampling),
+    )
+    objective = Distillation(
+        METHOD, weightings=(ByProbability(probabilities.detach()), *weightings)
+    )
     output = objective(on_tokens(policy(logits)), batch)
     return -torch.autograd.grad(output.loss_sum, logits)[0].flatten()
 
 
 def updates(logits: Tensor, teacher: Tensor, sampling: Tensor) -> Tensor:
     """f(x) of every response, [responses, parameters]."""
-    return torch.stack([expected_update(one, logits, teacher, sampling) for one in torch.eye(len(RESPONSES), dtype=torch.float64)])
+    return torch.stack(
+        [
+            expected_update(one, logits, teacher, sampling)
+            for one in torch.eye(len(RESPONSES), dtype=torch.float64)
+        ]
+    )
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
@@ -99,5 +127,8 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
 def visits(log_probs: Tensor) -> Tensor:
     """How often a response comes through each state, [states]."""
     probabilities = response_probabilities(log_probs)
-    through = [[len(response) > len(state) and response[: len(state)] == state for response in RESPONSES] for state in STATES]
+    through = [
+        [len(response) > len(state) and response[: len(state)] == state for response in RESPONSES]
+        for state in STATES
+    ]
     return torch.tensor(through).double() @ probabilities

@@ -1,4 +1,6 @@
-"""Where the updates come to rest: iterated with exact expectations over every response of a tiny language."""
+"""Where the updates come to rest: iterated with exact expectations over every response of a tiny
+language.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from torch import Tensor
 from lopd.objective import TruncatedImportance
 from lopd.objective.weighting import Weighting
 from tests.limits import apart, within
-from tests.theory.tabular import STATES, expected_update, kl, log_policy, random_logits, response_probabilities
+from tests.theory.tabular import (
+    STATES,
+    expected_update,
+    kl,
+    log_policy,
+    random_logits,
+    response_probabilities,
+)
 
 Policy = Callable[[Tensor], Tensor]  # logits to log pi [states, V]
 
@@ -31,15 +40,21 @@ def climbed(
     num_steps: int = 150,
     rate: float | None = None,
 ) -> Tensor:
-    """Logits after following the exact update. rollouts: log pi of the policy that sampled once (offline); None: the current student samples at every step.
+    """Logits after following the exact update. rollouts: log pi of the policy that sampled once
+    (offline); None: the current student samples at every step.
 
-    rate: of plain ascent; None: Rprop, which looks only at signs and comes to rest within few steps wherever it does.
+    rate: of plain ascent; None: Rprop, which looks only at signs and comes to rest within few steps
+    wherever it does.
     """
     logits = start.clone()
-    optimizer = torch.optim.Rprop([logits], lr=0.1) if rate is None else torch.optim.SGD([logits], lr=rate)
+    optimizer = (
+        torch.optim.Rprop([logits], lr=0.1) if rate is None else torch.optim.SGD([logits], lr=rate)
+    )
     for _ in range(num_steps):
         sampler = policy(logits) if rollouts is None else rollouts
-        logits.grad = -expected_update(response_probabilities(sampler), logits, teacher, sampler, weightings, policy).view_as(logits)
+        logits.grad = -expected_update(
+            response_probabilities(sampler), logits, teacher, sampler, weightings, policy
+        ).view_as(logits)
         optimizer.step()
     return logits
 
@@ -49,7 +64,12 @@ class TestRepresentableTeacher:
         logits = random_logits(1)
         teacher, reference = log_policy(logits), log_policy(random_logits(0))
         for sampler in (reference, teacher):
-            assert expected_update(response_probabilities(sampler), logits, teacher, sampler).abs().max() == 0.0
+            assert (
+                expected_update(response_probabilities(sampler), logits, teacher, sampler)
+                .abs()
+                .max()
+                == 0.0
+            )
         moved = logits + random_logits(2, 0.1)
         update = expected_update(response_probabilities(reference), moved, teacher, reference)
         apart(update.abs().max(), 1e-3)
@@ -58,20 +78,30 @@ class TestRepresentableTeacher:
     def test_is_reached_by_both(self, offline: bool) -> None:
         start = random_logits(0)
         teacher = log_policy(start + random_logits(1))
-        student = log_policy(climbed(start, teacher, rollouts=log_policy(start) if offline else None))
+        student = log_policy(
+            climbed(start, teacher, rollouts=log_policy(start) if offline else None)
+        )
         within(kl(student, teacher).max(), 1e-10)
         apart(kl(log_policy(start), teacher).max(), 0.1, "that is where they began")
 
 
 def test_without_a_representable_teacher_they_part() -> None:
-    """Control of the above: one row of logits cannot be right in every state, and offline and online settle for different compromises."""
+    """Control of the above: one row of logits cannot be right in every state, and offline and
+    online settle for different compromises.
+    """
     start = torch.zeros(3, dtype=torch.float64)
     teacher, rollouts = log_policy(random_logits(1)), log_policy(random_logits(0))
     offline = climbed(start, teacher, rollouts=rollouts, policy=one_row_for_all_states)
     online = climbed(start, teacher, policy=one_row_for_all_states)
 
     def slope(at: Tensor, sampler: Tensor) -> float:
-        return expected_update(response_probabilities(sampler), at, teacher, sampler, policy=one_row_for_all_states).norm().item()
+        return (
+            expected_update(
+                response_probabilities(sampler), at, teacher, sampler, policy=one_row_for_all_states
+            )
+            .norm()
+            .item()
+        )
 
     within(slope(offline, rollouts), 1e-5)
     within(slope(online, one_row_for_all_states(online)), 1e-5)
@@ -81,7 +111,9 @@ def test_without_a_representable_teacher_they_part() -> None:
 
 
 class TestTemperatureMismatch:
-    """The student's log-probabilities are divided by the rollout temperature before they are compared, the teacher's are not."""
+    """The student's log-probabilities are divided by the rollout temperature before they are
+    compared, the teacher's are not.
+    """
 
     TEMPERATURE = 0.8
 
@@ -96,7 +128,9 @@ class TestTemperatureMismatch:
         biased = torch.log_softmax(self.TEMPERATURE * teacher, -1)
         within(kl(student, biased).max(), 1e-10)
         apart(kl(student, teacher).max(), 0.005)
-        assert -(student.exp() * student).sum() > -(teacher.exp() * teacher).sum() + 0.1, "more entropy than the teacher's"
+        assert -(student.exp() * student).sum() > -(teacher.exp() * teacher).sum() + 0.1, (
+            "more entropy than the teacher's"
+        )
         honest = log_policy(climbed(start, teacher))
         within(kl(honest, teacher).max(), 1e-10, "the same without the division")
 
@@ -105,7 +139,13 @@ class TestTemperatureMismatch:
         teacher = log_policy(logits)
 
         def push(at: Tensor, policy: Policy, target: Tensor) -> float:
-            return expected_update(response_probabilities(policy(at)), at, target, policy(at), policy=policy).norm().item()
+            return (
+                expected_update(
+                    response_probabilities(policy(at)), at, target, policy(at), policy=policy
+                )
+                .norm()
+                .item()
+            )
 
         apart(push(logits, self.tempered, teacher), 0.02)
         within(
@@ -118,7 +158,8 @@ class TestTemperatureMismatch:
 
 
 def test_frozen_rollouts_keep_pushing_a_token_that_has_become_rare() -> None:
-    """Why Lightning OPD can fail: a token that the reference gives 1 in 3 and the teacher 1 in 10 million is pushed down at full strength to the end.
+    """Why Lightning OPD can fail: a token that the reference gives 1 in 3 and the teacher 1 in 10
+    million is pushed down at full strength to the end.
 
     Fresh rollouts no longer contain it, and importance weights no longer count it.
     """
@@ -129,7 +170,14 @@ def test_frozen_rollouts_keep_pushing_a_token_that_has_become_rare() -> None:
     runs = {
         "offline": climbed(start, teacher, rollouts=rollouts, rate=0.3, num_steps=60),
         "online": climbed(start, teacher, rate=0.3, num_steps=60),
-        "weighted": climbed(start, teacher, rollouts=rollouts, weightings=(TruncatedImportance(2.0),), rate=0.3, num_steps=60),
+        "weighted": climbed(
+            start,
+            teacher,
+            rollouts=rollouts,
+            weightings=(TruncatedImportance(2.0),),
+            rate=0.3,
+            num_steps=60,
+        ),
     }
     rare = {name: log_policy(logits)[0, 2].item() for name, logits in runs.items()}
     assert rare["offline"] < -12

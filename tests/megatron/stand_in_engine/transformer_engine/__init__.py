@@ -1,7 +1,9 @@
-"""A stand-in for Transformer Engine in plain torch: the modules that Megatron-Core's layer spec is made of, with the names and shapes of their parameters.
+"""A stand-in for Transformer Engine in plain torch: the modules that Megatron-Core's layer spec is
+made of, with the names and shapes of their parameters.
 
-It is not Transformer Engine: no kernel of it runs, and nothing of its speed or precision shows. What it shows is that Megatron-Core's own wrappers
-(megatron/core/extensions/transformer_engine.py), our layer spec, the table of weights and the trainer fit together under those names. Of version 1.12
+It is not Transformer Engine: no kernel of it runs, and nothing of its speed or precision shows.
+What it shows is that Megatron-Core's own wrappers (megatron/core/extensions/transformer_engine.py),
+our layer spec, the table of weights and the trainer fit together under those names. Of version 1.12
 because Megatron-Core asks the least of it; names and shapes are those of 2.x too.
 """
 

@@ -1,4 +1,6 @@
-"""Linear, LayerNormLinear, GroupedLinear, RMSNorm and DotProductAttention in plain torch; communication over tensor ranks by Megatron-Core's own functions."""
+"""Linear, LayerNormLinear, GroupedLinear, RMSNorm and DotProductAttention in plain torch;
+communication over tensor ranks by Megatron-Core's own functions.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,16 @@ class _CudaRNGStatesTracker:
 distributed = SimpleNamespace(CudaRNGStatesTracker=_CudaRNGStatesTracker)
 
 
-def _weight(rows: int, columns: int, init: Callable[[Tensor], Any], dtype: torch.dtype, device: Any, mode: str | None) -> torch.nn.Parameter:
-    """As Transformer Engine 2.16.1 makes and marks one: split over tensor ranks, or (mode None) with no mark at all.
+def _weight(
+    rows: int,
+    columns: int,
+    init: Callable[[Tensor], Any],
+    dtype: torch.dtype,
+    device: Any,
+    mode: str | None,
+) -> torch.nn.Parameter:
+    """As Transformer Engine 2.16.1 makes and marks one: split over tensor ranks, or (mode None)
+    with no mark at all.
 
     tests/image/test_engine.py compares the marks with those of the real one.
     """
@@ -48,11 +58,15 @@ class RMSNorm(torch.nn.Module):
         device: Any = None,
         **_: Any,
     ) -> None:
-        """As in Transformer Engine 2, hidden_size and params_dtype are the former names of normalized_shape and dtype."""
+        """As in Transformer Engine 2, hidden_size and params_dtype are the former names of
+        normalized_shape and dtype.
+        """
         super().__init__()
         self.eps = eps
         size = hidden_size if normalized_shape is None else normalized_shape
-        self.weight = torch.nn.Parameter(torch.ones(size, dtype=params_dtype or dtype, device=device))
+        self.weight = torch.nn.Parameter(
+            torch.ones(size, dtype=params_dtype or dtype, device=device)
+        )
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +79,9 @@ class LayerNorm(RMSNorm):
 
 
 class Linear(torch.nn.Module):
-    """parallel_mode column: rows of the weight are split; row: columns are; None: neither, and nothing is communicated."""
+    """parallel_mode column: rows of the weight are split; row: columns are; None: neither, and
+    nothing is communicated.
+    """
 
     def __init__(
         self,
@@ -84,23 +100,45 @@ class Linear(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.use_bias, self.tp_size = in_features, out_features, bias, tp_size
-        self.parallel_mode, self._sequence_parallel, self._group, self._return_bias = parallel_mode, sequence_parallel, tp_group, return_bias
+        self.in_features, self.out_features, self.use_bias, self.tp_size = (
+            in_features,
+            out_features,
+            bias,
+            tp_size,
+        )
+        self.parallel_mode, self._sequence_parallel, self._group, self._return_bias = (
+            parallel_mode,
+            sequence_parallel,
+            tp_group,
+            return_bias,
+        )
         rows = out_features // (tp_size if parallel_mode == "column" else 1)
         columns = in_features // (tp_size if parallel_mode == "row" else 1)
         self.weight = _weight(rows, columns, init_method, params_dtype, device, parallel_mode)
-        self.bias = torch.nn.Parameter(torch.zeros(rows, dtype=params_dtype, device=device)) if bias else None
+        self.bias = (
+            torch.nn.Parameter(torch.zeros(rows, dtype=params_dtype, device=device))
+            if bias
+            else None
+        )
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         from megatron.core import tensor_parallel
 
         if self.parallel_mode == "column":
-            gather = tensor_parallel.gather_from_sequence_parallel_region if self._sequence_parallel else tensor_parallel.copy_to_tensor_model_parallel_region
+            gather = (
+                tensor_parallel.gather_from_sequence_parallel_region
+                if self._sequence_parallel
+                else tensor_parallel.copy_to_tensor_model_parallel_region
+            )
             x = gather(x, group=self._group)
         out = functional.linear(x, self.weight, None if self._return_bias else self.bias)
         if self.parallel_mode == "row":
             scatter = tensor_parallel.reduce_scatter_to_sequence_parallel_region
-            reduce = scatter if self._sequence_parallel else tensor_parallel.reduce_from_tensor_model_parallel_region
+            reduce = (
+                scatter
+                if self._sequence_parallel
+                else tensor_parallel.reduce_from_tensor_model_parallel_region
+            )
             out = reduce(out, group=self._group)
         return (out, self.bias) if self._return_bias else out
 
@@ -108,15 +146,21 @@ class Linear(torch.nn.Module):
 class LayerNormLinear(Linear):
     """A norm and the linear layer behind it, in one module."""
 
-    def __init__(self, in_features: int, out_features: int, *, eps: float, normalization: str, **named: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, eps: float, normalization: str, **named: Any
+    ) -> None:
         assert normalization == "RMSNorm"
         super().__init__(in_features, out_features, **named)
         self._eps = eps
-        self.layer_norm_weight = torch.nn.Parameter(torch.ones(in_features, dtype=named["params_dtype"], device=named.get("device")))
+        self.layer_norm_weight = torch.nn.Parameter(
+            torch.ones(in_features, dtype=named["params_dtype"], device=named.get("device"))
+        )
         self.layer_norm_weight.sequence_parallel = named["sequence_parallel"]
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        return super().forward(functional.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self._eps))
+        return super().forward(
+            functional.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self._eps)
+        )
 
 
 class GroupedLinear(torch.nn.Module):
@@ -144,7 +188,9 @@ class GroupedLinear(torch.nn.Module):
         rows = out_features // (tp_size if parallel_mode == "column" else 1)
         columns = in_features // (tp_size if parallel_mode == "row" else 1)
         for index in range(num_gemms):
-            weight = _weight(rows, columns, init_method, params_dtype, device, None)  # unmarked, whatever the mode
+            weight = _weight(
+                rows, columns, init_method, params_dtype, device, None
+            )  # unmarked, whatever the mode
             self.register_parameter(f"weight{index}", weight)
 
     def get_extra_state(self) -> Tensor:
@@ -156,8 +202,13 @@ class GroupedLinear(torch.nn.Module):
     def init_fp8_metadata(self, num_gemms: int) -> None:
         pass
 
-    def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
-        parts = [functional.linear(part, getattr(self, f"weight{index}")) for index, part in enumerate(x.split(m_splits))]
+    def forward(
+        self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None
+    ) -> Tensor:
+        parts = [
+            functional.linear(part, getattr(self, f"weight{index}"))
+            for index, part in enumerate(x.split(m_splits))
+        ]
         return torch.cat(parts)
 
 
@@ -178,7 +229,11 @@ class DotProductAttention(torch.nn.Module):
         super().__init__()
         assert attention_dropout == 0
         assert cp_group is None or len(cp_global_ranks or []) == cp_group.size()
-        self._scale, self._group, self.cp_comm_type = softmax_scale or kv_channels**-0.5, cp_group, cp_comm_type
+        self._scale, self._group, self.cp_comm_type = (
+            softmax_scale or kv_channels**-0.5,
+            cp_group,
+            cp_comm_type,
+        )
 
     def forward(
         self,
@@ -202,6 +257,16 @@ class DotProductAttention(torch.nn.Module):
         assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
         assert cu_seqlens_q.dtype == torch.int32
         if self._group is not None:
-            assert cu_seqlens_q_padded is cu_seqlens_q, "Transformer Engine would take it for room between the sequences"
-            return attention_across_ranks(query, key, value, cu_seqlens_q, self._group, scale=self._scale).flatten(1)
-        return packed_attention(query, key, value, PaddedGroups.of(cu_seqlens_q.tolist(), query.device), scale=self._scale).flatten(1)
+            assert cu_seqlens_q_padded is cu_seqlens_q, (
+                "Transformer Engine would take it for room between the sequences"
+            )
+            return attention_across_ranks(
+                query, key, value, cu_seqlens_q, self._group, scale=self._scale
+            ).flatten(1)
+        return packed_attention(
+            query,
+            key,
+            value,
+            PaddedGroups.of(cu_seqlens_q.tolist(), query.device),
+            scale=self._scale,
+        ).flatten(1)

@@ -38,18 +38,28 @@ class FusedAdam(torch.optim.Optimizer):
         assert bias_correction
         assert not capturable
         assert master_weight_dtype == torch.float32
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         self.master_weights = master_weights
         self.store_param_remainders = store_param_remainders and master_weights
         self._decoupled = use_decoupled_grad
-        self.name_to_dtype_map = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": master_weight_dtype}
+        self.name_to_dtype_map = {
+            "exp_avg": exp_avg_dtype,
+            "exp_avg_sq": exp_avg_sq_dtype,
+            "master_param": master_weight_dtype,
+        }
 
     def initialize_state(self, param: Tensor, store_param_remainders: bool) -> None:
         state = self.state[param]
         for kind in MOMENTS:
             state[kind] = torch.zeros_like(param, dtype=self.name_to_dtype_map[kind])
         if self.master_weights:
-            state["master_param"] = torch.zeros_like(param, dtype=torch.int16) if store_param_remainders else param.detach().clone().float()
+            state["master_param"] = (
+                torch.zeros_like(param, dtype=torch.int16)
+                if store_param_remainders
+                else param.detach().clone().float()
+            )
 
     def get_unscaled_state(self, param: Tensor, state_name: str) -> Tensor:
         held = self.state[param][state_name]
@@ -69,7 +79,9 @@ class FusedAdam(torch.optim.Optimizer):
                 if gradient is None:
                     continue
                 if not self.state[param]:
-                    self.initialize_state(param, self.store_param_remainders and param.dtype == torch.bfloat16)
+                    self.initialize_state(
+                        param, self.store_param_remainders and param.dtype == torch.bfloat16
+                    )
                 self._update(param, gradient.float(), group)
 
     def _update(self, param: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -79,7 +91,9 @@ class FusedAdam(torch.optim.Optimizer):
         mean.lerp_(gradient, 1 - beta1)
         spread.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         weights = self._weights(param)
-        direction = (mean / (1 - beta1 ** group["step"])) / (spread / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
+        direction = (mean / (1 - beta1 ** group["step"])) / (
+            spread / (1 - beta2 ** group["step"])
+        ).sqrt_().add_(group["eps"])
         weights = weights - group["lr"] * (direction + group["weight_decay"] * weights)
         state["exp_avg"].copy_(mean)
         state["exp_avg_sq"].copy_(spread)

@@ -1,0 +1,33 @@
+"""Qwen3, dense and with experts: norms on queries and keys, no biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lopd.errors import LopdError
+from lopd.megatron.weights.families.fields import decoder, number, refuse
+
+
+def qwen3(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    refuse(table, where, "attention_bias", False, None)
+    return {**decoder(table, where), "qk_norm": True, "qkv_bias": False}
+
+
+def qwen3_moe(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    refuse(table, where, "mlp_only_layers", [], None)
+    refuse(table, where, "decoder_sparse_step", 1, None)
+    num_experts = number(table, where, "num_experts", "num_local_experts")
+    experts_per_token = number(table, where, "num_experts_per_tok")
+    if experts_per_token > num_experts:
+        raise LopdError(
+            f"num_experts_per_tok ({experts_per_token}) is more than the number of experts ({num_experts})",
+            where=where,
+        )
+    return {
+        **qwen3(table, where),
+        "num_experts": num_experts,
+        "experts_per_token": experts_per_token,
+        "moe_ffn_hidden_size": number(table, where, "moe_intermediate_size"),
+        "norm_topk_prob": bool(table.get("norm_topk_prob", False)),
+    }
