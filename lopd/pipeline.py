@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lopd import summary
-from lopd.artifacts import Share, publish_json, published_rows, read_manifest, storage_errors, verify
+from lopd.artifacts import (
+    Share,
+    publish_json,
+    published_rows,
+    read_manifest,
+    storage_errors,
+    verify,
+)
 from lopd.config import Config, result_keys
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
@@ -267,9 +274,7 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
     cause = parent
     while True:
         _, differs = inspect(cause)
-        outdated = [
-            key.removeprefix("parent ") for key in differs if key.startswith("parent ")
-        ]
+        outdated = [key.removeprefix("parent ") for key in differs if key.startswith("parent ")]
         if not outdated:
             break
         cause = context.of_stage(stage_named(outdated[0]))

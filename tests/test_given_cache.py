@@ -28,7 +28,7 @@ from lopd.errors import ArtifactError, ConfigError, ConsistencyError, LopdError
 from lopd.objective import Lightning
 from lopd.records import Manifest
 from lopd.stages.training import TrainingJob
-from lopd.stages.training_data import load_samples, objective_of
+from lopd.stages.training_data import distillation_objective, load_samples
 from tests.cache.rollouts import scores_of
 from tests.stand_ins import TINY_MODELS, StandIns, write_project
 
@@ -179,14 +179,14 @@ def test_an_imported_cache(project: Project) -> None:
     assert [sample.sampling_logprobs for sample in load_samples(job_on(allowed, imported))] == [
         None
     ] * 24
-    assert isinstance(objective_of(job_on(allowed, imported)), Lightning)
+    assert isinstance(distillation_objective(job_on(allowed, imported)), Lightning)
     weighted = project.load(
         f"distill.cache={imported}",
         "distill.allow_foreign_cache=true",
         "distill.objective.importance_cap=2.0",
     )
     with pytest.raises(ConfigError, match="needs sampling_logprobs"):
-        objective_of(job_on(weighted, imported))
+        distillation_objective(job_on(weighted, imported))
 
 
 def damage(project: Project, change: Callable[[np.ndarray], object]) -> Path:

@@ -12,7 +12,7 @@ from lopd.megatron.ranks import parallel
 from lopd.megatron.ranks.first_rank import by_first_rank
 from lopd.report.metrics import read_metrics
 from lopd.stages.between_steps import StepHook
-from lopd.stages.sampling import sampling_params
+from lopd.stages.sample_shards import sampling_params
 from lopd.stages.student import StudentServer
 from lopd.stages.sync import MAX_SENDS
 from lopd.stages.training import TrainingJob

@@ -40,7 +40,7 @@ from lopd.stages.refresh_record import (
     SECONDS,
     RefreshRecord,
 )
-from lopd.stages.sampling import sample_into, sampling_params
+from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score import check_teacher, score_responses
 from lopd.stages.teacher import serve_teacher
 from sglang_rollout.requests.client import OtherWeights

@@ -112,7 +112,9 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     lineages = {
         part.domain: check_teacher(own, part.rollouts(rollouts)) for part, own in parts.items()
     }
-    teachers = {role_of(config, part.domain): own.identity("teacher") for part, own in parts.items()}
+    teachers = {
+        role_of(config, part.domain): own.identity("teacher") for part, own in parts.items()
+    }
     writer = context.writer(
         models={**teachers, **_sampler_of(rollouts)},
         sampling=rollouts.sampling,

@@ -92,9 +92,7 @@ class StudentWeights:
                 timeout_s = settings.timeout_s
                 self._restarted = RestartedServers(engine.engines, weights_file, timeout_s)
 
-    def _build_receiver(
-        self, engine: SGLangEngine, folder: Path, template: Path
-    ) -> WeightReceiver:
+    def _build_receiver(self, engine: SGLangEngine, folder: Path, template: Path) -> WeightReceiver:
         settings = self._settings
         if settings.verify == "scores":
             # A receiver sees tensors only. The scores are compared in _settle.

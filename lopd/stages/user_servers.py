@@ -95,9 +95,7 @@ def _teacher_probe(config: Config) -> list[float] | None:
     return None
 
 
-def _served_before(
-    config: Config, role: str
-) -> Iterator[tuple[str, Manifest, Mapping[str, Any]]]:
+def _served_before(config: Config, role: str) -> Iterator[tuple[str, Manifest, Mapping[str, Any]]]:
     """Yield stage, manifest, and the record of the servers that had this role in it."""
     for stage in ("demonstrate", "rollout", "score", "distill"):
         folder = config.run.dir / stage

@@ -121,7 +121,7 @@ def evaluate(
     )
     from lopd import pipeline
     from lopd.checks import CHECKS
-    from lopd.stages import evaluate_checkpoint as model_evaluation
+    from lopd.stages.evaluate_checkpoint import evaluate_model
 
     for name in ("student", "server", "folders"):
         for finding in CHECKS[name][0](loaded):
@@ -129,9 +129,7 @@ def evaluate(
                 raise finding
     own_length = config is not None or any(key.startswith("sglang.context_length") for key in given)
     with pipeline.locked(loaded.run.dir):
-        summary = model_evaluation.evaluate_model(
-            loaded, fit_context=not own_length, shard_size=shard_size
-        )
+        summary = evaluate_model(loaded, fit_context=not own_length, shard_size=shard_size)
     if as_json:
         typer.echo(json.dumps(summary, indent=1, ensure_ascii=False))
     else:
@@ -204,12 +202,12 @@ def _model_folder(config: str | None, model: str) -> Path:
     """The folder itself, or the one of a run's model."""
     if Path(model).is_dir() or config is None:
         return Path(model)
-    from lopd.stages import STAGES, StageContext
+    from lopd.stages.context import StageContext
     from lopd.stages.evaluate import models_of
+    from lopd.stages.order import stage_named
 
-    run = load_config(Path(config))
-    stage = next(stage for stage in STAGES if stage.name == "evaluate")
-    return models_of(StageContext(run, stage)).get(model, Path(model))
+    context = StageContext(load_config(Path(config)), stage_named("evaluate"))
+    return models_of(context).get(model, Path(model))
 
 
 def _quoted(path: Path) -> str:

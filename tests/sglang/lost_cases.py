@@ -65,8 +65,8 @@ def push_while_servers_are_lost(
             engine,
             folder=Path(folder) / "sync",
             template=template,
-            weights_file=server["weights_file"],
-            say=said.append,
+            weights_file=Path(server["weights_file"]),
+            print_line=said.append,
         )
         if engine is not None:
             _lose(weights, engine, Path(server["weights_file"]), case)

@@ -14,7 +14,8 @@ import pytest
 from lopd.artifacts import identify_model
 from lopd.config import Config
 from lopd.errors import ConfigError, EngineError
-from lopd.stages.context import Stage, StageContext, _tokenized
+from lopd.stages.context import Stage, StageContext
+from lopd.stages.user_servers import tokenized
 from lopd.tasks.tokenizer import load_tokenizer
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.external import PROBE_LEN, Expected, check_external, connect, probe_ids
@@ -265,5 +266,5 @@ def test_a_stage_puts_the_students_weights_into_the_users_servers(
 
 def test_a_tokenizer_without_the_words_of_the_text_is_not_compared() -> None:
     tiny = Path(__file__).parents[2] / "examples/tiny_models/student"
-    assert _tokenized(tiny, "What is 12 + 30?") == {}
-    assert _tokenized(tiny, "+") == {"+": [load_tokenizer(tiny).convert_tokens_to_ids("+")]}
+    assert tokenized(tiny, "What is 12 + 30?") == {}
+    assert tokenized(tiny, "+") == {"+": [load_tokenizer(tiny).convert_tokens_to_ids("+")]}

@@ -39,7 +39,8 @@ from lopd.artifacts import MANIFEST, ArtifactWriter, read_manifest
 from lopd.config import SGLangSection
 from lopd.errors import EngineError
 from lopd.records import Ints, Prompt
-from lopd.stages.sampling import sample_into, score_into
+from lopd.stages.sample_shards import sample_into
+from lopd.stages.score_shards import score_into
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.fleet import serve
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
