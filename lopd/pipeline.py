@@ -55,6 +55,8 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
     Raises:
         LopdError: The run directory is in use, an artifact is damaged, or a stage failed.
     """
+    # One lock for the whole command. Without it a second command could move a stage aside while
+    # this one writes into it.
     outcomes: list[Outcome] = []
     identities: dict[str, ModelIdentity] = {}
     with locked(config.run.dir):
@@ -64,12 +66,14 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
         else:
             chosen = [stage for stage in STAGES if stage.name in only]
         for stage in chosen:
+            # What this command has just written or verified need not be read again.
             verified = {outcome.name for outcome in outcomes}
             outcomes.append(_run_stage(StageContext(config, stage, identities), verified))
             # After each stage, not at the end: a later stage may fail, or be killed.
             publish_json(config.run.dir / _CONFIG, config_record(config))
             complete = _complete_stages(config, identities)
             summary.write(config, outcomes, complete)
+            # The curve is drawn when it may have changed, and at the end of the command.
             if "distill" in complete and (outcomes[-1].status == "done" or stage is chosen[-1]):
                 summary.draw(config)
     return outcomes
@@ -82,6 +86,8 @@ def run_share(config: Config, name: str, share: Share) -> None:
     publishes its shards and completes nothing. The stage's own command afterwards finds all shards,
     makes those that a lost worker has left, and completes the artifact.
     """
+    # All workers hold the lock together. The stage's own command needs it alone, so it waits for no
+    # worker: it is refused while one runs.
     context = StageContext(config, stage_named(name), share=share)
     with locked(config.run.dir, shared=True):
         _require_parents(context, ())
@@ -115,6 +121,7 @@ def follow(config: Config, name: str, index: int, count: int) -> None:
     context = StageContext(config, stage_named(name))
     # The only training of evaluate is the equal-compute baseline, which is an SFT.
     folder = context.folder / LONGER if name == "evaluate" else context.folder
+    # No lock here: machine 0 holds it for all of them.
     say(f"{name}: machine {index} of {count} follows the first one")
     follow_trainings(
         folder,
@@ -142,6 +149,7 @@ def status(config: Config) -> list[dict[str, Any]]:
 
 def _status_row(context: StageContext) -> dict[str, Any]:
     row: dict[str, Any] = {"name": context.stage.name}
+    # One damaged stage must not hide the state of the others.
     try:
         state, differs = inspect(context)
         manifest = read_manifest(context.folder) if state != "absent" else None
@@ -221,10 +229,13 @@ def _run_stage(context: StageContext, verified: Collection[str]) -> Outcome:
         verified: Stages whose files this command has written or checked already.
     """
     start = time.monotonic()
+    # In this order: what a stage reads is checked before anything of its own is moved, and what is
+    # in the way is moved before anything is written.
     _require_parents(context, verified)
     supersede(context)
     manifest = reusable(context)
     if manifest is not None:
+        # A reused artifact is only as good as its files. A changed one is named with the remedy.
         verify(context.folder, manifest)
         say(f"{context.stage.name}: reused", context.folder / "log.txt")
         return Outcome(context.stage.name, "reused", time.monotonic() - start)
@@ -249,6 +260,7 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
         ConsistencyError: Only the teacher is another one than they were made with.
     """
     for name in context.stage.parents(context.config):
+        # A stage run alone never runs its parents: that may take days, and was not asked for.
         parent = context.of_stage(stage_named(name))
         state, differs = inspect(parent)
         if state != "done":
@@ -291,6 +303,7 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
 
 def report_changes(config: Config) -> None:
     """Say which keys differ from the configuration that this run directory was last made from."""
+    # Stages decide by their manifests what runs again. This only tells the user beforehand.
     former = _read_table(config.run.dir / _CONFIG)
     if not former:
         return
@@ -309,6 +322,8 @@ def report_changes(config: Config) -> None:
 
 def config_record(config: Config) -> dict[str, Any]:
     """Return the knobs that decide results, flat, without secrets."""
+    # Folders of the run and the speed of a machine decide no result. Models are named by path here:
+    # hashing them would take too long for a line on the screen.
     sections = [name for name in type(config).model_fields if name not in ("run", "models")]
     keys = result_keys(config, sections)
     keys["run.seed"] = config.run.seed

@@ -32,8 +32,7 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
     Args:
         config: The configuration.
         outcomes: What this command did.
-        complete: The stages that are done under this configuration. The figures of other stages
-            come from other knobs, and would not belong to these.
+        complete: The stages that are done under this configuration.
 
     Returns:
         The summary.
@@ -44,6 +43,7 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
         for outcome in outcomes
     ]
     summary: dict[str, Any] = {"stages": stages}
+    # The figures of the other stages come from other knobs. They would not belong to these.
     made = {
         name: read_manifest(run_dir / name)
         for name in ("score", "distill", "evaluate")
@@ -88,6 +88,7 @@ def _score_figures(score: Manifest) -> dict[str, Any]:
         },
         "teacher": dict(score.lineage),
     }
+    # The method assumes one teacher. Who reads only the summary must see that it was not so.
     if not score.lineage["consistent"]:
         figures["notes"] = [
             "WARNING: score.allow_foreign_teacher is set: the scoring teacher did not make the "
@@ -104,6 +105,7 @@ def _teacher_figures(run_dir: Path, score: Manifest, distill: Manifest) -> dict[
         it started or scored, in the commands that finished the stage and each refresh.
     """
     refreshes = distill.extra.get("refreshes", [])
+    # Each refresh has its own file, because the teacher is started for each of them.
     refreshed = sorted((run_dir / "distill").glob("refresh-*/seconds.json"))
     seconds = _seconds(run_dir / "score" / "seconds.json", "seconds")
     seconds += sum(_seconds(path, "teacher_seconds") for path in refreshed)
@@ -116,6 +118,7 @@ def _teacher_figures(run_dir: Path, score: Manifest, distill: Manifest) -> dict[
 
 def _evaluate_figures(evaluate: Manifest) -> dict[str, Any]:
     """Return accuracy and reverse KL of each model, with standard errors."""
+    # The counts stand beside the figures, because a figure without them says little.
     extra = evaluate.extra
     counts = {name: extra[name] for name in ("num_prompts", "samples_per_prompt")}
     figures: dict[str, Any] = {}
@@ -131,6 +134,7 @@ def _evaluate_figures(evaluate: Manifest) -> dict[str, Any]:
 
 def _seconds(path: Path, name: str) -> float:
     """Return a figure of a file that decides nothing; 0 where it is missing or damaged."""
+    # A summary is not worth a failed run: the manifests have all that matters.
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))[name])
     except (OSError, ValueError, KeyError, TypeError):

@@ -23,11 +23,11 @@ class Batch:
 
 
 class Batches:
-    """The batch of any step. The only state is the step at which the present responses begin.
+    """The batch of any step.
 
-    The first responses come in the order of ResponseOrder. Refreshed responses were sampled in the
-    order in which they are used. Where they last for more steps than they were made for, they are
-    used again in another order.
+    The first responses come in the order of ResponseOrder. Refreshed responses come in the order in
+    which they were sampled. Where they last for more steps than they were made for, they are used
+    again in another order.
     """
 
     def __init__(self, samples: Sequence[Sample], job: TrainingJob) -> None:
@@ -35,6 +35,8 @@ class Batches:
         self._settings = job.settings
         self._seed = job.order_seed
         self._order = ResponseOrder(len(samples), job.settings.batch_size, seed=job.order_seed)
+        # The step at which the present responses begin; None: no refresh yet. This is all the state
+        # there is. The order is a function of seed and step, so a resumed training needs no cursor.
         self._refreshed_at: int | None = None
 
     def use_refreshed(self, samples: Sequence[Sample], start: int) -> None:
@@ -47,7 +49,7 @@ class Batches:
         # Each response is read once: a large cache stays on the disk.
         chosen = [self._samples[index] for index in self.indices(step)]
         lengths = [len(sample) for sample in chosen]
-        # Tensor ranks share a microbatch in equal parts, so its length is a multiple of their number.
+        # Tensor ranks share a microbatch in equal parts: its length is a multiple of their number.
         multiple = self._settings.parallel.tensor
         # Every rank computes the same plan and takes its own part, so no rank has to tell another.
         plan = plan_step(
@@ -76,6 +78,7 @@ class Batches:
         for place in range(first, first + batch_size):
             epoch, index = divmod(place, count)
             if epoch > 0:
+                # Another order in each pass, so that no batch comes a second time.
                 index = int(epoch_permutation(count, self._seed, epoch)[index])
             indices.append(index)
         return indices

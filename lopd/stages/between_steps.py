@@ -12,9 +12,12 @@ if TYPE_CHECKING:
 class StepHook:
     """One thing that happens between steps. A subclass overrides the moments at which it acts.
 
-    Every rank has a hook of the same kind and calls its methods together with the other ranks.
     Steps are counted from 0.
     """
+
+    # Every rank has a hook of the same kind and calls its methods together with the other ranks,
+    # because a hook may gather weights or wait for rank 0. So a hook never decides by what only one
+    # rank knows.
 
     def begin(self, training: Training) -> None:
         """Prepare. The trainer exists by now and has resumed its newest checkpoint."""

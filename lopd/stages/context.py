@@ -29,45 +29,38 @@ class Stage:
 
     ``knobs``, ``models``, ``prompts`` and ``parents`` decide its result. It is reused where none of
     them has changed.
-
-    Attributes:
-        name: The verb that runs it, and the name of its folder.
-        summary: One sentence for --help.
-        kind: What its artifact is, for the manifest.
-        knobs: Sections of the configuration.
-        models: The roles, "teacher" and "student", whose content it depends on.
-        prompts: The prompt sets that it reads.
-        parents: The stages whose artifacts it reads.
-        run: Publishes the artifact.
     """
 
+    # The verb that runs it, and the name of its folder.
     name: str
+    # One sentence for --help.
     summary: str
+    # What its artifact is, for the manifest.
     kind: str
+    # Sections of the configuration.
     knobs: tuple[str, ...]
+    # The roles, "teacher" and "student", whose content it depends on.
     models: tuple[str, ...]
+    # The prompt sets that it reads.
     prompts: tuple[str, ...]
+    # The stages whose artifacts it reads.
     parents: Callable[[Config], tuple[str, ...]]
+    # Publishes the artifact.
     run: Callable[[StageContext], None]
 
 
 @dataclass
 class StageContext:
-    """A stage together with the configuration of the run.
-
-    Attributes:
-        config: The configuration.
-        stage: The stage.
-        identities: Models by role. The stages of one command share them, because it takes long to
-            hash the weights.
-        share: What this process does of a stage that several workers share.
-    """
+    """A stage together with the configuration of the run."""
 
     config: Config
     stage: Stage
+    # Models by role. The stages of one command share them: it takes long to hash the weights.
     identities: dict[str, ModelIdentity] = field(default_factory=dict)
-    # By role: a function, because a server may be restarted until the manifest is written.
+    # What is known of the servers of each role. It is a function, because a server may be restarted
+    # until the manifest is written.
     _served: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
+    # What this process does of a stage that several workers share.
     share: Share | None = None
 
     def of_stage(self, stage: Stage) -> StageContext:
@@ -115,6 +108,8 @@ class StageContext:
         config = self.config
         prompt_sections = [f"prompts.{name}" for name in self.stage.prompts]
         sections = ("run.seed", *self.stage.knobs, *prompt_sections)
+        # A manifest is published, so it holds no secret. Knobs that change only the speed are left
+        # out: with another value the artifact is the same.
         keys = scrubbed_inputs(result_keys(config, sections))
         # Models and files are named by content: the same weights in another folder are the same.
         for role in self.stage.models:
@@ -213,6 +208,7 @@ class StageContext:
         from sglang_rollout.requests.external import probe_logprobs, vocab_size_of
         from sglang_rollout.requests.fleet import serve
 
+        # By the model, not by the role: evaluate serves the teacher under the role "evaluated".
         is_teacher = model == self.config.models.teacher
         urls = self.config.sglang.teacher_urls if is_teacher else self.config.sglang.student_urls
         if urls:

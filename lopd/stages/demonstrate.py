@@ -14,6 +14,7 @@ def run(context: StageContext) -> None:
     if config.models.teachers:
         demonstrate_by_domain(context)
         return
+    # By content: a teacher in another folder is the same teacher, an updated one is not.
     teacher = context.identity("teacher")
     writer = context.writer(
         models={"teacher": teacher},

@@ -42,6 +42,7 @@ def train(job: TrainingJob) -> None:
     loss = distillation_objective(job)
     training = Training(job, samples, loss, entropy=job.config.distill.student_entropy)
     between_steps.begin(training)
+    # After a kill it goes on at the newest checkpoint, with the batches that it would have had.
     for step in training.remaining_steps():
         # A weight sync with an evaluation, then a refresh of the responses, where they are needed.
         between_steps.before_step(step)
@@ -65,10 +66,12 @@ def _between_steps(job: TrainingJob) -> StepHooks:
 
     if job.student is None:
         return StepHooks()
+    # The order matters: the student comes first, because the other hooks use it.
     student = StudentServer(job, job.student)
     evaluation = [HeldOutEvaluation(job, student)] if job.config.distill.sync_every else []
     refreshes = [RefreshRequester(job, student)] if job.config.distill.refresh.is_on else []
-    # An evaluation comes right before a refresh, so one weight sync serves both.
+    # An evaluation comes right before a refresh, so one weight sync serves both. The GPUs go back
+    # to the trainer after both.
     return StepHooks(student, *evaluation, *refreshes, GpusToTrainer(student))
 
 
@@ -76,6 +79,7 @@ def run(context: StageContext) -> None:
     """Publish the distilled student."""
     config = context.config
     sft_model = context.folder_of("sft") / MODEL
+    # Checked first: with another teacher's scores the gradient is wrong from the first step on.
     data, lineage = cache_of(context, sft_model)
     writer = context.writer(models={"student": context.identity("student")}, lineage=lineage)
     job = TrainingJob(
@@ -89,12 +93,15 @@ def run(context: StageContext) -> None:
         order_seed=config.run.seed,
     )
     result = _train_beside_servers(context, job)
+    # The model is part of the artifact: its files stand in the manifest with their checksums.
     files = (path for path in job.model.iterdir() if path.is_file())
     writer.finish(files=files, **_figures(result, context))
 
 
 def _train_beside_servers(context: StageContext, job: TrainingJob) -> dict[str, Any]:
     """Run ``train`` on the ranks, with the servers that it needs, and return its result."""
+    # A finished training needs no server: only its result is read. The servers outlive the ranks,
+    # because the ranks send them weights until their last line.
     distill = context.config.distill
     needs_student = distill.sync_every > 0 or distill.refresh.is_on
     if job.result.exists() or not needs_student:
@@ -119,6 +126,8 @@ def cache_of(context: StageContext, sft_model: Path) -> tuple[Path, Mapping[str,
     given = context.config.distill.cache
     if given is None:
         return context.folder_of("score"), context.manifest_of("score").lineage
+    # A cache from elsewhere has no parent in this run. So its student and its teacher are compared
+    # by content, and its rows are verified once.
     manifest = read_manifest(given)
     student = identify_model(sft_model)
     allow_foreign = context.config.distill.allow_foreign_cache

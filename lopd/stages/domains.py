@@ -37,22 +37,21 @@ PARTS = "parts"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The prompts of one domain and their shards.
+    """The prompts of one domain and their shards."""
 
-    Attributes:
-        domain: The domain, or OTHER_DOMAINS.
-        places: The places of its prompts in the prompt set; empty where a manifest tells of it.
-        first: Its first shard in the whole artifact.
-        num_shards: How many shards it has.
-    """
-
+    # The domain, or OTHER_DOMAINS.
     domain: str
+    # The places of its prompts in the prompt set. Empty where the part comes from a manifest, which
+    # knows only its shards.
     places: tuple[int, ...]
+    # Its first shard in the whole artifact.
     first: int
     num_shards: int
 
     def context(self, whole: StageContext) -> StageContext:
         """Return the stage as if this domain's teacher were the only one."""
+        # So a stage with one teacher needs no second form: it runs once for each part. The part
+        # publishes through a PartWriter and logs to the same stage.
         config = whole.config
         teacher = {"teacher": teacher_of(config, self.domain), "teachers": {}}
         models = config.models.model_copy(update=teacher)
@@ -96,6 +95,8 @@ def parts_of(
     places: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
         places.setdefault(domain_of(config, prompt), []).append(place)
+    # The same prompts and knobs must give the same parts in each stage and after a kill. So they
+    # are sorted by name and not by the order in which domains occur.
     parts: list[Part] = []
     first = 0
     for domain in sorted(places):
@@ -172,11 +173,13 @@ def demonstrate_by_domain(context: StageContext) -> None:
         lineage={"by_domain": by_domain},
         shard_size=section.shard_size,
     )
+    # The writer's shard size, which a stage that goes on keeps even if the knob has changed.
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
     for part in parts:
         own = part.context(context)
         part_writer = PartWriter(writer, part, identities[part.domain].weights)
         if not part_writer.missing(part.num_shards):
+            # A killed command has published this domain. Its teacher need not be started.
             continue
         with own.serve("teacher", own.config.models.teacher) as engine:
             title = "demonstrations"
@@ -196,6 +199,7 @@ def roll_out_by_domain(
     section = config.rollout
     prompts, prompt_ids = context.prompts("opd", student)
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
+    # The student answers all domains, so one server serves for all parts.
     if writer.missing(sum(part.num_shards for part in parts)):
         with context.serve("student", student) as engine:
             for part in parts:

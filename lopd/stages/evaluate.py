@@ -67,6 +67,7 @@ def run(context: StageContext) -> None:
             source = context.folder / f"{policy_purpose}-{name}"
             score_into(part, engine, source, policy, title=f"teacher on {name}")
             scores[name] = part.finish()
+    # No server is needed any more. Verdicts take CPU time only.
     accuracy = {
         name: _accuracy(context, context.folder / f"answers-{name}", manifest)
         for name, manifest in answers.items()
@@ -101,6 +102,8 @@ def models_of(context: StageContext) -> dict[str, Path]:
 
 def _train_longer(context: StageContext) -> dict[str, Any]:
     """Go on with SFT from the SFT student for as many tokens as distill has processed."""
+    # Without this baseline it could be said that distill only gains by training longer. Tokens are
+    # prompt and response tokens that go through the model, which is what a training costs.
     sft = context.manifest_of("sft").extra
     distilled = context.manifest_of("distill").extra
     tokens_per_step = sft["num_tokens"] / sft["num_steps"]
@@ -122,6 +125,8 @@ def _train_longer(context: StageContext) -> dict[str, Any]:
 
 def _samples_policy(section: EvaluateSection) -> bool:
     """Return whether these sampling parameters leave the policy as it is."""
+    # The reverse KL is an expectation under pi_theta. A response at another temperature, or with
+    # the unlikely tokens cut off, comes from another distribution.
     is_whole = section.top_p == 1.0 and section.top_k == -1 and section.min_p == 0.0
     return is_whole and section.temperature == 1.0
 
@@ -152,6 +157,7 @@ class _HeldOut:
         part = self.context.writer(
             folder=self.context.folder / f"{purpose}-{name}",
             kind="evaluation",
+            # A shard holds as many responses as there are prompts. It is what a kill loses.
             shard_size=len(self.prompts),
         )
         sample_into(
@@ -180,6 +186,7 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
     truncated: list[bool] = []
 
     def responses() -> Iterator[Judged]:
+        # The verifier's workers judge earlier responses while later ones are read.
         for response, _ in cache.read_rows(folder, manifest):
             prompt_ids.append(response.prompt_id)
             lengths.append(len(response.token_ids))
@@ -187,6 +194,7 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
             text = decode(tokenizer, response.token_ids)
             yield by_id[response.prompt_id], text, response.finish_reason
 
+    # Verdicts come in the order of the responses.
     verdicts = [verdict.right for verdict in judge_all(task, responses())]
     right: dict[str, list[bool]] = {}
     for prompt_id, verdict in zip(prompt_ids, verdicts, strict=True):

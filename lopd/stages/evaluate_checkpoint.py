@@ -94,6 +94,7 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
     task = get_task(config.task.name, config.task.options)
     sandbox = _check_machine(task)
     if sandbox:
+        # It says how this machine isolates the programs of a code task.
         say(sandbox)
     if fit_context:
         config = _fit_context(config, task)
@@ -128,6 +129,7 @@ def _fit_context(config: Config, task: Task) -> Config:
     longest_prompt = max(len(ids) for ids in prompt_ids)
     needed = longest_prompt + config.evaluate.max_new_tokens
     if needed > longest:
+        # Some responses may be cut off then. The figures count them, so it is no error.
         say(
             f"the model has {longest} positions: the longest prompt leaves "
             f"{longest - longest_prompt} tokens for its response"
@@ -188,8 +190,10 @@ def _judge_answers(
     with progress("verdicts", total=manifest.rows, unit="responses") as bar:
         for shard in manifest.shards:
             name = shard.name.removesuffix(".parquet") + ".jsonl"
+            # Another verifier, or other options of it, may give another verdict.
             source = sha256_json([shard.sha256, task.name, config.task.options])
             table = read_shard(context.folder, shard)
+            # Decoded also where the verdicts are known. The figures need the responses anyway.
             responses = [response for response, _ in cache.from_table(table, where=shard.name)]
             texts = [decode(tokenizer, response.token_ids) for response in responses]
             if judged.get(name) == source and (folder / name).is_file():
@@ -252,6 +256,7 @@ def _figures(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> dict[str, Any]:
     for prompt in prompts:
         by_domain.setdefault(prompt.domain, set()).add(prompt.prompt_id)
     figures = _figures_of(rows)
+    # With one domain its figures would be those of all prompts.
     if len(by_domain) > 1:
         figures["by_domain"] = {
             domain: _figures_of([row for row in rows if row.response.prompt_id in ids])

@@ -33,6 +33,8 @@ def run(context: StageContext) -> None:
     writer = context.writer(models={"student": context.identity("student")}, lineage=lineage)
     # export.dir may be any folder of the user's. Only a former export is ever replaced.
     check_replaceable(target, EXPORT_MARK)
+    # All of it is made beside the target and renamed at the end, so that nobody who uses the folder
+    # sees half of a model.
     partial = target.with_name(target.name + ".copying")
     remove_folder(partial)
     with storage_errors(target):
@@ -40,6 +42,7 @@ def run(context: StageContext) -> None:
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
     publish_bytes(partial / "README.md", _card(context).encode())
+    # This file marks the folder as an export of lopd, which a later export may replace.
     record = {
         "lineage": dict(lineage),
         "parents": context.parents,
@@ -60,6 +63,7 @@ def _check_loads(folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # From this folder alone and without its code: as a user without network would load it.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
     )
@@ -84,6 +88,7 @@ def _card(context: StageContext) -> str:
     distilled = context.manifest_of("distill")
     figures = distilled.extra
     evidence = distilled.lineage.get("evidence")
+    # A card must not claim what the lineage does not show.
     same = "NOT shown to be the teacher of the demonstrations"
     if distilled.lineage.get("consistent"):
         same = "the teacher of the demonstrations"

@@ -1,4 +1,4 @@
-"""Held-out evaluation during a training: the student's servers get the newest weights and answer."""
+"""Held-out evaluation between steps: the student's servers get the newest weights and answer."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class HeldOutEvaluation(StepHook):
         """Load the held-out prompts, and find the evaluations of a command that was killed."""
         self._state = training.state
         self._metrics = training.metrics
+        # Rank 0 alone talks to the servers, so only it needs the prompts and a tokenizer.
         self._answers: HeldOutAnswers | None = None
         if self._student.engine is not None:
             model = self._job.initial
@@ -58,12 +59,15 @@ class HeldOutEvaluation(StepHook):
     def before_step(self, step: int) -> None:
         if step % self._every != 0:
             return
+        # An evaluation that is skipped sends no weights. A refresh before this step does it then.
         if step not in self._evaluated:
             self.evaluate(step)
         # The servers were started with the weights of step 0, so there it is no sync that counts.
         self._state["weight_syncs"] += step > 0
 
     def end(self) -> None:
+        # The result of the training is always evaluated: a killed command may have logged this step
+        # and yet not have published the result.
         self.evaluate(self._job.num_steps)
         self._state["weight_syncs"] += 1
 
@@ -88,6 +92,7 @@ class HeldOutEvaluation(StepHook):
                 where=f"step {step}",
                 remedy="read its log",
             )
+        # Only rank 0 has a log. The other ranks got the same figures from it.
         if self._metrics is not None and figures is not None:
             self._metrics.eval(self._job.stage, step, figures)
             accuracy = figures["accuracy"]
@@ -123,6 +128,7 @@ class HeldOutAnswers:
             context_length=config.sglang.context_length,
             need_answers=True,
         )
+        # The same first prompts at each evaluation, so that its figures are those of a curve.
         count = config.distill.sync_num_prompts
         self._prompts = prompts[:count]
         self._prompt_ids = prompt_ids[:count]
@@ -165,5 +171,6 @@ class HeldOutAnswers:
 
     def _requests(self) -> Iterator[SamplingRequest]:
         for prompt, ids in zip(self._prompts, self._prompt_ids, strict=True):
+            # The seed does not depend on the step. Answers differ by the weights alone.
             seed = request_seed(self._seed, prompt.prompt_id, 0, "sync")
             yield SamplingRequest(prompt.prompt_id, 0, ids, seed)

@@ -6,6 +6,7 @@ from lopd.config import Config
 from lopd.stages import demonstrate, distill, evaluate, export, rollout, score, sft
 from lopd.stages.context import Stage
 
+# Each stage reads only stages before it, so running them in this order is always right.
 STAGES: tuple[Stage, ...] = (
     demonstrate.STAGE,
     sft.STAGE,
@@ -23,6 +24,8 @@ def stage_named(name: str) -> Stage:
 
 def is_needed(stage: Stage, config: Config) -> bool:
     """Return whether a run needs a stage. It does not where its result is given from elsewhere."""
+    # A student or demonstrations from elsewhere replace the teacher's demonstrations. A teacher
+    # cache from elsewhere replaces the rollouts and their scores.
     given = {
         "demonstrate": config.sft.demonstrations or config.sft.checkpoint,
         "rollout": config.distill.cache,

@@ -27,18 +27,15 @@ SECONDS = "seconds.json"
 
 @dataclass(frozen=True, slots=True)
 class RefreshRecord:
-    """One refresh of the responses.
+    """One refresh of the responses."""
 
-    Attributes:
-        number: Counts the refreshes of a training, from 1.
-        step: The first step that learns from it, counted from 0.
-        reason: Why it was made, for example "10 steps".
-        version: The weight version that samples, for example "step-10".
-    """
-
+    # Counts the refreshes of a training, from 1.
     number: int
+    # The first step that learns from it, counted from 0.
     step: int
+    # Why it was made, for example "10 steps".
     reason: str
+    # The weight version that samples, for example "step-10".
     version: str
 
     def folder(self, stage: Path) -> Path:
@@ -53,6 +50,7 @@ class RefreshRecord:
             can_send: Whether the ranks can send the weights again. If a server has lost them, the
                 parent then publishes LOST and does not raise an error.
         """
+        # Published as a whole: the parent may look at any moment and must never read half of it.
         request = {"refresh": asdict(self), "until": until, "can_send": can_send}
         publish_json(stage / REQUEST, request)
 

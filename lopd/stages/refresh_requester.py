@@ -1,4 +1,4 @@
-"""A rank's side of a refresh: it decides when, asks the parent process, and waits for the scores."""
+"""A rank's side of a refresh: decide when, ask the parent process, and wait for the scores."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ class RefreshRequester(StepHook):
 
     def after_step(self, result: StepMetrics) -> dict[str, int]:
         """Decide whether the next step needs fresh responses."""
+        # Steps are counted from the newest refresh: so many have learnt from its responses.
         made = self.made
         since = made[-1].step if made else 0
         self._state[_REASON] = self._rule.reason(result.step - since, result.metrics)
@@ -99,6 +100,7 @@ class RefreshRequester(StepHook):
                 self._request(refresh, SCORES)
             else:
                 self._sample(refresh, SCORES)
+        # The next checkpoint has this. A training that was killed before it comes here again.
         self._state[_MADE].append(dataclasses.asdict(refresh))
         self._state[_REASON] = None
         return self._load(refresh)
@@ -144,6 +146,7 @@ class RefreshRequester(StepHook):
 
     def _load(self, refresh: RefreshRecord) -> Sequence[Sample]:
         self._wait_for(refresh)
+        # Nobody samples or scores now, so shared GPUs go back to the trainer.
         self._server.gpus_to_trainer()
         scores = refresh.folder(self._job.folder) / SCORES
         return load_samples(dataclasses.replace(self._job, data=scores))

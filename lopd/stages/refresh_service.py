@@ -105,6 +105,7 @@ class RefreshService:
                 if request["until"] == SCORES:
                     self._score(refresh, rollouts)
 
+    # Loaded at the first refresh, because there may be none.
     @cached_property
     def _prompts(self) -> tuple[list[Prompt], list[Any]]:
         return self._context.prompts("opd", self._student)
@@ -114,10 +115,13 @@ class RefreshService:
         config = self._context.config
         folder = refresh.folder(self._context.folder)
         self._set_aside_of_another_step(folder, refresh.step)
+        # More responses than wanted may come: each prompt gets samples_per_prompt of them.
         prompts, prompt_ids = self._prompts
         per_prompt = config.rollout.samples_per_prompt
         count = num_responses(config, refresh.step, len(prompts) * per_prompt)
         chosen = next_prompts(len(prompts), refresh.step, -(-count // per_prompt), config)
+        # The lineage of the SFT student holds for the present student as well: it comes from the
+        # same demonstrations, so the same teacher is consistent.
         writer = self._writer(
             folder / ROLLOUTS,
             "rollouts",
@@ -143,6 +147,7 @@ class RefreshService:
             title=f"refresh {refresh.number}: rollouts",
             version=refresh.version,
         )
+        # The reason is an extra figure. The inputs of a manifest say what decides the content.
         rollouts = writer.finish(reason=refresh.reason)
         _check_versions(folder / ROLLOUTS, rollouts, refresh.version)
         return rollouts
@@ -191,6 +196,8 @@ class RefreshService:
             sampling=rollouts.sampling,
             lineage=self._lineage,
         )
+        # A kill in the middle of scoring keeps the published shards. The next command scores the
+        # rest.
         asked = time.monotonic()
         with self._served_teacher() as teacher:
             began = time.monotonic()
@@ -215,6 +222,7 @@ class RefreshService:
         """Serve the teacher for this refresh alone, or let it run on beside the training."""
         teacher = serve_teacher(self._context)
         if self._context.config.distill.refresh.keep_teacher:
+            # Started at the first refresh, not before: a bound of the drift may never be passed.
             if self._teacher is None:
                 self._teacher = self._kept.enter_context(teacher)
             yield self._teacher
@@ -230,7 +238,7 @@ class RefreshService:
         parents: Mapping[str, str],
         **about: Any,
     ) -> ArtifactWriter:
-        # The reason is not among the inputs: it decides nothing of the content.
+        # A refresh depends on all that the distill stage depends on, and on its own step.
         made_from = {
             f"refresh.{name}": getattr(refresh, name) for name in ("number", "step", "version")
         }
@@ -246,6 +254,8 @@ def num_responses(config: Config, step: int, num_sampled: int) -> int:
         step: The first step that learns from them, counted from 0.
         num_sampled: How many responses the rollout stage has made.
     """
+    # With an interval as many as its steps use. With a bound of the drift nobody knows how long
+    # they must last, so there are as many as in the cache.
     refresh = config.distill.refresh
     batch_size = config.distill.batch_size
     wanted = refresh.num_responses or (refresh.every * batch_size if refresh.every else num_sampled)
@@ -267,6 +277,8 @@ def next_prompts(num_prompts: int, step: int, count: int, config: Config) -> lis
         count: How many prompts are wanted.
         config: The configuration.
     """
+    # The place of a prompt follows from the step alone. So a refresh that comes earlier or later
+    # than in another run skips no prompt and repeats none.
     order = epoch_permutation(num_prompts, config.run.seed, 0)
     first = step * config.distill.batch_size // config.rollout.samples_per_prompt
     return [int(order[(first + place) % num_prompts]) for place in range(count)]

@@ -44,6 +44,7 @@ def by_length(responses: Iterable[Response], at_once: int) -> list[Response]:
         responses: The responses, several of which may belong to one prompt.
         at_once: See in_passes.
     """
+    # The longest first: a long response at the end would leave the server with nothing else to do.
     groups: dict[str, list[Response]] = {}
     for response in responses:
         groups.setdefault(response.prompt_id, []).append(response)

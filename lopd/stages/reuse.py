@@ -37,6 +37,7 @@ def inspect(context: StageContext) -> tuple[State, list[str]]:
     if not (context.folder / MANIFEST).exists():
         return "absent", []
     manifest = read_manifest(context.folder)
+    # A parent that is outdated itself will change, and then this stage is outdated too.
     unfinished: list[str] = []
     for name in context.stage.parents(context.config):
         state, _ = inspect(context.of_stage(stage_named(name)))
@@ -47,6 +48,7 @@ def inspect(context: StageContext) -> tuple[State, list[str]]:
     except ArtifactError:
         # A parent's manifest is gone. It is among the unfinished ones.
         differs = []
+    # A knob says more than "the parent is not done", so it is named first.
     differs = differs or unfinished
     if differs:
         return "outdated", differs
@@ -97,9 +99,11 @@ def supersede(context: StageContext) -> None:
         manifest = read_manifest(folder)
         differs = differences(context, manifest)
         if not differs:
-            # A command may have been killed between moving the metrics and moving the folder.
+            # A command may have been killed between moving the metrics and moving the folder. Then
+            # the metrics of this stage are still in its folder.
             bring_back(context.config.run.dir, folder)
             return
+        # The name follows from the inputs, so that different former results do not collide.
         key = sha256_json([manifest.inputs, manifest.parents])[:12]
         context.log(
             f"runs again: {', '.join(differs[:6])} changed; the former result is kept in "
@@ -110,6 +114,7 @@ def supersede(context: StageContext) -> None:
         set_aside(context.config.run.dir, names, folder)
         superseded.mkdir(exist_ok=True)
         folder.rename(_free_name(superseded / f"{folder.name}-{key}"))
+    # The user may have gone back to former knobs. What was made from them need not be made again.
     former = _superseded_with_these_inputs(context, superseded)
     if former is not None:
         if folder.exists():
@@ -122,6 +127,7 @@ def supersede(context: StageContext) -> None:
 def _set_aside_training_without_manifest(context: StageContext, superseded: Path) -> None:
     """Keep hours of training whose manifest is lost. Nothing says from what it was made."""
     folder = context.folder
+    # Also in folders below: the training of evaluate has one of its own.
     trained = any(next(folder.rglob(name), None) for name in (RESULT, CHECKPOINTS))
     if (folder / MANIFEST).exists() or not trained:
         return
@@ -146,5 +152,6 @@ def _superseded_with_these_inputs(context: StageContext, superseded: Path) -> Pa
 
 
 def _free_name(path: Path) -> Path:
+    # A folder is never written over, and a thousand versions of one stage are enough.
     candidates = [path, *(path.with_name(f"{path.name}.{index}") for index in range(1, 1000))]
     return next(candidate for candidate in candidates if not candidate.exists())

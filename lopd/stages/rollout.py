@@ -14,6 +14,7 @@ from lopd.stages.training import MODEL
 
 def run(context: StageContext) -> None:
     """Publish the rollouts."""
+    # The SFT student, not the base student: its policy pi_ref is what the method starts from.
     config = context.config
     student = context.folder_of("sft") / MODEL
     writer = context.writer(

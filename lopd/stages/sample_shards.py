@@ -67,6 +67,7 @@ def sample_stage(
         model: The model.
         title: Stands at the progress bar.
     """
+    # The writer's shard size counts: a stage that goes on keeps the one that it was begun with.
     prompts, prompt_ids = context.prompts(prompt_set, model)
     num_shards = -(-len(prompts) * section.samples_per_prompt // writer.shard_size)
     if not writer.missing(num_shards):
@@ -122,10 +123,14 @@ def sample_into(
     if not missing:
         return
     # Only the shards in flight are in memory. A kill loses these responses and no others.
+    # shard_of holds the requests that have no response yet, done the responses of shards that are
+    # not complete yet.
     shard_of: dict[Key, int] = {}
     done: dict[int, dict[Key, Response]] = {}
 
     def requests() -> Iterator[SamplingRequest]:
+        # The engine takes the next request when one is finished, so later shards are not begun
+        # before there is room for them.
         for index in missing:
             done[index] = {}
             by_prompt: dict[str, list[tuple[Key, Ints]]] = {}
@@ -137,6 +142,7 @@ def sample_into(
                 shard_of[key] = index
                 yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
 
+    # One version for the whole call: a server that is restarted in the middle must not mix two.
     version = version or str(engine.model_info()["weight_version"])
     total = sum(shards.size(index) for index in range(shards.count) if writer.is_mine(index))
     already = total - sum(map(shards.size, missing))
@@ -147,6 +153,7 @@ def sample_into(
             done[index][response.key] = response
             bar.advance(1)
             if len(done[index]) == shards.size(index):
+                # In the order of the members: the file must not depend on which response was first.
                 responses = done.pop(index)
                 ordered = [responses[key] for key, _ in shards.members(index)]
                 writer.publish_shard(index, cache.to_table(ordered))

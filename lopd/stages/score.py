@@ -62,6 +62,7 @@ def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
             "WARNING: the scoring teacher did not make the student's demonstrations "
             "(score.allow_foreign_teacher is set)"
         )
+    # The teacher scores token ids, not text. The same ids must mean the same to both models.
     check_same_tokenizer(teacher, context.identity("student"))
     return lineage
 
@@ -97,6 +98,7 @@ def score_responses(
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
     )
+    # The reader of a cache checks that no token id is larger than what the teacher knows.
     vocab_size = read_architecture(config.models.teacher).vocab_size
     return _complete(context, writer, rollouts, vocab_size=vocab_size, **extra)
 
@@ -107,6 +109,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     Every row of the cache names its teacher.
     """
     config = context.config
+    # The parts are those of the rollout stage, whose shards the cache repeats one by one.
     parts = {part: part.context(context) for part in parts_in(rollouts)}
     # All teachers are checked before the first one is started.
     lineages = {
@@ -130,6 +133,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
         part_writer = PartWriter(writer, part, own.identity("teacher").weights)
         if not part_writer.missing(part.num_shards):
             continue
+        # One teacher at a time: several of them need not fit on the GPUs together.
         with serve_teacher(own) as engine:
             score_into(
                 part_writer,
@@ -155,6 +159,7 @@ def _complete(
 ) -> Manifest:
     """Publish the manifest of a cache whose shards are all there."""
     config = context.config
+    # The bytes of a token are a figure that users compare. All columns count, prompts included.
     tokens = sum(shard.tokens for shard in rollouts.shards)
     num_bytes = sum(path.stat().st_size for path in writer.folder.glob("shard-*.parquet"))
     return writer.finish(

@@ -46,7 +46,8 @@ def score_into(
         return
     assert engine is not None, "an engine is needed, because shards are missing"
     is_megatron = isinstance(engine, MegatronScorer)
-    # Only the shards in flight are in memory.
+    # Only the shards in flight are in memory: their responses, the scores that have come, and which
+    # shard each open request belongs to.
     responses: dict[int, list[Response]] = {}
     scores: dict[int, dict[Key, TeacherScores]] = {}
     shard_of: dict[Key, int] = {}
@@ -55,6 +56,7 @@ def score_into(
 
     def requests(indices: Sequence[int]) -> Iterator[ScoreRequest]:
         for index in indices:
+            # The checksum of the source is verified here, when the shard is read.
             shard = rollouts.shards[index]
             table = read_shard(source, shard)
             rows = cache.from_table(table, where=str(source / shard.name))
@@ -81,6 +83,8 @@ def score_into(
                 index = shard_of.pop(score.key)
                 scores[index][score.key] = score
                 bar.advance(1)
+                # The scores come in any order. A shard is published when its last one is there, in
+                # the order of the source.
                 if len(scores[index]) == len(responses[index]):
                     ordered = responses.pop(index)
                     of_shard = scores.pop(index)

@@ -16,11 +16,7 @@ _NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dt
 
 
 class ModelServer:
-    """A context manager. ``use(model)`` gives an engine for that model until the next ``use``.
-
-    Models of one architecture exchange their weights in the running server. For another
-    architecture the server is started again.
-    """
+    """A context manager. ``use(model)`` gives an engine for that model until the next ``use``."""
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
@@ -48,8 +44,10 @@ class ModelServer:
         if self._engine is not None and architecture == self._architecture:
             from sglang_rollout.weight_sync import update_weights_from_disk
 
+            # A start takes tens of seconds, an exchange of weights in a running server much less.
             update_weights_from_disk(self._engine, model, version=version)
             return self._engine
+        # The old server goes first: two of them may not fit on the GPUs.
         self._open.close()
         self._engine = self._open.enter_context(self._context.serve("evaluated", model))
         self._architecture = architecture

@@ -31,6 +31,7 @@ def train(job: TrainingJob) -> None:
     samples = load_samples(job)
     # The loss is -log pi_theta(x_t | s_t) of every response token.
     training = Training(job, samples, Supervised())
+    # After a kill it goes on at the newest checkpoint, with the batches that it would have had.
     for step in training.remaining_steps():
         batch = training.batches.of_step(step)
         # Per microbatch one forward and one backward pass, then one update of the weights.
@@ -60,6 +61,7 @@ def run(context: StageContext) -> None:
         order_seed=config.run.seed,
     )
     result = train_on_ranks(job)
+    # The model is part of the artifact: its files stand in the manifest with their checksums.
     writer.finish(files=(path for path in job.model.iterdir() if path.is_file()), **result)
 
 
@@ -68,6 +70,8 @@ def demonstrations_of(context: StageContext) -> tuple[Path, dict[str, object]]:
     settings = context.config.sft
     if settings.demonstrations is None:
         return context.folder_of("demonstrate"), dict(context.manifest_of("demonstrate").lineage)
+    # Demonstrations from elsewhere. Their manifest may name the teacher; what the user declares is
+    # recorded as declared.
     teacher = settings.declared_teacher
     identity = identify_model(teacher) if teacher is not None else None
     return settings.demonstrations, lineage_of(read_manifest(settings.demonstrations), identity)
@@ -82,6 +86,7 @@ def _take_over(context: StageContext, checkpoint: Path) -> None:
     lineage = declared(identify_model(teacher) if teacher is not None else None)
     writer = context.writer(models={"student": context.identity("student")}, lineage=lineage)
     target = context.folder / MODEL
+    # A copy, not a link: the checkpoint may change or go away, and later stages verify these files.
     partial = target.with_name(target.name + ".copying")
     remove_folder(partial)
     with storage_errors(target):

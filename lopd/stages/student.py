@@ -24,15 +24,11 @@ class StudentServer(StepHook):
 
     Every rank has one and calls it together with the other ranks. Rank 0 alone talks to the
     servers. With ``sync.colocate`` the servers and the trainer share the GPUs: the trainer holds
-    them at the start and during a step, the servers hold them after ``push``. Weights that were
-    pushed stay in the servers until the GPUs go back, so an evaluation and a refresh before the
-    same step share one sync.
-
-    Attributes:
-        engine: The servers on rank 0; None on the other ranks.
-        version: The weight version that was pushed last.
-        shares_gpus: Whether the servers and the trainer share the GPUs.
+    them at the start and during a step, the servers hold them after ``push``.
     """
+
+    # Weights that were pushed stay in the servers until the GPUs go back. So an evaluation and a
+    # refresh before the same step share one sync, and the GPUs go back after both (GpusToTrainer).
 
     def __init__(self, job: TrainingJob, addresses: StudentAddresses) -> None:
         """Connect to the servers, before the trainer is built.
@@ -42,13 +38,16 @@ class StudentServer(StepHook):
         """
         self._job = job
         self._weights_file = addresses.weights_file
+        # The servers, on rank 0 alone: two ranks must not send at the same time.
         self.engine = _connect(job, addresses) if parallel.rank() == 0 else None
+        # The weight version that was pushed last.
         self.version = ""
         self.shares_gpus = job.config.sync.colocate
         self._colocation = self._colocate()
         self._colocation.to_trainer()
         # After how many steps the trainer had the weights that the servers hold; None: no weights.
         self._served_step: int | None = None if self.shares_gpus else 0
+        # A server that has given its memory back cannot answer, so only others are asked.
         if self.engine is not None and not self.shares_gpus:
             await_servers(self.engine.engines, job.config.sync.timeout_s)
             self.version = str(self.engine.model_info()["weight_version"])
@@ -62,6 +61,7 @@ class StudentServer(StepHook):
 
     def begin(self, training: Training) -> None:
         """Send this training's weights from now on."""
+        # From now on the trainer's memory leaves the GPUs when a server needs them.
         self._colocation.admit(training.trainer.memory)
         self._weights = StudentWeights(
             training.trainer,
@@ -84,6 +84,7 @@ class StudentServer(StepHook):
         """
         if step == self._served_step and not again:
             return
+        # The trainer's weights must be on the GPUs, because they are sent from there.
         self._colocation.to_trainer()
         self.version = f"step-{step}"
         report = self._weights.push(self.version)

@@ -123,6 +123,8 @@ class StudentWeights:
                 or no server was lost, and one refuses the weights or has other values. Every rank
                 raises it.
         """
+        # All ranks go through this loop together. What only the rank with an engine can know, it
+        # tells the others by by_first_rank, so that all of them repeat or end.
         lost = ""
         for attempt in range(MAX_SENDS):
             by_first_rank(self._await_servers)
@@ -173,6 +175,7 @@ class StudentWeights:
         """
         if self._engine is None:
             return ""
+        # Scores are compared after the sync, because servers answer no request during it.
         if error is None and probe is not None:
             try:
                 ScoreVerification(probe, self._settings.tolerance).check(self._engine.engines)
@@ -184,6 +187,7 @@ class StudentWeights:
             # one that was lost. Without an error only a restart can have lost the weights.
             lost = self._restarted.lost() if error is not None else self._restarted.restarted()
         if lost and self._restarted is not None:
+            # A server that is silent may still run. It is ended, so that it can be started again.
             self._restarted.end(lost)
             urls = self._restarted.urls(lost)
             reason = "it was started again meanwhile" if error is None else error.what
@@ -197,6 +201,7 @@ class StudentWeights:
 
     def _probe(self) -> Probe:
         """Return the trainer's own log-probabilities of the first samples. Collective."""
+        # A response each, so that what is compared does not depend on packing.
         num_probes = min(self._settings.num_probes, len(self._samples))
         samples = [self._samples[index] for index in range(num_probes)]
         microbatches = [build_microbatch([sample], parallel.tensor_size()) for sample in samples]
@@ -235,6 +240,7 @@ def _send_buckets(
             pass
         raise
     except BaseException:
+        # This rank ends now, and ends the others. There is nobody left to gather with.
         receiver.abandon()
         raise
     return receiver.report

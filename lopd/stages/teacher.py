@@ -25,6 +25,8 @@ def serve_teacher(context: StageContext) -> Iterator[Any]:
         with context.serve("teacher", config.models.teacher) as server:
             yield server
         return
+    # The same forward pass as the trainer's, for a model that SGLang cannot serve, or for scores
+    # without the difference between the two engines.
     num_ranks = config.score.forward.parallel.ranks
     context.log(f"starting {num_ranks} ranks of Megatron-Core with {config.models.teacher}")
     # Several workers share a folder, so each has a log of its own.

@@ -33,20 +33,18 @@ JOB = "job.json"
 # The environment variable with the servers' key, which never stands in a file or a command line.
 SERVER_KEY = "LOPD_SERVER_KEY"
 
+# The two trainings of the method. Each is the name of a section of the configuration, too.
 Objective = Literal["sft", "distill"]
 
 
 @dataclass(frozen=True)
 class StudentAddresses:
-    """How a rank reaches the servers that the parent started.
+    """How a rank reaches the servers that the parent started."""
 
-    Attributes:
-        urls: One for each server.
-        weights_file: Where the parent reads what a restarted server must serve. None where the
-            servers are the user's own, which lopd never restarts.
-    """
-
+    # One for each server. The key is not here: it comes in the environment (SERVER_KEY).
     urls: tuple[str, ...]
+    # Where the parent reads what a restarted server must serve. None where the servers are the
+    # user's own, which lopd never restarts.
     weights_file: Path | None
 
     @classmethod
@@ -58,28 +56,25 @@ class StudentAddresses:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training: its objective, its data, where it starts, and the folder it publishes into.
+    """One training: its objective, its data, where it starts, and the folder it publishes into."""
 
-    Attributes:
-        objective: Also names the file with the loop, lopd/stages/OBJECTIVE.py.
-        config: The whole configuration.
-        folder: Where everything of this training is published.
-        data: The artifact with the responses; for distill they have teacher_logprobs.
-        initial: The Hugging Face folder that the training starts from.
-        init: "random" takes only the architecture from ``initial``.
-        num_steps: The length of the training in optimizer steps.
-        order_seed: Decides the order of the responses.
-        student: The student's servers; None where the training needs none.
-    """
-
+    # It also names the file with the loop: lopd/stages/OBJECTIVE.py.
     objective: Objective
     config: Config
+    # Where everything of this training is published.
     folder: Path
+    # The artifact with the responses. Those of distill have teacher_logprobs.
     data: Path
+    # The Hugging Face folder that the training starts from. With init "random" only its
+    # architecture is taken.
     initial: Path
     init: Literal["checkpoint", "random"]
+    # The length of the training in optimizer steps. The longer SFT of evaluate has another one than
+    # its section of the configuration.
     num_steps: int
+    # Decides the order of the responses.
     order_seed: int
+    # The student's servers; None where the training needs none.
     student: StudentAddresses | None = None
 
     @property
@@ -117,6 +112,8 @@ class TrainingJob:
 
         Those of task.options stay: a rank may need them to judge answers.
         """
+        # The ranks start no server and no other machine, so the arguments for that are hidden. The
+        # file is private as well, but it may lie on a file system that others can read.
         config = self.config.model_dump(mode="json")
         config["sglang"]["extra_args"] = scrubbed(config["sglang"]["extra_args"])
         config["launch"] = scrubbed(config["launch"])
@@ -124,6 +121,7 @@ class TrainingJob:
         fields["config"] = config
         if self.student is not None:
             fields["student"] = dataclasses.asdict(self.student)
+        # Paths become text. from_json makes paths of them again.
         plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
         return plain
 
@@ -160,6 +158,7 @@ def train_on_ranks(
     Raises:
         TrainingError: A rank failed.
     """
+    # The result is published last. Where it is, a killed command has finished the training.
     if not job.result.exists():
         _start_ranks(job, student, serve_requests)
     # Folders with weights for the servers are of no use after the training.
@@ -171,6 +170,7 @@ def train_on_ranks(
 def _start_ranks(
     job: TrainingJob, student: SGLangEngine | None, serve_requests: Callable[[], None]
 ) -> None:
+    # The servers are started before the ranks, so only here is it known where they listen.
     environment = dict(os.environ)
     if student is not None:
         job = dataclasses.replace(job, student=StudentAddresses.of(student))
@@ -185,6 +185,8 @@ def _start_ranks(
         # After any line: half a line of another rank may stand before the one that asks.
         serve_requests()
 
+    # Returns when all ranks have ended. No rank is restarted: after an error the same command goes
+    # on from the newest checkpoint.
     run_ranks(
         f"lopd.stages.{job.objective}",
         [str(job_file)],
@@ -230,6 +232,7 @@ def follow_trainings(
         join = await_announcement(folder / ANNOUNCEMENT_FILE, done=is_done)
         if join is None:
             return joined
+        # The first machine has written the job into the shared folder before it announced itself.
         run_ranks(
             f"lopd.stages.{objective}",
             [str(folder / JOB)],

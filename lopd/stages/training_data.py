@@ -32,6 +32,7 @@ def load_samples(job: TrainingJob) -> Sequence[Sample]:
         DataError: There are no responses, or distill finds no teacher log-probabilities.
         ArtifactError: A shard is damaged, or a response is there twice.
     """
+    # The bound counts response tokens. A list is faster: a step reads its batch without decoding.
     samples = CachedSamples(job)
     return samples if samples.num_tokens > MEMORY_TOKENS else samples.all()
 
@@ -49,6 +50,7 @@ class CachedSamples(Sequence[Sample]):
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)
         columns = self._reader.columns
         self._sampled = "sampling_logprobs" in columns
+        # The errors are found here, before the first step, and not when a response is first used.
         if len(self._reader) == 0:
             raise DataError(
                 "no responses to learn from",
@@ -78,6 +80,7 @@ class CachedSamples(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> list[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        # A slice is read in one go: neighbours lie in the same row group of a shard.
         if isinstance(index, slice):
             rows = self._reader.fetch_scored(np.arange(len(self))[index])
             return [self._sample(row) for row in rows]
@@ -114,6 +117,7 @@ def teachers_in(reader: CacheReader) -> dict[str, str]:
     Raises:
         DataError: There are several, and no column says which response is whose.
     """
+    # Teachers are told apart by content. A cache that was merged may name one under several roles.
     names: dict[str, str] = {}
     for role, identity in reader.manifest.models.items():
         if role.startswith("teacher"):
@@ -137,6 +141,8 @@ def distillation_objective(job: TrainingJob) -> Objective:
     Raises:
         ConfigError: The loss needs what the artifact does not have, such as the teacher's top-K.
     """
+    # Only the manifest and the columns are looked at. Whether a knob can be used is known from
+    # them, before any response is read.
     reader = CacheReader(job.data)
     available = AVAILABLE
     if "teacher_top_ids" in reader.columns:

@@ -30,6 +30,7 @@ def run_rank(train: Callable[[TrainingJob], None]) -> None:
     Args:
         train: The loop of sft or distill.
     """
+    # The parent's arguments reach a rank as they are: the job file is the only one.
     raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     job = TrainingJob.from_json(raw)
     # An error outside of this block would reach the parent as a traceback and not as one line.
@@ -37,6 +38,7 @@ def run_rank(train: Callable[[TrainingJob], None]) -> None:
         seed = job.config.run.seed
         parallel.initialize(job.settings.parallel, seed=seed, timeout_s=job.settings.timeout_s)
         train(job)
+        # After an error the process ends at once instead: the other ranks join no collective then.
         parallel.shutdown()
 
 
@@ -44,14 +46,6 @@ class Training:
     """The trainer of a job, its running figures, its batches, and what it publishes.
 
     Every rank has one. All ranks call its methods together.
-
-    Attributes:
-        samples: The responses that the training starts with.
-        trainer: Holds the newest weights. It has resumed the newest checkpoint.
-        state: What a checkpoint keeps beside the weights: num_tokens, first_loss, last_loss,
-            weight_syncs, and what the hooks add.
-        metrics: The log of figures on rank 0; None on the other ranks.
-        batches: Give the batch of each step.
     """
 
     def __init__(
@@ -71,6 +65,7 @@ class Training:
             entropy: Whether the objective gets the student's entropy at every token.
         """
         self.job = job
+        # The responses that the training starts with. A refresh replaces those in the batches.
         self.samples = samples
         self.trainer = Trainer(
             job.settings,
@@ -82,12 +77,15 @@ class Training:
             entropy=entropy,
             checkpoint_dir=job.checkpoints,
         )
+        # The running figures. A checkpoint keeps them beside the weights, so a training that was
+        # killed ends with the figures of one that was not. Hooks add keys of their own.
         self.state: dict[str, Any] = self.trainer.resume(job.print_line) or {
             "num_tokens": 0,
             "first_loss": None,
             "last_loss": None,
             "weight_syncs": 0,
         }
+        # One process writes the metrics, because a line must not be written twice.
         self.metrics = MetricsLog(job.config.run.dir) if parallel.rank() == 0 else None
         if self.metrics is not None:
             # A killed command may have logged steps after its newest checkpoint. They are trained
@@ -109,6 +107,7 @@ class Training:
             num_tokens: Prompt and response tokens of the step, over all ranks.
             hook_figures: More figures for the step's line of the metrics.
         """
+        # These figures are of all ranks together, so every rank keeps the same state.
         self.state["num_tokens"] += num_tokens
         if self.state["first_loss"] is None:
             self.state["first_loss"] = result.loss

@@ -49,6 +49,8 @@ def use_servers(
     Raises:
         EngineError, ConfigError: A server cannot be reached or is not what it must be.
     """
+    # What can be asked is not taken on trust: a server with another model, tokenizer or number
+    # format gives log-probabilities that look like those of the right one.
     identity = identify_model(model)
     engine = connect(urls, config.sglang, model)
     log(f"using the servers at {', '.join(urls)}")
@@ -57,16 +59,19 @@ def use_servers(
         same_content=lambda folder: identify_model(folder).weights == identity.weights,
         loads_weights=loads_weights,
         tokenized=tokenized(model, _TEXT),
+        # Where the weights are put in anew, it does not matter which ones the servers have now.
         probe=None if loads_weights else _teacher_probe(config),
     )
     found = check_external(engine, expected)
     found["version_on_record"] = _compare_version(config, role, found, log)
     if found["weights"] == "declared":
+        # The servers run on a machine whose folders are not seen here, and no probe is on record.
         log(
             f"WARNING: it cannot be seen from here that these servers hold the weights of {model}; "
             "you declare it"
         )
     if loads_weights:
+        # The version names the weights by content, so that a response of others is noticed.
         update_weights_from_disk(engine, model, version=f"lopd-{identity.weights[:12]}")
         # A trainer that was killed in the middle of an update has left them paused.
         engine.call("POST", "/continue_generation", {})
@@ -114,6 +119,7 @@ def _compare_version(
     Returns:
         That stage and its version, for the manifest; None where no stage has one on record.
     """
+    # Not an error: another version is usually right, and the user may have no choice.
     for stage, manifest, served in _served_before(config, role):
         # Servers that lopd started run the SGLang that was installed then.
         former = served.get("version", manifest.versions.get("sglang"))
