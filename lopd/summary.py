@@ -38,6 +38,7 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
         The summary.
     """
     run_dir = config.run.dir
+    # Only the stages of this command: a reused one took the time of its verification.
     stages = [
         {"name": outcome.name, "status": outcome.status, "seconds": round(outcome.seconds, 3)}
         for outcome in outcomes
@@ -52,6 +53,7 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
     if "score" in made:
         summary |= _score_figures(made["score"])
     if "distill" in made:
+        # The figures that the ranks kept, from the first step on, whatever was killed in between.
         names = ("num_steps", "num_tokens", "first_loss", "last_loss", "weight_syncs")
         summary["distill"] = {name: made["distill"].extra[name] for name in names}
         if "score" in made:

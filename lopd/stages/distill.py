@@ -143,7 +143,7 @@ def _figures(result: dict[str, Any], context: StageContext) -> dict[str, Any]:
     if "refreshes" not in result:
         return result
     made = [RefreshRecord(**fields) for fields in result["refreshes"]]
-    # Why the step after the last one would have refreshed is of no interest.
+    # The last step may have asked for a refresh that no further step needs.
     figures = {name: value for name, value in result.items() if name != "refresh_due"}
     return {**figures, "refreshes": describe(made, context.folder)}
 

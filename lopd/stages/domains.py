@@ -64,6 +64,7 @@ class Part:
 
     def rollouts(self, whole: Manifest) -> Manifest:
         """Return the part of a manifest of rollouts that belongs to this domain."""
+        # By name: the manifest of the rollouts lists the shards of all parts.
         indices = range(self.first, self.first + self.num_shards)
         names = {f"shard-{index:05d}.parquet" for index in indices}
         shards = tuple(shard for shard in whole.shards if shard.name in names)
@@ -124,14 +125,10 @@ def parts_in(rollouts: Manifest) -> list[Part]:
 class PartWriter(ArtifactWriter):
     """Publishes the shards 0, 1, .. of a part as the shards first, first + 1, .. of the whole."""
 
+    # It has no manifest of its own, so it does not call the constructor of ArtifactWriter. The
+    # whole writer knows what is published and completes the artifact.
     def __init__(self, whole: ArtifactWriter, part: Part, teacher: str = "") -> None:
-        """Write into a whole artifact.
-
-        Args:
-            whole: The writer of the whole artifact.
-            part: The part.
-            teacher: What every row gets in the column ``teacher``; "" for no such column.
-        """
+        """Write a part. Every row gets ``teacher`` in that column; "" for no such column."""
         self.folder = whole.folder
         self._whole = whole
         self._part = part
@@ -150,6 +147,7 @@ class PartWriter(ArtifactWriter):
         return self._whole.shard_size
 
     def publish_shard(self, index: int, table: pa.Table) -> None:
+        # Rollouts have no such column: their parts name no teacher.
         if self._teacher:
             column = pa.array([self._teacher] * table.num_rows, pa.string())
             table = table.append_column("teacher", column)

@@ -40,6 +40,7 @@ LONGER = "sft_longer"
 def run(context: StageContext) -> None:
     """Publish answers, scores, accuracy and reverse KL of each model."""
     config = context.config
+    # Before the servers: training and serving need the same GPUs.
     longer = _train_longer(context) if config.evaluate.equal_compute_baseline else None
     prompts, prompt_ids = context.prompts("eval", config.models.student)
     held_out = _HeldOut(context, prompts, prompt_ids)
@@ -55,6 +56,7 @@ def run(context: StageContext) -> None:
     with ModelServer(context) as server:
         for name, model in models_of(context).items():
             engine = server.use(model, version=name)
+            # All that a model has to answer is asked while the server holds it.
             answers[name] = held_out.sample(engine, name, "answers")
             policies[name] = answers[name]
             if policy_purpose == "policy":
@@ -117,7 +119,7 @@ def _train_longer(context: StageContext) -> dict[str, Any]:
         init="checkpoint",
         # Rounded up: the baseline never gets less compute than distill had.
         num_steps=math.ceil(distilled["num_tokens"] / tokens_per_step),
-        # Another order than in the first SFT, which begins with the same responses otherwise.
+        # With the same seed it would begin with the responses that the first SFT began with.
         order_seed=context.config.run.seed + 1,
     )
     return train_on_ranks(job)
@@ -196,6 +198,7 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
 
     # Verdicts come in the order of the responses.
     verdicts = [verdict.right for verdict in judge_all(task, responses())]
+    # By prompt: avg@k and pass@k are means over prompts, whose samples belong together.
     right: dict[str, list[bool]] = {}
     for prompt_id, verdict in zip(prompt_ids, verdicts, strict=True):
         right.setdefault(prompt_id, []).append(verdict)
@@ -211,6 +214,7 @@ def _reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
     counts: list[int] = []
     for response, teacher_logprobs in cache.read_rows(folder, manifest):
         assert teacher_logprobs is not None, "scored shards carry teacher log-probabilities"
+        # The sampling log-probabilities are at temperature 1, as the teacher's are.
         difference = response.sampling_logprobs - teacher_logprobs  # [R]
         sums.append(float(np.sum(difference, dtype=np.float64)))
         counts.append(len(response.token_ids))
@@ -220,8 +224,8 @@ def _reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
     # The mean is a ratio of two sums over responses, which are the independent units: tokens of a
     # response depend on each other. This is the ratio estimator's standard error.
     residuals = np.array(sums) - mean * np.array(counts)
-    scale = num_responses / max(1, num_responses - 1)
-    error = math.sqrt(float(residuals @ residuals) * scale) / num_tokens
+    squares = float(residuals @ residuals)
+    error = math.sqrt(squares * num_responses / max(1, num_responses - 1)) / num_tokens
     return {"mean": mean, "standard_error": error}
 
 

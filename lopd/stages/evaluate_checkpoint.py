@@ -98,12 +98,15 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
         say(sandbox)
     if fit_context:
         config = _fit_context(config, task)
+    # Not a stage of the pipeline, but made of the same parts: inputs that decide what is reused,
+    # shards that a killed command goes on with, and servers.
     context = StageContext(config, ANSWERS)
     prompts, prompt_ids = context.prompts("eval", config.models.student)
     manifest = _sample(context, prompts, prompt_ids, shard_size)
     rows = _judge_answers(context, manifest, prompts, task)
     summary = {**_figures(rows, prompts), **_about(context, manifest, sandbox)}
     publish_json(config.run.dir / SUMMARY, summary)
+    # Made again each time: it takes seconds, and follows from the transcripts.
     lines = [json.dumps(line, ensure_ascii=False) for line in _problem_lines(rows, prompts)]
     publish_bytes(config.run.dir / PROBLEMS, ("\n".join(lines) + "\n").encode())
     return summary
@@ -121,6 +124,7 @@ def _check_machine(task: Task) -> str:
 
 def _fit_context(config: Config, task: Task) -> Config:
     """Return the configuration with the context, and the timeout, that long responses need."""
+    # Prompts are loaded here against the model's own limit, and once more with the fitted one.
     longest = read_architecture(config.models.student).max_position_embeddings
     tokenizer = load_tokenizer(config.models.student)
     _, prompt_ids = load_prompts(
@@ -134,6 +138,7 @@ def _fit_context(config: Config, task: Task) -> Config:
             f"the model has {longest} positions: the longest prompt leaves "
             f"{longest - longest_prompt} tokens for its response"
         )
+    # A long response on a busy server takes long, and must not be taken for a server that hangs.
     sglang = config.sglang
     timeout_s = max(sglang.request_timeout_s, _SECONDS_PER_TOKEN * config.evaluate.max_new_tokens)
     changes = {"context_length": min(needed, longest), "request_timeout_s": timeout_s}
@@ -153,6 +158,7 @@ def _sample(
         sampling=context.sampling_record(config.evaluate),
         shard_size=shard_size,
     )
+    # The number of shards follows from the shard size that the folder was begun with.
     samples_per_prompt = config.evaluate.samples_per_prompt
     num_shards = -(-len(prompts) * samples_per_prompt // writer.shard_size)
     # Where all answers are there, and only the verifier has changed, no server is started.
@@ -200,6 +206,7 @@ def _judge_answers(
                 verdicts = _read_verdicts(folder / name)
                 bar.advance(len(verdicts))
             else:
+                # One by one, so that the bar moves: a verdict of code may take seconds.
                 verdicts = []
                 for verdict in judge_all(task, _to_judge(responses, texts, by_id)):
                     verdicts.append(verdict)
@@ -226,6 +233,7 @@ def _write_transcripts(
     verdicts: Sequence[Verdict],
     prompts: dict[str, Prompt],
 ) -> None:
+    # Everything that a person needs to see why an answer counts as right or wrong.
     lines: list[str] = []
     for response, text, verdict in zip(responses, texts, verdicts, strict=True):
         prompt = prompts[response.prompt_id]
@@ -272,6 +280,7 @@ def _figures_of(rows: Sequence[_Row]) -> dict[str, Any]:
         right.setdefault(row.response.prompt_id, []).append(row.verdict.right)
     lengths = [len(row.response.token_ids) for row in rows]
     truncated = [row.response.finish_reason == "length" for row in rows]
+    # "No answer found" and "wrong answer" call for different remedies.
     reasons = Counter(row.verdict.reason for row in rows if not row.verdict.right)
     return {
         "num_problems": len(right),
@@ -282,6 +291,7 @@ def _figures_of(rows: Sequence[_Row]) -> dict[str, Any]:
 
 def _problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
     """Yield a line for each problem, in the order of the prompts."""
+    # Rows come shard by shard. A prompt's samples may lie in two shards.
     by_prompt: dict[str, list[_Row]] = {}
     for row in rows:
         by_prompt.setdefault(row.response.prompt_id, []).append(row)
@@ -311,6 +321,7 @@ def _problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[
 
 def _about(context: StageContext, manifest: Manifest, sandbox: str) -> dict[str, Any]:
     """Return what the figures were made from."""
+    # With these fields two summaries can be compared, or it can be seen that they cannot.
     config = context.config
     shards: tuple[ShardInfo, ...] = manifest.shards
     return {

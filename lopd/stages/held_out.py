@@ -78,6 +78,7 @@ class HeldOutEvaluation(StepHook):
             EngineError: A server has lost the weights MAX_SENDS times.
         """
         progress = f"step {step}/{self._job.num_steps}"
+        # All ranks go through this loop together, because a weight sync is collective.
         for attempt in range(MAX_SENDS):
             self._student.push(step, again=attempt > 0)
             # Answers may take longer than a collective may last; by_first_rank bounds no wait.
@@ -148,6 +149,7 @@ class HeldOutAnswers:
         Raises:
             OtherWeights: A response carries another weight version.
         """
+        # Collected on the way: the responses themselves are not kept.
         lengths: list[int] = []
         truncated: list[bool] = []
         by_id = {prompt.prompt_id: prompt for prompt in self._prompts}

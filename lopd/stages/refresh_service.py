@@ -55,23 +55,24 @@ class RefreshService:
     def __init__(self, context: StageContext, engine: SGLangEngine, student: Path) -> None:
         """Check the teacher, and forget what a killed command has left.
 
-        Args:
-            context: The distill stage.
-            engine: The servers of the student.
-            student: A folder with the student's tokenizer.
-
         Raises:
             ConsistencyError, DataError: As in the score stage.
         """
+        # The distill stage.
         self._context = context
+        # The servers of the student. They have the weights that the ranks sent last.
         self._engine = engine
+        # A folder with the student's tokenizer.
         self._student = student
+        # The teacher is checked before the training starts, and not at the first refresh, which may
+        # come after hours.
         self._scored = context.manifest_of("score")
         self._lineage = check_teacher(context, self._scored)
         self._request = context.folder / REQUEST
         # The servers have other weights now than when a killed command asked for a refresh.
         for leftover in (self._request, context.folder / LOST):
             leftover.unlink(missing_ok=True)
+        # Closed with this service: whatever ends the training ends the teacher as well.
         self._kept = contextlib.ExitStack()
         # The teacher's server, where distill.refresh.keep_teacher lets it run on.
         self._teacher: SGLangEngine | None = None
@@ -89,6 +90,8 @@ class RefreshService:
             EngineError, ArtifactError, DataError: The refresh cannot be made. The ranks would wait
                 for ever, so they must be ended.
         """
+        # One request at a time. Nothing else runs in this process meanwhile; the ranks' heartbeats
+        # and lines wait in files and pipes.
         while self._request.exists():
             request = json.loads(self._request.read_text(encoding="utf-8"))
             # Removed before the work: once the scores are published the ranks may ask again.
@@ -99,6 +102,8 @@ class RefreshService:
             except OtherWeights as error:
                 if not request["can_send"]:
                     raise
+                # Shards that are published stay. They are of this version, so the next request goes
+                # on.
                 self._context.log(f"{error.what}; they are sent again")
                 publish_json(self._context.folder / LOST, request["refresh"])
             else:
@@ -155,6 +160,8 @@ class RefreshService:
     def _require_weights(self, version: str, can_send: bool) -> None:
         """Raise an error where the server has other weights than the request names."""
         served = self._engine.model_info()["weight_version"]
+        # A response of other weights would be off-policy without a sign of it, so this is checked
+        # before the first request and for every response (sample_into).
         if served == version:
             return
         if can_send:
@@ -187,6 +194,8 @@ class RefreshService:
     def _score(self, refresh: RefreshRecord, rollouts: Manifest) -> None:
         """Publish the teacher's log-probabilities of the responses."""
         folder = refresh.folder(self._context.folder)
+        # A cache like the score stage's, with the same checks and the same columns, so that the
+        # ranks read it in the same way.
         writer = self._writer(
             folder / SCORES,
             "teacher_cache",

@@ -11,6 +11,7 @@ from lopd.artifacts import ArtifactWriter
 from lopd.config import Sampling
 from lopd.records import Ints, Key, Prompt, Response
 from lopd.report.console import progress
+from lopd.stages.open_shards import OpenShards
 from lopd.stages.request_order import in_passes
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
@@ -56,16 +57,16 @@ def sample_stage(
     model: Path,
     title: str,
 ) -> None:
-    """Serve a model and sample a prompt set of the configuration into a stage's artifact.
+    """Serve a model and sample a prompt set into a stage's artifact.
 
     Args:
         context: The stage.
-        writer: Of the stage's artifact.
+        writer: The writer of its artifact.
         section: The sampling parameters.
         prompt_set: "sft", "opd" or "eval".
-        role: What the model is, for StageContext.serve.
-        model: The model.
-        title: Stands at the progress bar.
+        role: "teacher" or "student", for the servers' log and record.
+        model: The Hugging Face folder.
+        title: The text at the progress bar.
     """
     # The writer's shard size counts: a stage that goes on keeps the one that it was begun with.
     prompts, prompt_ids = context.prompts(prompt_set, model)
@@ -103,16 +104,15 @@ def sample_into(
     """Sample the responses that are not published yet.
 
     Args:
-        writer: Of the artifact. Its shard size says which responses a shard holds.
-        engine: Serves the model.
+        writer: The writer of the artifact.
+        engine: The servers of the model.
         prompts: The prompts.
-        prompt_ids: Their token ids, int32 [P] each.
+        prompt_ids: The token ids of each prompt, int32 [P].
         params: The sampling parameters.
         samples_per_prompt: How many responses each prompt gets.
-        seed: The run's seed. A request's own seed derives from it, the prompt, the sample index and
-            the purpose. So a stage that was killed asks for the same responses again.
+        seed: The run's seed.
         purpose: Tells apart requests for the same prompt, for example "rollout".
-        title: Stands at the progress bar.
+        title: The text at the progress bar.
         version: The weight version that the servers must have. None: the one that they have now.
 
     Raises:
@@ -122,24 +122,22 @@ def sample_into(
     missing = writer.missing(shards.count)
     if not missing:
         return
-    # Only the shards in flight are in memory. A kill loses these responses and no others.
-    # shard_of holds the requests that have no response yet, done the responses of shards that are
-    # not complete yet.
-    shard_of: dict[Key, int] = {}
-    done: dict[int, dict[Key, Response]] = {}
+    open_shards: OpenShards[Response] = OpenShards()
 
     def requests() -> Iterator[SamplingRequest]:
         # The engine takes the next request when one is finished, so later shards are not begun
         # before there is room for them.
         for index in missing:
-            done[index] = {}
+            members = [*shards.members(index)]
+            open_shards.begin(index, [key for key, _ in members])
             by_prompt: dict[str, list[tuple[Key, Ints]]] = {}
-            for key, ids in shards.members(index):
+            for key, ids in members:
                 by_prompt.setdefault(key[0], []).append((key, ids))
             # One sample of every prompt, then a second one: the server has the prompt's prefix by
             # then.
             for key, ids in in_passes([*by_prompt.values()], len(by_prompt)):
-                shard_of[key] = index
+                # A request's own seed derives from the run's seed, the prompt, the sample index and
+                # the purpose. So a killed stage asks for the same responses again.
                 yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
 
     # One version for the whole call: a server that is restarted in the middle must not mix two.
@@ -149,14 +147,11 @@ def sample_into(
     with progress(title, total=total, done=already, unit="responses") as bar:
         # Responses come in the order in which they are finished.
         for response in engine.generate(requests(), params, version=version):
-            index = shard_of.pop(response.key)
-            done[index][response.key] = response
             bar.advance(1)
-            if len(done[index]) == shards.size(index):
-                # In the order of the members: the file must not depend on which response was first.
-                responses = done.pop(index)
-                ordered = [responses[key] for key, _ in shards.members(index)]
-                writer.publish_shard(index, cache.to_table(ordered))
+            complete = open_shards.add(response.key, response)
+            if complete is not None:
+                index, responses = complete
+                writer.publish_shard(index, cache.to_table(responses))
 
 
 class _Shards:
@@ -173,6 +168,7 @@ class _Shards:
         self._prompt_ids = prompt_ids
         self._samples_per_prompt = samples_per_prompt
         self._shard_size = shard_size
+        # Positions count all samples of the first prompt, then those of the second, and so on.
         self._total = len(prompts) * samples_per_prompt
         self.count = -(-self._total // shard_size)
 

@@ -81,11 +81,11 @@ def score_responses(
 
     Args:
         context: The stage.
-        writer: Of the cache.
-        engine: Serves the teacher. It may be None where nothing is missing.
+        writer: The writer of the cache.
+        engine: The teacher. It may be None where nothing is missing.
         source: The folder of the responses.
-        rollouts: Its manifest.
-        title: Stands at the progress bar.
+        rollouts: The manifest of the responses.
+        title: The text at the progress bar.
         extra: More figures for the manifest.
     """
     config = context.config
@@ -118,6 +118,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     teachers = {
         role_of(config, part.domain): own.identity("teacher") for part, own in parts.items()
     }
+    # The cache is as consistent as its least consistent domain.
     writer = context.writer(
         models={**teachers, **_sampler_of(rollouts)},
         sampling=rollouts.sampling,
@@ -151,6 +152,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
 
 def _sampler_of(rollouts: Manifest) -> dict[str, ModelIdentity]:
     """Return the student that sampled the responses, where it is on record."""
+    # distill.cache compares it with the student of another run.
     return {"student": rollouts.models["student"]} if "student" in rollouts.models else {}
 
 
@@ -170,6 +172,7 @@ def _complete(
         top_k=config.score.top_k,
         # How far the log-probabilities of a 16-bit cache have moved, in nats.
         logprob_loss=logprob_loss(writer.folder),
+        # Whoever reads the cache elsewhere must know which sampled tokens ended a response.
         end_token_ids=end_token_ids(context.end_models),
         served=context.served,
         **extra,

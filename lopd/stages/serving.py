@@ -40,6 +40,8 @@ class ModelServer:
         Raises:
             EngineError: The server does not start, or refuses the weights.
         """
+        # The files of a trained model differ from its base in names and versions, not in what
+        # SGLang builds from them.
         architecture = _architecture(model)
         if self._engine is not None and architecture == self._architecture:
             from sglang_rollout.weight_sync import update_weights_from_disk

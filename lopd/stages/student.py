@@ -88,6 +88,7 @@ class StudentServer(StepHook):
         self._colocation.to_trainer()
         self.version = f"step-{step}"
         report = self._weights.push(self.version)
+        # None on the ranks that only took part in gathering: one rank prints the line.
         if report is not None:
             num_steps = self._job.num_steps
             self._job.print_line(f"step {step}/{num_steps}: weights synced, {report.line()}")
@@ -123,6 +124,7 @@ class GpusToTrainer(StepHook):
 
 
 def _connect(job: TrainingJob, addresses: StudentAddresses) -> SGLangEngine:
+    # The settings that the parent has started them with.
     settings = training_settings(job.config)
     key = os.environ.get(SERVER_KEY, "")
     engines = [

@@ -112,8 +112,8 @@ class TrainingJob:
 
         Those of task.options stay: a rank may need them to judge answers.
         """
-        # The ranks start no server and no other machine, so the arguments for that are hidden. The
-        # file is private as well, but it may lie on a file system that others can read.
+        # The ranks start no server and no other machine, so they do not need the secrets in the
+        # arguments for that.
         config = self.config.model_dump(mode="json")
         config["sglang"]["extra_args"] = scrubbed(config["sglang"]["extra_args"])
         config["launch"] = scrubbed(config["launch"])
@@ -121,12 +121,13 @@ class TrainingJob:
         fields["config"] = config
         if self.student is not None:
             fields["student"] = dataclasses.asdict(self.student)
-        # Paths become text. from_json makes paths of them again.
+        # Paths become text here; from_json makes paths of them again.
         plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
         return plain
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> TrainingJob:
+        # The configuration is validated again: a rank trusts a file no more than the parent does.
         fields = {**raw, "config": Config.model_validate(raw["config"])}
         for name in ("folder", "data", "initial"):
             fields[name] = Path(raw[name])

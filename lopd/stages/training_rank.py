@@ -25,12 +25,8 @@ _BUCKET_BYTES = 512 * 2**20
 
 
 def run_rank(train: Callable[[TrainingJob], None]) -> None:
-    """Run a training loop as one rank that lopd.stages.training started: ``MODULE JOB.json``.
-
-    Args:
-        train: The loop of sft or distill.
-    """
-    # The parent's arguments reach a rank as they are: the job file is the only one.
+    """Run the loop of sft or distill as one of the ranks that lopd.stages.training starts."""
+    # The only argument of the program is the job file.
     raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     job = TrainingJob.from_json(raw)
     # An error outside of this block would reach the parent as a traceback and not as one line.

@@ -37,11 +37,11 @@ def use_servers(
 
     Args:
         config: The configuration.
-        role: What the servers are used for, for example "teacher"; names them in manifests.
+        role: The name of these servers in manifests, for example "teacher".
         urls: The servers.
         model: The model that they must serve.
         loads_weights: Whether the weights are put into them here; otherwise they must be there.
-        log: Shows a line, and writes it to the stage's log.
+        log: Shows a line and writes it to the stage's log.
 
     Returns:
         The engine, and for the manifest what the servers were found to be.
@@ -102,6 +102,7 @@ def _teacher_probe(config: Config) -> list[float] | None:
 
 def _served_before(config: Config, role: str) -> Iterator[tuple[str, Manifest, Mapping[str, Any]]]:
     """Yield stage, manifest, and the record of the servers that had this role in it."""
+    # In the order of the pipeline: the first stage that has a record is the one to compare with.
     for stage in ("demonstrate", "rollout", "score", "distill"):
         folder = config.run.dir / stage
         if (folder / MANIFEST).is_file():
