@@ -43,6 +43,7 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
         {"name": outcome.name, "status": outcome.status, "seconds": round(outcome.seconds, 3)}
         for outcome in outcomes
     ]
+    # What is missing in a summary was not made yet under this configuration.
     summary: dict[str, Any] = {"stages": stages}
     # The figures of the other stages come from other knobs. They would not belong to these.
     made = {

@@ -48,6 +48,7 @@ class StepHooks(StepHook):
             hook.before_step(step)
 
     def after_step(self, result: StepMetrics) -> dict[str, int]:
+        # Each hook names its own figures, so none replaces those of another.
         figures: dict[str, int] = {}
         for hook in self._hooks:
             figures |= hook.after_step(result)

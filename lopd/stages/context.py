@@ -85,6 +85,7 @@ class StageContext:
             role: "teacher", "student" (the base student), or "teachers.DOMAIN".
         """
         if role not in self.identities:
+            # Only the first dot separates: the name of a domain may hold others.
             section, _, domain = role.partition(".")
             folder = getattr(self.config.models, section)
             self.identities[role] = identify_model(folder[domain] if domain else folder)
@@ -160,6 +161,7 @@ class StageContext:
 
     def sampling_record(self, section: Any) -> Mapping[str, Any]:
         """Return the sampling parameters of a section for a manifest."""
+        # The shard size decides no response. The servers' number format does, by rounding.
         parameters = section.model_dump(mode="json", exclude={"shard_size"})
         return {**parameters, "dtype": self.config.sglang.dtype}
 
@@ -183,6 +185,7 @@ class StageContext:
             get_task(self.config.task.name, self.config.task.options),
             load_tokenizer(tokenizer_folder),
             context_length=self.config.sglang.context_length,
+            # The method itself needs no answers. Only held-out prompts are judged.
             need_answers=name == "eval",
         )
 

@@ -12,6 +12,7 @@ def run(context: StageContext) -> None:
     """Publish the demonstrations."""
     config = context.config
     if config.models.teachers:
+        # Each domain's prompts have shards and a teacher of their own.
         demonstrate_by_domain(context)
         return
     # By content: a teacher in another folder is the same teacher, an updated one is not.

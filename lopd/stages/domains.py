@@ -161,6 +161,7 @@ def demonstrate_by_domain(context: StageContext) -> None:
     """Publish the demonstrations of every domain by its own teacher, one server after the other."""
     config = context.config
     section = config.demonstrate
+    # One tokenizer for all prompts: the teachers' tokenizers must be the same.
     prompts, prompt_ids = context.prompts("sft", config.models.teacher)
     domains = sorted({domain_of(config, prompt) for prompt in prompts})
     identities = {domain: context.identity(role_of(config, domain)) for domain in domains}

@@ -170,6 +170,7 @@ class _HeldOut:
             sampling_params(section, self.context.end_models, **changes),
             samples_per_prompt=samples_per_prompt,
             seed=self.context.config.run.seed,
+            # It is part of a request's seed: the policy's responses are not the answers again.
             purpose=purpose,
             title=f"{purpose} {name}",
         )

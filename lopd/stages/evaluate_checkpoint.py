@@ -91,6 +91,7 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
     Raises:
         LopdError: The folder holds answers of other inputs, or something cannot be used.
     """
+    # Checked first: a verifier that cannot work here must be known before hours of sampling.
     task = get_task(config.task.name, config.task.options)
     sandbox = _check_machine(task)
     if sandbox:
@@ -113,11 +114,8 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
 
 
 def _check_machine(task: Task) -> str:
-    """Return what the task's verifier says of this machine.
-
-    Raises:
-        ConfigError: It cannot verify here. This must be known before hours of sampling.
-    """
+    """Return what the verifier says of this machine. ConfigError: It cannot verify here."""
+    # Only tasks that run programs have such a check.
     check = getattr(task, "check_machine", None)
     return "" if check is None else str(check())
 
@@ -202,6 +200,7 @@ def _judge_answers(
             # Decoded also where the verdicts are known. The figures need the responses anyway.
             responses = [response for response, _ in cache.from_table(table, where=shard.name)]
             texts = [decode(tokenizer, response.token_ids) for response in responses]
+            # Both are asked: the record is useless where somebody has removed the transcripts.
             if judged.get(name) == source and (folder / name).is_file():
                 verdicts = _read_verdicts(folder / name)
                 bar.advance(len(verdicts))

@@ -54,6 +54,7 @@ def run(context: StageContext) -> None:
     remove_folder(target)
     partial.rename(target)
     fsync_folder(target.parent)
+    # Files outside of the run directory are listed by their whole path.
     writer.finish(files=(path for path in target.iterdir() if path.is_file()), model=str(target))
 
 

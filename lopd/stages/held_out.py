@@ -133,6 +133,7 @@ class HeldOutAnswers:
         count = config.distill.sync_num_prompts
         self._prompts = prompts[:count]
         self._prompt_ids = prompt_ids[:count]
+        # The knobs of evaluate, so that the curve and the final figure can be compared.
         self._params = sampling_params(
             config.evaluate, (config.models.teacher, config.models.student)
         )

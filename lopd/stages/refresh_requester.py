@@ -71,6 +71,7 @@ class RefreshRequester(StepHook):
     @property
     def made(self) -> list[RefreshRecord]:
         """The refreshes that this training has made, the newest last."""
+        # The state holds plain JSON, because a checkpoint does.
         return [RefreshRecord(**fields) for fields in self._state[_MADE]]
 
     def before_step(self, step: int) -> None:

@@ -229,6 +229,8 @@ class RefreshService:
     @contextlib.contextmanager
     def _served_teacher(self) -> Iterator[SGLangEngine]:
         """Serve the teacher for this refresh alone, or let it run on beside the training."""
+        # For each refresh alone by default: there may be no memory for the teacher beside the
+        # trainer and the student.
         teacher = serve_teacher(self._context)
         if self._context.config.distill.refresh.keep_teacher:
             # Started at the first refresh, not before: a bound of the drift may never be passed.

@@ -63,6 +63,7 @@ def differences(context: StageContext, manifest: Manifest) -> list[str]:
     parents = {f"parent {name}": value for name, value in context.parents.items()}
     # Through JSON, as the manifest went, so that a tuple equals a list and a path its text.
     wanted = json.loads(json.dumps({**context.inputs, **parents}, default=str))
+    # Both sides are scrubbed, or a hidden value would differ from itself.
     found: dict[str, Any] = dict(scrubbed_inputs(manifest.inputs))
     found |= {f"parent {name}": value for name, value in manifest.parents.items()}
     for key in wanted.keys() - found.keys():
@@ -81,6 +82,7 @@ def default_of(key: str) -> Any:
 
 def reusable(context: StageContext) -> Manifest | None:
     """Return the manifest of the complete artifact with these inputs, or None."""
+    # Only the manifest is read here. Whoever reuses the artifact verifies its files.
     if not (context.folder / MANIFEST).exists():
         return None
     manifest = read_manifest(context.folder)

@@ -25,6 +25,8 @@ def run(context: StageContext) -> None:
         shard_size=config.rollout.shard_size,
     )
     if config.models.teachers:
+        # A domain's responses go into shards of their own, so that its teacher can score them
+        # alone.
         parts = roll_out_by_domain(context, writer, student)
         writer.finish(served=context.served, parts=parts)
         return

@@ -28,6 +28,7 @@ def run(context: StageContext) -> None:
     """Publish the teacher cache."""
     rollouts = context.manifest_of("rollout")
     if context.config.models.teachers:
+        # The shards of each domain have a teacher of their own.
         _score_by_domain(context, rollouts)
         return
     # Before the teacher is started, which may take minutes.

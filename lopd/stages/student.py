@@ -86,6 +86,7 @@ class StudentServer(StepHook):
             return
         # The trainer's weights must be on the GPUs, because they are sent from there.
         self._colocation.to_trainer()
+        # Every response carries the version, so it tells which weights gave it.
         self.version = f"step-{step}"
         report = self._weights.push(self.version)
         # None on the ranks that only took part in gathering: one rank prints the line.

@@ -147,6 +147,7 @@ class StudentWeights:
         if self._restarted is not None:
             self._restarted.await_all()
         elif self._engine is not None and self._engine.settings.restarts > 0:
+            # Nothing is known of the restarts of the user's servers, so they must only answer.
             await_servers(self._engine.engines, self._settings.timeout_s)
 
     def _send(self, version: str) -> tuple[SyncReport | None, EngineError | None]:

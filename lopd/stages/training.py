@@ -80,6 +80,7 @@ class TrainingJob:
     @property
     def settings(self) -> TrainSection:
         """The section of the configuration, with this job's number of steps."""
+        # The learning-rate schedule follows the length of this training.
         section: TrainSection = getattr(self.config, self.objective)
         return section.model_copy(update={"num_steps": self.num_steps})
 

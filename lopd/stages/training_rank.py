@@ -116,6 +116,7 @@ class Training:
             "processed_tokens_per_s": num_tokens / max(result.seconds, 1e-9),
             **(hook_figures or {}),
         }
+        # Every step is in the metrics, and only some are on the screen.
         job = self.job
         self.metrics.train(job.stage, result.step, figures)
         if result.step % job.settings.log_every == 0 or result.step in (1, job.num_steps):
