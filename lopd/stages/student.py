@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopd.errors import EngineError
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.first_rank import by_first_rank
+from lopd.megatron.ranks.first_rank import run_on_first_rank
 from lopd.stages.batches import MOST_SENDS
 from lopd.stages.sync import StudentWeights, SyncEvaluation
 from lopd.stages.training import SERVER_KEY, TrainingJob
@@ -113,7 +113,7 @@ class StudentServer:
         """
         for attempt in range(MOST_SENDS):
             self.push(step, again=attempt > 0)
-            figures, lost = by_first_rank(self._evaluated)
+            figures, lost = run_on_first_rank(self._evaluated)
             if not lost:
                 break
             if self._metrics is not None:

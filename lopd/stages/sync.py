@@ -13,7 +13,7 @@ from lopd.batching import build_microbatch
 from lopd.config import Config, SyncSection
 from lopd.errors import EngineError
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.first_rank import by_first_rank
+from lopd.megatron.ranks.first_rank import run_on_first_rank
 from lopd.stages.batches import MOST_SENDS
 from lopd.stages.sampling import sampling_params
 from lopd.tasks import get_task
@@ -157,12 +157,12 @@ class StudentWeights:
         """
         lost = ""
         for attempt in range(MOST_SENDS):
-            by_first_rank(self._await_servers)
+            run_on_first_rank(self._await_servers)
             if attempt > 0 and self._engine is not None:
                 self._say(f"{lost}; the weights are sent again")
             probe = self._probe() if self._settings.verify == "scores" else None
             report, error = self._send(version)
-            lost = by_first_rank(partial(self._settle, version, error, probe))
+            lost = run_on_first_rank(partial(self._settle, version, error, probe))
             if not lost:
                 return report
         raise EngineError(

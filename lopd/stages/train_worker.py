@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import publish_json
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.launch import reporting_errors
+from lopd.megatron.ranks.rank_errors import reporting_errors
 from lopd.megatron.training.trainer import StepMetrics, Trainer
 from lopd.megatron.weights.transfer import save_hf
 from lopd.report.console import training_line

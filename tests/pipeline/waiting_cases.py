@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from lopd.errors import EngineError
-from lopd.megatron.ranks.launch import reporting_errors
+from lopd.megatron.ranks.rank_errors import reporting_errors
 
 COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 3.0
 
@@ -33,7 +33,7 @@ class Server:
 def wait(job_file: Path) -> None:
     from lopd.config import ParallelSection
     from lopd.megatron.ranks import parallel
-    from lopd.megatron.ranks.first_rank import by_first_rank
+    from lopd.megatron.ranks.first_rank import run_on_first_rank
     from lopd.stages.batches import Refreshes
     from lopd.stages.training import TrainingJob
 
@@ -43,9 +43,9 @@ def wait(job_file: Path) -> None:
     parallel.gather_objects("here")
     collectives_last(COLLECTIVE_TIMEOUT_S)
     samples = refreshes(2, say)
-    assert by_first_rank(partial(_work, job_file)) == f"of rank 0 in {job_file}"
+    assert run_on_first_rank(partial(_work, job_file)) == f"of rank 0 in {job_file}"
     try:
-        by_first_rank(_refused)
+        run_on_first_rank(_refused)
     except EngineError as error:
         say(f"rank {parallel.rank()} is told: {error}")
     collectives_last(

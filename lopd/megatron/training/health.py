@@ -84,7 +84,7 @@ class StepHealth:
         """
         own = torch.zeros(2 + parallel.world_size(), dtype=torch.float64)
         flops = torch.zeros(parallel.data_size(), dtype=torch.float64)
-        if parallel.speaks_for_data_rank():
+        if parallel.reports_for_data_rank():
             own[0] = sum(_num_real(microbatch) for microbatch in microbatches)
             own[1] = sum(num_computed(microbatch) for microbatch in microbatches)
             flops[parallel.data_rank()] = sum(

@@ -288,7 +288,7 @@ class Trainer:
         total = torch.cat(
             [torch.zeros(num_metrics, dtype=torch.float64, device=parallel.device()), health]
         )
-        if parallel.speaks_for_data_rank():
+        if parallel.reports_for_data_rank():
             for output in outputs:
                 assert [*output] == self._metric_names, (
                     "an objective reports the same metrics for every microbatch"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.first_rank import by_first_rank
+from lopd.megatron.ranks.first_rank import run_on_first_rank
 from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.hf_files import CheckpointReader, CheckpointWriter
 from lopd.megatron.weights.hf_mapping import Weight, global_name, weights
@@ -94,10 +94,10 @@ def save_hf(
     """
     with contextlib.ExitStack() as stack:
         writer = CheckpointWriter(folder, source=source, shard_bytes=shard_bytes)
-        by_first_rank(lambda: stack.enter_context(writer) and None)
+        run_on_first_rank(lambda: stack.enter_context(writer) and None)
         for bucket in buckets:
-            by_first_rank(partial(_add, writer, bucket))
-        by_first_rank(stack.close)  # publishes
+            run_on_first_rank(partial(_add, writer, bucket))
+        run_on_first_rank(stack.close)  # publishes
 
 
 def _add(writer: CheckpointWriter, bucket: list[tuple[str, Tensor]]) -> None:
