@@ -121,7 +121,7 @@ class CheckpointReader:
             while len(self._files) >= MAX_OPEN:
                 self._close_oldest()
             try:
-                opened = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+                opened: Any = safe_open(path, framework="pt")
                 self._files[file] = opened.__enter__()
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(

@@ -110,8 +110,7 @@ class Weight:
         (tensor,) = tensors
         start = min(rows.start, self.num_rows)
         stop = min(rows.stop, self.num_rows)
-        # A rank may own padding only. A slice of safetensors cannot be empty, so one row is read
-        # for its type and cut off.
+        # A rank may own padding only. Then one row is read and cut off: it gives the type.
         found = tensor[start:stop, columns] if start < stop else tensor[:1, columns][:0]
         padding = found.new_zeros(rows.stop - rows.start - len(found), found.shape[1])
         return torch.cat([found, padding])
