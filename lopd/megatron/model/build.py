@@ -120,6 +120,7 @@ def build_model(
         ConfigError: The layout does not divide the model, or it needs Transformer Engine and that
             is missing, or Megatron-Core refuses the settings.
     """
+    # Both checks first, because Megatron-Core would fail later, with an assertion.
     validate_layout(arch, parallel)
     for problem in engine.context_problems(parallel, dtype):
         raise problem
@@ -136,8 +137,11 @@ def build_model(
         num_tokens_known=arch.vocab_size,
         config=config,
         transformer_layer_spec=decoder_spec(config, qk_norm=arch.qk_norm, engine=uses_engine),
+        # Padding included, so that it divides by the tensor ranks.
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position_embeddings,
+        # Only the first stage has the embedding, and only the last one the norm and the output
+        # layer.
         pre_process=ranks.is_first_stage(),
         post_process=ranks.is_last_stage(),
         # Every tensor rank keeps its columns of the logits.
@@ -145,9 +149,12 @@ def build_model(
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope" if arch.yarn is None else "yarn",
         rotary_base=arch.rope_theta,
+        # Llama 3 scales its rotary frequencies in Megatron-Core itself.
         rope_scaling=arch.rope_factor != 1,
         rope_scaling_factor=arch.rope_factor,
     ).to(ranks.device())
+    # Megatron-Core computes the balancing loss, and computes activations again, in training mode
+    # only.
     model.train()
     # The user may switch this fusion off by its own name.
     if uses_engine and (overrides or {}).get("gradient_accumulation_fusion", True):
@@ -173,6 +180,7 @@ def init_random(model: Any, arch: Architecture, *, std: float, seed: int) -> Non
         # which rank draws which tensors. 7 bytes fit into the 64 signed bits of a seed.
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        # On the CPU, so that the numbers do not depend on the device.
         return torch.randn(shapes[name], generator=generator) * std
 
     load_tensors(model, arch, tensor)

@@ -72,4 +72,5 @@ class _GatherRows(torch.autograd.Function):
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     """Return rows[index], with zeros where the index is past the end."""
+    # The index past the end finds the row of zeros. No branch, so that nothing waits for a GPU.
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).index_select(0, index)

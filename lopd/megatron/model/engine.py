@@ -35,6 +35,7 @@ def context_problems(
     # Of the layers that exist here, only Transformer Engine's attention goes across ranks.
     if parallel.context == 1 or uses_engine(dtype):
         return
+    # The message names what is missing, from the general to the special.
     if not gpt_layer_specs.HAVE_TE:
         lack = "which does not import here"
     elif not has_transformer_engine():

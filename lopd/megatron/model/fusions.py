@@ -42,6 +42,7 @@ def engine_fusions(arch: Architecture) -> dict[str, bool]:
     """Return the fusions that the installed version has, as fields of TransformerConfig."""
     # Megatron-Core refuses a field whose kernel is missing. So an older Transformer Engine fuses
     # less, and the training still runs.
+    # The name is missing, or None, where Transformer Engine is too old.
     rotation = getattr(rope_utils, "fused_apply_rotary_pos_emb_thd", None)
     fusions = {
         "bias_activation_fusion": True,

@@ -48,8 +48,10 @@ def forward_microbatch(
         labels=torch.as_tensor(part.take(labels), device=device),
         entropy=entropy,
     )
+    # The schedule sends the hidden states to the next stage.
     if not parallel.is_last_stage():
         return output, None
+    # From here on every context rank has all rows, in the order of the microbatch.
     logprobs, entropies = output
     whole_entropies = None if entropies is None else gather_rows(entropies, part)
     return gather_rows(logprobs, part), whole_entropies
@@ -90,12 +92,14 @@ def score_microbatches(
         seq_length=len(microbatches[0].token_ids),
         micro_batch_size=1,
         forward_only=True,
+        # The schedule then returns what the function beside the output returns, instead of losses.
         collect_non_loss_data=True,
     )
     # Only the last stage has results. The others prepare tensors to receive them.
     if not results:
         sizes = [len(microbatch.token_ids) for microbatch in microbatches]
         results = [(_empty(size), _empty(size) if entropy else None) for size in sizes]
+    # The ranks of all stages return the same, so that the caller need not know the stages.
     if parallel.pipeline_size() > 1:
         source = parallel.last_stage_rank()
         for pair in results:

@@ -83,6 +83,7 @@ def token_logprobs(
     # in the collectives.
     known = size * num_rows if vocab_size is None else vocab_size
     rows = max(0, min(num_rows, known - first))
+    # Other accelerators take the sizes of CUDA.
     limit = block_bytes or BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"])
     # [T, K]. Labels of other ranks become negative or too large. No block contains those.
     local_labels = labels.reshape(len(labels), -1) - first
@@ -130,6 +131,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # it is not added first. That keeps the digits of a small entropy of large logits.
         entropies = exp_sums.log() - weighted_sums / exp_sums if entropy else exp_sums[:0]
         if group is not None:
+            # So far the values are those of this rank's rows.
             log_sum, chosen, entropies = _over_ranks(log_sum, chosen, entropies, group)
         # What is kept for the backward pass is [T], except for logits that are one block.
         ctx.save_for_backward(hidden, weight, labels, log_sum, entropies, kept)
@@ -189,11 +191,15 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad = logprobs_blocks.logit_gradients(
                     log_p, labels - start, grad_logprobs, entropies, grad_entropies
                 )
+            # The two products of the backward pass. Both use the gradient of the logits while it
+            # exists.
             block.add_hidden_gradient(grad_hidden, grad, start, stop)
             if grad_weight is not None:
                 block.put_weight_gradient(grad_weight, grad, start, stop)
+        # Rounded once, at the end.
         grad_hidden = grad_hidden.to(hidden.dtype)
         if used is not None:
+            # The rows of the unused tokens are zeros.
             grad_hidden = torch.zeros_like(all_hidden).index_copy_(0, used, grad_hidden)
         # One entry for each input of forward. Only the first two are differentiable.
         return grad_hidden, grad_weight, None, None, None, None, None, None

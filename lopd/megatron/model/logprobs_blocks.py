@@ -93,6 +93,7 @@ class BlockProducts:
             # The gradient of the logits is rounded to 16 bits here. The sum stays in float32.
             total += torch.mm(grad.to(rows.dtype), rows, out_dtype=torch.float32)
         else:
+            # In place: no tensor of the size of the result is made.
             total.addmm_(grad, rows.float())
 
     def put_weight_gradient(self, target: Tensor, grad: Tensor, start: int, stop: int) -> None:
@@ -159,6 +160,7 @@ def softmax_statistics(
             weighted_sums = scale * (weighted_sums + moved) + shifted.mul_(exponentials).sum(1)
         else:
             exponentials = shifted.exp_()
+        # No term is larger than 1, so the sum cannot overflow.
         exp_sums = exp_sums * scale + exponentials.sum(1)
         max_logits = new_max
     return max_logits, exp_sums, weighted_sums, chosen, kept

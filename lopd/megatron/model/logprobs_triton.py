@@ -47,6 +47,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+# Elements of float32 take twice the memory of a program, so their tiles are smaller.
 TILES = {
     torch.bfloat16: Tile(128, 256, 64, num_warps=8, num_stages=3),
     torch.float32: Tile(64, 64, 32, num_warps=4, num_stages=2),
@@ -82,6 +83,7 @@ def softmax_statistics(
     tile = TILES[hidden.dtype]
     # A rank that holds padding only has no rows. One split then gives the sums of nothing.
     num_splits = max(1, triton.cdiv(rows, SPLIT_ROWS))
+    # Each program writes its part, so nothing has to be cleared.
     parts = torch.empty(3, num_splits, num_tokens, dtype=torch.float32, device=hidden.device)
     # Zeros, because only the program that has a label stores its logit.
     chosen = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
@@ -221,6 +223,7 @@ def _tile_of_logits(
     logits = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     for start in range(0, hidden_size, BLOCK_H):
         is_inner = start + inner < hidden_size
+        # Entries past the last token, row or element are 0 and add nothing to the product.
         left = tl.load(
             hidden + tokens[:, None] * hidden_size + (start + inner)[None, :],
             mask=is_token[:, None] & is_inner[None, :],
@@ -259,6 +262,7 @@ def _statistics_kernel(
     GROUP_T: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    # One block of tokens and one split of the rows.
     block, split = _place(tl.cdiv(num_tokens, BLOCK_T), num_splits, GROUP_T)
     first_token = block * BLOCK_T
     end = tl.minimum((split + 1) * SPLIT, num_rows)
@@ -335,6 +339,7 @@ def _gradient_kernel(
     UPCAST: tl.constexpr,
 ):
     block, part = _place(tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_V), GROUP_T)
+    # A program makes one tile of the gradient.
     first_token = block * BLOCK_T
     first_row = part * BLOCK_V
     tokens = first_token + tl.arange(0, BLOCK_T)
@@ -353,6 +358,7 @@ def _gradient_kernel(
         BLOCK_H,
         UPCAST,
     )
+    # log p = x - L. Rows past the end become very small, and their gradient 0.
     log_p -= tl.load(log_sum + tokens, mask=is_token, other=0.0)[:, None]
     factor = tl.load(grad_sum + tokens, mask=is_token, other=0.0)[:, None]
     if ENTROPY:

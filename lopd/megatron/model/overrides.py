@@ -78,6 +78,7 @@ def read_overrides(table: Mapping[str, Any], *, where: str = "megatron") -> Over
         owners = [kind for kind, types_of in field_types.items() if name in types_of]
         if not owners:
             known = sorted({known for types_of in field_types.values() for known in types_of})
+            # A cutoff of 0 always finds one.
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ConfigError(
                 f"unknown field {name}",
@@ -85,9 +86,11 @@ def read_overrides(table: Mapping[str, Any], *, where: str = "megatron") -> Over
                 limit="a field of " + " or ".join(config.__name__ for config in _CONFIGS.values()),
                 remedy=f"the nearest is {nearest}",
             )
+        # A name that several have must have one value in all of them.
         for kind in owners:
             found[kind][name] = _value(name, value, field_types[kind][name], where)
     _refuse_missing_hardware(table, where)
+    # Megatron-Core takes more ways of exchange than packed sequences do.
     if table.get("cp_comm_type", "p2p") not in ("p2p", "a2a"):
         raise ConfigError(
             f"cp_comm_type = {table['cp_comm_type']!r}",
@@ -122,6 +125,7 @@ def _field_types() -> dict[str, dict[str, Any]]:
         found[kind] = {
             each.name: hints[each.name]
             for each in dataclasses.fields(config)
+            # Fields that Megatron-Core computes itself cannot be given.
             if each.init and not each.name.startswith("_")
         }
     return found
@@ -161,6 +165,7 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
     enums = [
         option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)
     ]
+    # An enumeration is written by the name of a member.
     for option in enums:
         if isinstance(value, str) and value in option.__members__:
             return option[value]
@@ -183,6 +188,7 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
     try:
         return adapter.validate_json(json.dumps(value, allow_nan=False))
     except (ValueError, TypeError):
+        # pydantic's message would speak of its own types.
         raise misfit from None
 
 

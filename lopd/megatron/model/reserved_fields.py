@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # For each field the knob of the same section that sets it.
 KNOBS = {
+    # Parallelism.
     "tensor_model_parallel_size": "parallel.tensor",
     "sequence_parallel": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
@@ -14,6 +15,7 @@ KNOBS = {
     "expert_model_parallel_size": "parallel.expert",
     "expert_tensor_parallel_size": "parallel.expert_tensor",
     "use_distributed_optimizer": "parallel.distributed_optimizer",
+    # The optimizer.
     "lr": "optimizer.lr",
     "min_lr": "optimizer.min_lr",
     "adam_beta1": "optimizer.beta1",
@@ -23,12 +25,14 @@ KNOBS = {
     "clip_grad": "optimizer.clip_grad",
     "decoupled_lr": "optimizer.lr",
     "decoupled_min_lr": "optimizer.min_lr",
+    # Number formats.
     "params_dtype": "dtype",
     "pipeline_dtype": "dtype",
     "bf16": "dtype",
     "fp16": "dtype",
     "autocast_dtype": "dtype",
     "enable_autocast": "dtype",
+    # The rest of the section.
     "recompute_granularity": "recompute",
     "moe_aux_loss_coeff": "moe_aux_loss",
     "moe_router_load_balancing_type": "moe_aux_loss",
@@ -40,6 +44,7 @@ KNOBS = {
 # belong to.
 MODEL_SHAPE = frozenset(
     {
+        # The sizes and the parts of every layer.
         "num_layers",
         "hidden_size",
         "num_attention_heads",
@@ -57,6 +62,7 @@ MODEL_SHAPE = frozenset(
         "add_qkv_bias",
         "qk_layernorm",
         "qk_l2_norm",
+        # Positions and attention.
         "rotary_interleaved",
         "window_size",
         "window_attn_skip_freq",
@@ -69,6 +75,7 @@ MODEL_SHAPE = frozenset(
         "mrope_section",
         "mtp_num_layers",
         "apply_residual_connection_post_layernorm",
+        # Experts and their router.
         "num_moe_experts",
         "moe_router_topk",
         "moe_ffn_hidden_size",

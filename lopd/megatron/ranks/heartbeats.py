@@ -128,6 +128,7 @@ def start_heartbeat() -> Path | None:
     if folder is None:
         return None
     path = Path(folder, os.environ["RANK"])
+    # With the process id the parent can ask the kernel what a silent rank does.
     path.write_text(str(os.getpid()))
 
     def beat() -> None:

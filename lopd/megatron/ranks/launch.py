@@ -36,7 +36,8 @@ ANNOUNCEMENT_FILE = "first_node.json"
 # Seconds that machines wait for each other before the first step. Imports from a busy file system
 # take minutes.
 JOIN_S = 600.0
-# The device files of NVIDIA's and AMD's drivers.
+# The device files of NVIDIA's and AMD's drivers. They are looked up because this module imports no
+# torch that could be asked for a GPU.
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")
 
 

@@ -138,6 +138,7 @@ def _error_of(log: Path) -> dict[str, Any] | None:
 
 
 def _own_addresses() -> set[str]:
+    # Imported here, because it is needed after a failure only.
     import psutil
 
     return {

@@ -71,6 +71,7 @@ def this_node(count: int, environment: Mapping[str, str] = os.environ) -> Node |
             where=NODE,
             remedy=f"start the command on all machines: use lopd launch, or {on_each}",
         )
+    # Otherwise machines would wait for others that nobody has started.
     node = Node.from_text(text)
     if node.count != count:
         raise ConfigError(
@@ -131,6 +132,7 @@ def interface_towards(address: str) -> str:
             where=socket.gethostname(),
             remedy="repair the network between the machines",
         ) from None
+    # gloo and NCCL take the name of an interface, not an address.
     names: list[str] = [
         name
         for name, addresses in psutil.net_if_addrs().items()

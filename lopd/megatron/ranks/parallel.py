@@ -48,6 +48,8 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
             where="trainer",
             remedy="start the trainer with torchrun, as lopd does",
         )
+    # Megatron-Core would take the ranks that exist, and make more or fewer data ranks of them. Then
+    # a step would not have the batch that the configuration says.
     started = int(os.environ["WORLD_SIZE"])
     if started != parallel.ranks:
         raise TrainingError(
@@ -74,6 +76,7 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        # The groups of Megatron-Core have a timeout of their own.
         distributed_timeout_minutes=timeout_s / 60,
     )
     python_random.seed(seed)
@@ -114,6 +117,7 @@ def gather_objects(value: Any) -> list[Any]:
     Args:
         value: The value of this rank. It is sent to all ranks, so it must be small and plain.
     """
+    # A single rank needs no process group, so tools may run without torchrun.
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -148,6 +152,7 @@ def data_group() -> Any:
 
 def data_context_group() -> Any:
     """Return data_group() together with the context ranks. Dense gradients are summed over it."""
+    # Context ranks hold the same dense weights and see other tokens, as data ranks do.
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -179,6 +184,7 @@ def context_group() -> Any:
 
 def expert_data_group() -> Any:
     """Return the ranks that hold the same experts."""
+    # Expert gradients are summed over these ranks only. Other ranks hold other experts.
     return parallel_state.get_expert_data_parallel_group()
 
 

@@ -87,6 +87,7 @@ def _report(error: LopdError) -> NoReturn:
     # Mode "x" lets only the first rank write. The errors of the other ranks mostly follow from it.
     with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as handle:
         json.dump(fields, handle)
+    # The log shows every rank's error, also those that came too late for the file.
     sys.stderr.write(f"{error}\n")
     sys.stderr.flush()
     # A normal exit would wait for collectives that the other ranks never join.

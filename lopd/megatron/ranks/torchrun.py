@@ -49,6 +49,7 @@ def main(options: list[str]) -> None:
     # launcher. torchrun would take those whose option is not among ours.
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]
+    # LOPD_NODE alone may be set for a stage that runs on one machine.
     node = Node.from_text(os.environ[NODE]) if ANNOUNCEMENT in os.environ else Node(0, 1)
     # The agent keeps the errors of its ranks in a folder. One of its own choice would stay behind.
     with tempfile.TemporaryDirectory(prefix="lopd-torchrun-") as error_folder:

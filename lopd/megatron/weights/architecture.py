@@ -107,6 +107,7 @@ def validate_layout(
     Raises:
         ConfigError: The layout does not divide the model.
     """
+    # Checks show all problems. To build a model the first one is enough.
     for problem in layout_problems(arch, parallel, where=where):
         raise problem
 
@@ -149,6 +150,7 @@ def layout_problems(
     # All problems are reported at once, so that the user does not repair one after the other.
     for number, divisor, what, by in _divisions(arch, parallel):
         if number % divisor:
+            # The smaller sizes that would do. There is always 1.
             fitting = [str(size) for size in range(1, divisor) if number % size == 0]
             yield ConfigError(
                 f"{what} ({number}) does not divide by {by} ({divisor})",
@@ -163,9 +165,11 @@ def _divisions(
     """Yield (number, divisor, name of the number, knob of the divisor)."""
     tensor = parallel.tensor
     yield arch.num_heads, tensor, "number of attention heads", "tensor"
+    # Models have fewer key-value heads than query heads, so this is mostly what bounds tensor.
     yield arch.num_kv_heads, tensor, "number of key-value heads", "tensor"
     yield arch.padded_vocab_size, tensor, "vocabulary size, padded", "tensor"
     yield arch.num_layers, parallel.pipeline, "number of layers", "pipeline"
+    # A model with experts has no dense MLP, so ffn_hidden_size does not matter there.
     if arch.num_experts:
         yield arch.num_experts, parallel.expert, "number of experts", "expert"
         width = arch.moe_ffn_hidden_size
@@ -182,6 +186,7 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
         arch: The teacher. None means that it is not known yet, and what depends on it is not
             checked.
     """
+    # SGLang divides the teacher in its own way, so no layout of ours is checked here.
     if score.engine == "sglang":
         if score.entropy:
             yield ConfigError(
@@ -197,6 +202,8 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
                 remedy="lower score.top_k",
             )
         return
+    # The scorer computes the log-probabilities of given tokens in blocks. It never holds a whole
+    # row of logits in which it could look for the K largest.
     if score.top_k:
         yield ConfigError(
             f"score.top_k = {score.top_k}, but this scorer returns no top-K scores",

@@ -80,6 +80,7 @@ class CheckpointReader:
             if names
         ]
         if problems:
+            # One example of each is enough: a wrong folder lacks hundreds.
             raise ArtifactError(
                 "; ".join(problems),
                 where=str(self._folder),
@@ -105,6 +106,7 @@ class CheckpointReader:
                 return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ArtifactError(f"cannot be read ({error})", where=str(path)) from None
+        # Small checkpoints are one file and have no index.
         return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
 
     def _open(self, file: str) -> Any:
@@ -190,6 +192,8 @@ class CheckpointWriter:
             ArtifactError: The shard cannot be written.
         """
         num_bytes = tensor.numel() * tensor.element_size()
+        # A shard ends before it becomes too large. A tensor that is larger than a shard has one of
+        # its own.
         if self._pending and self._pending_bytes + num_bytes > self._shard_bytes:
             with self._reporting_failures():
                 self._write_shard()
@@ -279,6 +283,7 @@ class CheckpointWriter:
 
 def _sync(path: Path) -> None:
     """Force a file or a folder to disk."""
+    # A folder cannot be opened for writing, and fsync does not need that.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

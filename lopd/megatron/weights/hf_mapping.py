@@ -75,6 +75,7 @@ class Weight:
         for shape in self.shapes:
             part = [slice(0, length) for length in shape]
             if axis is not None:
+                # Every rank owns the same number of rows or columns, one rank after the other.
                 step, rest = divmod(shape[axis], size)
                 # validate_layout has refused every layout that does not divide.
                 assert rest == 0, f"{self.megatron}: {shape} does not divide by {size}"
@@ -117,6 +118,7 @@ class Weight:
 
     def unpad(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the full tensors without the rows that padding added."""
+        # Padding is at the end, on the last ranks.
         return [tensor[: self.num_rows] for tensor in tensors] if self.num_rows else list(tensors)
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
@@ -142,6 +144,7 @@ class Weight:
         if self.layout == "qkv":
             # Heads in each group of query, key and value. Key and value have one each.
             heads = [shape[0] // self.shapes[1][0] for shape in self.shapes]
+            # From the key tensor: its rows are kv_heads * head_dim.
             head_dim = self.shapes[1][0] // self.kv_heads
             grouped = parameter.reshape(-1, sum(heads) * head_dim, *parameter.shape[1:])
             shards = grouped.split([count * head_dim for count in heads], dim=1)
@@ -173,11 +176,13 @@ def weights(arch: Architecture) -> tuple[Weight, ...]:
 
     The order is embedding, layers, norm, head.
     """
+    # A tuple, because several readers go through the table more than once.
     return tuple(_table(arch))
 
 
 def _table(arch: Architecture) -> Iterator[Weight]:
     vocab = (arch.padded_vocab_size, arch.hidden_size)
+    # 0 means that the vocabulary divides already.
     num_rows = 0 if arch.vocab_size == arch.padded_vocab_size else arch.vocab_size
     yield Weight(
         "embedding.word_embeddings.weight",
@@ -273,6 +278,7 @@ def _mlp(megatron: str, hf: str, hidden: int, width: int, *, expert: bool) -> It
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of the Hugging Face checkpoint, in order."""
+    # A copy names a tensor that another parameter has named before.
     return {
         name: shape
         for weight in weights(arch)

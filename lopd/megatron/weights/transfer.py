@@ -28,6 +28,7 @@ def load_hf(model: Any, arch: Architecture, folder: Path) -> None:
     Raises:
         ArtifactError: The checkpoint is incomplete, damaged, or not of this architecture.
     """
+    # The reader has checked all names and shapes before the first parameter is changed.
     with CheckpointReader(folder, arch) as reader:
         load_tensors(model, arch, reader.tensor)
 
@@ -75,6 +76,7 @@ def export_hf(
     mine = local_parameters(model, arch)
     # A copy is left out: another parameter exports the same tensor.
     table = [weight for weight in weights(arch) if not weight.copy]
+    # All parameters of a model have one dtype.
     dtype = next(iter(mine.values())).dtype
     owners = _owners(table, mine)
     bucket: list[tuple[str, Tensor]] = []
@@ -139,6 +141,7 @@ def local_parameters(model: Any, arch: Architecture) -> dict[str, Tensor]:
     layers = model.decoder.layers
     # layer_number counts over all pipeline stages, from 1. A stage may have no layers.
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    # Each expert rank holds the experts of one range.
     first_expert = parallel.expert_rank() * (arch.num_experts // parallel.expert_size())
     return {
         global_name(name, first_layer=first_layer, first_expert=first_expert): parameter
@@ -148,6 +151,7 @@ def local_parameters(model: Any, arch: Architecture) -> dict[str, Tensor]:
 
 def _shard(weight: Weight) -> tuple[int, int]:
     """Return (rank, size) of this rank in the group over which the parameter is split."""
+    # Experts have a tensor group of their own, of another size.
     if weight.expert:
         return parallel.expert_tensor_rank(), parallel.expert_tensor_size()
     return parallel.tensor_rank(), parallel.tensor_size()
@@ -188,6 +192,7 @@ def _collect(
                 assert parameter is not None
                 dist.send(parameter.detach().contiguous(), dst=0)
         return []
+    # Rank 0 puts the shards together, in the order of the ranks.
     device = parallel.device()
     full = [torch.empty(shape, dtype=dtype, device=device) for shape in weight.shapes]
     for shard in range(num_shards):

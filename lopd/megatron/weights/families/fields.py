@@ -37,6 +37,7 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     refuse(table, where, "use_sliding_window", False, None)
     refuse(table, where, "attention_dropout", 0, 0.0, None)
     refuse(table, where, "partial_rotary_factor", 1, 1.0, None)
+    # Newer files name the kind of each layer in addition.
     for kind in table.get("layer_types") or ():
         if kind != "full_attention":
             raise LopdError(
@@ -54,6 +55,8 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             where=where,
             limit=f"a multiple of num_key_value_heads, {num_kv_heads}",
         )
+    # It has no default here. A wrong one would change every log-probability a little, without an
+    # error.
     norm_eps = table.get("rms_norm_eps")
     if not isinstance(norm_eps, float) or norm_eps <= 0:
         raise LopdError(f"rms_norm_eps = {norm_eps!r} is not a positive number", where=where)
@@ -147,6 +150,7 @@ def _rope(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     factor = 1.0
     yarn = None
     if kind == "llama3":
+        # The other three numbers cannot be given to Megatron-Core.
         for key, value in _LLAMA3.items():
             refuse(rope, where, key, value)
         factor = _factor(rope, where)
@@ -158,6 +162,7 @@ def _rope(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             where=where,
             limit="rope_type must be 'default', 'llama3' or 'yarn'",
         )
+    # JSON often has it as a whole number.
     if not isinstance(theta, int | float) or theta <= 0:
         raise LopdError(f"rope_theta = {theta!r} is not a positive number", where=where)
     return {"rope_theta": float(theta), "rope_factor": factor, "yarn": yarn}
@@ -191,6 +196,7 @@ def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
         )
     # The defaults are those of the paper. transformers uses them for 0 and null too.
     betas = [rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0]
+    # A string would pass through float() below.
     if not all(isinstance(beta, int | float) and beta > 0 for beta in betas):
         raise LopdError(
             f"beta_fast, beta_slow = {betas} of the rope scaling",
