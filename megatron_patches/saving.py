@@ -79,7 +79,7 @@ def writers_are_threads() -> None:
         transform_list: Any, use_msc: bool, rank: int, write_buckets: Any, global_results_queue: Any
     ) -> None:
         results: queue.Queue[Any] = queue.Queue()
-        # Each writer takes one entry out of this queue at its end. It would wait if there were none.
+        # Each writer takes one entry out of this queue at its end, so there must be as many.
         running: queue.Queue[int] = queue.Queue()
         threads = []
         for number, bucket in enumerate(write_buckets):

@@ -37,7 +37,7 @@ _CONFIGS = {
     "distributed": DistributedDataParallelConfig,
 }
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "uint8")}
-# Fields that only Transformer Engine's layers heed. Elsewhere they would have no effect.
+# Fields that only Transformer Engine's layers read. Elsewhere they would have no effect.
 _ENGINE = (
     "moe_grouped_gemm",
     "moe_permute_fusion",
@@ -46,7 +46,7 @@ _ENGINE = (
     "fp8",
     "fp4",
 )
-# Fields that only a precision-aware optimizer heeds.
+# Fields that only a precision-aware optimizer reads.
 _STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
