@@ -1,6 +1,7 @@
 """Fields of Megatron-Core's configurations that a ``megatron`` table may not set, and why.
 
-Each table says who sets the field instead.
+Each table says who sets the field instead. A test compares the names with the fields of the
+installed Megatron-Core, because a renamed field would no longer be refused.
 """
 
 from __future__ import annotations
