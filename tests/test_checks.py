@@ -151,12 +151,12 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         (
             {"tensor": 2, "ranks": 1},
             [
-                "ranks = 1 is no multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"
+                "ranks = 1 is not a multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"
             ],
         ),
         (
             {"expert": 2, "ranks": 1},
-            ["ranks = 1 is no multiple of expert * expert_tensor * pipeline = 2"],
+            ["ranks = 1 is not a multiple of expert * expert_tensor * pipeline = 2"],
         ),
         (
             {"context": 2, "ranks": 2},

@@ -96,7 +96,7 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (REFRESHED, "score.entropy=true"),
-        "score.entropy is set, and SGLang gives none",
+        "score.entropy is set, but SGLang returns no entropies",
         (REFRESHED, "score.entropy=true", "score.engine=megatron"),
     ),
     # servers

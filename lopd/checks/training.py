@@ -146,7 +146,7 @@ def megatron(config: Config) -> Iterator[Finding]:
 
 def _megatron_fields(where: str, section: TrainSection, architecture: Architecture | None) -> str:
     from lopd.megatron.model import overrides
-    from lopd.megatron.model.build import DTYPES, transformer_config
+    from lopd.megatron.model.transformer_config import DTYPES, transformer_config
     from lopd.megatron.training.optimizer import optimizer_config
     from lopd.megatron.training.trainer import ddp_config
 

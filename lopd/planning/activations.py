@@ -39,7 +39,7 @@ class LayerActivations:
 
     def recomputed(self, imbalance: float) -> float:
         """What selective recompute of Transformer Engine's layers does not keep
-        (lopd.megatron.model.build.selective_modules).
+        (lopd.megatron.model.transformer_config.selective_modules).
         """
         return self.feed_forward + self.experts * imbalance
 

@@ -24,7 +24,7 @@ from lopd.batching import build_microbatch, plan_step
 from lopd.config import SyncSection
 from lopd.errors import TrainingError
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.launch import reporting_errors
+from lopd.megatron.ranks.rank_errors import reporting_errors
 from lopd.megatron.training.trainer import Trainer
 from lopd.objective.lightning import Lightning
 from lopd.records import Microbatch, Sample

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lopd.config import Config
 from lopd.errors import EngineError
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.first_rank import by_first_rank
+from lopd.megatron.ranks.first_rank import run_on_first_rank
 from lopd.report.metrics import read_metrics
 from lopd.stages.between_steps import StepHook
 from lopd.stages.sample_shards import sampling_params
@@ -81,8 +81,8 @@ class HeldOutEvaluation(StepHook):
         # All ranks go through this loop together, because a weight sync is collective.
         for attempt in range(MAX_SENDS):
             self._student.push(step, again=attempt > 0)
-            # Answers may take longer than a collective may last; by_first_rank bounds no wait.
-            figures, lost = by_first_rank(self._answer)
+            # Answers may take longer than a collective may last; run_on_first_rank bounds no wait.
+            figures, lost = run_on_first_rank(self._answer)
             if not lost:
                 break
             if self._metrics is not None:

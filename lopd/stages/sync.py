@@ -11,7 +11,7 @@ from lopd.batching import build_microbatch
 from lopd.config import SyncSection
 from lopd.errors import EngineError
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.first_rank import by_first_rank
+from lopd.megatron.ranks.first_rank import run_on_first_rank
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.servers.supervision import remember_unsaved_weights
@@ -124,16 +124,16 @@ class StudentWeights:
                 raises it.
         """
         # All ranks go through this loop together. What only the rank with an engine can know, it
-        # tells the others by by_first_rank, so that all of them repeat or end.
+        # tells the others by run_on_first_rank, so that all of them repeat or end.
         lost = ""
         for attempt in range(MAX_SENDS):
-            by_first_rank(self._await_servers)
+            run_on_first_rank(self._await_servers)
             if attempt > 0 and self._engine is not None:
                 self._print_line(f"{lost}; the weights are sent again")
             # The trainer's forward pass comes before the servers get the GPUs.
             probe = self._probe() if self._settings.verify == "scores" else None
             report, error = self._send(version)
-            lost = by_first_rank(partial(self._settle, version, error, probe))
+            lost = run_on_first_rank(partial(self._settle, version, error, probe))
             if not lost:
                 return report
         raise EngineError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from lopd.artifacts import publish_json
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.launch import reporting_errors
+from lopd.megatron.ranks.rank_errors import reporting_errors
 from lopd.megatron.training.trainer import StepMetrics, Trainer
 from lopd.megatron.weights.transfer import save_hf
 from lopd.objective import Objective

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lopd.errors import EngineError
-from lopd.megatron.ranks.launch import reporting_errors
+from lopd.megatron.ranks.rank_errors import reporting_errors
 from lopd.records import Sample
 
 COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 3.0
@@ -45,7 +45,7 @@ class Batches:
 def wait(job_file: Path) -> None:
     from lopd.config import ParallelSection
     from lopd.megatron.ranks import parallel
-    from lopd.megatron.ranks.first_rank import by_first_rank
+    from lopd.megatron.ranks.first_rank import run_on_first_rank
     from lopd.stages.refresh_requester import RefreshRequester
     from lopd.stages.training import TrainingJob
 
@@ -60,9 +60,9 @@ def wait(job_file: Path) -> None:
     collectives_last(COLLECTIVE_TIMEOUT_S)
     requester.before_step(2)
     assert batches.start == 2
-    assert by_first_rank(partial(_work, job_file)) == f"of rank 0 in {job_file}"
+    assert run_on_first_rank(partial(_work, job_file)) == f"of rank 0 in {job_file}"
     try:
-        by_first_rank(_refused)
+        run_on_first_rank(_refused)
     except EngineError as error:
         say(f"rank {parallel.rank()} is told: {error}")
     # What the ranks read after the wait takes one of them longer than the other.

@@ -257,7 +257,7 @@ def test_a_teacher_that_megatron_scores_with(tmp_path: Path) -> None:
     assert ours.gpu_hours("score") == pytest.approx(served.gpu_hours("score")), (
         "the same forward pass on as many GPUs"
     )
-    with pytest.raises(ConfigError, match=r"score\.forward\.parallel: ranks = 3 is no multiple"):
+    with pytest.raises(ConfigError, match=r"score\.forward\.parallel: ranks = 3 is not a multiple"):
         plan_of(
             PAPER_8B,
             tmp_path,

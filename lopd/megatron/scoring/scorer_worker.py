@@ -16,7 +16,7 @@ from lopd.batching import build_microbatch, plan_step
 from lopd.megatron.model.build import build_model
 from lopd.megatron.model.inference import score_microbatches
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.launch import reporting_errors
+from lopd.megatron.ranks.rank_errors import reporting_errors
 from lopd.megatron.scoring.scorer import END, POLL_S, read_job, read_numbers, write_numbers
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.transfer import load_hf
@@ -36,7 +36,7 @@ def run(spool: Path) -> None:
         answers = answer(
             model, chunk, max_tokens=settings.max_tokens_per_microbatch, entropy=entropy
         )
-        if parallel.speaks_for_data_rank():
+        if parallel.reports_for_data_rank():
             write_numbers(spool / f"out-{number:06d}-{parallel.data_rank():04d}.npz", **answers)
         number += 1
     parallel.barrier()

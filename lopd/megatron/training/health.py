@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from lopd.megatron.model.context import num_computed, part_of
+from lopd.megatron.model.context import num_computed_tokens, part_of
 from lopd.megatron.ranks import parallel
 from lopd.megatron.training.flops import peak_flops, training_flops
 from lopd.megatron.weights.architecture import Architecture
@@ -84,9 +84,9 @@ class StepHealth:
         """
         own = torch.zeros(2 + parallel.world_size(), dtype=torch.float64)
         flops = torch.zeros(parallel.data_size(), dtype=torch.float64)
-        if parallel.speaks_for_data_rank():
+        if parallel.reports_for_data_rank():
             own[0] = sum(_num_real(microbatch) for microbatch in microbatches)
-            own[1] = sum(num_computed(microbatch) for microbatch in microbatches)
+            own[1] = sum(num_computed_tokens(microbatch) for microbatch in microbatches)
             flops[parallel.data_rank()] = sum(
                 training_flops(self._arch, _lengths(microbatch)) for microbatch in microbatches
             )

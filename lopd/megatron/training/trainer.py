@@ -37,10 +37,11 @@ from lopd.config import TrainSection
 from lopd.errors import TrainingError
 from lopd.megatron.checkpoints.checkpoint import Checkpoints, Trained
 from lopd.megatron.model import engine
-from lopd.megatron.model.build import DTYPES, build_model, init_random
-from lopd.megatron.model.context import num_computed
+from lopd.megatron.model.build import build_model, init_random
+from lopd.megatron.model.context import num_computed_tokens
 from lopd.megatron.model.inference import forward_microbatch, score_microbatches
 from lopd.megatron.model.overrides import build, read_overrides
+from lopd.megatron.model.transformer_config import DTYPES
 from lopd.megatron.ranks import parallel
 from lopd.megatron.training.health import StepHealth
 from lopd.megatron.training.offload import DeviceMemory
@@ -288,7 +289,7 @@ class Trainer:
         total = torch.cat(
             [torch.zeros(num_metrics, dtype=torch.float64, device=parallel.device()), health]
         )
-        if parallel.speaks_for_data_rank():
+        if parallel.reports_for_data_rank():
             for output in outputs:
                 assert [*output] == self._metric_names, (
                     "an objective reports the same metrics for every microbatch"
@@ -319,7 +320,7 @@ class Trainer:
             counts[0] += self.objective(
                 torch.zeros(len(microbatch.token_ids), device=parallel.device()), batch
             ).num_items
-            counts[1] += num_computed(microbatch)
+            counts[1] += num_computed_tokens(microbatch)
         dist.all_reduce(counts, group=parallel.data_group())
         shares = parallel.tensor_size() * parallel.context_size()
         self._config.moe_aux_loss_coeff = (
