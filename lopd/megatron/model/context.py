@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lopd.batching.context import ContextPart, cut
+from lopd.batching.context import ContextPart, context_part
 from lopd.megatron.ranks import parallel
 from lopd.records import Microbatch
 
@@ -18,7 +18,7 @@ from lopd.records import Microbatch
 def part_of(microbatch: Microbatch) -> ContextPart:
     """Of this rank."""
     size, tensor = parallel.context_size(), parallel.tensor_size()
-    return cut(
+    return context_part(
         microbatch.cu_seqlens,
         microbatch.num_sequences,
         rank=parallel.context_rank(),
