@@ -160,7 +160,7 @@ class _Pack:
     def position_ids(self) -> NDArray[np.int64]:
         """Return the position of each token in its own sequence, int64 [T]."""
         starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
-        return np.arange(self.cu_seqlens[-1], dtype=np.int64) - starts
+        return np.arange(int(self.cu_seqlens[-1]), dtype=np.int64) - starts
 
 
 def _pack_of(lengths: list[int], pad_multiple: int) -> _Pack:
