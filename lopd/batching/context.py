@@ -33,19 +33,17 @@ class ContextPart:
     """The part of one context rank of a microbatch of T tokens.
 
     Every rank has the same number P of places. Each token of a sample is on exactly one rank.
-
-    Attributes:
-        index: [P], the token at each place of this rank. It is T where the place holds padding.
-        place: [T], where each token is among the places of all ranks, one rank after the other. It
-            is size * P for a token that no rank computes.
-        cu_seqlens: [S+1], the borders of the padded sequences over all ranks, from 0 to size * P.
-            Attention and rotary embeddings take them.
-        max_seqlen: The length of the longest padded sequence.
     """
 
+    # [P], the token at each place of this rank. It is T where the place holds padding.
     index: NDArray[np.int64]
+    # [T], where each token is among the places of all ranks, one rank after the other. It is
+    # size * P for a token that no rank computes.
     place: NDArray[np.int64]
+    # [S+1], the borders of the padded sequences over all ranks, from 0 to size * P. Attention and
+    # rotary embeddings take them.
     cu_seqlens: Ints
+    # The length of the longest padded sequence.
     max_seqlen: int
 
     def take(self, rows: NDArray[Any]) -> NDArray[Any]:
@@ -90,6 +88,7 @@ def context_part(
         tensor: The number of ranks that divide a part's tokens among them once more.
     """
     num_tokens = int(cu_seqlens[-1])
+    # Without padding: one rank computes exactly what a training without context parallelism does.
     if size == 1:
         everything = np.arange(num_tokens)
         return ContextPart(everything, everything, cu_seqlens, int(np.diff(cu_seqlens).max()))

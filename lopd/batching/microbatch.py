@@ -48,6 +48,7 @@ def make_sample(
     # With an empty prompt the response begins at token 0. No position predicts that token.
     loss_mask[:1] = False
 
+    # Nobody has log-probabilities of the prompt. The zeros carry no loss.
     def after_prompt(logprobs: Floats) -> Floats:
         return np.concatenate([np.zeros(prompt_len, dtype=np.float32), logprobs.astype(np.float32)])
 
@@ -57,6 +58,7 @@ def make_sample(
         sampling_logprobs=after_prompt(response.sampling_logprobs),
         teacher_logprobs=None if teacher_logprobs is None else after_prompt(teacher_logprobs),
         key=response.key,
+        # "length" and "abort" both mean that the response has no end token.
         truncated=response.finish_reason != "stop",
         teacher_top=None if top is None else _top_after_prompt(top, prompt_len),
     )
@@ -128,20 +130,18 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
 
 @dataclass(frozen=True, slots=True)
 class _Pack:
-    """Where samples lie in a microbatch.
+    """Where samples lie in a microbatch."""
 
-    Attributes:
-        cu_seqlens: int32 [S+1], the borders of the sequences, the padding's included.
-        num_tokens: The number of tokens of samples. What follows them is padding.
-        has_padding: Whether the last sequence is padding.
-    """
-
+    # int32 [S+1], the borders of the sequences, those of the padding included.
     cu_seqlens: Ints
+    # The number of tokens of samples. What follows them is padding.
     num_tokens: int
+    # Whether the last sequence is padding.
     has_padding: bool
 
     def packed(self, columns: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
         """Return the columns [L, ...] of all samples end to end, [T, ...], zeros as padding."""
+        # Padding has zeros everywhere. As token ids they are token 0, which every vocabulary has.
         rest = columns[0].shape[1:] if columns else ()
         flat = np.zeros((int(self.cu_seqlens[-1]), *rest), dtype=dtype)
         if columns:
@@ -159,6 +159,7 @@ class _Pack:
 
     def position_ids(self) -> NDArray[np.int64]:
         """Return the position of each token in its own sequence, int64 [T]."""
+        # Attention stays within a sequence, so its rotary embeddings count from its own start.
         starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
         return np.arange(int(self.cu_seqlens[-1]), dtype=np.int64) - starts
 

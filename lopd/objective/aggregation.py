@@ -72,11 +72,14 @@ def token_weights(
     mask = batch.loss_mask.to(dtype)  # [T]
     # The padding sequence has no loss token, so it is no response here.
     num_responses = (counts > 0).sum(dtype=torch.int32)
+    # Every token counts alike, so a long response counts more than a short one.
     if aggregation == "token_mean":
         return mask, counts.sum(dtype=torch.int32)
+    # The form of the paper, whose update is a sum over the tokens of a response.
     if aggregation == "token_sum":
         return mask, num_responses
     assert aggregation == "response_mean", aggregation
+    # The form of the paper's code, which produced the paper's numbers: every response counts alike.
     # The clamp acts on sequences without a loss token alone. Their mask is 0, and 0 / 0 would put a
     # nan into the loss.
     return mask / expand_to_tokens(counts, batch).clamp(min=1).to(dtype), num_responses

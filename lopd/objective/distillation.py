@@ -89,12 +89,14 @@ class Distillation:
             logprobs: The student's log-probabilities of the labels [T], with gradient.
             batch: The packed sequences.
         """
-        # End tokens first: a prefix may take them away, and their advantage is reported even then.
+        # End tokens first. They are the last loss tokens of whole responses; of a prefix that would
+        # be a token in the middle of a sentence.
         ends = end_tokens(batch)
         # From here on every sum and mean, the metrics included, is over the selected tokens alone.
         batch = apply_selections(batch, self.selections)
         losses = self.loss.token_losses(logprobs, batch)
         sums = self.loss.metric_sums(logprobs, batch, ends)
+        # The factors have no gradient, so each multiplies the gradient of a token's loss as well.
         for weighting in self.weightings:
             losses = losses * weighting(logprobs, batch)
             sums |= weighting.metric_sums(logprobs, batch)
@@ -111,5 +113,7 @@ class Distillation:
                 ends=ends,
                 teachers=self.teachers,
             )
+        # The mean is over the tokens that the selections have left. Divided by all tokens, a prefix
+        # of 10% would make the loss, and with it the step, ten times smaller.
         weights, num_items = token_weights(batch, self.loss.aggregation, losses.dtype)
         return LossOutput((weights * losses).sum(), num_items, sums)

@@ -85,8 +85,9 @@ class RefreshRule:
         """
         assert num_steps >= 1, num_steps
         bounded = self.min_effective_share is not None or self.max_chi_square is not None
-        # Before the rules: with `every` in the first place, data without the figures would be
-        # noticed only at the first step that `every` does not decide.
+        # The figures are missing where a cache was imported without sampling_logprobs. This comes
+        # before the rules. Otherwise it would be noticed only at the first step that `every` does
+        # not decide.
         if bounded and not {"effective_sample_share", "chi_square"} <= metrics.keys():
             raise DataError(
                 "a bound of the drift is set, but the responses have no sampling log-probabilities",

@@ -44,38 +44,38 @@ class TokenBatch:
     Log-probabilities are finite natural logarithms. Where loss_mask is False they may be anything.
     The ``student_*`` fields come from the trainer's forward pass, if it gives them; it sets them
     with ``dataclasses.replace``.
-
-    Attributes:
-        loss_mask: bool [T], the labels that carry loss.
-        cu_seqlens: int32 [S+1], the borders of the sequences.
-        num_sequences: The number of samples.
-        teacher_logprobs: float32 [T], by the teacher.
-        sampling_logprobs: float32 [T], by the policy that sampled the responses.
-        truncated: bool [S], responses that were cut off before an end token.
-        teacher_index: int64 [S], which of several teachers scored the sequence.
-        teacher_top_logprobs: float32 [T, K], by the teacher, of its K likeliest tokens.
-        teacher_tail_logprob: float32 [T], by the teacher, of all other tokens together. If it is
-            None, the tail is 1 minus the sum over the K tokens.
-        student_top_logprobs: [T, K], by the current student, of the same K tokens, with gradient.
-        student_entropy: [T], the entropy of the current student, in nats.
     """
 
+    # bool [T], the labels that carry loss.
     loss_mask: Tensor
+    # int32 [S+1], the borders of the sequences.
     cu_seqlens: Tensor
+    # The number of samples, without the padding.
     num_sequences: int
+    # float32 [T], by the teacher.
     teacher_logprobs: Tensor | None = None
+    # float32 [T], by the policy that sampled the responses.
     sampling_logprobs: Tensor | None = None
+    # bool [S], responses that were cut off before an end token.
     truncated: Tensor | None = None
+    # int64 [S], which of several teachers scored the sequence.
     teacher_index: Tensor | None = None
+    # float32 [T, K], by the teacher, of its K likeliest tokens.
     teacher_top_logprobs: Tensor | None = None
+    # float32 [T], by the teacher, of all other tokens together. If it is None, the tail is 1 minus
+    # the sum over the K tokens.
     teacher_tail_logprob: Tensor | None = None
+    # [T, K], by the current student, of the same K tokens, with gradient.
     student_top_logprobs: Tensor | None = None
+    # [T], the entropy of the current student's distribution, in nats.
     student_entropy: Tensor | None = None
 
     @classmethod
     def from_microbatch(cls, microbatch: Microbatch, device: torch.device | str = "cpu") -> Self:
         """Return the tensors of a microbatch that an objective needs, on this device."""
 
+        # On a CPU as_tensor shares the memory of the arrays, so nothing is copied. Token ids and
+        # labels stay out: an objective sees log-probabilities alone.
         def tensor(array: NDArray[np.generic] | None) -> Tensor | None:
             return None if array is None else torch.as_tensor(array, device=device)
 
@@ -102,16 +102,15 @@ class LossOutput:
 
     An objective gives the same metric keys in the same order for every microbatch, an empty one
     included. So the trainer can stack the sums, add them, and all-reduce them as one vector.
-
-    Attributes:
-        loss_sum: A scalar with gradient, in the dtype of the log-probabilities.
-        num_items: An int32 scalar without gradient. Megatron-Core takes it as ``num_tokens`` with
-            ``calculate_per_token_loss``.
-        metric_sums: float64 scalars without gradient by name; see reduce_metrics.
     """
 
+    # A scalar with gradient, in the dtype of the log-probabilities.
     loss_sum: Tensor
+    # An int32 scalar without gradient: what the loss is divided by. Megatron-Core takes it as
+    # num_tokens with calculate_per_token_loss.
     num_items: Tensor
+    # float64 scalars without gradient by name (see reduce_metrics). float64, because they are added
+    # up over millions of tokens.
     metric_sums: dict[str, Tensor]
 
 
@@ -176,6 +175,8 @@ def _reduce_part(summed: Mapping[str, float]) -> dict[str, float]:
             reported[name] = value
             continue
         count = summed[_COUNT_OF.get(name, "num_tokens")]
+        # For example a step in which every response was truncated has no end token. A figure that
+        # is missing is honest; a 0 would look like perfect agreement.
         if count <= 0:
             continue
         if name.endswith("_squared") and name != "weight_squared":

@@ -61,6 +61,8 @@ class Lightning:
         losses = self.token_losses(logprobs, batch)
         weights, num_items = token_weights(batch, self.aggregation, losses.dtype)
         metrics = self.metric_sums(logprobs, batch, end_tokens(batch))
+        # A sum, which the trainer divides by the items of all microbatches and ranks. A mean here
+        # would make a token count more in a microbatch that holds fewer of them.
         return LossOutput((weights * losses).sum(), num_items, metrics)
 
     def token_losses(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:

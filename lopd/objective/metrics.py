@@ -57,7 +57,10 @@ def distillation_sums(
     # float64, because sums of squares over millions of tokens follow.
     student = logprobs.double()
     teacher = batch.teacher_logprobs.double()
+    # Before the clip. The clip bounds the update; the figures must show how far the two really are
+    # from each other.
     advantage = torch.where(mask, teacher - student, 0.0)  # [T]
+    # A selection may have taken the loss from end tokens. Then they do not count here either.
     ends = ends & mask
     sums = count_sums(batch)
     sums["advantage"] = advantage.sum()
@@ -71,12 +74,13 @@ def distillation_sums(
 def _weight_sums(student: Tensor, teacher: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
     """Return the sums of w, and of what w says about the offline gradient.
 
-    The source is the theorem on the gradient discrepancy in arXiv 2604.13010, here at the tokens of
-    the rollouts. The gradient with fresh tokens at the rollouts' states minus the gradient with the
-    rollouts' own tokens is E[(w - 1) A grad log pi]. So its norm is at most G times
-    ``gradient_gap`` = E|(w - 1) A|, where G is the largest norm of a token's grad log pi. By
-    Cauchy-Schwarz gradient_gap is at most ``gradient_gap_bound`` = sqrt(E[A^2] E[(w - 1)^2]).
+    ``gradient_gap`` is E|(w - 1) A|, and ``gradient_gap_bound`` is sqrt(E[A^2] E[(w - 1)^2]). The
+    source is the theorem on the gradient discrepancy in arXiv 2604.13010.
     """
+    # Take the gradient with fresh tokens at the states of the rollouts, and subtract the gradient
+    # with the rollouts' own tokens. The difference is E[(w - 1) A grad log pi]. So its norm is at
+    # most G * E|(w - 1) A|, where G is the largest norm of a token's grad log pi. By Cauchy-Schwarz
+    # E|(w - 1) A| is at most sqrt(E[A^2] E[(w - 1)^2]).
     mask = batch.loss_mask
     counts = count_sums(batch)
     if batch.sampling_logprobs is None:
@@ -136,6 +140,8 @@ def sums_by_teacher(
         teachers: The names of the teachers. A response's teacher_index is a place in this list.
     """
     assert batch.teacher_index is not None, "several teachers need teacher_index"
+    # The loss needs no such split: each token has the log-probability of its own teacher. The
+    # figures need it, because the mean over two teachers can hide that one of them disagrees.
     scored_by = expand_to_tokens(batch.teacher_index, batch)  # [T]
     named: dict[str, Tensor] = {}
     # Every teacher comes in every batch, with sums of 0 where it scored nothing in it: the keys

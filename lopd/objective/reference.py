@@ -66,9 +66,13 @@ class ReferenceKL:
         log_weight = torch.where(
             batch.loss_mask, logprobs - batch.sampling_logprobs.to(logprobs.dtype), 0.0
         )
+        # It also keeps the value finite: token_importance caps log w at 20 nats.
         weight = token_importance(log_weight, torch.zeros_like(log_weight))
         capped = weight.clamp(max=self.weight_cap)
+        # The slopes follow from dw / d log pi_theta = w. Of w - 1 - log w it is w - 1.
         if self.direction == "forward":
             return weight - 1.0 - log_weight, capped - 1.0
+        # Of w log w - w + 1 it is (w log w + w) - w = w log w. Both factors are capped, so that the
+        # slope stops at the value that it has at the cap.
         capped_log = log_weight.clamp(max=math.log(self.weight_cap))
         return weight * log_weight - weight + 1.0, capped * capped_log

@@ -41,14 +41,11 @@ _ORIGIN = {
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A part of an objective.
+    """A part of an objective."""
 
-    Attributes:
-        needs: The fields of TokenBatch that it reads.
-        build: Makes it from the [distill] section.
-    """
-
+    # The fields of TokenBatch that it reads.
     needs: tuple[str, ...]
+    # Makes it from the [distill] section.
     build: Callable[[DistillSection], Any]
 
 
@@ -81,6 +78,8 @@ def _reference_kl(distill: DistillSection) -> ReferenceKL:
     return ReferenceKL(distill.objective.reference_kl, distill.objective.reference_direction)
 
 
+# The tables below are the only place that connects knobs with classes. A component's name is its
+# knob, so that an error can name what the user must change.
 # The values of distill.objective.loss.
 LOSSES: dict[str, Component] = {
     "lightning": Component(

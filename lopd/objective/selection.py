@@ -58,6 +58,7 @@ class Prefix:
             share = loss_tokens_per_sequence(batch).double() * self.share
             # 30 tokens * 0.1 is 3.0000000000000004 in float64, and must stay 3 tokens.
             limit = torch.ceil(share - 1e-9).long()
+        # The first loss token has a running sum of 1, so `<=` takes exactly `limit` of them.
         chosen = running_sums(batch.loss_mask.long(), batch) <= expand_to_tokens(limit, batch)
         return chosen | end_tokens(batch) if self.keep_end_token else chosen
 

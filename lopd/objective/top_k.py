@@ -67,6 +67,8 @@ class TopKKL:
             # its connection to the model.
             return 0.0 * logprobs
         student, teacher = self._on_support(batch)  # [T, K] or [T, K + 1]
+        # KL(first || second). The expectation is over the first, so the forward KL weights the
+        # student's error at a token by the teacher's probability.
         first, second = (student, teacher) if self.direction == "reverse" else (teacher, student)
         return (first.exp() * (first - second)).sum(-1)
 
@@ -75,6 +77,7 @@ class TopKKL:
         """Return the metrics as sums; see the class."""
         kl = self.token_losses(logprobs, batch).double().sum()
         tails = dict.fromkeys(("student_tail", "teacher_tail"), torch.zeros_like(kl))
+        # Padding alone has no top-K columns; its sums stay 0, under the same keys.
         if batch.num_sequences:
             student, teacher = self._chosen(batch)
             for name, values in (("student_tail", student), ("teacher_tail", teacher)):

@@ -53,6 +53,8 @@ class TruncatedImportance:
 
     cap: float = 2.0
 
+    # Without gradient. With one, the student could lower its loss by making the tokens unlikely at
+    # which the loss is high, instead of moving towards the teacher.
     @torch.no_grad()
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         assert batch.sampling_logprobs is not None, "importance weights need sampling_logprobs"
@@ -95,7 +97,9 @@ class EarlyTokenGain:
         # The sums are over whole numbers. A running sum of floats depends on what else is packed
         # into the microbatch, and on a GPU on the order of the additions.
         steps = (size.double() * _FIXED_POINT).round().long()  # [T]
+        # The token itself has passed, so the last loss token has the factor 1.
         passed = running_sums(steps, batch).double()
+        # The clamp acts where all advantages of a response are 0: the share passed is then 0.
         total = expand_to_tokens(sequence_sums(steps, batch), batch).clamp(min=1).double()
         return (1.0 + self.gain * (1.0 - passed / total)).to(logprobs.dtype)
 

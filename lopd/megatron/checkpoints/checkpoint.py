@@ -68,20 +68,17 @@ _WRITER = (
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-        module: The model: a GPTModel, or the Float16Module around it.
-        architecture: The model's sizes.
-        optimizer: Megatron-Core's optimizer. Its state must exist.
-    """
-
+    # A GPTModel, or the Float16Module around it.
     module: Any
     architecture: Architecture
+    # Megatron-Core's optimizer. Its state must exist.
     optimizer: Any
 
     def weights(self) -> dict[str, Any]:
         """Return the weights as Megatron-Core's sharded tensors."""
+        # Megatron-Core takes the group to choose which of the ranks with the same weights writes.
         sharded: dict[str, Any] = self.module.sharded_state_dict(
             metadata={"singleton_local_shards": False, "dp_cp_group": parallel.data_context_group()}
         )
@@ -113,6 +110,8 @@ class Checkpoints:
         # The save that is not published yet, and its trainer.json without the files.
         self._pending: Writing | None = None
         self._about: dict[str, Any] = {}
+        # What a kill leaves has one of these suffixes until the rename that publishes it. It is
+        # removed now, because nothing else would ever remove it.
         if parallel.rank() == 0 and folder.is_dir():
             for path in folder.iterdir():
                 if path.suffix in (".tmp", ".removing", ".partial"):
@@ -219,12 +218,15 @@ class Checkpoints:
         publish_json(partial / ABOUT, {**about, "sha256": sha256_json(about)})
         # A training that went back to an older checkpoint writes the same step again.
         remove_folder(target)
+        # The rename is the moment at which the checkpoint exists. The fsync keeps it over a power
+        # failure; only then may older ones go.
         partial.rename(target)
         fsync_folder(self._folder)
         publish_bytes(self._folder / LATEST, f"{target.name}\n".encode())
         # Older ones go last. A kill before this line leaves one too many, never one too few.
         for _, path in sorted(self._published())[: -self._keep]:
             remove_folder(path)
+        # A new checkpoint is whole, so the training no longer depends on what was damaged.
         for path in self._folder.glob(f"*{DAMAGED}"):
             remove_folder(path)
 
@@ -251,6 +253,8 @@ class Checkpoints:
         newest = self.newest()
         path = newest
         problems: list[tuple[Path, str]] = []
+        # From the newest back to the first that is whole. All files are verified before any is
+        # loaded: a load that fails in the middle leaves a model of old and new weights.
         while path is not None and (problem := problem_of(path)) is not None:
             problems.append((path, problem))
             path = self.newest(before=_step(path))
@@ -315,6 +319,8 @@ class Checkpoints:
                 f"checkpoint {path.name} is of another layout ({', '.join(changes)}): "
                 "weights and optimizer state continue, equal up to rounding"
             )
+        # No rank may train on while another one still reads. A later save could remove this
+        # checkpoint under it.
         parallel.barrier()
         return int(about["step"]), about["state"]
 

@@ -44,20 +44,15 @@ CHUNK_BYTES = 4 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class HeldRange:
-    """The elements [start, stop) of a flat parameter, of which this rank keeps optimizer state.
+    """The elements [start, stop) of a flat parameter, of which this rank keeps optimizer state."""
 
-    Attributes:
-        weight: The parameter of the whole model.
-        start: The first element in this rank's tensor shard of it.
-        stop: The element behind the last.
-        state: The state of these elements.
-        replica: Zeros on the one rank that writes the state.
-    """
-
+    # The parameter of the whole model.
     weight: Weight
+    # Counted within this rank's tensor shard of the parameter.
     start: int
     stop: int
     state: ParameterState
+    # All zeros on the one rank that writes the state.
     replica: tuple[int, ...]
 
 
@@ -69,6 +64,8 @@ def sharded(module: Any, arch: Architecture, optimizer: Any) -> dict[str, Sharde
         arch: The model's sizes.
         optimizer: Megatron-Core's optimizer. Its state must exist (see Optimizer.create_state).
     """
+    # The tensors are the state itself where that is possible, and no copies: a copy of all state
+    # would need two to three times the memory of the float32 weights.
     kinds = _kinds(module)
     tensors = {}
     for number, held in enumerate(_held_ranges(module, arch, optimizer)):
@@ -142,6 +139,8 @@ def _stored(
     weight: Weight, kind: str, tensor: Tensor, offset: int, replica: tuple[int, ...]
 ) -> ShardedTensor:
     """Describe a range of the tensor that the file has of a parameter."""
+    # A parameter may hold several Hugging Face tensors, for example query, key and value. The file
+    # has all of them in one tensor.
     size = sum(math.prod(shape) for shape in weight.shapes)
     return ShardedTensor(
         f"optimizer.{kind}.{weight.megatron}",
@@ -158,6 +157,8 @@ def _stored(
 
 def _held_ranges(module: Any, arch: Architecture, optimizer: Any) -> Iterator[HeldRange]:
     """Yield what this rank holds, in an order that is the same in every run of this layout."""
+    # Both directions of a name: from this rank's tensors to the name in the whole model, and from
+    # there to how the parameter is laid out.
     table = {weight.megatron: weight for weight in weights(arch)}
     originals = {weight.hf: weight for weight in table.values() if not weight.copy}
     names = {parameter: name for name, parameter in local_parameters(module, arch).items()}
@@ -193,6 +194,8 @@ def _distributed(chained: DistributedOptimizer) -> Iterator[tuple[Tensor, int, i
 
 def _replicated(chained: Any) -> Iterator[tuple[Tensor, int, int, Tensor]]:
     """Yield the same of an optimizer that every data rank has whole."""
+    # The optimizer of a bfloat16 model updates float32 copies of its weights, but a weight that is
+    # float32 in the model it updates in place. That of a float32 model updates all in place.
     if hasattr(chained, "fp32_from_float16_groups"):
         copies = zip(chained.float16_groups, chained.fp32_from_float16_groups, strict=True)
         pairs = [pair for models, mains in copies for pair in zip(models, mains, strict=True)]

@@ -177,6 +177,7 @@ class HybridState:
         return inner
 
     def _owner(self, inner: Tensor) -> Any:
+        # One optimizer inside has the parameters on the CPU, another those on the device.
         return next(each for each in self.optimizer.sub_optimizers if inner in each.state)
 
 
@@ -208,6 +209,8 @@ def split(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def adamw_parameters(optimizer: Any) -> Iterator[tuple[torch.optim.AdamW, Tensor]]:
     """Yield every torch AdamW inside an optimizer, with each parameter that it updates."""
+    # torch's AdamW counts its updates in the state of every parameter. All others count in their
+    # groups (fused_optimizers), so the two are told apart.
     for inner in _inside(optimizer):
         if isinstance(inner, torch.optim.AdamW):
             for group in inner.param_groups:

@@ -1,11 +1,8 @@
 """Writing one rank's part of a checkpoint, in the foreground or by a thread.
 
 Megatron-Core plans a save with collectives and returns what is left to do: a function that writes
-the files of this rank, and functions that complete the checkpoint, with collectives again. Its own
-asynchronous callers run the first function in a forked process. A fork of a rank with the threads
-of gloo and CUDA is a gamble, and the process outlives a killed rank. Here a thread runs it. The
-thread mostly waits for the disk, or copies outside of the interpreter's lock. It writes a copy in
-host memory, because the next step changes the weights in place.
+the files of this rank, and functions that complete the checkpoint, with collectives again. In the
+background a thread runs the first function, on a copy in host memory.
 """
 
 from __future__ import annotations
@@ -43,6 +40,10 @@ class Writing:
         write = _write_function(request, background=background)
         self._thread: threading.Thread | None = None
         if background:
+            # Megatron-Core's own asynchronous callers use a forked process. A fork of a rank with
+            # the threads of gloo and CUDA is a gamble, and the process outlives a killed rank. A
+            # thread does not slow the training down: it waits for the disk, or copies outside of
+            # the interpreter's lock.
             # A daemon: a training that ends with an error must not wait for the disk.
             self._thread = threading.Thread(
                 target=self._write, args=(write,), name="checkpoint", daemon=True
@@ -90,6 +91,7 @@ class Writing:
             raise self._error
         if problems:
             raise CheckpointingException(f"on another rank: {problems[0]}")
+        # They write .metadata, which makes the files of all ranks one checkpoint.
         for finalize in self._request.finalize_fns:
             finalize()
         return self._sums
@@ -134,6 +136,7 @@ def _own(tensor: torch.Tensor, kept: set[int]) -> torch.Tensor:
 
 def fsync_and_sum(path: Path) -> list[int]:
     """Make a file durable, and return [size in bytes, CRC-32] of what is read back."""
+    # A descriptor for reading is enough: fsync writes all of the file's data that is in the cache.
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
     return [path.stat().st_size, crc32(path)]

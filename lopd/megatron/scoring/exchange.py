@@ -39,6 +39,7 @@ def answers_path(spool: Path, number: int, data_rank: int) -> Path:
 
 def write_numbers(path: Path, **arrays: Any) -> None:
     """Write arrays of numbers by name, as a file that appears at once and complete."""
+    # In memory first: np.savez appends ".npz" to a name that ends differently, such as ".partial".
     buffer = io.BytesIO()
     columns: dict[str, Any] = {name: np.asarray(values) for name, values in arrays.items()}
     np.savez(buffer, **columns)
@@ -50,6 +51,7 @@ def write_numbers(path: Path, **arrays: Any) -> None:
 
 def read_numbers(path: Path) -> dict[str, Any]:
     """Read the arrays of write_numbers."""
+    # A chunk is read by another process. allow_pickle would let a file run code in it.
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
 

@@ -55,6 +55,7 @@ CHUNK_MICROBATCHES = 8
 MAX_LOGPROB = 1e-4
 
 
+# A protocol, because the Megatron side of lopd imports nothing of the SGLang side.
 class Scorable(Protocol):
     """A response to score: sglang_rollout.requests.scoring.ScoreRequest, or anything like it."""
 
@@ -105,10 +106,13 @@ class MegatronScorer:
         self._model = model
         self._settings = settings
         self._entropy = entropy
+        # Here, before the ranks start: a layout that does not fit is then an error in a second, and
+        # not after the model was read.
         validate_layout(
             read_architecture(model), settings.parallel, where=f"parallel of the {name}"
         )
         self._log = folder / f"megatron-{name}.log"
+        # The name is unique: a process may have several scorers, and a machine several users.
         self._spool = Path(
             tempfile.gettempdir(), f"lopd-megatron-{name}-{os.getpid()}-{secrets.token_hex(4)}"
         )
@@ -171,6 +175,8 @@ class MegatronScorer:
 
     def _chunks(self, requests: Iterable[Scorable]) -> Iterator[_Chunk]:
         settings = self._settings
+        # In tokens. A chunk closes before the request that would exceed the budget, so no request
+        # is divided.
         budget = CHUNK_MICROBATCHES * settings.parallel.data * settings.max_tokens_per_microbatch
         pending: list[Scorable] = []
         num_tokens = 0
@@ -240,6 +246,7 @@ class MegatronScorer:
                 entropy = answer["entropy"][rows] if self._entropy else None
                 yield self._scores(chunk.requests[index], answer["logprobs"][rows], entropy)
                 num_answered += 1
+            # The spool holds only chunks that are under way, so it does not grow with the data.
             path.unlink()
         assert num_answered == len(chunk.requests), (
             f"{num_answered} answers to {len(chunk.requests)} requests"
@@ -258,6 +265,8 @@ class MegatronScorer:
 
     def _scores(self, request: Scorable, logprobs: Any, entropy: Any) -> TeacherScores:
         assert len(logprobs) == len(request.token_ids)
+        # A broken model gives nan or values above 0. In a cache they would end a training much
+        # later, far from their cause.
         bad = np.flatnonzero(~np.isfinite(logprobs) | (logprobs > MAX_LOGPROB))
         if len(bad):
             first = int(bad[0])
@@ -271,6 +280,7 @@ class MegatronScorer:
             request.prompt_id,
             request.sample_index,
             token_hash(request.prompt_ids, request.token_ids),
+            # What is above 0 by rounding is the log-probability of a certain token.
             np.minimum(logprobs, 0),
             entropy=entropy,
         )

@@ -36,6 +36,7 @@ from lopd.records import Sample
 def run(spool: Path) -> None:
     """Score all chunks of a spool. Collective."""
     folder, settings, entropy = read_job(spool)
+    # Any seed: scoring draws no numbers.
     parallel.initialize(settings.parallel, seed=0, timeout_s=settings.timeout_s)
     arch = read_architecture(folder)
     # Nothing is kept for a backward pass, so there is nothing to recompute and nothing to balance.
@@ -48,6 +49,7 @@ def run(spool: Path) -> None:
         answers = answer(
             model, chunk, max_tokens=settings.max_tokens_per_microbatch, entropy=entropy
         )
+        # Ranks with the same data rank have the same answers. One of them writes.
         if parallel.speaks_for_data_rank():
             write_numbers(answers_path(spool, number, parallel.data_rank()), **answers)
         number += 1
@@ -97,6 +99,7 @@ def answer(model: Any, chunk: dict[str, Any], *, max_tokens: int, entropy: bool)
     )
     own = plan[parallel.data_rank()]
 
+    # The mask says which values are wanted: those of the responses.
     def sample(index: int) -> Sample:
         tokens = chunk["tokens"][bounds[index] : bounds[index + 1]].astype(np.int32)
         return Sample(token_ids=tokens, loss_mask=np.arange(len(tokens)) >= prompt_lens[index])
@@ -110,10 +113,12 @@ def answer(model: Any, chunk: dict[str, Any], *, max_tokens: int, entropy: bool)
         # The mask was shifted with the labels. It marks the positions that predict the tokens of
         # responses, in the order of the samples.
         chosen = torch.as_tensor(microbatch.loss_mask, device=parallel.device())
+        # Without entropies their column is empty, and not missing: the file always has both.
         for column, values in zip(columns.values(), pair, strict=True):
             column.append(
                 np.zeros(0, np.float32) if values is None else values[chosen].float().cpu().numpy()
             )
+    # The values above come in the order of the plan, so the requests are named in that order.
     order = np.concatenate(own).astype(np.int64)
     return {
         "index": order,

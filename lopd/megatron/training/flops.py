@@ -45,6 +45,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     # float32 products may or may not use TF32, so they have no single peak.
     if dtype != "bfloat16":
         return None
+    # Names contain more than the model, for example "NVIDIA H100 80GB HBM3".
     name = device_name.lower()
     return next((peak for known, peak in _PEAKS.items() if known.lower() in name), None)
 
@@ -72,6 +73,7 @@ def training_flops(arch: Architecture, lengths: Iterable[int]) -> float:
     for length in lengths:
         num_tokens += length
         num_pairs += length * length
+    # Half of the pairs of a sequence: a token attends to those before it.
     attention = 12 * arch.num_layers * arch.num_heads * arch.head_dim * num_pairs / 2
     return 6.0 * active_matrix_weights(arch) * num_tokens + attention
 

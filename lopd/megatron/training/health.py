@@ -56,6 +56,7 @@ class StepHealth:
         self._counted: Tensor | None = None
         cuda = torch.cuda.is_available()
         self._peak = peak_flops(torch.cuda.get_device_name(), dtype) if cuda else None
+        # A hook sees the router's choices after any drop, without a change to Megatron-Core.
         for router in module.modules():
             if isinstance(router, TopKRouter):
                 router.register_forward_hook(self._count)
@@ -83,6 +84,7 @@ class StepHealth:
     def _count(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         if self._counted is not None:
             # output[1] is bool [tokens, experts]: the choices that the capacity factor has left.
+            # The router's numbers of layers begin at 1, and count over all pipeline stages.
             chosen = output[1] & self._counted[:, None]
             self._expert_tokens[router.layer_number - 1] += chosen.sum(dim=0)
 
@@ -96,6 +98,7 @@ class StepHealth:
         # is 0 in the vectors of the others. So the maximum over ranks needs no second collective.
         own = torch.zeros(2 + parallel.world_size(), dtype=torch.float64)
         flops = torch.zeros(parallel.data_size(), dtype=torch.float64)
+        # Ranks with the same data rank have the same microbatches, which must count once.
         if parallel.speaks_for_data_rank():
             own[0] = sum(_num_real(microbatch) for microbatch in microbatches)
             own[1] = sum(num_computed(microbatch) for microbatch in microbatches)
@@ -131,6 +134,7 @@ class StepHealth:
         memory = summed[2 : 2 + world]
         flops = summed[2 + world : 2 + world + data]
         counts = summed[2 + world + data :]
+        # The lower bounds of the divisors act on steps of padding alone, and avoid a division by 0.
         figures = {
             "num_processed": num_processed,
             "padding_share": 1.0 - num_processed / max(num_computed, 1.0),
@@ -138,6 +142,7 @@ class StepHealth:
             "model_tflops_per_s": sum(flops) / seconds / 1e12,
             "peak_memory_gib": max(memory) / _GIB,
         }
+        # All GPUs of a training are taken to be of the kind of this one.
         if self._peak is not None:
             figures["mfu"] = sum(flops) / seconds / (self._peak * world)
         if self._arch.num_experts:
@@ -163,6 +168,7 @@ def expert_load(tokens: Tensor, num_routed: float) -> dict[str, float]:
         num_routed: The number of choices of a layer before any drop.
     """
     # The clamps keep a layer without tokens, and a model with one expert, from dividing by 0.
+    # [layers, experts]: the distribution of each layer's tokens.
     shares = tokens / tokens.sum(dim=1, keepdim=True).clamp(min=1.0)
     entropy = -torch.special.xlogy(shares, shares).sum(dim=1) / math.log(max(tokens.shape[1], 2))
     return {

@@ -39,6 +39,7 @@ def loss_suspects(
 
 def has_bad_gradient(model: Any) -> bool:
     """Return whether a gradient of this rank is not finite."""
+    # Megatron-Core adds up gradients in main_grad; .grad is empty. A frozen weight has neither.
     return any(
         not torch.isfinite(parameter.main_grad).all()
         for parameter in model.parameters()
@@ -63,6 +64,8 @@ def not_finite_error(
         step: The number of the step, from 1.
         checkpoints: The checkpoints of the training, if it has any.
     """
+    # Only the ranks where the value came from name responses. After the gradients were summed, a
+    # nan of one rank is on all ranks of its group.
     own: list[str] = []
     if is_here:
         keys = (key for microbatch in suspects for key in microbatch.keys)

@@ -5,11 +5,6 @@ filled. Tensors are views of storages. So parameters, and the parts of Megatron-
 weight buffers that buckets and the distributed optimizer hold, stay the objects that they are. They
 are whole again together with their storage.
 
-Megatron-Core's own ways do less. DistributedDataParallel.offload_grad_buffers empties the buffers
-of the gradients in the same manner. But MegatronOptimizer.offload_to_cpu gives every parameter that
-it updates a storage of its own. In float32 those parameters are parts of the weights' buffer, so
-that takes them out of the model.
-
 Reading a tensor with an empty storage ends the process. So whoever needs the memory calls require()
 first.
 """
@@ -120,6 +115,7 @@ class DeviceMemory:
         return _storages(buffer.grad_data for buffer in buffers)
 
     def _weights(self) -> list[torch.UntypedStorage]:
+        # Buffers of the module too, for example the statistics of routers.
         module = self._model.module
         return _storages([*module.parameters(), *module.buffers()])
 
@@ -153,6 +149,10 @@ class DeviceMemory:
             _Offloaded(storage, storage.nbytes(), copy)
             for storage, copy in zip(storages, copies, strict=True)
         ]
+        # Megatron-Core's own ways do less. DistributedDataParallel.offload_grad_buffers empties the
+        # buffers of the gradients like this. But MegatronOptimizer.offload_to_cpu gives every
+        # parameter that it updates a storage of its own. In float32 those parameters are parts of
+        # the weights' buffer, so that takes them out of the model.
         for storage in storages:
             storage.resize_(0)
         # torch keeps freed memory for this process; a server is another process.
@@ -173,6 +173,7 @@ class DeviceMemory:
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Return the storages of the tensors on this rank's device, each once."""
+    # By the identity of the C++ object: torch makes a new Python object at each call.
     storages: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
         # An optimizer that is offloaded to the CPU has tensors elsewhere.

@@ -42,6 +42,7 @@ def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float
         return section.lr * (step + 1) / warmup_steps
     if section.schedule == "constant":
         return section.lr
+    # The bound acts where a training is longer than num_steps: the rate then stays at min_lr.
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
     if section.schedule == "linear":
         share = 1.0 - progress

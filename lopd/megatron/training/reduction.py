@@ -22,6 +22,8 @@ def require_equal_counts(count: int, *, step: int) -> None:
     Raises:
         TrainingError: The numbers differ, or they are 0.
     """
+    # A pipeline, an expert's exchange or a gradient's sum that some ranks run once more than others
+    # blocks until the timeout, and the error then says nothing about the cause.
     where = f"step {step}"
     if parallel.data_size() > 1:
         # One maximum gives both bounds: the maximum of -count is minus the least count.
@@ -61,6 +63,7 @@ class StepSums:
             vectors [N].
         """
         self._learn_names(outputs)
+        # float64, because the sums run over millions of tokens and are compared between layouts.
         num_metrics = len(self._names)
         # Both kinds of sums in one vector, so that a step has one all-reduce for its figures. Each
         # all-reduce costs a synchronisation of all ranks.
@@ -86,6 +89,7 @@ class StepSums:
         """
         if self._names:
             return
+        # Only the last stage has outputs. Its names go to the others in a list that is overwritten.
         names = [[*outputs[0]] if outputs else None]
         if parallel.pipeline_size() > 1:
             dist.broadcast_object_list(

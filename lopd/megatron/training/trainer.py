@@ -56,26 +56,21 @@ BUCKET_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """The figures of one optimizer step. They are the same on every rank.
+    """The figures of one optimizer step. They are the same on every rank."""
 
-    Attributes:
-        step: The number of updates made, this one included.
-        loss: The loss of the step.
-        grad_norm: The global L2 norm of the gradients before clipping.
-        lr: The learning rate of the update.
-        num_tokens: The number of tokens that carry loss.
-        seconds: Wall-clock time.
-        tokens_per_s: Tokens of all sequences, prompts included, over all ranks.
-        metrics: What the objective reports (lopd.objective.reduce_metrics), and the health figures.
-    """
-
+    # The number of updates made, this one included.
     step: int
     loss: float
+    # The global L2 norm of the gradients before clipping.
     grad_norm: float
     lr: float
+    # The number of tokens that carry loss.
     num_tokens: int
+    # Wall-clock time of the step.
     seconds: float
+    # Tokens of all sequences, prompts included, over all ranks.
     tokens_per_s: float
+    # What the objective reports (lopd.objective.reduce_metrics), and the figures of StepHealth.
     metrics: Mapping[str, float]
 
     def as_dict(self) -> dict[str, float]:
@@ -123,6 +118,7 @@ class Trainer:
         self.objective = objective
         self._entropy = entropy
         self.architecture = read_architecture(model_dir)
+        # Before the model is built: a field that does not exist is an error at once.
         overrides = read_overrides(settings.megatron)
         self.module = build_model(
             self.architecture,
@@ -276,6 +272,7 @@ class Trainer:
         microbatch = next(microbatches)
         with self._health.counting(microbatch):
             output, entropy = forward_microbatch(model, microbatch, entropy=self._entropy)
+        # The loss function is bound to its microbatch: Megatron-Core gives it the output alone.
         return output, partial(self._loss, microbatch, entropy)
 
     def _loss(
@@ -285,6 +282,7 @@ class Trainer:
 
         Returns the sum of losses, the number of items, and the sums for the metrics (float64).
         """
+        # The entropy is a figure, and no part of the loss. So it has no gradient.
         batch = replace(
             TokenBatch.from_microbatch(microbatch, parallel.device()),
             student_entropy=None if entropy is None else entropy.detach(),
@@ -306,6 +304,7 @@ class Trainer:
         return result.loss_sum, num_items, sums
 
     def _scale_balancing_loss(self, microbatches: Sequence[Microbatch]) -> None:
+        # The routers read the coefficient from the config at every forward pass.
         coefficient = self.settings.moe_aux_loss
         if coefficient != 0 and self.architecture.num_experts:
             self._config.moe_aux_loss_coeff = balancing_coefficient(
@@ -350,6 +349,7 @@ class Trainer:
 
         Every data rank must give the same number.
         """
+        # A forward pass needs the weights alone. The optimizer's memory may be with a server.
         self.memory.require_weights()
         return [logprobs for logprobs, _ in score_microbatches(self.model, microbatches)]
 
