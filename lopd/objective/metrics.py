@@ -97,7 +97,7 @@ def _weight_sums(student: Tensor, teacher: Tensor, batch: TokenBatch) -> dict[st
     weight = torch.where(mask, token_importance(student, sampling), 0.0)  # [T]
     log_weight = torch.where(mask, student - sampling, 0.0)  # [T]
     sequence = sequence_sums(log_weight, batch)  # [S]
-    # A difference of running sums leaves rounding in sequences without loss tokens.
+    # A difference of running sums of floats can leave rounding where a sequence adds only zeros.
     sequence = torch.where(loss_tokens_per_sequence(batch) > 0, sequence, 0.0)
     return {
         "num_weighted_tokens": counts["num_tokens"],

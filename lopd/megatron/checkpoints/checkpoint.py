@@ -110,7 +110,7 @@ class Checkpoints:
         # The save that is not published yet, and its trainer.json without the files.
         self._pending: Writing | None = None
         self._about: dict[str, Any] = {}
-        # What a kill leaves has one of these suffixes until the rename that publishes it. It is
+        # What is not published yet has one of these suffixes. After a kill it is worthless. It is
         # removed now, because nothing else would ever remove it.
         if parallel.rank() == 0 and folder.is_dir():
             for path in folder.iterdir():
@@ -207,7 +207,7 @@ class Checkpoints:
         files = sum_files(pending.folder, sums)
         if parallel.rank() == 0:
             self._publish(pending.folder, files)
-        # No rank may go on before the checkpoint is there: it could end the training, or look for
+        # No rank may continue before the checkpoint is there: it could end the training, or look for
         # the newest one.
         parallel.barrier()
 

@@ -123,7 +123,7 @@ class MegatronScorer:
         self._thread = threading.Thread(target=self._run, name=f"megatron-{name}", daemon=True)
 
     def __enter__(self) -> Self:
-        # For its owner alone: on a shared machine prompts and responses are nobody else's business.
+        # For its owner alone: other users of the machine must not read prompts and responses.
         self._spool.mkdir(mode=0o700)
         write_job(self._spool, self._model, self._settings, entropy=self._entropy)
         self._thread.start()
@@ -131,7 +131,7 @@ class MegatronScorer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            # The ranks finish by themselves, so that they leave their process groups in order.
+            # The ranks finish by themselves, and close their process groups in order.
             (self._spool / END).touch()
         else:
             # Nobody wants the rest of the answers.
@@ -192,7 +192,7 @@ class MegatronScorer:
             yield self._numbered(pending)
 
     def _numbered(self, requests: list[Scorable]) -> _Chunk:
-        # The numbers go on over several calls of score: the ranks take chunks in this order.
+        # One count for all calls of score: the ranks take chunks in the order of their numbers.
         self._number += 1
         return _Chunk(self._number, requests)
 

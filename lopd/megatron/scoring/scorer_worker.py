@@ -93,7 +93,7 @@ def answer(model: Any, chunk: dict[str, Any], *, max_tokens: int, entropy: bool)
     lengths = prompt_lens + chunk["response_lens"]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     multiple = parallel.tensor_size()
-    # Every rank plans the whole chunk, so that nobody has to distribute the plan.
+    # Every rank computes the plan of the whole chunk. It is the same one, so none is exchanged.
     plan = plan_step(
         lengths, parallel.data_size(), max_tokens, multiple, context=parallel.context_size()
     )

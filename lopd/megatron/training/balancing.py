@@ -32,7 +32,7 @@ def balancing_coefficient(
     # items may be responses instead of tokens, and a tensor or context rank has only its share of
     # the tokens.
     device = parallel.device()
-    num_items, num_tokens = 0, 1
+    # Two counts in one tensor, for one all-reduce: items, then tokens.
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for microbatch in microbatches:
         batch = TokenBatch.from_microbatch(microbatch, device)
@@ -40,10 +40,10 @@ def balancing_coefficient(
         # model has not run yet: its forward pass needs the coefficient.
         batch = replace(batch, student_top_logprobs=batch.teacher_top_logprobs)
         logprobs = torch.zeros(len(microbatch.token_ids), device=device)
-        counts[num_items] += objective(logprobs, batch).num_items
-        counts[num_tokens] += num_computed(microbatch)
+        counts[0] += objective(logprobs, batch).num_items
+        counts[1] += num_computed(microbatch)
     # The whole step, because finalize_model_grads divides by the items of all data ranks.
     dist.all_reduce(counts, group=parallel.data_group())
-    items_per_token = (counts[num_items] / counts[num_tokens]).item()
+    items_per_token = (counts[0] / counts[1]).item()
     shares = parallel.tensor_size() * parallel.context_size()
     return moe_aux_loss * shares * items_per_token

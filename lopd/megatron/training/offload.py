@@ -5,8 +5,8 @@ filled. Tensors are views of storages. So parameters, and the parts of Megatron-
 weight buffers that buckets and the distributed optimizer hold, stay the objects that they are. They
 are whole again together with their storage.
 
-Reading a tensor with an empty storage ends the process. So whoever needs the memory calls require()
-first.
+Reading a tensor with an empty storage ends the process. So code that needs the memory calls
+require() first.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class DeviceMemory:
                 yield from group["params"]
             for state in chained.optimizer.state.values():
                 for value in state.values():
-                    # A tensor without dimensions is a count of steps, which takes no room.
+                    # A tensor without dimensions is a count of steps, which is small.
                     if isinstance(value, Tensor) and value.dim() > 0:
                         yield value
 

@@ -215,6 +215,7 @@ class Trainer:
         # The gradients are now those of the whole step: finalize_model_grads has summed and divided
         # them. The loss is still this rank's sum, and is divided by the same global count.
         sums, health = self._sums.reduce(outputs, self._health.vector(microbatches))
+        # reduce_metrics refuses a step without items. The bound avoids a division by 0 before that.
         loss = sums.pop("loss") / max(sums.pop("num_items"), 1.0)
         metrics = reduce_metrics(sums)
 
