@@ -148,7 +148,7 @@ def _megatron_fields(where: str, section: TrainSection, architecture: Architectu
     from lopd.megatron.model import overrides
     from lopd.megatron.model.transformer_config import DTYPES, transformer_config
     from lopd.megatron.training.optimizer import optimizer_config
-    from lopd.megatron.training.trainer import ddp_config
+    from lopd.megatron.training.wrapping import ddp_config
 
     fields = overrides.read_overrides(section.megatron, where=where)
     distributed = section.parallel.distributed_optimizer

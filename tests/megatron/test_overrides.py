@@ -22,7 +22,7 @@ from lopd.megatron.model import overrides
 from lopd.megatron.model.overrides import read_overrides
 from lopd.megatron.model.reserved_fields import KNOBS, MODEL_SHAPE, TRAINER
 from lopd.megatron.training.optimizer import optimizer_config
-from lopd.megatron.training.trainer import ddp_config
+from lopd.megatron.training.wrapping import ddp_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny_moe.toml"
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lopd.batching.context import ContextPart, cut
+from lopd.batching.context import ContextPart, context_part
 from lopd.megatron.ranks import parallel
 from lopd.records import Microbatch
 
 
 def part_of(microbatch: Microbatch) -> ContextPart:
     """Return the part of a microbatch that this rank computes."""
-    return cut(
+    return context_part(
         microbatch.cu_seqlens,
         microbatch.num_sequences,
         rank=parallel.context_rank(),
