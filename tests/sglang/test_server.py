@@ -25,7 +25,7 @@ import torch
 from lopd.errors import ConfigError, EngineError
 from lopd.processes import group_alive
 from sglang_rollout.requests.client import SGLangEngine
-from sglang_rollout.servers.extra_args import known_fields
+from sglang_rollout.servers.server_fields import known_fields
 from sglang_rollout.servers.launch import SECRETS_VARIABLE
 from sglang_rollout.servers.scratch import remove_orphans
 from sglang_rollout.servers.server import SGLangServer, check_extra_args, lasting_port, log_summary
