@@ -23,7 +23,7 @@ from lopd.tasks.verdicts import Judged, judge_all
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.sampling import SamplingRequest, request_seed
 from sglang_rollout.requests.scoring import ScoreRequest
-from sglang_rollout.servers.supervision import remember_unsaved_weights
+from sglang_rollout.servers.weights_file import remember_unsaved_weights
 from sglang_rollout.weight_sync import (
     Apart,
     Probe,

@@ -31,7 +31,7 @@ from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.requests.streaming import Work, stream
 from sglang_rollout.servers.launch import KEY_VARIABLE
 from sglang_rollout.servers.server import SGLangServer
-from sglang_rollout.servers.supervision import check_not_given_up
+from sglang_rollout.servers.weights_file import check_not_given_up
 
 _REPEATABLE = frozenset(
     {"/update_weights_from_disk", "/flush_cache"}

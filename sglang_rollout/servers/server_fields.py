@@ -116,8 +116,6 @@ def read_fields(source: Path) -> ServerFields:
     return ServerFields(types, choices, aliases)
 
 
-
-
 def _as_field_name(flag: str) -> str:
     """Return the field name that a flag such as --tp-size stands for."""
     return flag.lstrip("-").replace("-", "_")
@@ -191,8 +189,6 @@ def _literal(node: ast.expr | None) -> tuple[Any, ...] | None:
         if len(constants) == len(node.elts):
             return tuple(item.value for item in constants)
     return None
-
-
 
 
 def accepts(annotation: ast.expr, value: Any) -> bool:

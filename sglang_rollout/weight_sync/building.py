@@ -9,7 +9,7 @@ from pathlib import Path
 from lopd.config import SyncSection
 from lopd.errors import ConfigError
 from sglang_rollout.requests.client import SGLangEngine
-from sglang_rollout.servers.supervision import (
+from sglang_rollout.servers.weights_file import (
     ask_for_restart,
     remember_unsaved_weights,
     remember_weights,

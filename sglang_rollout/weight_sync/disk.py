@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lopd.errors import EngineError
 from sglang_rollout.requests.client import SGLangEngine
-from sglang_rollout.servers.supervision import remember_weights
+from sglang_rollout.servers.weights_file import remember_weights
 from sglang_rollout.weight_sync.interface import Bucket, Inventory, SyncReport, nbytes, on_all
 from sglang_rollout.weight_sync.session import RunningRequests, UpdateSession
 from sglang_rollout.weight_sync.verification import TensorVerification

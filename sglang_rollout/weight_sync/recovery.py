@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lopd.errors import EngineError
 from sglang_rollout.requests.client import SGLangEngine
-from sglang_rollout.servers.supervision import ask_to_end, num_starts
+from sglang_rollout.servers.weights_file import ask_to_end, num_starts
 from sglang_rollout.weight_sync.interface import model_info, started
 
 _ANSWER_S = 30.0  # a scheduler that is given nothing else to do answers at once

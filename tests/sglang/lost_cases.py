@@ -22,7 +22,7 @@ from lopd.megatron.ranks import parallel
 from lopd.stages.sync import StudentWeights
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.fleet import fleet_of
-from sglang_rollout.servers.supervision import num_starts
+from sglang_rollout.servers.weights_file import num_starts
 from tests.sglang.sync_cases import _trainer, samples
 
 LONG_S = 240.0

@@ -19,9 +19,8 @@ from sglang_rollout.requests.client import OtherWeights, SGLangEngine
 from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.servers import supervision
 from sglang_rollout.servers.server import SGLangServer
-from sglang_rollout.servers.supervision import (
-    Activity,
-    Watcher,
+from sglang_rollout.servers.supervision import Activity, Watcher
+from sglang_rollout.servers.weights_file import (
     ask_for_restart,
     ask_to_end,
     num_starts,
@@ -273,7 +272,7 @@ def test_any_process_can_ask_for_a_restart(frail: Frail) -> None:
     time.sleep(0.3)
     assert (frail.num_starts, told) == (
         1,
-        ["a restart of the student server was asked for; starting it again"],
+        ["a restart of the student server was requested; starting it again"],
     )
     watcher.stop()
     watcher.join()

@@ -16,7 +16,7 @@ import torch
 from lopd.config import SyncSection
 from lopd.errors import EngineError
 from sglang_rollout.server_side.checkpoint import tensor_shapes
-from sglang_rollout.servers.supervision import remember_weights, remembered_weights
+from sglang_rollout.servers.weights_file import remember_weights, remembered_weights
 from sglang_rollout.weight_sync import build_receiver, load_folder
 from tests.models import write_qwen3_moe
 from tests.sglang.weight_syncing import Named, UpdatedFake, receiver, send, tensors
