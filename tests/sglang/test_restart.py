@@ -403,7 +403,7 @@ def test_a_server_that_hangs_is_started_again_and_weights_that_were_in_no_folder
     until("the restart is counted", lambda: restarted.num_restarts > restarts)
     assert (len(answers), restarted.num_restarts) == (4, restarts + 1)
     with pytest.raises(
-        OtherWeights, match="a response of the weights default, where step-9 were asked"
+        OtherWeights, match="a response has the weight version default, but step-9 was requested"
     ):
         list(engine.generate(sampling_requests(4), params, version="step-9"))
     send(to, "step-9", tensors(other_dir))
