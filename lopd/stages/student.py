@@ -18,7 +18,7 @@ from lopd.stages.training import SERVER_KEY, TrainingJob
 from sglang_rollout.requests.client import OtherWeights, SGLangEngine
 from sglang_rollout.requests.fleet import fleet_of
 from sglang_rollout.servers.shared_gpus import training_settings
-from sglang_rollout.weight_sync import Apart, Colocation
+from sglang_rollout.weight_sync import Colocation, SeparateMemory
 from sglang_rollout.weight_sync.interface import await_servers
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class StudentServer:
             else None
         )
         self.shares = job.config.sync.colocate
-        self._turns = Apart()
+        self._turns = SeparateMemory()
         if self.shares:
             engines = self._engine.engines if self._engine is not None else ()
             self._turns = Colocation(
@@ -74,7 +74,7 @@ class StudentServer:
         """Whose weights they get. samples: some are scored where syncs are verified by scores.
         metrics: of rank 0.
         """
-        self._turns.admit(trainer.memory)
+        self._turns.attach_trainer(trainer.memory)
         sync, folder, template = self._job.config.sync, self._job.folder / "sync", self._job.initial
         self._weights = StudentWeights(
             trainer,

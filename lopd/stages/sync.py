@@ -25,9 +25,9 @@ from sglang_rollout.requests.sampling import SamplingRequest, request_seed
 from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.servers.weights_file import remember_unsaved_weights
 from sglang_rollout.weight_sync import (
-    Apart,
     Probe,
     ScoreVerification,
+    SeparateMemory,
     SyncReport,
     WeightReceiver,
     build_receiver,
@@ -104,7 +104,7 @@ class StudentWeights:
         folder: Path,
         template: Path,
         weights_file: str | None,
-        turns: Apart | None = None,
+        turns: SeparateMemory | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """folder: for versions by disk. template: a checkpoint of the served architecture.
@@ -124,7 +124,7 @@ class StudentWeights:
         self._folder, self._template, self._turns, self._say = (
             folder,
             template,
-            turns or Apart(),
+            turns or SeparateMemory(),
             say,
         )
         self._weights_file = Path(weights_file) if weights_file is not None else None

@@ -103,7 +103,7 @@ def _lose(
             number is signal.SIGSTOP
         ):  # what comes late only tells of a server that is stopped, and not of a machine that is slow
             if case["transport"] != "disk":
-                to._settle()
+                to._await_sent()
             wait_at_most(1.0, 1.0)
         os.killpg(_group_at(engine.address[1]), number)
 
