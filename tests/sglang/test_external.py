@@ -248,7 +248,7 @@ def test_a_stage_puts_the_students_weights_into_the_users_servers(
     )  # of a trainer that left them with half of a sync, paused
     killed.begin("step-4")
     killed.receive(tensors(student_dir)[:5])
-    killed._settle()  # type: ignore[attr-defined]
+    killed._await_sent()  # type: ignore[attr-defined]
     assert engine.model_info()["weight_version"] == "step-4 (incomplete)"
     try:
         with context.serve("student", other_dir):
