@@ -2,10 +2,12 @@
 
 settings   The arguments and the environment of such a server.
 stand_ins  Modules in place of torchvision and sgl_kernel, which a CPU environment cannot have.
-plugin     Seven changes of SGLang, each with its reason, its place upstream and its versions: seeds,
-           batch invariance, the hash, decode attention, shared memory, broadcasts, memory that is
-           given back.
+plugin     Seven changes of SGLang, each with its reason, its place upstream and its versions:
+           seeds, batch invariance, the hash, decode attention, shared memory, broadcasts, memory
+           that is given back.
 kernels    The torch code of batch invariance and decode attention.
+murmur_hash
+           The torch code of the hash.
 incoming   The code of the broadcasts.
 memory     The code of the memory that is given back.
 workers    A faster start: forked workers, one model file.

@@ -52,6 +52,7 @@ def check_returned_ids(
     if hidden_id is None:
         hidden = np.zeros(len(sent), dtype=np.bool_)
     else:
+        # Only this id may come back as 0. Any other difference is an error.
         hidden = (sent == hidden_id) & (returned == 0)
     differing = np.flatnonzero((sent != returned) & ~hidden)
     if differing.size:

@@ -104,6 +104,7 @@ class SGLangEngine:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
+        # The search for a lost server opens a plain connection, which takes no URL.
         parts = urlsplit(self.url)
         return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
@@ -195,12 +196,15 @@ class SGLangEngine:
         request = ScoreRequest(
             response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids
         )
+        # Any of the servers may answer: all of them have the same weights.
         answer = await calls.generate(request, lambda name: scoring.score_payload(request, name))
         return Response(
             prompt_id=response.prompt_id,
             sample_index=response.sample_index,
             prompt_ids=response.prompt_ids,
             token_ids=response.token_ids,
+            # Without the test for a uniform guess, which is for teachers: a student may know
+            # nothing.
             sampling_logprobs=scoring.read_logprobs(request, answer, vocab_size),
             finish_reason=response.finish_reason,
             weight_version=response.weight_version,
@@ -219,6 +223,7 @@ class SGLangEngine:
         return stream(
             requests,
             open_handler,
+            # The limit is for each server, so that more servers get more requests.
             in_flight=self.settings.max_in_flight * len(self.engines),
             watch=self.check_alive,
         )
@@ -246,6 +251,7 @@ class SGLangEngine:
     def server_version(self) -> tuple[int, ...]:
         """Return the version of the server's SGLang as numbers."""
         text = str(self.call("GET", "/server_info")["version"])
+        # (0, 5, 17) for 0.5.17.post1.
         return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
     def flush_cache(self) -> None:
@@ -258,6 +264,8 @@ class SGLangEngine:
 
     def health(self) -> bool:
         """Return whether the server generates a token within ten seconds."""
+        # SGLang's own health check is content with any sign of the scheduler. A token shows that
+        # the model computes.
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
         try:
             with self._client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
@@ -293,6 +301,7 @@ class SGLangEngine:
         )
         while True:
             try:
+                # A client for each attempt: after a restart its connections would be dead.
                 with self._client(timeout) as client:
                     reply = client.request(method, path, json=body)
                 break
@@ -367,6 +376,7 @@ class SGLangEngine:
 
     def _served_vocab_size(self) -> int:
         if self.vocab_size is None:
+            # SGLang reports the folder of its model, but not the size of the vocabulary.
             config = Path(self.model_info()["model_path"]) / "config.json"
             try:
                 self.vocab_size = int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])

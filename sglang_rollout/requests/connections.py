@@ -77,6 +77,7 @@ class Connections:
     def __init__(self, engines: Sequence[Endpoint]) -> None:
         self._servers = [_ServerConnection(engine) for engine in engines]
         self._retries = engines[0].settings.retries
+        # Random, because several streams and processes may use one server.
         self._stream_name = secrets.token_hex(6)
         self._numbers = itertools.count()
         # Checksum of a prompt -> the server that had it last. The latest stands at the end.
@@ -104,6 +105,8 @@ class Connections:
         """
         failures = 0
         outages = 0
+        # A checksum keeps the table of prompts small. Two prompts with the same one only lose a
+        # cached prefix.
         prompt = zlib.crc32(request.prompt_ids.tobytes())
         while True:
             server = await self._choose(prompt)
@@ -120,6 +123,7 @@ class Connections:
                 if error.lost:
                     server.look_for_server()
                 await asyncio.sleep(min(_BACKOFF_S * 2**failures, _MAX_BACKOFF_S))
+                # After the pause, in which the watcher has had time to notice a death.
                 server.engine.check_alive()
                 # A lost connection is an outage only if the server was away afterwards. Where it
                 # still accepts connections, the request itself may be the cause, so it counts.
@@ -239,6 +243,7 @@ class _ServerConnection:
         return answer
 
     async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        # No spaces: a request of thousands of ids is shorter by one byte for each of them.
         data = json.dumps(body, separators=(",", ":")).encode()
         try:
             async with self._session.post(self.engine.url + path, data=data) as reply:

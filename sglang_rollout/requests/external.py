@@ -73,6 +73,7 @@ def connect(urls: Sequence[str], settings: SGLangSection, model_dir: Path) -> SG
     """
     check_urls(settings)
     key = os.environ.get(KEY_VARIABLE, "")
+    # From our copy of the model: the folder of a server on another machine may be unreadable.
     vocab_size = vocab_size_of(model_dir)
     return fleet_of([SGLangEngine(url, key, settings, vocab_size=vocab_size) for url in urls])
 
@@ -97,6 +98,8 @@ def check_external(engine: SGLangEngine, expected: Expected) -> dict[str, Any]:
     config = _read_config(expected.model_dir / "config.json")
     found: dict[str, Any] = {}
     versions: list[str] = []
+    # After the checks all servers have the same model, dtype and weights. Only their versions may
+    # differ, so the record of the last one and all versions are kept.
     for one in engine.engines:
         found = _check_one(one, expected, config)
         versions.append(found["version"])
@@ -109,6 +112,7 @@ def check_external(engine: SGLangEngine, expected: Expected) -> dict[str, Any]:
 
 def probe_ids(vocab_size: int) -> list[int]:
     """Return the token ids of the probe. They depend on the size of the vocabulary alone."""
+    # Random ids: a text would become other ids with every tokenizer.
     generator = np.random.default_rng(vocab_size)
     # The last id of the vocabulary is left out: SGLang returns it as 0 (scoring.LAST_ID_ECHO).
     return [int(token) for token in generator.integers(0, vocab_size - 1, PROBE_LEN)]
@@ -170,6 +174,7 @@ def _check_architecture(
     engine: SGLangEngine, expected: Expected, model: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
     for key in ("architectures", "model_type"):
+        # A server that does not report a key cannot be held against it.
         if model.get(key) is not None and model[key] != config.get(key):
             raise EngineError(
                 f"the served model has {key} {model[key]}, but {expected.model_dir} has "
@@ -244,6 +249,7 @@ def _check_weights(
     """Return how the weights are known, and the log-probabilities of the probe if it was asked."""
     readable = (served / "config.json").is_file()
     if expected.loads_weights:
+        # These weights will be replaced, so it does not matter which they are.
         _check_can_load(engine, expected, served, readable=readable)
         return "to be loaded", None
     same = readable and expected.same_content(served)
@@ -298,6 +304,7 @@ def _compare_probes(
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # A configuration without the size must fail here, where the error can name the file.
         return {**config, "vocab_size": int(config["vocab_size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(

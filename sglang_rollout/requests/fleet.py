@@ -47,6 +47,7 @@ class SGLangFleet(SGLangEngine):
         Raises:
             OtherWeights: Another server has another weight version.
         """
+        # The caller takes the answer for all servers, so they must agree.
         first, *others = (engine.model_info() for engine in self._engines)
         for engine, info in zip(self._engines[1:], others, strict=True):
             if info["weight_version"] != first["weight_version"]:
@@ -83,12 +84,15 @@ class SGLangFleet(SGLangEngine):
         Returns:
             The answer of the server that was called last.
         """
+        # One after the other: the URL in an error then tells up to which server the change has
+        # come.
         for engine in self._engines[:1] if method == "GET" else self._engines:
             answer = engine.call(method, path, body, timeout_s=timeout_s)
         return answer
 
     def _on_each(self, call: Callable[[SGLangEngine], None]) -> None:
         with ThreadPoolExecutor(len(self._engines)) as pool:
+            # All are started before the first is awaited.
             for done in [pool.submit(call, engine) for engine in self._engines]:
                 done.result()
 

@@ -69,6 +69,7 @@ def request_seed(run_seed: int, prompt_id: str, sample_index: int, purpose: str)
     """
     # \x1f (unit separator) stands in no prompt id, so different values never make the same text.
     text = f"{run_seed}\x1f{purpose}\x1f{sample_index}\x1f{prompt_id}"
+    # Not hash(): Python's own hash of a text differs from process to process.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
 
 
@@ -82,6 +83,8 @@ def new_tokens_allowed(
     Raises:
         DataError: The prompt is empty, or it leaves no room for a token.
     """
+    # SGLang would answer a prompt that is too long with an error of its own. This one names the
+    # prompt and the key to change.
     room = context_length - len(request.prompt_ids)
     if room < 1:
         raise DataError(
@@ -118,8 +121,10 @@ def generate_payload(
             "max_new_tokens": max_new_tokens,
             # A server without a tokenizer knows no end token by itself.
             "stop_token_ids": list(params.stop_token_ids),
+            # SGLang honours it only with enable_deterministic_inference.
             "sampling_seed": request.seed,
         },
+        # They are the sampling_logprobs of the training, and come without another pass.
         "return_logprob": True,
     }
 
@@ -138,8 +143,11 @@ def read_response(
     # Each entry is (log-probability, token id, text or None).
     entries = meta["output_token_logprobs"]
     token_ids = int32(answer["output_ids"])
+    # The ids stand in the answer twice. Where they differ, the log-probabilities belong to other
+    # tokens.
     check_returned_ids(request.key, token_ids, int32([entry[1] for entry in entries]))
     logprobs = float32([entry[0] for entry in entries])
+    # Before the ending: NaN logits spoil the ending too, and this message names the cause.
     check_logprobs(request.key, logprobs)
     finish_reason = check_ending(
         request.key, token_ids, meta["finish_reason"], params.stop_token_ids

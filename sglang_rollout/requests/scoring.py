@@ -63,6 +63,7 @@ def check_scorable(request: ScoreRequest, context_length: int) -> None:
             where=response_name(request.key),
             limit="at least one of each: the first token of a sequence has no log-probability",
         )
+    # Nothing is cut, unlike in sampling: the score of a part would pass for that of the whole.
     length = len(request.prompt_ids) + len(request.token_ids)
     if length > context_length:
         raise DataError(
@@ -84,6 +85,7 @@ def score_payload(request: ScoreRequest, request_id: str, top_k: int = 0) -> dic
     body: dict[str, Any] = {
         "rid": request_id,
         "input_ids": np.concatenate([request.prompt_ids, request.token_ids]).tolist(),
+        # SGLang then computes the log-probabilities of the input and samples nothing.
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
         # The span begins at the last prompt token, because SGLang gives no log-probability for its

@@ -77,6 +77,7 @@ def stream(
             # result() raises the error of a failed item here, in the caller's thread.
             yield outcome.result()
     finally:
+        # Also where the caller stops early: that raises GeneratorExit at the yield.
         loop.close()
 
 
@@ -97,9 +98,11 @@ class _HandlerThread(Generic[T, R]):
     """
 
     def __init__(self, open_handler: OpenHandler[T, R], in_flight: int) -> None:
+        # Everything that both threads touch. A future carries a result or an error across.
         self.results: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
         self._in_flight = in_flight
         self._waiting = deque[T]()
+        # The loop itself has only weak references to tasks. This set keeps them alive.
         self._tasks: set[asyncio.Task[R]] = set()
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -133,6 +136,7 @@ class _HandlerThread(Generic[T, R]):
             started.set_exception(error)
 
     def submit(self, item: T) -> None:
+        # asyncio allows this one call from another thread.
         self._loop.call_soon_threadsafe(self._begin, item)
 
     def _begin(self, item: T) -> None:
@@ -161,5 +165,7 @@ class _HandlerThread(Generic[T, R]):
         self.results.put(outcome)
 
     def close(self) -> None:
+        # The thread is awaited, so that every abort has reached its server when the stream is
+        # closed.
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()

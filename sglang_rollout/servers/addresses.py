@@ -63,6 +63,8 @@ def check_meeting(settings: SyncSection) -> None:
         # "auto" is found later: it depends on the servers that are running then.
         if settings.host != AUTO:
             interface_of(settings.host, "sync.host")
+    # A value that nobody uses is refused and not ignored. The user may believe that it has an
+    # effect.
     elif settings.host != LOOPBACK:
         raise ConfigError(
             f'sync.host = "{settings.host}" with sync.transport = "{settings.transport}"',
@@ -85,6 +87,8 @@ def meeting_address(host: str, urls: Sequence[str]) -> str:
     if host != AUTO:
         return host
     remote = _first_remote(urls)
+    # All servers meet at one address, so the route to the first remote one decides. Servers that
+    # are reached through several networks need an explicit sync.host.
     return LOOPBACK if remote is None else _address_towards(remote)
 
 
@@ -98,6 +102,7 @@ def interface_of(address: str, key: str = "") -> str:
     Raises:
         ConfigError: No interface of this machine has the address.
     """
+    # Here and not at the top: only this function needs it, and `lopd check` imports this module.
     import psutil
 
     # All of 127.0.0.0/8 is loopback, but psutil lists 127.0.0.1 alone.

@@ -42,14 +42,18 @@ def server_arguments(
         # At "info" the HTTP server writes a line per request.
         "log_level_http": "warning",
         "dtype": settings.dtype,
+        # The parallel sizes inside one server. sglang.replicas makes more servers instead.
         "tp_size": settings.tensor,
         "ep_size": settings.expert,
         "dp_size": settings.data,
+        # launch.main() adds a margin to it, because the limit of SGLang is not exact.
         "context_length": settings.context_length,
         "max_running_requests": settings.max_running_requests,
         "mem_fraction_static": settings.mem_fraction,
         "enable_deterministic_inference": settings.deterministic,
     }
+    # SGLang chooses by itself what is left out: the size of the KV cache from mem_fraction_static,
+    # and the weight version "default".
     if settings.max_total_tokens is not None:
         arguments["max_total_tokens"] = settings.max_total_tokens
     if version is not None:
@@ -106,6 +110,7 @@ def _check_named_once(url: str, urls: Sequence[str], name: str) -> None:
 
 def _normalized(url: str) -> str:
     """Return a form that is equal for two names of one server on this machine."""
+    # Only these two names are taken as equal. Another name may belong to another machine.
     return url.rstrip("/").replace("//localhost", "//127.0.0.1", 1)
 
 
@@ -127,9 +132,11 @@ def _checked_url(url: str, where: str) -> str:
             remedy=f"{remedy}, and give the servers' key in LOPD_SGLANG_KEY",
         )
     is_http = parts.scheme in ("http", "https")
+    # Names and IPv4 addresses, and IPv6 addresses with their colons and zones.
     is_host = re.fullmatch(r"[\w.:%-]+", host)
     if not is_http or not is_host or parts.query or parts.fragment:
         raise ConfigError(f"{url!r} is no URL", where=where, remedy=remedy)
+    # SGLang has both interfaces on one port, and other programs want the address with /v1.
     if re.fullmatch(r".*/v1/*", parts.path):
         raise ConfigError(
             f"{url!r} is the address of the OpenAI interface",

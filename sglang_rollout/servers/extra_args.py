@@ -103,7 +103,10 @@ def check_extra_args(extra: Mapping[str, Any], fields: ServerFields | None = Non
         return
     known = fields or installed_fields()
     for name, value in extra.items():
+        # The name comes first, because only a known name has a type. What lopd cannot work with
+        # comes before the type: its message says more.
         _check_name(name, known)
+        # The value may be a secret, and an error message ends on the screen and in logs.
         shown = _shown(scrubbed({name: value})[name])
         _check_value(name, value, shown)
         _check_type(name, value, shown, known)
@@ -134,10 +137,12 @@ def _check_name(name: str, known: ServerFields) -> None:
 
 def _check_value(name: str, value: Any, shown: str) -> None:
     """Refuse what SGLang accepts and lopd cannot work with."""
+    # The one value that works may be given. It changes nothing.
     if name in _ONLY_VALUE and value != _ONLY_VALUE[name][0]:
         raise ConfigError(
             f"{name} = {shown}", where=_WHERE, limit=_ONLY_VALUE[name][1], remedy="leave it out"
         )
+    # This is one of SGLang's choices, so the check of the choices would let it pass.
     if (name, value) == ("load_format", "dummy"):
         raise ConfigError(
             'load_format = "dummy"',
@@ -157,6 +162,7 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
             remedy=f"change it, or see SGLang's {name}",
         )
     choices = known.choices.get(name, ())
+    # A field with a list of values has the same choices for each of them.
     values = value if isinstance(value, list) else [value]
     # A plugin can add choices when a server starts, and the source does not show them.
     if choices and any(one not in choices for one in values) and not _has_foreign_plugins():
@@ -171,6 +177,7 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
 def _true_name(name: str, known: ServerFields) -> str:
     """Return the field that a name of SGLang's command line means: --tp-size, tp, and so on."""
     bare = name.lstrip("-").replace("-", "_")
+    # The field itself, another name that SGLang has for it, or the short name of a size.
     candidates = (bare, known.other_names.get(bare, bare), f"{bare}_size")
     return next((one for one in candidates if one in known.types), name)
 

@@ -84,7 +84,11 @@ class SGLangServer:
         self.log = log
         self.name = name
         self.replica = replica
+        # relaunch() changes model_dir. A restart without newer weights in a folder goes back to
+        # this one.
         self._first_model_dir = model_dir
+        # Nothing is served without a key, not even on loopback: other users of the machine can
+        # connect to it too.
         self.api_key = api_key or secrets.token_urlsafe(32)
         self.weights_file = weights_file or log.with_name(f"{log.name}.weights.json")
         self.activity = Activity()
@@ -139,6 +143,8 @@ class SGLangServer:
         elif self.replica:
             # A server takes tensor * data GPUs from its first one on.
             arguments["base_gpu_id"] = self.replica * self.settings.tensor * self.settings.data
+        # The user's arguments come last. check_extra_args() has refused those that lopd sets
+        # itself.
         return {**arguments, **self.settings.extra_args}
 
     def start(self, progress: Callable[[float], None] | None = None) -> SGLangServer:
@@ -203,6 +209,7 @@ class SGLangServer:
             EngineError: As start().
         """
         self.end_process()
+        # Weights of the first start have no version of their own, and SGLang calls them "default".
         first = (self._first_model_dir, None)
         self.model_dir, self._version = remembered_weights(self.weights_file) or first
         self._check_checkpoint()
@@ -221,6 +228,7 @@ class SGLangServer:
         """Raise EngineError if the server is dead and will not be started again."""
         if self._watcher.failure is not None:
             raise self._watcher.failure
+        # A watcher that stops restarts nothing any more, and with restarts = 0 it never does.
         if (self._watcher.stopping or self.settings.restarts == 0) and not self.alive():
             raise self.death()
 
@@ -240,6 +248,7 @@ class SGLangServer:
         return self._ok("/model_info")
 
     def _ok(self, path: str) -> bool:
+        # A probe that takes longer than hang_timeout_s would only delay the decision it is for.
         timeout_s = min(_PROBE_TIMEOUT_S, self.settings.hang_timeout_s)
         try:
             with self._client() as client:
@@ -332,6 +341,7 @@ class SGLangServer:
             "TMPDIR": str(scratch),
             # torch's own TCP rendezvous listens on every interface.
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{scratch}/rendezvous",
+            # A server serves the folder that was checked, and never downloads anything.
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -354,6 +364,8 @@ class SGLangServer:
             while True:
                 waited = time.monotonic() - began
                 process = self._process
+                # The process is None where stop() has just taken it. _check_start() then finds it
+                # dead.
                 if process is None or not group_stopped(process.pid):
                     last_ran = time.monotonic()
                 self._check_start(waited, time.monotonic() - last_ran)
@@ -383,6 +395,7 @@ class SGLangServer:
                 remedy="let it run",
             )
         if not self.alive():
+            # The HTTP server inside SGLang writes this line when its bind fails.
             if "address already in use" in " ".join(last_lines(self.log, 40)):
                 raise AddressTaken(
                     f"port {self.port} was taken while the {self.name} server started",
@@ -408,6 +421,8 @@ class SGLangServer:
 
         Nothing listens on the port until the workers have loaded the model.
         """
+        # A token and not a health check: it shows that the model computes, and it is the warm-up.
+        # On this machine a connection comes at once or not at all.
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
         timeout = httpx.Timeout(max(patience_s, 1.0), connect=1.0)
         try:

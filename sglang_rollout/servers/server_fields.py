@@ -17,6 +17,7 @@ from typing import Any
 
 from lopd.errors import EngineError
 
+# The types in the words of TOML, for a reader who does not know Python.
 _IN_WORDS = {
     "bool": "true or false",
     "int": "a whole number",
@@ -57,6 +58,7 @@ def known_fields() -> tuple[str, ...]:
     return tuple(installed_fields().types)
 
 
+# The files are large, and every stage checks the arguments.
 @cache
 def installed_fields() -> ServerFields:
     """Return the fields of the installed SGLang.
@@ -64,6 +66,7 @@ def installed_fields() -> ServerFields:
     Raises:
         EngineError: SGLang is not installed, or the reader does not understand its version.
     """
+    # This finds the folder of the package without importing it.
     package = importlib.util.find_spec("sglang")
     if package is None or package.origin is None:
         raise EngineError(
@@ -89,14 +92,17 @@ def read_fields(source: Path) -> ServerFields:
     constants: dict[str, tuple[Any, ...]] = {}
     # choices.py comes first: the annotations of later files name its constants.
     for path in (source / "arg_groups" / "choices.py", *parts, main):
+        # Up to 0.5.19 there is server_args.py alone.
         if not path.is_file():
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         constants.update(_constants(tree))
+        # Names that SGLang has given up are still flags of its command line.
         other_names.update(_deprecated_flags(tree))
         # server_args.py has other classes as well. In the folder fields/ every class holds fields.
         for name, annotation in _annotated(tree, only="ServerArgs" if path == main else None):
             types[name], keywords = _split(annotation)
+            # The choices stand in the annotation, or it names a constant of one of the files.
             given = keywords.get("choices")
             found = constants.get(given.id) if isinstance(given, ast.Name) else _literal(given)
             if found:
@@ -127,6 +133,7 @@ def _annotated(tree: ast.Module, only: str | None) -> Iterator[tuple[str, ast.ex
         if not isinstance(node, ast.ClassDef) or only not in (None, node.name):
             continue
         for item in node.body:
+            # A field of a dataclass is a name with an annotation. Methods and constants have none.
             if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
                 continue
             if not item.target.id.startswith("_"):
@@ -143,6 +150,7 @@ def _split(annotation: ast.expr) -> tuple[ast.expr, dict[str, ast.expr]]:
         and ast.unparse(annotation.value) in ("A", "Annotated")
         and isinstance(annotation.slice, ast.Tuple)
     ):
+        # The form of 0.5.20 and later, where A stands for typing.Annotated.
         kind, *rest = annotation.slice.elts
         calls = [call for call in rest if isinstance(call, ast.Call)]
         keywords = {
@@ -185,6 +193,8 @@ def _deprecated_flags(tree: ast.Module) -> Iterator[tuple[str, str]]:
 def _literal(node: ast.expr | None) -> tuple[Any, ...] | None:
     """Return the values of a list, tuple or set of constants."""
     if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        # With an item that is no constant the list is not known as a whole. A check against the
+        # rest would refuse good values.
         constants = [item for item in node.elts if isinstance(item, ast.Constant)]
         if len(constants) == len(node.elts):
             return tuple(item.value for item in constants)
@@ -200,6 +210,7 @@ def accepts(annotation: ast.expr, value: Any) -> bool:
         # A quoted annotation is not followed. None is no value that TOML can hold.
         return annotation.value is not None
     if isinstance(annotation, ast.BinOp):
+        # The syntax tree of `int | None`.
         return accepts(annotation.left, value) or accepts(annotation.right, value)
     if isinstance(annotation, ast.Subscript):
         return _subscript_accepts(annotation, value)
@@ -215,6 +226,7 @@ def accepts(annotation: ast.expr, value: Any) -> bool:
             return isinstance(value, str)
         case "dict" | "list" as container:
             return type(value).__name__ == container
+        # No TOML value is a function.
         case "Callable":
             return False
     return True
@@ -238,6 +250,7 @@ def _subscript_accepts(annotation: ast.Subscript, value: Any) -> bool:
 def type_in_words(annotation: ast.expr) -> str:
     """Return a type in the words of an error message."""
     if isinstance(annotation, ast.BinOp):
+        # A TOML file cannot hold None, so a message does not offer it.
         sides = [
             one
             for one in (annotation.left, annotation.right)

@@ -41,6 +41,7 @@ def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[Conf
     if not config.sync.colocate:
         return
     off = "set sync.colocate=false"
+    # Only the machine that will run can be searched for the package.
     if on_gpu and importlib.util.find_spec("torch_memory_saver") is None:
         yield ConfigError(
             "torch_memory_saver is not installed",

@@ -54,6 +54,7 @@ class Activity:
         """Record that a request was answered or has failed."""
         with self._lock:
             self._num_open -= 1
+            # A failed request is no sign of life. It may have failed because the server is dead.
             if answered:
                 self._silent_since = time.monotonic()
                 self.answered = True
@@ -125,11 +126,17 @@ class Watcher:
         self._hang_timeout_s = hang_timeout_s
         self._tell = tell
         self._stop = threading.Event()
+        # A daemon, so that an owner that ends without stop() does not wait for it. The server then
+        # ends through its guard (lopd.processes).
         self._thread = threading.Thread(target=self._run, name=f"watch-{server.name}", daemon=True)
+        # Deaths without an answer or new weights between them.
         self._deaths_in_a_row = 0
+        # The number of the process that runs now.
         self._num_starts = 0
         self._failed_probes = 0
         self._next_probe = 0.0
+        # The times at which two files last changed: the weights file at the newest start, and the
+        # newest request for a restart that was handled.
         self._weights_at_start = 0.0
         self._handled_request = 0.0
         self.num_restarts = 0
@@ -144,6 +151,7 @@ class Watcher:
         self._handled_request = changed_at(restart_request(server.weights_file))
         self._weights_at_start = changed_at(server.weights_file)
         end_request(server.weights_file, server.replica).unlink(missing_ok=True)
+        # The server has launched its first process by itself.
         self._count_start(1)
         self._reset_probes()
         self._thread.start()
@@ -166,6 +174,7 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stop.wait(_WATCH_INTERVAL_S):
+            # A process that has ended can be asked nothing.
             trouble = self._server.death() if not self._server.alive() else self._trouble()
             if trouble is not None and not self._revive(trouble):
                 return
@@ -181,6 +190,7 @@ class Watcher:
         if silent:
             # Requests of this process are open, so the scheduler has work and must show life.
             responds = server.responds()
+        # After a failed probe the next one follows at once and not after a whole interval.
         elif self._failed_probes or time.monotonic() >= self._next_probe:
             # The client that waits may be another process, for example a trainer that syncs. A
             # scheduler may rightly be paused then, so only the main process is asked.
@@ -230,6 +240,7 @@ class Watcher:
         # New weights are progress too: a sync is work that a server did without answering anybody.
         progressed = self._server.activity.answered or weights_time != self._weights_at_start
         self._deaths_in_a_row = 1 if progressed else self._deaths_in_a_row + 1
+        # stop() during a start ends the process. The start then fails, and so does this loop.
         while not self._stop.is_set():
             if self._deaths_in_a_row > self._restarts:
                 self._give_up(last)
@@ -247,6 +258,7 @@ class Watcher:
         """Start the server once more and return what went wrong."""
         server = self._server
         try:
+            # The new process has answered nobody yet.
             server.activity.answered = False
             # It is read before the start, so that weights which come meanwhile count as progress.
             self._weights_at_start = changed_at(server.weights_file)
@@ -277,6 +289,8 @@ class Watcher:
     def _give_up(self, last: EngineError) -> None:
         """Leave the server dead and tell this process and all others why."""
         self._server.end_process()
+        # The process is ended before the failure is known, so a client that reads the failure never
+        # meets the old process.
         self.failure = self._final_error(last)
         # Other processes only read the file. A full disk may be what ended the server, and then
         # there is no room for the file either.
@@ -291,6 +305,7 @@ class Watcher:
         publish(starts_file(self._server.weights_file, self._server.replica), str(number))
 
     def _final_error(self, last: EngineError) -> EngineError:
+        # Without restarts there was one death, and its own message says everything.
         if self._restarts == 0:
             return last
         return EngineError(

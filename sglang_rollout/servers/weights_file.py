@@ -71,6 +71,7 @@ def remembered_weights(file: Path) -> tuple[Path, str] | None:
             where=str(file),
             remedy="run the same command again",
         ) from None
+    # A version without a folder is of no use to a restart.
     return None if model_dir is None else (Path(model_dir), version)
 
 
@@ -80,6 +81,8 @@ def ask_for_restart(weights_file: Path) -> None:
     Any process may call it: when a server hangs, or when it has only half of an update. The call
     returns at once.
     """
+    # The time of the file is the request. Every server that shares the file compares it with the
+    # time of the last request that it has handled.
     restart_request(weights_file).touch()
 
 
@@ -119,10 +122,12 @@ def check_not_given_up(weights_file: Path) -> None:
     Raises:
         EngineError: The owner has given up.
     """
+    # Without the file the owner has not given up.
     with contextlib.suppress(FileNotFoundError):
         raise EngineError(**json.loads(failure_file(weights_file).read_text(encoding="utf-8")))
 
 
+# All names derive from the weights file. A process that knows it finds the others.
 def restart_request(weights_file: Path) -> Path:
     return weights_file.with_name(f"{weights_file.name}.restart")
 
@@ -153,6 +158,7 @@ def publish(file: Path, text: str) -> None:
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        # The replacement is atomic: no reader sees half of the text.
         os.replace(partial, file)
     except OSError as error:
         raise EngineError(

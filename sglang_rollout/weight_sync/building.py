@@ -54,8 +54,12 @@ def build_receiver(
             remedy='set "off" and use ScoreVerification after each sync',
         )
     verification = None
+    # None is the default. Where it should be "scores", the caller has decided that already.
     if settings.verify in (None, "tensors"):
         verification = TensorVerification(timeout_s=settings.timeout_s)
+    # A folder is loaded by one call, so requests can finish with the old weights first. A folder
+    # must have all tensors, so there is no delta. And a call that fails leaves no half of an
+    # update, so nothing has to be restarted.
     if settings.transport == "disk":
         remember_folder = partial(remember_weights, weights_file) if weights_file else None
         return DiskWeightReceiver(
@@ -67,6 +71,8 @@ def build_receiver(
             verification=verification,
             remember=remember_folder,
         )
+    # In place the weights change over many calls. Requests must be paused for all of them, and a
+    # failure in between leaves a server with a mixture, which only a restart or another sync mends.
     restart = partial(ask_for_restart, weights_file) if weights_file else None
     remember_version = partial(remember_unsaved_weights, weights_file) if weights_file else None
     receiver = (

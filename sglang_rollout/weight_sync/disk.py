@@ -79,6 +79,7 @@ class DiskWeightReceiver:
         Raises:
             EngineError: The folder cannot be written, or a server cannot tell fingerprints.
         """
+        # The version becomes the name of a folder and must not lead out of the one for versions.
         assert Path(version).name == version, f"{version!r} is no plain folder name"
         self._began = time.perf_counter()
         self.report = SyncReport("disk", version)
@@ -152,10 +153,13 @@ class DiskWeightReceiver:
         self._inventory.check_complete()
         target = self._folder / self._version
         try:
+            # SGLang and transformers find the file of a tensor by this index.
             index = {"metadata": {}, "weight_map": self._files}
             (self._partial / _INDEX).write_text(json.dumps(index), encoding="utf-8")
             # The rename is the publication: a server that starts at this moment sees either no
             # folder of this version or all of it.
+            # A version that failed before may stand there already, and a rename needs an empty
+            # place.
             shutil.rmtree(target, ignore_errors=True)
             os.rename(self._partial, target)
         except OSError as error:
@@ -166,6 +170,7 @@ class DiskWeightReceiver:
         # dies between the two still finds the folder that the record names.
         if self._remember is not None:
             self._remember(target, self._version)
+        # One version is enough for a restart, and each is as large as the model.
         for other in self._folder.iterdir():
             if other != target and other.is_dir():
                 shutil.rmtree(other, ignore_errors=True)

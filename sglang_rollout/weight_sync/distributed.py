@@ -115,8 +115,8 @@ class DistributedWeightReceiver(InPlaceReceiver):
             for engine, offset in zip(self._engines, offsets, strict=True)
         }
         _await_ranks(store, world_size if backend == "gloo" else 1, joining, self._timeout_s)
-        # No local name for the group: the traceback of an error in the next line would keep it alive
-        # while abandon() destroys it, and servers that wait in it would not be freed.
+        # No local name for the group. The traceback of an error in the next line would keep it
+        # alive while abandon() destroys it, and servers that wait in it would not be freed.
         self._group = [
             _form_group(backend, store, world_size, self._group_name, timeout, self._interface)
         ]

@@ -77,6 +77,7 @@ class InPlaceReceiver:
         """
         self._began = time.perf_counter()
         self.report = SyncReport(self.transport, version)
+        # Only one transport may be open at a time.
         if self._closing is not None:
             self._closing.result()
         self._inventory.begin(version)

@@ -134,11 +134,14 @@ class Inventory:
             expected = self.shapes.get(name)
             if expected is None:
                 raise self._refusal(f"tensor {name} is not in the served model")
+            # Buckets have full tensors, so the shape is that of the checkpoint and never that of a
+            # shard.
             if tuple(tensor.shape) != expected:
                 raise self._refusal(
                     f"tensor {name} has shape {list(tensor.shape)}, the served model's has "
                     f"{list(expected)}"
                 )
+            # The second one would replace the first without a message.
             if name in self._seen:
                 raise self._refusal(f"tensor {name} came twice")
             self._seen.add(name)
@@ -152,6 +155,7 @@ class Inventory:
     def check_served(self, engines: Sequence[SGLangEngine], timeout_s: float) -> None:
         """Raise EngineError unless every server serves a model of exactly these tensors."""
         for engine in engines:
+            # The folder of its start, or of its last update through a folder.
             folder = Path(model_info(engine, timeout_s)["model_path"]).resolve()
             if folder not in self._served:
                 check_same_tensors(self.shapes, folder)
@@ -183,6 +187,7 @@ def await_servers(engines: Sequence[SGLangEngine], timeout_s: float) -> None:
     Raises:
         EngineError: A server does not answer in time, or will not be started again.
     """
+    # Servers start at the same time, so to wait for one after the other takes no longer.
     deadline = time.monotonic() + timeout_s
     for engine in engines:
         while True:
@@ -217,6 +222,7 @@ def started(call: Callable[[], T], *, at_exit: bool = False) -> Future[T]:
     def run() -> None:
         try:
             result = call()
+        # Whoever waits for the future must get every error, or would wait until the timeout.
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -249,6 +255,7 @@ def finished(futures: Mapping[str, Future[T]], timeout_s: float) -> list[T]:
             limit="sync.timeout_s",
             remedy="see the server's log: is it stopped or very slow?",
         )
+    # All have ended. Their results come in the order of the mapping.
     return [future.result() for future in futures.values()]
 
 

@@ -112,6 +112,7 @@ class RestartedServers:
         await_all() then waits for it.
         """
         for replica in replicas:
+            # await_all() must not take the old process for the new one.
             self._ending[replica] = True
             ask_to_end(self._file, replica, self._starts[replica])
 

@@ -44,8 +44,8 @@ _CLEANING_TIMEOUT_S = 10.0
 class UpdateSession:
     """One update of weights on several servers at once.
 
-    The calls are open(), then whatever changes the weights, then end_of_changes() and close(). After
-    an error the last call is abandon().
+    The calls are open(), then whatever changes the weights, then end_of_changes() and close().
+    After an error the last call is abandon().
 
     A transport that changes weights in place calls weights_changed() before the first byte of the
     served weights changes. From then on the servers report an incomplete version, and abandon()

@@ -93,8 +93,8 @@ class TensorWeightReceiver(InPlaceReceiver):
         super().abandon()
 
     def _post(self, engine: SGLangEngine, num_ranks: int, shared: Bucket) -> None:
-        # Each rank gets handles of its own: torch counts a reference for every handle that it makes,
-        # and every rank gives one back.
+        # Each rank gets handles of its own. torch counts a reference for every handle that it
+        # makes, and every rank gives one back.
         body = {
             "serialized_named_tensors": [_handles(shared) for _ in range(num_ranks)],
             # The session forgets cached prefixes once, when all buckets are there.

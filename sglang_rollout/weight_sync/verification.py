@@ -92,6 +92,8 @@ class TensorVerification:
         # The server rounds what it gets to the dtype of its parameter. Only the rounded bits can be
         # equal.
         self._expected[name] = fingerprint(tensor.detach().to(dtype))
+        # Where the server rounds, the number is not that of the tensor that is sent, so it is of no
+        # use to a caller that compares tensors (delta.py).
         return self._expected[name] if dtype == tensor.dtype else None
 
     def check(self, engines: Sequence[SGLangEngine]) -> int:
@@ -103,6 +105,7 @@ class TensorVerification:
         Raises:
             EngineError: Tensors differ. The message names them.
         """
+        # All tensors of the version are compared, also those that a delta did not send.
         answers = self._ask(engines, FINGERPRINTS)
         for engine, ranks in zip(engines, answers, strict=True):
             wrong = []
@@ -208,7 +211,9 @@ class ScoreVerification:
             key = ("", 0)
             for scores in engine.score(self._probe.requests):
                 differences = np.abs(scores.teacher_logprobs - self._probe.expected[scores.key])
-                # NaN compares as false with everything, so it would pass as the best value.
+                # The mean over the tokens: one unlikely token may differ much by rounding alone.
+                # NaN counts as infinite, because it compares as false with everything and would
+                # pass as the best value.
                 difference = float(np.nan_to_num(differences, nan=np.inf).mean())
                 if difference > worst:
                     worst = difference
