@@ -136,6 +136,7 @@ class SGLangEngine:
                 "cannot do it",
                 remedy="set min_p = 0 or sglang.deterministic = false",
             )
+        # A response does not tell which of the servers gave it, so an error names all of them.
         urls = ", ".join(engine.url for engine in self.engines)
         # A server without our environment gives log-probabilities of logits / temperature. SGLang
         # computes those at temperature 1 only under SGLANG_RETURN_ORIGINAL_LOGPROB, which is set
@@ -178,6 +179,8 @@ class SGLangEngine:
                 no model gives (sglang_rollout.requests.checks).
             DataError: A sequence is too long, or its prompt or response is empty.
         """
+        # The size serves two checks: for the id that SGLang returns as 0 (scoring.LAST_ID_ECHO), and
+        # for a teacher that guesses uniformly.
         vocabulary = vocab_size if vocab_size is not None else self._served_vocab_size()
 
         async def score_one(calls: Connections, request: ScoreRequest) -> TeacherScores:
@@ -238,6 +241,7 @@ class SGLangEngine:
         """
         if self.server is not None:
             self.server.check()
+        # The watcher of another process leaves its verdict beside the weights file.
         elif self._weights_file is not None:
             check_not_given_up(self._weights_file)
 
@@ -355,6 +359,7 @@ class SGLangEngine:
             "the key is not this server's; the key of a server that lopd did not start comes from "
             f"the environment variable {KEY_VARIABLE}"
         )
+        # SGLang's message says what it refuses. Only for these does a user need to know more.
         remedies = {
             401: wrong_key,
             403: wrong_key,

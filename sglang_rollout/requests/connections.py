@@ -193,6 +193,7 @@ class _ServerConnection:
         )
 
     async def close(self) -> None:
+        # The search for a lost server may go on for outage_timeout_s, and nobody needs it any more.
         if self.outage is not None:
             self.outage.cancel()
             await asyncio.gather(self.outage, return_exceptions=True)
@@ -224,6 +225,7 @@ class _ServerConnection:
 
     async def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
         status, content = await self._post("/generate", body)
+        # The server works, but not on this request: it is overloaded, or has aborted it.
         if status in _RETRIED_STATUS:
             raise _RetryableError(f"HTTP {status}: {message_of(content)}")
         if status != 200:

@@ -233,6 +233,7 @@ def _check_tokenizer(engine: SGLangEngine, expected: Expected, server: Mapping[s
     if server.get("skip_tokenizer_init"):
         return
     for text, ids in expected.tokenized.items():
+        # A whole text and not the vocabulary: it also shows another normalization or other merges.
         answer = engine.call("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})
         if list(answer["tokens"]) != list(ids):
             raise EngineError(
@@ -252,6 +253,7 @@ def _check_weights(
         # These weights will be replaced, so it does not matter which they are.
         _check_can_load(engine, expected, served, readable=readable)
         return "to be loaded", None
+    # The same hash that the manifest has. A finetune of the same architecture differs in it.
     same = readable and expected.same_content(served)
     if readable and not same:
         raise EngineError(
@@ -279,6 +281,7 @@ def _check_can_load(
             remedy="weights are loaded from a folder that both sides can read: start the server "
             "with a model folder on a shared file system",
         )
+    # Now, and not at the first sync, which may come hours later.
     check_same_tensors(tensor_shapes(served), expected.model_dir)
 
 

@@ -69,6 +69,7 @@ class SGLangFleet(SGLangEngine):
 
     def health(self) -> bool:
         """Return whether each server generates a token within ten seconds."""
+        # Each of them must: a stream spreads over all servers, so one that is ill delays it.
         return all(engine.health() for engine in self._engines)
 
     def call(
@@ -159,6 +160,7 @@ def serve(
 
 def _start(servers: Sequence[SGLangServer]) -> None:
     """Start the servers at the same time."""
+    # At the same time: each start waits a minute and more for its model, most of it idle.
     with ThreadPoolExecutor(len(servers)) as pool:
         starts = [pool.submit(server.start) for server in servers]
         try:

@@ -96,6 +96,8 @@ def new_tokens_allowed(
         raise DataError(
             f"prompt {request.prompt_id} has no tokens", remedy="check the chat template"
         )
+    # SGLang would cut at the context as well, but by its own limit, which differs by some tokens
+    # (launch.CONTEXT_MARGIN). With this number read_response() knows exactly what was allowed.
     return min(params.max_new_tokens, room)
 
 

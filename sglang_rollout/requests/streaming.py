@@ -98,7 +98,7 @@ class _HandlerThread(Generic[T, R]):
     """
 
     def __init__(self, open_handler: OpenHandler[T, R], in_flight: int) -> None:
-        # Everything that both threads touch. A future carries a result or an error across.
+        # The way back to the caller's thread. A future carries a result or an error across.
         self.results: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
         self._in_flight = in_flight
         self._waiting = deque[T]()

@@ -129,6 +129,7 @@ class SGLangServer:
 
     def _secrets(self) -> dict[str, object]:
         """Return the arguments that the command line hides."""
+        # launch.main() puts them back: they travel in the environment, which only the user reads.
         hidden = scrubbed(self.arguments)
         return {name: value for name, value in self.arguments.items() if hidden[name] != value}
 
@@ -267,9 +268,9 @@ class SGLangServer:
     def record(self) -> dict[str, object]:
         """Return how the server was started, for a manifest.
 
-        The record has no key and no value that looks like a secret. It has no port either, because
-        the port differs from start to start.
+        The record has no key, no value that looks like a secret, and no port.
         """
+        # A port in it would make two runs with the same settings look different.
         arguments = {
             name: value for name, value in scrubbed(self.arguments).items() if name != "port"
         }
@@ -312,6 +313,7 @@ class SGLangServer:
                 raise EngineError(f"the {self.name} server was stopped", where=str(self.log))
             self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
+            # Appended: after a restart the log still has the end of the former process.
             with self.log.open("ab") as output:
                 if holds_secret(self.settings.extra_args):
                     # SGLang writes all its arguments into the log.

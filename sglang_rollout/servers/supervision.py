@@ -288,9 +288,9 @@ class Watcher:
 
     def _give_up(self, last: EngineError) -> None:
         """Leave the server dead and tell this process and all others why."""
+        # A server that hangs still has a process. It is ended before the failure is known, so that
+        # a client that reads the failure never meets it.
         self._server.end_process()
-        # The process is ended before the failure is known, so a client that reads the failure never
-        # meets the old process.
         self.failure = self._final_error(last)
         # Other processes only read the file. A full disk may be what ended the server, and then
         # there is no room for the file either.

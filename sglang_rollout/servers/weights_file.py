@@ -20,8 +20,7 @@ def remember_weights(file: Path, model_dir: Path, version: str) -> None:
     """Record the checkpoint and the weight version that a restarted server must serve.
 
     Call it when the servers have the weights, and before the folder of the former weights is
-    removed. In any other order a server that dies at the wrong moment starts with weights that
-    nobody serves yet, or with a folder that is gone.
+    removed.
 
     Args:
         file: The weights file of the servers.
@@ -31,6 +30,9 @@ def remember_weights(file: Path, model_dir: Path, version: str) -> None:
     Raises:
         EngineError: The file cannot be written.
     """
+    # The order in the docstring matters. Recorded too early, a server that dies would start with
+    # weights that the others do not have yet. Recorded too late, it would find its folder gone.
+    # Absolute: the owner may have another working directory.
     write_record(file, {"model_dir": str(model_dir.resolve()), "version": version})
 
 
@@ -65,6 +67,8 @@ def remembered_weights(file: Path) -> tuple[Path, str] | None:
         version = str(content["version"])
     except FileNotFoundError:
         return None
+    # publish() leaves no half of a text. A damaged file was changed by somebody, and to start with
+    # the first weights instead would hide that.
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(
             f"the record of the newest weights cannot be read ({error})",

@@ -58,5 +58,6 @@ class Unchanged:
 
     def commit(self, version: str) -> None:
         """Record that the servers have all tensors of this version."""
+        # Only now: until the commit it is not known whether the servers have what was sent.
         self._held = self._sent
         self._version = version

@@ -156,14 +156,15 @@ class DiskWeightReceiver:
             # SGLang and transformers find the file of a tensor by this index.
             index = {"metadata": {}, "weight_map": self._files}
             (self._partial / _INDEX).write_text(json.dumps(index), encoding="utf-8")
-            # The rename is the publication: a server that starts at this moment sees either no
-            # folder of this version or all of it.
             # A version that failed before may stand there already, and a rename needs an empty
-            # place.
+            # place. The rename is the publication: a server that starts at this moment sees either
+            # no folder of this version or all of it.
             shutil.rmtree(target, ignore_errors=True)
             os.rename(self._partial, target)
         except OSError as error:
             raise self._not_written(error) from None
+        # Asked at every commit: a server of the user's may have got another model since the last
+        # one, and SGLang would answer "success" to tensors of other shapes.
         self._inventory.check_served(self._engines, self._timeout_s)
         self._load(target)
         # In this order: the record names the new folder before the former one goes. A server that
@@ -188,6 +189,7 @@ class DiskWeightReceiver:
         try:
             update_from_folder(self._session, target, self._version, timeout_s=self._timeout_s)
             self._session.end_of_changes()
+            # Before close(): with the modes that pause, nobody gets an answer of wrong weights.
             if self._verification is not None:
                 self._verify(self._verification)
             self._session.close()
@@ -265,9 +267,11 @@ def load_folder(
             The servers then have their old weights. Or a server is silent for timeout_s or reports
             another version.
     """
+    # Before the session: a folder of another model must not pause a server at all.
     Inventory(model_dir, str(model_dir)).check_served(engines, timeout_s)
     session = UpdateSession(engines, running_requests, timeout_s)
     session.open(version, in_place=False)
+    # Without abandon() a server that refuses would stay paused, with clients waiting for it.
     try:
         update_from_folder(session, model_dir, version, timeout_s=timeout_s)
         session.end_of_changes()

@@ -105,6 +105,7 @@ class InPlaceReceiver:
             EngineError: A tensor is not the served model's, or a server fails. A failure of a
                 server may appear only at the next call.
         """
+        # First of all: a tensor of a wrong shape may end a server that gets it.
         self._inventory.take(bucket)
         self.report.num_tensors += len(bucket)
         self.report.num_bytes += nbytes(tensor for _, tensor in bucket)

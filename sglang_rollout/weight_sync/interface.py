@@ -148,6 +148,7 @@ class Inventory:
 
     def check_complete(self) -> None:
         """Raise EngineError if tensors are missing."""
+        # Sorted, so that the same mistake gives the same message on every run.
         missing = sorted(self.shapes.keys() - self._seen)
         if missing:
             raise self._refusal(f"{len(missing)} tensors never came, {missing[0]} first")

@@ -85,6 +85,7 @@ class RestartedServers:
         return [
             replica
             for replica, start in enumerate(self._starts)
+            # The owner counts before a new process can answer, so the number is never behind.
             if num_starts(self._file, replica) != start
         ]
 
