@@ -90,6 +90,7 @@ def receive(
     """
     handles: list[Any] = []
     try:
+        # SGLang sends shapes as JSON lists.
         wanted = {name: tuple(shape) for name, shape in zip(names, shapes, strict=True)}
         places = places_in_parameters(model, wanted)
         weights = []

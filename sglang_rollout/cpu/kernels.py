@@ -32,6 +32,7 @@ def with_enough_rows(product: Callable[..., torch.Tensor]) -> Callable[..., torc
         # Other inputs than a matrix, and an empty one, have no rows to add to.
         if x.dim() != 2 or num_rows >= ROWS or num_rows == 0:
             return product(x, *arguments, **named)
+        # The added rows are zeros. Their results are cut off again.
         return product(pad(x, (0, 0, 0, ROWS - num_rows)), *arguments, **named)[:num_rows]
 
     return invariant
@@ -58,6 +59,7 @@ def decode_attention(
     # The keys are padded to a multiple of LENGTH_STEP. If they were padded to the longest request
     # of the batch, the sums would be split in another way for every batch.
     padded = (seq_lens + LENGTH_STEP - 1) // LENGTH_STEP * LENGTH_STEP  # [B]
+    # With grouped queries several query heads share one head of keys and values.
     grouped = query.shape[1] != k_cache.shape[1]
     for length in padded.unique().tolist():
         members = (padded == length).nonzero()[:, 0]  # [b]

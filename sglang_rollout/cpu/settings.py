@@ -43,6 +43,7 @@ def cpu_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         # For the same reason. Small prompts gain nothing from the cache.
         "disable_radix_cache": True,
     }
+    # The user's own number, from sglang.max_total_tokens, is kept.
     if "max_total_tokens" not in arguments:
         needed["max_total_tokens"] = DEFAULT_KV_TOKENS
     return {**arguments, **needed}

@@ -107,6 +107,7 @@ def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
     """
     if len(logprobs) < UNIFORM_MIN_TOKENS:
         return
+    # Every token must be near -ln V. Single tokens of a good model are there by chance.
     distances = np.abs(logprobs + math.log(vocab_size))
     if bool(np.all(distances < UNIFORM_TOLERANCE)):
         raise EngineError(

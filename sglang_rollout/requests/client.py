@@ -179,8 +179,8 @@ class SGLangEngine:
                 no model gives (sglang_rollout.requests.checks).
             DataError: A sequence is too long, or its prompt or response is empty.
         """
-        # The size serves two checks: for the id that SGLang returns as 0 (scoring.LAST_ID_ECHO), and
-        # for a teacher that guesses uniformly.
+        # Two checks need the size: one for the id that SGLang returns as 0 (scoring.LAST_ID_ECHO),
+        # and one for a teacher that guesses uniformly.
         vocabulary = vocab_size if vocab_size is not None else self._served_vocab_size()
 
         async def score_one(calls: Connections, request: ScoreRequest) -> TeacherScores:

@@ -157,6 +157,7 @@ def read_top_k(
     """
     rows = answer["meta_info"].get("input_top_logprobs") or []
     # The first row belongs to the last prompt token.
+    # A row is null where SGLang has none, and shorter where the vocabulary has fewer tokens.
     found = [row for row in rows[1:] if row is not None and len(row) == top_k]
     if len(found) != len(request.token_ids):
         raise EngineError(
@@ -172,6 +173,7 @@ def read_top_k(
     same = ids == request.token_ids[:, None]  # [R, K]
     distances = np.abs(values - logprobs[:, None])  # [R, K]
     differs = np.flatnonzero((same & (distances > TOP_K_TOLERANCE)).any(1))
+    # The likeliest token stands first. Another order means that the rows were read wrongly.
     if differs.size or (np.diff(values, axis=1) > 0).any():
         where = f"token {int(differs[0])}" if differs.size else "its order"
         raise EngineError(

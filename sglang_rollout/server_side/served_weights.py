@@ -77,6 +77,7 @@ def install() -> None:
         if kind + colon not in (FINGERPRINTS, DTYPES):
             result: dict[str, Any] | None = original(self, action, *more, **named)
             return result
+        # Each rank answers for what it holds. SGLang collects the answers of all ranks.
         answer = _answer(self, Path(folder), parts=kind + colon == FINGERPRINTS)
         # From 0.5.21 on the role says whether the model or its draft is meant.
         role = {"role": named["role"]} if "role" in parameters else {}
@@ -204,6 +205,7 @@ def _recorded(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Pl
     """Run the loader on tensors without data and return where it would copy them."""
     sources = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     recorder = _Recorder()
+    # Without gradients, as SGLang loads: a loader writes into parameters in place.
     with torch.no_grad(), recorder:
         model.load_weights(iter(sources.items()))
     # Slices of a tensor are other objects, but have the storage of the tensor.

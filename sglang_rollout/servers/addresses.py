@@ -43,6 +43,7 @@ def check_reach(settings: SyncSection, urls: Sequence[str]) -> None:
             limit="servers on loopback",
             remedy='set sync.transport = "distributed" (with sync.host) or "disk"',
         )
+    # "auto" is no address. It passes here, and the address is found when a sync begins.
     if _is_loopback(settings.host):
         raise ConfigError(
             "a server of another machine cannot join a broadcast on loopback",

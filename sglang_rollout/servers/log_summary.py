@@ -33,6 +33,7 @@ def log_summary(log: Path) -> str:
     # The last batch is no cause of a death. It stays only where the log has nothing else.
     lines = [line for line in lines if _BATCH_LINE not in line] or lines[-1:]
     errors = [line for line in lines if _ERROR_LINE.match(line)]
+    # Two errors, because the last one is often only a consequence of the one before.
     parts = [line[:_LINE_LEN] for line in (errors[-2:] or lines[-4:])]
     # On a full disk the log lacks the cause, because there was no room to write it.
     if shutil.disk_usage(log.parent).free == 0:

@@ -27,6 +27,7 @@ def choose_port(settings: SGLangSection, replica: int) -> int:
     """
     if settings.port is None:
         return lasting_port()
+    # The ports of replicas follow each other.
     port = settings.port + replica
     if port_taken(port, settings.host):
         raise EngineError(
@@ -48,6 +49,7 @@ def lasting_port() -> int:
     # The kernel's range may begin below 10000. Then there are no candidates, and any free port must
     # do.
     for _ in range(_ATTEMPTS if candidates else 0):
+        # At random, so that servers that start at the same time seldom try the same port.
         port = secrets.choice(candidates)
         if not port_taken(port):
             return port

@@ -70,6 +70,7 @@ def remove_orphans() -> None:
 
 def _new_folder() -> Path:
     folder = tempfile.mkdtemp(prefix=_PREFIX)
+    # /tmp is the shortest path that every machine has.
     if len(os.fsencode(folder)) > PATH_MAX:
         os.rmdir(folder)
         folder = tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp")

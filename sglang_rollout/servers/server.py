@@ -92,6 +92,7 @@ class SGLangServer:
         self.api_key = api_key or secrets.token_urlsafe(32)
         self.weights_file = weights_file or log.with_name(f"{log.name}.weights.json")
         self.activity = Activity()
+        # Chosen by start(). A port that is chosen earlier could be taken until then.
         self.port = 0
         # The version of weights that came after the start, or None for the weights of the start.
         self._version: str | None = None
@@ -311,6 +312,7 @@ class SGLangServer:
             # and would never see a new one.
             if self._watcher.stopping:
                 raise EngineError(f"the {self.name} server was stopped", where=str(self.log))
+            # A new folder for each process: the former one may have left sockets behind.
             self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
             # Appended: after a restart the log still has the end of the former process.

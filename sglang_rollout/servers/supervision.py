@@ -37,6 +37,7 @@ class Activity:
     """What the requests of this process show about a server. Any thread may use it."""
 
     def __init__(self) -> None:
+        # Several streams may run at the same time, each with a thread of its own.
         self._lock = threading.Lock()
         self._num_open = 0
         self._silent_since = time.monotonic()
@@ -216,6 +217,8 @@ class Watcher:
         # Several servers may share the request for all of them, so nobody may remove it when it is
         # handled. Each watcher remembers the time of the newest request that it has handled.
         requested = changed_at(restart_request(server.weights_file))
+        # A request to end one process names the start that it means. A later start is not
+        # concerned.
         to_end = read_number(end_request(server.weights_file, server.replica))
         if requested > self._handled_request or to_end == self._num_starts:
             self._handled_request = requested

@@ -47,6 +47,8 @@ class Unchanged:
         result = []
         for name, tensor in bucket:
             now = known.get(name)
+            # Where the server rounds, the verification has the number of the rounded tensor. What
+            # is compared here is the tensor itself.
             if now is None:
                 now = fingerprint(tensor.detach())
             # pop(), not get(): if this sync fails after the tensor was sent, the servers no longer

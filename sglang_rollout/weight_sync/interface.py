@@ -229,6 +229,7 @@ def started(call: Callable[[], T], *, at_exit: bool = False) -> Future[T]:
         else:
             future.set_result(result)
 
+    # A daemon thread ends with the process, whatever it waits for.
     threading.Thread(target=run, name="weight-sync", daemon=not at_exit).start()
     return future
 

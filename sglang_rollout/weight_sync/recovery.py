@@ -93,6 +93,7 @@ class RestartedServers:
         """Return the restarted replicas and those whose scheduler does not answer."""
         # /server_info asks the scheduler. /model_info is answered by the main process alone, which
         # can live on where the scheduler hangs.
+        # All at the same time, because each silent server takes the whole timeout.
         asked = [
             started(partial(engine.call, "GET", "/server_info", timeout_s=self._answer_s))
             for engine in self._engines

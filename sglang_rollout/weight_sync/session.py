@@ -75,6 +75,7 @@ class UpdateSession:
     @property
     def num_ranks(self) -> list[int]:
         """The number of tensor-parallel ranks of each server."""
+        # /server_info has the fields of ServerArgs.
         return [int(info.get("tp_size", 1)) for info in self._infos]
 
     @property

@@ -111,6 +111,8 @@ class TensorWeightReceiver(InPlaceReceiver):
             end += -(-nbytes([tensor]) // _ALIGNMENT) * _ALIGNMENT
         device = bucket[0][1].device
         buffer = self._buffers[0]
+        # A buffer grows to the largest chunk and stays for the next sync, so most syncs allocate
+        # nothing.
         if buffer is None or len(buffer) < end or buffer.device != device:
             # The old buffer goes before the new one comes, or both would count at the peak. The
             # local name must let go of it too.

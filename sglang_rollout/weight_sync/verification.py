@@ -59,7 +59,8 @@ class TensorVerification:
         self._expected = {}
         if self._dtypes:
             return
-        # All servers have the same settings, so the first one answers for all of them.
+        # All servers have the same settings, so the first one answers for all of them. It tells
+        # dtypes only: no fingerprint is computed for this answer.
         ranks = self._ask(engines[:1], DTYPES)[0]
         # A parameter that no rank fills is an error. One rank alone may have nothing to fill: its
         # share of the vocabulary can be padding.
