@@ -1,13 +1,14 @@
 """Weights that come by broadcast (sync.transport = "distributed") into a server on a CPU.
 
 SGLang makes a tensor for each that comes, waits for all of them, and has its loader copy them into
-its parameters. Here a tensor is received where it belongs, if it ends up whole in one contiguous
-piece of a parameter of the same type. SGLang's own loader has told which piece that is
-(sglang_rollout.server_side.served_weights). The others are received beside it and loaded one by one
-while the next are received. Most of those are the shards of a tensor-parallel server.
+its parameters. Here a tensor is received in the parameter itself, if it ends up whole in one
+contiguous part of a parameter of the same type. A record of SGLang's own loader shows which part
+that is (sglang_rollout.server_side.served_weights). The others are received in memory of their own
+and loaded one by one while the next are received. Most of those are the shards of a tensor-parallel
+server.
 
 This only saves time and memory. It is left out where upstream takes other arguments, and for all
-tensors where the loader's copies cannot be told. Upstream: WeightUpdater
+tensors where the loader's copies cannot be recorded. Upstream: WeightUpdater
 .update_weights_from_distributed in sglang/srt/model_executor/model_runner_components/
 weight_updater.py. It can go at any time.
 """
@@ -144,7 +145,7 @@ def places_in_parameters(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict
         found = layout(model, shapes)
     except Exception:
         # A loader that needs the values of a tensor fails on tensors without data, in any way. Its
-        # copies cannot be told, and everything is received beside the model.
+        # copies cannot be recorded, and everything is received in memory of its own.
         return {}
     places = {}
     for name, (_, copies, copied_only) in found.items():

@@ -54,7 +54,7 @@ def activate() -> None:
         _keep_shared_memory_mapped()
         incoming.install()
         _give_memory_back()
-    # These two are for a GPU as well: a server that lopd started can tell fingerprints of its
+    # These two are for a GPU as well: a server that lopd started can report fingerprints of its
     # weights, and leaves no file in /dev/shm.
     if os.environ.get(OURS) == "1":
         served_weights.install()

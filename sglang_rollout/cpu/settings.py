@@ -35,7 +35,7 @@ def cpu_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         "grammar_backend": "none",
         # The overlap needs CUDA streams.
         "disable_overlap_schedule": True,
-        # Otherwise the scheduler burns most of a core while nobody asks.
+        # Otherwise an idle scheduler uses most of a core.
         "sleep_on_idle": True,
         # A prompt is never cut where its neighbours happen to fill a batch. With cuts the result of
         # a request would depend on its neighbours.

@@ -67,7 +67,7 @@ def request_seed(run_seed: int, prompt_id: str, sample_index: int, purpose: str)
         sample_index: The index of the response among those of the prompt.
         purpose: The stage. Two stages that sample from one prompt get independent responses.
     """
-    # \x1f (unit separator) stands in no prompt id, so different values never make the same text.
+    # No prompt id contains \x1f (unit separator), so different values never make the same text.
     text = f"{run_seed}\x1f{purpose}\x1f{sample_index}\x1f{prompt_id}"
     # Not hash(): Python's own hash of a text differs from process to process.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
@@ -145,8 +145,7 @@ def read_response(
     # Each entry is (log-probability, token id, text or None).
     entries = meta["output_token_logprobs"]
     token_ids = int32(answer["output_ids"])
-    # The ids stand in the answer twice. Where they differ, the log-probabilities belong to other
-    # tokens.
+    # The answer has the ids twice. Where they differ, the log-probabilities belong to other tokens.
     check_returned_ids(request.key, token_ids, int32([entry[1] for entry in entries]))
     logprobs = float32([entry[0] for entry in entries])
     # Before the ending: NaN logits spoil the ending too, and this message names the cause.

@@ -7,7 +7,7 @@ words w[r, c] the fingerprint is
 
 where a and b are odd pseudo-random numbers and m is a mixing. Any block of rows and columns
 contributes its own terms. Two tensors that differ have the same number with a probability of about
-2^-60, unless somebody makes them so. It finds mistakes, not attacks.
+2^-60, unless they were made for it on purpose. It finds mistakes, not attacks.
 """
 
 from __future__ import annotations

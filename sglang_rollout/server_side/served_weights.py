@@ -9,7 +9,7 @@ for every architecture whose loader copies slices, and for every tensor- and exp
 What changes in SGLang: WeightChecker.handle (sglang/srt/utils/weight_checker.py), behind POST
 /weights_checker, learns one more action. SGLang's own checksums are of the fused parameters, which
 cannot be compared with a trainer's tensors, and need a GPU. Versions: 0.5.17 to 0.5.23. It can go
-when SGLang tells checksums of checkpoint tensors.
+when SGLang reports checksums of checkpoint tensors.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _answer(checker: Any, template_dir: Path, *, parts: bool) -> dict[str, str]:
     Args:
         checker: SGLang's weight checker.
         template_dir: A checkpoint with the tensors' names and shapes.
-        parts: Whether to compute fingerprints, or only to tell dtypes.
+        parts: Whether to compute fingerprints, or only to report dtypes.
 
     Returns:
         Tensor -> JSON of {"dtype", "parts": [[offset, shape, strides, fingerprint], ...]}, with

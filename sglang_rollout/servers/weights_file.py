@@ -1,4 +1,4 @@
-"""What the processes around a server tell each other through files beside its log.
+"""The files beside a server's log, through which the processes around it communicate.
 
 The process that owns a server starts it again when it dies. Another process, a rank of the trainer,
 may put the newest weights into it. So the newest weights, the requests for a restart, the number of
@@ -67,7 +67,7 @@ def remembered_weights(file: Path) -> tuple[Path, str] | None:
         version = str(content["version"])
     except FileNotFoundError:
         return None
-    # publish() leaves no half of a text. A damaged file was changed by somebody, and to start with
+    # publish() never leaves half of a text, so something else has damaged the file. To start with
     # the first weights instead would hide that.
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(

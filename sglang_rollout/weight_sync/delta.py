@@ -1,7 +1,7 @@
 """Which tensors have changed since the servers got them.
 
-Tensors that are the same need not be sent again: frozen routers and embeddings, or whole models
-between two syncs that lie close together.
+Tensors that are the same need not be sent again: frozen routers and embeddings, or most of a model
+between two syncs with few steps between them.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class DiskWeightReceiver:
         """Start a version. A version that was begun and never committed is forgotten.
 
         Raises:
-            EngineError: The folder cannot be written, or a server cannot tell fingerprints.
+            EngineError: The folder cannot be written, or a server cannot report fingerprints.
         """
         # The version becomes the name of a folder and must not lead out of the one for versions.
         assert Path(version).name == version, f"{version!r} is no plain folder name"

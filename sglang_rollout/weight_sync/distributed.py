@@ -40,7 +40,7 @@ _BROADCAST = "broadcast"
 
 
 class DistributedWeightReceiver(InPlaceReceiver):
-    """A WeightReceiver that broadcasts every tensor from where it lies.
+    """A WeightReceiver that broadcasts every tensor from its own memory.
 
     A bucket is broadcast while the next one is gathered. The extra memory is one bucket here (the
     one before) and one bucket in a server's rank. A rank on a CPU needs none for the tensors that

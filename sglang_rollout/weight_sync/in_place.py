@@ -158,7 +158,7 @@ class InPlaceReceiver:
 
         Servers whose weights are untouched go on. The others hold a mixture of two versions. They
         stay paused and report an incomplete version until a sync succeeds, or they are started
-        again where somebody can do that.
+        again by ask_for_restart.
         """
         # The transport first: a server that waits in a broadcast hears no other call.
         self._detach_transport()()

@@ -223,7 +223,8 @@ def started(call: Callable[[], T], *, at_exit: bool = False) -> Future[T]:
     def run() -> None:
         try:
             result = call()
-        # Whoever waits for the future must get every error, or would wait until the timeout.
+        # The thread that waits for the future must get every error, or it would wait until the
+        # timeout.
         except BaseException as error:
             future.set_exception(error)
         else:

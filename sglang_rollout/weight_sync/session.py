@@ -49,7 +49,7 @@ class UpdateSession:
 
     A transport that changes weights in place calls weights_changed() before the first byte of the
     served weights changes. From then on the servers report an incomplete version, and abandon()
-    leaves them paused: they hold a mixture of two versions, and nobody may get an answer of it.
+    leaves them paused: they hold a mixture of two versions, and no request may be answered by it.
     """
 
     def __init__(
@@ -202,8 +202,8 @@ class UpdateSession:
     def abandon(self) -> bool:
         """End the session after an error, without an error of its own.
 
-        Servers whose weights are untouched go on with them. The others stay paused and answer
-        nobody.
+        Servers whose weights are untouched go on with them. The others stay paused and answer no
+        request.
 
         Returns:
             Whether servers hold a mixture of two versions.

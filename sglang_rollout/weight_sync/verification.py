@@ -52,7 +52,7 @@ class TensorVerification:
             template_dir: A checkpoint with the names and shapes of the tensors.
 
         Raises:
-            EngineError: The servers cannot tell fingerprints, or a parameter of the served model
+            EngineError: The servers cannot report fingerprints, or a parameter of the served model
                 gets no tensor of the checkpoint.
         """
         self._template_dir = template_dir
@@ -134,7 +134,7 @@ class TensorVerification:
                 answer = engine.call("POST", "/weights_checker", body, timeout_s=self._timeout_s)
             except EngineError as error:
                 raise EngineError(
-                    f"the server cannot tell fingerprints of its weights ({error.what})",
+                    f"the server cannot report fingerprints of its weights ({error.what})",
                     where=engine.url,
                     remedy="for a server that lopd did not start, set sync.verify to "
                     '"scores" or "off"',
