@@ -434,15 +434,15 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         ),
         (
             ["sglang.teacher_urls=['http://me:secret@127.0.0.1:1']"],
-            ["sglang.teacher_urls: a URL with a name or password in it", "LOPD_SGLANG_KEY"],
+            ["sglang.teacher_urls: a URL has a user name or a password in it", "LOPD_SGLANG_KEY"],
         ),
         (
             [f"sglang.student_urls=['{SERVER}', '{SERVER}/']"],
-            ["is there 2 times; limit: each server once"],
+            ["is named 2 times; limit: each server once"],
         ),
         (
             [f"sglang.student_urls=['{SERVER}']", f"sglang.teacher_urls=['{SERVER}/']"],
-            ["is also in sglang.teacher_urls; limit: one model a server"],
+            ["is also in sglang.teacher_urls; limit: one model per server"],
         ),
         (
             [f"sglang.teacher_urls=['{SERVER}']", "models.teachers.register_arithmetic=teacher"],
@@ -451,12 +451,12 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         (
             ["sync.host=auto"],
             [
-                'sync.host = "auto" with sync.transport = "disk"; limit: of use to a broadcast alone; remedy: leave sync.host out'
+                'sync.host = "auto" with sync.transport = "disk"; limit: only the transport distributed uses it; remedy: leave sync.host out'
             ],
         ),
         (
             ["sync.host=192.0.2.1", "sync.transport=distributed"],
-            ["sync.host = 192.0.2.1: no network interface of this machine has it"],
+            ["sync.host = 192.0.2.1: no network interface of this machine has this address"],
         ),
         (
             [f"sglang.replicas={2 * CORES}"],

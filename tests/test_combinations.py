@@ -102,7 +102,7 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     # servers
     (
         ("sglang.host=192.0.2.1",),
-        "sglang.host = 192.0.2.1: no network interface of this machine has it",
+        "sglang.host = 192.0.2.1: no network interface of this machine has this address",
         ("sglang.host=127.0.0.2",),
     ),
     (
@@ -112,7 +112,7 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (f"sglang.student_urls=['{URL}', 'http://localhost:30001']",),
-        "is there 2 times; limit: each server once",
+        "is named 2 times; limit: each server once",
         (f"sglang.student_urls=['{URL}', 'http://localhost:30002']",),
     ),
     (

@@ -12,7 +12,7 @@ from lopd.stages.training import SERVER_KEY, StudentAddresses, TrainingJob
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.fleet import fleet_of
 from sglang_rollout.servers.shared_gpus import training_settings
-from sglang_rollout.weight_sync import Apart, Colocation
+from sglang_rollout.weight_sync import Colocation, SeparateMemory
 from sglang_rollout.weight_sync.interface import await_servers
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class StudentServer(StepHook):
             await_servers(self.engine.engines, job.config.sync.timeout_s)
             self.version = str(self.engine.model_info()["weight_version"])
 
-    def _colocate(self) -> Apart:
+    def _colocate(self) -> SeparateMemory:
         if not self.shares_gpus:
-            return Apart()
+            return SeparateMemory()
         engines = self.engine.engines if self.engine is not None else ()
         timeout_s = self._job.config.sync.timeout_s
         return Colocation(engines, barrier=parallel.barrier, timeout_s=timeout_s)
@@ -62,7 +62,7 @@ class StudentServer(StepHook):
     def begin(self, training: Training) -> None:
         """Send this training's weights from now on."""
         # From now on the trainer's memory leaves the GPUs when a server needs them.
-        self._colocation.admit(training.trainer.memory)
+        self._colocation.attach_trainer(training.trainer.memory)
         self._weights = StudentWeights(
             training.trainer,
             training.samples,

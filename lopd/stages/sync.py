@@ -14,11 +14,11 @@ from lopd.megatron.ranks import parallel
 from lopd.megatron.ranks.first_rank import run_on_first_rank
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.scoring import ScoreRequest
-from sglang_rollout.servers.supervision import remember_unsaved_weights
+from sglang_rollout.servers.weights_file import remember_unsaved_weights
 from sglang_rollout.weight_sync import (
-    Apart,
     Probe,
     ScoreVerification,
+    SeparateMemory,
     SyncReport,
     WeightReceiver,
     build_receiver,
@@ -53,7 +53,7 @@ class StudentWeights:
         folder: Path,
         template: Path,
         weights_file: Path | None,
-        colocation: Apart | None = None,
+        colocation: SeparateMemory | None = None,
         print_line: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Prepare a receiver on the rank that has an engine.
@@ -82,7 +82,7 @@ class StudentWeights:
         self._settings = settings
         self._engine = engine
         self._weights_file = weights_file
-        self._colocation = colocation or Apart()
+        self._colocation = colocation or SeparateMemory()
         self._print_line = print_line
         self._receiver: WeightReceiver | None = None
         self._restarted: RestartedServers | None = None

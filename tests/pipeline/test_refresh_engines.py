@@ -162,6 +162,6 @@ def test_a_server_that_was_left_with_other_weights_is_not_sampled(
         )
         current.weight_version = "step-2"
         RefreshRecord(1, 2, "2 steps", version="step-2").request(context.folder)
-        with pytest.raises(EngineError, match=r"weight version 'default', where .* has 'step-2'"):
+        with pytest.raises(EngineError, match=r"weight version 'default', but .* has 'step-2'"):
             service.serve_requests()
         assert not current.paths("/generate") + left.paths("/generate")

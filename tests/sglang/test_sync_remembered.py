@@ -16,7 +16,7 @@ from lopd.config import SGLangSection, SyncSection
 from lopd.errors import EngineError
 from lopd.stages import sync
 from lopd.stages.sync import MAX_SENDS
-from sglang_rollout.servers.supervision import remember_weights, remembered_weights
+from sglang_rollout.servers.weights_file import remember_weights, remembered_weights
 from sglang_rollout.weight_sync.interface import await_servers
 from tests.sglang.fake_server import FakeServer
 from tests.sglang.weight_syncing import Named, UpdatedFake, buckets, tensors
