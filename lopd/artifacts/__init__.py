@@ -30,6 +30,7 @@ from lopd.artifacts.manifests import (
     SCHEMA_VERSION,
     fingerprint,
     origin_of,
+    read_complete,
     read_manifest,
     write_manifest,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "publish_bytes",
     "publish_json",
     "published_rows",
+    "read_complete",
     "read_manifest",
     "read_shard",
     "remove_folder",

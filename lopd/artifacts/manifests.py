@@ -66,6 +66,18 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
+def read_complete(folder: Path) -> Manifest:
+    """Read the manifest of an artifact that must be complete.
+
+    Raises:
+        ArtifactError: See read_manifest(), or the artifact is not complete.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.complete:
+        raise ArtifactError("is not complete", where=str(folder), remedy="run its stage to the end")
+    return manifest
+
+
 def fingerprint(manifest: Manifest) -> str:
     """Return what names an artifact: from what it was made, together with its content."""
     # The versions of the software, the lineage and the figures stay out. They tell how the content

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lopd.audit import Scores, distribution_scores, token_kind
-from lopd.cache.checks import flat
+from lopd.cache.columns import flat
 from lopd.errors import DataError
 from lopd.records import Response
 from lopd.tasks.tokenizer import decode, load_tokenizer
