@@ -6,6 +6,7 @@ our own code is an ``assert`` instead, because its failure is a bug and needs th
 
 from __future__ import annotations
 
+# 1 is what Python itself exits with after an unexpected error. A script can tell the two apart.
 EXIT_CODE = 2
 
 
@@ -24,10 +25,13 @@ class LopdError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", limit: str = "", remedy: str = "") -> None:
+        # The parts are kept beside the line, because `lopd check` and other errors quote them one
+        # by one.
         self.what = what
         self.where = where
         self.limit = limit
         self.remedy = remedy
+        # The place comes first, as in the messages of compilers, so that an editor can open it.
         parts = [f"{where}: {what}" if where else what]
         if limit:
             parts.append(f"limit: {limit}")

@@ -53,15 +53,22 @@ class GuardedProcess:
         read_end, self._write_end = os.pipe()
         try:
             self._process = subprocess.Popen(
+                # The same interpreter, so that the guard has this very version of the package.
                 [sys.executable, "-m", "lopd.processes", *command],
                 env={**env, _GUARD_FD: str(read_end)},
+                # A server that reads from the terminal would take the keys that the user types.
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output is not None else None,
+                # The write end is not passed on. If any child held it, the pipe would stay open
+                # after our end.
                 pass_fds=(read_end,),
+                # A session of its own also keeps Ctrl-C in the terminal from reaching the group
+                # directly: the parent decides how its children end.
                 start_new_session=True,
                 cwd=cwd,
             )
+        # Nobody will call stop() on an object that was not made.
         except BaseException:
             os.close(self._write_end)
             raise
@@ -95,9 +102,11 @@ class GuardedProcess:
 
         A second call does nothing.
         """
+        # -1 marks a group that was ended before.
         if self._write_end < 0:
             return
         for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+            # The group may have ended by itself.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
             deadline = time.monotonic() + patience
@@ -118,6 +127,7 @@ def group_alive(group: int) -> bool:
 
 def group_stopped(group: int) -> bool:
     """Return whether every remaining process of the group is stopped (by SIGSTOP)."""
+    # Z is a zombie and X is dead. Both have ended and only wait to be reaped.
     left = [state for state in _states(group) if state not in "ZX"]
     return bool(left) and all(state in "Tt" for state in left)
 
@@ -138,6 +148,8 @@ def _states(group: int) -> Iterator[str]:
 def free_port() -> int:
     """Return a TCP port on loopback that nothing listens on now."""
     with socket.socket() as probe:
+        # Port 0 lets the kernel choose. Another process may take the port before our server binds
+        # it; the server then fails to start, which its starter notices.
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
@@ -161,6 +173,7 @@ def last_lines(path: Path, count: int = 8) -> list[str]:
         with path.open("rb") as handle:
             # The log of a server can have gigabytes. 64 KiB hold more than `count` lines.
             handle.seek(max(0, path.stat().st_size - 65536))
+            # The seek may land within a character.
             text = handle.read().decode("utf-8", "replace")
     except OSError:
         return []
@@ -175,6 +188,7 @@ def die_with_parent(parent: int | None = None) -> None:
     Args:
         parent: The parent's process id, if the parent may have ended before this call.
     """
+    # Python has no function for this system call.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The kernel reports only an end that comes after the request. After an earlier one this process
     # has another parent already.
@@ -190,6 +204,8 @@ def _guard(command: Sequence[str]) -> int:
     # handlers to the default and keeps SIG_IGN: the command must still end by SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
+    # The command asks for its own death between fork and exec, so there is no moment at which it
+    # would survive the guard.
     child = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
 
     def watch() -> None:
@@ -198,6 +214,7 @@ def _guard(command: Sequence[str]) -> int:
             pass
         os.killpg(0, signal.SIGKILL)
 
+    # A daemon thread, because the guard must end with the command even while the pipe is open.
     threading.Thread(target=watch, daemon=True).start()
     code = child.wait()
     # The command may have left processes of its own behind in the group.

@@ -21,14 +21,18 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+# The arrays of the records. Token ids are int32 and log-probabilities float32: half the bytes of
+# what Python and numpy choose by themselves, for every token of a run.
 Ints: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
 Int16s: TypeAlias = NDArray[np.int16]
+# One byte per token. True is a token that carries loss.
 Bools: TypeAlias = NDArray[np.bool_]
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
 # (prompt_id, sample_index), which names one response of a run.
 Key: TypeAlias = tuple[str, int]
 
+# The same values at runtime, for the check of what a server or a file says.
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 # The least probability that all tokens outside the top-K have together. K probabilities in float32
 # may add up to slightly more than 1, and the logarithm of what is left must stay finite.
@@ -68,6 +72,7 @@ def _check_lengths(owner: str, record: object, names: Sequence[str], num_tokens:
     """Raise ValueError if a column that is there has another length than the tokens."""
     for name in names:
         value = getattr(record, name)
+        # A top-K has three columns and has checked by itself that they fit each other.
         column = value.ids if isinstance(value, TopK) else value
         if column is not None and len(column) != num_tokens:
             raise ValueError(f"{owner}: {name} has {len(column)} entries for {num_tokens} tokens")
@@ -138,6 +143,8 @@ class Response:
     routed_experts: Int16s | None = None  # [P + R - 1, layers, k]
 
     def __post_init__(self) -> None:
+        # The key comes first in the message: a run has millions of responses, and the user has to
+        # find this one.
         owner = f"response {self.key}"
         if self.finish_reason not in FINISH_REASONS:
             raise ValueError(
@@ -182,6 +189,7 @@ class TopK:
     tail_logprob: Floats  # [R]
 
     def __post_init__(self) -> None:
+        # Each row of ids has its row of values and its one tail.
         shape = self.ids.shape
         tail_shape = self.tail_logprob.shape
         if len(shape) != 2 or self.logprobs.shape != shape or tail_shape != shape[:1]:
@@ -198,6 +206,7 @@ def top_k_of(
     # In float64, because the difference to 1 of many nearly full sums would lose all its digits.
     outside = 1.0 - np.exp(np.asarray(logprobs, dtype=np.float64)).sum(-1)
     return TopK(
+        # A server may answer with float64 and int64. The record has the types of the file.
         np.asarray(ids, dtype=np.int32),
         np.asarray(logprobs, dtype=np.float32),
         float32(np.log(np.maximum(outside, TAIL_FLOOR))),

@@ -28,6 +28,7 @@ CACHES = ("teacher_cache", "residualised_cache")
 
 def demonstrated_by(teacher: ModelIdentity) -> dict[str, Any]:
     """Return the lineage of demonstrations that our own stage sampled from ``teacher``."""
+    # The fingerprint of the weights and not the path: a checkpoint may be moved or overwritten.
     return {"sft_teacher": teacher.weights, "sft_teacher_path": teacher.path, "evidence": PROVEN}
 
 
@@ -58,6 +59,7 @@ def lineage_in(lineage: Mapping[str, Any], domain: str) -> Mapping[str, Any]:
         lineage: With one entry per domain in ``by_domain``, or one for all of them.
         domain: "" names every domain that has no entry.
     """
+    # With several teachers each domain has its own. A domain that nobody has declared is unknown.
     by_domain = lineage.get("by_domain")
     own: Mapping[str, Any] = lineage if by_domain is None else by_domain.get(domain, declared(None))
     return own
@@ -80,6 +82,8 @@ def check_scoring_teacher(
     # Two empty fingerprints do not prove that two teachers are one.
     same = bool(known) and known == teacher.weights
     if not same and not allow_foreign:
+        # The check is before anything is scored: scoring takes hours, and its result would be of no
+        # use.
         what, limit = _difference(lineage, teacher)
         remedy = (
             "score with that teacher, make demonstrations with this one, or set "
@@ -109,6 +113,8 @@ def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str
             f"each domain's demonstrations were made by its own: {', '.join(sorted(makers))}",
         )
     if known:
+        # The path is only for people. Two paths may hold the same weights, and then the check has
+        # passed.
         maker = lineage.get("sft_teacher_path") or "that teacher"
         return (
             f"teacher {_named(teacher)} is not the teacher of the student's demonstrations",
@@ -143,6 +149,7 @@ def check_given_cache(
         DataError: The tokenizers differ.
     """
     if manifest.kind not in CACHES or not manifest.complete:
+        # More shards may still be added to an artifact that is not complete.
         state = "" if manifest.complete else ", not complete"
         raise ArtifactError(
             f"is of kind {manifest.kind}{state}",
@@ -174,6 +181,8 @@ def check_given_cache(
 def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:
     """Say what makes a cache foreign to the student."""
     faults = []
+    # The method takes the policy that sampled as its reference. Responses of another student are no
+    # on-policy data for this one.
     sampler = manifest.models.get("student")
     if sampler is None:
         faults.append("nobody knows which student sampled its responses")
@@ -194,6 +203,8 @@ def _accepted(manifest: Manifest) -> str:
     """Say why a cache is right for the student."""
     consistent = bool(manifest.lineage.get("consistent"))
     if manifest.kind == "residualised_cache":
+        # The correction is of use for a foreign teacher. For the own teacher it also takes evidence
+        # away, so the note says which it was.
         style = (
             "the teacher's own style, which is not foreign"
             if consistent
@@ -224,6 +235,7 @@ def check_same_tokenizer(teacher: ModelIdentity, student: ModelIdentity) -> None
         DataError: The fingerprints of tokenizer.json differ.
     """
     if teacher.tokenizer != student.tokenizer:
+        # A fingerprint is empty if the folder has no tokenizer.json.
         theirs = teacher.tokenizer[:12] or "missing"
         ours = student.tokenizer[:12] or "missing"
         raise DataError(

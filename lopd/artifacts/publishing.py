@@ -84,6 +84,8 @@ def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
             # On a full disk the unfinished file would take up the space that is missing.
             partial.unlink(missing_ok=True)
             raise
+        # Without this a power failure could bring the former file back, although a later stage has
+        # used the new one.
         fsync_folder(path.parent)
 
 
@@ -134,6 +136,7 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder. After a kill it is there whole or not at all, under its own name."""
     # The rename takes the name away at once. The slow removal then works under another name, which
     # nobody reads, and the next call removes what a kill has left there.
+    # Beside the folder and not in /tmp: a rename works only within one file system.
     doomed = folder.with_name(folder.name + ".removing")
     shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():

@@ -66,6 +66,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises:
         ArtifactError: A file is missing or changed. The error names the first one.
     """
+    # In the order of the manifest, so that the error is the same at every call.
     for shard in manifest.shards:
         path = folder / shard.name
         if not path.is_file():
@@ -85,6 +86,7 @@ def _changed(folder: Path, shard: ShardInfo, size: int) -> ArtifactError:
     return ArtifactError(
         f"the file was truncated or changed: its checksum differs ({size} bytes)",
         where=str(folder / shard.name),
+        # Enough digits to find the manifest's line with grep.
         limit=f"sha256 {shard.sha256[:16]}...",
         remedy=_make_again(folder, shard),
     )

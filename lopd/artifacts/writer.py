@@ -97,6 +97,8 @@ class ArtifactWriter:
             lineage=dict(lineage or {}),
             rows=0,
             shards=(),
+            # Of the software that completes the artifact. A resumed one may have shards of an older
+            # version.
             versions=software_versions(),
             extra={} if shard_size is None else {_SHARD_SIZE: shard_size},
         )
@@ -154,6 +156,8 @@ class ArtifactWriter:
         self._set_shards(known.values())
 
     def _set_shards(self, shards: Iterable[ShardInfo]) -> None:
+        # By name, which is by index. The fingerprint depends on this order, and workers publish in
+        # any.
         ordered = tuple(sorted(shards, key=lambda shard: shard.name))
         rows = sum(shard.rows for shard in ordered)
         self._manifest = dataclasses.replace(self._manifest, shards=ordered, rows=rows)
@@ -197,6 +201,8 @@ class ArtifactWriter:
         """
         # A published shard never changes, because a reader may have it open.
         assert index not in self.published, f"shard {index} is already published"
+        # The origin goes into the shard itself, because a shard may be the only thing that a kill
+        # leaves.
         metadata = {**(table.schema.metadata or {}), ORIGIN_KEY: self._origin}
         content = _encoded(table.replace_schema_metadata(metadata))
         name = f"shard-{index:05d}.parquet"
@@ -238,6 +244,7 @@ class ArtifactWriter:
 
 def _encoded(table: pa.Table) -> bytes:
     """Return the table as the bytes of a Parquet file."""
+    # Log-probabilities and entropies. Every other column holds few different values, or ids.
     floats = [
         f"{field.name}.list.element"
         for field in table.schema
