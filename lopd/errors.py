@@ -25,8 +25,7 @@ class LopdError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", limit: str = "", remedy: str = "") -> None:
-        # The parts are kept beside the line, because `lopd check` and other errors quote them one
-        # by one.
+        # The parts are kept beside the line, because other errors quote them one by one.
         self.what = what
         self.where = where
         self.limit = limit

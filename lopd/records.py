@@ -40,7 +40,7 @@ TAIL_FLOOR = 1e-6
 
 
 def int32(values: Sequence[int] | NDArray[Any]) -> Ints:
-    """Return token ids as int32 [N]."""
+    """Return token ids as int32 [N]. Raises ValueError if one of them does not fit."""
     array = np.asarray(values)
     # numpy would wrap a value that is too large around, and the id would name another token.
     if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
@@ -54,12 +54,7 @@ def float32(values: Sequence[float] | NDArray[Any]) -> Floats:
 
 
 def token_hash(prompt_ids: Ints, token_ids: Ints) -> str:
-    """Return 16 hexadecimal digits that name a prompt together with its response.
-
-    Example:
-        >>> token_hash(int32([11, 25, 40]), int32([18, 2]))
-        '0ebe8cb852ecc8f7'
-    """
+    """Return 16 hexadecimal digits that name a prompt together with its response."""
     # The length of the prompt comes first. Without it, a token moved from the prompt to the
     # response would not change the hash. The byte order is fixed, so every machine agrees.
     digest = hashlib.sha256(len(prompt_ids).to_bytes(8, "little"))

@@ -160,6 +160,7 @@ def check_given_cache(
     # Not even allow_foreign helps here: with another tokenizer the ids mean other text.
     for identity in manifest.models.values():
         check_same_tokenizer(identity, student)
+    # All faults at once, so that the user does not meet them one after the other.
     wrong = _faults(manifest, student)
     if wrong and not allow_foreign:
         limit = f"responses of {_named(student)}, scored by the teacher of its demonstrations"
@@ -203,8 +204,8 @@ def _accepted(manifest: Manifest) -> str:
     """Say why a cache is right for the student."""
     consistent = bool(manifest.lineage.get("consistent"))
     if manifest.kind == "residualised_cache":
-        # The correction is of use for a foreign teacher. For the own teacher it also takes evidence
-        # away, so the note says which it was.
+        # The correction is made for a foreign teacher. From the own teacher it takes away what the
+        # student should learn, so the note says which it was.
         style = (
             "the teacher's own style, which is not foreign"
             if consistent

@@ -137,8 +137,8 @@ def remove_folder(folder: Path) -> None:
     # The rename takes the name away at once. The slow removal then works under another name, which
     # nobody reads, and the next call removes what a kill has left there.
     # Beside the folder and not in /tmp: a rename works only within one file system.
-    doomed = folder.with_name(folder.name + ".removing")
-    shutil.rmtree(doomed, ignore_errors=True)
+    renamed = folder.with_name(folder.name + ".removing")
+    shutil.rmtree(renamed, ignore_errors=True)
     if folder.exists():
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)

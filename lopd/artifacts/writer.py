@@ -45,7 +45,7 @@ class Share:
 
     def takes(self, shard: int) -> bool:
         """Return whether this worker publishes the shard."""
-        # In turns and not in blocks. Whatever part of the prompts has the long responses is then
+        # One shard after the other and not in blocks. Prompts with long responses are then
         # spread over all workers.
         return shard % self.count == self.index
 
@@ -201,8 +201,8 @@ class ArtifactWriter:
         """
         # A published shard never changes, because a reader may have it open.
         assert index not in self.published, f"shard {index} is already published"
-        # The origin goes into the shard itself, because a shard may be the only thing that a kill
-        # leaves.
+        # The origin goes into the shard itself, because no manifest lists a shard before the
+        # artifact is complete.
         metadata = {**(table.schema.metadata or {}), ORIGIN_KEY: self._origin}
         content = _encoded(table.replace_schema_metadata(metadata))
         name = f"shard-{index:05d}.parquet"

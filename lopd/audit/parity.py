@@ -75,6 +75,7 @@ def agreement(pairs: Iterable[Pair]) -> Agreement:
     parts = []
     worst = []
     num_responses = 0
+    # The pairs may come from a stream, so they are gone through once.
     for key, first, second in pairs:
         if len(first) != len(second):
             raise ValueError(f"response {key}: {len(first)} and {len(second)} log-probabilities")
@@ -86,6 +87,7 @@ def agreement(pairs: Iterable[Pair]) -> Agreement:
         if len(difference):
             token = int(np.abs(difference).argmax())
             worst.append((key, token, float(abs(difference[token]))))
+    # Quantiles need all differences at once: 8 bytes per token.
     every = np.concatenate(parts) if parts else np.zeros(0)
     if not every.size:
         raise ValueError("no tokens")
@@ -100,5 +102,6 @@ def agreement(pairs: Iterable[Pair]) -> Agreement:
         bias=float(every.mean()),
         # expm1 keeps the digits of differences near 0, where exp(d) - 1 would lose them.
         k3=float((np.expm1(every) - every).mean()),
+        # The sort is stable, so equal differences keep the order of the responses.
         worst=tuple(sorted(worst, key=lambda entry: -entry[2])[:WORST]),
     )

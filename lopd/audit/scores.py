@@ -51,6 +51,7 @@ def score_with_model(
         ids = torch.zeros(len(members), width, dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+        # No gradient is needed, and this keeps no activations.
         with torch.inference_mode():
             # Position t predicts the token at t + 1, and the last position predicts nothing.
             logits = model(ids).logits[:, :-1]
@@ -58,10 +59,12 @@ def score_with_model(
         for row, index in enumerate(members):
             start = len(responses[index].prompt_ids) - 1
             part = slice(start, start + len(responses[index].token_ids))
+            # The padding on the right is cut off with the prompt.
             found[index] = [column[row, part].numpy() for column in scores]
     logprobs, entropy, variance = (
         np.concatenate([columns[part] for columns in found]) for part in range(3)
     )
+    # In the order of the responses, as the flat columns are.
     lengths = np.array([len(response.token_ids) for response in responses], dtype=np.int64)
     return Scores(logprobs, entropy, lengths, variance, token_kinds(folder, responses))
 
@@ -78,6 +81,8 @@ def _load(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        # From local files alone and without code from the checkpoint: an audit must not run what it
+        # looks into.
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
@@ -131,6 +136,7 @@ def token_kinds(folder: Path, responses: Sequence[Response]) -> list[str] | None
     """
     # Of the token before, because groups must not depend on the token that is drawn. See
     # lopd/audit/statistics.py.
+    # The curve by kind is then left out. The verdict does not need it.
     if not (folder / "tokenizer.json").is_file():
         return None
     tokenizer = load_tokenizer(folder)
@@ -147,6 +153,7 @@ def score_from_columns(table: Any) -> Scores | None:
     Returns:
         None if the table has no teacher_logprobs or no teacher_entropy.
     """
+    # Only a cache that was scored with score.entropy has the second column.
     if not {"teacher_logprobs", "teacher_entropy"} <= set(table.column_names):
         return None
     logprobs, rows = flat(table, "teacher_logprobs")

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
+# There are three verdicts and not two: too few tokens must not look like a proof of consistency.
 Verdict = Literal["consistent", "inconsistent", "cannot tell"]
 # The first position of each group, in tokens from the start of the response.
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -71,6 +72,7 @@ class Scores:
             column = getattr(self, name)
             if column is not None and len(column) != len(self.logprobs):
                 raise ValueError(f"audit: {len(column)} of {name} for {len(self.logprobs)} tokens")
+        # The curves by position need to know where each response begins.
         total = int(self.lengths.sum())
         if total != len(self.logprobs):
             raise ValueError(f"audit: lengths sum to {total}, for {len(self.logprobs)} tokens")
@@ -141,6 +143,7 @@ def audit(
     possible = np.isfinite(scores.logprobs)
     impossible = int((~possible).sum())
     drift = np.where(possible, scores.logprobs + scores.entropy, 0.0)
+    # Impossible tokens count with a drift of 0.
     number = len(drift)
     assert number > 0, "no tokens"
     variance = spread(drift, scores)
@@ -155,9 +158,13 @@ def audit(
     # around it, is beyond the threshold with the stated power.
     reach = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)
     detectable = reach * deviation / number
+    # The detectable drift falls with the square root of the number of tokens.
     needed = math.ceil(reach**2 * float(variance.mean()) / tolerance**2)
     verdict: Verdict = "cannot tell"
+    # Impossible tokens decide by themselves: no drift is needed if a token had the probability 0.
     if p_value < alpha or impossible > _IMPOSSIBLE_SHARE * number:
+        # Checked first: with enough evidence against the teacher, the number of tokens does not
+        # matter.
         verdict = "inconsistent"
     elif detectable <= tolerance:
         verdict = "consistent"
@@ -197,6 +204,7 @@ def spread(drift: F64, scores: Scores) -> F64:
     least = np.interp(scores.entropy, entropy, variance)
     # A larger entropy needs more than two outcomes, for which there is no such bound.
     least[scores.entropy > math.log(2)] = 0.0
+    # The larger of the two is the more careful one. It makes z smaller.
     measured = drift**2
     return measured if measured.sum() >= least.sum() else least
 
@@ -218,6 +226,7 @@ def _by_entropy(drift: F64, variance: F64, entropy: F64) -> tuple[Point, ...]:
 def _by_kind(drift: F64, variance: F64, kinds: Sequence[str] | None) -> tuple[Point, ...]:
     if kinds is None:
         return ()
+    # In alphabetical order, with the number of its name for each token.
     names, group = np.unique(np.asarray(kinds), return_inverse=True)
     return _points(drift, variance, group, names.tolist())
 
@@ -258,10 +267,12 @@ def distribution_scores(
     # In float64: the test adds up millions of drifts, and a rounding error with a preferred sign
     # would look like a drift.
     logprobs = torch.log_softmax(logits.double() / temperature, dim=-1)
+    # With top_p = 1 the sort over the vocabulary would change nothing.
     if top_p < 1:
         ordered, order = logprobs.sort(dim=-1, descending=True)
         # The mass of all likelier tokens. A token is cut if they reach top_p without it.
         before = ordered.exp().cumsum(-1) - ordered.exp()
+        # log 0 is -inf, and the second log_softmax distributes the mass that was cut.
         ordered = ordered.masked_fill(before >= top_p, -math.inf)
         logprobs = torch.empty_like(logprobs).scatter_(-1, order, ordered).log_softmax(-1)
     probability = logprobs.exp()

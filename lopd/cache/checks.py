@@ -35,12 +35,14 @@ def check_cache(folder: Path, *, vocab_size: int | None = None) -> tuple[Finding
     """
     manifest = read_manifest(folder)
     findings = Findings()
+    # It is a finding and no error, so that the shards that are there are checked, too.
     if not manifest.complete:
         what = "the artifact is not complete: its stage was not finished"
         findings.add("incomplete", what, str(folder))
     size = vocab_size or vocabulary(manifest)
     models = manifest.models.items()
     teachers = [identity.weights for role, identity in models if role.startswith("teacher")]
+    # A cache of several domains has several teachers, each under a role of its own.
     checks = RowChecks(findings, vocab_size=size, kind=manifest.kind, teachers=teachers)
     rows = 0
     tokens = 0
@@ -83,6 +85,7 @@ def _readable_shards(
             what = "a shard of another run: it was made from other inputs than the manifest says"
             findings.add("another run", what, shard.name)
         has_tokens = "token_ids" in table.column_names
+        # CacheReader finds a row by these counts. Wrong ones would give it another row.
         tokens = int(list_lengths(table, "token_ids").sum()) if has_tokens else 0
         if (table.num_rows, tokens) != (shard.rows, shard.tokens):
             findings.add("counts", "rows or tokens differ from the manifest's", shard.name)
@@ -116,6 +119,8 @@ def require_sound(folder: Path) -> None:
     Raises:
         LopdError: The first finding.
     """
+    # The whole cache is checked although one finding is enough: the message counts how many
+    # responses have the fault.
     findings, _ = check_cache(folder)
     for finding in findings:
         remedy = f"see all with: lopd cache verify {folder}"

@@ -32,6 +32,7 @@ def to_lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
     # One array of all values, because Python lists of the values would take much more memory.
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
+    # One copy of all values, in the order of the rows.
     values = np.concatenate(rows) if rows else np.zeros(0)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=kind))
 
@@ -47,6 +48,7 @@ def to_arrays(column: pa.ChunkedArray) -> list[NDArray[Any]]:
     values = array.values.to_numpy(zero_copy_only=False)
     if values.dtype == np.float16:
         values = values.astype(np.float32)
+    # Row i lies between the offsets i and i + 1. The arrays are views, so this copies nothing.
     return [values[start:end] for start, end in itertools.pairwise(offsets)]
 
 
@@ -58,6 +60,7 @@ def flat(table: pa.Table, column: str) -> tuple[NDArray[Any], NDArray[np.int64]]
     """
     lists = table.column(column)
     values = (
+        # Chunk by chunk: combining the chunks first would copy the column once more.
         np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists.chunks])
         if lists.num_chunks
         else np.zeros(0)
@@ -69,6 +72,7 @@ def flat(table: pa.Table, column: str) -> tuple[NDArray[Any], NDArray[np.int64]]
 
 def list_lengths(table: pa.Table, column: str) -> NDArray[np.int64]:
     """Return the number of values in each row of a list column. A null row has none."""
+    # Arrow gives null for the length of a null row, which would become NaN in numpy.
     lengths: NDArray[np.int64] = np.asarray(
         pc.fill_null(pc.list_value_length(table.column(column)), 0).to_numpy(), dtype=np.int64
     )
@@ -80,6 +84,8 @@ def without_origin(table: pa.Table) -> pa.Table:
 
     What says how the columns are to be read stays.
     """
+    # The origin and the loss of 16 bits belong to the shard. The shape of the experts belongs to
+    # the rows.
     found = table.schema.metadata or {}
     return table.replace_schema_metadata({ROUTED: found[ROUTED]} if ROUTED in found else None)
 

@@ -34,6 +34,7 @@ def halve(table: pa.Table) -> pa.Table:
     for name in _HALVED:
         if name not in table.column_names:
             continue
+        # As float32, also if the column was halved before. Halving twice changes no value.
         rows = to_arrays(table.column(name))
         exact = np.concatenate(rows) if rows else np.zeros(0, np.float32)
         # numpy would make such a value infinite without an error.
@@ -66,6 +67,8 @@ def logprob_loss(folder: Path, manifest: Manifest | None = None) -> dict[str, fl
         ``max_abs`` and ``mean_abs`` in nats, or None if the artifact is lossless.
     """
     if manifest is not None:
+        # A complete artifact lists its shards. One that is being written has none in its manifest
+        # yet.
         names = [shard.name for shard in manifest.shards]
     else:
         names = sorted(path.name for path in folder.glob("shard-*.parquet"))
@@ -79,5 +82,6 @@ def logprob_loss(folder: Path, manifest: Manifest | None = None) -> dict[str, fl
     total = sum(loss["num_values"] for loss in losses)
     return {
         "max_abs": max(loss["max_abs"] for loss in losses),
+        # Of a shard with many values the mean counts more, so sums are added and divided once.
         "mean_abs": sum(loss["sum_abs"] for loss in losses) / max(1, total),
     }

@@ -43,23 +43,29 @@ def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -
         _check_alike(folder, manifest, sources[0], manifests[0])
         _check_models(folder, manifest, sources[0], manifests[0], teacher_column)
         _check_columns(folder, manifest, sources[0], manifests[0])
+    # This reads every shard, so it comes after the checks that read manifests alone.
     _check_unique(sources, manifests)
     first = manifests[0]
     writer = ArtifactWriter(
         out,
         kind=first.kind,
         inputs={"merge.teacher_column": teacher_column},
+        # The number of the source is in the name, so that the order of the sources counts.
         parents={f"part-{index:03d}": one.fingerprint for index, one in enumerate(manifests)},
+        # All identities go along: a later training checks the student, a later verification the
+        # teachers.
         models={**_teachers(manifests), **_student(manifests)},
         sampling=first.sampling,
         lineage=_joint_lineage(manifests),
     )
+    # One list of all shards, in which the position of a shard is its number in the result.
     shards = [
         (folder, manifest, shard)
         for folder, manifest in zip(sources, manifests, strict=True)
         for shard in manifest.shards
     ]
     for index, (folder, manifest, shard) in enumerate(shards):
+        # A killed merge has published some. They are not read again.
         if index in writer.published:
             continue
         table = read_shard(folder, shard)
@@ -84,6 +90,7 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
             where=str(folder),
             limit=f"{first.kind}, as {first_folder}",
         )
+    # The length limit may differ: it cuts responses and does not change how their tokens are drawn.
     mixed = [name for name in _SAMPLING if manifest.sampling.get(name) != first.sampling.get(name)]
     if mixed:
         differences = [
@@ -102,6 +109,7 @@ def _check_models(
     folder: Path, manifest: Manifest, first_folder: Path, first: Manifest, teacher_column: bool
 ) -> None:
     """Raise an error if the teachers or the students must not be in one cache."""
+    # An import may not know its teacher. Where nobody knows, nothing can be compared.
     teacher = manifest.models.get("teacher")
     known = first.models.get("teacher")
     if teacher is not None and known is not None and teacher.tokenizer != known.tokenizer:
@@ -111,6 +119,7 @@ def _check_models(
             limit=f"that of {first_folder}",
         )
     if not teacher_column:
+        # A known and an unknown teacher count as two.
         if (teacher and teacher.weights) != (known and known.weights):
             raise ConsistencyError(
                 f"scored by teacher {_named(teacher)}, and {first_folder} by {_named(known)}",
@@ -141,9 +150,11 @@ def _check_columns(folder: Path, manifest: Manifest, first_folder: Path, first: 
     # All shards of an artifact have the columns of its first one.
     if not manifest.shards or not first.shards:
         return
+    # Only the footer of one file is read.
     schema = pq.read_schema(folder / manifest.shards[0].name)
     expected = pq.read_schema(first_folder / first.shards[0].name)
     if not schema.remove_metadata().equals(expected.remove_metadata()):
+        # Columns of one name and two types differ, too, for example in 16 and in 32 bits.
         differing = {str(field) for field in expected} ^ {str(field) for field in schema}
         raise ArtifactError(
             f"has other columns: {', '.join(sorted(differing))}",
@@ -161,11 +172,13 @@ def _check_unique(sources: Sequence[Path], manifests: Sequence[Manifest]) -> Non
             table = read_shard(folder, shard)
             prompt_ids = table.column("prompt_id").to_pylist()
             indices = table.column("sample_index").to_pylist()
+            # Within one source a key is unique already, or `lopd cache verify` names it.
             for key in zip(prompt_ids, indices, strict=True):
                 if key in seen:
                     doubled[f"{key[0]}/{key[1]}"] += 1
                 seen.add(key)
     if doubled:
+        # Enough to see which prompts they are of.
         named = ", ".join(list(doubled)[:5])
         raise ArtifactError(
             f"{len(doubled)} responses are in more than one of the caches: {named}",
@@ -183,6 +196,7 @@ def _teachers(manifests: Sequence[Manifest]) -> dict[str, ModelIdentity]:
         for role, identity in manifest.models.items()
         if role.startswith("teacher")
     }
+    # Readers that know nothing of several teachers look for this name.
     if len(found) == 1:
         return {"teacher": next(iter(found.values()))}
     return {f"teacher-{index}": identity for index, identity in enumerate(found.values())}
@@ -196,9 +210,11 @@ def _student(manifests: Sequence[Manifest]) -> dict[str, ModelIdentity]:
 
 
 def _joint_lineage(manifests: Sequence[Manifest]) -> Mapping[str, Any]:
+    # Caches of one run that was split have the same lineage, and so has the merged one.
     lineages = [dict(manifest.lineage) for manifest in manifests]
     if all(lineage == lineages[0] for lineage in lineages):
         return lineages[0]
+    # A row names its teacher, and here is what is known of that teacher.
     by_teacher = {
         manifest.models["teacher"].weights: lineage
         for manifest, lineage in zip(manifests, lineages, strict=True)
@@ -217,6 +233,7 @@ def _joint_loss(manifests: Sequence[Manifest]) -> dict[str, Any]:
     # The manifests have means, so each counts as much as its source has tokens.
     tokens = [sum(shard.tokens for shard in manifest.shards) for manifest in manifests]
     total = sum(loss["mean_abs"] * count for loss, count in zip(losses, tokens, strict=True))
+    # The largest change is a bound and does not depend on sizes.
     largest = max(loss["max_abs"] for loss in losses)
     return {"logprob_loss": {"max_abs": largest, "mean_abs": total / max(1, sum(tokens))}}
 

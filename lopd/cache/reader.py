@@ -65,6 +65,8 @@ class CacheReader:
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
         # The two dictionaries below have what was used last at their end.
         self._open: OrderedDict[int, _Shard] = OrderedDict()
+        # Verified once per process: hashing again at each opening would read the whole file each
+        # time.
         self._verified: set[int] = set()
         # Decoded row groups by (shard, group), each with its number of tokens.
         self._groups: OrderedDict[tuple[int, int], tuple[pa.Table, int]] = OrderedDict()
@@ -86,6 +88,7 @@ class CacheReader:
 
         The first use reads the ids of the whole cache once. The result takes 4 bytes per row.
         """
+        # Packing needs all lengths before the first step, and most commands never need them.
         if self._lengths is None:
             names = ["prompt_ids", "token_ids"]
             # An empty cache has no part, and nothing cannot be concatenated.
@@ -94,6 +97,8 @@ class CacheReader:
                 file = self._shard(shard).file
                 for group in range(file.num_row_groups):
                     ids = file.read_row_group(group, columns=names, use_threads=False)
+                    # Only the lengths of the lists are used. The ids of one row group are in memory
+                    # at a time.
                     lengths = [pc.list_value_length(ids.column(n)).to_numpy() for n in names]
                     parts.append(np.sum(lengths, axis=0).astype(np.int32))
             self._lengths = np.concatenate(parts)
@@ -124,6 +129,7 @@ class CacheReader:
         same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
         for first, second in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
             # Two different keys may have one hash, so the keys themselves decide.
+            # This reads two rows, and only if two hashes are equal.
             keys = [row[0].key for row in self.fetch_scored([first, second])]
             if keys[0] == keys[1]:
                 where = self._path(int(np.searchsorted(self._starts, second, side="right")) - 1)
@@ -150,8 +156,11 @@ class CacheReader:
         if wanted.size and (wanted.min() < -len(self) or wanted.max() >= len(self)):
             worst = int(wanted[np.argmax(np.abs(wanted))])
             raise IndexError(f"index {worst} of a cache of {len(self)} responses")
+        # A negative index counts from the end, as in a list.
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         found: list[ScoredRow | None] = [None] * len(wanted)
+        # "right": an index that equals the start of a shard belongs to that shard, also after an
+        # empty one.
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
         # All rows of one row group are taken together. In the order that was asked for, a row group
         # could be decoded and dropped again for each of its rows.
@@ -167,6 +176,7 @@ class CacheReader:
                 table = self._group(shard, group).take(pa.array(numbers))
                 for place, row in zip(members.tolist(), self._rows(table, shard), strict=True):
                     found[place] = row
+        # Every place is filled by now. The condition is for the type checker.
         return [row for row in found if row is not None]
 
     def rows(self) -> Iterator[Row]:
@@ -178,6 +188,7 @@ class CacheReader:
         for shard in range(len(self._shards)):
             file = self._shard(shard).file
             for group in range(file.num_row_groups):
+                # Not through _group(): a single pass would push out what was kept for random reads.
                 yield from self._rows(self._read(file, group), shard)
 
     def _read(self, file: pq.ParquetFile, group: int) -> pa.Table:
@@ -200,21 +211,26 @@ class CacheReader:
             # The one that was not used for the longest time is closed.
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
+        # What was used last moves to the end, so the first entry is the one to close.
         self._open.move_to_end(index)
         return self._open[index]
 
     def _group(self, shard: int, group: int) -> pa.Table:
         """Return a decoded row group, and drop the oldest ones if there are too many tokens."""
+        # A training in a random order comes back to a row group for its other rows.
         key = (shard, group)
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key][0]
         table = self._read(self._shard(shard).file, group).combine_chunks()
+        # The bound is in tokens and not in row groups, because row groups of other writers may be
+        # of any size.
         tokens = pc.sum(pc.list_value_length(table.column("token_ids"))).as_py() or 0
         self._groups[key] = (table, tokens)
         self._num_kept += tokens
         # The newest one stays even if it is above the bound alone: it is about to be used.
         while self._num_kept > self._kept_tokens and len(self._groups) > 1:
+            # The first entry was not used for the longest time.
             _, (_, oldest) = self._groups.popitem(last=False)
             self._num_kept -= oldest
         return table
@@ -237,6 +253,7 @@ class _Shard:
     def __init__(self, path: Path, sha256: str | None) -> None:
         try:
             digest = sha256 and sha256_file(path)
+            # Both are None if the file was verified before.
             if digest != sha256:
                 limit = f"sha256 {str(sha256)[:16]}..."
                 raise ArtifactError(

@@ -27,6 +27,7 @@ EXPORT_LOSES = (
     "fingerprints of teacher, student, tokenizer and sampling parameters",
     "checksums",
 )
+# The types of that code: 8 bytes for an id, a flag and a log-probability.
 _METADATA = pa.struct(
     [
         ("is_lightning_opd", pa.bool_()),
@@ -59,6 +60,7 @@ def export_reference(
     """
     manifest = read_complete(folder)
     known = manifest.models.get("teacher")
+    # The path of the manifest is that of the machine on which the cache was made.
     place = tokenizer_folder or (Path(known.path) if known is not None else None)
     if place is None or not place.is_dir():
         raise DataError(
@@ -66,6 +68,7 @@ def export_reference(
             where=str(place or folder),
             remedy="give --tokenizer FOLDER",
         )
+    # A training of that code may be reading it.
     if file.exists():
         raise ArtifactError(
             "exists already",
@@ -82,6 +85,7 @@ def export_reference(
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(partial, _SCHEMA) as writer:
+            # Shard by shard, each as one row group.
             for table in _tables(folder, manifest):
                 rows, changed = _reference_rows(table, tokenizer)
                 writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
@@ -89,6 +93,7 @@ def export_reference(
                 num_rows += len(rows)
                 num_tokens += sum(len(row["metadata"]["response_tokens"]) for row in rows)
         partial.rename(file)
+    # Of the finished file, with its footer.
     size = file.stat().st_size
     about = {
         "rows": num_rows,
@@ -108,6 +113,7 @@ def _tables(folder: Path, manifest: Manifest) -> Iterator[pa.Table]:
     """Yield the rows of each shard. Raises ArtifactError if they have no scores."""
     for shard in manifest.shards:
         table = read_shard(folder, shard)
+        # Rollouts have the same form as a cache and are easily given by mistake.
         if "teacher_logprobs" not in table.column_names:
             raise ArtifactError(
                 "no teacher log-probabilities",
@@ -130,6 +136,7 @@ def _reference_rows(
         prompt = decode(tokenizer, row["prompt_ids"])
         # That code trains on what the text gives when it is tokenised again.
         num_changed += tokenizer.encode(prompt, add_special_tokens=False) != row["prompt_ids"]
+        # That format always has a mask. Its values are numbers.
         mask = row.get("loss_mask") or [True] * len(row["token_ids"])
         metadata = {
             "is_lightning_opd": True,

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _LACKS_END_TOKEN = (
     "the end token: it was lost with the decoded text, so nothing teaches the student to stop"
 )
+# What no file of the reference code has. A user should read this before a training, so it stands in
+# the manifest and on the screen.
 IMPORT_LACKS = (
     "sampled token ids: the response was decoded and tokenised again, "
     "so a trained token need not be a sampled one",
@@ -70,13 +72,16 @@ def import_reference(
         DataError: The file has another format, or a response cannot be used.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
+    # The finish reason is not in the file. A response that ends with one of these ended by itself.
     ends = stop_token_ids(tokenizer_folder, tokenizer)
     source = _open(file)
+    # The fingerprint is of the folder that the user gives. Whether it has scored, nothing can show.
     identity = identify_model(teacher) if teacher is not None else None
     writer = ArtifactWriter(
         out,
         kind=TEACHER_CACHE,
         inputs={
+            # By content, so that a changed file of the same name is not continued.
             "import.file": sha256_file(file),
             "import.tokenizer": sha256_file(tokenizer_folder / "tokenizer.json"),
             "import.batch_rows": batch_rows,
@@ -90,6 +95,7 @@ def import_reference(
     seen: Counter[str] = Counter()
     num_rows = 0
     num_ended = 0
+    # The file may be larger than the memory. One batch is one shard.
     for index, batch in enumerate(source.iter_batches(batch_size=batch_rows)):
         rows: list[tuple[Response, TeacherScores]] = []
         for raw in batch.to_pylist():
@@ -108,6 +114,7 @@ def import_reference(
         if index not in writer.published:
             writer.publish_shard(index, table)
     return writer.finish(
+        # Warnings on a screen are forgotten. This stays with the cache.
         lacks=_lacks(num_rows, num_ended),
         vocab_size=len(tokenizer),
         end_token_ids=list(ends),
@@ -125,8 +132,10 @@ def _open(file: Path) -> pq.ParquetFile:
         raise DataError(f"cannot be read as Parquet ({reason})", where=str(file)) from None
     schema = source.schema_arrow
     fields: set[str] = set()
+    # Files of other projects may have a column of this name and another type.
     if "metadata" in schema.names and pa.types.is_struct(schema.field("metadata").type):
         fields = {field.name for field in schema.field("metadata").type}
+    # All that is missing is named at once.
     missing = [name for name in ("prompt", "metadata") if name not in schema.names]
     if "response_tokens" not in fields:
         missing.append("metadata.response_tokens")
@@ -169,6 +178,7 @@ def _check_lengths(file: Path, number: int, about: Mapping[str, Any]) -> None:
     """Raise DataError if a column of one row has another length than its tokens."""
     num_tokens = len(about["response_tokens"] or [])
     columns = {
+        # An absent list counts as an empty one, which does not fit any token. A mask may be absent.
         "teacher_log_probs": about["teacher_log_probs"] or [],
         "loss_mask": about.get("loss_mask"),
     }
@@ -210,6 +220,7 @@ def _imported(
         sampling_logprobs=np.zeros(len(tokens), np.float32),
         finish_reason="stop" if tokens and tokens[-1] in ends else "length",
         weight_version="unknown",
+        # A mask that masks nothing is what a sampled response has, too, and there it is None.
         loss_mask=None if mask is None or all(mask) else np.asarray(mask, bool),
     )
     name = token_hash(response.prompt_ids, response.token_ids)

@@ -55,14 +55,17 @@ def residualise(source: Path, out: Path, settings: Settings) -> Manifest:
     writer = ArtifactWriter(
         out,
         kind=RESIDUALISED,
+        # Every setting changes the content, so another setting makes another artifact.
         inputs={f"residualise.{name}": value for name, value in settings.as_json().items()},
         parents={manifest.kind: manifest.fingerprint},
         models=manifest.models,
         sampling=manifest.sampling,
+        # Who scored stays true. That the scores are corrected is new.
         lineage={**manifest.lineage, "residualised": True},
     )
     effect = Effect()
     for index, (table, tokens) in enumerate(_batches(source, manifest, settings)):
+        # The in-sample bias is computed as well, only to show what it would have leaked.
         bias = tables.bias(tokens)
         effect.add(tokens, bias, tables.bias(tokens, cross_fitted=False))
         # A killed call has published some. The effect is still needed of all of them.
@@ -73,11 +76,13 @@ def residualise(source: Path, out: Path, settings: Settings) -> Manifest:
     about = {
         "settings": settings.as_json(),
         "effect": effect.as_json(),
+        # A vocabulary has more than 100,000 tokens. A manifest should stay readable.
         "tokens": tables.token_table()[:LISTED],
         "context": tables.context_table(),
     }
     return writer.finish(
         **carried,
+        # Of this artifact: halving the corrected values changes them by another amount.
         logprob_loss=cache.logprob_loss(out),
         tokens=effect.tokens,
         bytes=num_bytes,
@@ -95,6 +100,7 @@ def _check_source(source: Path, manifest: Manifest) -> None:
             limit=TEACHER_CACHE,
             remedy="give the cache that the score stage made",
         )
+    # One table for two styles would fit neither of them.
     if sum(role.startswith("teacher") for role in manifest.models) > 1:
         remedy = "residualise the cache of each teacher, then merge them with --teacher-column"
         raise ArtifactError(
@@ -110,6 +116,7 @@ def _fit(source: Path, manifest: Manifest, settings: Settings) -> StyleTables:
     """Fit the tables. Raises LopdError if fewer than two folds have prompts."""
     tables = StyleTables(settings, _vocab_size(source, manifest))
     folds: set[int] = set()
+    # A fold without prompts is possible with few prompts, because a hash deals them.
     for _, tokens in _batches(source, manifest, settings):
         tables.add(tokens)
         folds |= set(tokens.fold.tolist())
@@ -125,6 +132,7 @@ def _fit(source: Path, manifest: Manifest, settings: Settings) -> StyleTables:
 
 
 def _check_settings(settings: Settings) -> None:
+    # The upper bounds only keep the tables from becoming larger than the memory.
     bounds = {
         "folds": (2, 1000),
         "position_bins": (1, 1000),
@@ -159,6 +167,7 @@ def _batches(
     """Yield the rows of each shard, and its tokens as the tables take them."""
     for shard in manifest.shards:
         table = read_shard(folder, shard)
+        # Imported caches have no sampling log-probabilities.
         for name in ("teacher_logprobs", "sampling_logprobs"):
             if name not in table.column_names:
                 raise ArtifactError(
@@ -167,6 +176,7 @@ def _batches(
                     remedy="the deviation is teacher minus student: both are needed",
                 )
         ids, rows = flat(table, "token_ids")
+        # By the name of the prompt, so a prompt that is spread over shards stays in one fold.
         folds = [fold_of(name, settings) for name in table.column("prompt_id").to_pylist()]
         tokens = prepare(
             ids,

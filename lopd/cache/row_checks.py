@@ -34,6 +34,8 @@ MASS_SLACK = 1e-3
 LOGPROBS = ("teacher_logprobs", "sampling_logprobs")
 # The kind of a derived cache. Its teacher_logprobs belong to no distribution and may be positive.
 RESIDUALISED = "residualised_cache"
+# Without these columns a row cannot be looked at. sampling_logprobs is not among them: an import
+# does not have it.
 _REQUIRED = (
     "prompt_id",
     "sample_index",
@@ -108,11 +110,14 @@ class RowChecks:
         teachers: Collection[str] = (),
     ) -> None:
         self._findings = findings
+        # None switches off the checks that need it: ids, the uniform teacher and the largest
+        # entropy.
         self._vocab_size = vocab_size
         self._teachers = frozenset(teachers)
         # The columns whose values are logarithms of probabilities and therefore at most 0.
         self._bounded = {*LOGPROBS, TOP_LOGPROBS, TAIL}
         if kind == RESIDUALISED:
+            # Its other log-probabilities are still of a distribution.
             self._bounded.remove("teacher_logprobs")
         # A key must be unique in the whole cache, so the keys of earlier shards are kept.
         self._keys: set[Key] = set()
@@ -126,6 +131,8 @@ class RowChecks:
         Returns:
             False if a required column is missing. The rows are then not checked.
         """
+        # This is a finding of the shard and not of a response: without names no response can be
+        # named.
         missing = [name for name in _REQUIRED if name not in table.column_names]
         if missing:
             self._findings.add("missing column", f"columns {', '.join(missing)} are missing", where)
@@ -133,11 +140,14 @@ class RowChecks:
         prompt_ids = table.column("prompt_id").to_pylist()
         keys = list(zip(prompt_ids, table.column("sample_index").to_pylist(), strict=True))
         lengths = list_lengths(table, "token_ids")
+        # From here on every fault is of single responses and names them.
         self._check_keys(keys)
         self._check_endings(table, keys)
         self._flag(keys, lengths == 0, "empty response", "no token in the response")
+        # The prompt is checked, too: its ids are fed to the model as well.
         for name in ("prompt_ids", "token_ids"):
             self._check_ids(table, name, keys)
+        # A wrong length shifts every value behind it to another token.
         for name in (*LOGPROBS, "loss_mask", ENTROPY, TAIL):
             if name in table.column_names:
                 wrong = list_lengths(table, name) != lengths
@@ -161,6 +171,7 @@ class RowChecks:
             self._keys.add(key)
 
     def _check_endings(self, table: pa.Table, keys: list[Key]) -> None:
+        # Training treats a response by how it ended, so an unknown word must not pass.
         what = f"finish_reason is none of {', '.join(FINISH_REASONS)}"
         for key, reason in zip(keys, table.column("finish_reason").to_pylist(), strict=True):
             if reason not in FINISH_REASONS:
@@ -177,10 +188,12 @@ class RowChecks:
     def _check_logprobs(self, table: pa.Table, column: str, keys: list[Key]) -> None:
         values, rows = flat(table, column)
         faults: dict[str, tuple[_Mask, str]] = {
+            # flat() gives NaN for null, so that one test finds both.
             "NaN": (np.isnan(values), "NaN or null"),
             "infinite": (np.isinf(values), "infinite values"),
         }
         if column in self._bounded:
+            # An infinite value has been counted already.
             positive = np.isfinite(values) & (values > POSITIVE_SLACK)
             faults["positive"] = (positive, "values above 0")
         for kind, (wrong, what) in faults.items():
@@ -217,8 +230,10 @@ class RowChecks:
             return
         ids = flat(table, TOP_IDS)[0].reshape(-1, width)
         values = flat(table, TOP_LOGPROBS)[0].reshape(-1, width)
+        # Sorted, equal ids are neighbours.
         repeated = np.diff(np.sort(ids, axis=1), axis=1) == 0
         rising = np.diff(values, axis=1) > ORDER_SLACK
+        # K probabilities of one distribution add up to at most 1.
         heavy = np.exp(values.astype(np.float64)).sum(1) > 1 + MASS_SLACK
         faults = {
             "twice": (repeated.any(1), "a token twice among the teacher's top-K"),
@@ -241,6 +256,7 @@ class RowChecks:
     def _check_teachers(self, table: pa.Table, keys: list[Key]) -> None:
         if "teacher" in table.column_names and self._teachers:
             what = "scored by a teacher that the manifest does not name"
+            # The scores of a row can be used only if it is known whose they are.
             for key, teacher in zip(keys, table.column("teacher").to_pylist(), strict=True):
                 if teacher not in self._teachers:
                     self._findings.add("unknown teacher", what, _name(key))

@@ -30,6 +30,7 @@ def split(source: Path, out: Path, parts: int) -> list[Manifest]:
         ArtifactWriter(
             out / f"part-{part:02d}",
             kind=manifest.kind,
+            # The number of parts is an input, too: part 0 of 2 is not part 0 of 3.
             inputs={"split.part": part, "split.parts": parts},
             parents={manifest.kind: manifest.fingerprint},
             models=manifest.models,
@@ -45,6 +46,7 @@ def split(source: Path, out: Path, parts: int) -> list[Manifest]:
         owners = [part_of(name, parts) for name in table.column("prompt_id").to_pylist()]
         for part, writer in enumerate(writers):
             rows = np.flatnonzero(np.array(owners, dtype=np.int64) == part)
+            # A shard may have no prompt of this part. Numbers of shards may be missing.
             if len(rows) and index not in writer.published:
                 writer.publish_shard(index, table.take(pa.array(rows)))
     return [writer.finish(**carried(manifest)) for writer in writers]
@@ -59,6 +61,7 @@ def _check_split(source: Path, manifest: Manifest, out: Path, parts: int) -> Non
             limit="at least 2",
             remedy="give --parts 2 or more",
         )
+    # At least one part would be empty, and an empty cache can train nothing.
     if parts > manifest.rows:
         raise LopdError(
             f"{parts} parts",
@@ -66,6 +69,7 @@ def _check_split(source: Path, manifest: Manifest, out: Path, parts: int) -> Non
             limit=f"the cache's {manifest.rows} responses",
             remedy="give a smaller --parts",
         )
+    # The parts would be foreign files in the folder that they were made from.
     if out.resolve().is_relative_to(source.resolve()):
         raise LopdError(
             "the parts would lie inside the cache",

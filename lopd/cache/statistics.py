@@ -20,7 +20,10 @@ from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, column_bytes, flat
 from lopd.records import Manifest, token_hash
 
 # Edges of histograms, all in nats but those of the shares.
+# Log-probabilities of sampled tokens lie mostly between -0.5 and 0. A long tail below -10 shows
+# tokens that the policy hardly ever samples.
 LOGPROB_EDGES = (-np.inf, -20.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.1, -0.01, np.inf)
+# Symmetric around the bin of -0.1 to 0.1, in which teacher and student agree.
 ADVANTAGE_EDGES = (-np.inf, -10.0, -5.0, -2.0, -1.0, -0.1, 0.1, 1.0, 2.0, 5.0, 10.0, np.inf)
 # Of the probability that lies outside of the teacher's top-K.
 SHARE_EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
@@ -43,6 +46,7 @@ class Moments:
 
     def add(self, values: NDArray[Any]) -> None:
         """Add values of any shape. Those that are not finite are left out."""
+        # A damaged cache is inspected, too. Its NaN would spoil every figure.
         values = values[np.isfinite(values)].astype(np.float64)
         # An empty array has no smallest value.
         if values.size:
@@ -81,8 +85,10 @@ def inspect_cache(folder: Path) -> dict[str, Any]:
         ArtifactError: A shard is damaged.
     """
     manifest = read_manifest(folder)
+    # With the end tokens of the manifest, the scan can say how many responses end with one.
     scan = _Scan(set(manifest.extra.get("end_token_ids", [])))
     for shard in manifest.shards:
+        # Artifacts of models list other files.
         if shard.name.endswith(".parquet"):
             scan.add(read_shard(folder, shard))
     return {**_about(folder, manifest), **scan.as_json(), **_sizes(folder, scan.num_tokens)}
@@ -100,6 +106,7 @@ def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "teacher": None
         if teacher is None
         else {"path": teacher.path, "weights": teacher.weights, "tokenizer": teacher.tokenizer},
+        # By fingerprint, because that is what a row names its teacher by.
         "teachers": {
             identity.weights: f"{role}: {identity.path}"
             for role, identity in manifest.models.items()
@@ -111,6 +118,7 @@ def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "parents": dict(manifest.parents),
         "versions": dict(manifest.versions),
         "vocab_size": vocabulary(manifest),
+        # Manifests of other writers may lack all of these.
         "logprob_bits": manifest.extra.get("logprob_bits", 32),
         "logprob_loss": manifest.extra.get("logprob_loss"),
         "lacks": manifest.extra.get("lacks", []),
@@ -146,19 +154,23 @@ class _Scan:
         # One array per shard.
         self._lengths: list[NDArray[Any]] = []
         self._prompt_lengths: list[NDArray[Any]] = []
+        # How often each finish reason occurs. Its sum is the number of rows.
         self._reasons: Counter[str] = Counter()
         # Of the responses that ended by themselves.
         self._last_tokens: Counter[int] = Counter()
+        # Of all rows. Duplicates may lie in different shards.
         self._keys: Counter[tuple[str, int]] = Counter()
         self._sequences: Counter[str] = Counter()
         self._prompts: set[str] = set()
         self._teachers: Counter[str] = Counter()
+        # An imported cache has only the first of the two.
         self._logprobs = {
             name: Moments(LOGPROB_EDGES) for name in ("teacher_logprobs", "sampling_logprobs")
         }
         self._tail = Moments(SHARE_EDGES)
         self._entropy = Moments(ENTROPY_EDGES)
         self._num_top_ids = 0
+        # The advantage is counted apart from its histogram, whose edges need not be 1 and 10.
         self._advantage = Moments(ADVANTAGE_EDGES)
         self._num_over_one = 0
         self._num_clipped = 0
@@ -171,13 +183,16 @@ class _Scan:
         self._add_logprobs(table)
         # The other optional columns.
         if TOP_IDS in table.column_names:
+            # K is written nowhere. It is the number of ids per token.
             self._num_top_ids += len(flat(table, TOP_IDS)[0])
         if TAIL in table.column_names:
+            # As a probability: the share of the teacher that the top-K does not show.
             self._tail.add(np.exp(flat(table, TAIL)[0].astype(np.float64)))
         if ENTROPY in table.column_names:
             self._entropy.add(flat(table, ENTROPY)[0])
 
     def _add_names(self, table: pa.Table) -> None:
+        # Several responses to one prompt count as one prompt.
         names = table.column("prompt_id").to_pylist()
         self._prompts.update(names)
         self._keys.update(zip(names, table.column("sample_index").to_pylist(), strict=True))
@@ -198,14 +213,17 @@ class _Scan:
         ends = np.cumsum(lengths)
         prompt_ends = np.cumsum(prompt_lengths)
         for row, reason in enumerate(reasons):
+            # Slices of the flat arrays. A row ends where the running sum of the lengths says.
             prompt = prompts[prompt_ends[row] - prompt_lengths[row] : prompt_ends[row]]
             response = ids[ends[row] - lengths[row] : ends[row]]
+            # A truncated response ends with whatever token was the last.
             if reason == "stop" and len(response):
                 self._last_tokens[int(response[-1])] += 1
             # The hash has 16 digits. The sequences themselves would be the whole cache in memory.
             self._sequences[token_hash(prompt, response)] += 1
 
     def _add_logprobs(self, table: pa.Table) -> None:
+        # Both columns are read once and serve two figures, their own and the advantage.
         names = [name for name in self._logprobs if name in table.column_names]
         found = {name: flat(table, name)[0] for name in names}
         for name, values in found.items():
@@ -221,6 +239,7 @@ class _Scan:
     def as_json(self) -> dict[str, Any]:
         rows = sum(self._reasons.values())
         tokens = max(1, self.num_tokens)
+        # Shares of an empty cache are 0 and not an error.
         stopped = self._reasons["stop"]
         # Without a word of the manifest, the end token is the one that most responses end with. A
         # token that ends only one response says nothing.
@@ -264,6 +283,8 @@ def _lengths_json(parts: list[NDArray[Any]]) -> dict[str, Any] | None:
         return None
     # Bins of less than one token would be empty by construction.
     counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
+    # The median and the tail say more of lengths than a standard deviation, because they are
+    # skewed.
     quantiles = {
         name: float(np.quantile(lengths, share))
         for name, share in (("min", 0), ("median", 0.5), ("p95", 0.95), ("max", 1))

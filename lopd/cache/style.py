@@ -105,7 +105,9 @@ def prepare(
         lengths: The number of tokens of each response [rows].
         fold: The fold of each response [rows].
     """
+    # In int64, because the sums over a shard may not fit into int32.
     lengths = lengths.astype(np.int64)
+    # The number of the response for each token, and the place at which each response begins.
     row = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
     # From 0 for the first token to less than 1 for the last.
@@ -113,12 +115,16 @@ def prepare(
     # Rounding can bring a position near 1 to the number of bins itself.
     last_bin = settings.position_bins - 1
     position_bin = np.minimum((position * settings.position_bins).astype(np.int64), last_bin)
+    # "right": a token on an edge belongs to the bin above it. Surprisals below the first edge, also
+    # 0, fall into bin 0.
     edges = surprisal_edges(settings.surprisal_bins)
     surprisal_bin = np.searchsorted(edges, -reference.astype(np.float64), side="right")
     return Tokens(
         token_ids=token_ids.astype(np.int64),
+        # In float64, because the tables add up millions of small numbers.
         deviation=teacher.astype(np.float64) - reference,
         cell=position_bin * settings.surprisal_bins + surprisal_bin,
+        # Otherwise the longest responses would decide what style is.
         weight=1.0 / lengths[row],
         row=row,
         fold=fold.astype(np.int64),
@@ -134,6 +140,8 @@ class StyleTables:
 
     def __init__(self, settings: Settings, vocab_size: int) -> None:
         self.settings = settings
+        # One number for both bins, as the position times the number of surprisal bins plus the
+        # surprisal.
         cells = settings.position_bins * settings.surprisal_bins
         # [2, folds, cells]: the sum of weights, and the sum of weights times d. Kept by fold, so
         # that the sums without one fold are a subtraction and need no second pass.
@@ -144,12 +152,14 @@ class StyleTables:
     def add(self, tokens: Tokens) -> None:
         """Add the tokens of some responses to the sums."""
         fold = tokens.fold[tokens.row]
+        # In the order of the first axis of the tables.
         summands = (tokens.weight, tokens.weight * tokens.deviation)
         for table, index in ((self._token, tokens.token_ids), (self._context, tokens.cell)):
             # Fold and cell as one number, because bincount adds up along one dimension.
             cell = fold * table.shape[2] + index
             for sums, values in zip(table, summands, strict=True):
                 sums += np.bincount(cell, values, minlength=sums.size).reshape(sums.shape)
+        # Plain counts, for people. The fit itself uses weights.
         self._count += np.bincount(tokens.token_ids, minlength=len(self._count))
 
     def cells(self, table: NDArray[np.float64], *, cross_fitted: bool) -> F64:
@@ -163,6 +173,7 @@ class StyleTables:
         # The mean over all tokens is the same for both tables, because each has every token once.
         all_weight, all_total = _fitted(self._token.sum(2), cross_fitted)
         mean = np.divide(all_total, all_weight, out=np.zeros(len(all_total)), where=all_weight > 0)
+        # [folds, 1], so that each row of cells meets the mean of its own fold.
         mean = mean[:, None]
         smoothing = self.settings.smoothing
         # Without smoothing a cell may have nothing to divide by. The threshold is above 0, because
@@ -179,6 +190,7 @@ class StyleTables:
             cross_fitted: From all folds but the token's own. False is for a comparison only.
         """
         fold = tokens.fold[tokens.row]
+        # Each token looks up the row of its own fold, which was fitted on the other folds.
         by_token = self.cells(self._token, cross_fitted=cross_fitted)[fold, tokens.token_ids]
         by_context = self.cells(self._context, cross_fitted=cross_fitted)[fold, tokens.cell]
         share = self.settings.token_share
@@ -196,6 +208,7 @@ class StyleTables:
         weight = self._token[0].sum(0)
         # A rare token with a large bias changes less than a frequent one with a small bias.
         order = np.argsort(-np.abs(values) * weight, kind="stable")
+        # The floor keeps an empty cache from a division by zero.
         share = weight / max(weight.sum(), 1e-12)
         return [
             {
@@ -204,6 +217,7 @@ class StyleTables:
                 "occurrences": int(self._count[token]),
                 "share": float(share[token]),
             }
+            # Tokens that never occur have a bias, too: the mean. It is never used.
             for token in order
             if self._count[token]
         ]
@@ -213,6 +227,7 @@ class StyleTables:
 
         A cell without tokens has None. The share is the part of all weight that a cell has.
         """
+        # The same order as in prepare(): the surprisal changes fastest.
         shape = (self.settings.position_bins, self.settings.surprisal_bins)
         values = self.cells(self._context, cross_fitted=False)[0].reshape(shape)
         weight = self._context[0].sum(0).reshape(shape)
@@ -222,12 +237,14 @@ class StyleTables:
                 [float(v) if mass > 0 else None for v, mass in zip(line, masses, strict=True)]
                 for line, masses in zip(values, weight, strict=True)
             ],
+            # A bias in a cell with hardly any weight changes hardly anything.
             "share": (weight / max(weight.sum(), 1e-12)).tolist(),
         }
 
 
 def _fitted(table: F64, cross_fitted: bool) -> tuple[F64, F64]:
     """Return weight and total for each fold, from sums [2, folds, ...] by fold."""
+    # Broadcast instead of computed for each fold, because in-sample all folds have the same sums.
     over_all = table.sum(1, keepdims=True)
     sums = over_all - table if cross_fitted else np.broadcast_to(over_all, table.shape)
     return sums[0], sums[1]
@@ -257,14 +274,18 @@ class Effect:
         """
         before = tokens.deviation
         after = tokens.deviation - bias
+        # Everything is added up shard by shard, so the whole cache is never in memory.
         self.tokens += len(before)
         self.responses += len(tokens.fold)
         self.mean_before += float((tokens.weight * before).sum())
         self.mean_after += float((tokens.weight * after).sum())
         for name, values in (("before", before), ("after", after)):
+            # The share over 1 nat shows whether few large deviations or many small ones were taken
+            # away.
             self._sums[f"over_{name}"] += float((np.abs(values) > OVER_NATS).sum())
             self._sums[f"abs_{name}"] += float(np.abs(values).sum())
             self._sums[f"square_{name}"] += float((values**2).sum())
+        # Only the mean square of the in-sample fit is needed: a fit minimises just that.
         self._sums["square_in_sample"] += float(((tokens.deviation - in_sample) ** 2).sum())
 
     def as_json(self) -> dict[str, float]:

@@ -36,6 +36,7 @@ from lopd.records import Floats, Manifest, Response, TeacherScores, TopK, token_
 
 # The kind of an artifact whose rows have the teacher's log-probabilities.
 TEACHER_CACHE = "teacher_cache"
+# Columns with one value per row, and all columns that a row cannot do without.
 _PLAIN = ("prompt_id", "sample_index", "finish_reason", "weight_version")
 _REQUIRED = (*_PLAIN, "prompt_ids", "token_ids", "sampling_logprobs")
 
@@ -56,12 +57,15 @@ def to_table(
         ArtifactError: A score belongs to other tokens, or only some scores have an optional column.
     """
 
+    # The names of these columns are those of the record's fields.
     def strings(name: str) -> pa.Array:
         return pa.array([getattr(response, name) for response in responses], pa.string())
 
+    # Each list column takes one array per response and becomes one array of all values.
     def lists(name: str, kind: pa.DataType) -> pa.Array:
         return to_lists([getattr(response, name) for response in responses], kind)
 
+    # Every type is given and never inferred: an empty shard must have the types of a full one.
     columns: dict[str, pa.Array] = {
         "prompt_id": strings("prompt_id"),
         "sample_index": pa.array([response.sample_index for response in responses], pa.int32()),
@@ -84,12 +88,14 @@ def to_table(
     if scores is not None:
         _check_belonging(responses, scores)
         columns |= _teacher_columns(scores)
+    # The metadata of the table becomes the key-value metadata of the Parquet file.
     table = pa.table(columns, metadata=metadata)
     return table if logprob_bits == 32 else halve(table)
 
 
 def _mask_of(response: Response) -> NDArray[np.bool_]:
     if response.loss_mask is None:
+        # None means that all tokens carry loss. Next to written masks it has to be written, too.
         return np.ones(len(response.token_ids), bool)
     return response.loss_mask
 
@@ -114,12 +120,16 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
         ArtifactError: Only some scores have a top-K or an entropy.
     """
     columns = {
+        # The one column that every score has.
         "teacher_logprobs": to_lists([score.teacher_logprobs for score in scores], pa.float32())
     }
+    # With one teacher the manifest names it, and the column would repeat 64 digits in every row.
     if any(score.teacher for score in scores):
         columns["teacher"] = pa.array([score.teacher for score in scores], pa.string())
     tops = [score.top for score in scores if score.top is not None]
     entropies = [score.entropy for score in scores if score.entropy is not None]
+    # A column of some rows only would need a null in the others, and readers would have to expect
+    # it.
     for name, found in (("a top-K", tops), ("an entropy", entropies)):
         if found and len(found) != len(scores):
             raise ArtifactError(
@@ -146,6 +156,7 @@ def from_table(table: pa.Table, where: str = "") -> Iterator[tuple[Response, Flo
     Raises:
         ArtifactError: A column is missing or has another length than the tokens.
     """
+    # Most callers want the log-probabilities alone.
     for response, scores in scored_rows(table, where):
         yield response, None if scores is None else scores.teacher_logprobs
 
@@ -164,6 +175,7 @@ def scored_rows(
         ArtifactError: A column is missing or has another length than the tokens.
     """
     optional = {"sampling_logprobs"} if without_sampling else set()
+    # Unknown columns are ignored: an older reader must be able to read a newer cache.
     missing = sorted(set(_REQUIRED) - optional - set(table.column_names))
     if missing:
         raise ArtifactError(
@@ -178,9 +190,12 @@ def scored_rows(
         if pa.types.is_list(table.schema.field(name).type)
     }
     plain = {name: table.column(name).to_pylist() for name in _PLAIN}
+    # A cache of one teacher need not have this column.
     teachers = table.column("teacher").to_pylist() if "teacher" in table.column_names else None
+    # The column of the experts is flat. Without its shape it is ignored, as an unknown column is.
     shape = json.loads((table.schema.metadata or {}).get(ROUTED, b"null"))
     for row in range(table.num_rows):
+        # Views into the arrays of whole columns. Nothing is copied per row.
         own = {name: rows[row] for name, rows in lists.items()}
         # The records check the lengths themselves. Here the file is known, so it is named.
         try:
@@ -206,6 +221,7 @@ def _response_of(
     if sampling is None:
         sampling = np.full(len(lists["token_ids"]), np.nan, np.float32)
     return Response(
+        # Names, finish reason and weight version. The record refuses an unknown finish reason.
         **plain,
         prompt_ids=lists["prompt_ids"],
         token_ids=lists["token_ids"],
@@ -223,6 +239,7 @@ def _scores_of(
     """Build the teacher's scores of one row. Raises ValueError if lengths differ."""
     if "teacher_logprobs" not in lists:
         return None
+    # The record itself cannot check this length, because it does not have the tokens.
     logprobs = lists["teacher_logprobs"]
     length = len(response.token_ids)
     if len(logprobs) != length:
@@ -244,6 +261,7 @@ def _scores_of(
     return TeacherScores(
         response.prompt_id,
         response.sample_index,
+        # Of the ids that were read, so that a later check compares with what is in the file.
         token_hash(response.prompt_ids, response.token_ids),
         logprobs,
         top,
@@ -263,6 +281,7 @@ def read_rows(
         ArtifactError: A shard is damaged, or a response occurs twice.
     """
     manifest = manifest or read_manifest(folder)
+    # Some hundred bytes per response. CacheReader.require_unique() does it in 8.
     seen: set[tuple[str, int]] = set()
     for shard in manifest.shards:
         where = str(folder / shard.name)
@@ -293,10 +312,12 @@ def write_responses(
         shard_size: Responses per shard.
         about: ``parents``, ``models``, ``sampling`` and ``lineage`` of the manifest.
     """
+    # Responses come from an iterator, so that they need not all be in memory.
     writer = ArtifactWriter(folder, kind=kind, inputs=inputs, **about)
     pending: list[Response] = []
     index = 0
 
+    # The last shard may be smaller, and an empty one is never published.
     def flush() -> None:
         nonlocal index
         # A killed call may have published this shard already. Its index still has to be counted.

@@ -28,14 +28,17 @@ def draw_audit(result: Mapping[str, Any], path: Path) -> None:
         ("by position in the response, tokens, from", result["by_position"]),
         ("by the teacher's entropy, nats, from", result["by_entropy"]),
     ]
+    # Without a tokenizer there are no kinds.
     if result["by_kind"]:
         panels.append(("by kind of the token before", result["by_kind"]))
+    # As wide as it has panels. Without pyplot, which keeps every figure in a global list.
     figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for index, (title, points) in enumerate(panels):
         _panel(figure.add_subplot(1, len(panels), index + 1), title, points)
     mean = f"mean {result['mean']:+.5f} ± {result['standard_error']:.5f} nats per token"
     heading = f"{result['verdict']}: z = {result['z']:+.2f}, {mean}, {result['tokens']:,} tokens"
     figure.suptitle(heading, fontsize=11, color=_INK, x=0.01, ha="left")
+    # The picture may be asked for in a folder that does not exist yet.
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -53,6 +56,7 @@ def _panel(axes: Axes, title: str, points: Sequence[Mapping[str, Any]]) -> None:
     axes.bar(places, heights, bottom=lower, width=0.8, color=_BLUE, alpha=0.15, label=own_text)
     dots: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "none", "color": _BLUE}
     axes.plot(places, means, label="these responses", **dots)
+    # Zero is where the mean of a true teacher is.
     axes.axhline(0, color=_INK, linewidth=0.8)
     names = [point["name"] for point in points]
     axes.set_xticks(places, names, fontsize=8, rotation=45 if len(points) > 8 else 0)

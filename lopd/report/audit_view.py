@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lopd.report.cache_view import show_line, show_table
 
+# Yellow is for "not enough tokens", which is neither good nor bad.
 _VERDICTS = {"consistent": "bold green", "inconsistent": "bold red", "cannot tell": "bold yellow"}
 _CURVES = {
     "by_position": "position, from",
@@ -39,6 +40,7 @@ def show_audit(result: Mapping[str, Any], picture: object = None) -> None:
     if result["impossible"]:
         reason = "are outside the nucleus: it cannot have sampled them"
         show_line(f"{result['impossible']:,} tokens {reason}", "red")
+    # A curve without points, such as kinds without a tokenizer, is left out.
     for name, title in _CURVES.items():
         rows = [_row(point) for point in result[name]]
         if rows:

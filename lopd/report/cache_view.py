@@ -19,6 +19,8 @@ from lopd.records import Floats, Response
 # The width of the longest bar of a histogram, in characters.
 _BAR = 40
 # The style of a token, by an upper bound of the teacher's minus the student's log-probability.
+# The first bound that is not below the value decides. Half a nat to either side has no colour, or
+# every token would have one.
 _COLOURS = (
     (-5.0, "bold white on red"),
     (-2.0, "bold red"),
@@ -51,6 +53,7 @@ def show_findings(name: str, findings: Iterable[object], figures: Mapping[str, A
         figures: As check_cache() returns them.
     """
     console = _console()
+    # It is needed twice, for the lines and for the verdict.
     found = list(findings)
     for finding in found:
         console.print(Text.assemble(("wrong ", "bold red"), str(finding)), soft_wrap=True)
@@ -68,6 +71,7 @@ def show_findings(name: str, findings: Iterable[object], figures: Mapping[str, A
 def show_inspection(figures: Mapping[str, Any]) -> None:
     """Print the figures of inspect_cache()."""
     console = _console()
+    # Titles are dim and of one width, so that the values can be read as a column.
     for title, value in _inspection_lines(figures):
         console.print(Text.assemble((f"{title:26}", "dim"), value), soft_wrap=True)
     for name, title in _HISTOGRAMS.items():
@@ -112,6 +116,7 @@ def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         known = teacher and f"{teacher['path']} (weights {teacher['weights'][:12]})"
         yield "teacher", known or "unknown"
     yield "student", figures["student"] or "unknown"
+    # Demonstrations and rollouts have no scores and nothing to be consistent with.
     if "consistent" in lineage:
         same = "" if lineage["consistent"] else "NOT shown to be "
         evidence = lineage.get("evidence", "unknown")
@@ -130,7 +135,9 @@ def _size_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     columns = sorted(figures["bytes_per_token_by_column"].items(), key=lambda item: -item[1])
     # What would be shown as 0.00 is left out.
     yield "  by column", ", ".join(f"{name} {size:.2f}" for name, size in columns if size >= 0.005)
+    # None for a cache in 32 bits.
     loss = figures["logprob_loss"]
+    # In scientific notation, because the change is thousands of times smaller than a nat.
     change = loss and f"{loss['mean_abs']:.1e} nats on average, at most {loss['max_abs']:.1e}"
     yield "log-probabilities", f"16 bits: values moved by {change}" if loss else "32 bits, lossless"
 
@@ -186,6 +193,7 @@ def show_responses(rows: Sequence[tuple[Response, Floats]], text_of: Callable[[i
         text_of: Returns the text of one token id.
     """
     console = _console()
+    # The legend shows each range in its own colour.
     legend = Text(f"\n{LEGEND} ", style="bold")
     low = "-inf"
     for bound, style in _COLOURS:
@@ -194,7 +202,9 @@ def show_responses(rows: Sequence[tuple[Response, Floats]], text_of: Callable[[i
     console.print(legend, soft_wrap=True)
     for response, teacher in rows:
         advantage = teacher.astype(np.float64) - response.sampling_logprobs
+        # The token to look at first.
         worst = int(np.argmax(np.abs(advantage)))
+        # The form in which findings and errors name a response.
         name = f"{response.prompt_id}/{response.sample_index}"
         about = f"{len(teacher)} tokens, {response.finish_reason}, sum {advantage.sum():+.2f} nats"
         most = f"most at token {worst} ({advantage[worst]:+.2f})"
@@ -275,6 +285,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     # As Text: a token may be "[red]", which rich would take for markup.
     table = Table(title=Text(title), title_justify="left")
     for column in columns:
+        # Numbers of one column are compared, so they stand below each other.
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

@@ -64,6 +64,7 @@ def say(line: str, log: Path | None = None) -> None:
     # found with grep and copied as it is.
     _console.print(line, markup=False, soft_wrap=True)
     if log is not None:
+        # The first line of a stage may come before anything has made its folder.
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as handle:
             handle.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n")
@@ -97,8 +98,10 @@ def training_line(stage: str, step: int, num_steps: int, figures: Mapping[str, f
 
 def duration(seconds: float) -> str:
     """Return ``1:02:03``, ``4:05``, or ``0.8 s`` for less than a second."""
+    # Below a second, minutes and seconds would show 0:00.
     if seconds < 1:
         return f"{seconds:.1f} s"
+    # Rounded before it is divided. Otherwise 59.6 seconds would become 0:60.
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -145,6 +148,7 @@ class _RichBar:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=32),
+            # A count says more than a percentage: it can be compared with the log of another run.
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
             _Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -184,6 +188,7 @@ class _PlainBar:
 
     def close(self) -> None:
         now = time.monotonic()
+        # An error ends the body before everything is done.
         state = "" if self._done >= self._total else "stopped at "
         took = duration(now - self._start)
         say(f"{self._title}: {state}{self._count()}, {_rate(self._speed(now))}/s, {took}")
@@ -206,12 +211,14 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     Args:
         summary: As in summary.json. What is missing is left out.
     """
+    # A run that ends before the evaluation has no accuracies.
     if summary.get("accuracy"):
         _console.print(model_table(summary))
     if summary.get("stages"):
         _console.print(stage_table(summary))
     if summary.get("teacher_work"):
         say(teacher_line(summary["teacher_work"]))
+    # For example that a foreign teacher was accepted. Notes come last, where they are read.
     for note in summary.get("notes", ()):
         say(str(note))
 
@@ -244,6 +251,7 @@ def model_table(summary: Mapping[str, Any]) -> Table:
         caption_justify="left",
     )
     table.add_column("model")
+    # Figures must not be broken in two on a narrow screen. The names of the models may.
     table.add_column("accuracy, %", justify="right", no_wrap=True)
     table.add_column("reverse KL, nats per token", justify="right", no_wrap=True)
     for name, title in MODEL_TITLES.items():
@@ -261,11 +269,13 @@ def _caption(summary: Mapping[str, Any]) -> str:
     accuracy = summary["accuracy"]
     num_prompts = accuracy.get("num_prompts")
     samples = accuracy.get("samples_per_prompt")
+    # Without the sizes a difference of two models cannot be judged.
     sizes = f"{num_prompts:,} prompts x {samples} samples; " if num_prompts and samples else ""
     return f"{sizes}± one standard error over prompts"
 
 
 def _percent(share: float, error: float | None) -> str:
+    # JSON has null for an error that could not be computed, as from one prompt.
     known = error is not None and math.isfinite(error)
     return f"{100 * share:.1f}" + (f" ± {100 * error:.1f}" if known and error is not None else "")
 
@@ -285,6 +295,7 @@ def with_error(value: float, error: float | None) -> str:
     # digit would be off by up to a third.
     exponent = math.floor(math.log10(error))
     begins_with_one = error / 10**exponent < 1.95
+    # A float has no more digits to show, and an error above 1 needs none.
     decimals = min(9, max(0, (1 if begins_with_one else 0) - exponent))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
@@ -298,6 +309,7 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("status")
     table.add_column("seconds", justify="right", footer=f"{total:.1f}")
     for stage in stages:
+        # Reused stages took no time worth reading.
         style = "dim" if stage["status"] == "reused" else None
         table.add_row(stage["name"], stage["status"], f"{stage['seconds']:.1f}", style=style)
     return table

@@ -53,6 +53,7 @@ def draw_learning_curve(
     """
     train = read_metrics(run_dir, kind="train", stage=stage)
     evals = read_metrics(run_dir, kind="eval", stage=stage)
+    # A curve without a single step would be an empty picture.
     if not train:
         raise DataError(
             f"no training metrics of stage {stage}",
@@ -88,15 +89,18 @@ def render_learning_curve(
 
     # Without pyplot, which keeps every figure in a global list and looks for a display.
     figure = Figure(figsize=(13.5, 4.3), dpi=130, layout="constrained", facecolor="white")
+    # Agg draws pixels in memory. It needs no window system.
     FigureCanvasAgg(figure)
     loss, divergence, accuracy = figure.subplots(1, 3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    # All three panels have the same axis, so that they can be read across.
     last_step = max(row["step"] for row in train)
     _draw_loss(loss, train)
     _draw_divergence(divergence, train, evals, summary.get("reverse_kl", {}), last_step)
     _draw_accuracy(accuracy, evals, summary.get("accuracy", {}), last_step)
     for axes in (loss, divergence, accuracy):
         _style(axes, last_step)
+    # In memory, because publish_bytes() needs the whole file.
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
@@ -120,6 +124,7 @@ def _draw_divergence(
 ) -> None:
     axes.set_title("reverse KL to the teacher, nats per token", loc="left", fontsize=10, color=_INK)
     axes.set_yscale("log")
+    # 0.01 is easier to read than 10 to the power of -2.
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     steps, values = _series([row for row in train if _is_positive(row)], "reverse_kl")
     if values:
@@ -155,6 +160,7 @@ def _draw_accuracy(
     sizes = {row["num_prompts"] for row in evals if row.get("num_prompts")}
     if percents and len(sizes) == 1:
         _draw_accuracy_band(axes, steps, values, sizes.pop())
+    # The teacher is shown here: its accuracy is what the student can reach.
     levels = {name: 100 * value for name, value in _models(models).items()}
     everything = [*percents, *levels.values()]
     # The space below is for the note on the band. 103, so that a line at 100% can be seen.
@@ -242,6 +248,7 @@ def _is_positive(row: Mapping[str, Any]) -> bool:
 def _style(axes: Axes, last_step: int) -> None:
     """Set what the three panels have in common."""
     axes.set_xlabel("optimizer step", color=_MUTED, fontsize=9)
+    # A little space at both ends, so that the first and the last marker are whole.
     axes.set_xlim(-0.02 * last_step, last_step * 1.02)
     axes.tick_params(which="both", colors=_MUTED, labelsize=8.5)
     if not axes.has_data():
@@ -252,6 +259,7 @@ def _style(axes: Axes, last_step: int) -> None:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, **style)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+    # The names of the models stand at the right edge.
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -43,7 +43,9 @@ def read_metrics(
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
+            # Only a line that somebody has edited can fail here, so the error names it.
             row = json.loads(line)
+            # A line without a kind or a stage is refused even if neither was asked for.
             matches = kind in (None, row["kind"]) and stage in (None, row["stage"])
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
@@ -54,44 +56,46 @@ def read_metrics(
     return rows
 
 
-def set_aside(folder: Path, stages: Collection[str], shelf: Path) -> None:
+def set_aside(folder: Path, stages: Collection[str], archive: Path) -> None:
     """Move the metrics of some stages into another folder.
 
     A call that was killed can be repeated, and does the rest.
 
     Args:
         folder: The run directory.
-        shelf: The folder that gets the lines and the event files.
+        archive: The folder that gets the lines and the event files.
     """
     rows = read_metrics(folder)
+    # All lines of a stage move, whatever their kind.
     moved = [row for row in rows if row["stage"] in stages]
     # The lines are copied first and removed last. A kill in between leaves them in both places,
     # where the next call finds them.
     if moved:
-        _publish_lines(shelf / METRICS, moved)
+        _publish_lines(archive / METRICS, moved)
     # A list, because the loop takes away what the glob walks over.
     for events in [path for path in (folder / TENSORBOARD).glob("*") if path.name in stages]:
-        _move_folder(events, shelf / TENSORBOARD / events.name)
+        _move_folder(events, archive / TENSORBOARD / events.name)
     if moved:
         _publish_lines(folder / METRICS, (row for row in rows if row["stage"] not in stages))
 
 
-def bring_back(folder: Path, shelf: Path) -> None:
+def bring_back(folder: Path, archive: Path) -> None:
     """Undo set_aside(). Does nothing if nothing is set aside."""
-    rows = read_metrics(shelf)
+    rows = read_metrics(archive)
     if rows:
         stages = {row["stage"] for row in rows}
         # A killed call may have brought these lines back already. They must not be there twice.
         others = [row for row in read_metrics(folder) if row["stage"] not in stages]
         _publish_lines(folder / METRICS, [*others, *rows])
-    for events in list((shelf / TENSORBOARD).glob("*")):
+    for events in list((archive / TENSORBOARD).glob("*")):
         _move_folder(events, folder / TENSORBOARD / events.name)
     # Removed last, because a repeated call needs it.
-    (shelf / METRICS).unlink(missing_ok=True)
+    (archive / METRICS).unlink(missing_ok=True)
 
 
 def _move_folder(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    # A killed call may have left an older copy there. A rename onto a folder with files would fail.
     remove_folder(target)
     source.rename(target)
 
@@ -106,6 +110,7 @@ class MetricsLog:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / METRICS
+        # One per stage: TensorBoard shows each stage as a run of its own.
         self._writers: dict[str, SummaryWriter] = {}
         self._purge_steps: dict[str, int] = {}
         # What a kill has left of the last line. The next line would be written behind it.
@@ -126,6 +131,7 @@ class MetricsLog:
         A resumed run repeats these steps, and no line must be there twice. Step 0 is a start from
         nothing and drops all lines of the stage.
         """
+        # purge_step is a parameter of a new event file.
         assert stage not in self._writers, "truncate before the stage's first figure is written"
         # A start from nothing also repeats the evaluation at step 0.
         first_dropped = step + 1 if step > 0 else 0
@@ -133,6 +139,7 @@ class MetricsLog:
         self._purge_steps[stage] = first_dropped
         rows = read_metrics(self._folder)
         kept = [row for row in rows if row["stage"] != stage or row["step"] < first_dropped]
+        # Most starts have nothing to drop, and then the file is not written again.
         if len(kept) < len(rows):
             _publish_lines(self._path, kept)
 
@@ -154,6 +161,7 @@ class MetricsLog:
                 os.close(descriptor)
         writer = self._tensorboard(stage)
         for name, value in figures.items():
+            # A figure that is not known is None, which an event file cannot hold.
             if isinstance(value, int | float):
                 writer.add_scalar(f"{kind}/{name}", value, step)
         # So that a kill loses no figure that is in metrics.jsonl.
@@ -185,6 +193,7 @@ def _line(row: Mapping[str, Any]) -> str:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
     }
+    # allow_nan=False: a NaN that slipped through must fail here and not in the reader of the file.
     return json.dumps(finite, allow_nan=False, ensure_ascii=False)
 
 

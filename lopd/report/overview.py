@@ -54,6 +54,7 @@ def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
             no_wrap=title in ("stage", "state"),
         )
     for row in rows:
+        # A stage that never finished has no duration, and one of a model has no rows.
         seconds = duration(row["seconds"]) if row["seconds"] is not None else ""
         count = f"{row['rows']:,}" if row["rows"] else ""
         cells = (row["name"], row["state"], count, seconds, row["fingerprint"], row["note"])
@@ -87,16 +88,19 @@ def knob_lines(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
         fields: The fields of the configuration by their dotted key.
     """
     for key, field in fields.items():
+        # The type that a user can write. TOML has no null, so "or None" is of no use.
         kind = _without_none(field.annotation)
         # A section is no knob. Its fields have keys of their own.
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             continue
+        # Lists and tables have a factory for their default.
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         shown = key if default is None else f"{key} = {json.dumps(default, default=str)}"
         about = [_type_name(kind), *_bounds(field)]
         if field.is_required():
             about.append("required")
         elif default is None:
+            # Leaving such a knob out is a choice of its own, and the description says which.
             about.append("absent")
         marks = field.json_schema_extra
         # Such a knob can be changed without any stage running again.
@@ -120,6 +124,7 @@ def _type_name(kind: Any) -> str:
     """Return a type in words. A choice is shown by its values."""
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(json.dumps(choice) for choice in typing.get_args(kind))
+    # list[str] and dict[str, int] are shown as "list" and "table".
     return _TYPES[typing.get_origin(kind) or kind]
 
 
