@@ -91,7 +91,7 @@ class CacheReader:
         # Packing needs all lengths before the first step, and most commands never need them.
         if self._lengths is None:
             names = ["prompt_ids", "token_ids"]
-            # An empty cache has no part, and nothing cannot be concatenated.
+            # numpy cannot concatenate an empty list, which an empty cache would give.
             parts: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
             for shard in range(len(self._shards)):
                 file = self._shard(shard).file

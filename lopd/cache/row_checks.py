@@ -249,8 +249,8 @@ class RowChecks:
         # The uniform distribution has the largest entropy.
         most = math.log(self._vocab_size) if self._vocab_size else math.inf
         possible = (values >= -POSITIVE_SLACK) & (values <= most + ENTROPY_SLACK)
-        # Negated, so that a NaN, for which every comparison is false, counts as impossible.
         what = f"{ENTROPY} that no distribution over the vocabulary has"
+        # Negated, so that a NaN, for which every comparison is false, counts as impossible.
         self._flag_rows(keys, rows[~possible], "entropy", what)
 
     def _check_teachers(self, table: pa.Table, keys: list[Key]) -> None:

@@ -239,9 +239,8 @@ class _Scan:
     def as_json(self) -> dict[str, Any]:
         rows = sum(self._reasons.values())
         tokens = max(1, self.num_tokens)
-        # Shares of an empty cache are 0 and not an error.
         stopped = self._reasons["stop"]
-        # Without a word of the manifest, the end token is the one that most responses end with. A
+        # If the manifest does not say it, the end token is the one that most responses end with. A
         # token that ends only one response says nothing.
         ends = self._ends or {
             token for token, count in self._last_tokens.most_common(1) if count > 1

@@ -140,8 +140,7 @@ class StyleTables:
 
     def __init__(self, settings: Settings, vocab_size: int) -> None:
         self.settings = settings
-        # One number for both bins, as the position times the number of surprisal bins plus the
-        # surprisal.
+        # A cell is the position bin times the number of surprisal bins, plus the surprisal bin.
         cells = settings.position_bins * settings.surprisal_bins
         # [2, folds, cells]: the sum of weights, and the sum of weights times d. Kept by fold, so
         # that the sums without one fold are a subtraction and need no second pass.
