@@ -10,6 +10,7 @@ of every shard, and every read checks it.
 
     publishing.py    write, fsync, rename; removal of folders; errors of the disk
     fingerprints.py  names of values, files, models and software by their content
+    file_hashes.py   hashes of large files that are remembered from call to call
     manifests.py     the manifest: writing, reading, and what names an artifact
     writer.py        publishes an artifact shard by shard, and resumes
     reader.py        reads and verifies shards
