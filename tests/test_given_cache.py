@@ -17,9 +17,12 @@ import pytest
 from lopd import pipeline
 from lopd.artifacts import ArtifactWriter, identify_model, read_manifest, read_shard
 from lopd.cache import from_table, read_rows, to_table
+from lopd.cache.merging import merge
+from lopd.cache.reference_export import export_reference
+from lopd.cache.reference_import import import_reference
 from lopd.cache.residualise import residualise
+from lopd.cache.splitting import split
 from lopd.cache.style import Settings
-from lopd.cache.tools import export_reference, import_reference, merge, split
 from lopd.checks.combinations import refresh_problems
 from lopd.checks.lineage import cache as check_given
 from lopd.checks.lineage import checkpoint as check_checkpoint

@@ -35,8 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "artifacts": {*CORE},
     "cache": {*CORE, "artifacts"},
-    "cache.tools": {*CORE, "artifacts", "cache", "tasks"},
-    "cache.residualise": {*CORE, "artifacts", "cache", "cache.tools"},
+    "cache.reference_import": {*CORE, "artifacts", "cache", "tasks"},
+    "cache.reference_export": {*CORE, "artifacts", "cache", "tasks"},
     "audit": {"records"},
     "audit.scores": {*CORE, "audit", "cache", "tasks"},
     "objective": {*CORE},
@@ -64,8 +64,8 @@ ALLOWED: dict[str, set[str]] = {
         *CORE,
         "artifacts",
         "cache",
-        "cache.residualise",
-        "cache.tools",
+        "cache.reference_import",
+        "cache.reference_export",
         "report",
         "tasks",
     },
@@ -114,7 +114,8 @@ ALLOWED: dict[str, set[str]] = {
 def room_of(module: str) -> str | None:
     """Return the room of a module.
 
-    lopd.stages.sft stands in stages. lopd.cache.tools has rules of its own, so it is its own room.
+    lopd.stages.sft stands in stages. lopd.cache.reference_import has rules of its own, so it is its
+    own room.
     numpy and lopd itself stand in no room.
     """
     parts = module.split(".")
@@ -136,7 +137,7 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             ours = node.module.startswith(("lopd", "sglang_rollout", "megatron_patches"))
             named = {f"{node.module}.{alias.name}" for alias in node.names if ours}
-            # `from lopd.cache import tools` imports lopd.cache.tools, not what stands in
+            # `from lopd.cache import reader` imports lopd.cache.reader, not what stands in
             # lopd.cache.
             modules = named & MODULES
             found.update(modules)

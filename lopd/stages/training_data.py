@@ -9,8 +9,8 @@ from typing import overload
 import numpy as np
 
 from lopd.batching import make_sample
+from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
-from lopd.cache.table import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.errors import DataError
 from lopd.objective import Objective, needs_top_k, objective_from_config
 from lopd.objective.registry import AVAILABLE, TOP_K

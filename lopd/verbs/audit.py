@@ -71,7 +71,7 @@ def audit(
     from lopd.audit import as_json as plain
     from lopd.audit import audit as examine
     from lopd.report.audit_picture import draw_audit
-    from lopd.report.cache_view import show_audit
+    from lopd.report.audit_view import show_audit
 
     manifest = read_manifest(responses)
     at, mass = _conditions(responses, manifest, temperature, top_p)

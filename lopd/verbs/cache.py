@@ -151,7 +151,7 @@ def merge(
     """Join caches. Refuses duplicate keys, mixed temperatures, mixed tokenizers, and mixed teachers
     without a teacher column.
     """
-    from lopd.cache import tools
+    from lopd.cache import merging
 
     if len(caches) < 2:
         raise LopdError(
@@ -160,7 +160,7 @@ def merge(
             limit="at least two",
             remedy="give the folders of the caches to join",
         )
-    manifest = tools.merge(caches, out, teacher_column=teacher_column)
+    manifest = merging.merge(caches, out, teacher_column=teacher_column)
     _made(manifest, out, as_json)
 
 
@@ -174,10 +174,10 @@ def split(
     """Cut a cache into parts (OUT/part-00, ..); a prompt with all its responses goes into exactly
     one.
     """
-    from lopd.cache import tools
+    from lopd.cache import splitting
     from lopd.report.cache_view import show_line
 
-    manifests = tools.split(cache, out, parts)
+    manifests = splitting.split(cache, out, parts)
     if as_json:
         _print(
             [
@@ -203,10 +203,10 @@ def export(
     """Write the parquet file that the paper's reference code trains on; says what that format
     cannot hold.
     """
-    from lopd.cache import tools
+    from lopd.cache import reference_export
     from lopd.report.cache_view import show_line
 
-    about = tools.export_reference(cache, out, tokenizer)
+    about = reference_export.export_reference(cache, out, tokenizer)
     if as_json:
         _print(about)
         return
@@ -248,10 +248,10 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make a cache from the parquet file of the paper's reference code; says what that lacks."""
-    from lopd.cache import tools
+    from lopd.cache import reference_import
     from lopd.report.cache_view import show_line
 
-    manifest = tools.import_reference(file, out, tokenizer, teacher=teacher)
+    manifest = reference_import.import_reference(file, out, tokenizer, teacher=teacher)
     _made(manifest, out, as_json)
     for reason in manifest.extra["lacks"] if not as_json else []:
         show_line(f"lacks {reason}", "yellow")
