@@ -67,7 +67,7 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("run.dir.deep=1", "dir is a value, not a section"),
         (
             "models.teachers.math=5",
-            "models.teachers.math = 5; limit: a path in quotes; remedy: change it (Teacher by domain",
+            "models.teachers.math = 5; limit: a path in quotes; remedy: change it (One teacher per domain",
         ),
         ("sglang.student_urls=[5]", "sglang.student_urls.0 = 5; limit: text in quotes"),
         ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
