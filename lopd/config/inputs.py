@@ -133,7 +133,9 @@ class PromptSet(Section):
     max_prompt_chars: int | None = Field(
         default=None,
         ge=1,
-        description="Leave out prompts with more characters than this. If absent, no limit.",
+        description=(
+            "Leave out prompts with more characters than this. If absent, there is no limit."
+        ),
     )
 
     max_prompt_tokens: int | None = Field(

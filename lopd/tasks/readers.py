@@ -320,7 +320,8 @@ def _comparable(value: Any) -> Any:
     return float(value) if isinstance(value, Decimal) else value
 
 
-# ---- our own form ---------------------------------------------------------------------------------------------------------------------------------
+# ---- our own form
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def _own_prompt(row: Row, domain: str, instruction: str) -> Prompt:

@@ -196,7 +196,8 @@ def _absent(file: Path) -> DataError:
     return DataError("no such file", where=str(file), remedy=remedy)
 
 
-# ---- nested columns -------------------------------------------------------------------------------------------------------------------------------
+# ---- nested columns
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def parse_path(path: str, where: str) -> list[str | int]:

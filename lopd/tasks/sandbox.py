@@ -223,7 +223,8 @@ def _content(descriptor: int, limit: int) -> bytes:
     return os.pread(descriptor, min(limit, os.fstat(descriptor).st_size), 0)
 
 
-# ---- what holds here ------------------------------------------------------------------------------------------------------------------------------
+# ---- what holds here
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def interpreter(held: Protections, *, packages: bool = False) -> str:
