@@ -1,8 +1,9 @@
-r"""Mathematics: the last box of a response, or its last ``Answer:`` line, equals the gold answer.
+"""The task ``math``: the last box of a response, or its last ``Answer:`` line, equals the gold
+answer.
 
-Equal is what math-verify takes for equal, and what is stricter beside it (lopd.tasks.math_exact,
-lopd.tasks.math_text). math-verify runs in worker processes with a hard limit: an
-answer like 9^9^9^9 costs that limit and is wrong. docs/tasks.md tells what counts as equal.
+Two answers are equal if math-verify says so and the stricter rules beside it agree
+(lopd.tasks.math_exact, lopd.tasks.math_text). math-verify runs in worker processes with a hard
+limit: an answer like 9^9^9^9 costs that limit and is wrong. docs/tasks.md tells what is equal.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from lopd.tasks.workers import WorkerDiedError, WorkerTimeoutError, pool
 
 _WORKER = "lopd.tasks.math_worker"
 _UNREADABLE = "the prompt's answer cannot be parsed"
+# 300 digits: Python refuses to convert more than 4,300, and no answer is so long.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
 
 
 class Math(FileTask):
-    """The task ``math``."""
+    """The task ``math``: answers in LaTeX or as plain numbers."""
 
     name: ClassVar[str] = "math"
 
@@ -35,19 +37,35 @@ class Math(FileTask):
         gt=0,
         le=600,
         strict=False,
-        description="CPU seconds one comparison may take; five times as many of the clock.",
+        description=(
+            "The CPU seconds of one comparison. It may take five times as many seconds of the "
+            "clock."
+        ),
     )
-    memory_mb: int = Field(default=2048, ge=512, description="Memory of a worker.")
+
+    memory_mb: int = Field(
+        default=2048,
+        ge=512,
+        description="The memory of a worker process, in MB.",
+    )
+
     max_answer_chars: int = Field(
-        default=2000, ge=1, description="A longer answer is wrong without being looked at."
+        default=2000,
+        ge=1,
+        description="An answer with more characters is wrong. It is not compared.",
     )
+
     answer_line: bool = Field(
         default=True,
-        description="Where no box is, take what follows Answer: in the last line that begins so.",
+        description=(
+            "If a response has no box, its answer is what follows Answer: in the last line that "
+            "begins so."
+        ),
     )
 
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
         """See FileTask."""
+        # A box that stays open means that the response broke off: then no line is searched.
         found = last_box(part)
         if found is None and self.answer_line and not has_braced_box(part):
             found = answer_line(part)
@@ -58,9 +76,13 @@ class Math(FileTask):
         return self.compare(gold, found)
 
     def compare(self, gold: str, found: str) -> Verdict:
-        """Whether an answer equals the right one.
+        """Return whether an answer equals the right one.
 
-        Equal text and whole numbers are compared at once, the rest by a worker.
+        Equal text and whole numbers are compared at once. Everything else goes to a worker.
+
+        Args:
+            gold: The prompt's answer.
+            found: The response's answer.
         """
         wrong = Verdict(False, "wrong answer", found)
         gold, several = _one_gold(gold)
@@ -68,13 +90,15 @@ class Math(FileTask):
             return Verdict(False, _UNREADABLE, found)
         if bare(gold) and bare(gold) == bare(found):
             return Verdict(True, found=found)
-        expected, given = readable(gold), readable(found)
+        expected = readable(gold)
+        given = readable(found)
         if expected is None:
             return Verdict(False, _UNREADABLE, found)
         if given is None:
             return Verdict(False, "answer cannot be parsed", found)
         if _INTEGER.fullmatch(expected) and _INTEGER.fullmatch(given):
             return Verdict(True, found=found) if int(expected) == int(given) else wrong
+        # A worker that ends or hangs costs this one answer. The pool starts another.
         try:
             answer = self._ask({"gold": _both_signs(expected), "answer": _both_signs(given)})
         except WorkerTimeoutError:
@@ -104,6 +128,8 @@ class Math(FileTask):
             return f"digits stand side by side in {gold!r:.60} and form no number"
         if _INTEGER.fullmatch(expected):
             return ""
+        # The worker reads the answer under the same limits as in a comparison. If it cannot, then
+        # no response could ever be right.
         try:
             answer = self._ask({"gold": _both_signs(expected), "answer": "", "gold_only": True})
         except WorkerTimeoutError:
@@ -117,7 +143,11 @@ class Math(FileTask):
 
 
 def _one_gold(gold: str) -> tuple[str, int]:
-    """The prompt's answer without a list or a box around it; and of a longer list, how many."""
+    """Return the prompt's answer without a list or a box around it.
+
+    Returns:
+        The answer, and 0. For a list of several answers: the text as it is, and their number.
+    """
     listed = list_in(gold)
     if listed is not None and len(listed) != 1:
         return gold, len(listed)
@@ -125,11 +155,11 @@ def _one_gold(gold: str) -> tuple[str, int]:
 
 
 def _both_signs(answer: str) -> str:
-    r"""``1 \pm x`` as the two values that it stands for, which math-verify does not know."""
+    r"""Return ``1 \pm x`` as the two values that it stands for.
+    math-verify does not know the sign.
+    """
     if "\\pm" not in answer:
         return answer
-    upper, lower = (
-        answer.replace("\\pm", "+").replace("\\mp", "-"),
-        answer.replace("\\pm", "-").replace("\\mp", "+"),
-    )
+    upper = answer.replace("\\pm", "+").replace("\\mp", "-")
+    lower = answer.replace("\\pm", "-").replace("\\mp", "+")
     return f"{upper}, {lower}"
