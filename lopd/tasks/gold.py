@@ -52,8 +52,7 @@ class Fault:
 def faults_of(task: object, prompts: Sequence[Prompt], counts: ReadCounts) -> Iterator[Fault]:
     """Yield every answer that the task cannot use, in the order of the prompts.
 
-    Several are checked at a time, because math-verify and the parser of tests run in other
-    processes.
+    Several are checked at a time, because math-verify runs in other processes.
     """
     if not isinstance(task, ReadsAnswers):
         return

@@ -94,8 +94,8 @@ def readable(answer: str) -> str | None:
         None if digits stand side by side and form no number. math-verify would add or multiply
         them, and so accept what nobody has written.
     """
-    # The order matters: "2 1/2" must be found before "1 234" is joined, and units can be separated
-    # from a number only when the number is whole.
+    # Mixed numbers come before groups of digits, because both have gaps. Units come last: they are
+    # removed only behind a complete number.
     text = _WRAPPED_COMMA.sub(",", bare(answer).translate(_LOOKALIKES))
     text = _MIXED.sub(_mixed, _REPEATING.sub(_fraction, text))
     text = re.sub(r"~(?=\\)", " ", _RUN.sub(_joined, text))
@@ -204,7 +204,7 @@ def _without_unit(text: str) -> str:
     if set(_NO_UNITS.split()) & set(lowered) or _SCALES.keys() & set(lowered):
         return text
     if formal is not None:
-        # Text of a formula, as in 5\text{ cm}, is for math-verify, which knows units there.
+        # A unit as text of a formula, as in 5\text{ cm}, is left to math-verify.
         return text if number == match[1] else number
     # "5apples" is no number with a unit, but "5 apples" is.
     apart = space and len(words[0]) >= 4

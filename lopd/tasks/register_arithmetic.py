@@ -155,10 +155,6 @@ class RegisterArithmetic(TaskOptions):
         return found is not None and found.end() == len(text) and found.group(1) == prompt.answer
 
 
-# ---- drawing
-# --------------------------------------------------------------------------------------------------------------------------------------
-
-
 def _random_problems(
     rng: np.random.Generator, num: int, num_operations: int, multiplication: bool
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -213,10 +209,6 @@ def partition(
     hashed = (hashed ^ (hashed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashed = (hashed ^ (hashed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (hashed >> np.uint64(56)).astype(np.uint8)
-
-
-# ---- written responses
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _apply(value: int, operator: str, operand: int) -> int:

@@ -1,5 +1,6 @@
-"""Rows of JSONL, JSON and Parquet files, and values in their nested columns. Local files and
-folders only; nothing is loaded into memory as a whole.
+"""Reads rows of JSONL, JSON and Parquet files, and values in their nested columns.
+
+It reads local files and folders only. No file is loaded into memory as a whole, except .json.
 """
 
 from __future__ import annotations
@@ -16,51 +17,61 @@ from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".parquet", ".json")
-_BATCH = 64  # Parquet rows decoded at a time: a row of reasoning data can be 100 KB
+# Parquet rows that are decoded at a time. A row of reasoning data can have 100 KB.
+_BATCH = 64
+# One step of a path: a name, or an index in brackets.
 _STEP = re.compile(r"([^.\[\]]+)|\[(-?\d+)\]")
-MISSING = object()  # of ``value_at``: the row has no such value
+# The result of value_at if the row has no such value. None would be a value of the row.
+MISSING = object()
 
 
 class Row:
-    """One row and where it stands. ``number`` counts lines of JSONL and rows of Parquet from 1."""
+    """One row and its place.
+
+    Attributes:
+        values: The row, usually a dict.
+        file: Its file.
+        number: The number of the line (JSONL) or of the row (Parquet), from 1.
+    """
 
     __slots__ = ("file", "number", "values")
 
     def __init__(self, values: Any, file: Path, number: int) -> None:
-        self.values, self.file, self.number = values, file, number
+        self.values = values
+        self.file = file
+        self.number = number
 
     @property
     def where(self) -> str:
+        """The place of the row, for messages."""
         return f"{self.file}:{self.number}"
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or a folder's files of one kind (.jsonl, .parquet, .json), also in folders
-    below it, sorted by path.
+    """Return the file itself, or a folder's files of one kind, sorted by path.
 
-    DataError: nothing there, no such file in the folder, or files of several kinds, of which one
-    set must be chosen.
+    The kinds are .jsonl, .parquet and .json. Files in folders below count too.
+
+    Raises:
+        DataError: The path or its files do not exist, or the folder holds several kinds.
     """
     if not path.is_dir():
         return [path]
     try:
-        found = {
-            suffix: sorted(
-                file
-                for file in path.rglob(f"*{suffix}")
-                if file.is_file() and not _hidden(file, path)
-            )
-            for suffix in SUFFIXES
-        }
+        found: dict[str, list[Path]] = {}
+        for suffix in SUFFIXES:
+            files = path.rglob(f"*{suffix}")
+            found[suffix] = sorted(file for file in files if _is_data(file, path))
     except OSError as error:
         raise DataError(
             f"cannot be read ({error.strerror})",
             where=str(error.filename or path),
             remedy="give a folder that holds prompts alone",
         ) from None
-    kinds = [suffix for suffix in (".jsonl", ".parquet") if found[suffix]] or [
-        suffix for suffix in (".json",) if found[suffix]
-    ]
+    # Beside data there are often .json files about it (dataset_info.json), so .json counts only if
+    # it is alone.
+    kinds = [suffix for suffix in (".jsonl", ".parquet") if found[suffix]]
+    kinds = kinds or [suffix for suffix in (".json",) if found[suffix]]
     if not kinds:
         raise DataError(
             "no prompts in this folder",
@@ -68,6 +79,7 @@ def files_of(path: Path) -> list[Path]:
             limit=f"files ending in {', '.join(SUFFIXES)}",
             remedy="give the file with the prompts",
         )
+    # Often the same data twice, in two forms.
     if len(kinds) > 1:
         raise DataError(
             f"files of several kinds in this folder ({', '.join(kinds)})",
@@ -77,13 +89,17 @@ def files_of(path: Path) -> list[Path]:
     return found[kinds[0]]
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _is_data(file: Path, root: Path) -> bool:
+    # Downloads keep metadata and partial files in folders like .cache.
+    is_hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.is_file() and not is_hidden
 
 
 def content_hash(path: Path) -> str | None:
-    """sha256 of a file, or of a folder's prompt files with their names; None where there is none
-    yet (reading it says so).
+    """Return the sha256 of a file, or of a folder's prompt files with their names.
+
+    Returns:
+        None if the path does not exist yet. Reading it will say so.
     """
     if path.is_file():
         about = path.stat()
@@ -98,35 +114,40 @@ def content_hash(path: Path) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _file_hash(path: Path, size: int, changed_ns: int) -> str:
-    """Kept for this process: every stage asks, and a data set may have 30 GB. size, changed_ns:
-    another content is another question.
+    """Return the sha256 of a file. It is kept for this process.
+
+    Every stage asks for it, and a data set may have 30 GB. Size and time of the last change are
+    part of the key, so that a changed file is read again.
     """
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[Row]:
-    """Every row, in order. columns: the top-level columns that are needed, where they exist
-    (Parquet then reads no others); empty: all.
+    """Yield every row, in order.
 
-    DataError (with the file and the line): no such file, unreadable, not JSON, not Parquet, a row
-    that is no object.
+    Args:
+        path: A file or a folder.
+        columns: The top-level columns that are needed, if they exist. Parquet then reads no others.
+            Empty means all.
+
+    Raises:
+        DataError: The file is missing or unreadable, or a row is not JSON. The message has the file
+            and the line.
     """
     for file in files_of(path):
-        yield from (
-            _read_parquet(file, columns)
-            if file.suffix == ".parquet"
-            else _read_json(file)
-            if file.suffix == ".json"
-            else _read_jsonl(file)
-        )
+        if file.suffix == ".parquet":
+            yield from _read_parquet(file, columns)
+        elif file.suffix == ".json":
+            yield from _read_json(file)
+        else:
+            yield from _read_jsonl(file)
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
     try:
-        with file.open(
-            encoding="utf-8-sig", newline="\n"
-        ) as handle:  # newline: a line ends at \n alone; JSON may hold other separators
+        # A line ends at \n alone: text in JSON may hold other separators of lines.
+        with file.open(encoding="utf-8-sig", newline="\n") as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     yield Row(_parse(line, f"{file}:{number}"), file, number)
@@ -144,13 +165,16 @@ def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
+        # A RecursionError means thousands of nested brackets.
         raise DataError(
             f"not valid JSON ({error})", where=where, remedy="one JSON object a line"
         ) from None
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    """A list of objects, or JSONL under the name .json, as some data sets have it."""
+    """Yield the rows of a list of objects, or of JSONL under the name .json, which some data sets
+    have.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -167,6 +191,7 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 
 def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
+    # Imported here, because pyarrow takes long and most runs read JSONL.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -196,13 +221,15 @@ def _absent(file: Path) -> DataError:
     return DataError("no such file", where=str(file), remedy=remedy)
 
 
-# ---- nested columns
-# -------------------------------------------------------------------------------------------------------------------------------
-
-
 def parse_path(path: str, where: str) -> list[str | int]:
-    """``reward_model.ground_truth`` and ``prompt[0].content`` as steps. ConfigError: not of this
-    form.
+    """Return ``reward_model.ground_truth`` or ``prompt[0].content`` as steps.
+
+    Args:
+        path: Names with dots between them, and indices in brackets.
+        where: The key that holds the path, for a message.
+
+    Raises:
+        ConfigError: The path does not have this form.
     """
     steps: list[str | int] = []
     position = 0
@@ -214,6 +241,7 @@ def parse_path(path: str, where: str) -> list[str | int]:
             break
         steps.append(match[1] if match[1] is not None else int(match[2]))
         position = match.end()
+    # The loop stops early at a character that no step begins with.
     if position < len(path) or not steps or path.endswith("."):
         raise ConfigError(
             f"{path!r:.80} is no path to a column",
@@ -224,8 +252,9 @@ def parse_path(path: str, where: str) -> list[str | int]:
 
 
 def value_at(values: Any, steps: list[str | int]) -> Any:
-    """The value at the end of the steps, or MISSING. A JSON text on the way is read as JSON (some
-    data sets nest it as text).
+    """Return the value at the end of the steps, or MISSING.
+
+    JSON text on the way is read as JSON, because some data sets nest their columns as text.
     """
     for step in steps:
         if isinstance(values, str) and values[:1] in "{[":

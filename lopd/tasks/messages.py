@@ -1,4 +1,6 @@
-"""Messages of a row: in a list or as text, with the names of roles and the contents in use."""
+"""Reads the messages of a row: as a list or as text, with the
+roles and contents that are in use.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from typing import Any
 
 from lopd.errors import DataError
 
+# The names of roles in data sets, and ours. A role of tool results is missing on purpose: a prompt
+# with such results would need the tool.
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -16,14 +20,21 @@ _ROLES = {
     "user": "user",
     "assistant": "assistant",
     "system": "system",
-    "developer": "system",  # the newer name of the same message
+    # The newer name of the same message.
+    "developer": "system",
 }
 
 
-def opened_turns(text: str, where: str, remedy: str) -> Any:
-    """Messages that a column holds as JSON text, or as the text of a Python list.
+def parsed_messages(text: str, where: str, remedy: str) -> Any:
+    """Return the messages that a column holds as JSON text, or as the text of a Python list.
 
-    Other text is a question. DataError: text that begins like such a list and is none.
+    Args:
+        text: The column. Any other text is a question and is returned as it is.
+        where: The place of the row, for a message.
+        remedy: The remedy, for a message.
+
+    Raises:
+        DataError: The text begins like a list of messages and cannot be read.
     """
     start = text.lstrip()
     if not start.startswith(("[", "{")):
@@ -33,30 +44,35 @@ def opened_turns(text: str, where: str, remedy: str) -> Any:
             found = parse(start)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-        turns = found if isinstance(found, list) else [found]
-        if turns and all(isinstance(one, dict) and _has_role(one) for one in turns):
-            return turns
+        messages = found if isinstance(found, list) else [found]
+        if messages and all(isinstance(one, dict) and _has_role(one) for one in messages):
+            return messages
+        # A question may begin with a list of numbers, or consist of JSON.
         return text
+    # Nobody asks a question that begins like this. To take it for one would train on broken text.
     if start.replace(" ", "").startswith(('[{"role"', '[{"from"', "[{'role'", "[{'from'")):
         raise DataError("messages as text that cannot be read", where=where, remedy=remedy)
     return text
 
 
-def _has_role(turn: Mapping[str, Any]) -> bool:
-    return "role" in turn or "from" in turn
+def _has_role(message: Mapping[str, Any]) -> bool:
+    return "role" in message or "from" in message
 
 
 def role_of(role: Any) -> str | None:
-    """Our name of a role, whatever its case; None of one that no prompt here has."""
+    """Return our name of a role in any case, or None if prompts have no such role."""
     return _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
 
 
 def content_of(content: Any) -> str | None:
-    """The text of a message, also of one in parts; None where it has something else than text."""
+    """Return the text of a message, also of one in parts. None if
+    it has something else than text.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
         return None
+    # The form of chat APIs: a list of parts, which may be images too.
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
@@ -68,7 +84,7 @@ def content_of(content: Any) -> str | None:
 
 
 def refusal_of(role: Any, content: Any) -> str:
-    """Why a message cannot be read; "" where it can."""
+    """Return why a message cannot be read, or "" if it can."""
     if role is None:
         return "it has no role"
     if role_of(role) is None:
