@@ -1,7 +1,7 @@
 """The system calls that the sandbox refuses, and the seccomp filter that refuses them.
 
-The numbers come from Linux's own tables (unistd.h). Only those calls are refused that would reach what a
-program must not touch; the filter is no list of everything that a program may do.
+The numbers come from Linux's own tables (unistd.h). Only those calls are refused that would reach
+what a program must not touch. The filter is not a list of everything that a program may do.
 """
 
 from __future__ import annotations

@@ -12,14 +12,8 @@ import pytest
 
 from lopd.errors import ConfigError
 from lopd.tasks import Task, get_task
-from lopd.tasks.register_arithmetic import (
-    NUM_PARTITIONS,
-    Corruption,
-    Problem,
-    RegisterArithmetic,
-    write_corrupted,
-    write_response,
-)
+from lopd.tasks.register_arithmetic import NUM_PARTITIONS, Problem, RegisterArithmetic
+from lopd.tasks.register_responses import Corruption, write_corrupted, write_response
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 PROBLEM = Problem(81, (("+", 6), ("+", 2), ("+", 7), ("+", 3), ("-", 10)))
