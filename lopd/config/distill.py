@@ -13,6 +13,7 @@ from lopd.config.training import TrainSection
 class ObjectiveSection(Section):
     """The parts of the distillation loss (lopd/objective/registry.py, docs/objectives.md)."""
 
+    # lightning needs one log-probability per token, which makes the cache small.
     loss: Literal["lightning", "top_k_reverse_kl", "top_k_forward_kl"] = Field(
         default="lightning",
         description=(
@@ -40,6 +41,7 @@ class ObjectiveSection(Section):
         ),
     )
 
+    # Late tokens of a long response often stand on a wrong track.
     early_token_gain: float = Field(
         default=0.0,
         ge=0,
@@ -51,6 +53,7 @@ class ObjectiveSection(Section):
 
     # Selections: which tokens carry loss at all.
 
+    # At most one of the two prefixes may be set.
     prefix_share: float | None = Field(
         default=None,
         gt=0,
@@ -74,6 +77,7 @@ class ObjectiveSection(Section):
         description="With a prefix, also learn from the end token of a finished response.",
     )
 
+    # They teach how to continue, but they hold no end.
     truncated: Literal["learn", "drop"] = Field(
         default="learn",
         description=(
@@ -119,6 +123,7 @@ class RefreshSection(Section):
         ),
     )
 
+    # The next two measure how far the student has moved away from the policy of the rollouts.
     min_effective_share: float | None = Field(
         default=None,
         gt=0,
@@ -149,6 +154,7 @@ class RefreshSection(Section):
         ),
     )
 
+    # It needs memory for teacher and trainer at the same time.
     keep_teacher: bool = Field(
         default=False,
         description=(
@@ -173,6 +179,7 @@ class DistillSection(TrainSection):
 
     # The data.
 
+    # A cache of scores is expensive, and may serve many trainings.
     cache: FilePath | None = Field(
         default=None,
         description=(
@@ -181,6 +188,7 @@ class DistillSection(TrainSection):
         ),
     )
 
+    # Responses of another student make the update off-policy from the first step.
     allow_foreign_cache: bool = Field(
         default=False,
         description=(
@@ -200,6 +208,8 @@ class DistillSection(TrainSection):
         ),
     )
 
+    # With token_mean and token_sum long responses count more. The paper's numbers were made with
+    # response_mean.
     aggregation: Literal["response_mean", "token_mean", "token_sum"] = Field(
         default="response_mean",
         description=(
@@ -223,6 +233,7 @@ class DistillSection(TrainSection):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # The curve of accuracy over steps comes from these evaluations.
     sync_every: int = Field(
         default=10,
         ge=0,

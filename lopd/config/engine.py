@@ -18,6 +18,7 @@ class SGLangSection(Section):
     # The model inside a server, and how many servers there are. The number format and the sharding
     # decide a result in its last bits; copies of the model do not.
 
+    # The teacher's scores and the rollouts' log-probabilities are computed in it.
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16",
         description="The number format of the served weights.",
@@ -51,6 +52,7 @@ class SGLangSection(Section):
 
     # Size of requests, and how many run at once.
 
+    # It bounds the KV cache of one request.
     context_length: int = Field(
         default=4096,
         ge=8,
@@ -64,6 +66,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # More than a server decodes at once, so that it never waits for the next request.
     max_in_flight: int = Field(
         default=128,
         ge=1,
@@ -71,6 +74,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # The rest is for activations, and for what other programs hold on the device.
     mem_fraction: float = Field(
         default=0.8,
         gt=0,
@@ -86,6 +90,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # A killed stage then makes the missing responses as they would have been.
     deterministic: bool = Field(
         default=True,
         description=(
@@ -118,6 +123,7 @@ class SGLangSection(Section):
 
     # Limits of time, and what happens after a failure.
 
+    # Loading a large model and capturing its CUDA graphs take minutes.
     start_timeout_s: float = Field(
         default=600,
         gt=0,
@@ -141,6 +147,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # A server that dies at its start would die at every start.
     restarts: int = Field(
         default=2,
         ge=0,
@@ -151,6 +158,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Longer than start_timeout_s, because the server may be starting again meanwhile.
     outage_timeout_s: float = Field(
         default=900,
         ge=0,
@@ -161,6 +169,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # A server under load may be silent for a while, so silence alone is no reason to end it.
     hang_timeout_s: float = Field(
         default=300,
         gt=0,
@@ -182,6 +191,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # By disk only: the other transports need a part of lopd inside the server.
     student_urls: list[str] = Field(
         default_factory=list,
         description=(
@@ -191,6 +201,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Not marked SPEED_ONLY: any of them may decide a result.
     extra_args: dict[str, Any] = Field(
         default_factory=dict,
         description=(
@@ -216,6 +227,7 @@ class SyncSection(Section):
 
     # How the weights travel.
 
+    # Disk works everywhere, also with servers of the user, and is slow for large models.
     transport: Literal["disk", "tensor", "distributed"] = Field(
         default="disk",
         description=(
@@ -234,6 +246,7 @@ class SyncSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Larger buckets need more memory, smaller ones more calls.
     bucket_bytes: int = Field(
         default=512 * 2**20,
         ge=2**10,
@@ -244,6 +257,7 @@ class SyncSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # It pays only over a slow network: finding what has changed costs more than a copy on one host.
     delta: bool = Field(
         default=False,
         description=(
@@ -253,6 +267,7 @@ class SyncSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # For machines whose GPUs do not hold a server and the trainer together.
     colocate: bool = Field(
         default=False,
         description=(
@@ -264,6 +279,7 @@ class SyncSection(Section):
 
     # What happens to requests while the weights change.
 
+    # A response that continues over a sync has tokens of two versions of the weights.
     running_requests: Literal["finish", "pause", "keep", "abort"] | None = Field(
         default=None,
         description=(
@@ -293,6 +309,7 @@ class SyncSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # So large because two engines round differently in bfloat16.
     tolerance: float = Field(
         default=0.1,
         gt=0,

@@ -63,14 +63,17 @@ class HubName:
     @property
     def is_pinned(self) -> bool:
         """Whether the revision is a commit, which cannot change."""
+        # A branch or tag could have such a name too, but hardly anyone gives one.
         return re.fullmatch(r"[0-9a-f]{7,40}", self.revision) is not None
 
     def __str__(self) -> str:
+        # The prefix has one slash, so this writes the second.
         return f"{PREFIX}/{'datasets/' if self.dataset else ''}{self.repository}@{self.revision}"
 
 
 def hub_folder() -> Path:
     """Return the folder of all downloads."""
+    # An empty variable counts as absent, as the XDG specification says.
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(os.environ.get("LOPD_HUB") or caches / "lopd" / "hub").expanduser().absolute()
 

@@ -15,6 +15,7 @@ from lopd.config.base import SPEED_ONLY, FilePath, Section
 class RunSection(Section):
     """The table [run]."""
 
+    # SPEED_ONLY: a run directory may be moved without repeating a stage.
     dir: FilePath = Field(
         description="The run directory. It gets one folder per stage, the metrics and the summary.",
         json_schema_extra=SPEED_ONLY,
@@ -39,6 +40,7 @@ class ModelsSection(Section):
         description="The Hugging Face folder of the base model that becomes the student.",
     )
 
+    # All teachers must have the student's tokenizer, because the student's tokens are scored.
     teachers: dict[str, FilePath] = Field(
         default_factory=dict,
         description=(
@@ -104,6 +106,7 @@ class PromptSet(Section):
         ),
     )
 
+    # For a data set that is not in the table, or whose columns have changed.
     fields: dict[str, Any] = Field(
         default_factory=dict,
         description=(
@@ -122,6 +125,7 @@ class PromptSet(Section):
         ),
     )
 
+    # Data sets often repeat a question, for example once per solution.
     duplicates: Literal["keep", "drop"] | None = Field(
         default=None,
         description=(
@@ -138,6 +142,7 @@ class PromptSet(Section):
         ),
     )
 
+    # It must be smaller than sglang.context_length, or nothing is left for the response.
     max_prompt_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -147,6 +152,7 @@ class PromptSet(Section):
         ),
     )
 
+    # Many files are sorted by source or difficulty, so their first rows are no sample of them.
     shuffle_seed: int | None = Field(
         default=None,
         ge=0,

@@ -24,6 +24,7 @@ class SlurmSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # A day. Clusters end longer jobs, and a stage resumes where it was.
     minutes: int = Field(
         default=1440,
         ge=1,
@@ -56,6 +57,7 @@ class KubernetesSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Kubeflow Trainer has renamed the field.
     pod_field: Literal["runtimePatches", "podTemplateOverrides"] = Field(
         default="runtimePatches",
         description=(
@@ -105,6 +107,7 @@ class SkypilotSection(Section):
 class LaunchSection(Section):
     """The table [launch]: how the stages become jobs. It changes no result (docs/launch.md)."""
 
+    # Only these three stages can be shared: each prompt is a piece of work of its own.
     workers: int = Field(
         default=1,
         ge=1,
@@ -115,6 +118,7 @@ class LaunchSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # The cpu is for a trial of the whole chain of jobs without GPUs.
     device: Literal["gpu", "cpu"] = Field(
         default="gpu",
         description=(
@@ -148,6 +152,7 @@ class LaunchSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Values of secrets do not belong here: they would stand in the scripts of the jobs.
     env: dict[str, str] = Field(
         default_factory=dict,
         description="The environment variables of the jobs.",

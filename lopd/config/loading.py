@@ -71,10 +71,13 @@ def config_from(
     Raises:
         ConfigError: See load_config.
     """
+    # Overrides change the table before it is checked, so that file and command line have the same
+    # rules.
     overridden = {_apply_override(table, override) for override in overrides}
     try:
         config = Config.model_validate(table)
     except pydantic.ValidationError as error:
+        # All mistakes at once: a user who has five of them should not need five runs.
         found = error.errors()
         keys = [".".join(str(part) for part in problem["loc"]) for problem in found]
         mistakes = []
@@ -131,6 +134,7 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     *sections, last = parts
+    # "a..b=1" has an empty part.
     if not equals or not all(parts):
         raise ConfigError(
             f"override {override!r:.120} is not section.key=value",
@@ -144,6 +148,7 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
     except tomllib.TOMLDecodeError:
         value = text
     for section in sections:
+        # A section that the file does not have may be made by an override.
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ConfigError(
@@ -167,6 +172,7 @@ def known_keys(
     keys: dict[str, pydantic.fields.FieldInfo] = {}
     for name, field in model.model_fields.items():
         keys[prefix + name] = field
+        # A section of its own, whose knobs have longer keys.
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys.update(known_keys(field.annotation, f"{prefix}{name}."))
     return keys
@@ -243,6 +249,7 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
         return ConfigError(
             f"unknown key {key}", where=where, remedy=f"the nearest known key is {nearest_key(key)}"
         )
+    # A validator of a section has said what is wrong, and what to do.
     cause = context.get("error")
     if isinstance(cause, Contradiction):
         return ConfigError(
@@ -259,6 +266,7 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
     meaning = meaning or f"a section with the keys {', '.join(_children(key))}"
     if kind == "missing":
         return ConfigError(f"{key} is missing", where=where, remedy=f"add it: {meaning}")
+    # A value stands where a section is needed, for example sft.optimizer = 3.
     if kind == "model_type":
         remedy = f"set its keys one by one, for example {key}.{_children(key)[0]}"
         return ConfigError(
@@ -299,6 +307,8 @@ def _absolute(model: BaseModel, base: Path) -> BaseModel:
         if isinstance(value, BaseModel):
             update[name] = _absolute(value, base)
         elif isinstance(value, Path):
+            # resolve() also removes "..", so that two spellings of one folder are equal in
+            # manifests.
             update[name] = value if value.is_absolute() else (base / value).resolve()
         elif isinstance(value, dict) and any(isinstance(inner, Path) for inner in value.values()):
             update[name] = {key: (base / inner).resolve() for key, inner in value.items()}
@@ -317,6 +327,7 @@ def result_keys(config: BaseModel, sections: Sequence[str]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     fields = known_keys()
+    # As JSON, because the manifest that it is compared with was read from JSON.
     dumped = config.model_dump(mode="json")
 
     def visit(value: Any, key: str) -> None:

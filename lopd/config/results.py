@@ -37,6 +37,7 @@ class EvaluateSection(Sampling):
         ),
     )
 
+    # Lower than in rollouts: an evaluation asks for the best answer, not for variety.
     temperature: float = Field(
         default=0.6,
         gt=0,
@@ -54,6 +55,7 @@ class EvaluateSection(Sampling):
         ),
     )
 
+    # Without it, a gain could come from the additional training alone.
     equal_compute_baseline: bool = Field(
         default=True,
         description=(
@@ -83,6 +85,7 @@ class ExportSection(Section):
         ),
     )
 
+    # The usual size of files on the Hugging Face hub is up to 5 GB.
     shard_bytes: int = Field(
         default=4 * 2**30,
         ge=2**20,

@@ -112,6 +112,7 @@ class ScoreSection(Section):
 
     # Who scores, and by which engine.
 
+    # With another teacher the gradient keeps an error that no training removes.
     allow_foreign_teacher: bool = Field(
         default=False,
         description=(
@@ -120,6 +121,7 @@ class ScoreSection(Section):
         ),
     )
 
+    # Megatron-Core computes like the trainer, and it can give entropies.
     engine: Literal["sglang", "megatron"] = Field(
         default="sglang",
         description=(
@@ -132,6 +134,7 @@ class ScoreSection(Section):
 
     # What the cache keeps of a response token, besides the log-probability of the token itself.
 
+    # A cache has a token id and two log-probabilities per token, all of 32 bits by default.
     logprob_bits: Literal[32, 16] = Field(
         default=32,
         description=(
@@ -149,6 +152,7 @@ class ScoreSection(Section):
         ),
     )
 
+    # SGLang does not return it.
     entropy: bool = Field(
         default=False,
         description=(

@@ -63,6 +63,7 @@ class ParallelSection(Section):
         description="Shard the optimizer's state over the data-parallel ranks.",
     )
 
+    # The ranks count over all machines, so more machines do not change a result.
     nodes: int = Field(
         default=1,
         ge=1,
@@ -89,6 +90,7 @@ class ForwardSection(Section):
         description="The number format of weights and activations.",
     )
 
+    # A forward pass keeps nothing for a backward pass, so this decides only memory and speed.
     max_tokens_per_microbatch: int = Field(
         default=16384,
         ge=8,
@@ -153,6 +155,7 @@ class OptimizerSection(Section):
         description="The decay of Adam's first moment from step to step.",
     )
 
+    # The paper's value. The usual 0.999 would average over many more steps than a run has.
     beta2: float = Field(
         default=0.98,
         ge=0,
@@ -172,6 +175,7 @@ class OptimizerSection(Section):
         description="The decoupled weight decay. Norms and biases have none.",
     )
 
+    # The norm is that of the gradient before the clipping, over all ranks.
     clip_grad: float = Field(
         default=1.0,
         ge=0,
@@ -204,6 +208,7 @@ class TrainSection(Section):
 
     # How much is learnt.
 
+    # 150 steps of 256 responses are the paper's distillation.
     num_steps: int = Field(
         default=150,
         ge=1,
@@ -218,6 +223,7 @@ class TrainSection(Section):
 
     # How a step is computed.
 
+    # Here it is not SPEED_ONLY: another packing adds the gradient's terms in another order.
     max_tokens_per_microbatch: int = Field(
         default=16384,
         ge=8,
@@ -232,6 +238,7 @@ class TrainSection(Section):
         description="The number format of weights and activations.",
     )
 
+    # Full recompute costs about a third more computation.
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description=(
@@ -240,12 +247,14 @@ class TrainSection(Section):
         ),
     )
 
+    # 0, because it would add a second aim to the loss.
     moe_aux_loss: float = Field(
         default=0.0,
         ge=0,
         description="The coefficient of the loss that balances the experts' load. 0 means none.",
     )
 
+    # For what lopd has no knob for. A field that lopd sets itself is refused.
     megatron: dict[str, Any] = Field(
         default_factory=dict,
         description=(
@@ -263,6 +272,7 @@ class TrainSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Two, because the newest one may turn out to be damaged.
     keep_checkpoints: int = Field(
         default=2,
         ge=1,
@@ -270,6 +280,7 @@ class TrainSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Off, because the copy needs host memory for weights and optimizer state.
     checkpoint_in_background: bool = Field(
         default=False,
         description=("Write a checkpoint from a copy in host memory, while the training goes on."),
@@ -316,6 +327,8 @@ class SftSection(TrainSection):
         ),
     )
 
+    # Whether teacher and demonstrations belong together decides whether OPD converges to the right
+    # point.
     declared_teacher: FilePath | None = Field(
         default=None,
         description=(
@@ -334,6 +347,7 @@ class SftSection(TrainSection):
 
     # The first weights.
 
+    # Random weights are for tests and for the example, where no base model exists.
     init: Literal["checkpoint", "random"] = Field(
         default="checkpoint",
         description=(

@@ -67,6 +67,7 @@ def ks_of(num_samples: int) -> list[int]:
 
 def standard_error(values: NDArray[np.float64]) -> float:
     """Return the standard error of the mean. It is nan for a single value."""
+    # ddof=1: the spread around the mean of the same values is too small by one degree of freedom.
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
@@ -91,6 +92,7 @@ def bootstrap_interval(
     Returns:
         The lower and the upper end.
     """
+    # A generator of its own: the interval must not depend on what else draws random numbers.
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)
     # One block of resamples at a time: all of them together need gigabytes for many problems.
@@ -99,6 +101,7 @@ def bootstrap_interval(
         count = min(block, resamples - start)
         drawn = rng.integers(0, len(values), (count, len(values)))
         means[start : start + count] = values[drawn].mean(axis=1)
+    # The same share is cut off at both ends.
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -16,6 +16,7 @@ class FileTask(TaskOptions):
     A subclass implements ``judge_answer``. What comes before it is the same for all.
     """
 
+    # Off, because a response without an end would be right by its first attempt at an answer.
     judge_truncated: bool = Field(
         default=False,
         description="Also judge a response that was cut off. If false, such a response is wrong.",

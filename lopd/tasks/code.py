@@ -206,9 +206,11 @@ class Code(FileTask):
         # process with code 0 does not return it.
         proof = secrets.token_hex(8)
         outcome = self._outcome(program, test, tests, proof, held)
+        # A program that is stopped at a limit has no meaningful output.
         if outcome.timed_out:
             return "time limit", set()
         if outcome.code != 0:
+            # Python ends with a MemoryError if RLIMIT_AS refuses memory.
             short = b"MemoryError" in outcome.stderr[-200:]
             return "memory limit" if short else "error", set()
         printed = outcome.stdout.decode("utf-8", "replace")
@@ -257,6 +259,7 @@ class Code(FileTask):
         )
 
     def _command(self, held: sandbox.Protections) -> list[str]:
+        # Its standard library is readable in the sandbox (readonly_folders).
         python = sandbox.interpreter(held, packages=self.packages)
         # -I: no folder and no variable of this user; -S: no site-packages.
         return [python, "-I", *([] if self.packages else ["-S"]), "main.py"]
@@ -264,6 +267,7 @@ class Code(FileTask):
 
 def _asked_function(prompt: Prompt) -> str:
     """Return the last function that the question begins to write, or ""."""
+    # Starter code in a question may define helpers first.
     found = re.findall(r"^\s*def\s+(\w+)\s*\(", prompt.messages[-1]["content"], re.MULTILINE)
     return found[-1] if found else ""
 

@@ -78,6 +78,7 @@ def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> C
 
 def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
     _importable(tree, packages)
+    # From here on only the statements that run.
     body = list(_statements(tree.body))
     # Some data sets hide a test that they have lost behind this statement.
     if any(isinstance(one, ast.Assert) and ast.unparse(one.test) == "False" for one in body):
@@ -88,6 +89,8 @@ def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
     if not calls and not _asserts(body, functions):
         raise UnusableTextError(_UNUSED)
     code = ast.unparse(ast.Module([*body, *ast.parse("\n".join(calls)).body], []))
+    # With an entry point the program must have it. Otherwise what the tests call by a bare name
+    # must come from the program.
     called = frozenset([entry_point]) if entry_point else _foreign_calls(ast.parse(code))
     return Check(code, called, needs_candidate)
 
@@ -103,7 +106,9 @@ def _calls(body: Sequence[ast.stmt], entry_point: str) -> tuple[list[str], bool]
     calls: list[str] = []
     needs_candidate = False
     for node in body:
+        # Only definitions have a name. The others run where they stand.
         name = getattr(node, "name", "")
+        # The text runs this function itself, perhaps with arguments.
         if name in called:
             continue
         # What nobody can call must be refused by name: to leave it out would make a test that
@@ -156,6 +161,7 @@ def _asserts(nodes: Iterable[ast.AST], functions: dict[str, ast.FunctionDef]) ->
         nodes: The statements.
         functions: The text's own functions, by name.
     """
+    # A stack instead of a recursion: functions may call each other in a circle.
     waiting = list(nodes)
     seen: set[str] = set()
     while waiting:

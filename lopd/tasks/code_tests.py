@@ -97,6 +97,7 @@ def read_tests(gold: str, packages: bool = False) -> Tests:
     """
     # Twice: some columns hold JSON text inside a JSON string.
     about = _opened(_opened(gold))
+    # Bare text is statements.
     if isinstance(about, str):
         return _statements({"assertions": about}, packages)
     if isinstance(about, list) and about and all(isinstance(one, str) for one in about):
@@ -109,6 +110,7 @@ def read_tests(gold: str, packages: bool = False) -> Tests:
     while "input_output" in about:
         inner = _opened(about.pop("input_output"))
         about = {**about, **(inner if isinstance(inner, dict) else {"tests": inner})}
+    # Some data sets hold problems in several languages.
     language = str(about.get("language") or "python").lower()
     if not language.startswith("py"):
         raise _unreadable(f"programs in {language}, and only Python is run")
@@ -126,6 +128,7 @@ def _statements(about: Mapping[str, Any], packages: bool) -> Tests:
     parts = [_joined(about.get(name), "\n") for name in (*_SETUP, *_TEXTS)]
     entry_point = next((str(about[name]) for name in _FUNCTION if about.get(name)), "")
     try:
+        # One test of all statements: their functions and imports depend on each other.
         check = read_check("\n".join(parts), entry_point, packages=packages)
     except UnusableTextError as error:
         raise _unreadable(str(error)) from None
@@ -137,6 +140,7 @@ def _is_text(value: Any) -> bool:
     """Return whether a value is statements, or a list of them, and not cases in JSON text."""
     texts = value if isinstance(value, list) else [value]
     opened = [_opened(one) if isinstance(one, str) and one.strip() else None for one in texts]
+    # What opens to a list or an object is a case.
     return bool(texts) and all(isinstance(one, str) for one in opened)
 
 
@@ -156,7 +160,9 @@ def _cases(about: Mapping[str, Any]) -> Tests:
     function = _function_of(about)
     for case in opened:
         function = function or _function_of(case)
+    # One problem has one kind: the program is either run as a whole or called.
     kinds = [_kind(case, function) for case in opened]
+    # Text for a program's input keeps its form, so there is only one reading.
     if "call" not in kinds:
         return Tests(tuple(_stdin(case) for case in opened))
     if "stdin" in kinds:
@@ -222,6 +228,7 @@ def _kind(case: Mapping[str, Any], function: str) -> str:
 
 
 def _stdin(case: Mapping[str, Any]) -> Test:
+    # Without an expected output any program would pass.
     if case["output"] is None:
         raise _unreadable("a test without an expected output")
     return Test("stdin", _lines(case["input"]), _lines(case["output"]))
@@ -239,6 +246,7 @@ def _arguments(given: Any) -> list[Any]:
     """Return the arguments from a list of them, or from text with one per line."""
     if isinstance(given, str):
         lines = [line for line in given.splitlines() if line.strip()]
+        # LeetCode's form: one argument per line, in JSON.
         given = [_value(line, strict=True) for line in lines]
     if not isinstance(given, list):
         raise _unreadable("a call without a list of arguments")
@@ -311,6 +319,7 @@ def _plain(value: Any) -> Any:
     that.
     """
     try:
+        # The same way that results take in the sandbox, so both sides change alike.
         return json.loads(json.dumps(value, default=listed))
     except (TypeError, ValueError):
         raise _unreadable(f"a value of the type {type(value).__name__}") from None
@@ -328,6 +337,7 @@ def same_result(result: Any, expected: Any) -> bool:
     """Return whether a result is right. A decimal fraction may be wrong by rounding in double
     precision.
     """
+    # Only where a fraction is expected: a count must be exact.
     if isinstance(expected, float) and isinstance(result, int | float):
         # The absolute tolerance is for results that should be 0.
         close = math.isclose(result, expected, rel_tol=1e-9, abs_tol=1e-12)
@@ -351,6 +361,7 @@ def _opened(value: Any) -> Any:
     # A data frame writes a missing value so.
     if stripped in ("null", "None", "nan", "NaN"):
         return []
+    # A number stays text: input is text, and "007" is not 7.
     if stripped[:1] not in ("{", "[", '"'):
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -371,6 +382,7 @@ def _unpacked(value: Any) -> Any:
     if not isinstance(opened, str) or not opened.strip():
         return opened
     try:
+        # Unpacked in one call with a limit, so that a small text cannot fill the memory.
         unpacker = zlib.decompressobj()
         content = unpacker.decompress(base64.b64decode(opened, validate=True), _UNPACKED_MAX)
         # The limit was reached and something is left: no data set has tests of this size.
@@ -391,6 +403,7 @@ def _only_string(content: bytes) -> str:
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"):
             found.append(str(argument))
+        # For example GLOBAL or REDUCE, which name and call a function.
         elif operation.name not in _HARMLESS:
             raise ValueError(f"a pickle that does more than hold a string ({operation.name})")
     if len(found) != 1:

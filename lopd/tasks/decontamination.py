@@ -105,6 +105,8 @@ class EvaluationIndex:
         common = {gram for gram, count in frequency.items() if count > limit}
         self.boilerplate += sorted(" ".join(gram) for gram in common)
         for prompt, grams in zip(prompts, grams_of, strict=True):
+            # If all n-grams of a prompt are boilerplate, nothing is left by which it could be
+            # found.
             left = grams - common
             number = len(self._prompts)
             self._prompts.append((name, prompt.prompt_id, len(left)))
@@ -121,6 +123,8 @@ class EvaluationIndex:
         shared: dict[int, set[tuple[str, ...]]] = {}
         for position, word in enumerate(words):
             if word in self._first_words:
+                # Short evaluation prompts are one n-gram of their own length, so there are several
+                # lengths.
                 for size in self._sizes:
                     gram = tuple(words[position : position + size])
                     for owner in self._owners.get(gram, ()):

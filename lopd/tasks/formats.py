@@ -60,6 +60,7 @@ class PromptFormat:
 
 def _after_hashes(row: Mapping[str, Any]) -> str | None:
     """Return GSM8K's answer: the number after ``####``, without commas between thousands."""
+    # The answer column holds the solution, and the number behind it.
     text = str(row.get("answer") or "")
     found = re.search(r"####\s*(\S.*?)\s*$", text)
     return found[1].replace(",", "") if found else text or None
@@ -69,6 +70,7 @@ def _competition_answer(row: Mapping[str, Any]) -> Any:
     """Return the answer of AIME and HMMT: the answer column, or
     else the last box of the solution.
     """
+    # An empty column counts as none.
     for name in ("answer", "Answer"):
         if not is_no_answer(row.get(name)):
             return row[name]
@@ -106,6 +108,7 @@ def _livecodebench_tests(row: Mapping[str, Any]) -> str | None:
 
     Packed tests stay packed, because the hidden tests of one problem may have many MB.
     """
+    # The names of LiveCodeBench's columns, which lopd.tasks.code_tests knows.
     names = ("public_test_cases", "private_test_cases", "metadata")
     found = {name: row[name] for name in names if row.get(name)}
     # Metadata alone holds no test.
@@ -137,6 +140,7 @@ FORMATS: dict[str, PromptFormat] = {
         {},
         domain="",
     ),
+    # The largest set of the paper: SFT prompts of mathematics, code and science.
     "openthoughts3": PromptFormat(
         "OpenThoughts3-1.2M",
         "open-thoughts/OpenThoughts3-1.2M, data/train-*.parquet",
@@ -147,6 +151,7 @@ FORMATS: dict[str, PromptFormat] = {
             "first answer are the prompt; it has each question several times"
         ),
     ),
+    # The paper's OPD prompts of mathematics.
     "dapo_math_17k": PromptFormat(
         "DAPO-Math-17k",
         "BytedTsinghua-SIA/DAPO-Math-17k, data/dapo-math-17k.parquet",
@@ -161,6 +166,7 @@ FORMATS: dict[str, PromptFormat] = {
             "last line Answer: ..."
         ),
     ),
+    # The paper's OPD prompts of code.
     "epicoder": PromptFormat(
         "EpiCoder-func-380k",
         "microsoft/EpiCoder-func-380k",
@@ -168,6 +174,7 @@ FORMATS: dict[str, PromptFormat] = {
         domain="code",
         note="instruction and output; no tests, so its responses cannot be verified",
     ),
+    # From here on: sets for evaluations. GSM8K also has training rows.
     "gsm8k": PromptFormat(
         "GSM8K",
         "openai/gsm8k, main; openai/grade-school-math",

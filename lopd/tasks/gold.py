@@ -58,6 +58,7 @@ def faults_of(task: object, prompts: Sequence[Prompt], counts: ReadCounts) -> It
         return
     # A task without this method accepts every answer: there is nothing to compare with.
     fault_of = task.answer_fault
+    # map() keeps the order, so the first fault that is reported is the first of the file.
     with ThreadPoolExecutor(num_cores()) as threads:
         for prompt, what in zip(prompts, threads.map(fault_of, prompts), strict=True):
             if what:

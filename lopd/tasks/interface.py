@@ -56,6 +56,7 @@ class TaskOptions(BaseModel):
     Its fields are the options, with types and bounds. An unknown option is refused.
     """
 
+    # The same rules as for sections of the configuration, since options stand in the same file.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: ClassVar[str]
@@ -75,6 +76,7 @@ class TaskOptions(BaseModel):
             first = error.errors()[0]
             key = str(first["loc"][0])
             where = f"task.options.{key}"
+            # Most mistakes are typing errors, so the nearest option is named.
             if first["type"] == "extra_forbidden":
                 raise ConfigError(
                     f"task {cls.name} has no option {key}",
@@ -113,6 +115,7 @@ def get_task(name: str, options: Mapping[str, Any]) -> Task:
         raise ConfigError(
             f"unknown task {name!r}", where="task.name", remedy=_nearest(name, _TASKS)
         )
+    # mypy cannot follow an import by name, hence the casts.
     module, class_name = _TASKS[name]
     task_class = cast(type[TaskOptions], getattr(importlib.import_module(module), class_name))
     return cast(Task, task_class.from_options(options))

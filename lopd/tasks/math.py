@@ -71,6 +71,7 @@ class Math(FileTask):
             found = answer_line(part)
         if not found:
             return Verdict(False, "no answer")
+        # A long answer is a text, and would only cost the worker's limit.
         if len(found) > self.max_answer_chars:
             return Verdict(False, "answer too long", f"{found[:60]}... ({len(found)} characters)")
         return self.compare(gold, found)
@@ -84,10 +85,13 @@ class Math(FileTask):
             gold: The prompt's answer.
             found: The response's answer.
         """
+        # A fault of the prompt is told apart from a wrong answer: it is nobody's mistake but the
+        # data's.
         wrong = Verdict(False, "wrong answer", found)
         gold, several = _one_gold(gold)
         if several or len(gold) > self.max_answer_chars:
             return Verdict(False, _UNREADABLE, found)
+        # Most right answers end here, without a worker.
         if bare(gold) and bare(gold) == bare(found):
             return Verdict(True, found=found)
         expected = readable(gold)
@@ -96,6 +100,7 @@ class Math(FileTask):
             return Verdict(False, _UNREADABLE, found)
         if given is None:
             return Verdict(False, "answer cannot be parsed", found)
+        # "007" is 7, and "+5" is 5.
         if _INTEGER.fullmatch(expected) and _INTEGER.fullmatch(given):
             return Verdict(True, found=found) if int(expected) == int(given) else wrong
         # A worker that ends or hangs costs this one answer. The pool starts another.
@@ -105,12 +110,14 @@ class Math(FileTask):
             return Verdict(False, "time limit", found)
         except WorkerDiedError:
             return Verdict(False, "verifier died", found)
+        # The worker says which side it could not read.
         failed = answer.get("failed")
         if failed == "gold":
             return Verdict(False, _UNREADABLE, found)
         if failed is not None:
             reason = "answer cannot be parsed" if failed == "parse" else str(failed)
             return Verdict(False, reason, found)
+        # math-verify ignores the case of letters, which is too kind for variables.
         right = answer["right"] and same_case(expected, given)
         return Verdict(True, found=found) if right else wrong
 
@@ -148,6 +155,7 @@ def _one_gold(gold: str) -> tuple[str, int]:
     Returns:
         The answer, and 0. For a list of several answers: the text as it is, and their number.
     """
+    # Some data sets write the answer as a JSON list of one.
     listed = list_in(gold)
     if listed is not None and len(listed) != 1:
         return gold, len(listed)

@@ -39,6 +39,7 @@ def parsed_messages(text: str, where: str, remedy: str) -> Any:
     start = text.lstrip()
     if not start.startswith(("[", "{")):
         return text
+    # Data frames write a list as Python does, with single quotes, which JSON does not allow.
     for parse in (json.loads, ast.literal_eval):
         try:
             found = parse(start)
@@ -75,6 +76,7 @@ def content_of(content: Any) -> str | None:
     # The form of chat APIs: a list of parts, which may be images too.
     texts = []
     for part in content:
+        # A part is text, or an object with a type.
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
@@ -88,6 +90,7 @@ def refusal_of(role: Any, content: Any) -> str:
     if role is None:
         return "it has no role"
     if role_of(role) is None:
+        # All known roles, in case it was only written differently.
         known = ", ".join(dict.fromkeys(_ROLES))
         return f"the role {role!r:.40} is none of {known}: a prompt holds no results of tools"
     if content is None:

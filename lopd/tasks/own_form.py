@@ -36,6 +36,7 @@ def own_prompt(row: Row, domain: str) -> Prompt:
     where = row.where
     prompt_id = _text(values, "prompt_id", where)
     given = {name for name in ("messages", "question") if values.get(name) is not None}
+    # With both it would be open which one counts.
     if len(given) != 1:
         raise DataError(
             f"prompt {prompt_id!r} needs either messages or question", where=where, remedy=OWN_FORM
@@ -90,6 +91,7 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
             about = message if isinstance(message, dict) else {}
             reason = refusal_of(about.get("role"), about.get("content")) if about else ""
             raise DataError(what + (f": {reason}" if reason else ""), where=where, remedy=OWN_FORM)
+        # The known roles may be written in any case.
         role = message["role"]
         known = role.strip().lower() in ("user", "assistant", "system")
         messages.append({"role": role.strip().lower() if known else role, "content": content})

@@ -70,6 +70,7 @@ class Plain(FileTask):
 
     def _golds(self, gold: str) -> list[str]:
         """Return each right answer: the lines of the text, or the members of a list."""
+        # A list of one answer is that answer in any case.
         listed = list_in(gold)
         if listed is not None and (self.alternatives or len(listed) == 1):
             return listed
@@ -86,5 +87,6 @@ class Plain(FileTask):
         return whole.splitlines()[-1].strip() if whole else None
 
     def _plain(self, text: str) -> str:
+        # Line breaks and tabs are white space too.
         one = " ".join(text.split())
         return one.casefold() if self.ignore_case else one

@@ -23,7 +23,7 @@ from lopd.records import Prompt
 from lopd.tasks.decontamination import EvaluationIndex, Match, question_of
 from lopd.tasks.formats import FORMATS
 from lopd.tasks.gold import REMEDY, Fault, ReadsAnswers, fault, task_for
-from lopd.tasks.interface import get_task
+from lopd.tasks.interface import Task, get_task
 from lopd.tasks.prompts import load_prompts, read_prompts, render
 from lopd.tasks.readers import ReadCounts, read_candidates
 from lopd.tasks.rows import content_hash
@@ -55,6 +55,7 @@ def prompt_set(settings: dict[str, Any]) -> PromptSet:
         return PromptSet(**{key: value for key, value in settings.items() if value is not None})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        # Pydantic's first finding is enough: the settings come from a few options of a command.
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
             f"{key} = {first['input']!r:.80}",
@@ -62,6 +63,39 @@ def prompt_set(settings: dict[str, Any]) -> PromptSet:
             limit=first["msg"],
             remedy="see: lopd prompts formats",
         ) from None
+
+
+class _Filter:
+    """Decides which prompts are left out, and remembers why.
+
+    Attributes:
+        matches: The prompts that share n-grams with an evaluation prompt.
+        faults: The prompts with an answer that cannot be used.
+        counts: What happened to the rows. The reader fills it.
+    """
+
+    def __init__(self, index: EvaluationIndex | None, judge: Task | None) -> None:
+        self._index = index
+        self._judge = judge
+        self.matches: list[Match] = []
+        self.faults: list[Fault] = []
+        self.counts = ReadCounts()
+
+    def leave_out(self, prompt: Prompt) -> str:
+        """Return why a prompt is left out, or "" to keep it."""
+        # Contamination first: it needs no other process.
+        match = self._index.match(prompt) if self._index is not None else None
+        if match is not None:
+            self.matches.append(match)
+            return _CONTAMINATED
+        # A prompt without an answer is of use for rollouts, so it stays.
+        reader = task_for(prompt, self._judge)
+        what = ""
+        if prompt.answer is not None and isinstance(reader, ReadsAnswers):
+            what = reader.answer_fault(prompt)
+        if what:
+            self.faults.append(fault(prompt, what, self.counts))
+        return _UNUSABLE if what else ""
 
 
 def prepare(
@@ -100,49 +134,22 @@ def prepare(
     evaluation = [evaluation_set(text) for text in against]
     inputs = _inputs(chosen, evaluation, (ngram, min_coverage), tokenizer, task)
     report_path = out.with_name(f"{out.name}.report.json")
+    # This comes before any reading, so that a repeated call takes no time and a wrong --out is seen
+    # at once.
     standing = _standing(out, report_path)
     if standing is not None and standing["inputs"] == inputs:
         return {**standing, "reused": True}
     index = EvaluationIndex(ngram, min_coverage=min_coverage)
     for one in evaluation:
         index.add(str(one.file), read_prompts(one, ""))
-    matches: list[Match] = []
-    faults: list[Fault] = []
-    counts = ReadCounts()
-    judge = None if task is None else get_task(task, {})
-
-    def leave_out(prompt: Prompt) -> str:
-        # Contamination first: it needs no other process.
-        match = index.match(prompt) if evaluation else None
-        if match is not None:
-            matches.append(match)
-            return _CONTAMINATED
-        reader = task_for(prompt, judge)
-        what = ""
-        if prompt.answer is not None and isinstance(reader, ReadsAnswers):
-            what = reader.answer_fault(prompt)
-        if what:
-            faults.append(fault(prompt, what, counts))
-        return _UNUSABLE if what else ""
-
-    lengths: list[int] | None = None
-    try:
-        if tokenizer is None:
-            prompts = read_prompts(chosen, "", leave_out=leave_out, counts=counts)
-        else:
-            loaded = load_tokenizer(tokenizer)
-            more: dict[str, Any] = {"leave_out": leave_out, "counts": counts}
-            prompts, ids = load_prompts(chosen, "", loaded, context_length=_NO_LIMIT, **more)
-            lengths = [len(one) for one in ids]
-    except DataError as error:
-        # The set is too small. If unusable answers are a reason for that, the first one is named.
-        if not faults:
-            raise
-        what = f"{error.what}; first: {faults[0].line()}"
-        raise DataError(what, where=error.where, limit=error.limit, remedy=REMEDY) from None
+    filtered = _Filter(index if evaluation else None, None if task is None else get_task(task, {}))
+    prompts, lengths = _read(chosen, tokenizer, filtered)
+    counts = filtered.counts
+    # At most so many of the faults: a data set may have thousands.
+    faults = filtered.faults[:_FAULTS_SHOWN]
     # The file first and the report last: a report says that its file is complete.
     _write(out, prompts)
-    report = {
+    report: dict[str, Any] = {
         "inputs": inputs,
         "sha256": sha256_file(out),
         "source": str(chosen.file),
@@ -152,13 +159,35 @@ def prepare(
         "with_answer": sum(prompt.answer is not None for prompt in prompts),
         "left_out": counts.left_out,
         "left_out_examples": counts.examples,
-        "unusable_answers": [{**asdict(one), "remedy": REMEDY} for one in faults[:_FAULTS_SHOWN]],
+        "unusable_answers": [{**asdict(one), "remedy": REMEDY} for one in faults],
         "chars": _quantiles([len(question_of(prompt)) for prompt in prompts]),
         "tokens": None if lengths is None else _quantiles(lengths),
-        "decontamination": _decontamination(index, evaluation, matches) if evaluation else None,
+        "decontamination": None,
     }
+    if evaluation:
+        report["decontamination"] = _decontamination(index, evaluation, filtered.matches)
+    # publish_json renames too, so a report is never half written.
     publish_json(report_path, report)
     return {**report, "reused": False}
+
+
+def _read(
+    chosen: PromptSet, tokenizer: Path | None, filtered: _Filter
+) -> tuple[list[Prompt], list[int] | None]:
+    """Return the prompts that are kept, and with a tokenizer their lengths in tokens."""
+    more: dict[str, Any] = {"leave_out": filtered.leave_out, "counts": filtered.counts}
+    try:
+        if tokenizer is None:
+            return read_prompts(chosen, "", **more), None
+        loaded = load_tokenizer(tokenizer)
+        prompts, ids = load_prompts(chosen, "", loaded, context_length=_NO_LIMIT, **more)
+        return prompts, [len(one) for one in ids]
+    except DataError as error:
+        # The set is too small. If unusable answers are a reason for that, the first one is named.
+        if not filtered.faults:
+            raise
+        what = f"{error.what}; first: {filtered.faults[0].line()}"
+        raise DataError(what, where=error.where, limit=error.limit, remedy=REMEDY) from None
 
 
 def shown(chosen: PromptSet, num_prompts: int, tokenizer: Path | None) -> Iterator[str]:
@@ -278,6 +307,7 @@ def _decontamination(
 ) -> dict[str, Any]:
     # The largest coverage first; the id makes the order of equal ones the same in every run.
     worst = sorted(matches, key=lambda match: (-match.coverage, match.prompt_id))
+    # Many training prompts may be copies of the same evaluation prompt.
     touched = {(match.evaluation_set, match.evaluation_id) for match in matches}
     return {
         "ngram": index.ngram,
@@ -302,6 +332,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     for one in report["unusable_answers"][:_ROWS_SHOWN]:
         line = f"{one['where']}: field {one['field']}: {one['what']}"
         lines.append(f"    {line}; remedy: {one['remedy']}")
+    # Tokens are missing if no tokenizer was given.
     for unit in ("chars", "tokens"):
         if report[unit] is not None:
             figures = report[unit]

@@ -57,9 +57,11 @@ def read_prompts(
         counts = counts if counts is not None else ReadCounts()
         name = domain if isinstance(domain, str) else domain.name
         prompts = _read_file(prompt_set, name, need_answers, leave_out, counts)
+        # Only an evaluation must verify; rollouts and demonstrations do without answers.
         if need_answers:
             refuse(domain, prompts, counts)
         return prompts
+    # Without a task nobody can generate prompts.
     if prompt_set.num_prompts is None or isinstance(domain, str):
         raise ConfigError(
             "a prompt set has neither file nor num_prompts",
@@ -115,6 +117,7 @@ def _read_file(
         raise DataError(
             "the prompt set is empty" + _left_out(counts), where=str(path), remedy=OWN_FORM
         )
+    # Fewer prompts would be another experiment, so they are not accepted in silence.
     if limit is not None and len(prompts) < limit:
         remedy = "lower num_prompts, or leave it out for the whole file"
         raise DataError(
@@ -222,6 +225,7 @@ def render(
             the tokenizer does not know. The message names the prompt.
     """
     source = str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
+    # Base models often have none. Without one the prompt would have no marks of roles.
     if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template",
@@ -231,6 +235,7 @@ def render(
     rendered: list[Ints] = []
     for prompt in prompts:
         try:
+            # Templates may write into the messages, and those of a prompt must not change.
             messages = [dict(message) for message in prompt.messages]
             ids: Any = tokenizer.apply_chat_template(
                 messages,
@@ -247,6 +252,7 @@ def render(
                 where=source,
                 remedy="mend or remove this prompt",
             ) from error
+        # Equal is too long as well, because the response needs one token at least.
         if len(ids) >= context_length:
             has = f"prompt {prompt.prompt_id!r} has {len(ids)} tokens"
             raise DataError(
@@ -255,5 +261,6 @@ def render(
                 limit=f"fewer than {context_length} (sglang.context_length)",
                 remedy="shorten or remove this prompt, or raise sglang.context_length",
             )
+        # The type that caches have for token ids.
         rendered.append(int32(ids))
     return rendered

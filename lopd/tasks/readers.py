@@ -73,6 +73,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
     # How often each question was read. Hashes: a data set may have millions of long questions.
     questions: dict[bytes, int] = {}
     for row in read_rows(prompt_set.file, reader.columns):
+        # A line of JSONL may hold anything.
         if not isinstance(row.values, dict):
             raise DataError(
                 f"a JSON object is needed, found {type(row.values).__name__}",
@@ -80,6 +81,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
                 remedy=reader.remedy,
             )
         counts.rows += 1
+        # Rows are chosen before their columns are read: a row of no interest may have another form.
         if not reader.chooses(row):
             counts.leave_out("not chosen by where")
             continue
@@ -88,6 +90,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
         if prompt_set.max_prompt_chars is not None and num_chars > prompt_set.max_prompt_chars:
             counts.leave_out("too long", prompt.prompt_id)
             continue
+        # The instruction is part of every prompt of the set, so it does not change which are equal.
         key = question_key(prompt)
         before = questions.get(key, 0)
         questions[key] = before + 1
@@ -98,6 +101,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
             # A repeated question is kept under another id, because ids are the keys of rollouts.
             again = f"{prompt.prompt_id}#{before + 1}"
             prompt = Prompt(again, prompt.messages, prompt.domain, prompt.answer)
+        # Rollouts and caches use the id as a key. Two prompts with one id would be mixed up.
         if prompt.prompt_id in places:
             first = places[prompt.prompt_id]
             place = f"on line {first.number}" if first.file == row.file else f"at {first.where}"
@@ -134,6 +138,7 @@ class _RowReader:
     """
 
     def __init__(self, prompt_set: PromptSet, domain: str) -> None:
+        # A field map makes another form of it, even on top of our own one.
         self.name = prompt_set.format
         self.format: PromptFormat = FORMATS[self.name]
         self.own = self.name == OWN and not prompt_set.fields
@@ -141,6 +146,7 @@ class _RowReader:
         if not self.own:
             needs = f"format {self.name} needs {self.format.note or 'prompts.*.fields'}"
             self.remedy = f"{needs}; prompts.*.fields says where else to look"
+        # The format knows its domain; our own form and a bare field map do not.
         self.domain = self.format.domain or domain
         self.duplicates = prompt_set.duplicates or self.format.duplicates
         self.instruction = _instruction(prompt_set.instruction, self.format.instruction)
@@ -165,6 +171,7 @@ class _RowReader:
             name: [parse_path(path, self.name) for path in found]
             for name, found in self.format.columns.items()
         }
+        # The values of the table are any TOML, so their type is checked here.
         for name, path in prompt_set.fields.items():
             if name not in FIELDS or not isinstance(path, str):
                 raise ConfigError(
@@ -208,6 +215,8 @@ class _RowReader:
         if self.own:
             own = own_prompt(row, self.domain)
             return replace(own, messages=_instructed(own.messages, self.instruction))
+        # Each of the four is found by the same rules: the paths in order, then the format's
+        # function.
         messages = self._messages(row)
         answer = self._value(row, "answer")
         given = self._value(row, "prompt_id")
@@ -246,6 +255,7 @@ class _RowReader:
     def _messages(self, row: Row) -> tuple[Mapping[str, str], ...]:
         """Return the messages of a row, or its question as the only message."""
         found = self._value(row, "messages")
+        # Parquet columns without the type "string" come as bytes.
         if isinstance(found, bytes):
             found = scalar_text(found, row.where)
         if isinstance(found, str):
@@ -276,6 +286,7 @@ def _written(steps: Sequence[str | int]) -> str:
 
 
 def _instruction(given: str | None, default: str) -> str:
+    # "plain" and "boxed" are short for texts.
     text = default if given is None else INSTRUCTIONS.get(given, given)
     if "{question}" not in text:
         remedy = f"write the text with {{question}} in it, or one of {', '.join(INSTRUCTIONS)}"
@@ -308,6 +319,7 @@ def _until_answer(value: Any, where: str, remedy: str) -> list[Mapping[str, str]
     messages: list[Mapping[str, str]] = []
     for index, message in enumerate(value if isinstance(value, list) else [value]):
         about = message if isinstance(message, dict) else {}
+        # The names of OpenAI's form, or those of ShareGPT's.
         role = about.get("role", about.get("from"))
         content = about.get("content", about.get("value"))
         reason = refusal_of(role, content) if about else "it is no message"
@@ -316,6 +328,7 @@ def _until_answer(value: Any, where: str, remedy: str) -> list[Mapping[str, str]
             limit = "role and content, or from and value"
             raise DataError(what, where=where, limit=limit, remedy=remedy)
         messages.append({"role": str(role_of(role)), "content": str(content_of(content))})
+    # Data sets with solutions have them as the last message.
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages or not messages[-1]["content"].strip():

@@ -35,6 +35,7 @@ _CHUNK = 65_536
 _MAX_PROBLEMS = 10_000_000
 # After so many chunks in a row without a new problem the partition is taken to be exhausted.
 _FRUITLESS_CHUNKS = 40
+# The end of a right response. What comes before "</think>" is free.
 _RIGHT_FORM = re.compile(r"</think>\n([0-9]{2})" + re.escape(END))
 
 
@@ -118,8 +119,10 @@ class RegisterArithmetic(TaskOptions):
             before = len(problems)
             for problem in chunk:
                 problems.setdefault(problem)
+                # In the middle of a chunk, so that a set of any size begins like a larger one.
                 if len(problems) == num:
                     return list(problems)
+            # By chance a chunk may have nothing new, if only few problems are left.
             fruitless = 0 if len(problems) > before else fruitless + 1
             if fruitless == _FRUITLESS_CHUNKS:
                 break
@@ -132,6 +135,7 @@ class RegisterArithmetic(TaskOptions):
 
     def _draw(self, seed: int) -> Iterator[list[Problem]]:
         """Yield problems of one partition, chunk by chunk, without end."""
+        # All three are part of the seed, because each changes what a draw means.
         rng = np.random.default_rng([seed, self.num_operations, int(self.multiplication)])
         while True:
             start, operators, operands = _random_problems(
@@ -169,6 +173,7 @@ class RegisterArithmetic(TaskOptions):
         if finish_reason != "stop" or text.count("</think>") != 1 or text.count(END) != 1:
             return False
         found = _RIGHT_FORM.search(text)
+        # search() finds the first place. It must also be the end of the text.
         return found is not None and found.end() == len(text) and found.group(1) == prompt.answer
 
 
@@ -212,6 +217,8 @@ def _random_problems(
     operators = np.empty((num, num_operations), dtype=np.int64)
     operands = np.empty((num, num_operations), dtype=np.int64)
     for step in range(num_operations):
+        # Drawn for all problems, also for those whose operator changes below: the number of draws
+        # must not depend on values.
         operator = np.where(rng.random(num) < 0.5, plus, minus)
         if multiplication:
             # About a third of the steps. Up to 49 the product with 2 has two digits.
@@ -232,6 +239,7 @@ def _random_problems(
         value = np.where(is_sum, value + operand, difference_or_product)
         operators[:, step] = operator
         operands[:, step] = operand
+    # The bounds above must have kept it, or an answer would not have two digits.
     assert value.min() >= 0, "the register left its range"
     assert value.max() <= 99, "the register left its range"
     return start, operators, operands
@@ -253,6 +261,8 @@ def partition(
     Returns:
         uint8 [N].
     """
+    # Plus 1: with 0 the first product would be 0 for every constant. Sums and products wrap at
+    # 2^64.
     hashed = start.astype(np.uint64) + np.uint64(1)
     for step in range(operators.shape[1]):
         # An operand is below 128, so operation and operand make one different number each.

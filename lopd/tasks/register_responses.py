@@ -76,6 +76,7 @@ def write_corrupted(
         The text, and a mask, bool [characters]. False marks the wrong characters: a model learns to
         continue after a mistake, but not to make it.
     """
+    # Some responses stay right, so that the model also learns what an undisturbed response is.
     rates = rates or Corruption()
     scale = 0.0 if rng.random() < rates.clean else 1.0
     # Each part of the text, and whether the model learns it.
@@ -86,6 +87,7 @@ def write_corrupted(
         flipped = rng.random() < rates.operator * scale
         operator = {"+": "-", "-": "+", "*": "+"}[operator] if flipped else operator
         parts.append((operator, not flipped))
+        # From here on the written operand counts, as for a reader of the response.
         operand, digits = _corrupt(operand, rng, rates.operand * scale)
         parts += [*digits, ("=", True)]
         exact = apply(value, operator, operand)
@@ -96,6 +98,7 @@ def write_corrupted(
         parts += [(digit, learn and in_range) for digit, learn in digits]
         parts.append(("\n", True))
     parts.append((f"</think>\n{value:02d}{END}", True))
+    # One value per character, because a character is a token of these models.
     mask = np.repeat([learn for _, learn in parts], [len(text) for text, _ in parts])
     return "".join(text for text, _ in parts), mask
 

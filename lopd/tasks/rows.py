@@ -101,11 +101,13 @@ def content_hash(path: Path) -> str | None:
     Returns:
         None if the path does not exist yet. Reading it will say so.
     """
+    # Size and time of change are asked for now: the cache below must not answer for older content.
     if path.is_file():
         about = path.stat()
         return _file_hash(path, about.st_size, about.st_mtime_ns)
     if not path.is_dir():
         return None
+    # The names count, because the order of the files decides the order of the prompts.
     digest = hashlib.sha256()
     for file in files_of(path):
         digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\n".encode())
@@ -176,6 +178,7 @@ def _read_json(file: Path) -> Iterator[Row]:
     have.
     """
     try:
+        # JSON has no rows that could be read one by one.
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise _absent(file) from None
@@ -198,6 +201,7 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(file) as table:
+            # Columns that the file lacks are no mistake here: a format names alternatives.
             chosen = [name for name in table.schema_arrow.names if not columns or name in columns]
             for batch in table.iter_batches(_BATCH, columns=chosen):
                 for values in batch.to_pylist():
@@ -205,6 +209,7 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
                     yield Row(values, file, number)
     except FileNotFoundError:
         raise _absent(file) from None
+    # Arrow's messages have many lines, of which the first says what is wrong.
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"cannot be read as Parquet ({str(error).splitlines()[0]})",
@@ -214,6 +219,7 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
 
 
 def _absent(file: Path) -> DataError:
+    # A name on the hub needs a download, and not another path.
     remedy = remedy_for(
         file,
         "give the path of a JSONL or Parquet file with prompts, or of a folder with such files",
@@ -257,12 +263,16 @@ def value_at(values: Any, steps: list[str | int]) -> Any:
     JSON text on the way is read as JSON, because some data sets nest their columns as text.
     """
     for step in steps:
+        # Only text that begins like JSON, so that most columns are not parsed. "" is in every text,
+        # and then json.loads fails.
         if isinstance(values, str) and values[:1] in "{[":
             try:
                 values = json.loads(values)
             except ValueError:
                 return MISSING
+        # A path that does not fit a row is no mistake: the row has no such value.
         if isinstance(step, int):
+            # A negative index counts from the end, as in Python.
             if not isinstance(values, list) or not -len(values) <= step < len(values):
                 return MISSING
             values = values[step]

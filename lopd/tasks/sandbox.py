@@ -65,6 +65,7 @@ class Limits:
 
     cpu_s: float = 10.0
     wall_s: float = 30.0
+    # Of each process, because the kernel has no limit of the sum for programs without cgroups.
     memory_mb: int = 1024
     processes: int = 16
     disk_mb: int = 64
@@ -97,6 +98,8 @@ class Protections:
     @property
     def sufficient(self) -> bool:
         """Whether a program has no network, and no files but its own and the system's."""
+        # Processes and the rest are good to have, but a program that reaches neither network nor
+        # files harms nobody.
         return self.network and self.files
 
     def describe(self) -> str:
@@ -107,6 +110,7 @@ class Protections:
             "processes of its own": self.processes,
             "seccomp": self.seccomp,
         }
+        # Without any of them, rlimits are all that holds.
         words = ", ".join(name for name, yes in holds.items() if yes) or "limits alone"
         absent = f"; not available: {'; '.join(self.missing)}" if self.missing else ""
         return f"sandbox ({self.mode}): {words}{absent}"
@@ -166,6 +170,7 @@ def run(
             slot = next(_slots) % _UIDS_PER_PROCESS
             uid = _FIRST_UID + os.getpid() * _UIDS_PER_PROCESS + slot
         if held.mode != "namespaces" and uid:
+            # In a mount namespace the program has /box instead, so the folder stays the parent's.
             os.chown(folder, uid, uid)
         spec = {
             "mode": held.mode,
@@ -187,8 +192,10 @@ def _for_this_user(limits: Limits, held: Protections) -> Limits:
 
     Without a user or a namespace of its own, the kernel counts those too.
     """
+    # A user namespace has its own count, and so has a user that runs nothing else.
     if held.mode == "namespaces" or os.getuid() == 0:
         return limits
+    # RLIMIT_NPROC counts threads, and so does this sum.
     mine = 0
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -220,10 +227,12 @@ def _launch(spec: Mapping[str, Any], stdin: bytes, limits: Limits) -> Outcome:
             env={},
             start_new_session=True,
         )
+        # The launcher itself keeps the limit of the clock. This one is for a launcher that hangs.
         stuck = not _ended(process, limits.wall_s + _START_S)
         status = os.pread(fds["status"], 65536, 0)
         stdout = _content(fds["stdout"], limits.file_mb << 20)
         stderr = _content(fds["stderr"], limits.file_mb << 20)
+    # A launcher that was killed has written nothing.
     about = json.loads(status) if status else {}
     if "failed" in about:
         raise OSError(f"the sandbox could not be set up: {about['failed']}")
@@ -262,6 +271,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     the launcher's group.
     """
     with contextlib.suppress(ProcessLookupError):
+        # The launcher leads a session, so its pid is that of its group.
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -271,6 +281,7 @@ def _fill(descriptor: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
+    # The reader shares the position of this descriptor.
     os.lseek(descriptor, 0, os.SEEK_SET)
 
 
@@ -289,6 +300,7 @@ def interpreter(held: Protections, *, packages: bool = False) -> str:
         packages: Whether programs may import what is installed here. Then it is this environment's
             own.
     """
+    # The packages of an environment work only with its own interpreter.
     if packages:
         return sys.executable
     own = Path(os.path.realpath(sys.executable))
@@ -363,11 +375,14 @@ def _try(candidate: Protections) -> str:
         secret = Path(folder, "secret")
         secret.write_text("secret")
         secret.chmod(0o644)
+        # A server that listens: on an open network the connection would succeed.
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             server.listen(1)
             port = server.getsockname()[1]
             code = _PROBE.replace("PORT", str(port)).replace("SECRET", repr(str(secret)))
+            # A mode that sets itself up without an error may still protect from nothing, for
+            # example inside another container. Only an attempt tells.
             outcome = run(
                 [interpreter(candidate), "-I", "main.py"],
                 files={"main.py": code},
@@ -399,6 +414,7 @@ def require(allow_weak: bool) -> Protections:
     Raises:
         ConfigError: They are too few to run code that a model wrote.
     """
+    # Cached: the attempts take seconds, and what a machine permits does not change.
     held = protections()
     if not held.sufficient and not allow_weak:
         raise ConfigError(

@@ -39,6 +39,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
+        # Both arguments are about trust: nothing is downloaded, and no code of the checkpoint is
+        # run.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
@@ -84,6 +86,7 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArray[Any]) -> str:
     """Return the text that a verifier sees, with special tokens, the end token and every space."""
+    # The ids may be numpy integers, which some tokenizers refuse.
     text = tokenizer.decode(
         [int(token) for token in token_ids],
         skip_special_tokens=False,

@@ -24,12 +24,14 @@ def is_missing(value: Any) -> bool:
     """Return whether a value is None, not a number, or blank text, or holds nothing else."""
     if value is None or value is MISSING:
         return True
+    # A Decimal can be not-a-number too.
     if isinstance(value, float | Decimal):
         return math.isnan(value)
     if isinstance(value, str | bytes):
         return not value.strip()
     if isinstance(value, list | tuple):
         return all(map(is_missing, value))
+    # An empty object.
     return isinstance(value, Mapping) and not value
 
 
@@ -85,6 +87,7 @@ def scalar_text(value: Any, where: str) -> str:
     # Without an exponent: str() would write 1E+2.
     if isinstance(value, Decimal) and value.is_finite():
         return f"{value:f}"
+    # In ISO form, as a user would write it. A datetime is a date too.
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, timedelta | str | int | float | Decimal):
