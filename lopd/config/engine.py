@@ -329,6 +329,7 @@ class SyncSection(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> SyncSection:
+        # A wrong combination would only show itself at the first sync, after hours of work.
         _require_address(self.host)
         if self.transport != "disk" and self.running_requests == "finish":
             raise Contradiction(

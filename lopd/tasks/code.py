@@ -230,6 +230,8 @@ class Code(FileTask):
         self, program: str, test: Test, tests: Tests, proof: str, held: sandbox.Protections
     ) -> sandbox.Outcome:
         if test.kind == "stdin":
+            # The program reads its input by itself. For the other two kinds the input is the job of
+            # the caller.
             main = _PROGRAM
             stdin = str(test.given).encode()
         else:
@@ -273,11 +275,11 @@ def _asked_function(prompt: Prompt) -> str:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Compare line by line; white space at the ends of lines and empty lines at the end do not
-    count.
+    """Compare line by line.
 
-    A number may be written differently (1.0 and 1). If a decimal fraction is expected, the number
-    may be wrong by a billionth of it, which is what arithmetic in double precision leaves.
+    White space at the ends of lines does not count, nor do empty lines at the end. A number may be
+    written differently (1.0 and 1). If a decimal fraction is expected, the number may be wrong by a
+    billionth of it, which is what arithmetic in double precision leaves.
     """
     texts = (printed, expected)
     mine, theirs = ([line.split() for line in text.rstrip().splitlines()] for text in texts)

@@ -76,8 +76,9 @@ class Block:
             return None
 
     def defines(self, name: str) -> bool:
-        """Return whether the block makes a function or class of this name. An import does not
-        count.
+        """Return whether the block makes a function or class of this name.
+
+        An import of it does not count.
         """
         if name not in self.content:
             # Most blocks are answered here, and need not be parsed.
@@ -109,6 +110,8 @@ class Block:
         """
         if self.tree is None:
             return False
+        # Scopes are ignored: a name that is bound anywhere counts as defined. A stricter rule would
+        # reject programs that work.
         nodes = list(ast.walk(self.tree))
         bound = set().union(*(_bound(node) for node in nodes)) | _known_names()
         # After "from x import *" any name may be defined.
@@ -200,6 +203,7 @@ def _fenced(text: str) -> tuple[list[Block], bool]:
             indent = len(_QUOTES.sub("", opening[1], count=1).expandtabs(4))
             quotes = opening[1].count(">")
             continue
+        # A fence inside a quotation has the quotation's marks before each line.
         for _ in range(quotes):
             line = re.sub(r"^[ \t]*>[ \t]?", "", line)
         # A fence is closed by at least as many of the same characters.
@@ -216,6 +220,7 @@ def _indented(text: str) -> list[Block]:
     """Return code that only an empty line and four columns set off, also under a list item."""
     found: list[Block] = []
     lines: list[str] = []
+    # A line of prose must not stand directly before it, as CommonMark demands.
     after_empty = True
     # The additional last line ends a block that goes to the end of the text.
     for line in [*text.expandtabs(4).splitlines(), "end"]:
@@ -231,7 +236,9 @@ def _indented(text: str) -> list[Block]:
 
 
 def _language(info: str) -> str:
-    """Return the language of ``python title="a.py"``, ``{python}``, ``{.python .numberLines}`` or
+    """Return the language behind a fence, in small letters.
+
+    Examples are ``python title="a.py"``, ``{python}``, ``{.python .numberLines}`` and
     ``python:a.py``.
     """
     words = re.split(r"[\s,:;{}=]+", info.strip().strip("{}").strip())
@@ -246,6 +253,8 @@ def _outdented(line: str, indent: int) -> str:
 
 def _bound(node: ast.AST) -> set[str]:
     """Return the names that this node defines. "*" stands for all names of a module."""
+    # Every statement that gives a name a value: definitions, imports, assignments, arguments,
+    # handlers and patterns.
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return {name}
@@ -268,6 +277,7 @@ def _bound(node: ast.AST) -> set[str]:
 def _known_names() -> frozenset[str]:
     """Return the names that a program finds without defining them."""
     known = {*MODULES.split(", "), "__name__", "__file__", "exit", "quit", *dir(builtins)}
+    # Asked of the modules themselves, because their names differ from one Python to the next.
     for name in STARRED:
         module = importlib.import_module(name)
         known.update(getattr(module, "__all__", dir(module)))

@@ -50,8 +50,7 @@ class Check:
 
 
 def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> Check:
-    """Return the statements of a test, with calls of those test functions that the text does not
-    call.
+    """Return the statements of a test, with the calls that the text itself lacks.
 
     Args:
         text: Python source.
@@ -133,11 +132,13 @@ def _calls(body: Sequence[ast.stmt], entry_point: str) -> tuple[list[str], bool]
 
 
 def _call_of_class(node: ast.ClassDef) -> str:
-    """Return the statements that run the tests of a class. Classes of unittest have their own
-    runner.
+    """Return the statements that run the tests of a class.
+
+    Classes of unittest have their own runner.
     """
     # "unittest.TestCase" and "TestCase" are the same base.
     bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+    # Its event loop makes a pair of sockets, which the sandbox refuses.
     if "IsolatedAsyncioTestCase" in bases:
         raise UnusableTextError(f"{node.name} needs sockets, which programs do not have")
     methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
@@ -279,6 +280,7 @@ def _importable(tree: ast.Module, packages: bool) -> None:
             modules = [node.module]
         else:
             continue
+        # Of a.b.c only the package a can be missing as a whole.
         for module in (name.split(".")[0] for name in modules):
             known = module in sys.stdlib_module_names or module == _SOLUTION_MODULE
             if not known and not (packages and importlib.util.find_spec(module) is not None):

@@ -315,9 +315,7 @@ def _value(text: Any, *, strict: bool = False) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it, so that tuples and sets are lists. Results come back like
-    that.
-    """
+    """Return a value as JSON has it, so that tuples and sets are lists."""
     try:
         # The same way that results take in the sandbox, so both sides change alike.
         return json.loads(json.dumps(value, default=listed))
@@ -334,8 +332,9 @@ def listed(value: Any) -> list[Any]:
 
 
 def same_result(result: Any, expected: Any) -> bool:
-    """Return whether a result is right. A decimal fraction may be wrong by rounding in double
-    precision.
+    """Return whether a result is right.
+
+    A decimal fraction may be wrong by rounding in double precision.
     """
     # Only where a fraction is expected: a count must be exact.
     if isinstance(expected, float) and isinstance(result, int | float):
@@ -352,8 +351,9 @@ def same_result(result: Any, expected: Any) -> bool:
 
 
 def _opened(value: Any) -> Any:
-    """Return what JSON text, or the literal of a Python list or dict, holds. Other values are
-    returned.
+    """Return what JSON text, or the text of a Python list or dict, holds.
+
+    Other values are returned as they are.
     """
     if not isinstance(value, str):
         return value
@@ -364,6 +364,7 @@ def _opened(value: Any) -> Any:
     # A number stays text: input is text, and "007" is not 7.
     if stripped[:1] not in ("{", "[", '"'):
         return value
+    # JSON first: in both languages most texts mean the same, but true and null are only JSON.
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(stripped)

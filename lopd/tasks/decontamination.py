@@ -100,6 +100,7 @@ class EvaluationIndex:
             else:
                 grams = _grams(words, min(self.ngram, len(words)))
             grams_of.append(grams)
+        # Each prompt counts an n-gram once, however often it has it.
         frequency = Counter(gram for grams in grams_of for gram in grams)
         limit = max(_COMMON_LEAST, _COMMON * len(prompts))
         common = {gram for gram, count in frequency.items() if count > limit}
@@ -116,8 +117,10 @@ class EvaluationIndex:
                 self._sizes.add(len(gram))
 
     def match(self, prompt: Prompt) -> Match | None:
-        """Return the evaluation prompt that this prompt covers most,
-        or None if it shares nothing.
+        """Return the evaluation prompt that this prompt covers most.
+
+        Returns:
+            None if it shares nothing, or less than ``min_coverage``.
         """
         words = words_of(question_of(prompt))
         shared: dict[int, set[tuple[str, ...]]] = {}

@@ -67,8 +67,9 @@ def _after_hashes(row: Mapping[str, Any]) -> str | None:
 
 
 def _competition_answer(row: Mapping[str, Any]) -> Any:
-    """Return the answer of AIME and HMMT: the answer column, or
-    else the last box of the solution.
+    """Return the answer of AIME and HMMT.
+
+    It is the answer column, or else the last box of the solution.
     """
     # An empty column counts as none.
     for name in ("answer", "Answer"):

@@ -1,8 +1,8 @@
-"""Defines what a task is: it makes or reads prompts, and it tells a right response from a wrong
-one.
+"""Defines what a task is.
 
-A new task is one module with one class, and one line in ``_TASKS``. The class is a ``TaskOptions``
-whose fields are the keys of ``task.options``.
+A task makes or reads prompts, and it tells a right response from a wrong one. A new task is one
+module with one class, and one line in ``_TASKS``. The class is a ``TaskOptions`` whose fields are
+the keys of ``task.options``.
 """
 
 from __future__ import annotations

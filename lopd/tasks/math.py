@@ -1,9 +1,9 @@
-"""The task ``math``: the last box of a response, or its last ``Answer:`` line, equals the gold
-answer.
+"""The task ``math``: the answer of a response equals the prompt's answer.
 
-Two answers are equal if math-verify says so and the stricter rules beside it agree
-(lopd.tasks.math_exact, lopd.tasks.math_text). math-verify runs in worker processes with a hard
-limit: an answer like 9^9^9^9 costs that limit and is wrong. docs/tasks.md tells what is equal.
+The answer is the last box of the response, or its last ``Answer:`` line. Two answers are equal if
+math-verify says so and the stricter rules beside it agree (lopd.tasks.math_exact,
+lopd.tasks.math_text). math-verify runs in worker processes with a hard limit: an answer like
+9^9^9^9 costs that limit and is wrong. docs/tasks.md tells what is equal.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ def _one_gold(gold: str) -> tuple[str, int]:
 
 def _both_signs(answer: str) -> str:
     r"""Return ``1 \pm x`` as the two values that it stands for.
+
     math-verify does not know the sign.
     """
     if "\\pm" not in answer:

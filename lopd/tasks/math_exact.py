@@ -32,8 +32,9 @@ def contradicts(gold: Any, answer: Any) -> bool:
 
 
 def unlike(gold: Any, answer: Any) -> bool:
-    """Return whether one is a set and the other a tuple or an interval, or whether their members
-    are so.
+    """Return whether one is a set and the other is ordered, or whether their members are so.
+
+    A tuple and an interval are ordered.
     """
     if isinstance(gold, FiniteSet) != isinstance(answer, FiniteSet):
         pair = answer if isinstance(gold, FiniteSet) else gold
@@ -42,9 +43,11 @@ def unlike(gold: Any, answer: Any) -> bool:
 
 
 def unlike_members(gold: Any, answer: Any) -> bool:
-    """Return whether the members of both differ like that. The two
-    themselves are not looked at.
+    """Return whether the members of both differ like that.
+
+    The two themselves are not compared.
     """
+    # Sorted, because the members of a set have no order.
     kinds = [sorted(map(_kind, _members(side))) for side in (gold, answer)]
     return kinds[0] != kinds[1] and len(kinds[0]) == len(kinds[1])
 

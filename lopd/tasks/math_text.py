@@ -184,10 +184,10 @@ def _argument(text: str, start: int) -> tuple[str, int] | None:
 
 
 def _without_unit(text: str) -> str:
-    """Return ``18 dollars`` as 18, ``3 million people`` as 3 million, ``50 percent`` as a
-    percentage.
+    """Return ``18 dollars`` as 18, and ``3 million people`` as 3 million.
 
-    A word of fewer than four letters may be a product of variables, so only known units count.
+    ``50 percent`` becomes a percentage. A word of fewer than four letters may be a product of
+    variables, so only known units count.
     """
     match = _WITH_WORDS.fullmatch(text)
     if match is None:
@@ -231,7 +231,5 @@ def _variables(text: str) -> set[str]:
 
 
 def is_braced_set(text: str) -> bool:
-    r"""Return whether an answer is written with braces:
-    ``\{3,4\}``, and not as the list ``3,4``.
-    """
+    r"""Return whether an answer is written with braces: ``\{3,4\}``, not ``3,4``."""
     return re.match(r"(?:\\left)?\s*\\(?:\{|lbrace)", text) is not None

@@ -1,5 +1,6 @@
-"""Reads the messages of a row: as a list or as text, with the
-roles and contents that are in use.
+"""Reads the messages of a row, in a list or as text.
+
+It knows the names of roles and the forms of contents that data sets use.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ def role_of(role: Any) -> str | None:
 
 
 def content_of(content: Any) -> str | None:
-    """Return the text of a message, also of one in parts. None if
-    it has something else than text.
+    """Return the text of a message, also of one in parts.
+
+    Returns:
+        None if it has something else than text.
     """
     if isinstance(content, str):
         return content

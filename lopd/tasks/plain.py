@@ -1,5 +1,5 @@
-"""The task ``plain``: the answer of a response is, letter by
-letter, one of the prompt's answers.
+"""The task ``plain``: the answer of a response is one of the
+prompt's answers, letter by letter.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Plain(FileTask):
     )
 
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
-        """See FileTask. White space at both ends does not count;
-        inside, any amount is one space.
+        """See FileTask.
+
+        White space at both ends does not count. Inside, any amount of it is one space.
         """
         found = self._find(part)
         if not found:

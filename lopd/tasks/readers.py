@@ -54,8 +54,9 @@ class ReadCounts:
 
 
 def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> Iterator[Prompt]:
-    """Yield, in order, every prompt of a file or folder that its columns choose and that is no
-    repetition.
+    """Yield the prompts of a file or folder, in order.
+
+    Rows that are not chosen, prompts that are too long, and repeated questions are left out.
 
     Args:
         prompt_set: A set with a file.
@@ -239,8 +240,9 @@ class _RowReader:
         )
 
     def _value(self, row: Row, name: str) -> Any:
-        """Return the field's value, or MISSING. Blank text, null and not-a-number count as
-        missing.
+        """Return the field's value, or MISSING.
+
+        Blank text, null and not-a-number count as missing.
         """
         for steps in self.paths.get(name, ()):
             value = value_at(row.values, steps)

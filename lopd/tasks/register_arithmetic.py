@@ -194,8 +194,9 @@ def apply(value: int, operator: str, operand: int) -> int:
 def _random_problems(
     rng: np.random.Generator, num: int, num_operations: int, multiplication: bool
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Draw problems. Plus and minus have equal chance; then an operand is drawn among those
-    allowed.
+    """Draw problems.
+
+    Plus and minus have equal chance. Then an operand is drawn among those allowed.
 
     Args:
         rng: The random numbers.

@@ -174,9 +174,7 @@ def _parse(line: str, where: str) -> Any:
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    """Yield the rows of a list of objects, or of JSONL under the name .json, which some data sets
-    have.
-    """
+    """Yield the rows of a .json file: a list of objects, or JSONL under that name."""
     try:
         # JSON has no rows that could be read one by one.
         text = file.read_text(encoding="utf-8-sig")

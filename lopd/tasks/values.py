@@ -36,9 +36,7 @@ def is_missing(value: Any) -> bool:
 
 
 def is_no_answer(value: Any) -> bool:
-    """Return whether a value is missing, or is the text that a missing value leaves (``None``,
-    ``nan``).
-    """
+    """Return whether a value is missing, or is the text of a missing value (``None``, ``nan``)."""
     if isinstance(value, list | tuple):
         return all(map(is_no_answer, value))
     return is_missing(value) or (isinstance(value, str) and value.strip() in MISSING_TEXTS)
@@ -96,8 +94,10 @@ def scalar_text(value: Any, where: str) -> str:
 
 
 def list_in(text: str) -> list[str] | None:
-    """Return the texts of a JSON list of texts. None for anything else, also for the interval [1,
-    2].
+    """Return the texts of a JSON list of texts.
+
+    Returns:
+        None for anything else, also for the interval [1, 2].
     """
     if not text.lstrip().startswith("["):
         return None
