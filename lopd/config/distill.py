@@ -32,6 +32,7 @@ class ObjectiveSection(Section):
 
     # Weights: a token's loss is multiplied.
 
+    # The cap bounds the variance: one unlikely token could otherwise outweigh a batch.
     importance_cap: float | None = Field(
         default=None,
         ge=1,
@@ -72,6 +73,7 @@ class ObjectiveSection(Section):
         ),
     )
 
+    # A student that never learns from end tokens may forget to stop.
     keep_end_token: bool = Field(
         default=True,
         description="With a prefix, also learn from the end token of a finished response.",
@@ -88,6 +90,7 @@ class ObjectiveSection(Section):
 
     # A second loss that is added: it holds the student near the policy that wrote the rollouts.
 
+    # For trainings in which lengths or the entropy run away.
     reference_kl: float = Field(
         default=0.0,
         ge=0,
@@ -134,6 +137,7 @@ class RefreshSection(Section):
         ),
     )
 
+    # The same drift by another measure: it reacts to few tokens with large weights.
     max_chi_square: float | None = Field(
         default=None,
         gt=0,
@@ -145,6 +149,7 @@ class RefreshSection(Section):
 
     # What a refresh does.
 
+    # A refresh costs rollouts and scores of this many responses.
     num_responses: int | None = Field(
         default=None,
         ge=1,
@@ -243,6 +248,7 @@ class DistillSection(TrainSection):
         ),
     )
 
+    # Few, because the training waits for each of these evaluations.
     sync_num_prompts: int = Field(
         default=128,
         ge=1,

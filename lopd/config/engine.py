@@ -43,6 +43,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Each replica is a server of its own, on its own GPUs.
     replicas: int = Field(
         default=1,
         ge=1,
@@ -138,6 +139,7 @@ class SGLangSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # A repeated request has the same seed, so with deterministic its response is the same.
     retries: int = Field(
         default=3,
         ge=0,
@@ -182,6 +184,7 @@ class SGLangSection(Section):
 
     # Servers that the user has started. lopd neither starts nor ends them.
 
+    # Keys are read from a variable, because configurations are kept in files and manifests.
     teacher_urls: list[str] = Field(
         default_factory=list,
         description=(
@@ -292,6 +295,7 @@ class SyncSection(Section):
 
     # How a sync is verified, and its limit of time.
 
+    # Servers of the user lack the part of lopd that computes fingerprints.
     verify: Literal["tensors", "scores", "off"] | None = Field(
         default=None,
         description=(
@@ -302,6 +306,7 @@ class SyncSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Each of them costs a forward pass of the trainer and of the server.
     num_probes: int = Field(
         default=4,
         ge=1,

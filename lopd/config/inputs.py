@@ -21,6 +21,7 @@ class RunSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Every request and every step derives its own seed from this one.
     seed: int = Field(
         default=17,
         ge=0,
@@ -32,6 +33,7 @@ class RunSection(Section):
 class ModelsSection(Section):
     """The table [models]. A folder may also be a name on the Hugging Face hub (hf://...)."""
 
+    # Both must have the same tokenizer: the teacher scores the student's tokens.
     teacher: FilePath = Field(
         description="The teacher's Hugging Face folder (config.json, safetensors, tokenizer).",
     )
@@ -65,6 +67,7 @@ class TaskSection(Section):
         ),
     )
 
+    # No knobs of their own here: every task has others.
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="The options of the task. The task itself checks names, types and bounds.",
@@ -117,6 +120,7 @@ class PromptSet(Section):
 
     # Which rows become prompts.
 
+    # Conditions on several columns must all hold.
     where: dict[str, Any] = Field(
         default_factory=dict,
         description=(
@@ -134,6 +138,7 @@ class PromptSet(Section):
         ),
     )
 
+    # The cheap limit: no tokenizer is needed.
     max_prompt_chars: int | None = Field(
         default=None,
         ge=1,
@@ -181,6 +186,7 @@ class PromptSet(Section):
 
     # What is written around a question.
 
+    # The same question with another instruction is another experiment, so it decides a result.
     instruction: str | None = Field(
         default=None,
         description=(

@@ -12,6 +12,7 @@ from lopd.config.base import SPEED_ONLY, Section
 class SlurmSection(Section):
     """The table [launch.slurm]."""
 
+    # nemo-run demands one, also where a cluster has none.
     account: str = Field(
         default="default",
         description="The account that pays for the jobs.",
@@ -35,6 +36,7 @@ class SlurmSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # For example { qos = "high" }.
     extra: dict[str, Any] = Field(
         default_factory=dict,
         description="Any other option of sbatch, by its name.",
@@ -51,6 +53,7 @@ class KubernetesSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # The one that Kubeflow Trainer installs for torch.
     runtime: str = Field(
         default="torch-distributed",
         description="The name of a ClusterTrainingRuntime of Kubeflow Trainer.",
@@ -78,6 +81,7 @@ class KubernetesSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # The same path in every job, because manifests and the configuration name paths.
     mount: str = Field(
         default="/runs",
         description="The folder where that volume is mounted. The config's paths are below it.",
@@ -97,6 +101,7 @@ class SkypilotSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # SkyPilot chooses machines by their GPU.
     gpu: str = Field(
         default="H100",
         description="The GPU of the jobs, by SkyPilot's name.",
@@ -128,6 +133,7 @@ class LaunchSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # A failed job resumes from the newest checkpoint, so a repetition costs little.
     retries: int = Field(
         default=2,
         ge=0,

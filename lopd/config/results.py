@@ -29,6 +29,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class EvaluateSection(Sampling):
     """The table [evaluate]: answers of every model to the held-out prompts."""
 
+    # To compare with the paper, all four values must be those of the paper.
     preset: Literal["none", "paper_math", "paper_code"] = Field(
         default="none",
         description=(

@@ -13,6 +13,7 @@ from lopd.config.training import ForwardSection
 class Sampling(Section):
     """How an SGLang server samples a response. Three stages share these knobs."""
 
+    # 1 is the policy itself, so that the sampled tokens are an unbiased sample of it.
     temperature: float = Field(
         default=1.0,
         gt=0,
@@ -20,6 +21,7 @@ class Sampling(Section):
         description="The sampling temperature.",
     )
 
+    # The next three leave tokens out. Log-probabilities are still those of all tokens.
     top_p: float = Field(
         default=1.0,
         gt=0,
@@ -46,6 +48,7 @@ class Sampling(Section):
         ),
     )
 
+    # The paper's length of rollouts. Evaluations need more.
     max_new_tokens: int = Field(
         default=4096,
         ge=1,
@@ -54,6 +57,7 @@ class Sampling(Section):
         ),
     )
 
+    # One in the paper's rollouts.
     samples_per_prompt: int = Field(
         default=1,
         ge=1,
@@ -75,6 +79,7 @@ class Sampling(Section):
 class DemonstrateSection(Sampling):
     """The table [demonstrate]: the teacher answers the SFT prompts."""
 
+    # A published shard is never written again, so this is also what a kill can lose.
     shard_size: int = Field(
         default=256,
         ge=1,

@@ -58,6 +58,8 @@ class ParallelSection(Section):
         description="The tensor-parallel size inside an expert.",
     )
 
+    # Without it every rank holds the whole state: a copy of the weights and two moments, in
+    # float32.
     distributed_optimizer: bool = Field(
         default=True,
         description="Shard the optimizer's state over the data-parallel ranks.",
@@ -85,6 +87,7 @@ class ForwardSection(Section):
 
     parallel: ParallelSection = Field(default_factory=ParallelSection)
 
+    # float32 is for tests and for CPUs.
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16",
         description="The number format of weights and activations.",
@@ -139,6 +142,7 @@ class OptimizerSection(Section):
         description="The shape of the learning rate after the warm-up.",
     )
 
+    # A share and not a number of steps, so that it fits any num_steps.
     warmup: float = Field(
         default=0.0,
         ge=0,
@@ -169,6 +173,7 @@ class OptimizerSection(Section):
         description="Adam's epsilon, which is added to the root of the second moment.",
     )
 
+    # Norms and biases have few values, and no reason to be small.
     weight_decay: float = Field(
         default=0.1,
         ge=0,
@@ -265,6 +270,7 @@ class TrainSection(Section):
 
     # What is kept for a resume.
 
+    # None is written at the last step, where the stage publishes its model.
     checkpoint_every: int = Field(
         default=50,
         ge=1,
@@ -306,6 +312,7 @@ class TrainSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # The file of metrics has every step in any case.
     log_every: int = Field(
         default=1,
         ge=1,

@@ -25,6 +25,7 @@ def shares(right: Sequence[Sequence[bool]]) -> NDArray[np.float64]:
 
     Its mean is avg@k, also called pass@1, where k is the number of samples of a problem.
     """
+    # A mean per problem first: problems with more samples must not count more.
     return np.array([np.mean(np.asarray(samples, bool)) for samples in right], dtype=np.float64)
 
 
@@ -43,6 +44,7 @@ def pass_at(num_samples: int, num_right: int, k: int) -> float:
     Raises:
         ValueError: k is outside of its bounds.
     """
+    # More draws than samples have no meaning without replacement.
     if not 1 <= k <= num_samples:
         raise ValueError(f"k = {k} of {num_samples} samples")
     # There are fewer wrong samples than draws, so at least one draw is right.

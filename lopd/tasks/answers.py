@@ -28,6 +28,7 @@ class FileTask(TaskOptions):
         Raises:
             ConfigError: Always.
         """
+        # The configuration asks for num_prompts without a file.
         raise ConfigError(
             f"task {self.name} makes no prompts",
             where="prompts",
@@ -36,6 +37,7 @@ class FileTask(TaskOptions):
 
     def verify(self, prompt: Prompt, text: str, finish_reason: str) -> bool:
         """See Task."""
+        # One rule for both: a verdict and a boolean can never contradict each other.
         return self.judge(prompt, text, finish_reason).right
 
     def judge(self, prompt: Prompt, text: str, finish_reason: str) -> Verdict:

@@ -31,6 +31,7 @@ _MAX_NUMBER_CHARS = 400
 # Wall-clock seconds of a test beside its CPU seconds: a program may wait while others compute.
 _WALL_FACTOR = 2
 _WALL_EXTRA_S = 2
+# The output is held in memory, and it counts as a file.
 _MAX_FILE_MB = 16
 
 # Programs in the sandbox: every program runs after the prelude, which imports what many solutions
@@ -106,12 +107,14 @@ class Code(FileTask):
         ),
     )
 
+    # The address space counts, which is more than what is used.
     memory_mb: int = Field(
         default=2048,
         ge=64,
         description="The memory of one process of the program, in MB.",
     )
 
+    # Numpy and the interpreter itself start threads, which count too.
     processes: int = Field(
         default=16,
         ge=1,
@@ -127,6 +130,7 @@ class Code(FileTask):
         ),
     )
 
+    # For quick evaluations while a model trains: some problems have a hundred tests.
     max_tests: int | None = Field(
         default=None,
         ge=1,
@@ -138,6 +142,7 @@ class Code(FileTask):
         description="Programs may import the packages of this environment, for example numpy.",
     )
 
+    # Off, because the programs come from a model: nobody has read them.
     allow_weak_sandbox: bool = Field(
         default=False,
         description=(
@@ -157,6 +162,7 @@ class Code(FileTask):
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
         """See FileTask. The tests run in order, up to the first that fails."""
         try:
+            # Cached, because many responses answer the same prompt.
             tests = read_tests(gold, self.packages)
         except DataError:
             return Verdict(False, "the prompt's tests cannot be read")
@@ -169,6 +175,7 @@ class Code(FileTask):
         if tests.needs_candidate:
             candidate = asked if defines(program, asked) else last_function(program)
             tests = replace(tests, function=candidate)
+        # Asked again here: a caller may judge without check_machine.
         held = sandbox.require(self.allow_weak_sandbox)
         chosen = tests.tests[: self.max_tests]
         # A program passes if one reading of the expected results holds for all tests. A test may
@@ -220,6 +227,7 @@ class Code(FileTask):
         try:
             result = json.loads(printed)
         except ValueError:
+            # A function whose result is no JSON, or a program that has ended the process early.
             return "no result", set()
         if test.kind == "check":
             return "", every if result == proof else set()
@@ -306,4 +314,5 @@ def _same_word(one: str, expected: str) -> bool:
         fraction = "." in expected and mine.is_finite() and theirs.is_finite()
         return fraction and abs(mine - theirs) <= _ROUNDING * abs(theirs)
     except InvalidOperation:
+        # One of them is a word and no number.
         return False

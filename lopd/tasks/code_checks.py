@@ -66,8 +66,8 @@ def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> C
             # An invalid escape in a string gives a warning, which is of no interest here.
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
-    # The last two come from text that is nested too deeply for the parser.
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # The last two come from text that is nested too deeply for the parser.
         raise UnusableTextError(f"the tests' text is no Python ({error})") from None
     try:
         return _check(tree, entry_point, packages)

@@ -404,8 +404,8 @@ def _only_string(content: bytes) -> str:
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"):
             found.append(str(argument))
-        # For example GLOBAL or REDUCE, which name and call a function.
         elif operation.name not in _HARMLESS:
+            # For example GLOBAL or REDUCE, which name and call a function.
             raise ValueError(f"a pickle that does more than hold a string ({operation.name})")
     if len(found) != 1:
         raise ValueError(f"a pickle of {len(found)} strings")

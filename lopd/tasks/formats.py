@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 from lopd.tasks.answer_text import last_box
 from lopd.tasks.values import is_no_answer
 
+# The question alone.
 PLAIN = "{question}"
 # The sentence that the model cards of Qwen3 recommend.
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -63,6 +64,7 @@ def _after_hashes(row: Mapping[str, Any]) -> str | None:
     # The answer column holds the solution, and the number behind it.
     text = str(row.get("answer") or "")
     found = re.search(r"####\s*(\S.*?)\s*$", text)
+    # Without the mark the whole text is the answer, as in some copies of the set.
     return found[1].replace(",", "") if found else text or None
 
 
@@ -135,6 +137,7 @@ FORMATS: dict[str, PromptFormat] = {
         duplicates="keep",
         note="prompt_id, messages or question, answer, domain",
     ),
+    # Nothing is known of this one: the user's field map says everything.
     "fields": PromptFormat(
         "any JSONL or Parquet",
         "prompts.*.fields says which columns",
@@ -186,6 +189,7 @@ FORMATS: dict[str, PromptFormat] = {
         needed=("answer",),
         note="the answer is what follows ####",
     ),
+    # The answer column is LaTeX without a box.
     "math_500": PromptFormat(
         "MATH-500",
         "HuggingFaceH4/MATH-500, test.jsonl",
@@ -194,6 +198,7 @@ FORMATS: dict[str, PromptFormat] = {
         instruction=BOXED,
         note="problem, solution, answer, subject, level, unique_id; 500 rows",
     ),
+    # Some publishers write the answer only inside the solution, so a function finds it.
     "aime_2024": PromptFormat(
         "AIME 2024",
         "HuggingFaceH4/aime_2024 (also Maxwell-Jia/AIME_2024, math-ai/aime24)",
@@ -214,6 +219,7 @@ FORMATS: dict[str, PromptFormat] = {
         needed=_COMPETITION_NEEDED,
         note="30 rows; answers 0 to 999",
     ),
+    # Its own column of ids is only a number, which becomes hmmt_2025-1 and so on.
     "hmmt_2025": PromptFormat(
         "HMMT February 2025",
         "MathArena/hmmt_feb_2025, data/train-*.parquet",
@@ -224,6 +230,7 @@ FORMATS: dict[str, PromptFormat] = {
         needed=_COMPETITION_NEEDED,
         note="problem_idx, problem, answer (LaTeX), problem_type; 30 rows",
     ),
+    # The question and the tests are made of several columns.
     "livecodebench": PromptFormat(
         "LiveCodeBench",
         "livecodebench/code_generation_lite, test*.jsonl",

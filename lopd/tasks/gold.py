@@ -102,6 +102,7 @@ def task_for(prompt: Prompt, task: Task | None) -> object:
 
     It is the task that the user has named, or else the one of the prompt's domain.
     """
+    # Of another domain nothing is known, and None accepts every answer.
     if task is not None or prompt.domain not in _OF_DOMAIN:
         return task
     return get_task(prompt.domain, _OF_DOMAIN[prompt.domain])

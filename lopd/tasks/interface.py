@@ -74,6 +74,7 @@ class TaskOptions(BaseModel):
         except pydantic.ValidationError as error:
             # One mistake is enough here: options are few, and the next call shows the next one.
             first = error.errors()[0]
+            # Options are flat, so the first part of the location is the option.
             key = str(first["loc"][0])
             where = f"task.options.{key}"
             # Most mistakes are typing errors, so the nearest option is named.
@@ -111,6 +112,7 @@ def get_task(name: str, options: Mapping[str, Any]) -> Task:
         ConfigError: The name or an option is unknown, or an option is of the wrong type or out of
             bounds.
     """
+    # A user's own task must be entered there first.
     if name not in _TASKS:
         raise ConfigError(
             f"unknown task {name!r}", where="task.name", remedy=_nearest(name, _TASKS)

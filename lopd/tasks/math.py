@@ -32,6 +32,7 @@ class Math(FileTask):
 
     name: ClassVar[str] = "math"
 
+    # The limit is for answers such as 9^9^9^9, which no computer evaluates.
     limit_s: float = Field(
         default=3.0,
         gt=0,
@@ -43,6 +44,7 @@ class Math(FileTask):
         ),
     )
 
+    # Per worker, and there is one worker per CPU core.
     memory_mb: int = Field(
         default=2048,
         ge=512,
@@ -55,6 +57,7 @@ class Math(FileTask):
         description="An answer with more characters is wrong. It is not compared.",
     )
 
+    # Many models write no box unless the prompt asks for one.
     answer_line: bool = Field(
         default=True,
         description=(
@@ -85,10 +88,9 @@ class Math(FileTask):
             gold: The prompt's answer.
             found: The response's answer.
         """
-        # A fault of the prompt is told apart from a wrong answer: it is nobody's mistake but the
-        # data's.
         wrong = Verdict(False, "wrong answer", found)
         gold, several = _one_gold(gold)
+        # The prompt's fault, and not the response's: the two reasons are counted apart.
         if several or len(gold) > self.max_answer_chars:
             return Verdict(False, _UNREADABLE, found)
         # Most right answers end here, without a worker.
@@ -133,6 +135,7 @@ class Math(FileTask):
         expected = readable(gold)
         if expected is None:
             return f"digits stand side by side in {gold!r:.60} and form no number"
+        # Whole numbers are never given to a worker, so nothing can go wrong with them.
         if _INTEGER.fullmatch(expected):
             return ""
         # The worker reads the answer under the same limits as in a comparison. If it cannot, then
@@ -171,4 +174,5 @@ def _both_signs(answer: str) -> str:
         return answer
     upper = answer.replace("\\pm", "+").replace("\\mp", "-")
     lower = answer.replace("\\pm", "-").replace("\\mp", "+")
+    # Two answers with a comma between them are a set for math-verify.
     return f"{upper}, {lower}"

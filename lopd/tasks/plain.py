@@ -82,6 +82,7 @@ class Plain(FileTask):
             return last_box(part)
         if self.answer_in == "answer_line":
             return answer_line(part)
+        # White space at the end is part of most responses.
         whole = part.strip()
         if self.answer_in == "whole":
             return whole
@@ -90,4 +91,5 @@ class Plain(FileTask):
     def _plain(self, text: str) -> str:
         # Line breaks and tabs are white space too.
         one = " ".join(text.split())
+        # casefold() and not lower(): it also knows letters such as the German sharp s.
         return one.casefold() if self.ignore_case else one

@@ -142,6 +142,7 @@ def prepare(
     index = EvaluationIndex(ngram, min_coverage=min_coverage)
     for one in evaluation:
         index.add(str(one.file), read_prompts(one, ""))
+    # The filter works while the file is read, so that num_prompts counts only what is kept.
     filtered = _Filter(index if evaluation else None, None if task is None else get_task(task, {}))
     prompts, lengths = _read(chosen, tokenizer, filtered)
     counts = filtered.counts
@@ -175,6 +176,7 @@ def _read(
     chosen: PromptSet, tokenizer: Path | None, filtered: _Filter
 ) -> tuple[list[Prompt], list[int] | None]:
     """Return the prompts that are kept, and with a tokenizer their lengths in tokens."""
+    # An empty domain: the rows or the format name it, or the file stays without one.
     more: dict[str, Any] = {"leave_out": filtered.leave_out, "counts": filtered.counts}
     try:
         if tokenizer is None:
@@ -199,6 +201,7 @@ def shown(chosen: PromptSet, num_prompts: int, tokenizer: Path | None) -> Iterat
         tokenizer: A Hugging Face folder. With it the prompts are shown as the text that a model
             sees, otherwise as messages.
     """
+    # Only as many rows as are shown are read.
     for prompt in itertools.islice(read_candidates(chosen, "", ReadCounts()), num_prompts):
         answer = prompt.answer or "none"
         # Tests of a code problem may fill many screens.
@@ -239,8 +242,10 @@ def _inputs(
         about.append([one.model_dump(mode="json", exclude={"file"}), content])
     files: list[str | None] = []
     if tokenizer is not None:
+        # The files that decide how many tokens a prompt has.
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         files = [content_hash(tokenizer / name) for name in names]
+    # Without evaluation sets the n-grams decide nothing.
     return sha256_json([about, match if evaluation else None, files, task])
 
 
@@ -275,6 +280,7 @@ def _write(out: Path, prompts: Sequence[Prompt]) -> None:
 
     Tests of code problems are large, so the text of all lines is never held at once.
     """
+    # Beside the file, because a rename works only inside one file system.
     partial = out.with_name(f"{out.name}.partial")
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -285,6 +291,7 @@ def _write(out: Path, prompts: Sequence[Prompt]) -> None:
                     "prompt_id": prompt.prompt_id,
                     "messages": [dict(message) for message in prompt.messages],
                 }
+                # Our form has no empty fields: absent means absent.
                 if prompt.answer:
                     line["answer"] = prompt.answer
                 if prompt.domain:
@@ -297,6 +304,7 @@ def _write(out: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def _quantiles(lengths: Sequence[int]) -> dict[str, float]:
+    # The tail is what matters for the context length, hence 99% and the longest.
     values = np.quantile(np.asarray(lengths), [0.0, 0.5, 0.9, 0.99, 1.0])
     names = ("least", "0.5", "0.9", "0.99", "most")
     return {"mean": float(np.mean(lengths)), **dict(zip(names, values.tolist(), strict=True))}
@@ -345,6 +353,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         touched = about["num_evaluation_prompts_touched"]
         what = f"{about['num_left_out']:,} prompts share {about['ngram']} words"
         lines.append(f"{what} with {touched:,} evaluation prompts")
+        # The worst matches show best whether the copies are real.
         for match in about["matches"][:_MATCHES_ON_SCREEN]:
             share = f"{100 * match['coverage']:.0f}% of {match['evaluation_id']}"
             lines.append(f"    {match['prompt_id']} has {share}: {match['ngram']}")

@@ -55,10 +55,12 @@ def read_prompts(
     if prompt_set.file is not None:
         # An empty ReadCounts of the caller must be filled, so "or" would be wrong here.
         counts = counts if counts is not None else ReadCounts()
+        # The domain of rows that name none is the task's name.
         name = domain if isinstance(domain, str) else domain.name
         prompts = _read_file(prompt_set, name, need_answers, leave_out, counts)
         # Only an evaluation must verify; rollouts and demonstrations do without answers.
         if need_answers:
+            # Only the chosen prompts are checked, because the check may take a worker's time.
             refuse(domain, prompts, counts)
         return prompts
     # Without a task nobody can generate prompts.
@@ -130,6 +132,7 @@ def _read_file(
 
 def _left_out(counts: ReadCounts) -> str:
     """Return why rows are missing, as an addition to a message."""
+    # An empty set is most often the work of one of these reasons.
     told = [f"{number} {reason}" for reason, number in counts.left_out.items()]
     return f" ({counts.rows} rows, of which {', '.join(told)})" if told else ""
 
@@ -173,6 +176,8 @@ def load_prompts(
             limit=f"less than sglang.context_length, {context_length}",
             remedy="lower it: a response needs tokens too",
         )
+    # Without a limit of tokens a prompt that is too long is an error, and no reason to leave it
+    # out.
     if prompt_set.file is None or limit is None:
         prompts = read_prompts(
             prompt_set, task, need_answers=need_answers, leave_out=leave_out, counts=counts
@@ -224,6 +229,7 @@ def render(
         DataError: A prompt fills the context, the template refuses it, or it has a character that
             the tokenizer does not know. The message names the prompt.
     """
+    # For messages: the folder that the tokenizer came from.
     source = str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
     # Base models often have none. Without one the prompt would have no marks of roles.
     if not tokenizer.chat_template:

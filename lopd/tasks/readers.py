@@ -48,6 +48,7 @@ class ReadCounts:
     def leave_out(self, reason: str, prompt_id: str = "") -> None:
         """Count a prompt that is left out. A row that was not chosen has no prompt id yet."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
+        # Ids as examples, so that a user can look at such rows.
         examples = self.examples.setdefault(reason, [])
         if prompt_id and len(examples) < _EXAMPLES:
             examples.append(prompt_id)
@@ -157,6 +158,7 @@ class _RowReader:
             self.own_ids = True
         elif self.duplicates == "keep":
             self.own_ids = False
+        # Paths are parsed once, and not for every row.
         self.where = {
             key: (parse_path(key, "prompts.*.where"), wanted)
             for key, wanted in prompt_set.where.items()
@@ -235,7 +237,9 @@ class _RowReader:
         return Prompt(
             prompt_id=prompt_id,
             messages=_instructed(messages, self.instruction),
+            # Rows of mixed data sets name their own domain.
             domain=domain if isinstance(domain, str) else self.domain,
+            # An answer may be a number, a list or a date in its column.
             answer=None if is_no_answer(answer) else as_text(answer, row.where),
         )
 
@@ -250,6 +254,7 @@ class _RowReader:
                 return value
         # A path of the field map replaces the format's own function.
         if name in self.format.computed and name not in self.paths:
+            # For example the number behind #### in GSM8K's answers.
             value = self.format.computed[name](row.values)
             return MISSING if is_missing(value) else value
         return MISSING
@@ -283,6 +288,7 @@ class _RowReader:
 
 def _written(steps: Sequence[str | int]) -> str:
     """Return a path as users write it."""
+    # An index has no dot before it.
     parts = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps]
     return "".join(parts).removeprefix(".")
 
@@ -353,6 +359,7 @@ def _matches(value: Any, wanted: Any) -> bool:
     value = _comparable(value)
     wanted = _comparable(wanted)
     if isinstance(wanted, Mapping):
+        # A nested condition is written with a path (a.b = 1) and not with a table.
         if not wanted or not set(wanted) <= {"min", "max"}:
             raise ConfigError(
                 f"{dict(wanted)!r:.80}",
@@ -381,5 +388,6 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, bytes):
+        # Only compared with a condition, so bytes that are no text may become anything.
         return value.decode(errors="replace")
     return float(value) if isinstance(value, Decimal) else value

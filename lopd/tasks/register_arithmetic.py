@@ -26,6 +26,7 @@ from lopd.errors import ConfigError
 from lopd.records import Prompt
 from lopd.tasks.interface import TaskOptions
 
+# A partition for each value of a byte of the hash.
 NUM_PARTITIONS = 256
 END = "<|im_end|>"
 # The number of problems that are drawn at a time. It is fixed, so that a longer set begins with the
@@ -97,6 +98,7 @@ class RegisterArithmetic(TaskOptions):
         Raises:
             ConfigError: The seed is beyond the partitions, or there are fewer problems.
         """
+        # Two seeds in one partition would share prompts.
         if not 0 <= seed < NUM_PARTITIONS:
             remedy = "choose another seed: each has its own prompts"
             raise ConfigError(
@@ -156,6 +158,7 @@ class RegisterArithmetic(TaskOptions):
 
     def to_prompt(self, problem: Problem) -> Prompt:
         """Return the prompt of a problem: one message of the user, for example ``81+06=?``."""
+        # "=?" marks the end of the problem for a model that reads characters.
         message = {"role": "user", "content": f"{problem.text}=?"}
         return Prompt(
             prompt_id=f"reg-{problem.text}",
@@ -271,4 +274,5 @@ def partition(
         hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + operation
     hashed = (hashed ^ (hashed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashed = (hashed ^ (hashed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    # The highest byte, because it depends on all bits below it.
     return (hashed >> np.uint64(56)).astype(np.uint8)

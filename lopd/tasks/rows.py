@@ -63,6 +63,7 @@ def files_of(path: Path) -> list[Path]:
             files = path.rglob(f"*{suffix}")
             found[suffix] = sorted(file for file in files if _is_data(file, path))
     except OSError as error:
+        # A folder inside may be forbidden, or a file of the kernel's that cannot be listed.
         raise DataError(
             f"cannot be read ({error.strerror})",
             where=str(error.filename or path),
@@ -151,6 +152,7 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
         # A line ends at \n alone: text in JSON may hold other separators of lines.
         with file.open(encoding="utf-8-sig", newline="\n") as handle:
             for number, line in enumerate(handle, start=1):
+                # Many files end with an empty line.
                 if line.strip():
                     yield Row(_parse(line, f"{file}:{number}"), file, number)
     except FileNotFoundError:
@@ -201,14 +203,15 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
         with pq.ParquetFile(file) as table:
             # Columns that the file lacks are no mistake here: a format names alternatives.
             chosen = [name for name in table.schema_arrow.names if not columns or name in columns]
+            # In order, and only one batch in memory.
             for batch in table.iter_batches(_BATCH, columns=chosen):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, file, number)
     except FileNotFoundError:
         raise _absent(file) from None
-    # Arrow's messages have many lines, of which the first says what is wrong.
     except (pa.ArrowException, OSError) as error:
+        # Arrow's messages have many lines, of which the first says what is wrong.
         raise DataError(
             f"cannot be read as Parquet ({str(error).splitlines()[0]})",
             where=str(file),

@@ -78,6 +78,7 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
             found.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
+    # Without one every response would run to its limit.
     if not found:
         remedy = "add eos_token_id to generation_config.json, or eos_token to tokenizer_config.json"
         raise DataError("no token ends a response", where=str(folder), remedy=remedy)

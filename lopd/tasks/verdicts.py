@@ -67,6 +67,7 @@ def judge_all(
     if not isinstance(task, Judge):
         for prompt, text, finish_reason in responses:
             right = task.verify(prompt, text, finish_reason)
+            # Such a task gives no reason, so all wrong responses have the same one.
             yield RIGHT if right else Verdict(False, "wrong answer")
         return
     judge = task.judge

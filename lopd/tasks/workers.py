@@ -75,6 +75,8 @@ class _Worker:
         try:
             self._answer(_START_S)
         except (WorkerTimeoutError, WorkerDiedError):
+            # Its own message goes to stderr, which is closed here: the remedy runs the module by
+            # hand.
             code = self.kill()
             raise DataError(
                 f"a verifier's worker did not start (exit code {code})",
@@ -109,6 +111,7 @@ class _Worker:
                     raise WorkerTimeoutError
                 raise WorkerDiedError
             self._pending += read
+        # A worker answers one job at a time, so nothing can be left behind the line.
         line, _, self._pending = self._pending.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -117,6 +120,7 @@ class _Worker:
         """Kill the worker's own process group, and return the exit code."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        # Always waited for, or a dead child would stay as a zombie.
         code = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
@@ -172,6 +176,7 @@ class WorkerPool:
     def close(self) -> None:
         """End the workers that are idle."""
         workers = []
+        # Workers that are busy are not in the queue. They end with this process.
         with contextlib.suppress(queue.Empty):
             while True:
                 workers.append(self._free.get_nowait())
