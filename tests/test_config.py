@@ -117,6 +117,12 @@ def test_every_knob_says_what_it_means() -> None:
         key for key, field in known_keys().items() if not field.description and key not in sections
     ]
     assert silent == []
+    unfinished = [
+        key
+        for key, field in known_keys().items()
+        if field.description and not field.description.endswith(".")
+    ]
+    assert unfinished == [], "a whole sentence each"
 
 
 def test_speed_knobs_do_not_decide_results(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class ModelsSection(Section):
         ),
     )
 
-    # The key exists to be refused with a reason: other programs have it with the default true.
+    # The key exists to be refused with a reason: recipes of other programs often set it to true.
     trust_remote_code: Literal[False] = Field(
         default=False,
         description="Code that is part of a checkpoint is never run. The only value is false.",

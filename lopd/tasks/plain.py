@@ -1,6 +1,4 @@
-"""The task ``plain``: the answer of a response is one of the
-prompt's answers, letter by letter.
-"""
+"""The task ``plain``: a response is right if it is an answer of the prompt, letter by letter."""
 
 from __future__ import annotations
 
