@@ -73,7 +73,7 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
         (
             "sync.host=localhost",
-            'sync.host = "localhost" is no IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one',
+            'sync.host = "localhost" is not an IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one',
         ),
         (
             "sync.delta=true",

@@ -286,9 +286,10 @@ class SyncSection(Section):
     running_requests: Literal["finish", "pause", "keep", "abort"] | None = Field(
         default=None,
         description=(
-            "finish: running requests end on the old weights; pause: they continue, with keys and "
-            "values computed again; keep: they continue with the old keys and values; abort: they "
-            "are ended and sent again. If absent: finish for disk, pause for the others."
+            "What happens to running requests at a sync. finish: they end on the old weights; "
+            "pause: they continue, with keys and values computed again; keep: they continue with "
+            "the old keys and values; abort: they are ended and sent again. "
+            "If absent: finish for disk, pause for the others."
         ),
         json_schema_extra=SPEED_ONLY,
     )
@@ -381,7 +382,7 @@ def _require_address(host: str) -> None:
         is_address = False
     if not is_address:
         raise Contradiction(
-            f'host = "{host}" is no IPv4 address',
+            f'host = "{host}" is not an IPv4 address',
             limit="an IPv4 address of this machine, or auto",
             remedy='name one, or set sync.host = "auto"',
         )

@@ -270,23 +270,21 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
     if kind == "model_type":
         remedy = f"set its keys one by one, for example {key}.{_children(key)[0]}"
         return ConfigError(
-            f"{key} = {value} is no section", where=where, limit=meaning, remedy=remedy
+            f"{key} = {value} is not a section", where=where, limit=meaning, remedy=remedy
         )
+    remedy = f"change it ({meaning})"
+    # A validator of one knob says what the value is ("an empty path"), not what is right.
+    if kind == "value_error":
+        what = f"{key} = {value} is not allowed: it is {context['error']}"
+        return ConfigError(what, where=where, remedy=remedy)
     if kind in _BOUNDS:
         sign, bound = _BOUNDS[kind]
         limit = f"{sign} {context[bound]:g}"
     else:
         # "expected" lists the choices of a Literal. TOML writes false in small letters.
-        told = context.get("expected") or context.get("error") or problem["msg"]
-        limit = _NEEDED.get(kind) or str(told).replace("False", "false")
-    # A validator says what is wrong ("an empty path"), not what is right.
-    refused = "is not allowed" if kind == "value_error" else ""
-    return ConfigError(
-        f"{key} = {value} {refused}".rstrip(),
-        where=where,
-        limit=f"not {limit}" if refused else limit,
-        remedy=f"change it ({meaning})",
-    )
+        told = str(context.get("expected") or context.get("error") or problem["msg"])
+        limit = _NEEDED.get(kind) or told.replace("False", "false")
+    return ConfigError(f"{key} = {value}", where=where, limit=limit, remedy=remedy)
 
 
 def _shown(value: Any) -> str:

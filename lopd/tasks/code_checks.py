@@ -68,7 +68,7 @@ def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> C
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         # The last two come from text that is nested too deeply for the parser.
-        raise UnusableTextError(f"the tests' text is no Python ({error})") from None
+        raise UnusableTextError(f"the tests' text is not Python ({error})") from None
     try:
         return _check(tree, entry_point, packages)
     except RecursionError:

@@ -105,7 +105,7 @@ def read_tests(gold: str, packages: bool = False) -> Tests:
     if isinstance(about, list):
         about = {"tests": about}
     if not isinstance(about, dict) or not about:
-        raise _unreadable(f"{gold[:60]!r} is no test")
+        raise _unreadable(f"{gold[:60]!r} is not a test")
     # APPS has all of it as text in one column, sometimes once more inside that.
     while "input_output" in about:
         inner = _opened(about.pop("input_output"))
@@ -113,7 +113,7 @@ def read_tests(gold: str, packages: bool = False) -> Tests:
     # Some data sets hold problems in several languages.
     language = str(about.get("language") or "python").lower()
     if not language.startswith("py"):
-        raise _unreadable(f"programs in {language}, and only Python is run")
+        raise _unreadable(f"they are for programs in {language}, and only Python is run")
     # These columns hold cases in most data sets, and statements in some.
     for name in ("tests", "test_cases"):
         if _is_text(_opened(about.get(name))):
@@ -168,7 +168,7 @@ def _cases(about: Mapping[str, Any]) -> Tests:
     if "stdin" in kinds:
         raise _unreadable("some tests read input, and some call a function")
     if not function:
-        raise _unreadable("calls without a function's name")
+        raise _unreadable("they call a function, and nothing names it")
     arguments = [_arguments(case["input"]) for case in opened]
     readings = _readings([case["output"] for case in opened], [case["input"] for case in opened])
     # From one list per reading to one tuple of readings per test.
@@ -189,11 +189,11 @@ def _case_rows(about: Mapping[str, Any]) -> list[dict[str, Any]]:
             found = _paired(found.get("input"), found.get("output"))
         cases += found if isinstance(found, list) else []
     if not cases:
-        raise _unreadable("no test")
+        raise _unreadable("there is no test")
     opened = [_opened(case) for case in cases]
     for case in opened:
         if not isinstance(case, dict) or "input" not in case or "output" not in case:
-            raise _unreadable("a test without input or output")
+            raise _unreadable("a test has no input or no output")
     return opened
 
 
@@ -208,7 +208,7 @@ def _paired(inputs: Any, outputs: Any) -> list[dict[str, Any]]:
     inputs = _opened(inputs)
     outputs = _opened(outputs)
     if not isinstance(inputs, list) or not isinstance(outputs, list):
-        raise _unreadable("inputs or outputs that are no list")
+        raise _unreadable("the inputs or the outputs are not a list")
     if len(inputs) != len(outputs):
         raise _unreadable(f"{len(inputs)} inputs and {len(outputs)} outputs")
     pairs = zip(inputs, outputs, strict=True)
@@ -224,13 +224,13 @@ def _kind(case: Mapping[str, Any], function: str) -> str:
         return "stdin"
     if str(told).lower() in _CALL:
         return "call"
-    raise _unreadable(f"a test of the type {told!r:.40}")
+    raise _unreadable(f"a test has the unknown type {told!r:.40}")
 
 
 def _stdin(case: Mapping[str, Any]) -> Test:
     # Without an expected output any program would pass.
     if case["output"] is None:
-        raise _unreadable("a test without an expected output")
+        raise _unreadable("a test has no expected output")
     return Test("stdin", _lines(case["input"]), _lines(case["output"]))
 
 
@@ -249,7 +249,7 @@ def _arguments(given: Any) -> list[Any]:
         # LeetCode's form: one argument per line, in JSON.
         given = [_value(line, strict=True) for line in lines]
     if not isinstance(given, list):
-        raise _unreadable("a call without a list of arguments")
+        raise _unreadable("a call has no list of arguments")
     return [_plain(one) for one in given]
 
 
@@ -310,7 +310,7 @@ def _value(text: Any, *, strict: bool = False) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     if strict:
-        raise _unreadable(f"an argument that is neither JSON nor Python ({text[:40]!r})")
+        raise _unreadable(f"an argument is neither JSON nor Python ({text[:40]!r})")
     return text
 
 
@@ -320,7 +320,9 @@ def _plain(value: Any) -> Any:
         # The same way that results take in the sandbox, so both sides change alike.
         return json.loads(json.dumps(value, default=listed))
     except (TypeError, ValueError):
-        raise _unreadable(f"a value of the type {type(value).__name__}") from None
+        raise _unreadable(
+            f"a value has the type {type(value).__name__}, which JSON does not have"
+        ) from None
 
 
 def listed(value: Any) -> list[Any]:
@@ -388,10 +390,12 @@ def _unpacked(value: Any) -> Any:
         content = unpacker.decompress(base64.b64decode(opened, validate=True), _UNPACKED_MAX)
         # The limit was reached and something is left: no data set has tests of this size.
         if unpacker.unconsumed_tail:
-            raise _unreadable(f"packed tests of more than {_UNPACKED_MAX >> 20} MiB")
+            raise _unreadable(
+                f"they have more than {_UNPACKED_MAX >> 20} MiB when they are unpacked"
+            )
         return json.loads(_only_string(content))
     except (ValueError, zlib.error) as error:
-        raise _unreadable(f"tests that cannot be unpacked ({error})") from None
+        raise _unreadable(f"they cannot be unpacked ({error})") from None
 
 
 def _only_string(content: bytes) -> str:

@@ -15,7 +15,7 @@ from lopd.tasks.verdicts import num_cores
 
 # The number of rows that one message names.
 _SHOWN = 5
-REMEDY = "mend this answer, choose another column with prompts.*.fields, or leave the row out"
+REMEDY = "correct this answer, choose another column with prompts.*.fields, or leave the row out"
 # The options of the task that judges prompts of a domain, if the user names no task. Tests of code
 # may import packages here: whether they can is known only when the run's options are.
 _OF_DOMAIN: dict[str, dict[str, Any]] = {"math": {}, "code": {"packages": True}}

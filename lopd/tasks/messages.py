@@ -53,7 +53,11 @@ def parsed_messages(text: str, where: str, remedy: str) -> Any:
         return text
     # Nobody asks a question that begins like this. To take it for one would train on broken text.
     if start.replace(" ", "").startswith(('[{"role"', '[{"from"', "[{'role'", "[{'from'")):
-        raise DataError("messages as text that cannot be read", where=where, remedy=remedy)
+        raise DataError(
+            "the messages are text that cannot be read as JSON or as a Python list",
+            where=where,
+            remedy=remedy,
+        )
     return text
 
 
@@ -102,5 +106,5 @@ def refusal_of(role: Any, content: Any) -> str:
         kinds = [type(content).__name__]
         if isinstance(content, list):
             kinds = [str(part.get("type")) for part in content if isinstance(part, dict)]
-        return f"its content is no text ({', '.join(kinds):.60})"
+        return f"its content is not text ({', '.join(kinds):.60})"
     return ""

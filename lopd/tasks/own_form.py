@@ -98,7 +98,7 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
     # The template would add a second answer behind the one that is there.
     if messages[-1]["role"] == "assistant":
         raise DataError(
-            "the last message is the assistant's: nothing is left to answer",
+            "the last message is the assistant's, so there is nothing to answer",
             where=where,
             remedy="end with the user's message",
         )

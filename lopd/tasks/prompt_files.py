@@ -268,9 +268,9 @@ def _standing(out: Path, report_path: Path) -> dict[str, Any] | None:
         ours = False
     if not ours:
         raise DataError(
-            "is there already, and is not as lopd prompts has left it",
+            "the file exists, and it is not as lopd prompts has written it",
             where=str(out),
-            remedy="give another --out, or remove it",
+            remedy="give another --out, or remove the file",
         )
     return report
 

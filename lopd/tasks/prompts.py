@@ -256,7 +256,7 @@ def render(
             raise DataError(
                 f"prompt {prompt.prompt_id!r} cannot be rendered ({error})",
                 where=source,
-                remedy="mend or remove this prompt",
+                remedy="correct or remove this prompt",
             ) from error
         # Equal is too long as well, because the response needs one token at least.
         if len(ids) >= context_length:

@@ -78,7 +78,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
         # A line of JSONL may hold anything.
         if not isinstance(row.values, dict):
             raise DataError(
-                f"a JSON object is needed, found {type(row.values).__name__}",
+                f"a JSON object is needed, but the row is a {type(row.values).__name__}",
                 where=row.where,
                 remedy=reader.remedy,
             )
@@ -180,8 +180,8 @@ class _RowReader:
                 raise ConfigError(
                     f"{name} = {path!r:.60}",
                     where="prompts.*.fields",
-                    limit=f"names {', '.join(FIELDS)}; paths as text",
-                    remedy="mend the field map",
+                    limit=f"the names {', '.join(FIELDS)}, each with a path in quotes",
+                    remedy="correct the names and paths in prompts.*.fields",
                 )
             paths[name] = [parse_path(path, f"prompts.*.fields.{name}")]
         # Messages stand above a question. If the user names only one of the two, the format's other
@@ -192,7 +192,7 @@ class _RowReader:
             paths.pop("question", None)
         if not {"question", "messages"} & {*paths, *self.format.computed}:
             raise ConfigError(
-                f"format {self.name}: no column of questions is named",
+                f"format {self.name}: nothing says which column has the questions",
                 where="prompts.*.fields",
                 remedy=(
                     'give prompts.*.fields = { question = "column" } '
@@ -299,7 +299,7 @@ def _instruction(given: str | None, default: str) -> str:
     if "{question}" not in text:
         remedy = f"write the text with {{question}} in it, or one of {', '.join(INSTRUCTIONS)}"
         raise ConfigError(
-            f"{given!r:.80} has no place for the question",
+            f"{given!r:.80} does not contain {{question}}",
             where="prompts.*.instruction",
             remedy=remedy,
         )
@@ -365,7 +365,7 @@ def _matches(value: Any, wanted: Any) -> bool:
                 f"{dict(wanted)!r:.80}",
                 where="prompts.*.where",
                 limit="{ min = ..., max = ... }",
-                remedy="mend the choice of rows",
+                remedy="correct the conditions in prompts.*.where",
             )
         bounds = {name: _comparable(bound) for name, bound in wanted.items()}
         # Text and numbers have no common order, so such a row is not chosen.

@@ -109,7 +109,7 @@ class RegisterArithmetic(TaskOptions):
             )
         if num > _MAX_PROBLEMS:
             raise ConfigError(
-                f"{num} prompts asked for",
+                f"{num} prompts were asked for",
                 where=f"task {self.name}",
                 limit=f"{_MAX_PROBLEMS:,}",
                 remedy="ask for fewer",
@@ -130,7 +130,7 @@ class RegisterArithmetic(TaskOptions):
                 break
         remedy = "ask for fewer prompts, or give task.options.num_operations a larger value"
         raise ConfigError(
-            f"{num} prompts asked for, seed {seed} has only {len(problems)}",
+            f"{num} prompts were asked for, but seed {seed} has only {len(problems)}",
             where=f"task {self.name}",
             remedy=remedy,
         )

@@ -83,7 +83,7 @@ def files_of(path: Path) -> list[Path]:
     # Often the same data twice, in two forms.
     if len(kinds) > 1:
         raise DataError(
-            f"files of several kinds in this folder ({', '.join(kinds)})",
+            f"this folder has files of several kinds ({', '.join(kinds)})",
             where=str(path),
             remedy="give one file, or a folder with one kind",
         )
@@ -171,7 +171,7 @@ def _parse(line: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         # A RecursionError means thousands of nested brackets.
         raise DataError(
-            f"not valid JSON ({error})", where=where, remedy="one JSON object a line"
+            f"not valid JSON ({error})", where=where, remedy="write one JSON object per line"
         ) from None
 
 
@@ -251,7 +251,7 @@ def parse_path(path: str, where: str) -> list[str | int]:
     # The loop stops early at a character that no step begins with.
     if position < len(path) or not steps or path.endswith("."):
         raise ConfigError(
-            f"{path!r:.80} is no path to a column",
+            f"{path!r:.80} is not a path to a column",
             where=where,
             remedy="write for example answer, reward_model.ground_truth, prompt[0].content",
         )

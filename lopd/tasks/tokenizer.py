@@ -32,7 +32,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"no {' and no '.join(missing)}",
+            f"no {' and no '.join(missing)} in this folder",
             where=str(folder),
             remedy="give a Hugging Face folder with a fast tokenizer",
         )
