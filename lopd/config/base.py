@@ -33,6 +33,7 @@ def _usable_path(value: Any) -> Any:
         if str(value).startswith(PREFIX):
             return local_path(str(value))
         try:
+            # "~" is the user's folder, as in a shell.
             return Path(value).expanduser()
         except RuntimeError:
             raise ValueError("a path of an unknown user") from None
@@ -56,6 +57,8 @@ class Contradiction(ValueError):
 
     def __init__(self, what: str, *, limit: str, remedy: str) -> None:
         super().__init__(f"{what}: {limit}")
+        # The three parts are kept apart, because loading.py puts the section's name before the
+        # first.
         self.what = what
         self.limit = limit
         self.remedy = remedy

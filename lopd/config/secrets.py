@@ -58,6 +58,7 @@ def scrubbed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def holds_secret(arguments: Mapping[str, Any]) -> bool:
     """Return whether ``scrubbed`` would hide something."""
+    # Arguments that hide nothing come back equal.
     return scrubbed(arguments) != dict(arguments)
 
 
@@ -93,4 +94,5 @@ def _within_text(text: str) -> str:
             hidden = _within(value)
             # Spaces and the order of keys stay as the user wrote them if nothing is hidden.
             return text if hidden == value else json.dumps(hidden)
+    # Only the part before "@" is hidden, so that the machine stays readable.
     return _USER_IN_URL.sub(HIDDEN, text)

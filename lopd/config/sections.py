@@ -24,7 +24,7 @@ from lopd.config.training import SftSection
 class Config(Section):
     """All tables, in the order of the pipeline. Four of them have keys that must be given."""
 
-    # What goes in.
+    # What goes in. These have no defaults: every run has its own.
     run: RunSection
     models: ModelsSection
     task: TaskSection

@@ -96,6 +96,8 @@ def bootstrap_interval(
     """
     # A generator of its own: the interval must not depend on what else draws random numbers.
     rng = np.random.default_rng(seed)
+    # The unit that is drawn is a problem, with all its samples: they are not independent of each
+    # other.
     means = np.empty(resamples)
     # One block of resamples at a time: all of them together need gigabytes for many problems.
     block = max(1, _BLOCK_NUMBERS // max(1, len(values)))

@@ -149,6 +149,7 @@ def program_of(text: str, names: Collection[str] = ()) -> str | None:
     # response broke off inside its program.
     if not blocks and closed:
         blocks = [one for one in _indented(text) if one.stands_alone]
+    # Names that no block defines are the tests' own business, for example helpers of theirs.
     wanted = {name for name in names if any(block.defines(name) for block in blocks)}
     defining = [block for block in blocks if all(block.defines(name) for name in wanted)]
     # The last one, because models first sketch and then correct.

@@ -87,6 +87,7 @@ def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
     # Without calls the assertions must stand on the top level, or in functions that run from there.
     if not calls and not _asserts(body, functions):
         raise UnusableTextError(_UNUSED)
+    # As text again, because the sandbox compiles it in another process.
     code = ast.unparse(ast.Module([*body, *ast.parse("\n".join(calls)).body], []))
     # With an entry point the program must have it. Otherwise what the tests call by a bare name
     # must come from the program.

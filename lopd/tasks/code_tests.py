@@ -103,6 +103,7 @@ def read_tests(gold: str, packages: bool = False) -> Tests:
     if isinstance(about, list) and about and all(isinstance(one, str) for one in about):
         return _statements({"assertions": about}, packages)
     if isinstance(about, list):
+        # A list of objects is the cases alone.
         about = {"tests": about}
     if not isinstance(about, dict) or not about:
         raise _unreadable(f"{gold[:60]!r} is not a test")
@@ -166,6 +167,7 @@ def _cases(about: Mapping[str, Any]) -> Tests:
     if "call" not in kinds:
         return Tests(tuple(_stdin(case) for case in opened))
     if "stdin" in kinds:
+        # The two kinds would need two programs.
         raise _unreadable("some tests read input, and some call a function")
     if not function:
         raise _unreadable("they call a function, and nothing names it")
@@ -181,6 +183,7 @@ def _case_rows(about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the cases of all columns, each with the keys input and output."""
     cases: list[Any] = []
     if "inputs" in about:
+        # APPS and TACO: two columns of equal length.
         cases += _paired(about["inputs"], about.get("outputs"))
     for name in _CASES:
         found = _unpacked(about.get(name))
@@ -237,6 +240,7 @@ def _stdin(case: Mapping[str, Any]) -> Test:
 def _lines(value: Any) -> str:
     """Return the text of a list of lines. A line is text, a number or a list of words."""
     if isinstance(value, list):
+        # A line of words is written with one space between them, as programs read it.
         lines = [line if isinstance(line, list) else [line] for line in value]
         return "\n".join(" ".join(map(str, line)) for line in lines)
     return "" if value is None else str(value)

@@ -104,6 +104,7 @@ class EvaluationIndex:
         frequency = Counter(gram for grams in grams_of for gram in grams)
         limit = max(_COMMON_LEAST, _COMMON * len(prompts))
         common = {gram for gram, count in frequency.items() if count > limit}
+        # Sorted, because the order of a set differs from run to run.
         self.boilerplate += sorted(" ".join(gram) for gram in common)
         for prompt, grams in zip(prompts, grams_of, strict=True):
             # If all n-grams of a prompt are boilerplate, nothing is left by which it could be

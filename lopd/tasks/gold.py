@@ -88,6 +88,7 @@ def refuse(task: object, prompts: Sequence[Prompt], counts: ReadCounts) -> None:
     found = list(faults_of(task, prompts, counts))
     if not found:
         return
+    # One message for all: the user corrects a data set, and not one row.
     first = found[0]
     named = f"the answer of prompt {first.prompt_id!r} (field {first.field})"
     what = f"{named} cannot be used: {first.what}"

@@ -20,6 +20,7 @@ def main() -> None:
     With ``"gold_only": true`` the job only finds out whether ``gold`` can be read; the reply is
     then ``{}``.
     """
+    # math-verify logs every text that it cannot parse.
     logging.disable(logging.CRITICAL)
     # These take seconds. Only a worker imports them.
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -55,6 +56,7 @@ def main() -> None:
         answer = parse(f"\\boxed{{{job['answer']}}}", in_box, parsing_timeout=None)
         if not answer:
             return {"failed": "parse"}
+        # math-verify first, then what it accepts too easily.
         right = equal(gold, answer)
         if right and isinstance(answer[0], Eq) and not answer[0].lhs.free_symbols:
             # math-verify looks only at the right side of an equation. Without this, 205=204 would

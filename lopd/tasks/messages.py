@@ -37,6 +37,7 @@ def parsed_messages(text: str, where: str, remedy: str) -> Any:
     Raises:
         DataError: The text begins like a list of messages and cannot be read.
     """
+    # Most columns are plain questions and end here.
     start = text.lstrip()
     if not start.startswith(("[", "{")):
         return text

@@ -68,9 +68,11 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
         DataError: See lopd.tasks.prompts.read_prompts.
         ConfigError: The fields, the choice of rows or the instruction of the set are impossible.
     """
+    # Mistakes in the settings are found before the first row is read.
     reader = _RowReader(prompt_set, domain)
     assert prompt_set.file is not None
     places = counts.places
+    # For messages about an answer, which are written after the reading.
     counts.answer_field = reader.answer_field
     # How often each question was read. Hashes: a data set may have millions of long questions.
     questions: dict[bytes, int] = {}

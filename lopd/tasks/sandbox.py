@@ -160,6 +160,7 @@ def run(
     """
     limits = limits or Limits()
     held = protections_used or protections()
+    # A copy, because the list is cached.
     readonly = list(readonly_folders())
     if packages and sys.prefix not in readonly:
         readonly.append(sys.prefix)
@@ -380,6 +381,7 @@ def _try(candidate: Protections) -> str:
             server.bind(("127.0.0.1", 0))
             server.listen(1)
             port = server.getsockname()[1]
+            # The program has no arguments and no variables, so the values are written into it.
             code = _PROBE.replace("PORT", str(port)).replace("SECRET", repr(str(secret)))
             # A mode that sets itself up without an error may still protect from nothing, for
             # example inside another container. Only an attempt tells.
@@ -390,6 +392,7 @@ def _try(candidate: Protections) -> str:
                 protections_used=candidate,
             )
     except OSError as error:
+        # The reason is part of a longer line.
         return str(error).replace("the sandbox could not be set up: ", "")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

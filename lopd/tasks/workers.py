@@ -110,6 +110,7 @@ class _Worker:
                 if self._process.wait(10) in (-signal.SIGPROF, -signal.SIGALRM, -signal.SIGXCPU):
                     raise WorkerTimeoutError
                 raise WorkerDiedError
+            # A reply longer than the pipe comes in several parts.
             self._pending += read
         # A worker answers one job at a time, so nothing can be left behind the line.
         line, _, self._pending = self._pending.partition(b"\n")
@@ -150,6 +151,7 @@ class WorkerPool:
         self._free: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(size or num_cores()):
             self._free.put(None)
+        # Idle workers would end by themselves, but later than this process.
         atexit.register(self.close)
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,6 +201,7 @@ def serve(compute: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
     Args:
         compute: Returns the reply to one job. Both are JSON objects.
     """
+    # The limits come as an argument: they must hold before the first line is read.
     settings = json.loads(sys.argv[1])
     warnings.simplefilter("ignore")
     memory = settings["memory_mb"] * 2**20
