@@ -33,6 +33,7 @@ from lopd.verbs.prompts import app as prompts_app
 
 app = typer.Typer(
     name="lopd",
+    # The first line is all that a list of programs shows. The rest says what the three parts do.
     help=(
         "Distil a large reasoning teacher into a student by Lightning OPD.\n\n"
         "SGLang samples the responses, and the teacher scores each response token once. "
@@ -43,7 +44,9 @@ app = typer.Typer(
         "First steps:  lopd check CONFIG,  then  lopd run CONFIG.   "
         "An example: examples/tiny_moe.toml.   Every knob: lopd knobs"
     ),
+    # `lopd` alone shows the help too (see _options), so it needs no verb.
     invoke_without_command=True,
+    # typer's two options for completion would change files of the user's shell.
     add_completion=False,
     # Our own error lines replace typer's boxes and tracebacks (see main).
     pretty_exceptions_enable=False,
@@ -114,6 +117,7 @@ _STAGE_DATA = {
 def _add_stage(name: str, summary: str) -> None:
     """Add the verb that runs one stage alone."""
 
+    # typer reads the parameters of this function as the arguments of the verb.
     def verb(config: ConfigFile, overrides: Overrides = None) -> None:
         run_stages(load_config(config, overrides or []), stage=name)
 
@@ -126,6 +130,7 @@ def _add_stage(name: str, summary: str) -> None:
         "depends on has changed. After a kill, the same command continues."
     )
     epilog = f"Example:  lopd {name} examples/tiny_moe.toml   Its knobs:  lopd knobs {name}"
+    # Stages that several machines can share get one more option here.
     app.command(name=name, epilog=epilog)(with_place(name, verb))
 
 
@@ -170,6 +175,8 @@ def status(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fa
     Reads CONFIG and the manifests in run.dir. The command starts nothing and changes nothing.
     """
     loaded = load_config(config, overrides or [])
+    # Imports of the verbs stand below load_config: a mistake in the TOML file is said at once,
+    # before anything heavy is imported.
     from lopd import pipeline
     from lopd.report.overview import status_table
 
@@ -222,11 +229,13 @@ def knobs(
     """
     from lopd.report.overview import knob_lines
 
+    # A prefix, not a pattern: distill.optimizer shows the knobs of one table.
     chosen = {key: field for key, field in known_keys().items() if key.startswith(prefix)}
     if not chosen:
         raise ConfigError(
             f"no knob starts with {prefix!r:.80}",
             where="lopd knobs",
+            # A mistyped key is the usual reason, so the line ends with what was probably meant.
             remedy=f"the nearest known key is {nearest_key(prefix)}",
         )
     for line in knob_lines(chosen):
@@ -290,6 +299,7 @@ _CIRCUMSTANCES = frozenset(
 def _explain_usage(error: Any) -> LopdError:
     """Return click's usage error as one line with a remedy. click itself would draw a box."""
     command = error.ctx.command_path if error.ctx is not None else "lopd"
+    # click writes a sentence. Our error lines are clauses without a full stop.
     what = error.format_message().rstrip(".")
     remedy = f"see: {command} --help"
     option = (getattr(error, "option_name", None) or "").lstrip("-")
@@ -303,6 +313,7 @@ def _explain_usage(error: Any) -> LopdError:
 
 
 def _fail(error: LopdError) -> NoReturn:
+    # rich takes a while to import, and most calls end without an error.
     from lopd.report.console import show_error
 
     show_error(error)
@@ -334,12 +345,14 @@ def main() -> None:
     """
     _prepare_process()
     try:
+        # Without its standalone mode, click raises its errors instead of printing them in a box.
         sys.exit(app(standalone_mode=False))
     except LopdError as error:
         _fail(error)
     except _USAGE_ERROR as error:
         _fail(_explain_usage(error))
     except OSError as error:
+        # A bug of ours must not look like a full disk, or nobody would report it.
         if error.errno not in _CIRCUMSTANCES:
             raise
         what = error.strerror or type(error).__name__

@@ -79,6 +79,7 @@ def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Findi
     Yields:
         The name of the check, and a finding.
     """
+    # Of a check it matters only whether one of these stages needs it.
     stages = {stage}
     # A refresh samples and scores as these two stages do.
     if stage == "distill" and config.distill.refresh.is_on:
@@ -131,9 +132,11 @@ def check_all(config: Config, stage: str | None = None) -> None:
     Raises:
         LopdError: The first problem. It says how many more there are.
     """
+    # All checks run even after a problem, so that the number of problems is right.
     problems = [finding for _, finding in check(config, stage) if isinstance(finding, LopdError)]
     if not problems:
         return
+    # The first problem is often the cause of the others, so it alone is shown in full.
     first = problems[0]
     more = f" (and {len(problems) - 1} more: lopd check tells all)" if len(problems) > 1 else ""
     # The same class, so that callers can still tell a ConfigError from a ConsistencyError.

@@ -56,6 +56,7 @@ def _stage_sampling_problems(config: Config, stage: str) -> Iterator[ConfigError
             limit=f"sglang.context_length = {length}: no response is ever so long",
             remedy=f"lower {stage}.max_new_tokens, or raise sglang.context_length",
         )
+    # Deterministic sampling derives each token from the seed of its request.
     if section.min_p > 0 and config.sglang.deterministic:
         yield ConfigError(
             f"{stage}.min_p = {section.min_p} with sglang.deterministic: "
@@ -111,6 +112,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
     """
     settings = config.sync
     no_colocation = "set sync.colocate=false"
+    # Taking turns with nobody would cost time in every step and save nothing.
     if settings.colocate and not serves_beside(config):
         yield ConfigError(
             "sync.colocate = true, and no server lives beside the training",
@@ -120,6 +122,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
         )
     yield from colocation_problems(config, on_gpu=on_gpu)
     for name in _SHARED_BUFFERS:
+        # Such buffers are registered with NCCL or owned by Megatron-FSDP.
         if settings.colocate and config.distill.megatron.get(name):
             yield ConfigError(
                 f"distill.megatron.{name} with sync.colocate",
@@ -150,6 +153,8 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
     """Yield settings that do not go together with distill.refresh."""
     settings = config.distill.refresh
     if not settings.is_on:
+        # The knob says what becomes of the teacher's server between refreshes. Without refreshes it
+        # has no meaning, and the user may have meant to turn them on.
         if settings.keep_teacher:
             yield ConfigError(
                 "refresh.keep_teacher without a refresh",
@@ -174,11 +179,14 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
             limit="fresh rollouts are scored by one teacher",
             remedy="set distill.refresh.every = 0, or distil domain after domain",
         )
+    # A refresh starts the teacher's server while the student's still lives. Both would want the one
+    # port.
     starts_both = (
         config.score.engine == "sglang"
         and not config.sglang.teacher_urls
         and not config.sglang.student_urls
     )
+    # Megatron-Core as scorer, or servers of the user, need no port here.
     if config.sglang.port is not None and starts_both:
         yield ConfigError(
             f"sglang.port = {config.sglang.port} with distill.refresh: "

@@ -44,6 +44,7 @@ def architecture_of(config: Config, role: str) -> Architecture | None:
 
 def shapes_of(config: Config) -> Shapes:
     """Return the shapes of all models that can be read on this machine."""
+    # The two main roles first: their problems are shown first.
     folders = {role: getattr(config.models, role) for role in ROLES}
     for domain, folder in config.models.teachers.items():
         folders[f"teachers.{domain}"] = folder

@@ -43,6 +43,8 @@ def _run_dir(folder: Path) -> str:
     if folder.is_dir():
         # A new file system has lost+found at its root.
         foreign = sorted(path.name for path in folder.iterdir() if path.name != "lost+found")
+        # A stage removes what it replaces. In a folder that no run made, that could be a user's own
+        # files.
         if foreign and not _is_run(folder):
             raise ConfigError(
                 f"run.dir holds files that no run made, first {foreign[0]!r}",
@@ -69,6 +71,7 @@ def _is_run(folder: Path) -> bool:
 
 def _export_dir(folder: Path) -> str:
     _check_writable(folder, "export.dir")
+    # An export replaces a former export, which a mark in the folder tells from anything else.
     check_replaceable(folder, EXPORT_MARK)
     return f"export.dir {folder}"
 
@@ -92,6 +95,7 @@ def _check_writable(folder: Path, key: str) -> None:
         raise ConfigError(
             f"{key}: a file is in the way", where=str(parent), remedy=f"give another {key}"
         )
+    # Making files in a folder needs both permissions.
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{key} cannot be written",

@@ -36,6 +36,7 @@ def teachers(config: Config) -> Iterator[Finding]:
         # Opening reads the headers, which name every tensor.
         with CheckpointReader(folder, read_architecture(folder)):
             pass
+        # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))
         yield f"{domain}: {folder}"
     if not models.teachers:
@@ -73,6 +74,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
     yield from checkpoint_problems(config)
     own = read_architecture(config.models.student)
     other = read_architecture(folder)
+    # The shapes must be equal: the student continues from these weights.
     if own != other:
         raise ConfigError(
             "another architecture than models.student",
@@ -80,6 +82,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
             limit=str(config.models.student),
             remedy="give its own base model",
         )
+    # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
     with CheckpointReader(folder, other):
         pass
     consistency.check_same_tokenizer(identify_model(config.models.student), identify_model(folder))
@@ -109,6 +112,7 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
     folder = sft.checkpoint
     if folder is None:
         return
+    # Nobody could say which of the two the student was made from.
     if sft.demonstrations is not None:
         raise ConfigError(
             "sft.checkpoint and sft.demonstrations",
@@ -116,6 +120,7 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
             limit="one of the two",
             remedy="leave out what is not to be used",
         )
+    # Random weights are for a student that SFT trains, and with a checkpoint SFT trains nothing.
     if sft.init == "random":
         yield ConfigError(
             'sft.init = "random" with sft.checkpoint',
@@ -123,6 +128,7 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
             limit="nothing is trained",
             remedy="leave out what is not to be used",
         )
+    # The baseline continues SFT, so it needs the demonstrations, which a given student lacks.
     if config.evaluate.equal_compute_baseline:
         yield ConfigError(
             "the equal-compute baseline goes on with SFT",
@@ -130,6 +136,7 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
             limit="no demonstrations to go on with",
             remedy="set evaluate.equal_compute_baseline = false",
         )
+    # lopd plan is used before lopd fetch, so for it a name on the hub is enough.
     if not folder.is_dir() and not (to_fetch and hub_name(folder) is not None):
         raise ConfigError(
             "sft.checkpoint: no such folder",
@@ -155,6 +162,7 @@ def cache(config: Config) -> Iterator[Finding]:
             "whose they are is compared once the SFT student is there"
         )
         return
+    # The manifest of the cache says whose responses it has, by a hash of the weights.
     found = consistency.check_given_cache(
         manifest, folder, identify_model(student), allow_foreign=config.distill.allow_foreign_cache
     )
@@ -197,6 +205,7 @@ def demonstrations(config: Config) -> Iterator[Finding]:
     if folder is None:
         return
     manifest = read_manifest(folder)
+    # Half of the demonstrations would train another student, and the manifest would not say so.
     if not manifest.complete or manifest.rows == 0:
         state = "complete" if manifest.complete else "not complete"
         raise DataError(

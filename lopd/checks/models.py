@@ -30,6 +30,7 @@ def student(config: Config) -> Iterator[Finding]:
 def _check_model(config: Config, role: str) -> str:
     """Check that a folder has a known architecture, and safetensors with every tensor of it."""
     folder: Path = getattr(config.models, role)
+    # A name on the hub has become a path by now, and the remedy says how to fetch it.
     if not folder.is_dir():
         raise ConfigError(
             f"models.{role}: no such folder",
@@ -88,6 +89,7 @@ def tokenizers(config: Config) -> Iterator[Finding]:
         for role in ROLES
         if architecture_of(config, role) is not None
     }
+    # A tokenizer that is wrong does not keep the other one from being looked at.
     for role, folder in readable.items():
         yield attempt(partial(_check_tokenizer, role, folder))
     # The teacher scores the token ids that the student sampled, so both must mean the same text.
@@ -100,6 +102,7 @@ def _check_tokenizer(role: str, folder: Path) -> str:
     """Check that all tokens, the end tokens too, have a row in the model's embedding."""
     tokenizer = load_tokenizer(folder)
     size = read_architecture(folder).vocab_size
+    # A vocabulary may be larger than the tokenizer (it is padded), never smaller.
     if len(tokenizer) > size:
         raise DataError(
             f"the tokenizer of the {role} has {len(tokenizer)} tokens",
@@ -107,7 +110,9 @@ def _check_tokenizer(role: str, folder: Path) -> str:
             limit=f"vocab_size of config.json: {size}",
             remedy="use the model's own tokenizer",
         )
+    # Without an end token every response would run into its limit.
     ends = stop_token_ids(folder, tokenizer)
+    # generation_config.json names the end tokens, and may be left over from another model.
     if max(ends) >= size:
         raise DataError(
             f"end token {max(ends)} of the {role}",

@@ -42,6 +42,7 @@ def prompts(config: Config) -> Iterator[Finding]:
             held_out = {_question(prompt) for prompt in chosen}
             yield f"{name}: {len(chosen)}"
             continue
+        # Equal questions only. lopd prompts prepare also finds similar ones.
         shared = [prompt.prompt_id for prompt in chosen if _question(prompt) in held_out]
         if shared:
             yield DataError(
@@ -62,6 +63,7 @@ def _read(config: Config, name: str, task: Any, tokenizer: Any) -> list[Prompt]:
     need_answers = name == "eval"
     if tokenizer is None:
         return read_prompts(chosen, task, need_answers=need_answers)
+    # Rendered with the chat template, since the template's tokens count for the context too.
     read, _ = load_prompts(
         chosen,
         task,

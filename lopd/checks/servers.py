@@ -85,12 +85,14 @@ def server_problems(config: Config, shapes: Shapes) -> Iterator[LopdError]:
 
     settings = config.sglang
     yield from refusal(lambda: check_extra_args(settings.extra_args))
+    # It must be on exactly if server and trainer take turns. lopd knows, and the user may not.
     if "enable_memory_saver" in settings.extra_args:
         yield ConfigError(
             "enable_memory_saver is set by lopd",
             where="sglang.extra_args",
             remedy="leave it out; it follows sync.colocate",
         )
+    # The address on which servers listen must be one, before anything is compared with it.
     yield from refusal(lambda: check_host(settings.host))
     # Whether weights reach the servers can be said only of addresses that are right.
     wrong_urls = [*refusal(lambda: check_urls(settings))]
@@ -98,6 +100,7 @@ def server_problems(config: Config, shapes: Shapes) -> Iterator[LopdError]:
     for role, architecture in shapes.items():
         yield from _size_problems(config, role, architecture)
     needed = settings.context_length + CONTEXT_MARGIN
+    # Otherwise a request as long as the context could never be served.
     if settings.max_total_tokens is not None and settings.max_total_tokens < needed:
         yield ConfigError(
             f"sglang.max_total_tokens = {settings.max_total_tokens}",
@@ -134,9 +137,11 @@ def _machine_problems(config: Config) -> Iterator[LopdError]:
     from sglang_rollout.servers.addresses import interface_of
 
     settings = config.sglang
+    # Servers of one model need all their devices at once.
     limit, unit = devices_for(config)
     if settings.tensor * settings.data * settings.replicas > limit:
         yield _too_many_processes(config, limit, unit)
+    # On a CPU the experts run in plain torch, which knows no expert ranks.
     if unit == CORES and settings.expert > 1:
         yield ConfigError(
             f"sglang.expert = {settings.expert}: SGLang's plain-torch experts are not split",

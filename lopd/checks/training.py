@@ -26,6 +26,7 @@ def layouts(config: Config) -> Iterator[Finding]:
             problems += layout_problems(architecture, parallel, where=f"{name}.parallel")
         problems += _rank_problems(name, section, _longest(config, name), devices_for(config))
         yield from problems
+        # One line for each training, so that a user sees which layouts were looked at.
         if not problems:
             yield (
                 f"{name}: {parallel.ranks} ranks (tensor {parallel.tensor}, "
@@ -62,6 +63,7 @@ def _longest(config: Config, training: str) -> int:
 def scorer(config: Config) -> Iterator[Finding]:
     """Check that the scoring engine gives what is asked, and that its layout fits the teacher."""
     teacher = architecture_of(config, "teacher")
+    # Such as a top-K that the engine does not give, or heads that do not divide.
     problems: list[Finding] = [*scorer_problems(config.score, teacher)]
     if config.score.engine == "megatron":
         problems += _rank_problems(
@@ -87,6 +89,7 @@ def _rank_problems(
         longest: The most tokens of a sequence.
         machine: The number of devices of one machine, and what they are.
     """
+    # Each rank has a GPU of its own, or a core.
     per_machine, unit = machine
     parallel = section.parallel
     yield from _context_problems(parallel, section.dtype, where=f"{name}.parallel")
@@ -130,6 +133,7 @@ def objective(config: Config) -> Iterator[Finding]:
         # A cache that was imported may lack the log-probabilities that it was sampled with.
         missing = {"sampling_logprobs"} - columns
     available = (AVAILABLE | TOP_K if has_top_k else AVAILABLE) - missing
+    # Building the objective is the check: it refuses parts that do not go together.
     yield str(objective_from_config(config.distill, available))
     # With another distribution than the student's own, the weights are not those of the theory.
     is_tempered = config.rollout.temperature != 1 or config.rollout.top_p != 1
@@ -165,6 +169,7 @@ def _megatron_fields(where: str, section: TrainSection, architecture: Architectu
     from lopd.megatron.training.optimizer import optimizer_config
     from lopd.megatron.training.trainer import ddp_config
 
+    # This alone finds unknown fields and wrong types. What follows finds combinations.
     fields = overrides.read_overrides(section.megatron, where=where)
     distributed = section.parallel.distributed_optimizer
     try:
@@ -184,6 +189,7 @@ def _megatron_fields(where: str, section: TrainSection, architecture: Architectu
             distributed=distributed,
             overrides=fields.optimizer,
         )
+        # The order is that of the trainer, so the first error here is the one it would meet.
         ddp_config(distributed, fields.distributed)
     except ConfigError as error:
         # Megatron-Core's own refusals do not know from which table a field came.

@@ -37,6 +37,7 @@ def launch_python() -> Path:
     """
     named = os.environ.get(PYTHON)
     places = (Path(named),) if named else _PLACES
+    # A place that the user names is the only one: a wrong name must not be hidden by another find.
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise LopdError(
@@ -67,6 +68,7 @@ def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]
     if render_to is not None:
         return _render(python, plan, render_to)
     folder = Path(plan.folder)
+    # A full or forbidden disk becomes one line.
     with storage_errors(folder):
         _make_folder(folder, plan)
     # The lock file marks the folder as a run's. Without it the jobs would take the files of this
@@ -74,6 +76,7 @@ def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]
     (Path(plan.run_dir) / ".lock").touch()
     result = _run_nemo(python, plan, folder)
     # What a lost share leaves out, the job after it makes.
+    # A share that fails is no failure of the launch.
     shares = {job.name for job in plan.jobs if job.share}
     failed = [
         job["name"]
@@ -125,6 +128,7 @@ def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> di
     result_file.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in _PYTHON_VARIABLES}
     environment["NEMORUN_HOME"] = str(folder / "nemo")
+    # Only rendering has options. A real submission needs the user's own cluster.
     if options and plan.target == "k8s":
         environment["KUBECONFIG"] = str(_placeholder_cluster(folder))
     # -I: nemo.py imports nothing of ours, so the folder beside it must not be on its path.

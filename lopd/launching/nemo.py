@@ -41,6 +41,7 @@ def after_shares(job: Job, plan: Plan) -> bool:
 def slurm_executor(job: Job, plan: Plan) -> Any:
     settings = plan["settings"]
     slurm = settings["slurm"]
+    # Slurm's format of a time limit is HH:MM:SS.
     hours, minutes = divmod(slurm["minutes"], 60)
     return run.SlurmExecutor(
         account=slurm["account"],
@@ -80,6 +81,8 @@ def kubernetes_executor(job: Job, plan: Plan) -> Any:
     return run.KubeflowExecutor(
         runtime_ref=cluster["runtime"],
         namespace=cluster["namespace"],
+        # On Kubernetes nothing runs without an image. lopd.launching.plan has refused the plan
+        # otherwise.
         image=settings["image"],
         # Kubernetes has no arrays of jobs. An array is one job of as many pods, and each pod reads
         # its index from its environment (lopd.launching.place).
@@ -181,7 +184,9 @@ def skypilot_executor(job: Job, plan: Plan) -> Any:
         gpus_per_node=job["gpus"] or None,
         cpus=job["cpus"],
         num_nodes=max(job["nodes"], job["workers"]),
+        # A name by which a user finds it, and by which the same command finds it again.
         cluster_name=f"lopd-{job['name']}",
+        # SkyPilot names the path inside first, unlike the other targets.
         file_mounts={inside: outside for outside, inside in settings["mounts"].items()},
         env_vars=dict(settings["env"]),
         retries=settings["retries"],
@@ -323,6 +328,7 @@ def main() -> int:
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     # Without an id of ours, nemo-run makes one from the title and the time.
     rendered = {"id": EXPERIMENT} if options.render is not None else {}
+    # nemo-run keeps the state of the experiment under NEMORUN_HOME, which the caller sets.
     with run.Experiment(
         plan["title"],
         log_level="WARN",
@@ -337,6 +343,7 @@ def main() -> int:
                 executor=executor,
                 name=job["name"],
                 dependencies=list(job["after"]) or None,
+                # The logs are files under the run directory. On screen they would mix.
                 tail_logs=False,
             )
         if options.render is not None:

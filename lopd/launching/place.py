@@ -53,7 +53,9 @@ def _read(
     text: str, option: str, names: Sequence[str], environment: Mapping[str, str]
 ) -> tuple[int, int]:
     index, _, count = text.partition("/")
+    # The number of parts is always given: a cluster knows it under yet other names.
     if index == "auto":
+        # Only a number counts: a variable may have another text outside a job.
         index = next(
             (environment[name] for name in names if environment.get(name, "").isdigit()), ""
         )
@@ -64,6 +66,7 @@ def _read(
                 limit=f"one of {', '.join(names)}",
                 remedy=f"say it outright, for example {option} 0/{count or 2}",
             )
+    # isdigit refuses signs and spaces too.
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ConfigError(
             f"{option} {text!r:.40}",

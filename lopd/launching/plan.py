@@ -123,6 +123,7 @@ def make_plan(
     # The jobs may start in another folder.
     arguments = [str(config_file.resolve()), *overrides]
     jobs: list[Job] = []
+    # Each stage waits for the last job of the stage before it, so the jobs form a chain.
     for stage in chosen:
         after = (jobs[-1].name,) if jobs else ()
         jobs += _jobs_of(stage, config, target, arguments, after=after)
@@ -155,6 +156,7 @@ def _check_nodes(config: Config, target: Target, chosen: Sequence[str]) -> None:
     for stage, parallel in (("sft", config.sft.parallel), ("distill", config.distill.parallel)):
         if stage not in chosen:
             continue
+        # torchrun starts equally many ranks on every machine.
         if parallel.ranks % parallel.nodes:
             raise ConfigError(
                 f"{parallel.ranks} ranks on {parallel.nodes} nodes",
@@ -201,6 +203,7 @@ def _check_no_secret(overrides: Sequence[str]) -> None:
 
     An override is part of the command of every job. Scripts and lists of processes show it.
     """
+    # What stands in the TOML file is safe: the jobs read the file, and no command shows it.
     for override in overrides:
         key, _, text = override.partition("=")
         try:
@@ -228,11 +231,13 @@ def _jobs_of(
     command = (*launcher, stage, *arguments)
     gpus, cpus, nodes = _machine_of(stage, config)
     if nodes > 1:
+        # The cluster tells each machine its number, so all of them run the same command.
         command = (*command, "--node", f"auto/{nodes}")
     job = Job(stage, stage, command, after, nodes=nodes, gpus=gpus, cpus=cpus)
     workers = config.launch.workers
     if stage not in SHARED or workers == 1:
         return [job]
+    # The job itself stays as the last one, which completes the artifact.
     share = dataclasses.replace(job, share=True)
     if target in SINGLE_NODE:
         # These targets have no arrays. The shares are jobs of their own, side by side.
@@ -272,6 +277,7 @@ def _machine_of(stage: str, config: Config) -> tuple[int, int, int]:
     if config.launch.device == "gpu":
         return devices, max(MIN_CORES, CORES_PER_GPU * devices), nodes
     # On a CPU a rank computes with several threads, and a server with one process.
+    # Without a knob, each rank has one thread.
     threads = max((section.threads_per_rank or 1 for section in trainings), default=1)
     return 0, max(1, ranks * threads, servers), nodes
 

@@ -54,6 +54,7 @@ def findings(config: Config, facts: Facts, also: Sequence[Wanted] = ()) -> Itera
     plan = _plan(config, facts)
     if isinstance(plan, LopdError):
         yield "plan", plan
+    # Without a plan, the subjects that need one yield nothing. The plan's own error is above.
     for name, judge in JUDGES.items():
         for verdict in judge(config, facts, None if isinstance(plan, LopdError) else plan):
             yield name, verdict
@@ -97,6 +98,7 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
         return
     gpus = facts.gpus
     needed = gpus_needed(config)
+    # The numbers in the limit are what the configuration asks for, so another layout may help.
     if len(gpus) < needed:
         problem = f" ({facts.gpus_problem})" if facts.gpus_problem else ""
         yield ConfigError(
@@ -105,6 +107,7 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
             limit=f"{needed} (ranks of sft and distill, and servers)",
             remedy="lopd plan CONFIG --gpus N --suggest",
         )
+    # A MIG instance looks like a GPU to torch, and the error would come only from NCCL.
     if any(gpu.mig for gpu in gpus):
         yield ConfigError(
             "a GPU is in MIG mode",
@@ -120,6 +123,7 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
             remedy="choose those of one kind with CUDA_VISIBLE_DEVICES",
         )
     busy = [str(index) for index, gpu in enumerate(gpus) if gpu.used > _USED_BY_NOBODY]
+    # The plan counts on the whole memory of each GPU.
     if busy:
         yield ConfigError(
             f"GPUs {', '.join(busy)} hold memory of other programs",
@@ -146,6 +150,7 @@ def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
             remedy="lopd plan CONFIG --suggest",
         )
     if not problems:
+        # Stages run one after the other, so the largest one decides.
         gpu = max(use.gpu_total for use in plan.memory.values())
         host = max(use.host_total for use in plan.memory.values())
         yield (
@@ -158,6 +163,7 @@ def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     """Yield whether there is room for the run, and for the models that are still to be fetched."""
     if plan is None:
         return
+    # Prompt files are small beside models, and are not counted.
     missing = {item.key for item in wanted(config) if not item.is_there}
     models = {"models.teacher": plan.teacher_total, "models.student": plan.total}
     to_fetch = sum(count for key, count in models.items() if key in missing) * _FETCHED_BYTES
@@ -167,10 +173,12 @@ def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     for folder in needs:
         disk, _ = facts.disks.get(folder, (0, 0))
         folders_of.setdefault(disk, []).append(folder)
+    # One finding for each disk, not for each folder.
     for folders in folders_of.values():
         needed = sum(needs[folder] for folder in folders)
         _, free = facts.disks.get(folders[0], (0, 0))
         where = " and ".join(map(str, folders))
+        # The plan's figure is an estimate, therefore "about".
         if free < needed:
             yield ConfigError(
                 f"{free / _GIB:,.0f} GiB free",
@@ -243,6 +251,7 @@ def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
 
 
 def _judge_ports(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    # Without sglang.port the system gives a free port when the server starts.
     for port in facts.ports_taken:
         yield ConfigError(
             f"port {port} is taken",
@@ -259,6 +268,7 @@ def _judge_versions(config: Config, facts: Facts, plan: Plan | None) -> Verdicts
 
 def _judge_sources(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     """Yield whether models and prompt files are on this machine, or can be fetched."""
+    # The same keys as those of the paths below. Local paths have no name on the hub.
     on_hub = {item.key: item for item in wanted(config)}
     for key, path in _paths_to_read(config).items():
         yield _judge_source(key, path, on_hub.get(key), facts)

@@ -91,11 +91,13 @@ def gather(config: Config, also: Sequence[Wanted] = ()) -> Facts:
         config: The configuration of the run.
         also: Names on the hub that no key of the configuration holds.
     """
+    # What cannot be found out is a fact too, and is judged like one.
     gpus, gpus_problem = _gpus()
     first_port = config.sglang.port
     ports = range(0)
     if first_port is not None:
         ports = range(first_port, first_port + config.sglang.replicas)
+    # A set, because several keys may name the same repository.
     missing = {item.name for item in (*wanted(config), *also) if not item.is_there}
     return Facts(
         gpus=gpus,
@@ -155,6 +157,7 @@ def parse_gpus(text: str) -> tuple[GpuFact, ...]:
 
 def _host_memory() -> int:
     """Return the bytes of memory of the machine, or of the container if it has less."""
+    # Physical memory. Swap is no help: an optimizer touches all of its state in every step.
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # The limit of a container, in version 2 of Linux' control groups. "max" means none.
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -178,6 +181,7 @@ def _version(package: str) -> str | None:
 
 
 def _torch_cuda() -> str | None:
+    # torch knows with which CUDA it was built even if no driver is there.
     import torch
 
     return torch.version.cuda

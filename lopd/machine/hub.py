@@ -72,6 +72,7 @@ def named_paths(config: Config) -> dict[str, Path | None]:
         f"prompts.{name}.file": getattr(config.prompts, name).file
         for name in ("sft", "opd", "eval")
     }
+    # A declared teacher is only compared, but its files are what it is compared by.
     paths["sft.declared_teacher"] = config.sft.declared_teacher
     paths["sft.checkpoint"] = config.sft.checkpoint
     return paths
@@ -80,6 +81,8 @@ def named_paths(config: Config) -> dict[str, Path | None]:
 def wanted(config: Config) -> Iterator[Wanted]:
     """Yield everything that a configuration names on the hub."""
     for key, path in named_paths(config).items():
+        # Loading the configuration has already turned names into paths in the hub's folder.
+        # hub_name turns such a path back.
         name = hub_name(path) if path is not None else None
         if name is not None and path is not None:
             yield Wanted(key, name, path)
@@ -132,12 +135,14 @@ def fetch(
         if not was_there and name not in done:
             show_line(f"{item.key}: fetching {name}")
             _download(item, snapshot or _snapshot_download())
+        # The repository is here, but it has no such file or folder in it.
         if not item.path.exists():
             raise ConfigError(
                 f"{item.key}: there is no {item.path.relative_to(name.folder)} in {name}",
                 where=str(name.folder),
                 remedy=f"it has: {', '.join(_listing(name.folder))}",
             )
+        # What was there already is listed too: its commit belongs into a report.
         commit = json.loads((name.folder / NOTE).read_text(encoding="utf-8"))["commit"]
         done[name] = {
             "key": item.key,
@@ -180,6 +185,7 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
     partial = name.folder.with_name(f"{name.folder.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        # huggingface_hub continues files that a former attempt left unfinished.
         snapshot(
             repo_id=name.repository,
             repo_type="dataset" if name.dataset else "model",

@@ -47,6 +47,7 @@ class Misfit:
     why: str
 
 
+# Pairs that have failed together. New ones belong here as they are met.
 MISFITS = (
     Misfit(
         "transformer-engine",
@@ -69,6 +70,7 @@ def judge_versions(
         has_gpus: Whether the machine has GPUs.
     """
     needed = {**NEEDED, **(NEEDED_ON_GPU if has_gpus else {})}
+    # All wrong versions are named at once: a new image is built once.
     for name, oldest in needed.items():
         version = versions.get(name)
         if version is None or numbers_of(version) < numbers_of(oldest):

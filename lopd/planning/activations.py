@@ -67,6 +67,7 @@ def layer_activations(
         engine: Whether Transformer Engine's norms and fused kernels run. Without it torch's norms
             keep float32 copies of bfloat16 inputs.
     """
+    # Terms are summed over all tensor ranks first, and divided by their number at the end.
     attention = _attention_bytes(arch, size=size, engine=engine)
     # The tables of sines and cosines are the same on every tensor rank.
     rotary = size * 4 * arch.head_dim
@@ -81,6 +82,7 @@ def layer_activations(
         experts = (
             size * arch.experts_per_token * (permuted_input + parts * arch.moe_ffn_hidden_size)
         )
+        # The router looks at all experts, not at the chosen ones only.
         per_expert = ROUTER_BYTES + (PERMUTATION_BYTES if engine else 0)
         feed_forward = float(per_expert * arch.num_experts)
     else:
@@ -98,6 +100,7 @@ def _attention_bytes(arch: Architecture, *, size: int, engine: bool) -> float:
     """Return what norms and attention keep of a token, over all tensor ranks together."""
     hidden = arch.hidden_size
     queries = arch.num_heads * arch.head_dim
+    # Grouped-query attention: keys and values have fewer heads than queries.
     keys = arch.num_kv_heads * arch.head_dim
     # Each of the two norms keeps its input and its output. torch's norm also keeps the normalised
     # input, and of bfloat16 it keeps the first two in float32.

@@ -200,6 +200,7 @@ class Assumptions:
     )
 
     def __post_init__(self) -> None:
+        # Every value is checked, the defaults too, so that no default can break its own bound.
         for each in dataclasses.fields(self):
             _check_bounds(each.name, getattr(self, each.name), each.metadata["meaning"])
 
@@ -229,6 +230,7 @@ def read_assumptions(settings: Sequence[str]) -> Assumptions:
         ConfigError: A name is unknown (the error names the nearest), a value is no number, or it
             is out of bounds.
     """
+    # The fields themselves are the list of names, so it cannot be out of date.
     known = [each.name for each in dataclasses.fields(Assumptions)]
     found: dict[str, float] = {}
     for setting in settings:

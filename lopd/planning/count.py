@@ -51,6 +51,7 @@ def _count_stage(arch: Architecture, parallel: ParallelSection, rank: int) -> St
     from lopd.megatron.ranks import parallel as ranks
 
     _start_fake_ranks(rank, parallel.ranks)
+    # The same call as the trainer's. Nothing is drawn, so the seed does not matter.
     ranks.initialize(parallel, seed=0, timeout_s=60)
     try:
         with torch.device("meta"):
@@ -70,6 +71,8 @@ def _count_stage(arch: Architecture, parallel: ParallelSection, rank: int) -> St
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     finally:
         ranks.shutdown()
+    # Parameters are told apart by Megatron-Core's names. A formula that knows no names checks the
+    # result (lopd.planning.plan).
     experts = sum(size for name, size in sizes.items() if EXPERT in name)
     routers = sum(size for name, size in sizes.items() if name.endswith(".router.weight"))
     vocabulary = sum(
@@ -92,6 +95,7 @@ def _start_fake_ranks(rank: int, world_size: int) -> None:
     from lopd.megatron.ranks import parallel as ranks
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    # So that nothing of the model is made on a real device.
     ranks.device = lambda: torch.device("meta")
     # This function runs once for each stage. The replacement must not be replaced again.
     if not hasattr(dist.new_group, "is_fake"):

@@ -82,6 +82,7 @@ def node_of(
     Raises:
         ConfigError: The GPU is unknown. The error names the nearest one.
     """
+    # The table has lower case. Users write H100-80GB too.
     name = gpu.lower()
     if name not in GPUS:
         nearest = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.0)[0]
@@ -91,6 +92,8 @@ def node_of(
             limit=f"one of {', '.join(GPUS)}",
             remedy=f"the nearest is {nearest}",
         )
+    # Both defaults grow with the GPUs, because a node with fewer GPUs is usually a smaller machine,
+    # or a part of one.
     if host_gib is None:
         host_gib = _HOST_GIB_PER_GPU * num_gpus
     if disk_gib is None:
@@ -103,6 +106,7 @@ def gpu_of_device(device: str) -> Gpu:
 
     A GPU that is not in the table counts as an H100 with 80 GB.
     """
+    # Words, not parts of words: "A100-SXM4-80GB" has the words a100, sxm4 and 80gb.
     words = device.lower().replace("-", " ").split()
     same_kind = [
         gpu

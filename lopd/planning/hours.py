@@ -84,6 +84,7 @@ class Amounts:
         # A prompt and its response share the context. What the prompt leaves is never below 1.
         left = max(1.0, config.sglang.context_length - assumed.prompt_len)
 
+        # The share is of what a response may have: its own limit, or what the context leaves.
         def mean_len(section: Sampling, share: float) -> float:
             return share * min(section.max_new_tokens, left)
 
@@ -148,6 +149,7 @@ def sampling_time(
         )
         idle = (1 - arch.experts_per_token / arch.num_experts) ** batch
         touched = 1 - idle * all_experts / parameters
+    # Bytes that one GPU reads in a step. Tensor ranks read their shares at the same time.
     weights = parameters * SIZES[settings.dtype] / settings.tensor * touched
     # Over its whole life a response is half as long as at its end.
     mean_context = assumed.prompt_len + mean_len / 2
@@ -155,10 +157,13 @@ def sampling_time(
     # 2 operations per weight and token: a multiplication and an addition.
     flops = 2.0 * active_matrix_weights(arch) * batch / settings.tensor
     roofline = max((weights + cache) / node.gpu.bandwidth, flops / node.gpu.flops)
+    # Seconds of one decoding step, in which each request of the batch gets one token.
     step_s = roofline / assumed.decode_efficiency
     if settings.deterministic:
         step_s *= assumed.deterministic_slowdown
+    # Prompts are read much faster than responses are written, and are not counted.
     tokens = responses * mean_len
+    # Each step gives one token to every request of every copy.
     steps = tokens / (batch * server.figures["copies"])
     return StageTime(
         assumed.startup_s + steps * step_s,
@@ -191,6 +196,7 @@ def scoring_time(
     utilisation = (
         assumed.moe_prefill_utilisation if arch.num_experts else assumed.prefill_utilisation
     )
+    # Scoring is bound by operations, since it reads all tokens of a response at once.
     seconds = assumed.startup_s + flops / (gpus * node.gpu.flops * utilisation)
     return StageTime(seconds, gpus, responses * mean_len, flops)
 
@@ -225,6 +231,7 @@ def training_time(
     step = step_time(
         arch, settings, node, assumed, sequence_len=sequence_len, parameters=parameters
     )
+    # The ranks of all nodes, because steps are made by all of them together.
     ranks = settings.parallel.ranks
     return StageTime(
         assumed.startup_s + num_steps * step.seconds,
@@ -251,6 +258,7 @@ def sync_time(
     """
     # There is one sync before the first step, so that the curve begins with the SFT student.
     count = 1 + config.distill.num_steps // config.distill.sync_every
+    # What takes turns moves twice: to the host before the server works, and back after it.
     moved = weights / assumed.sync_rate + 2 * away / assumed.host_link
     # The server is started once, not for every evaluation.
     seconds = moved + sampled.seconds - assumed.startup_s

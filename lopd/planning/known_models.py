@@ -58,6 +58,7 @@ def _shape(hidden: int, layers: int, heads: int, ffn: int, **more: Any) -> dict[
     }
 
 
+# Hidden size, layers, heads, and width of the MLP.
 _DENSE = {
     "Qwen3-0.6B": _shape(1024, 28, 16, 3072, tie_word_embeddings=True),
     "Qwen3-1.7B": _shape(2048, 28, 16, 6144, tie_word_embeddings=True),
@@ -65,9 +66,11 @@ _DENSE = {
     "Qwen3-8B": _shape(4096, 36, 32, 12288),
     "Qwen3-14B": _shape(5120, 40, 40, 17408),
 }
+# intermediate_size stands in the config.json of models with experts too, but no layer uses it.
 _A3B = _shape(2048, 48, 32, 6144, moe_intermediate_size=768, **_MOE)
 _A22B = _shape(4096, 94, 64, 12288, moe_intermediate_size=1536, **_MOE)
 
+# The names are those of the hub without the organisation.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     **_DENSE,
     **{f"{name}-Base": {**config, **_BASE} for name, config in _DENSE.items()},

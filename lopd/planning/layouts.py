@@ -95,6 +95,7 @@ def nearest_that_fits(
     servers = _nearest(
         _server_settings(config, models, node), neutral, SERVED, config=config, plan_with=plan_with
     )
+    # Servers that do not fit anywhere make every later search useless.
     if servers is None:
         return None
     chosen = dict(servers)
@@ -117,6 +118,7 @@ def nearest_that_fits(
         if training is None:
             return None
         chosen |= training
+    # Candidates name all their settings. The user sees only those that differ from the own ones.
     changes = {key: value for key, value in chosen.items() if _value_at(config, key) != value}
     plan = make_plan(changed(config, changes), models, node, assumed, build=build, cohost=cohost)
     return Suggestion(changes, plan)
@@ -141,6 +143,7 @@ def _nearest(
     """
     nearest: dict[str, Any] | None = None
     best = (math.inf, math.inf)
+    # All candidates are looked at, because their order is not that of their distances.
     for changes in candidates:
         distance = sum(
             _distance(key, value, _value_at(config, key)) for key, value in changes.items()
@@ -151,6 +154,7 @@ def _nearest(
         plan = plan_with({**base, **changes})
         if any(problem.stage in stages for problem in plan.problems):
             continue
+        # Among equally near settings the faster ones win.
         seconds = sum(plan.times[stage].seconds for stage in stages)
         if (distance, seconds) < best:
             nearest = changes
@@ -190,6 +194,8 @@ def _server_settings(
         yield {
             "sglang.tensor": tensor,
             "sglang.replicas": replicas,
+            # Data ranks were chosen for the configured tensor ranks. Otherwise replicas fill the
+            # node.
             "sglang.data": settings.data if is_as_configured else 1,
             "sglang.mem_fraction": fraction,
         }
@@ -217,6 +223,7 @@ def _training_settings(
     tables = _megatron_tables(section)
     servers = _live_server_settings(config) if is_live else [{}]
     ranks = node.num_gpus * section.parallel.nodes
+    # Each layout is tried with every way to save memory, and the distance decides.
     for layout in _layouts(models["student"].arch, section.parallel, ranks):
         keys = {f"{name}.parallel.{key}": value for key, value in layout.items()}
         for recompute, table, server in itertools.product(_recomputes(section), tables, servers):
@@ -227,6 +234,7 @@ def _layouts(
     student: Architecture, parallel: ParallelSection, ranks: int
 ) -> Iterator[dict[str, int]]:
     """Yield the layouts of a number of ranks that divide the student."""
+    # Other sizes hardly ever divide heads, layers and experts.
     sizes = _powers_of_two(ranks)
     # Context ranks that are asked for may stay. None are proposed, because they have never run on
     # a GPU.
@@ -263,6 +271,7 @@ def _megatron_tables(section: TrainSection) -> list[dict[str, Any]]:
 
 def _live_server_settings(config: Config) -> list[dict[str, Any]]:
     """Return shares of the GPUs' memory for servers beside a trainer, or no evaluation."""
+    # The configured share comes first, because it has distance 0.
     smaller: list[dict[str, Any]] = [
         {"sglang.mem_fraction": fraction}
         for fraction in (config.sglang.mem_fraction, *LIVE_FRACTIONS)

@@ -98,6 +98,7 @@ def trainer_memory(
         _stage_memory(arch, settings, stages, index, assumed, engine)
         for index in range(len(stages))
     ]
+    # All ranks must fit, so the fullest one decides.
     gpu, _ = max(uses, key=lambda use: sum(use[0].values()))
     ranks_here = settings.parallel.ranks // settings.parallel.nodes
     # A machine has ranks of several pipeline stages, so the mean over stages counts.
@@ -119,6 +120,7 @@ def sample_bytes(data: Data, settings: TrainSection, assumed: Assumptions) -> fl
     """
     tokens = data.prompt_len + data.response_len
     sample = tokens * assumed.sample_bytes_per_token + SAMPLE_BYTES
+    # The same comparison as the trainer's, by response tokens without prompts.
     if data.responses * data.response_len <= MEMORY_TOKENS:
         return data.responses * sample
     decoded = KEPT_TOKENS * DECODED_BYTES
@@ -137,6 +139,7 @@ def _stage_memory(
     """Return the terms on a GPU of one pipeline stage, and what its optimizer has on the host."""
     held = stages[index]
     size = SIZES[settings.dtype]
+    # A frozen router has weights, but no gradients and no optimizer state.
     trained = held.total - (held.routers if settings.optimizer.freeze_router else 0)
     # Megatron-Core adds up gradients in float32 unless it is told otherwise.
     gradient_size = 4 if settings.megatron.get("grad_reduce_in_fp32", True) else size
@@ -179,6 +182,7 @@ def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[floa
     """
     table = settings.megatron
     numbers = _optimized_numbers(settings, held)
+    # These are fields of Megatron-Core's OptimizerConfig, and their defaults are its defaults.
     is_precise = bool(table.get("use_precision_aware_optimizer"))
     master = 4 if settings.dtype == "bfloat16" else 0
     offloaded = 0.0
@@ -198,6 +202,7 @@ def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[floa
     # weight itself lacks. The two together are the whole float32 number.
     if is_precise and offloaded == 0 and master and table.get("store_param_remainders", True):
         master = 2
+    # Of each parameter one part is on the GPU with all its state, and the other part is offloaded.
     on_gpu = numbers * ((1 - offloaded) * (master + moments) + offloaded * left_behind)
     # On the host: master weight, gradient and two moments, 4 bytes each.
     return on_gpu, numbers * offloaded * 16
@@ -234,6 +239,7 @@ def activation_bytes(
     # Context ranks share the tokens of a microbatch.
     tokens = settings.max_tokens_per_microbatch / parallel.context
     layer = layer_activations(arch, tensor=parallel.tensor, size=size, engine=engine)
+    # On one expert rank all tokens stay, whatever the router chooses.
     imbalance = assumed.expert_imbalance if parallel.expert > 1 else 1.0
     # In the 1F1B schedule the first stage has as many microbatches in flight as there are stages,
     # and each later stage has one fewer.
@@ -286,6 +292,8 @@ def forward_memory(arch: Architecture, settings: ForwardSection, assumed: Assump
     """
     parallel = settings.parallel
     size = SIZES[settings.dtype]
+    # Scoring keeps nothing for a backward pass. One layer's activations are an upper bound of what
+    # it has at once.
     layer = layer_activations(arch, tensor=parallel.tensor, size=size, engine=True)
     ring = ring_bytes(arch, parallel, size) if parallel.context > 1 else 0.0
     tokens = settings.max_tokens_per_microbatch / parallel.context

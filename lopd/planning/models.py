@@ -52,6 +52,7 @@ def planned_models(config: Config, given: Mapping[str, Path]) -> dict[str, Plann
         LopdError: The shape of a model cannot be found.
     """
     folders = {role: Path(getattr(config.models, role)) for role in ROLES}
+    # Teachers of domains have no option for their config.json. They need a folder or a known name.
     for domain, folder in config.models.teachers.items():
         folders[f"teachers.{domain}"] = Path(folder)
     return {role: _planned_model(role, folder, given.get(role)) for role, folder in folders.items()}
@@ -70,6 +71,7 @@ def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
     if (folder / "config.json").is_file():
         return PlannedModel(name, read_architecture(folder), str(folder / "config.json"))
     if name in KNOWN_MODELS:
+        # The same function reads this table and a real config.json, so both are judged alike.
         table = KNOWN_MODELS[name]
         arch = Architecture(**FAMILIES[table["model_type"]](table, name))
         return PlannedModel(name, arch, f"what is known of {name} (not downloaded)")
@@ -91,6 +93,7 @@ def public_name(folder: Path) -> str:
 
 def _read_shape(path: Path) -> Architecture:
     """Return the shape that a config.json file describes, whatever the file is called."""
+    # A folder is read as a whole, with what else its model may need.
     if path.is_dir():
         return read_architecture(path)
     try:
@@ -99,7 +102,9 @@ def _read_shape(path: Path) -> Architecture:
         raise LopdError(
             f"cannot be read ({error})", where=str(path), remedy="give a Hugging Face config.json"
         ) from None
+    # A file of another kind, such as a tokenizer's, is JSON too but has no model_type.
     family = table.get("model_type") if isinstance(table, dict) else None
+    # Other families differ in ways that a trainer must know, so none is guessed.
     if family not in FAMILIES:
         raise LopdError(
             f"model_type {family!r} is not supported",

@@ -87,6 +87,7 @@ def count_parameters(jobs: Sequence[CountJob]) -> list[list[StageParameters]]:
     }
     try:
         done = subprocess.run(
+            # The jobs go through stdin: a command line has a limit, and architectures are long.
             [sys.executable, "-m", "lopd.planning.count"],
             input=json.dumps([job.to_json() for job in jobs]),
             capture_output=True,
@@ -101,6 +102,8 @@ def count_parameters(jobs: Sequence[CountJob]) -> list[list[StageParameters]]:
             where="lopd plan",
             remedy="try again on a less busy machine",
         ) from None
+    # The layout has been checked before, so this is a limit of Megatron-Core that is not known
+    # here.
     if done.returncode != 0:
         # The last line of a traceback names the error.
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -126,6 +129,7 @@ def parameters_by_formula(arch: Architecture, parallel: ParallelSection) -> list
     # The embedding and the output layer are tables of this size, cut by vocabulary.
     table = arch.padded_vocab_size * arch.hidden_size // parallel.tensor
     stages = []
+    # All stages have equally many layers. They differ in the vocabulary and the last norm.
     for stage in range(parallel.pipeline):
         is_first = stage == 0
         is_last = stage == parallel.pipeline - 1
@@ -153,6 +157,7 @@ def _layer_parameters(arch: Architecture, parallel: ParallelSection) -> StagePar
     keys = arch.num_kv_heads * arch.head_dim
     qkv = hidden * (queries + 2 * keys) + (queries + 2 * keys) * arch.qkv_bias
     output = queries * hidden
+    # Tensor ranks share the heads, and with them both matrices.
     attention = (qkv + output) // parallel.tensor
     # Norms are small. Every tensor rank holds them whole.
     norms = 2 * hidden + 2 * arch.head_dim * arch.qk_norm
@@ -172,6 +177,7 @@ def total_and_active(arch: Architecture) -> tuple[int, int]:
 
     Of the experts, a token meets the chosen ones only.
     """
+    # One rank holds the whole model.
     (whole,) = parameters_by_formula(arch, ParallelSection())
     # Megatron-Core pads the vocabulary. The published sizes of models do not count that.
     padded_rows = arch.padded_vocab_size - arch.vocab_size
@@ -179,5 +185,6 @@ def total_and_active(arch: Architecture) -> tuple[int, int]:
     total = whole.total - padded_rows * arch.hidden_size * tables
     if not arch.num_experts:
         return total, total
+    # All experts of a layer have the same size, so shares of their number are shares of weights.
     idle = whole.experts * (arch.num_experts - arch.experts_per_token) // arch.num_experts
     return total, total - idle

@@ -116,10 +116,13 @@ def make_plan(
     Raises:
         ConfigError: A layout does not divide its model.
     """
+    # Everything below divides by the sizes of the layouts, so a wrong one must end here.
     _check_layouts(config, models)
     student = models["student"].arch
     per_rank = _count(config, models, build=build)
+    # The amounts are the same for memory, time and disk.
     amounts = Amounts.of(config, assumed)
+    # Memory comes before time, because a server's KV cache limits its batch.
     stage_memory = StageMemory(config, models, node, assumed, amounts, per_rank)
     memory = stage_memory.all_stages(cohost=cohost)
     stage_times = StageTimes(stage_memory)
@@ -127,7 +130,9 @@ def make_plan(
     # The trainer waits while weights are synced and answers are sampled.
     syncs = stage_times.syncs(memory["distill"])
     times["distill"] += syncs
+    # These are the published sizes, without the padding of the vocabulary.
     total, active = total_and_active(student)
+    # A checkpoint has the whole student, whatever its layout.
     disk = disk_bytes(config, total, amounts, assumed)
     return Plan(
         config,
@@ -152,6 +157,7 @@ def _check_layouts(config: Config, models: Mapping[str, PlannedModel]) -> None:
     for name in TRAINED:
         if name in given:
             continue
+        # Only the first problem: it is raised before anything is computed.
         parallel = getattr(config, name).parallel
         for problem in layout_problems(models["student"].arch, parallel, where=f"{name}.parallel"):
             raise problem
@@ -173,6 +179,7 @@ def _count(
         for name in TRAINED
         if name not in given
     }
+    # The formula serves the search of layouts and the doctor, which must answer at once.
     if not build:
         return {name: parameters_by_formula(student, layout) for name, layout in layouts.items()}
     counted = count_parameters([CountJob(student, layout) for layout in layouts.values()])
@@ -181,4 +188,5 @@ def _count(
         assert found == parameters_by_formula(student, layout), (
             "the formula and Megatron-Core disagree about the parameters of a rank"
         )
+    # One process has counted for both trainings, since most of its time is imports.
     return dict(zip(layouts, counted, strict=True))

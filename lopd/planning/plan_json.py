@@ -15,6 +15,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     Programs read these keys, so none of them changes its name.
     """
     node = plan.node
+    # Stages whose result is given are there with 0 hours, so that all plans have the same keys.
     hours = {stage: plan.gpu_hours(stage) for stage in plan.times}
     return {
         "node": {
@@ -23,6 +24,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "gpu_memory": node.gpu.memory,
             "host_memory": node.host_memory,
         },
+        # The source says whether a shape was read from a file or is what is known of the model.
         "models": {
             role: {"name": model.name, "source": model.source}
             for role, model in plan.models.items()
@@ -30,6 +32,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": {
             "total": plan.total,
             "active": plan.active,
+            # One number for each pipeline stage, since the first and the last one hold more.
             "per_rank": {
                 name: [stage.total for stage in stages] for name, stages in plan.per_rank.items()
             },
@@ -44,13 +47,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens": {stage: time.tokens for stage, time in plan.times.items()},
         "flops": {stage: time.flops for stage, time in plan.times.items()},
         "seconds": {stage: time.seconds for stage, time in plan.times.items()},
+        # Only trainings have a utilisation. Sampling is bound by memory, where it says nothing.
         "mfu": {stage: plan.times[stage].utilisation for stage in plan.trained},
         "sync_seconds": plan.syncs.seconds,
         "gpu_hours": {
             **hours,
             "total": sum(hours.values()),
+            # The sum that the paper publishes as the GPU hours of Lightning OPD.
             "lightning_opd": sum(hours[stage] for stage in LIGHTNING),
         },
+        # With these a program can tell two plans apart that differ in nothing else.
         "assumptions": {name: getattr(plan.assumed, name) for name in plan.assumed.__slots__},
     }
 
@@ -63,6 +69,7 @@ def _memory_as_json(use: MemoryUse, limit: int) -> dict[str, Any]:
         "fits": use.gpu_total <= limit,
         "host": dict(use.host),
         "host_total": use.host_total,
+        # Empty unless trainer and servers take turns with the GPUs.
         "turns": dict(use.turns),
         **use.figures,
     }

@@ -47,11 +47,13 @@ def server_memory(
     # rest.
     cache = settings.mem_fraction * node.gpu.memory - weights
     per_token = kv_bytes_per_token(arch, settings)
+    # A limit in tokens can only make the cache smaller.
     if settings.max_total_tokens is not None:
         cache = min(cache, settings.max_total_tokens * per_token)
     # Weights that fill the share leave no cache at all. The verdict says so, by its tokens.
     cache = max(0.0, cache)
     tokens = cache / per_token
+    # Data ranks and replicas both hold the whole model and serve different requests.
     copies = settings.data * settings.replicas
     gpu = {
         "weights": weights,
@@ -94,6 +96,7 @@ def memory_beside(trainer: MemoryUse, server: MemoryUse, role: str) -> MemoryUse
         server: The memory of the server.
         role: The role of the model that is served.
     """
+    # Terms of the trainer and the server have different names, so none hides another.
     gpu = {**trainer.gpu, **_named(role, server)}
     host = {**trainer.host, f"{role}'s server": server.host_total}
     return MemoryUse(gpu, host, {**trainer.figures, **server.figures})
@@ -154,6 +157,7 @@ def colocated_memory(
         **{f"{role}'s server": server.host_total for role, server in servers.items()},
     }
     totals = {name: sum(turn.values()) for name, turn in turns.items()}
+    # Turns follow each other, so their sizes are not added up.
     fullest = max(totals, key=lambda name: totals[name])
     return MemoryUse(turns[fullest], host, servers["student"].figures, totals)
 

@@ -42,7 +42,9 @@ class StageMemory:
         Args:
             cohost: Whether servers of both models live beside the trainer, as standard OPD needs.
         """
+        # First each stage by itself. Only distill may have servers beside it.
         uses = {stage: self._stage_alone(stage) for stage in planned_stages(self.config)}
+        # Weight syncs and refreshes need the student's server while training runs.
         servers = self._live_servers(cohost=cohost)
         if not servers:
             return uses
@@ -56,6 +58,7 @@ class StageMemory:
                 self.assumed,
             )
             return uses
+        # Without turns everything is on the GPUs at once, so the terms add up.
         for role, server in servers.items():
             uses["distill"] = memory_beside(uses["distill"], server, role)
         return uses
@@ -71,6 +74,7 @@ class StageMemory:
         arch = self.models[role].arch
         return server_memory(
             arch,
+            # All parameters are in memory, also those of experts that a token does not meet.
             total_and_active(arch)[0],
             self.config.sglang,
             self.node,
@@ -84,11 +88,13 @@ class StageMemory:
         config = self.config
         amounts = self.amounts
         if stage == "sft":
+            # What a training reads decides its host memory, not its GPU memory.
             responses = amounts.sft_prompts * config.demonstrate.samples_per_prompt
             return self._trainer("sft", responses, amounts.demonstration_len)
         if stage == "distill":
             responses = amounts.opd_prompts * config.rollout.samples_per_prompt
             return self._trainer("distill", responses, amounts.rollout_len)
+        # The SFT student has the shape of the base student.
         if stage == "rollout":
             return self.server("student", amounts.rollout_len)
         # Teachers of several domains are served one after the other.
@@ -110,10 +116,12 @@ class StageMemory:
             getattr(self.config, name),
             self.per_rank[name],
             self.assumed,
+            # On a GPU the layers are Transformer Engine's, which is the default of trainer_memory.
             data=Data(responses, self.amounts.prompt_len, response_len),
         )
 
     def _scorer(self, role: str) -> MemoryUse:
+        # Then the teacher is scored by ranks of Megatron-Core, and not by a server.
         if self.config.score.engine == "megatron":
             arch = self.models[role].arch
             return forward_memory(arch, self.config.score.forward, self.assumed)

@@ -44,6 +44,8 @@ class StageTimes:
         times = {
             "demonstrate": self._demonstrate(),
             "sft": self._train(config.sft, config.sft.num_steps, amounts.demonstration_len),
+            # The student samples once per OPD prompt. This is what is done in every step of
+            # standard OPD.
             "rollout": self._sample(
                 "student",
                 amounts.opd_prompts * config.rollout.samples_per_prompt,
@@ -52,6 +54,7 @@ class StageTimes:
             "score": self._score(),
             "distill": self._train(config.distill, config.distill.num_steps, amounts.rollout_len),
         }
+        # evaluate comes after distill: its baseline trains on as many tokens.
         times["evaluate"] = self._evaluate(times["distill"])
         return times | dict.fromkeys(given_stages(config), NO_TIME)
 
@@ -63,9 +66,11 @@ class StageTimes:
         """
         config = self.config
         amounts = self.memory.amounts
+        # Without syncs no server lives beside the trainer, and there is no curve.
         if config.distill.sync_every == 0:
             return NO_TIME
         prompts = min(config.distill.sync_num_prompts, amounts.eval_prompts)
+        # After a sync the student answers each of a few held-out prompts once.
         evaluation = self._sample("student", prompts, amounts.answer_len)
         weights = self._parameters("student") * SIZES[config.sglang.dtype]
         # The host's term is of all ranks of a machine. Each moves its own part on its own link.
@@ -88,8 +93,10 @@ class StageTimes:
         amounts = self.memory.amounts
         responses = amounts.opd_prompts * self.config.rollout.samples_per_prompt
         share = responses / len(teachers)
+        # All servers of the model score together.
         gpus = self._served_gpus()
         if self.config.score.engine == "megatron":
+            # Megatron-Core scores on ranks of its own, without servers.
             gpus = self.config.score.forward.parallel.ranks
         parts = [self._forward(role, share, amounts.rollout_len, gpus) for role in teachers]
         return sum(parts, NO_TIME)
@@ -103,6 +110,7 @@ class StageTimes:
         config = self.config
         amounts = self.memory.amounts
         answers = amounts.eval_prompts * config.evaluate.samples_per_prompt
+        # The teacher answers too: its accuracy is the line that students are compared with.
         total = self._sample("teacher", answers, amounts.answer_len)
         # Base, SFT and distilled student, and the baseline. The teacher scores one answer of each
         # to each prompt, for the reverse KL.
@@ -114,6 +122,7 @@ class StageTimes:
             )
         if config.evaluate.equal_compute_baseline:
             length = amounts.prompt_len + amounts.demonstration_len
+            # Equal tokens, not equal steps: demonstrations are longer than rollouts.
             steps = baseline_steps(config, distill.tokens, length)
             total += self._train(config.sft, steps, amounts.demonstration_len)
         return total
@@ -123,6 +132,7 @@ class StageTimes:
             self.memory.models[role].arch,
             self._parameters(role),
             self.config,
+            # The memory of the server decides how many requests run at once.
             self.memory.server(role, response_len),
             self.memory.node,
             self.memory.assumed,
@@ -147,6 +157,7 @@ class StageTimes:
             self.memory.node,
             self.memory.assumed,
             num_steps=num_steps,
+            # The prompt is computed too, although it carries no loss.
             sequence_len=self.memory.amounts.prompt_len + response_len,
             parameters=self._parameters("student"),
         )

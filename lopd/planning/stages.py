@@ -36,4 +36,5 @@ def planned_stages(config: Config) -> list[str]:
 
 def ranks_of_a_node(settings: TrainSection) -> int:
     """Return the number of ranks that one machine runs, one on each GPU."""
+    # Unequal parts are refused elsewhere, so this division has no rest.
     return settings.parallel.ranks // settings.parallel.nodes

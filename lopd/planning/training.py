@@ -83,6 +83,7 @@ def step_time(
         sequence_len: Mean tokens of a sequence, prompt and response.
         parameters: Parameters of the whole model.
     """
+    # Tokens of one step over all ranks.
     tokens = settings.batch_size * sequence_len
     ranks = settings.parallel.ranks
     model_flops = settings.batch_size * training_flops(arch, [round(sequence_len)])
@@ -177,6 +178,7 @@ def optimizer_seconds(
     table = settings.megatron
     if not table.get("optimizer_cpu_offload"):
         return 0.0
+    # Every machine updates the weights of its own ranks, at the same time as the others.
     ranks_here = settings.parallel.ranks / settings.parallel.nodes
     fraction = float(table.get("optimizer_offload_fraction", 0.0))
     # Weights whose optimizer state is on this machine.
@@ -190,5 +192,6 @@ def optimizer_seconds(
     update = weights_here / rate
     # Every GPU has a link of its own.
     copies = weights_here / ranks_here * (GRADIENT_BYTES + WEIGHT_BYTES) / assumed.host_link
+    # A field of Megatron-Core: copies run while other weights are updated. lopd turns it on.
     overlaps = table.get("overlap_cpu_optimizer_d2h_h2d", True)
     return max(update, copies) if overlaps else update + copies

@@ -41,8 +41,10 @@ def find_problems(
         node: The machine.
     """
     found: list[Problem] = []
+    # All problems are collected. A user who sees one at a time would plan again and again.
     for stage, use in memory.items():
         found += _stage_problems(config, stage, use, node)
+    # The disk is one for the whole run: nothing is removed between stages.
     needed = sum(disk.values())
     if needed > node.disk:
         over = f"{needed / _TIB:.2f} TiB of {node.disk / _TIB:.2f}"
@@ -53,12 +55,15 @@ def find_problems(
 
 def _stage_problems(config: Config, stage: str, use: MemoryUse, node: Node) -> Iterator[Problem]:
     if stage in TRAINED:
+        # A training over several nodes is planned for one of them.
         gpus = ranks_of_a_node(getattr(config, stage))
     else:
         gpus = int(use.figures["gpus"])
+    # The GPUs of one machine. The other nodes of a training are taken to be the same.
     if gpus > node.num_gpus:
         yield Problem(stage, f"wants {gpus} GPUs, the node has {node.num_gpus}", is_count=True)
     if use.gpu_total > node.gpu.memory:
+        # The largest term is where a smaller setting helps most, so the line ends with it.
         over = f"{use.gpu_total / _GIB:.1f} GiB of a GPU's {node.gpu.memory / _GIB:.1f}"
         term, size = _largest(use.gpu)
         yield Problem(stage, f"{over}; largest term: {term}, {size / _GIB:.1f} GiB")

@@ -33,6 +33,7 @@ def show_plan(plan: Plan, *, assumptions: bool = True) -> None:
         # Tables adapt to the width. Lines of text are left to the terminal, so that they can be
         # copied as one line.
         console.print(Text(line), soft_wrap=True)
+    # From what most often decides whether a run fits to what seldom does.
     for table in (_memory_table(plan), _hours_table(plan), _disk_table(plan)):
         console.print(table)
     if assumptions:
@@ -44,6 +45,7 @@ def _show_verdict(plan: Plan, console: Console) -> None:
     """Print one line for each stage that does not fit or is tight, or that all fits."""
     if plan.fits:
         _print_marked(console, "fits", "bold green", f"{plan.node.num_gpus} x {plan.node.gpu.name}")
+    # Tight is a warning: the run fits by the plan, and the plan is an estimate.
     for stage in plan.tight:
         line = f"{stage}: less than {1 - TIGHT:.0%} of a GPU is left"
         _print_marked(console, "tight", "bold yellow", line)
@@ -71,6 +73,7 @@ def show_suggestion(found: Suggestion | None) -> None:
     else:
         line = f"the nearest that fits: {' '.join(map(_quoted, found.overrides))}"
     console.print(Text(line), soft_wrap=True)
+    # The verdict may still say "tight", so it is shown for the found settings too.
     if found is not None and found.changes:
         _show_verdict(found.plan, console)
 
@@ -107,6 +110,7 @@ def _head(plan: Plan) -> Iterable[str]:
             for key, value in parallel.model_dump().items()
             if key != "distributed_optimizer" and (value > 1 or key == "ranks")
         )
+        # One figure for each pipeline stage.
         held = " / ".join(_short(stage.total) for stage in plan.per_rank[name])
         yield f"{name}: {layout}, data {parallel.data}: a rank holds {held} parameters"
     for name, use in plan.memory.items():
@@ -143,11 +147,13 @@ def _memory_table(plan: Plan) -> Table:
         table.add_row(term, *(_gib(use.gpu.get(term)) for use in uses))
     table.add_section()
     limit = plan.node.gpu.memory
+    # What does not fit is red, and the line of the verdict names it again.
     totals = [
         Text(_gib(use.gpu_total), style="" if use.gpu_total <= limit else "bold red")
         for use in uses
     ]
     table.add_row(f"all (of {limit / _GIB:.1f})", *totals, style="bold")
+    # Host memory is one row: its terms are in the JSON, and few users lack it.
     table.add_row("host memory", *(_gib(use.host_total) for use in uses))
     table.add_row("sequences at once", *(_concurrency(plan, stage) for stage in plan.memory))
     return table
@@ -174,10 +180,12 @@ def _hours_table(plan: Plan) -> Table:
     for title in titles:
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for stage, time in plan.times.items():
+        # The result of this stage is given. A row says so, so that nobody misses the stage.
         if time.seconds == 0:
             table.add_row(stage, *[""] * 5, "given", "")
             continue
         table.add_row(stage, *_time_cells(time), f"{plan.gpu_hours(stage):,.1f}")
+        # This row is part of the row above. It shows what the learning curve costs.
         if stage == "distill" and plan.syncs.seconds > 0:
             hours = plan.syncs.seconds / 3600
             table.add_row(
@@ -187,6 +195,7 @@ def _hours_table(plan: Plan) -> Table:
                 f"{hours * plan.node.num_gpus:,.1f}",
             )
     table.add_section()
+    # The first sum is what the paper publishes. The second is what a user waits for.
     for title, stages in (("rollout, score, distill", LIGHTNING), ("all", tuple(plan.times))):
         hours = sum(plan.times[stage].seconds for stage in stages) / 3600
         gpu_hours = sum(plan.gpu_hours(stage) for stage in stages)
@@ -198,6 +207,7 @@ def _time_cells(time: StageTime) -> tuple[str, ...]:
     """Return the cells of a stage from its tokens to its hours."""
     return (
         _short(time.tokens),
+        # Operations as a power of ten: the digits behind are far below the error of the plan.
         f"{time.flops:.1e}",
         str(time.gpus),
         f"{time.tokens / time.seconds:,.0f}",

@@ -37,6 +37,7 @@ ANSWER_LEN = 8
 def main() -> None:
     """Parse the command line, and run."""
     arguments = _parser().parse_args()
+    # Without --cpu a machine without enough GPUs is refused: a trial of less would prove nothing.
     form = "cpu" if arguments.cpu else "node"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Megatron-Core warns at length of packages that are not installed.
@@ -89,14 +90,17 @@ def smoke(name: str, folder: Path, tokenizer: Path) -> None:
     """
     form = FORMS[name]
     say(f"smoke: {form.name}")
+    # The cheapest check first: a missing package would otherwise show after minutes.
     _check_imports(form)
     model = folder / "model"
+    # Files of a former run could make this one pass.
     if model.exists():
         raise ConfigError(
             "a former smoke run is there",
             where=str(folder),
             remedy="give another --work, or remove it",
         )
+    # The checkpoint is in the format that both the server and the trainer read.
     architecture = write_model(form, model, tokenizer)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     say(f"smoke: model of {architecture.num_layers} layers and {size / 1e9:.2f} GB written")
@@ -104,6 +108,7 @@ def smoke(name: str, folder: Path, tokenizer: Path) -> None:
     with SGLangServer(model, form.server, log=folder / "sglang.log") as server:
         engine = SGLangEngine(server.url, server.api_key, form.server, server=server)
         say(f"smoke: SGLang serves it after {time.perf_counter() - start:.1f} s")
+        # Once before any sync: if the server itself is wrong, no transport is to blame.
         _check_answers(engine, version=None)
         _run_trainer(name, model, server, folder)
         # The worker names the version of each sync after its transport (lopd.smoke.worker).
@@ -143,6 +148,7 @@ def _check_imports(form: Form) -> None:
             limit=str(needed),
             remedy="run the CPU form: --cpu",
         )
+    # One by one, so that the error names the package and not the file that wanted it.
     for module in (*IMPORTS, *(IMPORTS_ON_GPU if on_gpu else ())):
         try:
             importlib.import_module(module)
@@ -180,6 +186,7 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
         SamplingRequest(f"smoke-{index}", 0, prompt, index) for index in range(NUM_REQUESTS)
     ]
     responses = list(engine.generate(iter(requests), params))
+    # Wrong weights or a broken kernel show first as values that are no numbers.
     are_finite = all(np.isfinite(response.sampling_logprobs).all() for response in responses)
     if not responses or not are_finite:
         raise EngineError(

@@ -125,6 +125,7 @@ NODE = Form(
             "restarts": 0,
         }
     ),
+    # About 48,000 tokens, which make several microbatches.
     num_sequences=32,
     sequence_len=2048,
     # 512 MiB, so that the time is that of the bandwidth and not of the latency.
@@ -157,9 +158,12 @@ CPU = Form(
             "restarts": 0,
         }
     ),
+    # About 380 tokens, which fit into one microbatch.
     num_sequences=8,
     sequence_len=64,
+    # 256 KiB: on a CPU only the result matters.
     collective_elements=2**16,
+    # Float32 on both sides, so only the order of sums differs.
     attention_tolerance=1e-5,
     transports=("disk", "tensor", "distributed"),
 )
@@ -190,6 +194,7 @@ def write_model(form: Form, folder: Path, tokenizer: Path) -> Architecture:
     dtype = getattr(torch, form.model["torch_dtype"])
     # A seed of its own, so that two runs on one machine can be compared.
     generator = torch.Generator().manual_seed(1)
+    # The shapes come from the mapping that the trainer reads with, so no tensor is missing.
     tensors = {}
     for name, shape in hf_shapes(architecture).items():
         # Vectors are the weights of norms. Ones keep activations finite at any depth.

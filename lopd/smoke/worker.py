@@ -70,8 +70,10 @@ def run(form: Form, model: Path, url: str, folder: Path) -> None:
         objective=Lightning(),
         checkpoint_dir=None,
     )
+    # Wrong attention gives a plausible loss, so it is compared before any step.
     check_attention(form, trainer)
     samples = _random_samples(form)
+    # The same batch in every step, so that the losses can be compared.
     microbatches = _microbatches_of_this_rank(form, samples)
     for _ in range(form.training.num_steps):
         result = trainer.train_step(microbatches)
@@ -88,6 +90,7 @@ def run(form: Form, model: Path, url: str, folder: Path) -> None:
         # of the transport before it, and pass.
         trainer.train_step(microbatches)
         start = time.perf_counter()
+        # The very object that distill syncs with, made anew for each transport.
         weights = StudentWeights(
             trainer,
             samples,
@@ -126,6 +129,7 @@ def check_collectives(form: Form) -> None:
             where="collectives",
             limit=f"{expected:g}",
         )
+    # The order of ranks matters to every gather of shards, and a sum does not show it.
     gathered = [torch.empty(1, device=device) for _ in range(ranks)]
     dist.all_gather(gathered, torch.tensor([float(rank)], device=device))
     found = [int(each) for each in gathered]
@@ -165,6 +169,7 @@ def check_attention(form: Form, trainer: Trainer) -> None:
     Raises:
         TrainingError: They differ by more than the tolerance.
     """
+    # The layers are alike, so the first one stands for all.
     core = next(
         module for name, module in trainer.module.named_modules() if name.endswith("core_attention")
     )
@@ -270,6 +275,7 @@ def _random_samples(form: Form) -> list[Sample]:
     generator = np.random.default_rng(7)
     samples = []
     for _ in range(form.num_sequences):
+        # Different lengths, so that packing has something to do.
         length = int(generator.integers(form.sequence_len // 2, form.sequence_len))
         # The first quarter is the prompt, which carries no loss.
         mask = np.arange(length) >= length // 4
@@ -283,6 +289,7 @@ def _random_samples(form: Form) -> list[Sample]:
 def _microbatches_of_this_rank(form: Form, samples: Sequence[Sample]) -> list[Microbatch]:
     """Return the microbatches of this data-parallel rank."""
     tensor = parallel.tensor_size()
+    # The same plan on every rank, made from the lengths alone. Each rank takes its own part.
     plan = plan_step(
         [len(sample) for sample in samples],
         parallel.data_size(),

@@ -10,6 +10,7 @@ import typer
 # Both -h and --help show the help of a group of verbs, and with it of each verb in the group.
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
+# The first argument of nearly every verb. It is a path to read, so typer must not create it.
 ConfigFile = Annotated[
     Path,
     typer.Argument(
@@ -18,6 +19,7 @@ ConfigFile = Annotated[
         show_default=False,
     ),
 ]
+# All further words. They have no dashes, so that they look like lines of the TOML file.
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -26,6 +28,7 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+# With this option nothing but JSON goes to stdout, and the exit code stays the same.
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")
 ]

@@ -25,6 +25,7 @@ def audit(
             show_default=False,
         ),
     ],
+    # With a model the responses are scored on this machine, in float32 and without a server.
     teacher: Annotated[
         Path | None,
         typer.Option(
@@ -49,9 +50,11 @@ def audit(
             "the manifest.",
         ),
     ] = None,
+    # A million tokens are enough to see a drift of the default tolerance.
     max_responses: Annotated[
         int, typer.Option(min=1, help="Test at most this number of responses, chosen at random.")
     ] = 1000,
+    # A drift of this size changes a response of 200 tokens by a factor e in probability.
     tolerance: Annotated[
         float,
         typer.Option(
@@ -60,6 +63,7 @@ def audit(
             "have noticed a drift of this size.",
         ),
     ] = 0.005,
+    # One in a hundred true teachers is called inconsistent by chance.
     alpha: Annotated[
         float,
         typer.Option(
@@ -69,6 +73,7 @@ def audit(
         ),
     ] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Seed for the choice of responses.")] = 0,
+    # The curves show where a foreign teacher differs, which the mean hides.
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -92,9 +97,11 @@ def audit(
     from lopd.report.audit_picture import draw_audit
     from lopd.report.cache_view import show_audit
 
+    # The manifest says how the responses were sampled, and how many there are.
     manifest = read_manifest(responses)
     conditions = _sampling_conditions(responses, manifest, temperature, top_p)
     scores = _scores(responses, manifest, teacher, conditions, max_responses, seed)
+    # The conditions belong to the verdict: it holds for this temperature and top-p only.
     result: dict[str, Any] = {
         **result_as_json(test_responses(scores, tolerance=tolerance, alpha=alpha)),
         "temperature": conditions[0],
@@ -117,6 +124,7 @@ def _sampling_conditions(
 ) -> tuple[float, float]:
     """Return the temperature and the nucleus mass, given or from the manifest."""
     sampling = manifest.sampling
+    # What the user gives wins: a manifest of imported responses may be wrong or say nothing.
     temperature = temperature or sampling.get("temperature")
     top_p = top_p or sampling.get("top_p")
     if temperature is None or top_p is None:
@@ -159,11 +167,14 @@ def _scores(
     """
     from lopd.audit.scores import score_from_columns, score_with_model
 
+    # A sample is enough: the test has as many data as tokens, and responses have thousands of them.
     table = _random_rows(folder, manifest, max_responses, seed)
     if teacher is not None:
         temperature, top_p = conditions
+        # A model cannot be asked about rows that another teacher made.
         records = _records(_rows_of_teacher(table, teacher), folder)
         return score_with_model(teacher, records, temperature=temperature, top_p=top_p)
+    # Without a model the entropies must be there: a log-probability alone has no known mean.
     scores = score_from_columns(table)
     if scores is None:
         raise DataError(
@@ -196,6 +207,7 @@ def _random_rows(folder: Path, manifest: Manifest, count: int, seed: int) -> Any
     # Shard by shard, so that a cache larger than memory can be tested.
     start = 0
     for shard in manifest.shards:
+        # Rows are numbered over the whole artifact. A shard knows only its own.
         in_shard = chosen[(chosen >= start) & (chosen < start + shard.rows)] - start
         start += shard.rows
         if len(in_shard):
@@ -220,4 +232,5 @@ def _rows_of_teacher(table: Any, teacher: Path) -> Any:
 def _records(table: Any, folder: Path) -> list[Response]:
     from lopd.cache import from_table
 
+    # The scores of the artifact, if it has any, are not needed beside a model.
     return [response for response, _ in from_table(table, where=str(folder))]

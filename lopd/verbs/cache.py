@@ -21,6 +21,7 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
 )
+# The folder of a score stage, or an artifact that another command here has made.
 Cache = Annotated[
     Path,
     typer.Argument(
@@ -29,9 +30,11 @@ Cache = Annotated[
         show_default=False,
     ),
 ]
+# An artifact of other inputs that is there is not overwritten.
 Out = Annotated[
     Path, typer.Option("--out", help="Folder of the new artifact to write.", show_default=False)
 ]
+# Only for text on screen, and for the text that the reference code wants.
 Tokenizer = Annotated[
     Path | None,
     typer.Option(
@@ -48,6 +51,7 @@ def _print_json(value: Any) -> None:
 @app.command(epilog="Example:  lopd cache verify runs/tiny_moe/score")
 def verify(
     cache: Cache,
+    # Without it, a token id beyond the vocabulary cannot be noticed.
     vocab_size: Annotated[
         int | None,
         typer.Option(
@@ -66,6 +70,7 @@ def verify(
     from lopd.cache.checks import check_cache
     from lopd.report.cache_view import show_findings
 
+    # All findings are collected first: a user mends a cache once, not error by error.
     findings, figures = check_cache(cache, vocab_size=vocab_size)
     if as_json:
         rows = [finding.as_json() for finding in findings]
@@ -104,6 +109,7 @@ def inspect(
         _print_json(figures)
         return
     show_inspection(figures)
+    # The responses come after the figures, which are too many to scroll back for.
     if sample:
         show_responses(_sample(cache, sample, seed), _token_text(cache, tokenizer))
 
@@ -115,6 +121,7 @@ def _sample(folder: Path, count: int, seed: int) -> Any:
     from lopd.artifacts import read_manifest
     from lopd.cache import read_rows
 
+    # The manifest knows the number of rows. Counting would read the whole cache.
     rows = read_manifest(folder).rows
     chosen = set(np.random.default_rng(seed).choice(rows, min(count, rows), replace=False).tolist())
     # read_rows goes through the cache once and in order, so a cache of any size can be shown.
@@ -129,12 +136,14 @@ def _token_text(folder: Path, tokenizer: Path | None) -> Callable[[int], str]:
     from lopd.tasks.tokenizer import decode, load_tokenizer
 
     models = read_manifest(folder).models
+    # Teachers of one cache share one tokenizer, so the first one will do.
     teachers = [identity for role, identity in models.items() if role.startswith("teacher")]
     source = tokenizer or (Path(teachers[0].path) if teachers else None)
     # The folder in the manifest may be on another machine. A folder that the user names must be
     # right, so load_tokenizer reports its mistakes.
     if source is None or (tokenizer is None and not (source / "tokenizer.json").is_file()):
         return lambda token: f"{token} "
+    # Each token is decoded on its own, since each is coloured on its own.
     loaded = load_tokenizer(source)
     return lambda token: decode(loaded, [token])
 
@@ -151,6 +160,7 @@ def merge(
         ),
     ],
     out: Out,
+    # Off by default: mixed teachers are more often a mistake than a wish.
     teacher_column: Annotated[
         bool,
         typer.Option(
@@ -167,6 +177,7 @@ def merge(
     """
     from lopd.cache import tools
 
+    # typer has no way to ask for two or more arguments.
     if len(caches) < 2:
         raise LopdError(
             "one cache",
@@ -193,6 +204,7 @@ def split(
     from lopd.cache import tools
     from lopd.report.cache_view import show_line
 
+    # By a hash of the prompt, so that the parts are the same on every machine.
     manifests = tools.split(cache, out, parts)
     folders = [out / f"part-{part:02d}" for part in range(len(manifests))]
     if as_json:
@@ -228,12 +240,16 @@ def export(
     from lopd.cache import tools
     from lopd.report.cache_view import show_line
 
+    # That format has text and not token ids, so a tokenizer is needed for the prompts.
     about = tools.export_reference(cache, out, tokenizer)
     if as_json:
         _print_json(about)
         return
     show_line(_size_line(out, about))
+    # What is lost is said every time: an exported cache looks complete.
     show_line(f"this format cannot hold: {'; '.join(about['loses'])}", "yellow")
+    # The reference code tokenises the text of prompts again. Where that gives other ids, it trains
+    # on other prompts than those that were sampled from.
     if about["prompts_changed"]:
         show_line(
             f"{about['prompts_changed']:,} prompts get other ids "
@@ -281,8 +297,11 @@ def import_(
     from lopd.cache import tools
     from lopd.report.cache_view import show_line
 
+    # The file has the text of the prompts and the ids of the responses.
     manifest = tools.import_reference(file, out, tokenizer, teacher=teacher)
     _show_new_cache(manifest, out, as_json)
+    # Later checks look for these: without sampling log-probabilities, for one, no importance
+    # weights.
     for reason in manifest.extra["lacks"] if not as_json else []:
         show_line(f"lacks {reason}", "yellow")
 
@@ -291,6 +310,7 @@ def import_(
 def residualise(
     cache: Cache,
     out: Out,
+    # Five folds, as in the paper. A token must not be corrected by its own response.
     folds: Annotated[
         int,
         typer.Option(
@@ -301,6 +321,7 @@ def residualise(
     position_bins: Annotated[
         int, typer.Option(help="Number of bins for the position in the response.")
     ] = 10,
+    # Geometric steps: most tokens have a surprisal near 0, and few have a large one.
     surprisal_bins: Annotated[
         int,
         typer.Option(
@@ -308,6 +329,7 @@ def residualise(
             "nats."
         ),
     ] = 8,
+    # Cells with few tokens would otherwise fit noise.
     smoothing: Annotated[
         float,
         typer.Option(help="Weight of the global mean in each cell, as a number of responses."),
@@ -336,6 +358,8 @@ def residualise(
     from lopd.cache.style import Settings
     from lopd.report.cache_view import show_line, show_residualisation
 
+    # The defaults are those of the method: 5 folds, and half of the bias from each table (arXiv
+    # 2607.28449). Bins and smoothing are choices of this project.
     settings = Settings(folds, position_bins, surprisal_bins, smoothing, token_share, seed)
     manifest = write_residualised(cache, out, settings)
     about = manifest.extra["residualisation"]
@@ -343,6 +367,7 @@ def residualise(
         _print_json({**_figures(manifest, out), **about})
         return
     _show_new_cache(manifest, out, as_json)
+    # The correction is for a foreign teacher. With the own one it takes away what should be learnt.
     if manifest.lineage.get("consistent"):
         show_line(
             "this teacher made the student's demonstrations itself: "
@@ -374,6 +399,7 @@ def _figures(manifest: Any, folder: Path) -> dict[str, Any]:
     """Return what `--json` prints of a cache. All sizes are in bytes on disk."""
     from lopd.cache import column_bytes
 
+    # Response tokens. Prompts are stored too, and are part of the bytes.
     tokens = sum(shard.tokens for shard in manifest.shards)
     size = sum(column_bytes(folder).values())
     return {

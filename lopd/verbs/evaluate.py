@@ -23,6 +23,7 @@ EPILOG = (
 )
 
 
+# Text and not a path, because the first override may land here (see below).
 RunConfig = Annotated[
     str | None,
     typer.Argument(
@@ -31,6 +32,7 @@ RunConfig = Annotated[
         show_default=False,
     ),
 ]
+# A name of the run, such as distilled, saves the user from knowing where its folder is.
 Model = Annotated[
     str | None,
     typer.Option(
@@ -60,16 +62,19 @@ TaskName = Annotated[
         "of CONFIG, or math."
     ),
 ]
+# The paper's sampling: temperature 0.6, top-p 0.95, 32 or 4 answers to each problem.
 Preset = Annotated[
     str | None, typer.Option(help="Sampling settings of the paper: paper_math or paper_code.")
 ]
 NumPrompts = Annotated[
     int | None, typer.Option(min=1, help="Use only this number of prompts, from the first on.")
 ]
+# It holds the answers too, so that other options of the verifier need no sampling.
 Out = Annotated[
     Path | None,
     typer.Option(help="Folder for the results. After a kill, the same command continues there."),
 ]
+# After a kill, the answers of an unfinished shard are sampled again.
 ShardSize = Annotated[
     int, typer.Option(min=1, help="Number of responses that are published at a time.")
 ]
@@ -108,6 +113,7 @@ def evaluate(
     """
     given = list(overrides or [])
     if model is None:
+        # These options describe an evaluation outside a run. A run has them in its configuration.
         useless = {
             "--prompts": prompts,
             "--format": form,
@@ -130,6 +136,8 @@ def evaluate(
     # JSON strings and numbers are TOML values too. What the user overrides comes last and wins.
     settings = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     loaded = _configuration(config, model, prompts, out, [*settings, *given])
+    # A context length that the user has chosen stays. Otherwise the longest prompt and the longest
+    # answer decide.
     has_own_length = config is not None or any(
         key.startswith("sglang.context_length") for key in given
     )
@@ -154,6 +162,7 @@ def _run_stage(
     )
     if is_follower:
         return
+    # Silently ignored options would let a user believe in figures of other prompts.
     wrong = [name for name, value in useless.items() if value is not None]
     if config is None or wrong:
         raise ConfigError(
@@ -222,6 +231,7 @@ def _configuration(
     ]
     if prompts is not None:
         settings.append(f"prompts.eval.file={_quoted(prompts)}")
+    # In this order a user can override even the model's settings above.
     settings += overrides
     if config is not None:
         return load_config(Path(config), settings)
@@ -255,8 +265,10 @@ def _quoted(path: Path) -> str:
 
 def _summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     """Return the lines on screen. Shares of summary.json become percentages."""
+    # The interval is a bootstrap over problems, not over answers to one problem.
     low, high = summary["interval"]
     tokens = summary["response_len_quantiles"]
+    # The share of problems that k answers solve at least once.
     passes = ", ".join(f"pass@{k} {100 * share:.1f}%" for k, share in summary["pass_at"].items())
     lines = [
         f"avg@{summary['samples_per_problem']}  {100 * summary['mean']:.1f}%  "
@@ -266,6 +278,7 @@ def _summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
         f"median {tokens['0.5']:,.0f}, longest {tokens['1']:,.0f}; "
         f"cut off {100 * summary['truncated_share']:.1f}%",
     ]
+    # Why answers were wrong tells a bad model from a bad verifier or a wrong format.
     if summary["reasons"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary["reasons"].items())
         lines.append(f"wrong: {reasons}")

@@ -20,6 +20,7 @@ from lopd.verbs.arguments import AsJson, ConfigFile, Overrides
 if TYPE_CHECKING:
     from lopd.launching import Job
 
+# Shards of independent requests: any machine can make any of them, in any order.
 Shards = Annotated[
     str | None,
     typer.Option(
@@ -29,6 +30,7 @@ Shards = Annotated[
         show_default=False,
     ),
 ]
+# The machines meet by a file in the run directory, so no address is given here.
 Node = Annotated[
     str | None,
     typer.Option(
@@ -38,6 +40,7 @@ Node = Annotated[
         show_default=False,
     ),
 ]
+# A verb of a stage without its option.
 Verb = Callable[[Path, list[str] | None], None]
 # Stages of independent requests: their shards can be shared among any number of machines.
 _SAMPLING = ("demonstrate", "rollout", "score")
@@ -104,6 +107,7 @@ def _with_shards(stage: str, whole: Verb) -> Callable[..., None]:
         from lopd import checks, pipeline
         from lopd.launching.place import read_share
 
+        # A share publishes shards only. The verb without the option makes the artifact of them.
         share = read_share(shards)
         checks.check_all(loaded, stage=stage)
         pipeline.run_share(loaded, stage, share)
@@ -157,6 +161,7 @@ def launch(
     from lopd.launching import launch as start
     from lopd.report.console import say
 
+    # typer could check the choice, but its message is a box and not one of our error lines.
     target = next((name for name in TARGETS if name == on), None)
     if target is None:
         raise ConfigError(
@@ -165,16 +170,20 @@ def launch(
             limit=", ".join(TARGETS),
             remedy="choose one of these",
         )
+    # The plan is pure. Everything that can be refused is refused before nemo-run starts.
     plan = make_plan(
         loaded,
         target,
         config_file=config,
         overrides=overrides or [],
+        # An empty text means all stages, and a trailing comma means nothing.
         stages=[name for name in stages.split(",") if name],
     )
     if not as_json:
+        # The list comes before the submission, which may take minutes on a cluster.
         for job in plan.jobs:
             say(_job_line(job))
+    # An absolute path: nemo-run runs in a process of its own.
     result = start(plan, render_to=render.resolve() if render is not None else None)
     if as_json:
         typer.echo(json.dumps(result, indent=1))

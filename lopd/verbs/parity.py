@@ -27,6 +27,7 @@ def parity(
         ),
     ],
     overrides: Overrides = None,
+    # Both engines are compared token by token, so some ten thousand tokens show any error.
     responses: Annotated[
         int, typer.Option(min=1, help="Number of responses, chosen at random.")
     ] = 64,
@@ -45,6 +46,7 @@ def parity(
     from lopd.config import load_config
     from lopd.report.parity_view import show_parity
 
+    # No exit code depends on the result: which difference is too large depends on the dtype.
     found = compare(load_config(config, overrides or []), num_responses=responses, seed=seed)
     if as_json:
         typer.echo(json.dumps({name: result.as_dict() for name, result in found.items()}, indent=1))
@@ -66,12 +68,14 @@ def compare(config: Config, *, num_responses: int, seed: int) -> dict[str, Agree
     Raises:
         LopdError: There are no rollouts, or an engine does not start.
     """
+    # The cache then has scores of several models, and one ScoreRequest goes to one of them.
     if config.models.teachers:
         raise ConfigError(
             "parity is of one teacher",
             where="models.teachers",
             remedy="compare each: models.teachers={} models.teacher=FOLDER",
         )
+    # The same responses for all four sources, so that they can be compared token by token.
     rollouts, cached, engine = _sample(config, num_responses, seed)
     teacher = config.models.teacher
     with tempfile.TemporaryDirectory(prefix="lopd-parity-") as name:
@@ -92,6 +96,7 @@ def compare(config: Config, *, num_responses: int, seed: int) -> dict[str, Agree
         by_trainer = _score_with_megatron(
             student, _trainer_settings(config), rollouts, scratch, "student"
         )
+    # The rollouts carry what SGLang gave while it sampled them. Nothing has to be computed for it.
     sampled = {response.key: response.sampling_logprobs for response in rollouts}
     return {
         "teacher: SGLang and Megatron-Core": _agreement(by_sglang, by_megatron),
@@ -133,6 +138,7 @@ def _sample(
     from lopd.artifacts import read_manifest
     from lopd.cache.reader import CacheReader
 
+    # The rollouts are needed in any case. The cache has the same rows, with one column more.
     folder = config.run.dir / "rollout"
     manifest = read_manifest(folder)
     engine = "sglang"
@@ -148,6 +154,7 @@ def _sample(
         raise ArtifactError("no responses", where=str(folder), remedy="run the rollout stage first")
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(reader), min(count, len(reader)), replace=False))
+    # By index: of a large cache only the chosen rows are read.
     rows = reader.fetch(chosen)
     responses = [response for response, _ in rows]
     logprobs = {response.key: values for response, values in rows if values is not None}
@@ -159,6 +166,8 @@ def _score_with_megatron(
 ) -> dict[Key, Floats]:
     from lopd.megatron.scoring.scorer import MegatronScorer
 
+    # The scorer computes log-probabilities of given tokens. It calls them the teacher's, whatever
+    # the model is.
     with MegatronScorer(model, settings, folder=scratch, name=name) as engine:
         return {score.key: score.teacher_logprobs for score in engine.score(rollouts)}
 
@@ -170,11 +179,14 @@ def _score_with_sglang(
     from sglang_rollout.requests.scoring import ScoreRequest
 
     def requests() -> Iterator[ScoreRequest]:
+        # The server scores the very token ids that were sampled. No text is tokenised again.
         for response in rollouts:
             yield ScoreRequest(
                 response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids
             )
 
+    # The server ends with the block, also after Ctrl-C. Its progress lines would mix with the
+    # result.
     log = scratch / "sglang.log"
     with serve(model, config.sglang, log=log, name="teacher", tell=lambda line: None) as engine:
         return {score.key: score.teacher_logprobs for score in engine.score(requests())}

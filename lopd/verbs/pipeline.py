@@ -17,6 +17,7 @@ def run_stages(config: Config, stage: str | None = None) -> None:
     Raises:
         LopdError: A check or a stage failed.
     """
+    # The stages import torch, so this import waits until the configuration is known to be right.
     from lopd import checks, pipeline
 
     # All checks come before the first stage: a mistake in the last stage's settings must be

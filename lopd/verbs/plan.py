@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from lopd.planning import Plan
     from lopd.planning.layouts import Suggestion
 
+# Eight H100 are the machine of the paper, and of the recipes in examples/.
 NumGpus = Annotated[int, typer.Option(min=1, help="Number of GPUs of the node.")]
+# lopd.planning.hardware has all names. An unknown one is refused with the nearest.
 GpuName = Annotated[str, typer.Option(help="Kind of GPU: h100-80gb, h200-141gb, a100-80gb, ...")]
+# The host's memory matters if the optimizer is offloaded to it.
 HostGib = Annotated[
     float | None,
     typer.Option(
@@ -27,6 +30,7 @@ HostGib = Annotated[
         show_default=False,
     ),
 ]
+# Checkpoints to resume from take most of the disk.
 DiskGib = Annotated[
     float | None,
     typer.Option(
@@ -35,6 +39,7 @@ DiskGib = Annotated[
         show_default=False,
     ),
 ]
+# A plan is often made before the models are downloaded. A config.json is small.
 StudentConfig = Annotated[
     Path | None,
     typer.Option(
@@ -49,6 +54,7 @@ TeacherConfig = Annotated[
         show_default=False,
     ),
 ]
+# The first guess of a rate is ours. After a first run, users know theirs.
 Assume = Annotated[
     list[str] | None,
     typer.Option(
@@ -58,6 +64,7 @@ Assume = Annotated[
         show_default=False,
     ),
 ]
+# The comparison shows what the stored scores save: no teacher shares the GPUs with training.
 Cohost = Annotated[
     bool,
     typer.Option(
@@ -65,6 +72,7 @@ Cohost = Annotated[
         help="Plan standard OPD instead: servers of teacher and student run beside the trainer.",
     ),
 ]
+# The result is printed as overrides, ready to be pasted after `lopd run CONFIG`.
 Suggest = Annotated[
     bool,
     typer.Option("--suggest", help="Search for the nearest settings that fit, and show them."),
@@ -103,13 +111,16 @@ def plan(
     from lopd.planning.models import planned_models
     from lopd.planning.stages import given_stages
 
+    # The node need not be this machine, so nothing of this machine is looked at.
     node = node_of(gpu, gpus, host_gib=host_gib, disk_gib=disk_gib)
     files = {"student": student_config, "teacher": teacher_config}
+    # A config.json that is given wins over the folder that the configuration names.
     models = planned_models(
         loaded, {role: path for role, path in files.items() if path is not None}
     )
     assumed = read_assumptions(assume or [])
     shapes = {role: model.arch for role, model in models.items()}
+    # A plan that fits is of no use if lopd check then refuses the configuration on the node.
     refused = list(checks.check_anywhere(loaded, shapes, given_stages(loaded)))
     made: Plan | ConfigError
     try:
@@ -119,14 +130,17 @@ def plan(
         if not suggest:
             raise
         made = error
+    # The search makes hundreds of plans, so it runs only if it is asked for.
     found = nearest_that_fits(loaded, models, node, assumed, cohost=cohost) if suggest else None
     if as_json:
+        # One JSON value on stdout, whatever happens, so that a program can always read it.
         table = _as_json(made, refused)
         if suggest:
             table["suggestion"] = found.as_json() if found else None
         typer.echo(json.dumps(table, indent=1))
     else:
         _show(made, refused, found, suggest=suggest)
+    # A script that starts a run can rely on the exit code alone.
     if isinstance(made, ConfigError) or not made.fits or refused:
         raise typer.Exit(EXIT_CODE)
 

@@ -39,12 +39,16 @@ def doctor(
     exit code 2 if something is missing. lopd check looks at the configuration itself, once the
     models are here.
     """
+    # The configuration says which machine is needed. Without it nothing can be judged.
     loaded = load_config(config, overrides or [])
     from lopd.machine import doctor as judge
     from lopd.machine import facts, hub
 
+    # Recipes need evaluation sets that are not part of their configuration.
     others = [hub.named(name) for name in also or ()]
+    # First all facts, then all verdicts: a fact that is slow to get is asked for once.
     found = judge.findings(loaded, facts.gather(loaded, others), others)
+    # Findings that are right are shown too: a list without a subject says nothing about it.
     rows = [
         {"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)}
         for name, finding in found
@@ -68,6 +72,7 @@ def show_findings(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         typer.echo(json.dumps(rows, indent=1))
     else:
         check_table(rows)
+    # The exit code comes last, so that the whole table is shown first.
     if not all(row["ok"] for row in rows):
         raise typer.Exit(EXIT_CODE)
 
@@ -104,12 +109,14 @@ def fetch(
     from lopd.report.console import say
 
     if what.startswith(PREFIX):
+        # Useful for one evaluation set, or to fetch on a machine that has no configuration.
         items = [hub.named(what)]
     else:
         items = list(hub.wanted(load_config(Path(what), overrides or [])))
     # Programs read the output of these two forms, so progress lines must not be part of it.
     quiet = as_json or only_path
     rows = hub.fetch(items, (lambda line: None) if quiet else say)
+    # For shells: `--model "$(lopd fetch --path hf://...)"`.
     if only_path:
         typer.echo("\n".join(str(item.path) for item in items))
     elif as_json:

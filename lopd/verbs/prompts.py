@@ -35,6 +35,7 @@ Format = Annotated[
         help="The data set whose columns SOURCE has. lopd prompts formats lists them.",
     ),
 ]
+# For data sets whose columns are not known, or have changed since.
 Field = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,10 +44,13 @@ Field = Annotated[
         "repeated.",
     ),
 ]
+# The boxed form asks for the answer in a box, where the verifier of math looks first.
 Instruction = Annotated[
     str | None,
     typer.Option(help="Text around {question}, or plain, or boxed. If absent, that of the format."),
 ]
+# The report beside the file has the hashes of all inputs, by which a later call sees that nothing
+# changed.
 PreparedFile = Annotated[
     Path,
     typer.Option(
@@ -54,6 +58,7 @@ PreparedFile = Annotated[
         "NAME.report.json."
     ),
 ]
+# A student that has seen an evaluation problem while it was trained scores too well on it.
 Against = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,6 +66,8 @@ Against = Annotated[
         help="An evaluation set. Prompts that share words with it are left out. May be repeated.",
     ),
 ]
+# 13 words in a row are the usual bound of published decontaminations. Fewer find chance matches,
+# and more miss edited prompts.
 Ngram = Annotated[
     int,
     typer.Option(
@@ -69,6 +76,8 @@ Ngram = Annotated[
         "left out.",
     ),
 ]
+# Long evaluation prompts may share a common formula with many others. A share above 0 asks for more
+# than one such group.
 MinCoverage = Annotated[
     float,
     typer.Option(
@@ -78,6 +87,7 @@ MinCoverage = Annotated[
         "one group is enough.",
     ),
 ]
+# Data sets mix sources, levels and languages, which a column tells apart.
 Where = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,6 +96,7 @@ Where = Annotated[
         "May be repeated.",
     ),
 ]
+# A file in the format of lopd has been prepared already, so its repetitions are meant.
 Duplicates = Annotated[
     str | None,
     typer.Option(
@@ -96,6 +107,7 @@ Duplicates = Annotated[
 NumPrompts = Annotated[
     int | None, typer.Option(min=1, help="Take this number of the prompts that are left.")
 ]
+# Files are often sorted by source or by level. The first prompts are then no fair sample.
 ShuffleSeed = Annotated[
     int | None,
     typer.Option(min=0, help="Take them at random with this seed. If absent, take the first ones."),
@@ -106,10 +118,12 @@ MaxChars = Annotated[
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Leave out prompts with more tokens. Needs --tokenizer.")
 ]
+# Prompts are measured as a model sees them, so the template counts.
 LengthTokenizer = Annotated[
     Path | None,
     typer.Option(help="Folder of a tokenizer with a chat template. It measures lengths in tokens."),
 ]
+# A prompt whose answer no verifier can use would count as wrong for every model.
 TaskName = Annotated[
     str | None,
     typer.Option(
@@ -172,6 +186,7 @@ def prepare(
         "max_prompt_chars": max_chars,
         "max_prompt_tokens": max_tokens,
     }
+    # The report says what was left out, and why.
     report = prompt_files.prepare(
         prompt_files.prompt_set(settings),
         out,
@@ -199,6 +214,7 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
         ConfigError: A word has no name or no equals sign.
     """
     pairs: dict[str, Any] = {}
+    # The same option may be given several times, with one pair each.
     for word in given or []:
         name, equals, text = word.partition("=")
         if not equals or not name:
@@ -253,6 +269,7 @@ def show(
         "instruction": instruction,
         "thinking": thinking,
     }
+    # The code that shows a prompt is the code that a run reads prompts with.
     for line in prompt_files.shown(prompt_files.prompt_set(settings), num_prompts, tokenizer):
         typer.echo(line)
 
@@ -267,6 +284,7 @@ def formats() -> None:
         # These fields are computed from a whole row, so no column is theirs.
         columns |= dict.fromkeys(form.computed, "computed")
         typer.echo(f"{name}: {form.title}  ({form.source})")
+        # What a user should know before the set is used.
         if form.note:
             typer.echo(f"    {form.note}")
         # The format of lopd itself has its columns under their own names.
