@@ -19,7 +19,7 @@ import typer
 from lopd import __version__
 from lopd.config import InvalidConfig, known_keys, load_config, nearest_key
 from lopd.errors import EXIT_CODE, ConfigError, LopdError
-from lopd.verbs.arguments import HELP_OPTIONS, AsJson, ConfigFile, Overrides
+from lopd.verbs.arguments import HELP_OPTIONS, AsJson, ConfigFile, Overrides, VerbGroup
 from lopd.verbs.audit import audit
 from lopd.verbs.cache import app as cache_app
 from lopd.verbs.evaluate import EPILOG as EVALUATE_EPILOG
@@ -31,14 +31,13 @@ from lopd.verbs.plan import plan
 from lopd.verbs.prepare import doctor, fetch, show_findings
 from lopd.verbs.prompts import app as prompts_app
 
-app = typer.Typer(
+app = VerbGroup(
     name="lopd",
     # The first line is all that a list of programs shows. The rest says what the three parts do.
     help=(
         "Distil a large reasoning teacher into a student by Lightning OPD.\n\n"
         "SGLang samples the responses, and the teacher scores each response token once. "
-        "Megatron-Core then trains the student on the stored scores. No teacher runs during "
-        "training."
+        "Megatron-Core then trains the student on the stored scores. Training needs no teacher."
     ),
     epilog=(
         "First steps:  lopd check CONFIG,  then  lopd run CONFIG.   "
@@ -283,13 +282,17 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 # cannot be, no memory, no file handles. Any other OSError is a bug of ours and shows a traceback.
 _CIRCUMSTANCES = frozenset(
     {
+        # The disk is full, or the user's share of it is.
         errno.ENOSPC,
         errno.EDQUOT,
+        # The disk or the file must not be written, or the folder must not be entered.
         errno.EROFS,
         errno.EACCES,
         errno.EPERM,
+        # The path cannot exist: a part of it is a file, or is too long.
         errno.ENOTDIR,
         errno.ENAMETOOLONG,
+        # The limits of the process or of the machine are reached.
         errno.EMFILE,
         errno.ENOMEM,
     }
@@ -322,6 +325,7 @@ def _fail(error: LopdError) -> NoReturn:
 
 def _prepare_process() -> None:
     """Set signals, streams and environment before any verb runs."""
+    # Clusters end a job with SIGTERM. It must end servers and ranks as Ctrl-C does.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):

@@ -43,11 +43,13 @@ def _sync(config: Config) -> Iterator[Finding]:
 # By name, the function and the stages to which it matters. The order is the order of the findings:
 # what others rest on comes first.
 CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
+    # The models themselves, and what prompts and responses need of them.
     "teacher": (teacher, _TEACHER),
     "student": (student, ALL_STAGES),
     "teachers": (teachers, ("demonstrate", "rollout", "score", "distill")),
     "context": (context, SERVING),
     "tokenizers": (tokenizers, SERVING),
+    # Knobs against each other, against the models, and against this machine.
     "sampling": (combinations.sampling, ("demonstrate", "rollout", "distill", "evaluate")),
     "layouts": (layouts, TRAINING),
     "scorer": (scorer, ("score",)),
@@ -55,12 +57,14 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "refresh": (combinations.refresh, ("distill",)),
     "sync": (_sync, ("distill",)),
     "megatron": (megatron, TRAINING),
+    # What is read besides models: prompts, and artifacts that were made elsewhere.
     "prompts": (prompts, ("demonstrate", "rollout", "distill", "evaluate")),
     "verifier": (verifier, ("distill", "evaluate")),
     "demonstrations": (demonstrations, ("sft", "evaluate")),
     "lineage": (lineage, ("score",)),
     "checkpoint": (checkpoint, ("sft", "score", "evaluate")),
     "cache": (cache, ("distill",)),
+    # The machine: devices and ports, folders, disk.
     "server": (server, SERVING),
     "folders": (folders, ALL_STAGES),
     "disk": (disk, ALL_STAGES),

@@ -40,6 +40,7 @@ def sampling_problems(config: Config) -> Iterator[ConfigError]:
     for stage, is_made in is_sampled.items():
         if is_made:
             yield from _stage_sampling_problems(config, stage)
+    # The queue is the same for all stages, so it is looked at once.
     yield from _queue_problems(config)
 
 
@@ -70,6 +71,7 @@ def _stage_sampling_problems(config: Config, stage: str) -> Iterator[ConfigError
 def _queue_problems(config: Config) -> Iterator[ConfigError]:
     """Yield a queue that is too short for the requests that lopd keeps in flight."""
     settings = config.sglang
+    # SGLang's own default is a queue without an end.
     queue = settings.extra_args.get("max_queued_requests")
     if not isinstance(queue, int):
         return

@@ -43,6 +43,7 @@ def server(config: Config) -> Iterator[Finding]:
     if not problems:
         problems += _fingerprint_problems(config)
     yield from problems
+    # Whether a port is free is asked last: it may change at any time.
     taken = [*_port_problems(config)]
     yield from taken
     if not taken and not problems:

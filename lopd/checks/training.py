@@ -92,6 +92,7 @@ def _rank_problems(
     # Each rank has a GPU of its own, or a core.
     per_machine, unit = machine
     parallel = section.parallel
+    # Context ranks need Transformer Engine's attention, so they are asked about first.
     yield from _context_problems(parallel, section.dtype, where=f"{name}.parallel")
     # All machines are taken to be like this one.
     limit = per_machine * parallel.nodes

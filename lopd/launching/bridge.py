@@ -124,7 +124,7 @@ def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> di
     log = folder / "nemo_run.log"
     # Private, because the plan has launch.env.
     publish_json(plan_file, plan.as_json(), private=True)
-    # A result of a former launch must not be taken for this one's.
+    # The folder is the same for every launch of a run. A former result must not count for this one.
     result_file.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in _PYTHON_VARIABLES}
     environment["NEMORUN_HOME"] = str(folder / "nemo")

@@ -49,6 +49,7 @@ def slurm_executor(job: Job, plan: Plan) -> Any:
         time=f"{hours:02d}:{minutes:02d}:00",
         nodes=job["nodes"],
         # One task on each node: lopd starts the ranks of a node itself and watches them.
+        # It would start as many copies of lopd otherwise.
         ntasks_per_node=1,
         cpus_per_task=job["cpus"],
         gpus_per_node=job["gpus"] or None,
@@ -137,6 +138,7 @@ def pod_patch(pod: dict[str, Any], field: str) -> dict[str, Any]:
         pod: What the pods are given.
         field: The name of the field: podTemplateOverrides or runtimePatches.
     """
+    # Only volumes and containers: this field has no security context.
     if field == "podTemplateOverrides":
         return {
             field: [
@@ -283,7 +285,8 @@ def as_yaml(job: Job, table: dict[str, Any]) -> str:
     import yaml
 
     before = "".join(f"# after {name}\n" for name in job["after"])
-    return before + yaml.safe_dump(table, sort_keys=False)
+    text: str = yaml.safe_dump(table, sort_keys=False)
+    return before + text
 
 
 def as_json_text(table: dict[str, Any]) -> str:
@@ -296,6 +299,7 @@ def docker_call(submitted: Any) -> dict[str, Any]:
 
     # It stands in for docker's client, and notes what is asked of it.
 
+    # nemo-run asks the client for its networks and its containers.
     class Recorder:
         @property
         def containers(self) -> Recorder:
@@ -313,6 +317,7 @@ def docker_call(submitted: Any) -> dict[str, Any]:
                 **{key: value for key, value in options.items() if value},
             )
 
+    # One container for each job, since every job is a command of its own.
     [container] = submitted._dryrun_info.request.containers
     container.run(client=Recorder(), id=EXPERIMENT)
     return asked

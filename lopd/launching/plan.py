@@ -164,6 +164,7 @@ def _check_nodes(config: Config, target: Target, chosen: Sequence[str]) -> None:
                 limit="equal parts",
                 remedy=f"set {stage}.parallel.nodes to a divisor of {parallel.ranks}",
             )
+        # Several nodes on one machine would share its GPUs.
         if parallel.nodes > 1 and target in SINGLE_NODE:
             raise ConfigError(
                 f"{stage}.parallel.nodes = {parallel.nodes}",
@@ -171,6 +172,7 @@ def _check_nodes(config: Config, target: Target, chosen: Sequence[str]) -> None:
                 limit="1: it is one machine",
                 remedy="launch on slurm, k8s or skypilot, or set it to 1",
             )
+    # Scoring needs no exchange between nodes. Workers share its prompts instead.
     nodes = config.score.forward.parallel.nodes
     if nodes > 1:
         raise ConfigError(

@@ -221,6 +221,7 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
 def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     """Yield whether the limits of the system, or of the container, are high enough."""
     is_cpu_trial = _is_cpu_trial(config, facts)
+    # On a CPU gloo exchanges through sockets, and needs no shared memory.
     shm = 0 if is_cpu_trial else SHM_PER_GPU * gpus_needed(config)
     if facts.shm < shm:
         yield ConfigError(
@@ -283,6 +284,7 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
         item: Its name on the hub, if it has one.
         facts: What the hub has said.
     """
+    # What is here is not compared with the hub: a name with a revision does not change.
     if path.exists():
         return f"{key}: {path}"
     if item is None:

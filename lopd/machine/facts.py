@@ -128,8 +128,10 @@ def _gpus() -> tuple[tuple[GpuFact, ...], str]:
             timeout=_SMI_TIMEOUT_S,
             check=False,
         )
+    # A machine without NVIDIA's driver has no nvidia-smi. Containers get it from the host.
     except FileNotFoundError:
         return (), "nvidia-smi is not installed (in a container: start it with --gpus all)"
+    # A driver with a GPU that has fallen off the bus may never answer.
     except subprocess.TimeoutExpired:
         return (), "nvidia-smi does not answer"
     if done.returncode != 0:

@@ -1,9 +1,9 @@
 """Downloads what a configuration names on the Hugging Face hub.
 
-Only this file and lopd.machine.facts talk to the hub. A download is an explicit step (``lopd fetch
-CONFIG``). Of a model, weights as safetensors, JSON files and the tokenizer's files are fetched. Code
-and pickles are never fetched. A folder is made under another name, and renamed when it is whole. A
-note in it names the commit that it came from.
+Only this file and lopd.machine.facts talk to the hub. A download is an explicit step: ``lopd fetch
+CONFIG``. Of a model, weights as safetensors, JSON files and the tokenizer's files are fetched. Code
+and pickles never are. A folder is made under another name, and renamed when it is whole. A note in
+it names the commit that it came from.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lopd.errors import ConfigError, LopdError
 # The file that marks a folder as whole, and names its source and commit.
 NOTE = "lopd-source.json"
 # Patterns of the files that are fetched. None of them matches code or pickled weights.
+# Licences come along with the files that they cover.
 MODEL_FILES = (
     "*.json",
     "*.safetensors",
@@ -98,6 +99,7 @@ def named(text: str) -> Wanted:
         ConfigError: The text is no such name.
     """
     try:
+        # The same reading of names as in a configuration.
         path = local_path(text)
     except ValueError as error:
         raise ConfigError(

@@ -263,6 +263,7 @@ def _number(name: str, text: str) -> float:
 
 def meanings() -> dict[str, str]:
     """Return what each assumption means, by its name."""
+    # A test compares these with the table of docs/plan.md.
     return {each.name: each.metadata["meaning"] for each in dataclasses.fields(Assumptions)}
 
 

@@ -20,10 +20,12 @@ from lopd.planning.training import step_time
 # Rows of public data sets, by prompts.*.format. They are used if a file is not on this machine and
 # num_prompts is not given.
 PUBLIC_ROWS = {
+    # Sets to train on, as their cards give the number of rows.
     "openthoughts3": 1_200_000,
     "dapo_math_17k": 17_398,
     "epicoder": 380_000,
     "gsm8k": 7_473,
+    # Sets to evaluate on.
     "math_500": 500,
     "aime_2024": 30,
     "aime_2025": 30,

@@ -27,8 +27,11 @@ from lopd.planning.stages import TRAINED, given_stages
 SERVED = ("demonstrate", "rollout", "score", "evaluate")
 # Fields of Megatron-Core that move the whole optimizer to the host.
 OFFLOAD = {
+    # Moments and master weights live on the host, and the CPU updates them.
     "optimizer_cpu_offload": True,
+    # All of them: a part would need a search of its own.
     "optimizer_offload_fraction": 1.0,
+    # Otherwise float32 master weights stay on the GPU, and little is won.
     "use_precision_aware_optimizer": True,
 }
 # Shares of a GPU's memory for weights and KV cache: of servers alone on their GPUs, and of servers
@@ -252,6 +255,7 @@ def _layouts(
             "expert_tensor": expert_tensor,
         }
         # What does not fit is left out before a section is made, which is slower.
+        # Data ranks are what these sizes leave. There must be at least one.
         if tensor * pipeline * context > ranks or expert * expert_tensor * pipeline > ranks:
             continue
         if not any(layout_problems(student, parallel.model_copy(update=layout))):
@@ -308,6 +312,7 @@ def _distance(key: str, new: Any, old: Any) -> float:
 
 
 def _value_at(config: Config, key: str) -> Any:
+    # A dotted key names sections from the outside to the inside.
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)

@@ -22,6 +22,7 @@ from lopd.planning.hardware import Node
 
 # Bytes per weight that AdamW in float32 moves: it reads weight, gradient and two moments (16), and
 # writes weight and moments (12).
+# The memory of the host is the limit of such an update, more often than its cores.
 UPDATE_BYTES = 28
 # Bytes per weight that an offloaded optimizer copies: a float32 gradient down to the host, and a
 # bfloat16 weight up again.

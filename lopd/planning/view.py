@@ -63,6 +63,7 @@ def show_refused(problems: Iterable[LopdError]) -> None:
 def show_suggestion(found: Suggestion | None) -> None:
     """Print the nearest settings that fit, as overrides to paste."""
     console = _console()
+    # What to change is said in the order of its cost.
     if found is None:
         line = (
             "no layout that was searched fits this node: "
@@ -95,7 +96,9 @@ def _console() -> Console:
 def _head(plan: Plan) -> Iterable[str]:
     """Yield the lines above the tables: models, layouts and the node."""
     for role, model in plan.models.items():
+        # A run with one teacher has the roles teacher and student only.
         domain = role.removeprefix("teachers.")
+        # teachers.math is a key of the configuration. People read "teacher of math".
         title = role if domain == role else f"teacher of {domain}"
         yield f"{title}: {model.name}, by {model.source}"
     yield (

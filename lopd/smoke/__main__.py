@@ -141,6 +141,7 @@ def _check_imports(form: Form) -> None:
 
     needed = form.training.parallel.ranks
     on_gpu = form is FORMS["node"]
+    # Counting GPUs costs nothing, and importing Megatron-Core costs seconds.
     if on_gpu and torch.cuda.device_count() < needed:
         raise ConfigError(
             f"{torch.cuda.device_count()} GPUs",
@@ -195,6 +196,7 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
     if version is None:
         say(f"smoke: {len(responses)} answers")
         return
+    # All answers must be from one version: a server in between would be a torn update.
     versions = sorted({response.weight_version for response in responses})
     if versions != [version]:
         raise EngineError(

@@ -109,6 +109,7 @@ NODE = Form(
         {
             "num_steps": 2,
             "max_tokens_per_microbatch": 12288,
+            # As in the paper's run, which recomputes every layer.
             "recompute": "full",
             "parallel": {"ranks": 8, "tensor": 4, "expert": 8},
             "optimizer": {"lr": 1e-5},
@@ -119,6 +120,7 @@ NODE = Form(
     server=SGLangSection.model_validate(
         {
             "tensor": 2,
+            # More than the answers need: the cache is made for real lengths.
             "context_length": 4096,
             "mem_fraction": 0.3,
             "max_running_requests": 16,

@@ -233,6 +233,8 @@ def _packed_attention(
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
 
+    # thd: the tokens of all sequences follow each other, without padding. The bounds tell them
+    # apart.
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -246,6 +248,7 @@ def _packed_attention(
             key,
             value,
             None,
+            # The mask that a packed microbatch has in training.
             attn_mask_type=AttnMaskType.padding_causal,
             attention_bias=None,
             packed_seq_params=packed,
@@ -337,6 +340,7 @@ def main(job_file: Path) -> None:
     # Before any other thread or library uses shared memory.
     _start_shared_memory()
     with reporting_errors():
+        # An error in a rank becomes one line in the parent (reporting_errors).
         parallel.initialize(form.training.parallel, seed=1, timeout_s=form.training.timeout_s)
         run(form, Path(job["model"]), job["url"], Path(job["folder"]))
         parallel.shutdown()

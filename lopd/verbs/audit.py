@@ -16,71 +16,82 @@ if TYPE_CHECKING:
     from lopd.records import Manifest, Response
 
 
+Responses = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RESPONSES",
+        help="Demonstrations or rollouts: a folder with manifest.json.",
+        show_default=False,
+    ),
+]
+# With a model the responses are scored on this machine, in float32 and without a server.
+Teacher = Annotated[
+    Path | None,
+    typer.Option(
+        help="Hugging Face folder of the teacher. If absent, the columns teacher_logprobs and "
+        "teacher_entropy of RESPONSES are used."
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        help="The temperature at which the teacher would have sampled. If absent, that of the "
+        "manifest.",
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        max=1,
+        help="The nucleus mass with which the teacher would have sampled. If absent, that of "
+        "the manifest.",
+    ),
+]
+# A million tokens are enough to see a drift of the default tolerance.
+MaxResponses = Annotated[
+    int, typer.Option(min=1, help="Test at most this number of responses, chosen at random.")
+]
+# A drift of this size changes a response of 200 tokens by a factor e in probability.
+Tolerance = Annotated[
+    float,
+    typer.Option(
+        min=1e-9,
+        help="Mean drift in nats per token. The verdict is 'consistent' only if the test would "
+        "have noticed a drift of this size.",
+    ),
+]
+# One in a hundred true teachers is called inconsistent by chance.
+Alpha = Annotated[
+    float,
+    typer.Option(
+        min=1e-9,
+        max=0.5,
+        help="Probability that a true teacher is called inconsistent.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed for the choice of responses.")]
+# The curves show where a foreign teacher differs, which the mean hides.
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        help="PNG file to write: the drift by position, by entropy, and by the kind of the "
+        "token before."
+    ),
+]
+
+
 def audit(
-    responses: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RESPONSES",
-            help="Demonstrations or rollouts: a folder with manifest.json.",
-            show_default=False,
-        ),
-    ],
-    # With a model the responses are scored on this machine, in float32 and without a server.
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            help="Hugging Face folder of the teacher. If absent, the columns teacher_logprobs and "
-            "teacher_entropy of RESPONSES are used."
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0.01,
-            help="The temperature at which the teacher would have sampled. If absent, that of the "
-            "manifest.",
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0.01,
-            max=1,
-            help="The nucleus mass with which the teacher would have sampled. If absent, that of "
-            "the manifest.",
-        ),
-    ] = None,
-    # A million tokens are enough to see a drift of the default tolerance.
-    max_responses: Annotated[
-        int, typer.Option(min=1, help="Test at most this number of responses, chosen at random.")
-    ] = 1000,
-    # A drift of this size changes a response of 200 tokens by a factor e in probability.
-    tolerance: Annotated[
-        float,
-        typer.Option(
-            min=1e-9,
-            help="Mean drift in nats per token. The verdict is 'consistent' only if the test would "
-            "have noticed a drift of this size.",
-        ),
-    ] = 0.005,
-    # One in a hundred true teachers is called inconsistent by chance.
-    alpha: Annotated[
-        float,
-        typer.Option(
-            min=1e-9,
-            max=0.5,
-            help="Probability that a true teacher is called inconsistent.",
-        ),
-    ] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for the choice of responses.")] = 0,
-    # The curves show where a foreign teacher differs, which the mean hides.
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            help="PNG file to write: the drift by position, by entropy, and by the kind of the "
-            "token before."
-        ),
-    ] = None,
+    responses: Responses,
+    teacher: Teacher = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_responses: MaxResponses = 1000,
+    tolerance: Tolerance = 0.005,
+    alpha: Alpha = 0.01,
+    seed: Seed = 0,
+    picture: Picture = None,
     as_json: AsJson = False,
 ) -> None:
     """Test whether a teacher can have sampled these responses.

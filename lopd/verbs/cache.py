@@ -1,4 +1,4 @@
-"""``lopd cache``: look at a cache of teacher log-probabilities, check it, and make others from it."""
+"""``lopd cache``: look at a cache of teacher log-probabilities, check it, or derive another one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lopd.errors import EXIT_CODE, LopdError
-from lopd.verbs.arguments import AsJson
+from lopd.verbs.arguments import AsJson, VerbGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-app = typer.Typer(
+app = VerbGroup(
     help=(
         "Verify, inspect, merge, split, export and import caches of teacher log-probabilities.\n\n"
         "docs/cache_format.md specifies the format."

@@ -135,6 +135,7 @@ def evaluate(
     }
     # JSON strings and numbers are TOML values too. What the user overrides comes last and wins.
     settings = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    # From here on the evaluation is a configuration like any other.
     loaded = _configuration(config, model, prompts, out, [*settings, *given])
     # A context length that the user has chosen stays. Otherwise the longest prompt and the longest
     # answer decide.
@@ -171,6 +172,7 @@ def _run_stage(
             remedy="give a TOML file, for example: lopd evaluate examples/tiny_moe.toml; "
             "or --model FOLDER --prompts FILE --out FOLDER",
         )
+    # On machine 0, or on the only machine, the stage runs as `lopd run` runs it.
     run_stages(load_config(Path(config), overrides), stage="evaluate")
 
 

@@ -150,12 +150,14 @@ def _as_json(made: Plan | ConfigError, refused: Sequence[LopdError]) -> dict[str
     from lopd.planning.plan_json import as_json
 
     if isinstance(made, ConfigError):
+        # No plan could be made. Programs still find the keys that they decide by.
         table: dict[str, Any] = {
             "fits": False,
             "problems": [{"stage": "layout", "what": str(made)}],
         }
     else:
         table = as_json(made)
+    # A plan can fit a node and still be refused, so both lists are joined.
     if refused:
         table["fits"] = False
         table["problems"] = [

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from lopd.errors import ConfigError
-from lopd.verbs.arguments import HELP_OPTIONS
+from lopd.verbs.arguments import HELP_OPTIONS, VerbGroup
 
-app = typer.Typer(
+app = VerbGroup(
     name="prompts",
     help="Prepare prompt files, and list the data sets whose columns are known.",
     no_args_is_help=True,
@@ -167,6 +167,7 @@ def prepare(
     """
     from lopd.tasks import prompt_files
 
+    # Characters are no measure for tokens: a formula has far more tokens per character.
     if max_tokens is not None and tokenizer is None:
         raise ConfigError(
             "--max-tokens counts tokens",
