@@ -278,7 +278,7 @@ def _interrupt(*_: object) -> NoReturn:
 # typer brings its own copy of click in some versions. BadParameter is one of its classes, and the
 # class above it is click's UsageError, wherever click comes from.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-# Failures of the operating system that the user can mend: a full or forbidden disk, a path that
+# Failures of the operating system that the user can correct: a full or forbidden disk, a path that
 # cannot be, no memory, no file handles. Any other OSError is a bug of ours and shows a traceback.
 _CIRCUMSTANCES = frozenset(
     {
@@ -362,7 +362,7 @@ def main() -> None:
         what = error.strerror or type(error).__name__
         where = str(error.filename or "operating system")
         remedy = (
-            "mend this, then run the same command again: "
+            "correct this, then run the same command again: "
             "what is published stays and is not repeated"
         )
         _fail(LopdError(what, where=where, remedy=remedy))

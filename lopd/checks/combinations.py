@@ -2,7 +2,7 @@
 
 These are limits that are never reached, syncs without a server, and refreshes that could not be
 made. They follow from the configuration alone, on any machine. Without these checks each would be
-noticed after hours, or by nobody.
+noticed after hours, or never.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _stage_sampling_problems(config: Config, stage: str) -> Iterator[ConfigError
         yield ConfigError(
             f"{stage}.max_new_tokens = {section.max_new_tokens}",
             where=stage,
-            limit=f"sglang.context_length = {length}: no response is ever so long",
+            limit=f"sglang.context_length = {length}: no response can be longer",
             remedy=f"lower {stage}.max_new_tokens, or raise sglang.context_length",
         )
     # Deterministic sampling derives each token from the seed of its request.
@@ -102,7 +102,7 @@ def sync(config: Config, *, on_gpu: bool | None) -> Iterator[Finding]:
     if serves_beside(config):
         yield f"by {config.sync.transport}"
     else:
-        yield "no server lives beside the training: [sync] is of no use"
+        yield "no server lives beside the training: [sync] has no effect"
 
 
 def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigError]:
@@ -114,7 +114,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
     """
     settings = config.sync
     no_colocation = "set sync.colocate=false"
-    # Taking turns with nobody would cost time in every step and save nothing.
+    # Taking turns without a server would cost time in every step and save nothing.
     if settings.colocate and not serves_beside(config):
         yield ConfigError(
             "sync.colocate = true, and no server lives beside the training",
@@ -129,7 +129,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
             yield ConfigError(
                 f"distill.megatron.{name} with sync.colocate",
                 where="distill.megatron",
-                limit="buffers of torch's own: others cannot be given back and taken again",
+                limit="only buffers that torch allocates can be given back and taken again",
                 remedy=f"leave {name} out, or {no_colocation}",
             )
     # gloo, which replaces NCCL on a CPU, has no such limit.
@@ -138,7 +138,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
     if is_broadcast and on_gpu is not False and not on_own_gpus:
         yield ConfigError(
             "NCCL does not broadcast between two processes of one GPU, and servers that lopd "
-            "starts begin at the trainer's first",
+            "starts use the trainer's GPUs from the first on",
             where='sync.transport = "distributed"',
             limit="servers of sglang.student_urls, on GPUs of their own",
             remedy='set sync.transport = "tensor" or "disk"',
@@ -148,7 +148,9 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
 def refresh(config: Config) -> Iterator[Finding]:
     """Check that refreshes can be made, and that no knob of them is without effect."""
     problems: list[Finding] = [*refresh_problems(config)]
-    yield from problems or ["as distill.refresh says" if config.distill.refresh.is_on else "none"]
+    yield from problems or [
+        "as distill.refresh sets it" if config.distill.refresh.is_on else "none"
+    ]
 
 
 def refresh_problems(config: Config) -> Iterator[ConfigError]:
@@ -192,8 +194,8 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
     if config.sglang.port is not None and starts_both:
         yield ConfigError(
             f"sglang.port = {config.sglang.port} with distill.refresh: "
-            "the student's server has it when the teacher's is started",
+            "the student's server already uses it when the teacher's server starts",
             where="sglang.port",
-            limit="one server a port",
-            remedy="leave sglang.port out: free ones are taken",
+            limit="one server on a port",
+            remedy="leave sglang.port out: lopd then uses free ports",
         )

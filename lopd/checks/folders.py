@@ -1,4 +1,4 @@
-"""The folders that a run writes: they can be written, are nobody else's, and have room."""
+"""The folders that a run writes: they can be written, belong to no one else, and have room."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def teachers(config: Config) -> Iterator[Finding]:
             f"models.teachers.{domain}: no prompt of this domain",
             where="models.teachers",
             limit=f"the domains of prompts.opd: {', '.join(sorted(domains))}",
-            remedy="leave it out, or mend its name",
+            remedy="leave it out, or correct its name",
         )
 
 
@@ -131,9 +131,9 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
     # The baseline continues SFT, so it needs the demonstrations, which a given student lacks.
     if config.evaluate.equal_compute_baseline:
         yield ConfigError(
-            "the equal-compute baseline goes on with SFT",
+            "the equal-compute baseline continues SFT",
             where="sft.checkpoint",
-            limit="no demonstrations to go on with",
+            limit="a given student has no demonstrations to continue with",
             remedy="set evaluate.equal_compute_baseline = false",
         )
     # lopd plan is used before lopd fetch, so for it a name on the hub is enough.

@@ -118,6 +118,6 @@ def _check_tokenizer(role: str, folder: Path) -> str:
             f"end token {max(ends)} of the {role}",
             where=str(folder),
             limit=f"vocab_size {size}",
-            remedy="mend generation_config.json",
+            remedy="correct generation_config.json",
         )
     return f"{role}: {len(tokenizer)} tokens, responses end with {', '.join(map(str, ends))}"

@@ -48,7 +48,7 @@ def server(config: Config) -> Iterator[Finding]:
     yield from taken
     if not taken and not problems:
         port = config.sglang.port
-        yield f"port {port} is free" if port is not None else "takes a free port"
+        yield f"port {port} is free" if port is not None else "lopd will use a free port"
 
 
 def _port_problems(config: Config) -> Iterator[ConfigError]:
@@ -67,7 +67,7 @@ def _port_problems(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             what,
             where="127.0.0.1",
-            remedy="leave sglang.port out (a free one is taken) or end what listens there",
+            remedy="leave sglang.port out (lopd then uses a free port) or end what listens there",
         )
         return
 
@@ -145,7 +145,7 @@ def _machine_problems(config: Config) -> Iterator[LopdError]:
     # On a CPU the experts run in plain torch, which knows no expert ranks.
     if unit == CORES and settings.expert > 1:
         yield ConfigError(
-            f"sglang.expert = {settings.expert}: SGLang's plain-torch experts are not split",
+            f"sglang.expert = {settings.expert}: SGLang cannot split experts in plain torch",
             where="this machine",
             limit="1 without a GPU",
             remedy="set sglang.expert=1",

@@ -64,7 +64,7 @@ def _read(
                 f"{option} {text}: no cluster tells which one this is",
                 where="environment",
                 limit=f"one of {', '.join(names)}",
-                remedy=f"say it outright, for example {option} 0/{count or 2}",
+                remedy=f"give the number yourself, for example {option} 0/{count or 2}",
             )
     # isdigit refuses signs and spaces too.
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):

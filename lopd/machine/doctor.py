@@ -257,10 +257,10 @@ def _judge_ports(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
         yield ConfigError(
             f"port {port} is taken",
             where="127.0.0.1",
-            remedy="leave sglang.port out: free ports are taken",
+            remedy="leave sglang.port out: lopd then uses free ports",
         )
     if not facts.ports_taken:
-        yield "free" if config.sglang.port is not None else "free ones are taken"
+        yield "free" if config.sglang.port is not None else "lopd will use free ports"
 
 
 def _judge_versions(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
@@ -303,7 +303,7 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
         )
     if facts.hub[item.name] is not None:
         return ConfigError(
-            f"{key}: {item.name} cannot be had: {facts.hub[item.name]}",
+            f"{key}: {item.name} cannot be fetched: {facts.hub[item.name]}",
             where="hub",
             remedy="check name, revision, network and login",
         )

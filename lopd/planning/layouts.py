@@ -79,7 +79,7 @@ def nearest_that_fits(
         config: The configuration to start from.
         models: The models by role.
         node: The machine.
-        assumed: What nobody can know before the run.
+        assumed: What cannot be known before the run.
         cohost: Whether servers of both models live beside the trainer.
         build: Whether to count the parameters of what was found on the model itself.
 

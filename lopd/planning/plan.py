@@ -37,7 +37,7 @@ class Plan:
         config: The configuration.
         node: The machine.
         models: The models by role.
-        assumed: What nobody can know before the run.
+        assumed: What cannot be known before the run.
         amounts: Numbers of prompts and lengths of responses.
         total: Parameters of the student.
         active: Parameters of the student that one token meets.
@@ -108,7 +108,7 @@ def make_plan(
         config: The configuration.
         models: The models by role.
         node: The machine.
-        assumed: What nobody can know before the run.
+        assumed: What cannot be known before the run.
         build: Whether to count parameters on the model as Megatron-Core builds it, which takes
             seconds. Otherwise a formula gives them.
         cohost: Whether servers of both models live beside the trainer, as standard OPD needs.

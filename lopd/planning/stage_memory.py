@@ -48,7 +48,7 @@ class StageMemory:
         servers = self._live_servers(cohost=cohost)
         if not servers:
             return uses
-        # Standard OPD asks both models in every step, so nobody can take turns.
+        # Standard OPD asks both models in every step, so they cannot take turns.
         if self.config.sync.colocate and not cohost:
             uses["distill"] = colocated_memory(
                 uses["distill"],

@@ -61,7 +61,7 @@ def _stage_problems(config: Config, stage: str, use: MemoryUse, node: Node) -> I
         gpus = int(use.figures["gpus"])
     # The GPUs of one machine. The other nodes of a training are taken to be the same.
     if gpus > node.num_gpus:
-        yield Problem(stage, f"wants {gpus} GPUs, the node has {node.num_gpus}", is_count=True)
+        yield Problem(stage, f"needs {gpus} GPUs, the node has {node.num_gpus}", is_count=True)
     if use.gpu_total > node.gpu.memory:
         # The largest term is where a smaller setting helps most, so the line ends with it.
         over = f"{use.gpu_total / _GIB:.1f} GiB of a GPU's {node.gpu.memory / _GIB:.1f}"

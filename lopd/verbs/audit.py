@@ -140,7 +140,7 @@ def _sampling_conditions(
     top_p = top_p or sampling.get("top_p")
     if temperature is None or top_p is None:
         raise DataError(
-            "the manifest does not say at which temperature and top-p",
+            "the manifest does not give the temperature and the top-p of the sampling",
             where=str(folder),
             remedy="give --temperature and --top-p",
         )
@@ -191,12 +191,12 @@ def _scores(
         raise DataError(
             "no column teacher_entropy",
             where=str(folder),
-            remedy="give --teacher FOLDER: it is scored here, in float32",
+            remedy="give --teacher FOLDER: the responses are then scored here, in float32",
         )
     # The score stage stores log-probabilities and entropies at temperature 1 with all tokens.
     if conditions != (1.0, 1.0):
         raise DataError(
-            "its entropies are at temperature 1 and top-p 1",
+            "the entropies of this folder are at temperature 1 and top-p 1",
             where=str(folder),
             remedy="give --teacher FOLDER for another temperature",
         )

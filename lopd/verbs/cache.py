@@ -70,7 +70,7 @@ def verify(
     from lopd.cache.checks import check_cache
     from lopd.report.cache_view import show_findings
 
-    # All findings are collected first: a user mends a cache once, not error by error.
+    # All findings are collected first: a user then repairs a cache once, not error by error.
     findings, figures = check_cache(cache, vocab_size=vocab_size)
     if as_json:
         rows = [finding.as_json() for finding in findings]

@@ -71,9 +71,9 @@ def compare(config: Config, *, num_responses: int, seed: int) -> dict[str, Agree
     # The cache then has scores of several models, and one ScoreRequest goes to one of them.
     if config.models.teachers:
         raise ConfigError(
-            "parity is of one teacher",
+            "parity compares one teacher, and there are several",
             where="models.teachers",
-            remedy="compare each: models.teachers={} models.teacher=FOLDER",
+            remedy="compare each teacher alone: models.teachers={} models.teacher=FOLDER",
         )
     # The same responses for all four sources, so that they can be compared token by token.
     rollouts, cached, engine = _sample(config, num_responses, seed)

@@ -99,7 +99,7 @@ def plan(
     needs no GPU and no weights.
 
     Parameters are counted on the model as Megatron-Core builds it, on torch's meta device, with the
-    layouts of sft and distill. What nobody can know before the run is assumed. The plan shows every
+    layouts of sft and distill. What cannot be known before the run is assumed. The plan shows every
     assumption, and each can be set. The command ends with exit code 2 if the run does not fit, or
     if lopd check would refuse the configuration on any machine.
     """

@@ -219,7 +219,7 @@ def test_nothing_fits_a_single_small_gpu(tmp_path: Path) -> None:
 
 def test_a_layout_larger_than_the_node(tmp_path: Path) -> None:
     assert any(
-        "wants 8 GPUs, the node has 4" in problem.what
+        "needs 8 GPUs, the node has 4" in problem.what
         for problem in plan_of(PAPER_8B, tmp_path, gpus=4).problems
     )
 
@@ -236,7 +236,7 @@ def test_a_training_over_two_nodes(tmp_path: Path) -> None:
     assert two.times["distill"].seconds < 0.7 * one.times["distill"].seconds
     assert two.gpu_hours("distill") > one.gpu_hours("distill"), "two nodes are held"
     assert any(
-        "wants 16 GPUs" in problem.what
+        "needs 16 GPUs" in problem.what
         for problem in plan_of(REFERENCE_30B, tmp_path, ["distill.parallel.ranks=16"]).problems
     )
 
@@ -314,7 +314,7 @@ REFUSED = [  # what is wrong on any node
         ["sft.checkpoint=absent", "evaluate.equal_compute_baseline=false"],
         "sft.checkpoint: no such folder",
     ),
-    (["sft.checkpoint=hf://org/it@main"], "the equal-compute baseline goes on with SFT"),
+    (["sft.checkpoint=hf://org/it@main"], "the equal-compute baseline continues SFT"),
     (
         ["rollout.max_new_tokens=8192"],
         "rollout.max_new_tokens = 8192; limit: sglang.context_length = 4096",
