@@ -109,6 +109,7 @@ def disk(config: Config) -> Iterator[Finding]:
 
     The estimate follows from the size of the student's weights. lopd plan has a finer one.
     """
+    # The size of the files, so that no model has to be built for an estimate.
     weights = sum(path.stat().st_size for path in config.models.student.glob("*.safetensors"))
     # Each training has one checkpoint more while the newest is written.
     checkpoints = config.sft.keep_checkpoints + config.distill.keep_checkpoints + 2

@@ -71,6 +71,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
     folder = config.sft.checkpoint
     if folder is None:
         return
+    # First the knobs, since they need no file of the checkpoint.
     yield from checkpoint_problems(config)
     own = read_architecture(config.models.student)
     other = read_architecture(folder)

@@ -65,6 +65,7 @@ def context_problems(config: Config, shapes: Shapes) -> Iterator[ConfigError]:
     """
     for role, architecture in shapes.items():
         positions = architecture.max_position_embeddings
+        # SGLang would refuse to start, or the model would see positions that it never learnt.
         if config.sglang.context_length <= positions:
             continue
         # teachers.math is the teacher of the domain math. teacher and student have no domain.

@@ -38,6 +38,7 @@ def prompts(config: Config) -> Iterator[Finding]:
             where = place if error.where == "prompts" else f"{place}: {error.where}"
             yield type(error)(error.what, where=where, limit=error.limit, remedy=error.remedy)
             continue
+        # Nothing is held out from the held-out prompts themselves.
         if name == "eval":
             held_out = {_question(prompt) for prompt in chosen}
             yield f"{name}: {len(chosen)}"

@@ -57,6 +57,7 @@ def _port_problems(config: Config) -> Iterator[ConfigError]:
     if first is None:
         return
     # Replica i listens on the i-th port from the first one on.
+    # One port is enough to know: the servers of a model start together or not at all.
     for replica in range(config.sglang.replicas):
         port = first + replica
         if not processes.port_taken(port):

@@ -153,6 +153,7 @@ def megatron(config: Config) -> Iterator[Finding]:
     together with the rest.
     """
     architecture = architecture_of(config, "student")
+    # evaluate trains with the table of sft.
     sections = {"sft": config.sft, "distill": config.distill}
     tables = {name: section for name, section in sections.items() if section.megatron}
     for name, section in tables.items():

@@ -127,6 +127,7 @@ def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> di
     # The folder is the same for every launch of a run. A former result must not count for this one.
     result_file.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in _PYTHON_VARIABLES}
+    # Its default is a folder in the user's home, which nodes of a cluster may not share.
     environment["NEMORUN_HOME"] = str(folder / "nemo")
     # Only rendering has options. A real submission needs the user's own cluster.
     if options and plan.target == "k8s":

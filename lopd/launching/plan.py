@@ -192,6 +192,7 @@ def _check_target(config: Config, target: Target) -> None:
             where="run.dir",
             remedy="give another run.dir",
         )
+    # Slurm runs with or without a container, and so does this machine.
     if target in CONTAINERS and not config.launch.image:
         raise ConfigError(
             "launch.image is missing",

@@ -194,6 +194,7 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     if _is_cpu_trial(config, facts):
         yield "none is needed: launch.device is cpu"
         return
+    # lopd trains on a CPU too, but a machine without CUDA is rarely what was meant.
     if facts.cuda is None:
         yield ConfigError(
             "the installed torch has no CUDA",
@@ -204,6 +205,7 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     # Without a GPU there is no driver to judge, and _judge_gpus says so.
     if not facts.gpus:
         return
+    # All GPUs of a machine share one driver.
     driver = facts.gpus[0].driver
     # A CUDA version without a row in the table has no limit that is known.
     oldest = MIN_DRIVER.get(int(facts.cuda.partition(".")[0]), 0)

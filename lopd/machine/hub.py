@@ -168,6 +168,7 @@ def offline() -> bool:
 
 
 def _snapshot_download() -> Snapshot:
+    # The error is raised here and not at the start, so that what is there already is still found.
     if offline():
         raise LopdError(
             "HF_HUB_OFFLINE forbids downloads",

@@ -80,6 +80,8 @@ def judge_versions(
                 limit=f"{oldest} or newer",
                 remedy=_USE_THE_IMAGE,
             )
+        # A newer version may work. It is refused, because a wrong figure costs more than a new
+        # image.
         elif name in TOO_NEW and numbers_of(version) >= numbers_of(TOO_NEW[name]):
             yield ConfigError(
                 f"{name} {version}",

@@ -118,6 +118,7 @@ def main() -> None:
     # Megatron-Core warns at length of packages that are not installed. None matters here.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    # Both trainings are counted in one process.
     jobs = [CountJob.from_json(raw) for raw in json.load(sys.stdin)]
     counts = [[asdict(stage) for stage in count(job.arch, job.parallel)] for job in jobs]
     json.dump(counts, sys.stdout)

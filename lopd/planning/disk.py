@@ -28,6 +28,7 @@ def disk_bytes(
     demonstrations = (
         amounts.sft_prompts * config.demonstrate.samples_per_prompt * amounts.demonstration_len
     )
+    # Response tokens. Those of prompts are few beside them.
     rollouts = amounts.opd_prompts * config.rollout.samples_per_prompt * amounts.rollout_len
     # Teacher, base, SFT and distilled student answer, and the longer SFT if it is trained.
     evaluated = 5 if config.evaluate.equal_compute_baseline else 4

@@ -84,6 +84,7 @@ def node_of(
     """
     # The table has lower case. Users write H100-80GB too.
     name = gpu.lower()
+    # A GPU that is missing here can be added with five numbers of its data sheet.
     if name not in GPUS:
         nearest = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.0)[0]
         raise ConfigError(

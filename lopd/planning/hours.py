@@ -142,6 +142,7 @@ def sampling_time(
     """
     settings = config.sglang
     # Servers are full until few responses are left. The efficiency has that last part in it.
+    # With few responses the servers are never full.
     batch = max(1.0, min(server.figures["concurrency"], responses / server.figures["copies"]))
     # Share of the weights that one step reads.
     touched = 1.0
@@ -195,6 +196,7 @@ def scoring_time(
         mean_len: Mean tokens of a response.
     """
     flops = forward_flops(arch, responses, assumed.prompt_len + mean_len)
+    # Experts are many small products, which use less of a GPU than a few large ones.
     utilisation = (
         assumed.moe_prefill_utilisation if arch.num_experts else assumed.prefill_utilisation
     )

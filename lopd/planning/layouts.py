@@ -175,6 +175,7 @@ def _server_settings(
     config: Config, models: Mapping[str, PlannedModel], node: Node
 ) -> Iterator[dict[str, Any]]:
     """Yield settings of servers: tensor ranks that divide the heads, and shares of the memory."""
+    # All stages that sample or score use the same settings, so they are searched once.
     settings = config.sglang
     sizes = [
         size
@@ -268,6 +269,7 @@ def _recomputes(section: TrainSection) -> list[str]:
 
 
 def _megatron_tables(section: TrainSection) -> list[dict[str, Any]]:
+    # The other fields of the table stay as the user has set them.
     own = dict(section.megatron)
     # A user who offloads has chosen the fraction, and keeps it.
     return [own] if own.get("optimizer_cpu_offload") else [own, {**own, **OFFLOAD}]
@@ -321,6 +323,7 @@ def _value_at(config: Config, key: str) -> Any:
 
 def _toml(value: Any) -> str:
     """Return a value as an override takes it: a table in one line, a word without quotes."""
+    # json.dumps writes text, numbers, true and false as TOML does.
     if isinstance(value, Mapping):
         pairs = ", ".join(f"{key} = {json.dumps(inner)}" for key, inner in value.items())
         return "{ " + pairs + " }"

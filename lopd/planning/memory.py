@@ -103,6 +103,7 @@ def trainer_memory(
     ranks_here = settings.parallel.ranks // settings.parallel.nodes
     # A machine has ranks of several pipeline stages, so the mean over stages counts.
     offloaded = sum(on_host for _, on_host in uses) / settings.parallel.pipeline
+    # Every rank reads the data by itself, so they are on a machine as often as it has ranks.
     samples = 0.0 if data is None else sample_bytes(data, settings, assumed)
     host = {
         "optimizer": offloaded * ranks_here,
@@ -162,6 +163,7 @@ def _stage_memory(
 def runtime_bytes(parallel: ParallelSection, assumed: Assumptions) -> float:
     """Return what a rank's process has on its GPU besides tensors."""
     size = assumed.context_bytes
+    # A single rank exchanges nothing, and has no communicator.
     if parallel.ranks > 1:
         size += assumed.nccl_bytes
     # Context ranks have communicators of their own.
@@ -184,10 +186,12 @@ def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[floa
     numbers = _optimized_numbers(settings, held)
     # These are fields of Megatron-Core's OptimizerConfig, and their defaults are its defaults.
     is_precise = bool(table.get("use_precision_aware_optimizer"))
+    # Float32 weights are their own master weights.
     master = 4 if settings.dtype == "bfloat16" else 0
     offloaded = 0.0
     if table.get("optimizer_cpu_offload"):
         offloaded = float(table.get("optimizer_offload_fraction", 0.0))
+    # Bytes of two moments in float32.
     moments = 8
     if is_precise and offloaded == 0:
         # A precision-aware optimizer may keep moments in other dtypes. Those with 8 bits are 1.
@@ -261,6 +265,7 @@ def activation_bytes(
 
 def ring_bytes(arch: Architecture, parallel: ParallelSection, size: int) -> float:
     """Return the bytes per token of the buffers that one context rank passes on."""
+    # Tensor ranks share the heads, so each passes on its own.
     keys_and_values = 2 * arch.num_kv_heads * arch.head_dim
     return RING_BUFFERS * size * keys_and_values / parallel.tensor
 

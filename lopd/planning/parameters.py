@@ -125,6 +125,7 @@ def parameters_by_formula(arch: Architecture, parallel: ParallelSection) -> list
         parallel: A layout that divides the model.
     """
     per_layer = _layer_parameters(arch, parallel)
+    # A layout divides the layers evenly, or it is refused.
     layers = arch.num_layers // parallel.pipeline
     # The embedding and the output layer are tables of this size, cut by vocabulary.
     table = arch.padded_vocab_size * arch.hidden_size // parallel.tensor

@@ -184,6 +184,7 @@ def _count(
         return {name: parameters_by_formula(student, layout) for name, layout in layouts.items()}
     counted = count_parameters([CountJob(student, layout) for layout in layouts.values()])
     # The search of layouts trusts the formula, so every real count is a check of it.
+    # They can differ only after a change of Megatron-Core, which must not go unnoticed.
     for layout, found in zip(layouts.values(), counted, strict=True):
         assert found == parameters_by_formula(student, layout), (
             "the formula and Megatron-Core disagree about the parameters of a rank"

@@ -103,6 +103,7 @@ class StageMemory:
             return _fullest(self.server(role, amounts.demonstration_len) for role in teachers)
         if stage == "score":
             return _fullest(self._scorer(role) for role in teachers)
+        # Every stage of STAGES has a branch. A new one must not be taken for evaluate.
         assert stage == "evaluate"
         # The teacher also scores the students' answers, for the reverse KL.
         return _fullest(

@@ -43,6 +43,7 @@ class StageTimes:
         amounts = self.memory.amounts
         times = {
             "demonstrate": self._demonstrate(),
+            # Steps times the batch decide, not the number of demonstrations: epochs repeat them.
             "sft": self._train(config.sft, config.sft.num_steps, amounts.demonstration_len),
             # The student samples once per OPD prompt. This is what is done in every step of
             # standard OPD.

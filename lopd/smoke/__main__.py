@@ -182,6 +182,7 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
         stop_token_ids=(2,),
     )
     # Any ids will do as a prompt: the weights are random.
+    # All requests have the same prompt. Their seeds differ.
     prompt = np.arange(4, 20, dtype=np.int32)
     requests = [
         SamplingRequest(f"smoke-{index}", 0, prompt, index) for index in range(NUM_REQUESTS)

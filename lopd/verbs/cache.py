@@ -104,6 +104,7 @@ def inspect(
     from lopd.cache.statistics import inspect_cache
     from lopd.report.cache_view import show_inspection, show_responses
 
+    # One pass over the cache, whatever is shown of it.
     figures = inspect_cache(cache)
     if as_json:
         _print_json(figures)

@@ -56,6 +56,7 @@ def with_place(stage: str, whole: Verb) -> Callable[..., None]:
         stage: The name of the stage.
         whole: The verb that makes the whole stage. It is called if the option is absent.
     """
+    # export copies files. It needs neither option.
     if stage in _SAMPLING:
         return _with_shards(stage, whole)
     if stage in _TRAINING:

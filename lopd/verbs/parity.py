@@ -108,6 +108,8 @@ def _trainer_settings(config: Config) -> Any:
     """Return settings for a forward pass that computes as distill does."""
     from lopd.config import ForwardSection
 
+    # The forward pass of distill is the one that computes the student's log-probabilities in
+    # training.
     train = config.distill
     return ForwardSection(
         parallel=train.parallel,

@@ -281,6 +281,7 @@ def formats() -> None:
     from lopd.tasks.formats import FORMATS
 
     for name, form in FORMATS.items():
+        # Versions of a data set name a column differently. The first one that a row has counts.
         columns = {field: " or ".join(paths) for field, paths in form.columns.items()}
         # These fields are computed from a whole row, so no column is theirs.
         columns |= dict.fromkeys(form.computed, "computed")
