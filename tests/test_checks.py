@@ -93,7 +93,7 @@ def test_everything_wrong_is_found_in_one_go_and_run_refuses(
         "prompts.sft.seed=3": "also held-out prompts of prompts.eval",
         "prompts.opd.file=absent.jsonl": "absent.jsonl: no such file",
         f"sglang.tensor={32 * CORES}": f"sglang.tensor = {32 * CORES}; limit: {CORES} CPU cores",
-        "sglang.expert=2": "sglang.expert = 2: SGLang's plain-torch experts are not split; limit: 1 without a GPU",
+        "sglang.expert=2": "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: 1 without a GPU",
         "sglang.max_total_tokens=64": "sglang.max_total_tokens = 64",
         "sglang.extra_args.atention_backend=triton": "unknown SGLang argument atention_backend; remedy: the nearest one is attention_backend",
         "evaluate.min_p=0.1": "evaluate.min_p = 0.1 with sglang.deterministic",
