@@ -35,7 +35,8 @@ TOLERANCE, RESPONSES = (
     0.003,
     960,
 )  # nats per token; about 50,000 tokens, where 44,000 would do on average
-LONGEST, BATCH = 64, 480
+LONGEST = 64
+BATCH = 480
 
 
 def load(folder: Path) -> Any:
@@ -51,11 +52,14 @@ def sample(
     """Tokens [N, T] and the model's own scores of them, each [N, T] (log p, entropy, variance), at
     temperature 1; T: until all have ended.
     """
-    inputs, past, steps = prompts, None, []
+    inputs = prompts
+    past = None
+    steps = []
     done = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(LONGEST):
         out = model(inputs, past_key_values=past, use_cache=True)
-        logits, past = out.logits[:, -1], out.past_key_values
+        logits = out.logits[:, -1]
+        past = out.past_key_values
         inputs = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         steps.append(
             (inputs[:, 0], *distribution_scores(logits, inputs[:, 0], temperature=1.0, top_p=1.0))
@@ -77,7 +81,8 @@ def draw(model: Any, teacher: Any | None, number: int, responses: int) -> tuple[
     """The number-th draw: the teacher's scores of so many fresh responses of the model (teacher
     None: they are its own), and the share that is right.
     """
-    task, tokenizer = get_task("register_arithmetic", {}), load_tokenizer(TEACHER)
+    task = get_task("register_arithmetic", {})
+    tokenizer = load_tokenizer(TEACHER)
     problems = task.generate_prompts(responses, 20 + number % 200)  # 1 to 9 are the example's own
     ends = stop_token_ids(TEACHER, tokenizer)
     prompts = torch.from_numpy(
@@ -85,7 +90,8 @@ def draw(model: Any, teacher: Any | None, number: int, responses: int) -> tuple[
     )
     generator = torch.Generator().manual_seed(1000 + number)
     parts: list[list[np.ndarray]] = [[], [], []]
-    lengths, right = [], 0
+    lengths = []
+    right = 0
     for start in range(0, responses, BATCH):
         given = prompts[start : start + BATCH]
         tokens, scores = sample(model, given, ends, generator)

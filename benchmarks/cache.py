@@ -21,7 +21,10 @@ from typing import Any
 
 import numpy as np
 
-RESPONSE, PROMPT, VOCABULARY = 2048, 256, 151_936  # tokens, as of a reasoning model
+# tokens, as of a reasoning model
+RESPONSE = 2048
+PROMPT = 256
+VOCABULARY = 151_936
 
 
 def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0) -> None:
@@ -34,9 +37,11 @@ def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0
 
     rng = np.random.default_rng(seed)
     writer = ArtifactWriter(folder, kind="teacher_cache", inputs={"synthetic": megabytes})
-    index, size = 0, 0
+    index = 0
+    size = 0
     while size < megabytes * 1e6 and (not distinct or index < distinct):
-        responses, scores = [], []
+        responses = []
+        scores = []
         for row in range(256):
             length = int(rng.integers(RESPONSE // 2, RESPONSE * 3 // 2))
             response = Response(
@@ -64,7 +69,8 @@ def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0
     while size < megabytes * 1e6:
         copy = folder / f"shard-{index:05d}.parquet"
         shutil.copyfile(folder / f"shard-{index % distinct:05d}.parquet", copy)
-        size, index = size + copy.stat().st_size, index + 1
+        size = size + copy.stat().st_size
+        index = index + 1
     writer = ArtifactWriter(
         folder, kind="teacher_cache", inputs={"synthetic": megabytes}
     )  # takes the copies in
@@ -79,12 +85,17 @@ def read(folder: Path, how: str, seconds: float) -> dict[str, Any]:
     from lopd.cache.reader import CacheReader
 
     process = psutil.Process()
-    before, peak = process.memory_info().rss, 0
+    before = process.memory_info().rss
+    peak = 0
     reader = CacheReader(folder)
-    started, processor, tokens, rows = time.perf_counter(), time.process_time(), 0, 0
+    started = time.perf_counter()
+    processor = time.process_time()
+    tokens = 0
+    rows = 0
     if how == "in order":
         for response, _ in reader.rows():
-            tokens, rows = tokens + len(response.token_ids), rows + 1
+            tokens = tokens + len(response.token_ids)
+            rows = rows + 1
             if rows % 64 == 0:
                 peak = max(peak, process.memory_info().rss)
     else:
@@ -94,8 +105,10 @@ def read(folder: Path, how: str, seconds: float) -> dict[str, Any]:
             tokens += sum(
                 len(response.token_ids) for response, _ in reader.fetch(order.batch_indices(step))
             )
-            peak, step = max(peak, process.memory_info().rss), step + 1
-    elapsed, used = time.perf_counter() - started, time.process_time() - processor
+            peak = max(peak, process.memory_info().rss)
+            step = step + 1
+    elapsed = time.perf_counter() - started
+    used = time.process_time() - processor
     return {
         "tokens": tokens,
         "seconds": elapsed,

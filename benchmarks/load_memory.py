@@ -91,7 +91,8 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._done.wait(0.002):
             own, resident = memory()
-            self.own, self.resident = max(self.own, own), max(self.resident, resident)
+            self.own = max(self.own, own)
+            self.resident = max(self.resident, resident)
 
 
 def memory() -> tuple[int, int]:

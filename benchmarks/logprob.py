@@ -136,7 +136,8 @@ def measure(options: argparse.Namespace, form: Callable[..., Any]) -> dict[str, 
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype)
     generator = torch.Generator(device).manual_seed(0)
 
     def inputs(tokens: int) -> tuple[Any, Any, Any]:
@@ -172,9 +173,11 @@ def measure(options: argparse.Namespace, form: Callable[..., Any]) -> dict[str, 
     given = inputs(options.tokens)
     reset_peak(device)
     before = peak_bytes(device)
-    seconds, processor_seconds = [], []
+    seconds = []
+    processor_seconds = []
     for _ in range(2):
-        start, processor_start = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        processor_start = time.process_time()
         logprobs = both_passes(*given)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -298,11 +301,9 @@ def table(figures: dict[str, Any]) -> str:
     for form in ("dense", "blocks", *NEED_CUDA):
         if form in figures:
             prefix = "" if form == "blocks" else f"{form}_"
-            memory, seconds, processor = (
-                figures[form]["bytes"] / 2**20,
-                figures[form]["seconds"],
-                figures[form]["processor_seconds"],
-            )
+            memory = figures[form]["bytes"] / 2**20
+            seconds = figures[form]["seconds"]
+            processor = figures[form]["processor_seconds"]
             ratios = [
                 figures[f"{prefix}{key}_ratio"] for key in ("memory", "time", "processor_time")
             ]

@@ -32,7 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LOPD = Path(sys.executable).with_name("lopd")
 STAGES = ("demonstrate", "sft", "rollout", "score")
-NUM_STEPS, BATCH = 40, 96
+NUM_STEPS = 40
+BATCH = 96
 SETTINGS = (
     f"prompts.opd.num_prompts={NUM_STEPS * BATCH}",  # so that Lightning OPD sees each response once
     f"distill.num_steps={NUM_STEPS}",
@@ -92,7 +93,8 @@ def lopd(verb: str, run_dir: Path, seed: int, *overrides: str) -> None:
     RUN_DIR.wall.json.
     """
     wall_file = run_dir.with_name(f"{run_dir.name}.wall.json")
-    began, load = time.monotonic(), os.getloadavg()[0]
+    began = time.monotonic()
+    load = os.getloadavg()[0]
     try:
         subprocess.run(
             [

@@ -33,7 +33,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KEY, WAYS = "LOPD_BENCHMARK_KEY", ("ours", "raw", "unbounded")
+KEY = "LOPD_BENCHMARK_KEY"
+WAYS = ("ours", "raw", "unbounded")
 
 
 def main() -> None:
@@ -202,7 +203,7 @@ def print_table(figures: dict[str, Any]) -> None:
     print(f"against the unbounded client: {figures['versus_unbounded_client']:.3f}")
 
 
-# --- the data ------------------------------------------------------------------------------------------------------------------------------------------
+# ---- the data ----
 
 
 def write_rollouts(folder: Path, options: argparse.Namespace) -> None:
@@ -213,10 +214,8 @@ def write_rollouts(folder: Path, options: argparse.Namespace) -> None:
     from lopd.artifacts import ArtifactWriter
     from lopd.records import Response
 
-    rng, vocab_size = (
-        np.random.default_rng(0),
-        json.loads((options.model / "config.json").read_text())["vocab_size"],
-    )
+    rng = np.random.default_rng(0)
+    vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
     writer = ArtifactWriter(
         folder, kind="rollouts", inputs={"synthetic": options.responses}, shard_size=256
     )
@@ -242,7 +241,7 @@ def write_rollouts(folder: Path, options: argparse.Namespace) -> None:
     writer.finish()
 
 
-# --- the clients, each in a process of its own -----------------------------------------------------------------------------------------------------------
+# ---- the clients, each in a process of its own ----
 
 
 def run_one(options: argparse.Namespace) -> dict[str, Any]:
@@ -251,7 +250,9 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(tokens: int, work: Callable[[], object]) -> dict[str, Any]:
-    before, processor, started = peak_mb(), processor_s(), time.perf_counter()
+    before = peak_mb()
+    processor = processor_s()
+    started = time.perf_counter()
     work()
     return {
         "tokens": tokens,
@@ -285,7 +286,9 @@ def bodies(options: argparse.Namespace) -> tuple[list[bytes], int]:
     from lopd.artifacts import read_manifest
     from sglang_rollout.requests.scoring import ScoreRequest, score_payload
 
-    folder, found, tokens = options.folder / "rollouts", [], 0
+    folder = options.folder / "rollouts"
+    found = []
+    tokens = 0
     for index, (response, _) in enumerate(cache.read_rows(folder, read_manifest(folder))):
         request = ScoreRequest(
             response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids

@@ -178,11 +178,9 @@ def compare(
             checkpoint_dir=None,
         )
 
-    ours, recipe, frozen = (
-        trainer(Lightning(ADVANTAGE_CLIP)),
-        trainer(ClippedRatio()),
-        trainer(Lightning()),
-    )
+    ours = trainer(Lightning(ADVANTAGE_CLIP))
+    recipe = trainer(ClippedRatio())
+    frozen = trainer(Lightning())
     initial = [parameter.detach().clone() for parameter in ours.module.parameters()]
     ways: dict[str, Callable[[Any], object]] = {
         "ours": ours.train_step,
@@ -290,7 +288,8 @@ def timed(act: Callable[[Any], object], microbatches: Sequence[Any]) -> tuple[fl
         parallel.barrier()
 
     wait()
-    start, processor = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
+    processor = time.process_time()
     act(microbatches)
     wait()
     cost = torch.tensor(
@@ -334,7 +333,8 @@ def table(figures: dict[str, float]) -> str:
             lines.append(
                 f"{title + ', ' + unit:<34}{recipe:>8.3f} s{ours:>10.3f} s{speedup:>9.2f}x"
             )
-    moved, apart = figures["max_parameter_change"], figures["max_parameter_difference"]
+    moved = figures["max_parameter_change"]
+    apart = figures["max_parameter_difference"]
     lines.append(
         f"parameters after {COMPARED_AFTER} steps: moved by up to {moved:.1e}, apart by at most {apart:.1e}"
     )

@@ -42,7 +42,7 @@ TRANSPORTS = ("disk", "tensor", "distributed")
 Named = list[tuple[str, torch.Tensor]]
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------------------------------------------
+# ---- the model ----
 
 
 def write_model(
@@ -95,12 +95,13 @@ def in_buckets(named: Named, bucket_bytes: int) -> Iterator[Named]:
         size += tensor.numel() * tensor.element_size()
         if size >= bucket_bytes:
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
     if bucket:
         yield bucket
 
 
-# --- the plain copies --------------------------------------------------------------------------------------------------------------------------------------
+# ---- the plain copies ----
 
 
 def flat(bucket: Named) -> torch.Tensor:
@@ -212,7 +213,7 @@ def take_broadcasts(link: Connection) -> None:
     os._exit(0)
 
 
-# --- the measurement ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- the measurement ----
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -292,7 +293,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             )
 
         for transport in TRANSPORTS:
-            plain, verified = receiver(transport), receiver(transport, verify="tensors")
+            plain = receiver(transport)
+            verified = receiver(transport, verify="tensors")
             seconds: dict[str, list[float]] = {
                 "sync": [],
                 "verified": [],

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = (64 * 2**10, 4 * 2**10, 256)
-SIZE, WARM_UP_STEPS = 2**22, 20
+SIZE = 2**22
+WARM_UP_STEPS = 20
 
 
 def unchanged(before: Tensor, after: Tensor) -> dict[str, float]:
@@ -84,7 +85,8 @@ def between_checkpoints(first: Path, second: Path) -> dict[str, float]:
 def cost(num_bytes: int = 256 * 2**20, repeats: int = 7) -> dict[str, float]:
     """Best seconds, on one thread; everything is mapped before."""
     before = torch.zeros(num_bytes // 2, dtype=torch.bfloat16)
-    after, target = before.clone(), before.clone()
+    after = before.clone()
+    target = before.clone()
 
     def compare() -> None:
         for one, other in zip(

@@ -81,14 +81,12 @@ def without_large(lock: Path) -> tuple[str, list[str]]:
 
 class Root:
     def __init__(self, folder: Path) -> None:
-        self.folder, self.environment, self.user = (
-            folder,
-            {
-                "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                "HOME": "/root",
-            },
-            "",
-        )
+        self.folder = folder
+        self.environment = {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+        }
+        self.user = ""
 
     def run(self, command: str) -> tuple[int, str]:
         env = [f"{key}={value}" for key, value in self.environment.items()]
@@ -163,9 +161,11 @@ def main() -> int:
     prepare(root, options.python)
     failed = 0
     for keyword, text in instructions((HERE / "Dockerfile").read_text(encoding="utf-8")):
-        notes, start = [], time.monotonic()
+        notes = []
+        start = time.monotonic()
         skipped = [why for word, why in SKIPPED.items() if word in text and keyword == "RUN"]
-        code, output = 0, ""
+        code = 0
+        output = ""
         if keyword in ("ENV", "ARG"):
             root.set(text)
         elif keyword == "USER":

@@ -174,10 +174,8 @@ def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     if nccl != wanted["NCCL_VERSION"]:
         yield f"NCCL {nccl} is loaded, versions.env says {wanted['NCCL_VERSION']}"
-    cudnn, parts = (
-        torch.backends.cudnn.version(),
-        [int(part) for part in wanted["CUDNN_VERSION"].split(".")],
-    )
+    cudnn = torch.backends.cudnn.version()
+    parts = [int(part) for part in wanted["CUDNN_VERSION"].split(".")]
     if cudnn != parts[0] * 10000 + parts[1] * 100 + parts[2]:
         yield f"cuDNN {cudnn} is loaded, versions.env says {wanted['CUDNN_VERSION']}"
 

@@ -30,7 +30,9 @@ from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.weight_sync import build_receiver
 from sglang_rollout.weight_sync.interface import await_servers
 
-PROMPTS, SAMPLES, SEED = 10, 4, 17
+PROMPTS = 10
+SAMPLES = 4
+SEED = 17
 
 
 def requests(model: Path) -> Iterator[SamplingRequest]:

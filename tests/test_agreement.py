@@ -25,7 +25,9 @@ from tests.limits import apart, within
 from tests.megatron.launch import run_ranks
 from tests.models import EOS_ID, VOCAB_SIZE, write_qwen3_moe
 
-NUM_RESPONSES, RESPONSE_LEN, TOLERANCE = 24, 64, 1e-4
+NUM_RESPONSES = 24
+RESPONSE_LEN = 64
+TOLERANCE = 1e-4
 SETTINGS = SGLangSection(
     dtype="float32",
     context_length=256,

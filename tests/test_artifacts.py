@@ -54,7 +54,8 @@ def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
             written.weight_version,
         )
         for name in ("prompt_ids", "token_ids", "sampling_logprobs"):
-            one, other = getattr(written, name), getattr(read, name)
+            one = getattr(written, name)
+            other = getattr(read, name)
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
 
@@ -240,7 +241,8 @@ def test_identity_is_of_content_not_of_place(tmp_path: Path) -> None:
         )
         (tmp_path / name / "model.safetensors").write_bytes(b"weights")
         (tmp_path / name / "tokenizer.json").write_text("{}")
-    one, two = identify_model(tmp_path / "one"), identify_model(tmp_path / "two")
+    one = identify_model(tmp_path / "one")
+    two = identify_model(tmp_path / "two")
     assert (one.weights, one.tokenizer) == (two.weights, two.tokenizer)
     (tmp_path / "two" / "model.safetensors").write_bytes(b"other weights")
     assert identify_model(tmp_path / "two").weights != one.weights

@@ -26,7 +26,7 @@ from tests.cache.rollouts import TINY_TEACHER
 from tests.limits import close
 from tests.stand_ins import Result, command
 
-# ---- chains of known truth ------------------------------------------------------------------------------------------------------------------------
+# ---- chains of known truth ----
 
 
 def chain(rng: np.random.Generator, sharpness: float = 1.0, states: int = 24) -> np.ndarray:
@@ -51,7 +51,8 @@ def walks(rng: np.random.Generator, sampler: np.ndarray, number: int, length: in
 def scores_of(teacher: np.ndarray, path: np.ndarray, *, with_variance: bool = True) -> Scores:
     entropy = -(np.exp(teacher) * teacher).sum(1)
     variance = (np.exp(teacher) * teacher**2).sum(1) - entropy**2
-    before, after = path[:, :-1].ravel(), path[:, 1:].ravel()
+    before = path[:, :-1].ravel()
+    after = path[:, 1:].ravel()
     lengths = np.full(len(path), path.shape[1] - 1)
     return Scores(
         teacher[before, after],
@@ -96,11 +97,11 @@ def test_the_power_is_as_stated() -> None:
     100 draws, give or take.
     """
     rng = np.random.default_rng(0)
-    p, q = 0.3, 0.32  # the teacher's probability of one outcome, and the sampler's
-    entropy, variance = (
-        -(p * math.log(p) + (1 - p) * math.log(1 - p)),
-        p * (1 - p) * math.log((1 - p) / p) ** 2,
-    )
+    # the teacher's probability of one outcome, and the sampler's
+    p = 0.3
+    q = 0.32
+    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+    variance = p * (1 - p) * math.log((1 - p) / p) ** 2
     drift = abs(q * math.log(p) + (1 - q) * math.log(1 - p) + entropy)
 
     def draw(number: int) -> Scores:
@@ -205,7 +206,7 @@ def test_kinds_of_tokens() -> None:
     ]
 
 
-# ---- the example's teacher ------------------------------------------------------------------------------------------------------------------------
+# ---- the example's teacher ----
 
 END = 2
 
@@ -222,14 +223,14 @@ def sample(
 ) -> tuple[list[np.ndarray], Scores]:
     """Responses at temperature 1, end token included, and the model's own scores of them."""
     generator = torch.Generator().manual_seed(seed)
-    inputs, past, steps = prompts, None, []
+    inputs = prompts
+    past = None
+    steps = []
     done = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(60):
         out = model(inputs, past_key_values=past, use_cache=True)
-        past, inputs = (
-            out.past_key_values,
-            torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator),
-        )
+        past = out.past_key_values
+        inputs = torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator)
         steps.append(
             (
                 inputs[:, 0],
@@ -285,7 +286,7 @@ def test_the_examples_teacher_and_another_temperature() -> None:
     assert warmer.z > 0, "likelier than what temperature 2 would draw"
 
 
-# ---- the verb -------------------------------------------------------------------------------------------------------------------------------------
+# ---- the verb ----
 
 
 def published(folder: Path, scores: Scores, sampling: dict[str, object]) -> Path:

@@ -101,7 +101,7 @@ def test_the_control_a_finished_run_is_reused(project: Path, lopd: Lopd, started
     assert not started.started
 
 
-# ---- damaged files ----------------------------------------------------------------------------------------------------------------------------------
+# ---- damaged files ----
 
 
 @pytest.mark.parametrize("damage", [flip_bit, cut], ids=["bit-flipped", "truncated"])
@@ -209,7 +209,7 @@ def test_damage_of_the_user_s_own_model_changes_its_fingerprint(
     assert not started.started
 
 
-# ---- manifests --------------------------------------------------------------------------------------------------------------------------------------
+# ---- manifests ----
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:
@@ -277,7 +277,7 @@ def test_files_that_decide_nothing_may_be_damaged_or_missing(
     lopd("run", project).succeeded()
 
 
-# ---- the teacher ------------------------------------------------------------------------------------------------------------------------------------
+# ---- the teacher ----
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_another_tokenizer_is_refused(project: Path, lopd: Lopd, started: StandI
     assert not started.started
 
 
-# ---- servers ----------------------------------------------------------------------------------------------------------------------------------------
+# ---- servers ----
 
 
 def test_what_is_published_before_a_server_dies_stays(
@@ -394,13 +394,14 @@ def test_what_is_published_before_a_server_dies_stays(
     published = contents(project.parent / "run" / "rollout", "*.parquet")
     assert sorted(published) == ["shard-00000.parquet", "shard-00001.parquet"]
     assert states(lopd, project)["rollout"] == "partial"
-    started.engine.fail_after, started.engine.answered = None, 0
+    started.engine.fail_after = None
+    started.engine.answered = 0
     lopd("run", project).succeeded()
     assert started.engine.answered == 8, "only the shard that was missing"
     assert contents(project.parent / "run" / "rollout", "*.parquet") == before
 
 
-# ---- the run directory ------------------------------------------------------------------------------------------------------------------------------
+# ---- the run directory ----
 
 
 def test_a_run_directory_in_use(project: Path, lopd: Lopd, started: StandIns) -> None:

@@ -52,7 +52,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> StandIns:
     return forbid_processes(monkeypatch)
 
 
-# ---- a project in which nothing is wrong ------------------------------------------------------------------------------------------------------------
+# ---- a project in which nothing is wrong ----
 
 
 def test_a_right_project_passes_and_nothing_is_written_or_started(
@@ -77,7 +77,7 @@ def test_a_right_project_passes_and_nothing_is_written_or_started(
     assert not nothing_starts.started
 
 
-# ---- all at once ------------------------------------------------------------------------------------------------------------------------------------
+# ---- all at once ----
 
 
 def test_everything_wrong_is_found_in_one_go_and_run_refuses(
@@ -128,7 +128,7 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
     lopd("run", config, *mistakes).refused("and 4 more", "lopd check tells all")
 
 
-# ---- one by one -------------------------------------------------------------------------------------------------------------------------------------
+# ---- one by one ----
 
 
 @pytest.mark.parametrize("stage", ["sft", "distill"])
@@ -416,7 +416,8 @@ def test_a_port_that_is_taken_matters_to_the_stages_that_serve(
     assert not nothing_starts.started
 
 
-SERVER, ANOTHER = "http://127.0.0.1:30001", "http://127.0.0.1:30002"
+SERVER = "http://127.0.0.1:30001"
+ANOTHER = "http://127.0.0.1:30002"
 
 
 def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> None:

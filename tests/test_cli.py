@@ -60,7 +60,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_project(tmp_path_factory.mktemp("project"))
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- help ----
 
 
 def modules_of(arguments: Sequence[str]) -> set[str]:
@@ -125,7 +125,7 @@ def test_the_version() -> None:
     assert re.fullmatch(r"lopd \d+\.\d+\.\d+\S*\n", lopd("--version").succeeded().out)
 
 
-# ---- knobs ----------------------------------------------------------------------------------------------------------------------------------------
+# ---- knobs ----
 
 
 def test_knobs_read_well() -> None:
@@ -168,7 +168,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         assert process.stderr.read() == b""
 
 
-# ---- typed wrongly --------------------------------------------------------------------------------------------------------------------------------
+# ---- typed wrongly ----
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_wrong_usage_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- wherever and however -------------------------------------------------------------------------------------------------------------------------
+# ---- wherever and however ----
 
 
 def states(result: Result) -> list[str]:

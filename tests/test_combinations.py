@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="what a CPU lacks is part of what is said"
 )
 URL = "http://127.0.0.1:30001"
-REFRESHED, SYNCED = "distill.refresh.every=1", "distill.sync_every=1"
+REFRESHED = "distill.refresh.every=1"
+SYNCED = "distill.sync_every=1"
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_a_distill_without_a_refresh_does_not_ask_for_a_scorer(project: Path) ->
     assert "scorer" in refreshed
 
 
-# ---- what depends on a GPU, judged for both kinds of machine ----------------------------------------------------------------------------------------
+# ---- what depends on a GPU, judged for both kinds of machine ----
 
 
 def sync_lines(config: Config, *, on_gpu: bool | None) -> list[str]:
@@ -270,7 +271,7 @@ def test_a_section_that_does_nothing_is_said_to(project: Path) -> None:
     assert said["sync"] == "by tensor"
 
 
-# ---- servers of the user, asked ---------------------------------------------------------------------------------------------------------------------
+# ---- servers of the user, asked ----
 
 
 class Checked(FakeServer):
@@ -323,7 +324,7 @@ def test_the_port_of_a_replica_is_looked_at_too(project: Path) -> None:
         )
 
 
-# ---- what the file itself says ----------------------------------------------------------------------------------------------------------------------
+# ---- what the file itself says ----
 
 
 @pytest.mark.parametrize(

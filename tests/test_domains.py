@@ -118,7 +118,8 @@ def test_each_domain_has_its_own_teacher_from_demonstrations_to_the_loss(
     config: Config, servers: Servers
 ) -> None:
     pipeline.run(config, STAGES)
-    run, own = config.run.dir, weights(config)
+    run = config.run.dir
+    own = weights(config)
     assert len(set(own.values())) == 3
     assert rows_of(run / "demonstrate") == {own[domain]: Counter({domain: 8}) for domain in DOMAINS}
     assert rows_of(run / "score") == {own[domain]: Counter({domain: 10}) for domain in DOMAINS}

@@ -23,7 +23,8 @@ def test_scoring_alone_with_another_teacher_names_the_teacher(
     config = write_project(tmp_path)
     for stage in ("demonstrate", "sft", "rollout", "score"):
         lopd(stage, config).succeeded()
-    before, served = contents(tmp_path / "run"), list(started.served)
+    before = contents(tmp_path / "run")
+    served = list(started.served)
     another = f"models.teacher={tmp_path / 'student'}"
     lopd("score", config, another).refused(
         "is not the teacher of demonstrate, which rollout goes back to",

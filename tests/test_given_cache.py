@@ -194,7 +194,8 @@ def test_an_imported_cache(project: Project) -> None:
 
 def damage(project: Project, change: Callable[[np.ndarray], object]) -> Path:
     """The run's cache with values changed by a writer who makes all checksums right."""
-    manifest, folder = read_manifest(project.score), project.folder / "damaged"
+    manifest = read_manifest(project.score)
+    folder = project.folder / "damaged"
     rows = [
         (response, scores.copy())
         for response, scores in read_rows(project.score)

@@ -118,7 +118,8 @@ def test_a_configuration_names_what_it_wants(config: Config, hub_here: Path) -> 
 
 
 def test_each_repository_is_fetched_once_and_only_data(config: Config) -> None:
-    downloads, lines = Downloads(), []
+    downloads = Downloads()
+    lines = []
     rows = hub.fetch(hub.wanted(config), lines.append, snapshot=downloads)
     assert [(call["repo_id"], call["repo_type"], call["revision"]) for call in downloads.calls] == [
         ("Qwen/Qwen3-32B", "model", "v1"),

@@ -136,7 +136,7 @@ def test_a_refused_argument_is_named_without_its_value() -> None:
         check_extra_args({"schedule_policy": ["fcfs"]})
 
 
-# --- jobs of a cluster ---------------------------------------------------------------------------------------------------------------------------------
+# ---- jobs of a cluster ----
 
 
 @pytest.mark.parametrize(

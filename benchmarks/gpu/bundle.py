@@ -26,7 +26,8 @@ LOCKS = (
     HERE / "extra.lock",
 )
 PART_BYTES = 60 * 2**20
-SUMS, WHEELS = "SHA256SUMS", "wheels.json"
+SUMS = "SHA256SUMS"
+WHEELS = "wheels.json"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ \\;]+)")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 
@@ -80,7 +81,7 @@ def read_pins(*files: Path) -> dict[str, Pin]:
     return pins
 
 
-# ---- writing ---------------------------------------------------------------------------------
+# ---- writing ----
 
 
 def write_group(folder: Path, group: Group, wheels: list[Path], part_bytes: int) -> list[Path]:
@@ -115,7 +116,7 @@ def cut(file: Path, part_bytes: int) -> list[Path]:
     return parts
 
 
-# ---- reading ---------------------------------------------------------------------------------
+# ---- reading ----
 
 
 def parts_of(folder: Path, group: Group) -> list[Path]:

@@ -44,7 +44,8 @@ def install(wheels: Path, target: Path, group: Group, *, dry_run: bool = False) 
     folder = target / group.name
     if (folder / _MARK).exists():
         return "is there already"
-    new, kept = [], []
+    new = []
+    kept = []
     for name, content in wheels_of(wheels, group):
         is_source = name.endswith(SOURCE)
         package, version = name.removesuffix(SOURCE).split("-")[:2]

@@ -115,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         site /= "dry-run"  # which lacks what only a GPU's driver can load
     say(f"{here['gpu'] or 'no GPU'}; {versions(here)}; figures go to {out}")
-    complete, found = True, dict[str, str]()
+    complete = True
+    found = dict[str, str]()
     for part in PARTS:
         if options.only and part.name not in options.only:
             continue
@@ -161,7 +162,8 @@ def bring(
 
 def run_part(part: Part, out: Path, site: Path, deadline: float, *, dry_run: bool) -> bool:
     """Whether it ended by itself with a whole file of figures."""
-    file, log = out / f"{part.name}.json", out / f"{part.name}.log"
+    file = out / f"{part.name}.json"
+    log = out / f"{part.name}.log"
     file.unlink(missing_ok=True)
     left = deadline - time.monotonic()
     limit = min(DRY_LIMIT_S if dry_run else part.limit_s, left)

@@ -98,7 +98,7 @@ def has_flash() -> bool:
     return bool([*Path(kernel.origin).parent.glob("flash_ops*")])
 
 
-# ---- sampling and scoring --------------------------------------------------------------------
+# ---- sampling and scoring ----
 
 
 def sample_and_score(sheet: Sheet, engine: SGLangEngine, sizes: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def sample_and_score(sheet: Sheet, engine: SGLangEngine, sizes: dict[str, Any]) 
     sheet.add("scored against sampled log-probabilities", difference)
 
 
-# ---- weights ---------------------------------------------------------------------------------
+# ---- weights ----
 
 
 def sync(
@@ -196,7 +196,7 @@ def tensors(model: Path, device: str) -> weight_sync.Named:
     return [(name, tensor.to(device)) for name, tensor in sorted(found.items())]
 
 
-# ---- co-location -----------------------------------------------------------------------------
+# ---- co-location ----
 
 
 def take_turns(sheet: Sheet, engine: SGLangEngine, model: Path, folder: Path) -> None:

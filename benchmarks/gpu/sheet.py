@@ -27,14 +27,18 @@ PACKAGES = (
     "nvidia-cublas",
     "nvidia-nccl-cu13",
 )
-STARTED, DONE, FAILED, CUT = "started", "done", "failed", "cut"
+STARTED = "started"
+DONE = "done"
+FAILED = "failed"
+CUT = "cut"
 
 
 class Sheet:
     """What a part has measured so far: figures by name, and what it could not measure."""
 
     def __init__(self, file: Path, part: str, *, dry_run: bool) -> None:
-        self._file, self._began = file, time.monotonic()
+        self._file = file
+        self._began = time.monotonic()
         self.dry_run = dry_run
         self._content: dict[str, Any] = {
             "part": part,

@@ -59,7 +59,8 @@ def arguments() -> argparse.Namespace:
 def run(options: argparse.Namespace) -> bool:
     """Whether every group is there; one that cannot be had does not keep the others away."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    total, complete = 0, True
+    total = 0
+    complete = True
     for group in read_groups():
         if options.group and group.name not in options.group:
             continue

@@ -14,7 +14,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
-PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD = "<|endoftext|>"
+START = "<|im_start|>"
+END = "<|im_end|>"
 SPECIAL = [PAD, START, END, "<think>", "</think>"]
 RESERVED = [
     "<|reserved_0|>",
@@ -57,7 +59,8 @@ def make_config() -> Qwen3MoeConfig:
     """Qwen3-MoE of 750 thousand parameters: 3 layers of width 128, 4 query and 2 key/value heads of
     32, 8 experts of width 64, 2 of them active.
     """
-    pad, end = VOCABULARY.index(PAD), VOCABULARY.index(END)
+    pad = VOCABULARY.index(PAD)
+    end = VOCABULARY.index(END)
     return Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         vocab_size=len(VOCABULARY),

@@ -16,7 +16,8 @@ from lopd.errors import ConfigError, DataError
 from lopd.records import Microbatch, Sample
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=12)
-SIZES, TENSOR = st.sampled_from([2, 3, 4, 8]), st.sampled_from([1, 2, 3, 4])
+SIZES = st.sampled_from([2, 3, 4, 8])
+TENSOR = st.sampled_from([1, 2, 3, 4])
 
 
 def microbatch_of(lengths: list[int], tensor: int = 1) -> Microbatch:
@@ -116,7 +117,8 @@ def test_labels_cross_no_border(lengths: list[int], size: int) -> None:
     """Cut after the shift, a label is still the token after its own, wherever that token is."""
     microbatch = microbatch_of(lengths)
     for part in parts_of(microbatch, size):
-        tokens, labels = part.take(microbatch.token_ids), part.take(microbatch.labels)
+        tokens = part.take(microbatch.token_ids)
+        labels = part.take(microbatch.labels)
         assert ((labels == tokens + 1) | (labels == 0)).all()
         assert (
             part.take(np.column_stack([microbatch.labels, microbatch.labels]))[:, 1].tolist()
@@ -141,7 +143,7 @@ def test_the_example_of_the_module() -> None:
     assert first.cu_seqlens.tolist() == [0, 8, 12]
 
 
-# ---- the budget -----------------------------------------------------------------------------------------------------------------------------------
+# ---- the budget ----
 
 
 @given(LENGTHS, SIZES, TENSOR, st.integers(1, 4))

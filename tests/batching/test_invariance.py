@@ -78,7 +78,8 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_layout(
     pad_multiple: int,
     seed: int,
 ) -> None:
-    model, objective = TableModel(), Lightning(advantage_clip=1.5, aggregation=aggregation)
+    model = TableModel()
+    objective = Lightning(advantage_clip=1.5, aggregation=aggregation)
     samples = random_samples([*lengths, 24], seed=seed)  # one that surely carries loss
     whole = step_outputs(model, samples, objective, 1, 10_000, 1)
     assert len(whole) == 1
@@ -91,7 +92,8 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_layout(
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_averaging_the_means_of_microbatches_would_depend_on_it(aggregation: Aggregation) -> None:
     """Control: dividing in each microbatch, then averaging, is the common mistake that sums avoid."""
-    model, objective = TableModel(), Lightning(advantage_clip=1.5, aggregation=aggregation)
+    model = TableModel()
+    objective = Lightning(advantage_clip=1.5, aggregation=aggregation)
     samples = random_samples([30, 3, 4, 5, 28, 6, 3])
     whole = step_loss(step_outputs(model, samples, objective, 1, 10_000, 1))
     cut = step_outputs(model, samples, objective, 2, 40, 1)

@@ -126,10 +126,8 @@ class TestBuildMicrobatch:
         assert microbatch.loss_mask.sum() == sum(sample.loss_mask[1:].sum() for sample in samples)
 
     def test_a_microbatch_knows_its_responses_by_key(self) -> None:
-        named, unnamed = (
-            make_sample(response([1], [2, 3]), float32([-1.0, -1.0])),
-            random_samples([4])[0],
-        )
+        named = make_sample(response([1], [2, 3]), float32([-1.0, -1.0]))
+        unnamed = random_samples([4])[0]
         assert build_microbatch([named, unnamed], pad_multiple=8).keys == (("p0", 0),)
 
     def test_no_padding_where_none_is_needed(self) -> None:

@@ -127,7 +127,8 @@ def test_tight_packing_leaves_no_microbatch_empty_without_need() -> None:
 
 def test_plan_is_the_same_for_the_same_input() -> None:
     lengths = realistic_lengths()
-    first, second = plan_step(lengths, 4, 16384), plan_step(lengths.copy(), 4, 16384)
+    first = plan_step(lengths, 4, 16384)
+    second = plan_step(lengths.copy(), 4, 16384)
     assert [[members.tolist() for members in rank] for rank in first] == [
         [members.tolist() for members in rank] for rank in second
     ]

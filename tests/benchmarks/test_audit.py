@@ -48,7 +48,8 @@ def draws(tmp_path: Path, foreign: Path, *options: str) -> dict[str, list[dict[s
 def test_true_and_foreign(tmp_path: Path) -> None:
     foreign = neighbour(tmp_path / "foreign", 0.05)
     found = draws(tmp_path, foreign, "--draws=1", "--responses=300", "--tolerance=0.0065")
-    own, other = found["teacher"], found[str(foreign)]
+    own = found["teacher"]
+    other = found[str(foreign)]
     assert [row["verdict"] for row in own] == ["consistent"]
     assert [row["verdict"] for row in other] == ["inconsistent"]
     assert all(row["needed"] <= row["tokens"] for row in own)

@@ -117,7 +117,7 @@ def test_last_line() -> None:
     assert last_line("\n") == ""
 
 
-# ---- on a CPU --------------------------------------------------------------------------------
+# ---- on a CPU ----
 
 
 @pytest.mark.timeout(240)
@@ -154,7 +154,7 @@ def test_as_many_layers_as_fit(tmp_path: Path) -> None:
     assert layers_that_fit(arch, 1e15, "full") == 48
 
 
-# ---- the page --------------------------------------------------------------------------------
+# ---- the page ----
 
 
 def sheet_of_a_gpu(**changes: Any) -> dict[str, Any]:
@@ -191,7 +191,8 @@ def test_figures_of_a_cpu_never_reach_the_page(sheets: list[Any], message: str) 
 
 
 def test_the_page_takes_the_table(tmp_path: Path) -> None:
-    page, folder = tmp_path / "page.md", tmp_path / "found"
+    page = tmp_path / "page.md"
+    folder = tmp_path / "found"
     page.write_text(report.PAGE.read_text())
     folder.mkdir()
     (folder / "1-kernels.json").write_text(json.dumps(sheet_of_a_gpu()))

@@ -45,7 +45,8 @@ def wheel(folder: Path, name: str, **files: bytes) -> Path:
 @pytest.fixture
 def carried(tmp_path: Path) -> Path:
     """A folder with two wheels in several parts."""
-    source, folder = tmp_path / "wheels", tmp_path / "carried"
+    source = tmp_path / "wheels"
+    folder = tmp_path / "carried"
     source.mkdir()
     folder.mkdir()
     first = wheel(source, "first", first__code=b"1" * 5000)
@@ -162,11 +163,12 @@ def test_the_stand_in_for_an_older_cublas(tmp_path: Path, monkeypatch: Patch) ->
     assert int(answer.stdout) == install.NOT_SUPPORTED
 
 
-# ---- what is fetched -------------------------------------------------------------------------
+# ---- what is fetched ----
 
 
 def test_every_package_is_pinned_with_hashes() -> None:
-    pins, images = read_pins(), read_pins(HERE.parents[1] / "docker/requirements.lock")
+    pins = read_pins()
+    images = read_pins(HERE.parents[1] / "docker/requirements.lock")
     packages = [name for group in read_groups() for name in group.packages]
     assert len(packages) == len({*packages})
     for name in packages:

@@ -51,7 +51,9 @@ def gradients(
 
 def test_the_recipe_is_the_same_update_where_the_ratio_is_one() -> None:
     torch.manual_seed(0)
-    student, teacher = -20 * torch.rand(30), -3 * torch.rand(30)  # some advantages are clipped
+    # some advantages are clipped
+    student = -20 * torch.rand(30)
+    teacher = -3 * torch.rand(30)
     ours, recipe = gradients(student, student, teacher)
     close(ours, recipe, abs=1e-6)
     assert ours.abs().max() > 0.4

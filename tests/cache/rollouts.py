@@ -24,7 +24,8 @@ from lopd.records import (
     top_k_of,
 )
 
-VOCABULARY, END = 32, 2
+VOCABULARY = 32
+END = 2
 TINY_TEACHER = (
     Path(__file__).resolve().parents[2] / "examples" / "tiny_models" / "teacher"
 )  # its tokenizer has 32 tokens and this end token
@@ -79,7 +80,8 @@ def full_scores(
     tail and entropies, all of one random teacher.
     """
     rng = np.random.default_rng(seed)
-    routed, scores = [], []
+    routed = []
+    scores = []
     for response in responses:
         logits = 2 * rng.standard_normal((len(response.token_ids), VOCABULARY))
         logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))

@@ -140,7 +140,8 @@ def test_many_are_counted_and_the_first_named(tmp_path: Path) -> None:
 
 
 def test_shards_of_another_run(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
+    one = tmp_path / "one"
+    other = tmp_path / "other"
     publish_cache(one, some_responses(32))
     publish_cache(other, some_responses(32, seed=1, prefix="q"), inputs={"run.seed": 2})
     shutil.copy(other / "shard-00001.parquet", one / "shard-00001.parquet")

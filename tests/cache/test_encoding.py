@@ -43,7 +43,8 @@ def test_16_bits_lose_exactly_what_the_manifest_says(tmp_path: Path) -> None:
     exact, short = (tmp_path / name for name in ("exact", "short"))
     publish_cache(exact, responses)
     loss = publish_cache(short, responses, logprob_bits=16).extra["logprob_loss"]
-    before, after = columns(exact), columns(short)
+    before = columns(exact)
+    after = columns(short)
     np.testing.assert_array_equal(before["token_ids"], after["token_ids"])
     changes = np.concatenate(
         [

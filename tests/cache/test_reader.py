@@ -161,7 +161,8 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
 def test_the_order_of_training_reads_every_response_once(long_cache: Path) -> None:
     from lopd.batching import ResponseOrder
 
-    reader, order = CacheReader(long_cache), ResponseOrder(100, 20, seed=3)
+    reader = CacheReader(long_cache)
+    order = ResponseOrder(100, 20, seed=3)
     keys = [
         response.key
         for response, _ in itertools.chain.from_iterable(

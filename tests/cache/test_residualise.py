@@ -34,7 +34,10 @@ def planted(
     of tokens, +-2.5 nats, by prompt alone.
     """
     rng = np.random.default_rng(seed)
-    responses, teacher, styles, evidences = [], [], [], []
+    responses = []
+    teacher = []
+    styles = []
+    evidences = []
     for index in range(count):
         length = int(rng.integers(30, 60))
         tokens = rng.integers(3, 32, length)
@@ -81,10 +84,8 @@ def test_the_tables_recover_the_planted_style(tmp_path: Path) -> None:
     assert {row["token_id"] for row in about["tokens"][:3]} == set(STYLE_TOKENS), (
         "the table shows the most moving ones first"
     )
-    bias, weight = (
-        np.array(about["context"]["bias"], dtype=float),
-        np.array(about["context"]["share"]),
-    )
+    bias = np.array(about["context"]["bias"], dtype=float)
+    weight = np.array(about["context"]["share"])
     by_position = np.nansum(bias * weight, axis=1) / weight.sum(1)
     assert by_position[0] - np.mean(by_position[1:]) == pytest.approx(OPENING, abs=0.05)
 
@@ -92,8 +93,10 @@ def test_the_tables_recover_the_planted_style(tmp_path: Path) -> None:
 def test_style_goes_and_evidence_stays(tmp_path: Path) -> None:
     responses, teacher, styles, evidences = planted()
     publish_cache(tmp_path / "a", responses, teacher, shard_size=400)
-    style, evidence = np.concatenate(styles), np.concatenate(evidences)
-    share, errors = {}, {}
+    style = np.concatenate(styles)
+    evidence = np.concatenate(evidences)
+    share = {}
+    errors = {}
     for token_share in (0.5, 1.0):
         out = tmp_path / str(token_share)
         effect = residualise(tmp_path / "a", out, Settings(token_share=token_share)).extra[
@@ -140,7 +143,8 @@ def test_style_goes_and_evidence_stays(tmp_path: Path) -> None:
 
 def test_a_style_seen_by_both_tables_is_taken_away_whole(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    responses, teacher = [], []
+    responses = []
+    teacher = []
     for index in range(600):
         tokens = np.concatenate(
             [[7, 7], rng.integers(8, 32, 18)]
@@ -177,7 +181,8 @@ def test_folds_never_share_a_prompt() -> None:
 
 def test_a_tokens_own_fold_has_no_say() -> None:
     settings = Settings(folds=2, position_bins=1, surprisal_bins=1, smoothing=0.0)
-    ids, sampling = np.array([3, 4, 3, 4]), np.full(4, -1.0)
+    ids = np.array([3, 4, 3, 4])
+    sampling = np.full(4, -1.0)
     teacher = sampling + np.array([1.0, 1.0, 5.0, 7.0])  # fold 0, then fold 1
     tokens = prepare(ids, teacher, sampling, np.array([2, 2]), np.array([0, 1]), settings)
     tables = StyleTables(settings, 8)
@@ -231,7 +236,9 @@ def test_in_sample_fitting_takes_evidence_away_where_cross_fitting_does_not(tmp_
     knows about it is evidence.
     """
     rng = np.random.default_rng(0)
-    responses, teacher, evidence = [], [], []
+    responses = []
+    teacher = []
+    evidence = []
     for index in range(25):
         tokens = np.where(np.arange(20) % 4 == 0, 7 + index, rng.integers(3, 7, 20))
         sampling = -4.0 - rng.exponential(0.2, 20)

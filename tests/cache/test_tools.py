@@ -41,7 +41,7 @@ def sound(folder: Path) -> bool:
     return len(check_cache(folder)[0]) == 0
 
 
-# ---- split and merge ------------------------------------------------------------------------------------------------------------------------------
+# ---- split and merge ----
 
 
 def test_split_and_merged_again_is_the_same(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_mixed_number_formats(tmp_path: Path) -> None:
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
 
 
-# ---- the reference code's parquet -----------------------------------------------------------------------------------------------------------------
+# ---- the reference code's parquet ----
 
 
 def reference_rows() -> list[dict[str, object]]:

@@ -100,7 +100,8 @@ def test_the_top_k_goes_where_a_loss_asks_for_it(tmp_path: Path) -> None:
     scores = {score.key: score for score in full_scores(some_responses(20))[1]}
     for row, key in enumerate(microbatch.keys):
         start, stop = microbatch.cu_seqlens[row : row + 2]
-        top, own = microbatch.teacher_top, scores[key].top
+        top = microbatch.teacher_top
+        own = scores[key].top
         assert own is not None
         length = len(own.ids)
         where = slice(stop - 1 - length, stop - 1)  # positions whose labels are the response

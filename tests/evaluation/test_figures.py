@@ -32,7 +32,8 @@ def test_pass_at_k_is_the_share_of_all_draws_with_a_right_one(num_samples: int) 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.9])
 def test_pass_at_k_is_unbiased(p: float) -> None:
     """Control: putting the share into 1 - (1 - p)^k is not."""
-    n, k = 16, 8
+    n = 16
+    k = 8
     chances = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
     expected = sum(chance * pass_at(n, c, k) for c, chance in enumerate(chances))
     naive = sum(chance * (1 - (1 - c / n) ** k) for c, chance in enumerate(chances))
@@ -54,7 +55,9 @@ def test_intervals_cover_what_they_promise() -> None:
     problems covers far too little.
     """
     rng = np.random.default_rng(5)
-    truth, by_problem, by_response = 0.5, 0, 0
+    truth = 0.5
+    by_problem = 0
+    by_response = 0
     for trial in range(200):
         difficulty = rng.beta(0.5, 0.5, 50)
         right = rng.random((50, 8)) < difficulty[:, None]
@@ -69,7 +72,8 @@ def test_intervals_cover_what_they_promise() -> None:
 def test_intervals_repeat_and_narrow() -> None:
     values = np.random.default_rng(1).random(400)
     assert bootstrap_interval(values) == bootstrap_interval(values)
-    narrow, wide = bootstrap_interval(values), bootstrap_interval(values[:40])
+    narrow = bootstrap_interval(values)
+    wide = bootstrap_interval(values[:40])
     assert narrow[1] - narrow[0] < 0.5 * (wide[1] - wide[0])
     assert bootstrap_interval(np.array([0.25])) == (0.25, 0.25)
     assert bootstrap_interval(values, confidence=0.5)[1] < narrow[1]

@@ -171,7 +171,8 @@ def test_it_goes_on_where_it_was_stopped(
     stand_ins.engine.fail_after = (12, EngineError("the server died"))
     lopd(*arguments).refused("the server died")
     assert len(list((tmp_path / "out/answers").glob("shard-*.parquet"))) == 2
-    stand_ins.engine.fail_after, stand_ins.engine.answered = None, 0
+    stand_ins.engine.fail_after = None
+    stand_ins.engine.answered = 0
     lopd(*arguments).succeeded()
     assert stand_ins.engine.answered == 24 - 10
     both = [

@@ -21,7 +21,8 @@ from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.hf_mapping import hf_shapes
 from tests.planning.filled_hub import fill_prompts, model_folder
 
-TEACHER, STUDENT = "Qwen3-30B-A3B-Thinking-2507", "Qwen3-30B-A3B-Base"
+TEACHER = "Qwen3-30B-A3B-Thinking-2507"
+STUDENT = "Qwen3-30B-A3B-Base"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END = 2
 # the special tokens, 256 bytes, and one more so that four tensor ranks have as many rows each

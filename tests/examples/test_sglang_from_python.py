@@ -58,7 +58,8 @@ def test_a_server_that_is_killed_meanwhile_costs_no_response() -> None:
 
 
 def test_it_uses_public_names_that_the_library_page_has() -> None:
-    script, library = EXAMPLE.read_text(), (ROOT / "docs/library.md").read_text()
+    script = EXAMPLE.read_text()
+    library = (ROOT / "docs/library.md").read_text()
     imported = {
         name.strip()
         for names in re.findall(

@@ -117,7 +117,7 @@ def _full_name(function: ast.expr, names: dict[str, str]) -> str | None:
     return ".".join([names[function.id], *reversed(parts)])
 
 
-# ---- what a package has ---------------------------------------------------------------------------------------------
+# ---- what a package has ----
 
 
 def resolve(name: str) -> Any:

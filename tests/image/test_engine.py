@@ -116,7 +116,7 @@ def test_unmarked_experts_are_what_the_trainer_mends(
     assert not any(marks.get("tensor_model_parallel") for marks in experts)
 
 
-# ---- FusedAdam --------------------------------------------------------------------------------------------------------------------------------------
+# ---- FusedAdam ----
 
 
 def _stand_in_optimizers() -> ModuleType:
@@ -200,10 +200,8 @@ def test_the_stand_ins_optimizer_keeps_state_as_the_real_one(settings: str) -> N
         held = ours.state[our_param][kind]
         assert tensor.dtype == held.dtype, kind
         assert torch.equal(tensor, held), kind
-        read, ours_read = (
-            real.get_unscaled_state(real_param, kind),
-            ours.get_unscaled_state(our_param, kind),
-        )
+        read = real.get_unscaled_state(real_param, kind)
+        ours_read = ours.get_unscaled_state(our_param, kind)
         assert read.dtype == ours_read.dtype
         numbers = torch.arange(33)
         new = numbers.to(torch.int16) if tensor.dtype == torch.int16 else numbers / 8
@@ -245,7 +243,7 @@ def test_its_step_is_the_stand_ins(settings: str) -> None:
     )
 
 
-# ---- imports ------------------------------------------------------------------------------------------------------------------------
+# ---- imports ----
 
 
 def test_cublas_has_the_function_that_its_library_calls() -> None:

@@ -42,7 +42,8 @@ SMALL = [
     *("distill.sync_num_prompts=16",),
 ]
 TIMES = ("seconds", "peak_memory", "per_s")  # in the names of figures that differ from run to run
-PORT, KEY = 30000, "key-of-the-third-machine"
+PORT = 30000
+KEY = "key-of-the-third-machine"
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +102,8 @@ def spread(
     """The stage on two machines, a rank each. Exit codes, what each wrote, and how many seconds
     after meanwhile's moment both had ended.
     """
-    nodes, logs = (
-        [f"{stage}.parallel.nodes={len(over)}", *overrides],
-        [run.with_name(f"{run.name}.{index}.log") for index in range(len(over))],
-    )
+    nodes = [f"{stage}.parallel.nodes={len(over)}", *overrides]
+    logs = [run.with_name(f"{run.name}.{index}.log") for index in range(len(over))]
     for log in logs:
         log.unlink(missing_ok=True)
     started = [
@@ -200,11 +199,9 @@ def test_two_machines_are_one_to_the_bit(alone: Path, three: list[Machine], tmp_
 def test_a_machine_that_disappears(
     lost: int, loss: str, alone: Path, three: list[Machine], tmp_path: Path
 ) -> None:
-    run, demonstrations, left = (
-        tmp_path / "run",
-        f"sft.demonstrations={alone / 'demonstrate'}",
-        1 - lost,
-    )
+    run = tmp_path / "run"
+    demonstrations = f"sft.demonstrations={alone / 'demonstrate'}"
+    left = 1 - lost
     act = three[lost].lose_network if loss == "network" else three[lost].kill
     codes, said, took = spread(
         "sft", run, three[:2], demonstrations, meanwhile=after_step(run, 13, act)
@@ -229,7 +226,8 @@ def served_there(
     alone: Path, three: list[Machine], tmp_path_factory: pytest.TempPathFactory
 ) -> str:
     folder = tmp_path_factory.mktemp("served")
-    log, url = folder / "log", f"http://{three[2].address}:{PORT}"
+    log = folder / "log"
+    url = f"http://{three[2].address}:{PORT}"
     words = [
         sys.executable,
         "-m",

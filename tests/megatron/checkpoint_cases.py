@@ -25,7 +25,8 @@ from tests.megatron.trainer_cases import (
     weights_digest,
 )
 
-SAVED_AT, LAST_STEP = 3, 6
+SAVED_AT = 3
+LAST_STEP = 6
 CASES: dict[str, dict[str, Any]] = {
     "tensor and expert": {"layout": {"tensor": 2, "expert": 2}},
     "data": {"layout": {}},
@@ -135,7 +136,8 @@ def resume_and_compare(model: str, dense: str, folder: str) -> dict[str, Any]:
     results["damaged"] = _damaged(model, Path(folder))
     results["no room"] = _no_room(model, Path(folder))
     results["background"] = _in_background(model, Path(folder) / "background")
-    copies, writing.own_copies = writing.own_copies, lambda staged, sources: staged
+    copies = writing.own_copies
+    writing.own_copies = lambda staged, sources: staged
     results["background, not copied"] = _in_background(model, Path(folder) / "not copied")
     writing.own_copies = copies
     return results
@@ -159,7 +161,8 @@ def _there_and_back(model: str, folder: Path) -> dict[str, Any]:
     trainer.resume(lambda note: None)
     trainer._checkpoints._folder = folder / "passed on"  # type: ignore[union-attr]
     trainer.save_checkpoint({})
-    chunk_bytes, optimizer_state.CHUNK_BYTES = optimizer_state.CHUNK_BYTES, 100_000
+    chunk_bytes = optimizer_state.CHUNK_BYTES
+    optimizer_state.CHUNK_BYTES = 100_000
     back = trainer_of(model, _case("pipeline, bfloat16"), checkpoints=str(folder / "passed on"))
     back.resume(lambda note: None)
     optimizer_state.CHUNK_BYTES = chunk_bytes
@@ -170,7 +173,8 @@ def _damaged(model: str, folder: Path) -> dict[str, Any]:
     """The newest checkpoint cut short, with leftovers of a save that was killed; a bit flipped in
     each file; a bit flipped in both checkpoints.
     """
-    copy, newest = folder / "damaged", folder / "damaged" / "step-000003"
+    copy = folder / "damaged"
+    newest = folder / "damaged" / "step-000003"
     if parallel.rank() == 0:
         shutil.copytree(folder / "data", copy)
         longest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -193,7 +197,8 @@ def _damaged(model: str, folder: Path) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     results["flips"] = {}
     for path in sorted(newest.iterdir()):
-        place, bit = generator.integers(path.stat().st_size), generator.integers(8)
+        place = generator.integers(path.stat().st_size)
+        bit = generator.integers(8)
         _flip(path, place, bit)
         results["flips"][path.name] = problem_of(newest)
         _flip(path, place, bit)
@@ -245,7 +250,8 @@ def _in_background(model: str, folder: Path) -> dict[str, Any]:
         {"tensor": 2, "expert": 2}, num_steps=LAST_STEP, checkpoint_in_background=True
     )
     go_on = threading.Event()
-    write, writing.Writing._write = writing.Writing._write, _held_up(go_on)
+    write = writing.Writing._write
+    writing.Writing._write = _held_up(go_on)
     trainer = trainer_of(model, settings, checkpoints=str(folder))
     train(trainer, SAVED_AT)
     trainer.save_checkpoint({"cursor": SAVED_AT})

@@ -159,7 +159,7 @@ def from_zero(
     return freqs[offset : offset + x.size(0)]
 
 
-# ---- four ranks -----------------------------------------------------------------------------------------------------------------------------------
+# ---- four ranks ----
 
 
 def one_rank(model: str) -> dict[str, Any]:

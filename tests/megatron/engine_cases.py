@@ -53,7 +53,8 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
         trainer_of(moe, settings_of(both)).optimizer.megatron.chained_optimizers[0].optimizer
     ).__name__
     result["training"] = train(trainer_of(moe, settings_of(both)))
-    mark, wrapping.mark_experts = wrapping.mark_experts, _mark_for_reduction_alone
+    mark = wrapping.mark_experts
+    wrapping.mark_experts = _mark_for_reduction_alone
     result["experts unmarked"] = train(trainer_of(moe, settings_of(both)), 1)
     wrapping.mark_experts = mark
     result["pipeline"] = train(trainer_of(moe, settings_of({"pipeline": 2})))
@@ -62,7 +63,8 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     result["resumed"] = _resumed(moe, folder)
     result["precise"] = _precise(moe, folder)
     engine.uses_engine = lambda dtype: False
-    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    optimizers.Adam = torch.optim.AdamW
+    optimizers.USING_PYTORCH_OPTIMIZER = True
     result["local training"] = train(trainer_of(moe, settings_of(both)))
     result["refused"] = _refused(moe, folder)
     parallel.shutdown()
@@ -99,7 +101,8 @@ def _swapped(model: Any) -> Any:
     """Control: on each rank two experts change places."""
     with torch.no_grad():
         grouped = model.decoder.layers[0].mlp.experts.linear_fc1
-        first, second = grouped.weight0.clone(), grouped.weight1.clone()
+        first = grouped.weight0.clone()
+        second = grouped.weight1.clone()
         grouped.weight0.copy_(second)
         grouped.weight1.copy_(first)
     return model

@@ -64,7 +64,8 @@ def _is_cuda(tensor: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Lets Megatron-Core offload from this CPU to this CPU."""
-    refuse, pin = overrides._refuse_missing_hardware, torch.Tensor.pin_memory
+    refuse = overrides._refuse_missing_hardware
+    pin = torch.Tensor.pin_memory
     read = parameter_state.HybridState.read
 
     def read_plain(self: Any, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -72,10 +73,8 @@ def as_on_a_gpu() -> Iterator[None]:
             kind: tensor.as_subclass(torch.Tensor) for kind, tensor in read(self, kinds).items()
         }
 
-    newest, optimizer_config.is_te_min_version = (
-        optimizer_config.is_te_min_version,
-        lambda *_, **__: True,
-    )
+    newest = optimizer_config.is_te_min_version
+    optimizer_config.is_te_min_version = lambda *_, **__: True
     parameter_state.HybridState.read = read_plain  # type: ignore[method-assign]
     overrides._refuse_missing_hardware = lambda table, where: None
     torch.Tensor.pin_memory = lambda self: self.as_subclass(OnHost)  # type: ignore[method-assign]
@@ -207,7 +206,8 @@ def _written_late(model: str, folder: str) -> dict[str, Any]:
         table = CASES["precision-aware"]
         first = trainer_of(model, _settings(table, checkpoint_in_background=True), checkpoints=path)
         train(first, FIRST_STEPS)
-        write, changed = writing.Writing._write, threading.Event()
+        write = writing.Writing._write
+        changed = threading.Event()
 
         def write_late(self: Any, act: Any, write: Any = write, changed: Any = changed) -> None:
             assert changed.wait(500)

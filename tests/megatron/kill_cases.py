@@ -22,7 +22,9 @@ from tests.megatron.forking import fork_store, rank_environment
 from tests.megatron.trainer_cases import microbatches_of, settings_of, trainer_of, weights_digest
 
 LAYOUT = {"tensor": 2, "expert": 2}
-NUM_RANKS, NUM_STEPS, CHECKPOINT_EVERY = 2, 8, 2
+NUM_RANKS = 2
+NUM_STEPS = 8
+CHECKPOINT_EVERY = 2
 
 
 def train(model: str, folder: Path) -> None:
@@ -96,7 +98,8 @@ def attempt(model: str, folder: Path, generator: random.Random | None) -> str:
 
 def _watch(children: list[int], folder: Path, generator: random.Random | None) -> bool:
     """Until both ranks have ended; kills as the generator says. Whether it has."""
-    began, before = time.monotonic(), _num_lines(folder)
+    began = time.monotonic()
+    before = _num_lines(folder)
     num_steps = (
         generator.choice([0, 0, 1, 1, 2, 2, 3, 4, 5]) if generator is not None else NUM_STEPS
     )

@@ -72,7 +72,8 @@ def four_ranks(model: str) -> dict[str, Any]:
         )
     for name, layout in FEW.items():
         results[f"few: {name}"] = train_few(trainer_of(model, settings_of(layout)))
-    marked, wrapping.mark_experts = wrapping.mark_experts, lambda module: None
+    marked = wrapping.mark_experts
+    wrapping.mark_experts = lambda module: None
     results["unmarked experts"] = train(trainer_of(model, settings_of({"tensor": 2})))
     wrapping.mark_experts = marked
     return results

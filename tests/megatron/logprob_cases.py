@@ -16,7 +16,9 @@ from lopd.megatron.model import logprobs
 from lopd.megatron.model.logprobs import token_logprobs
 
 LIMIT = 1e-5
-NUM_TOKENS, HIDDEN, VOCAB = 37, 24, 302
+NUM_TOKENS = 37
+HIDDEN = 24
+VOCAB = 302
 SMALL_BLOCK = NUM_TOKENS * 50 * 4  # seven blocks, the last one shorter
 PADDED_FROM = (
     291  # rows of vocabulary where some are padding; the second of two ranks holds padding then
@@ -103,7 +105,7 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str,
     }
 
 
-# ---- in Triton's interpreter --------------------------------------------------------------------------------------------------------------------------
+# ---- in Triton's interpreter ----
 
 
 def on_two_ranks() -> dict[str, Any]:
@@ -141,7 +143,8 @@ def interpreter() -> Iterator[None]:
     small = logprobs_triton.Tile(16, 64, 16, num_warps=4, num_stages=1)
     upstream._patch_lang_tensor = patched
     logprobs_triton.TILES = dict.fromkeys(settings["TILES"], small)
-    logprobs_triton.SPLIT_ROWS, logprobs_triton.GROUP = 128, 2
+    logprobs_triton.SPLIT_ROWS = 128
+    logprobs_triton.GROUP = 2
     try:
         yield
     finally:
@@ -278,7 +281,7 @@ TRITON_CASES: dict[str, Callable[[], dict[str, float]]] = {
 }
 
 
-# ---- through Triton's compiler ------------------------------------------------------------------------------------------------------------------------
+# ---- through Triton's compiler ----
 
 
 def compile_kernel(name: str, dtype: torch.dtype, *, num_labels: int, capability: int = 90) -> Any:
@@ -291,7 +294,8 @@ def compile_kernel(name: str, dtype: torch.dtype, *, num_labels: int, capability
 
     from lopd.megatron.model import logprobs_triton
 
-    kernel, tile = getattr(logprobs_triton, name), logprobs_triton.TILES[dtype]
+    kernel = getattr(logprobs_triton, name)
+    tile = logprobs_triton.TILES[dtype]
     pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     types = {"hidden": pointer, "weight": pointer, "out": pointer, "labels": "*i64"}
     constants: dict[str, Any] = {

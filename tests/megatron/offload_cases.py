@@ -34,7 +34,8 @@ def one_case(
     settings = settings_of(layout, **fields)
     stayed = _trained(trainer_of(model, settings))
     trainer = trainer_of(model, settings, checkpoints=checkpoints)
-    memory, resident = [], _resident(trainer)
+    memory = []
+    resident = _resident(trainer)
     return {
         "stayed": stayed,
         "left": _trained(trainer, memory),
@@ -63,7 +64,9 @@ def on_device(model: str) -> dict[str, Any]:
     """
     stayed = train(trainer_of(model, settings_of(dtype="bfloat16")), STEPS)["loss"]
     trainer = trainer_of(model, settings_of(dtype="bfloat16"))
-    left, allocated, reserved = [], [], []
+    left = []
+    allocated = []
+    reserved = []
 
     def measure() -> None:
         allocated.append(torch.cuda.memory_allocated())

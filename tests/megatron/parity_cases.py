@@ -65,7 +65,8 @@ class Case:
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }
-        self.logits, self.logprobs = self.logits.detach(), self.logprobs.detach()
+        self.logits = self.logits.detach()
+        self.logprobs = self.logprobs.detach()
         self.entropy = torch.distributions.Categorical(logits=self.logits).entropy()  # [T]
 
 

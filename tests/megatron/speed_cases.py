@@ -66,7 +66,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         inputs, weight = ctx.saved_tensors
-        own, layer = gradients[0].t() @ inputs, ctx.layer
+        own = gradients[0].t() @ inputs
+        layer = ctx.layer
         if layer.fuse_wgrad_accumulation:
             layer.weight.main_grad.add_(own)
             layer.weight.grad_added_to_main_grad = layer.says_so

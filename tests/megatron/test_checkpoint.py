@@ -84,7 +84,7 @@ def test_a_resumed_training_is_bit_for_bit_the_unbroken_one(
         assert found["state"] == {"cursor": SAVED_AT, "note": case}
 
 
-# ---- another layout -------------------------------------------------------------------------------------------------------------------------------
+# ---- another layout ----
 
 
 LIMIT = 2e-6  # 3.8e-7 seen
@@ -147,11 +147,12 @@ def test_another_layout_is_told(results: list[dict[str, Any]]) -> None:
     assert results[1]["data -> tensor"]["notes"] == [], "once, on rank 0"
 
 
-# ---- what is kept, and what is not used -------------------------------------------------------------------------------------------------------------
+# ---- what is kept, and what is not used ----
 
 
 def test_lost_optimizer_state_would_be_noticed(results: list[dict[str, Any]]) -> None:
-    without, whole = results[0]["without moments"]["loss"], results[0]["data"]["resumed"]["loss"]
+    without = results[0]["without moments"]["loss"]
+    whole = results[0]["data"]["resumed"]["loss"]
     assert without[0] == whole[0], "the weights are the same"
     assert without[1:] != whole[1:]
 
@@ -233,7 +234,7 @@ def test_a_full_disk_loses_nothing(results: list[dict[str, Any]]) -> None:
         assert ranks["no room"]["then"] == {"cursor": 0}
 
 
-# ---- in the background ------------------------------------------------------------------------------------------------------------------------------
+# ---- in the background ----
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(results: list[dict[str, Any]]) -> None:

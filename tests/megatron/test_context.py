@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_qwen3_moe(tmp_path_factory.mktemp("model"))
 
 
-# ---- where it cannot be -----------------------------------------------------------------------------------------------------------------------------
+# ---- where it cannot be ----
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_no_model_is_built_without_it(model: Path, monkeypatch: pytest.MonkeyPat
         )
 
 
-# ---- four ranks -----------------------------------------------------------------------------------------------------------------------------------
+# ---- four ranks ----
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,8 @@ def test_weights_go_there_and_back_bit_for_bit(model: str, measured: list[dict[s
 def test_its_parameters_have_its_names(measured: list[dict[str, Any]]) -> None:
     """So that the tests above are of these names, not of the local ones."""
     layer = "decoder.layers.0."
-    moe, dense = set(measured[0]["tensor and expert"]["names"]), set(measured[0]["biased"]["names"])
+    moe = set(measured[0]["tensor and expert"]["names"])
+    dense = set(measured[0]["biased"]["names"])
     assert {
         f"{layer}self_attention.linear_qkv.layer_norm_weight",
         f"{layer}pre_mlp_layernorm.weight",
@@ -176,7 +177,7 @@ def test_megatrons_own_way_to_make_this_state_fails(measured: list[dict[str, Any
     assert "store_param_remainders" in measured[0]["precise"]["Megatron's own"]
 
 
-# ---- context parallelism (on four ranks: test_context.py) -------------------------------------------------------------------------------------------
+# ---- context parallelism (on four ranks: test_context.py) ----
 
 
 def test_five_steps_of_two_context_ranks_are_those_of_one_rank(
@@ -186,7 +187,8 @@ def test_five_steps_of_two_context_ranks_are_those_of_one_rank(
     divides small gradients by their size.
     """
     for rank in measured:
-        found, alone = rank["context"]["right"], rank["context"]["one rank"]
+        found = rank["context"]["right"]
+        alone = rank["context"]["one rank"]
         within(difference(found, alone), 1e-5, "steps")
         within(found["weights"], 1e-4, "weights")
         within(difference(alone, rank["local training"]), 1e-5, "other layers")

@@ -61,7 +61,8 @@ def test_the_formula_counts_what_torch_counts(num_experts: int, tmp_path: Path) 
 
 def test_packed_sequences_do_not_attend_to_each_other(tmp_path: Path) -> None:
     arch = read_architecture(_qwen3_30b_a3b(tmp_path))
-    apart, together = training_flops(arch, [4096] * 4), training_flops(arch, [16384])
+    apart = training_flops(arch, [4096] * 4)
+    together = training_flops(arch, [16384])
     assert together - apart == 6 * 48 * 32 * 128 * (16384**2 - 4 * 4096**2)
 
 

@@ -64,7 +64,7 @@ def two(model: Path) -> list[dict[str, Any]]:
     return run_ranks(two_ranks, 2, model=str(model))
 
 
-# ---- experts --------------------------------------------------------------------------------------------------------------------------------------
+# ---- experts ----
 
 
 def test_load_of_hand_counted_experts() -> None:
@@ -136,7 +136,7 @@ def test_dense_models_tell_nothing_of_experts(one: dict[str, Any]) -> None:
     assert one["dense"]["model_tflops_per_s"] > 0
 
 
-# ---- work and memory ------------------------------------------------------------------------------------------------------------------------------
+# ---- work and memory ----
 
 
 def test_load_imbalance_is_the_most_work_over_the_mean(
@@ -162,7 +162,7 @@ def test_memory_is_that_of_a_process_with_torch(one: dict[str, Any]) -> None:
         assert "mfu" not in one["plain"], "a CPU has no peak in the table"
 
 
-# ---- routers --------------------------------------------------------------------------------------------------------------------------------------
+# ---- routers ----
 
 
 def moved(found: dict[str, Any], case: str, part: str) -> torch.Tensor:
@@ -194,10 +194,8 @@ def test_a_frozen_router_keeps_every_bit_and_nothing_else_does(
 def test_a_router_learns_at_its_own_rate(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """AdamW's first step is the learning rate times the gradient's sign."""
     for found in both(one, two):
-        usual, scaled = (
-            moved(found, "usual", "mlp.gate.weight"),
-            moved(found, "scaled", "mlp.gate.weight"),
-        )
+        usual = moved(found, "usual", "mlp.gate.weight")
+        scaled = moved(found, "scaled", "mlp.gate.weight")
         close(usual.abs().median(), 1e-3, rel=0.02, name="usual")
         close(scaled.abs().median(), 1e-4, rel=0.02, name="scaled")
         assert found["scaled"]["q_norm"] == found["usual"]["q_norm"]
@@ -210,7 +208,7 @@ def test_a_training_with_frozen_routers_resumes(one: dict[str, Any]) -> None:
     assert len(found["resumed"]["loss"]) == 2
 
 
-# ---- fields beside the knobs, and what is not finite ----------------------------------------------------------------------------------------------
+# ---- fields beside the knobs, and what is not finite ----
 
 
 def test_overlapped_gradient_reduction_changes_nothing(
@@ -233,7 +231,7 @@ def test_what_is_not_finite_names_step_rank_responses_and_checkpoint(
     assert two[0]["not finite"] == two[1]["not finite"]
 
 
-# ---- the student's entropy --------------------------------------------------------------------------------------------------------------------------
+# ---- the student's entropy ----
 
 
 def test_the_students_entropy_is_the_mean_over_loss_tokens_of_that_of_dense_logits(
@@ -258,7 +256,7 @@ def test_asking_for_the_entropy_changes_nothing_else(one: dict[str, Any]) -> Non
             assert with_it[name] == without[name], name
 
 
-# ---- what tests on a GPU run too (test_on_gpu.py) ---------------------------------------------------------------------------------------------------
+# ---- what tests on a GPU run too (test_on_gpu.py) ----
 
 
 def test_the_bodies_shared_with_tests_on_a_gpu_are_right_here(one: dict[str, Any]) -> None:

@@ -33,7 +33,8 @@ def test_it_resumes_to_the_bit(case: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         found = rank[case]
         assert set(found["kinds"]) == {"HybridDeviceOptimizer"}
-        unbroken, resumed = found["unbroken"], found["resumed"]
+        unbroken = found["unbroken"]
+        resumed = found["resumed"]
         assert resumed["loss"] == unbroken["loss"][FIRST_STEPS:]
         assert resumed["grad_norm"] == unbroken["grad_norm"][FIRST_STEPS:]
         assert resumed["weights"] == unbroken["weights"]
@@ -66,7 +67,8 @@ def test_it_goes_on_otherwise_equal_to_rounding(way: str, ranks: list[dict[str, 
 def test_offloaded_it_learns_what_it_learns_on_the_gpu(ranks: list[dict[str, Any]]) -> None:
     """The same AdamW in another place, equal to the rounding of bfloat16 weights. Seen: 2.8e-4."""
     for case in CASES:
-        found, kept = ranks[0][case]["unbroken"]["loss"], ranks[0]["kept on the GPU"]["loss"]
+        found = ranks[0][case]["unbroken"]["loss"]
+        kept = ranks[0]["kept on the GPU"]["loss"]
         within(_furthest(found, kept), 6e-3)
 
 

@@ -130,7 +130,7 @@ def test_no_rank_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
     assert eventually_none(mark)
 
 
-# ---- a rank that hangs ----------------------------------------------------------------------------------------------------------------------------
+# ---- a rank that hangs ----
 
 
 def test_what_passes_while_the_parent_itself_is_stopped_is_nobodys_silence(

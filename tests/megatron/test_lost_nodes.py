@@ -20,7 +20,8 @@ from lopd.megatron.ranks.lost_nodes import (
 )
 from lopd.megatron.ranks.nodes import Node
 
-FIRST, SECOND = Node(0, 3), Node(1, 3)
+FIRST = Node(0, 3)
+SECOND = Node(1, 3)
 
 
 def heartbeat(folder: Path, name: str) -> Path:

@@ -74,7 +74,8 @@ def test_what_leaves_is_no_longer_held(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_nobody_reads_what_is_away(ranks: list[dict[str, Any]]) -> None:
-    optimizer, everything = "gradients and optimizer are on the host", "the weights are on the host"
+    optimizer = "gradients and optimizer are on the host"
+    everything = "the weights are on the host"
     for rank in ranks:
         said = [line.split(":")[0] for line in rank["refused"]]
         assert said == [optimizer] * 3 + [everything] * 3
@@ -90,7 +91,9 @@ def test_a_gpu_is_free_meanwhile(tmp_path: Path) -> None:
         tmp_path / "model", hidden_size=1024, moe_intermediate_size=1024, num_experts=16
     )
     [result] = run_ranks(on_device, 1, model=str(model))
-    held, allocated, reserved = result["held"], result["allocated"], result["reserved"]
+    held = result["held"]
+    allocated = result["allocated"]
+    reserved = result["reserved"]
     for first in range(0, 4 * STEPS, 4):
         before, without_optimizer, nothing, after = allocated[first : first + 4]
         assert before - without_optimizer >= held["gradients"] + held["optimizer"]

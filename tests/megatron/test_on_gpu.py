@@ -65,7 +65,7 @@ def figures() -> Iterator[Figures]:
         )
 
 
-# ---- sizes ------------------------------------------------------------------------------------------------------------------------------------------
+# ---- sizes ----
 
 
 def test_the_shape_has_the_published_number_of_weights_and_the_planner_knows_them(
@@ -84,7 +84,7 @@ def weights_of(arch: Any) -> float:
     return float(arch.num_layers * weights_of_layer(arch) + 2 * arch.vocab_size * arch.hidden_size)
 
 
-# ---- on a GPU -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- on a GPU ----
 
 
 @on_gpu

@@ -74,12 +74,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     and student are beside it.
     """
     root = tmp_path_factory.mktemp("parity")
-    teacher, student = (
-        write_qwen3_moe(root / "teacher", seed=1),
-        write_qwen3_moe(root / "run/sft/model", seed=2),
-    )
+    teacher = write_qwen3_moe(root / "teacher", seed=1)
+    student = write_qwen3_moe(root / "run/sft/model", seed=2)
     requests = requests_of(24)
-    sampled, scored = of_transformers(student, requests), of_transformers(teacher, requests)
+    sampled = of_transformers(student, requests)
+    scored = of_transformers(teacher, requests)
     responses = [
         Response(
             r.prompt_id,

@@ -56,8 +56,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(getattr(fusions, module), name, lambda: None, raising=False)
 
 
-# ---- fused kernels -------------------------------------------------------------------------------
-# -------------------------------------------------
+# ---- fused kernels ----
 
 
 def test_transformer_engines_layers_are_fused(
@@ -124,7 +123,8 @@ def test_fusions_reach_megatron_and_can_be_switched_off(
 
 
 def test_weight_gradients_are_fused_without_apex() -> None:
-    linear, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    linear = torch.nn.Linear(2, 2)
+    other = torch.nn.Linear(2, 2)
     linear.fuse_wgrad_accumulation = False  # type: ignore[assignment]
     assert fuse_weight_gradients(torch.nn.Sequential(linear, torch.nn.Sequential(other))) == 1
     assert linear.fuse_wgrad_accumulation is True
@@ -142,8 +142,7 @@ def test_megatron_adds_no_fused_gradient_a_second_time() -> None:
     )
 
 
-# ---- recompute and overlap -----------------------------------------------------------------------
-# ---------------------------------------------------
+# ---- recompute and overlap ----
 
 
 def test_selective_recompute_is_of_what_keeps_most(
@@ -200,8 +199,7 @@ def test_an_offloaded_optimizer_overlaps_its_copies() -> None:
     ).overlap_cpu_optimizer_d2h_h2d
 
 
-# ---- threads and variables -----------------------------------------------------------------------
-# ---------------------------------------------------
+# ---- threads and variables ----
 
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
 

@@ -23,7 +23,8 @@ from tests.megatron.launch import run_ranks
 from tests.megatron.trainer_cases import samples_of, settings_of
 from tests.models import VOCAB_SIZE, write_qwen3_moe
 
-K, LIMIT = 6, 1e-4
+K = 6
+LIMIT = 1e-4
 DIRECTIONS = ("reverse", "forward")
 LAYERS = {
     "lm_head.weight": "output_layer.weight",
@@ -87,7 +88,8 @@ def reference(model: Path, direction: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     student = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
-    responses, tails = [], []
+    responses = []
+    tails = []
     for sample in with_top_k(samples_of(0, 8)):
         assert sample.teacher_top is not None
         log_q = torch.log_softmax(
@@ -127,7 +129,8 @@ def test_step_is_that_of_dense_logits(ranks: int, tmp_path: Path) -> None:
     found = run_ranks(body, ranks, model=str(model), tensor=ranks)
     expected = {direction: reference(model, direction) for direction in DIRECTIONS}
     for direction in DIRECTIONS:
-        want, got = expected[direction], [rank[direction] for rank in found]
+        want = expected[direction]
+        got = [rank[direction] for rank in found]
         for name in ("loss", "grad_norm", "top_k_kl", "tail"):
             close(got[0][name], want[name], rel=LIMIT, name=name)
         for name in LAYERS:

@@ -76,7 +76,7 @@ def difference(left: dict[str, Any], right: dict[str, Any]) -> float:
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-# ---- layouts --------------------------------------------------------------------------------------------------------------------------------------
+# ---- layouts ----
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -140,7 +140,7 @@ def test_bfloat16_stays_close_to_float32(distributed: bool, one: dict[str, Any])
     apart(found, 1e-5, "another dtype's effect")
 
 
-# ---- against Hugging Face -------------------------------------------------------------------------------------------------------------------------
+# ---- against Hugging Face ----
 
 
 def hugging_face_steps(folder: Path, *, spare_norms: bool) -> dict[str, list[float]]:
@@ -154,11 +154,13 @@ def hugging_face_steps(folder: Path, *, spare_norms: bool) -> dict[str, list[flo
     spared = [parameter for parameter in model.parameters() if parameter.dim() == 1 and spare_norms]
     groups = [{"params": decayed, "weight_decay": 0.5}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=EPS)
-    losses, norms = [], []
+    losses = []
+    norms = []
     for step, share in enumerate(
         (0.5, 1.0, 1.0, 0.75, 0.25)
     ):  # two steps of warm-up, then a cosine over three
-        total, count = torch.zeros(()), 0
+        total = torch.zeros(())
+        count = 0
         for sample in samples_of(step):
             token_ids = torch.as_tensor(sample.token_ids, dtype=torch.int64)
             carries_loss = torch.as_tensor(sample.loss_mask[1:])
@@ -201,7 +203,8 @@ def test_logprobs_of_every_layout_are_those_of_hugging_face(
 
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     members = plan_step([len(sample) for sample in samples_of(0)], 1, MAX_TOKENS, 2)[0][0]
-    expected, known = [], []
+    expected = []
+    known = []
     for sample in (samples_of(0)[index] for index in members):
         token_ids = torch.as_tensor(sample.token_ids, dtype=torch.int64)
         with torch.no_grad():
@@ -210,7 +213,8 @@ def test_logprobs_of_every_layout_are_those_of_hugging_face(
         known += [True] * (len(sample) - 1) + [
             False
         ]  # the last position of a sequence predicts nothing
-    expected, mask = torch.tensor(expected), torch.tensor(known)
+    expected = torch.tensor(expected)
+    mask = torch.tensor(known)
     for values in (
         one["logprobs"],
         *(
@@ -226,7 +230,7 @@ def test_logprobs_of_every_layout_are_those_of_hugging_face(
         )
 
 
-# ---- the step -------------------------------------------------------------------------------------------------------------------------------------
+# ---- the step ----
 
 
 def test_one_forward_and_one_backward_per_microbatch(one: dict[str, Any]) -> None:
@@ -258,7 +262,7 @@ def test_unequal_numbers_of_microbatches_are_refused_instead_of_waiting(
     assert "data ranks have between 1 and 2 microbatches; rank 1 has 2" in two[1]["unequal"]
 
 
-# ---- the schedule ---------------------------------------------------------------------------------------------------------------------------------
+# ---- the schedule ----
 
 
 def rates(num_steps: int, **section: Any) -> list[float]:

@@ -121,7 +121,7 @@ def weights_digest(trainer: Trainer) -> str:
     return digest.hexdigest()
 
 
-# ---- layouts --------------------------------------------------------------------------------------------------------------------------------------
+# ---- layouts ----
 
 
 def one_rank(model: str, dense: str, every_expert: str) -> dict[str, Any]:
@@ -197,7 +197,8 @@ def _leaves(model: str) -> dict[str, Any]:
 
 def _lone_response(model: str) -> dict[str, list[float]]:
     """A step of a single response: with two data ranks, one of them has nothing to learn from."""
-    trainer, samples = trainer_of(model, settings_of()), samples_of(0)[:1]
+    trainer = trainer_of(model, settings_of())
+    samples = samples_of(0)[:1]
     plan = plan_step([len(samples[0])], parallel.data_size(), MAX_TOKENS, 2)
     step = trainer.train_step(
         [

@@ -21,7 +21,8 @@ def figures(log_weight_spread: float) -> dict[str, float]:
     """Of a step whose tokens' log weights are normal with this spread and mean weight 1, through
     the objective and the reduction of a real step.
     """
-    count, generator = 200_000, torch.Generator().manual_seed(0)
+    count = 200_000
+    generator = torch.Generator().manual_seed(0)
     sampling = torch.full((count,), -3.0)
     logprobs = (
         sampling
@@ -63,7 +64,8 @@ def test_bounds_act_where_the_closed_form_says(spread: float) -> None:
     """Log-normal weights of mean 1: E[w^2] = exp(spread^2), so chi-square is exp(spread^2) - 1 and
     the effective share exp(-spread^2).
     """
-    chi_square, share = math.expm1(spread**2), math.exp(-(spread**2))
+    chi_square = math.expm1(spread**2)
+    share = math.exp(-(spread**2))
     measured = figures(spread)
     for factor, due in ((0.9, True), (1.1, False)):
         assert (

@@ -131,8 +131,10 @@ def test_only_padding_gives_zero_items_and_the_same_metric_names(samples: list[S
     """A rank without samples takes part: finite zeros that can be stacked with the sums of the
     others.
     """
-    model, objective = TableModel(), Lightning(CLIP)
-    empty, full = packed_output(model, [], objective), packed_output(model, samples, objective)
+    model = TableModel()
+    objective = Lightning(CLIP)
+    empty = packed_output(model, [], objective)
+    full = packed_output(model, samples, objective)
     assert empty.num_items.item() == 0
     assert empty.loss_sum.item() == 0.0
     assert torch.all(model.gradient(empty.loss_sum) == 0)

@@ -17,7 +17,8 @@ from lopd.errors import DataError
 from lopd.objective import Lightning, TokenBatch, reduce_metrics, reverse_kl_terms
 from tests.limits import close
 
-NUM_STATES, VOCAB_SIZE = 5, 11
+NUM_STATES = 5
+VOCAB_SIZE = 11
 
 
 def random_policies(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +88,8 @@ class TestReverseKl:
         sampling = torch.tensor([-1.0, -19.0, -30.0], dtype=torch.float64)
         student = torch.tensor([-18.0, -1.0, -1.0], dtype=torch.float64)
         teacher = torch.tensor([-0.5, -3.0, -4.0], dtype=torch.float64)
-        advantage, weight = teacher - student, (student - sampling).exp()
+        advantage = teacher - student
+        weight = (student - sampling).exp()
         plain = weight * (advantage.exp() - 1 - advantage)
         terms = reverse_kl_terms(student, teacher, sampling)
         close(terms[:2], plain[:2], rel=1e-9)
@@ -126,7 +128,8 @@ def test_the_gap_of_the_gradient_and_its_bound() -> None:
     rng = np.random.default_rng(6)
     student, teacher, sampling = rng.uniform(-3, -0.1, (3, 400))
     reported = metrics(*(torch.tensor(values) for values in (student, teacher, sampling)))
-    weight, advantage = np.exp(student - sampling), teacher - student
+    weight = np.exp(student - sampling)
+    advantage = teacher - student
     close(reported["gradient_gap"], np.abs((weight - 1) * advantage).mean(), rel=1e-9)
     close(
         reported["gradient_gap_bound"],

@@ -43,7 +43,9 @@ from tests.objective.pieces import (
     samples_with_everything,
 )
 
-EXACT, DIFFERENT = 1e-11, 1e-2  # relative to the largest entry of the gradient
+# relative to the largest entry of the gradient
+EXACT = 1e-11
+DIFFERENT = 1e-2
 BASE = Lightning(CLIP)
 EVERYTHING = Distillation(
     BASE,
@@ -197,7 +199,8 @@ class TestEarlyTokenGain:
         self, model: TableModel, samples: list[Sample]
     ) -> None:
         def reference(row: Row, gain: float, *, before: bool = False) -> Tensor:
-            factors, passed = [], 0.0
+            factors = []
+            passed = 0.0
             total = row.advantage.abs().sum()
             for size in row.advantage.abs():
                 factors.append(1 + gain * (1 - (passed if before else passed + size) / total))
@@ -315,10 +318,8 @@ class TestComposition:
     def test_without_pieces_is_lightning_to_the_bit(
         self, model: TableModel, samples: list[Sample]
     ) -> None:
-        plain, composed = (
-            packed_output(model, samples, BASE),
-            packed_output(model, samples, Distillation(BASE)),
-        )
+        plain = packed_output(model, samples, BASE)
+        composed = packed_output(model, samples, Distillation(BASE))
         assert plain.loss_sum == composed.loss_sum
         assert plain.metric_sums == composed.metric_sums
         assert torch.equal(gradient(model, plain.loss_sum), gradient(model, composed.loss_sum))
@@ -330,7 +331,8 @@ class TestComposition:
             short = prefix_of(row, math.ceil(len(row.student) * 0.5), end_token=True)
             if not len(short.student):
                 return short.student
-            ratio, size = (short.student - short.sampling).detach().exp(), short.advantage.abs()
+            ratio = (short.student - short.sampling).detach().exp()
+            size = short.advantage.abs()
             factor = ratio.clamp(max=1.5) * (1 + 2.0 * (1 - torch.cumsum(size, 0) / size.sum()))
             pull = 0.3 * (ratio.clamp(max=10.0) * ratio.clamp(max=10.0).log()) * short.student
             return factor * huber_losses(short) + pull
@@ -351,10 +353,8 @@ class TestComposition:
     def test_packing_changes_nothing(self, model: TableModel, samples: list[Sample]) -> None:
         """Each response in a microbatch of its own, against all in one: loss, gradient and metrics."""
         objective = replace(EVERYTHING, teachers=())
-        whole, parts = (
-            packed_output(model, samples, objective),
-            [packed_output(model, [sample], objective) for sample in samples],
-        )
+        whole = packed_output(model, samples, objective)
+        parts = [packed_output(model, [sample], objective) for sample in samples]
         assert whole.num_items == sum(part.num_items for part in parts)
         close(sum(part.loss_sum for part in parts), whole.loss_sum, rel=1e-12)
         close(

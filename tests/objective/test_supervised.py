@@ -18,7 +18,8 @@ NLL: TokenLoss = lambda student, teacher: -student  # noqa: E731
 
 @pytest.mark.parametrize("aggregation", ["response_mean", "token_mean", "token_sum"])
 def test_loss_and_gradient_equal_the_dense_reference(aggregation: Aggregation) -> None:
-    model, samples = TableModel(), random_samples(LENGTHS)
+    model = TableModel()
+    samples = random_samples(LENGTHS)
     microbatch = build_microbatch(samples, pad_multiple=8)
     log_softmax = model.log_softmax(
         torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.position_ids)
@@ -41,7 +42,8 @@ def test_loss_and_gradient_equal_the_dense_reference(aggregation: Aggregation) -
 def test_reports_the_cross_entropy_over_tokens_and_its_exponential() -> None:
     """For every aggregation: the metric is per token even where the loss is not."""
     torch.manual_seed(0)
-    logits, labels = torch.randn(24, 13), torch.randint(13, (24,))
+    logits = torch.randn(24, 13)
+    labels = torch.randint(13, (24,))
     mask = torch.rand(24) < 0.6
     batch = TokenBatch(
         loss_mask=mask, cu_seqlens=torch.tensor([0, 10, 24], dtype=torch.int32), num_sequences=2

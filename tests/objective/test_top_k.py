@@ -22,7 +22,9 @@ from lopd.objective import (
 from tests.limits import apart, close, within
 from tests.objective.pieces import relative_difference
 
-NUM_TOKENS, VOCAB_SIZE, K = 12, 13, 4
+NUM_TOKENS = 12
+VOCAB_SIZE = 13
+K = 4
 Direction = Literal["reverse", "forward"]
 Support = Literal["tail", "renormalised"]
 
@@ -77,10 +79,8 @@ def dense_kl(
 ) -> Tensor:
     """Mean over the two responses of the mean over their loss tokens."""
     ids = teacher.topk(num_chosen, -1).indices
-    student, target = (
-        coarse(torch.log_softmax(logits, -1), ids, support),
-        coarse(teacher, ids, support),
-    )
+    student = coarse(torch.log_softmax(logits, -1), ids, support)
+    target = coarse(teacher, ids, support)
     first, second = (student, target) if direction == "reverse" else (target, student)
     each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(
         -1

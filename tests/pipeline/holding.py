@@ -50,7 +50,8 @@ def hold_before_buckets() -> None:
     """Likewise, of the weights that go to a server."""
     from sglang_rollout.weight_sync.in_place import InPlaceReceiver
 
-    receive, sent = InPlaceReceiver.receive, [0]
+    receive = InPlaceReceiver.receive
+    sent = [0]
 
     def hold_and_receive(receiver: InPlaceReceiver, bucket: Any) -> None:
         sent[0] += 1

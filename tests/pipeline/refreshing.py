@@ -35,9 +35,12 @@ class RecordingServer(FakeServer):
 
     def __init__(self, role: str, replica: int, folder: Path, model: Path) -> None:
         super().__init__()
-        self._role, self._replica, self._record = role, replica, folder / "asked.jsonl"
+        self._role = role
+        self._replica = replica
+        self._record = folder / "asked.jsonl"
         self._away: set[str] = set()  # memory that it has given back
-        self.model_path, self.delay_s = str(model), float(os.environ.get(DELAY, "0"))
+        self.model_path = str(model)
+        self.delay_s = float(os.environ.get(DELAY, "0"))
         self._take(model)
 
     def _take(self, model: Path) -> None:

@@ -65,7 +65,8 @@ class Command:
         self._groups: set[int] = set()
         outputs = run_dir.with_name(f"{run_dir.name}.commands")
         outputs.mkdir(parents=True, exist_ok=True)
-        self._stdout, self._stderr = outputs / f"{self._mark}.out", outputs / f"{self._mark}.err"
+        self._stdout = outputs / f"{self._mark}.out"
+        self._stderr = outputs / f"{self._mark}.err"
         self._holds = outputs / f"{self._mark}.holds"
         self._holds.mkdir()
         for place in holds:
@@ -202,7 +203,7 @@ def lopd(
     return finished
 
 
-# ---- what listens ---------------------------------------------------------------------------------------------------------------------------------
+# ---- what listens ----
 
 
 @contextlib.contextmanager
@@ -254,7 +255,7 @@ def config_of(run_dir: Path, overrides: Sequence[str]) -> Config:
     return load_config(EXAMPLE, [f"run.dir={run_dir}", *overrides])
 
 
-# ---- what is on disk ------------------------------------------------------------------------------------------------------------------------------
+# ---- what is on disk ----
 
 
 def clone(run_dir: Path, target: Path, stages: Sequence[str]) -> Path:

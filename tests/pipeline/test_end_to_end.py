@@ -45,11 +45,12 @@ def summary(completed: CompletedRun) -> dict[str, Any]:
     return loaded
 
 
-# ---- the student learns ---------------------------------------------------------------------------------------------------------------------------
+# ---- the student learns ----
 
 
 def test_the_student_learns_by_the_margin(summary: dict[str, Any]) -> None:
-    accuracy, reverse_kl = summary["accuracy"], summary["reverse_kl"]
+    accuracy = summary["accuracy"]
+    reverse_kl = summary["reverse_kl"]
     assert accuracy["sft"] <= MOST_AT_FIRST
     assert accuracy["distilled"] >= LEAST_AT_LAST
     assert reverse_kl["distilled"] <= reverse_kl["sft"] / LEAST_RATIO
@@ -112,7 +113,7 @@ def _shuffle_teacher_logprobs(folder: Path) -> None:
     writer.finish(**former.extra)
 
 
-# ---- on screen ------------------------------------------------------------------------------------------------------------------------------------
+# ---- on screen ----
 
 
 def test_what_stands_on_screen(completed: CompletedRun) -> None:
@@ -160,7 +161,7 @@ def test_the_final_table_is_what_the_summary_says(
         assert re.search(rf"{stage['name']} +│ +done +│ +{stage['seconds']:.1f} ", table), stage
 
 
-# ---- on disk --------------------------------------------------------------------------------------------------------------------------------------
+# ---- on disk ----
 
 
 def test_summary(completed: CompletedRun, summary: dict[str, Any]) -> None:
@@ -287,7 +288,7 @@ def test_the_file_of_the_ranks_is_their_owners(completed: CompletedRun, stage: s
     assert (completed.folder / stage / "job.json").stat().st_mode & 0o777 == 0o600
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------------------------------------
+# ---- processes ----
 
 
 def test_no_process_is_left_and_nothing_listened_but_on_loopback(completed: CompletedRun) -> None:
@@ -300,15 +301,13 @@ def test_no_process_is_left_and_nothing_listened_but_on_loopback(completed: Comp
     } == set()
 
 
-# ---- the exported model ---------------------------------------------------------------------------------------------------------------------------
+# ---- the exported model ----
 
 
 @pytest.fixture
 def exported(completed: CompletedRun) -> Iterator[tuple[Config, Path, SGLangEngine]]:
-    config, folder = (
-        load_config(EXAMPLE, [f"run.dir={completed.folder}", *SHORT]),
-        completed.folder / "export" / "model",
-    )
+    config = load_config(EXAMPLE, [f"run.dir={completed.folder}", *SHORT])
+    folder = completed.folder / "export" / "model"
     with SGLangServer(folder, config.sglang, log=completed.folder / "exported.log") as server:
         yield config, folder, SGLangEngine(server.url, server.api_key, config.sglang, server=server)
 

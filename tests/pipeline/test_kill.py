@@ -37,11 +37,9 @@ LEARNT = (
     "score",
     "distill",
 )  # what is equal bit for bit; evaluate and export name folders
-RANK, HELD_RANK, SERVER = (
-    "-u -m lopd.stages.",
-    "-u -m tests.pipeline.holding",
-    "sglang::scheduler",
-)
+RANK = "-u -m lopd.stages."
+HELD_RANK = "-u -m tests.pipeline.holding"
+SERVER = "sglang::scheduler"
 
 
 def assert_same_result(run_dir: Path, never_killed: Path, stages: tuple[str, ...] = LEARNT) -> None:
@@ -193,7 +191,7 @@ def test_interrupted_while_a_server_starts(number: signal.Signals, tmp_path: Pat
     assert states(run_dir, SHORT)["demonstrate"] == "partial"
 
 
-# ---- longer ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- longer ----
 
 MICRO = (
     "prompts.sft.num_prompts=64",

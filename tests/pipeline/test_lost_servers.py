@@ -46,7 +46,8 @@ def never_killed(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def assert_same_result(run_dir: Path, never_killed: Path) -> None:
-    stage, expected = run_dir / "distill", never_killed / "distill"
+    stage = run_dir / "distill"
+    expected = never_killed / "distill"
     assert read_manifest(stage).fingerprint == read_manifest(expected).fingerprint
     for pattern in ("model/*", "refresh-*/**/*.parquet"):
         assert {name: file.sha256 for name, file in files(stage, pattern).items()} == {
@@ -89,7 +90,8 @@ def test_killed_three_times_in_a_row(scored: Path, never_killed: Path, tmp_path:
     the same command goes on.
     """
     run_dir = shutil.copytree(scored, tmp_path / "run")
-    overrides, holds = [*SYNCED, "sync.transport=tensor"], ["sync-1", "sync-2", "sync-3"]
+    overrides = [*SYNCED, "sync.transport=tensor"]
+    holds = ["sync-1", "sync-2", "sync-3"]
     command = Command("distill", run_dir, overrides, holds=holds)
     for number, place in enumerate(holds, start=1):
         command.wait_for(place)

@@ -50,7 +50,8 @@ class Forgetful(UpdatedFake):
 
     def __init__(self, *losses: int) -> None:
         super().__init__()
-        self.losses, self.num_answers = list(losses), 0
+        self.losses = list(losses)
+        self.num_answers = 0
         self.answered: list[str] = []  # versions
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -116,7 +117,8 @@ def test_a_refresh_asks_again(
         def push(self, step: int, *, again: bool = False) -> None:
             pushed.append((step, again))
             for fake in fakes:
-                fake.weight_version, fake.num_answers = f"step-{step}", 0
+                fake.weight_version = f"step-{step}"
+                fake.num_answers = 0
 
         def free_gpus(self) -> None: ...
 
@@ -161,7 +163,8 @@ class Trained:
     """A trainer that only exports."""
 
     def __init__(self, model: Path) -> None:
-        self._model, self.num_exports = model, 0
+        self._model = model
+        self.num_exports = 0
         self.memory = SimpleNamespace()
 
     def export(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Any]]]:

@@ -40,7 +40,9 @@ from tests.pipeline.waiting_cases import COLLECTIVE_TIMEOUT_S, REFRESH_S
 from tests.stand_ins import Engine, scored_project
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS, EVERY, BATCH = 5, 2, 4
+NUM_STEPS = 5
+EVERY = 2
+BATCH = 4
 SETTINGS = (
     f"distill={{num_steps={NUM_STEPS}, batch_size={BATCH}, dtype='float32', sync_every=4, sync_num_prompts=2, checkpoint_every=1}}",
     f"distill.refresh.every={EVERY}",
@@ -69,7 +71,8 @@ class Distill:
     def __init__(
         self, folder: Path, *overrides: str, delay_s: float = 0, refuses: str = "", hold: str = ""
     ) -> None:
-        self._folder, self._holds = folder, folder / "holds"
+        self._folder = folder
+        self._holds = folder / "holds"
         self._holds.mkdir(exist_ok=True)
         if hold:
             (self._holds / hold).touch()
@@ -305,7 +308,8 @@ def test_a_teacher_that_refuses_ends_the_waiting_ranks_with_its_error(
 
 
 def assert_same_result(folder: Path, never_killed: Path) -> None:
-    stage, expected = folder / "run" / "distill", never_killed / "run" / "distill"
+    stage = folder / "run" / "distill"
+    expected = never_killed / "run" / "distill"
     assert read_manifest(stage).fingerprint == read_manifest(expected).fingerprint
     assert read_manifest(stage).extra == read_manifest(expected).extra
     for pattern in ("model/*", "refresh-*/**/*.parquet"):
@@ -325,7 +329,8 @@ def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(
     """And then go on together; the control is a rank that waits as long in a collective."""
     job = job_of(scored, tmp_path)
     publish_json(tmp_path / "job.json", job.to_json())
-    score, lines = scored / "run" / "score", []
+    score = scored / "run" / "score"
+    lines = []
 
     def hear(line: str) -> None:
         lines.append(line)
@@ -427,10 +432,8 @@ def test_responses_of_other_weights_are_not_learnt_from(scored: Path, tmp_path: 
 
 
 def test_how_many_responses_and_of_which_prompts(scored: Path) -> None:
-    by_steps, by_drift = (
-        config_of(scored),
-        config_of(scored, "distill.refresh={max_chi_square=0.5}"),
-    )
+    by_steps = config_of(scored)
+    by_drift = config_of(scored, "distill.refresh={max_chi_square=0.5}")
     assert [num_responses(by_steps, step, 24) for step in (2, 4)] == [8, 4], (
         "no more than the steps left learn from"
     )

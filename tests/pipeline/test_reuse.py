@@ -47,11 +47,9 @@ def of_what_starts(run_dir: Path) -> dict[str, object]:
 
 
 def test_the_same_command_again_does_nothing_and_touches_nothing(completed: CompletedRun) -> None:
-    before, logs, rows = (
-        artifacts(completed.folder),
-        of_what_starts(completed.folder),
-        (completed.folder / "metrics.jsonl").read_bytes(),
-    )
+    before = artifacts(completed.folder)
+    logs = of_what_starts(completed.folder)
+    rows = (completed.folder / "metrics.jsonl").read_bytes()
     figures = json.loads((completed.folder / "summary.json").read_text())
     again = lopd("run", completed.folder, SHORT)
     assert [line for line in again.stdout.splitlines() if ": " in line][: len(STAGES)] == [
@@ -141,7 +139,7 @@ def test_a_run_directory_is_used_by_one_command_at_a_time(completed: CompletedRu
             pipeline.run(config_of(completed.folder, SHORT))
 
 
-# ---- stages alone ---------------------------------------------------------------------------------------------------------------------------------
+# ---- stages alone ----
 
 
 def test_a_stage_before_its_parent_names_it(tmp_path: Path) -> None:
@@ -203,7 +201,7 @@ def test_status_before_amid_and_after(
         assert fingerprints(completed.folder, [stage])[stage][:12] in line
 
 
-# ---- what a writer takes for its own --------------------------------------------------------------------------------------------------------------
+# ---- what a writer takes for its own ----
 
 
 def responses(indices: range) -> list[Response]:

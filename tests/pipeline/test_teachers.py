@@ -101,10 +101,8 @@ def test_two_teachers_on_real_servers(tmp_path: Path) -> None:
 
 def moved(source: Path, folder: Path) -> Path:
     """The cache with every token's top-K at the place after it."""
-    made, writer = (
-        read_manifest(source),
-        ArtifactWriter(folder, kind="teacher_cache", inputs={"moved": True}, **about(source)),
-    )
+    made = read_manifest(source)
+    writer = ArtifactWriter(folder, kind="teacher_cache", inputs={"moved": True}, **about(source))
     rows = []
     for response, scores in CacheReader(source).scored_rows():
         assert scores is not None

@@ -25,7 +25,8 @@ def test_two_servers_of_sglang_make_what_one_makes(tmp_path: Path) -> None:
     """Two refreshes on real servers: both sample and both score, and every response, score and
     weight is that of one server, to the bit.
     """
-    by_two, by_one = tmp_path / "two", tmp_path / "one"
+    by_two = tmp_path / "two"
+    by_one = tmp_path / "one"
     for stage in ("demonstrate", "sft", "rollout", "score"):
         lopd(stage, by_two, REFRESHED)
     shutil.copytree(by_two, by_one)

@@ -19,7 +19,8 @@ from lopd.errors import EngineError
 from lopd.megatron.ranks.rank_errors import reporting_errors
 from lopd.records import Sample
 
-COLLECTIVE_TIMEOUT_S, REFRESH_S = 2.0, 3.0
+COLLECTIVE_TIMEOUT_S = 2.0
+REFRESH_S = 3.0
 
 
 class Server:

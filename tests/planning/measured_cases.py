@@ -23,7 +23,8 @@ from lopd.megatron.training.trainer import Trainer
 from lopd.objective.supervised import Supervised
 from lopd.records import Microbatch, Sample
 
-LENGTH, SEQUENCES = 256, 4
+LENGTH = 256
+SEQUENCES = 4
 DENSE = {
     "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 4096, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
@@ -95,7 +96,8 @@ def _measure(folder: Path, case: dict[str, Any], settings: TrainSection) -> dict
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        tokens, labels = torch.as_tensor(microbatch.token_ids), torch.as_tensor(microbatch.labels)
+        tokens = torch.as_tensor(microbatch.token_ids)
+        labels = torch.as_tensor(microbatch.labels)
         forward(
             trainer.module,
             token_ids=tokens,

@@ -30,7 +30,8 @@ def architecture_of(case: dict[str, object]) -> Architecture:
 
 
 def planned(name: str, settings: TrainSection | None = None) -> dict[str, float]:
-    arch, settings = architecture_of(CASES[name]), settings or measured_cases.settings_of(name)
+    arch = architecture_of(CASES[name])
+    settings = settings or measured_cases.settings_of(name)
     stages = parameters_by_formula(arch, settings.parallel)
     return dict(trainer_memory(arch, settings, stages, EVEN, engine=False).gpu)
 
@@ -39,8 +40,10 @@ def kept(name: str) -> float:
     """Activations between forward and backward pass: the layers', and around the output layer the
     final norm's and logits that fit into one block.
     """
-    arch, settings = architecture_of(CASES[name]), measured_cases.settings_of(name)
-    size, tensor = SIZES[settings.dtype], settings.parallel.tensor
+    arch = architecture_of(CASES[name])
+    settings = measured_cases.settings_of(name)
+    size = SIZES[settings.dtype]
+    tensor = settings.parallel.tensor
     layer = layer_activations(arch, tensor=tensor, size=size, engine=False)
     layers = arch.num_layers * (layer.boundary if settings.recompute == "full" else layer.kept(1.0))
     norm = arch.hidden_size * (12 if size == 4 else 10) / tensor
@@ -83,10 +86,8 @@ def test_activations(measured: list[dict[str, dict[str, float]]]) -> None:
         within = 0.15 if "experts" in name else 0.03
         for rank in measured:
             assert rank[name]["activations"] == pytest.approx(kept(name), rel=within), name
-    full, none = (
-        measured[0]["dense bfloat16 full recompute"]["activations"],
-        measured[0]["dense bfloat16 undistributed"]["activations"],
-    )
+    full = measured[0]["dense bfloat16 full recompute"]["activations"]
+    none = measured[0]["dense bfloat16 undistributed"]["activations"]
     assert none > 5 * full, "recompute keeps the layers' inputs alone"
 
 
@@ -101,7 +102,8 @@ def test_resident_memory_of_a_training(tmp_path: Path) -> None:
         folder=str(tmp_path),
         env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
-    arch, settings = architecture_of(measured_cases.LARGE), measured_cases.large_settings()
+    arch = architecture_of(measured_cases.LARGE)
+    settings = measured_cases.large_settings()
     terms = trainer_memory(
         arch, settings, parameters_by_formula(arch, settings.parallel), EVEN, engine=False
     ).gpu

@@ -40,10 +40,8 @@ LONG = "distill.max_tokens_per_microbatch=65536"  # five times the reference's
 
 
 def test_without_the_offload_it_is_the_optimizer_that_breaks(tmp_path: Path) -> None:
-    offloaded, kept = (
-        plan_of(REFERENCE_30B, tmp_path),
-        plan_of(REFERENCE_30B, tmp_path, ["distill.megatron={}"]),
-    )
+    offloaded = plan_of(REFERENCE_30B, tmp_path)
+    kept = plan_of(REFERENCE_30B, tmp_path, ["distill.megatron={}"])
     shard = 3_623_878_656 + 394_868_736 // 2  # experts have one copy, everything else two
     assert (
         kept.memory["distill"].gpu["optimizer"] - offloaded.memory["distill"].gpu["optimizer"]
@@ -139,10 +137,8 @@ def test_servers_that_take_turns_with_the_trainer(tmp_path: Path) -> None:
     assert not beside.fits
     turns = plan_of(PAPER_8B, tmp_path, ["distill.sync_every=10", "sync.colocate=true"])
     assert turns.fits, turns.problems
-    served, trained = (
-        turns.memory["rollout"].gpu_total,
-        plan_of(PAPER_8B, tmp_path).memory["distill"],
-    )
+    served = turns.memory["rollout"].gpu_total
+    trained = plan_of(PAPER_8B, tmp_path).memory["distill"]
     assert turns.memory["distill"].gpu_total == pytest.approx(
         max(served + trained.gpu["context, NCCL"], trained.gpu_total + 2.5 * 2**30)
     )
@@ -167,7 +163,8 @@ def test_the_nearest_that_fits(tmp_path: Path) -> None:
         tmp_path,
         [LONG, "distill.megatron={}", "sft.parallel.tensor=1", "sft.parallel.expert=1"],
     )
-    models, node = planned_models(config, {}), node_of("h100-80gb", 8)
+    models = planned_models(config, {})
+    node = node_of("h100-80gb", 8)
     found = nearest_that_fits(config, models, node, Assumptions(), build=False)
     assert found is not None
     assert found.plan.fits
@@ -190,7 +187,8 @@ def test_the_nearest_that_fits(tmp_path: Path) -> None:
 
 def test_servers_beside_a_trainer_get_smaller(tmp_path: Path) -> None:
     config = config_of(PAPER_8B.replace("Qwen3-32B", "Qwen3-8B"), tmp_path)
-    models, node = planned_models(config, {}), node_of("h100-80gb", 8)
+    models = planned_models(config, {})
+    node = node_of("h100-80gb", 8)
     found = nearest_that_fits(config, models, node, Assumptions(), cohost=True, build=False)
     assert found is not None
     assert found.plan.fits
@@ -225,9 +223,9 @@ def test_a_layout_larger_than_the_node(tmp_path: Path) -> None:
 
 
 def test_a_training_over_two_nodes(tmp_path: Path) -> None:
-    one, two = (
-        plan_of(REFERENCE_30B, tmp_path),
-        plan_of(REFERENCE_30B, tmp_path, ["distill.parallel.ranks=16", "distill.parallel.nodes=2"]),
+    one = plan_of(REFERENCE_30B, tmp_path)
+    two = plan_of(
+        REFERENCE_30B, tmp_path, ["distill.parallel.ranks=16", "distill.parallel.nodes=2"]
     )
     assert two.fits, two.problems
     assert two.memory["distill"].host["optimizer"] == pytest.approx(
@@ -424,7 +422,8 @@ def test_disk_and_samples(tmp_path: Path) -> None:
 
 def test_a_rank_holds_few_samples_and_reads_many_from_disk(tmp_path: Path) -> None:
     """As lopd.stages.training_data does, with its limits."""
-    few, length = 2_000, 0.9 * (4096 - 200)
+    few = 2_000
+    length = 0.9 * (4096 - 200)
     assert few * length < MEMORY_TOKENS
     small = plan_of(PAPER_8B, tmp_path, [f"prompts.opd.num_prompts={few}"])
     assert small.memory["distill"].host["samples"] == pytest.approx(
@@ -496,11 +495,10 @@ def test_teachers_of_domains(tmp_path: Path) -> None:
 
 def test_context_ranks_share_a_microbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lopd.planning.plan.layout_problems", lambda *_, **__: iter(()))
-    four, two = "distill.parallel.tensor=4", "distill.parallel.tensor=2"
-    without, cut = (
-        plan_of(PAPER_8B, tmp_path, [two]),
-        plan_of(PAPER_8B, tmp_path, [two, "distill.parallel.context=2"]),
-    )
+    four = "distill.parallel.tensor=4"
+    two = "distill.parallel.tensor=2"
+    without = plan_of(PAPER_8B, tmp_path, [two])
+    cut = plan_of(PAPER_8B, tmp_path, [two, "distill.parallel.context=2"])
     for term in ("weights", "gradients", "optimizer"):
         assert cut.memory["distill"].gpu[term] == without.memory["distill"].gpu[term], (
             "parameters are not cut; data and context ranks share the optimizer"

@@ -48,7 +48,9 @@ def test_it_fits_what_it_was_written_for(name: str) -> None:
 @pytest.mark.parametrize("name", [*PAPER, "qwen3_30b_a3b_cross_teacher"])
 def test_the_papers_settings(name: str) -> None:
     config = recipe(name)
-    rollout, distill, sft = config.rollout, config.distill, config.sft
+    rollout = config.rollout
+    distill = config.distill
+    sft = config.sft
     assert (
         rollout.temperature,
         rollout.top_p,
@@ -113,7 +115,8 @@ def test_the_cross_teacher_recipe_differs_in_its_teacher_alone() -> None:
             ).items()
         }
 
-    theirs, ours = flat(same), flat(cross)
+    theirs = flat(same)
+    ours = flat(cross)
     assert {key for key in theirs | ours if theirs.get(key) != ours.get(key)} == {
         "run.dir",
         "models.teacher",

@@ -34,8 +34,7 @@ def step(length: float = 4096, assumed: Assumptions | None = None, **fields: Any
     return step_time(MOE, section(**fields), NODE, assumed or Assumptions(), **about)
 
 
-# ---- a training step -----------------------------------------------------------------------------
-# ---------------------------------------------------
+# ---- a training step ----
 
 
 def test_the_published_rate_of_this_model() -> None:
@@ -73,7 +72,8 @@ def test_exchanges_follow_the_layout() -> None:
             MOE, section(parallel={"ranks": 8, **parallel}), Assumptions(expert_slowdown=1)
         )
 
-    number, layers = 2048 * 2, 48
+    number = 2048 * 2
+    layers = 48
     assert per_token() == 0
     assert per_token(expert=8) == layers * number * 4 * 8 * 7 / 8
     assert per_token(expert=8, tensor=4) - per_token(expert=8) == layers * number * 5 * 3
@@ -101,8 +101,7 @@ def test_an_optimizer_on_the_cpu_is_as_fast_as_its_threads() -> None:
     assert seconds(megatron=one_after_the_other) == pytest.approx(shared + copies)
 
 
-# ---- memory --------------------------------------------------------------------------------------
-# ---------------------------------------------------
+# ---- memory ----
 
 
 def distilling(folder: Path, *overrides: str) -> dict[str, float]:
@@ -146,8 +145,7 @@ def test_logits_while_scoring_are_sglangs_own_part(tmp_path: Path) -> None:
     assert logits("sglang.extra_args={chunked_prefill_size=1024}") == plain / 2
 
 
-# ---- servers and syncs ---------------------------------------------------------------------------
-# ---------------------------------------------------
+# ---- servers and syncs ----
 
 
 def test_deterministic_sampling_takes_longer(tmp_path: Path) -> None:
@@ -224,8 +222,7 @@ def test_the_page_has_every_assumption_with_its_value_and_source() -> None:
         assert shown == pytest.approx(default), name
 
 
-# ---- the recipes ---------------------------------------------------------------------------------
-# ---------------------------------------------------
+# ---- the recipes ----
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ def read(folder: Path) -> list[Figure]:
             row = json.loads(line)
             test, _, parameters = row["test"].partition("[")
             where = f"{file.stem} {parameters.removesuffix(']')}".strip()
-            limit, worst = row["limit"], row["difference"]
+            limit = row["limit"]
+            worst = row["difference"]
             figure = Figure(test, row["name"], row["kind"], limit, worst, where)
             key = (test, figure.name, figure.kind, figure.limit)
             before = figures.get(key)

@@ -118,7 +118,7 @@ def test_ranks_record_whole_lines_under_their_tests_name(file: Path) -> None:
         assert mine == list(range(NUM_ROWS))
 
 
-# ---- the table ----------------------------------------------------------------------------------
+# ---- the table ----
 
 
 def recorded(folder: Path, processor: str, *rows: tuple[str, str, float, float]) -> None:
@@ -159,7 +159,7 @@ def test_the_table_has_the_worst_of_all_processors_and_marks_what_is_near(tmp_pa
     assert found["near"].ratio < MARGIN < found["far"].ratio
 
 
-# ---- processors ---------------------------------------------------------------------------------
+# ---- processors ----
 
 
 def test_what_this_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,8 @@ def test_two_logs_of_one_run_can_be_open_when_one_truncates(tmp_path: Path) -> N
     """A log holds no handle of metrics.jsonl, so lines written after the file was replaced are not
     lost.
     """
-    first, second = MetricsLog(tmp_path), MetricsLog(tmp_path)
+    first = MetricsLog(tmp_path)
+    second = MetricsLog(tmp_path)
     first.train("sft", 1, {"loss": 1.0})
     second.train("distill", 1, {"loss": 1.0})
     MetricsLog(tmp_path).truncate_after("distill", 0)

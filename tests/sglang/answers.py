@@ -15,7 +15,8 @@ def generation(body: dict[str, Any], weight_version: str) -> dict[str, Any]:
     """Three tokens that depend on prompt and seed, then the stop token; or the echo of a sequence
     to score.
     """
-    ids, params = body["input_ids"], body["sampling_params"]
+    ids = body["input_ids"]
+    params = body["sampling_params"]
     meta: dict[str, Any] = {
         "id": body.get("rid"),
         "weight_version": weight_version,

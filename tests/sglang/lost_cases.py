@@ -37,7 +37,8 @@ def push_while_servers_are_lost(
 
     server: urls, key and weights_file. It is the first of them that is lost.
     """
-    template, found = Path(model), []
+    template = Path(model)
+    found = []
     engine = None
     if os.environ["RANK"] == "0":
         settings = SGLangSection(dtype="float32", context_length=128, restarts=2)
@@ -125,7 +126,8 @@ def _lose(
         ended(replicas)
         wait_at_most(LONG_S, patient)
 
-    ended, servers.end = servers.end, end
+    ended = servers.end
+    servers.end = end
     if case["place"] == "verification":
         to._verification.check = once(to._verification.check)
     elif case["place"] == "committed":

@@ -18,7 +18,8 @@ from sglang_rollout.servers.addresses import check_reach, interface_of, meeting_
 from sglang_rollout.servers.arguments import check_settings
 from sglang_rollout.weight_sync import DistributedWeightReceiver, build_receiver
 
-HERE, THERE = "http://127.0.0.1:30000", "http://192.0.2.7:30000"
+HERE = "http://127.0.0.1:30000"
+THERE = "http://192.0.2.7:30000"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_BACKOFF_S", 0.01)
 
 
-# --- the contract, fake and real -------------------------------------------------------------------------------------------------------------------
+# ---- the contract, fake and real ----
 
 
 def test_each_request_is_answered_once_and_never_more_are_open_than_allowed(
@@ -157,7 +157,7 @@ def test_an_unknown_path_is_explained(any_engine: SGLangEngine) -> None:
         any_engine.call("POST", "/no_such_path", {})
 
 
-# --- failures, on the fake -------------------------------------------------------------------------------------------------------------------------
+# ---- failures, on the fake ----
 
 
 def test_the_fake_is_asked_for_as_many_at_once_as_allowed_and_no_more(fake: FakeServer) -> None:
@@ -269,7 +269,8 @@ def test_no_server_there_is_an_error_at_once() -> None:
 
 
 def test_a_server_that_is_away_for_a_while_is_waited_for_and_no_failure_is_counted() -> None:
-    turns, gone = itertools.count(), threading.Event()
+    turns = itertools.count()
+    gone = threading.Event()
 
     def change(answer: dict[str, object]) -> dict[str, object]:
         if next(turns) >= 5:  # these are lost

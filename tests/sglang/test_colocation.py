@@ -53,7 +53,8 @@ class Watched(UpdatedFake):
 
 class Trainer:
     def __init__(self, fake: Watched) -> None:
-        self._fake, self.held = fake, {"weights", "optimizer"}
+        self._fake = fake
+        self.held = {"weights", "optimizer"}
 
     def offload_optimizer(self) -> None:
         self.held -= {"optimizer"}
@@ -178,7 +179,8 @@ def giving(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def no_trainer(recorded: list[str]) -> Any:
-    out, back = partial(recorded.append, "out"), partial(recorded.append, "in")
+    out = partial(recorded.append, "out")
+    back = partial(recorded.append, "in")
     return SimpleNamespace(offload_optimizer=out, offload_weights=lambda: None, reload=back)
 
 
@@ -236,7 +238,8 @@ def test_what_is_given_back_is_empty_until_it_is_taken_again() -> None:
         kept = torch.nn.Parameter(torch.empty(1000).normal_(), requires_grad=False)
         table = torch.arange(10)  # not a parameter: on a GPU it would be in host memory
         assert torch.ones(500).sum() == 500  # of no use afterwards: not remembered
-    before, outside = kept.clone(), torch.ones(10)
+    before = kept.clone()
+    outside = torch.ones(10)
     assert memory.held_bytes("weights") == 4000
     memory.pause("weights")
     assert memory.held_bytes("weights") == kept.untyped_storage().nbytes() == 0
@@ -282,7 +285,7 @@ def test_a_server_on_a_gpu_gives_its_memory_back(
     assert abs(free[2] - free[0]) < 0.05 * torch.cuda.mem_get_info()[1]
 
 
-# --- what it asks of the configuration -----------------------------------------------------------------------------------------------------------------
+# ---- what it asks of the configuration ----
 
 
 def config_of(folder: Path, *overrides: str) -> Config:

@@ -62,10 +62,8 @@ def test_the_hash_is_upstreams_triton_kernel_bit_for_bit() -> None:
 )
 def test_a_rows_product_does_not_depend_on_the_number_of_rows(inner: int, outer: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows, weight = (
-        torch.randn(100, inner, generator=generator),
-        torch.randn(outer, inner, generator=generator),
-    )
+    rows = torch.randn(100, inner, generator=generator)
+    weight = torch.randn(outer, inner, generator=generator)
     linear = with_enough_rows(functional.linear)
     whole = linear(rows, weight)
     for count in (1, 2, 3, 5, 11, ROWS - 1, ROWS, ROWS + 1, 40, 99):
@@ -87,7 +85,10 @@ def one_thread() -> Iterator[None]:
 def attention_case(lengths: list[int]) -> dict[str, Any]:
     """Caches with NaN where no token of these requests lies: reading there must not show."""
     generator = torch.Generator().manual_seed(1)
-    heads, groups, size, row_len = 4, 2, 16, 70
+    heads = 4
+    groups = 2
+    size = 16
+    row_len = 70
     slots = 1 + torch.randperm(500, generator=generator)[: sum(lengths)]
     keys, values = (torch.full((501, groups, size), float("nan")) for _ in range(2))
     for cache in (keys, values):

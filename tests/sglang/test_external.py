@@ -188,7 +188,7 @@ def test_the_key_comes_from_the_environment(
         connect([], settings(teacher_urls=["localhost:30000"]), student_dir)
 
 
-# --- the stages' way in, on the real server --------------------------------------------------------------------------------------------------------
+# ---- the stages' way in, on the real server ----
 
 
 def context_of(folder: Path, teacher: Path, student: Path, **sglang: Any) -> StageContext:

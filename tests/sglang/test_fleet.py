@@ -44,8 +44,10 @@ class InTurn:
     """
 
     def __init__(self, fakes: tuple[FakeServer, ...], *, count: int, at_once: int) -> None:
-        self._left, self._at_once = count, at_once
-        self._waiting, self._changed = set[int](), threading.Condition()
+        self._left = count
+        self._at_once = at_once
+        self._waiting = set[int]()
+        self._changed = threading.Condition()
         for fake in fakes:
             fake.change = self._wait
 
@@ -174,13 +176,14 @@ def test_servers_are_started_at_the_same_time(
         assert [one.url[-5:] for one in engine.engines] == ["10000", "10001", "10002"]
 
 
-# --- real ones -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- real ones ----
 
 
 def test_replicas_answer_as_one_server_does_also_when_one_of_them_dies(
     engine: SGLangEngine, student_dir: Path, other_dir: Path, tmp_path: Path
 ) -> None:
-    requests, params = sampling_requests(60), sampling(max_new_tokens=60, stop_token_ids=(2,))
+    requests = sampling_requests(60)
+    params = sampling(max_new_tokens=60, stop_token_ids=(2,))
     alone = {
         response.key: response.token_ids.tolist() for response in engine.generate(requests, params)
     }
@@ -219,7 +222,8 @@ def test_both_copies_inside_a_server_get_the_weights(
 ) -> None:
     with SGLangServer(student_dir, settings(data=2), log=tmp_path / "log") as server:
         engine = SGLangEngine(server.url, server.api_key, server.settings, server=server)
-        before, alone = scores_of(engine), scores_of(engine)
+        before = scores_of(engine)
+        alone = scores_of(engine)
         update_weights_from_disk(engine, other_dir, version="v2")
         after = scores_of(engine)
     for key, logprobs in before.items():

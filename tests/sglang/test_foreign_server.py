@@ -65,7 +65,7 @@ def test_a_server_that_lopd_did_not_start_scores_what_it_sampled_at_another_temp
         )
 
 
-# --- a real one ----------------------------------------------------------------------------------------------------------------------------------------
+# ---- a real one ----
 
 
 class ForeignServer(SGLangServer):

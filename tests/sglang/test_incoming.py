@@ -70,7 +70,8 @@ class Broadcasts:
     """In the place of torch's: what is received is written where it is waited for."""
 
     def __init__(self, values: dict[str, Tensor], fails_at: int = -1) -> None:
-        self.values, self.fails_at = list(values.values()), fails_at
+        self.values = list(values.values())
+        self.fails_at = fails_at
         self.targets: list[Tensor] = []
         self.waited: list[int] = []
 

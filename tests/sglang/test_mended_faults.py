@@ -36,11 +36,12 @@ SERVED = {
 
 
 def prepare(fake: FakeServer, model_path: Path | str) -> None:
-    fake.model_path, fake.server_info = str(model_path), SERVED
+    fake.model_path = str(model_path)
+    fake.server_info = SERVED
     fake.model_info = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
 
 
-# --- servers of others ---------------------------------------------------------------------------------------------------------------------------------
+# ---- servers of others ----
 
 
 def test_a_users_server_that_comes_back_with_its_own_weights_is_noticed(
@@ -118,7 +119,7 @@ def test_two_servers_whose_model_folder_is_out_of_sight_can_score(
         assert len(list(both.score(items))) == 4
 
 
-# --- a restart that fails in another way than an EngineError -----------------------------------------------------------------------------------------------
+# ---- a restart that fails in another way than an EngineError ----
 
 
 @pytest.mark.parametrize("error", [OSError, ConfigError])
@@ -141,7 +142,7 @@ def test_a_restart_that_fails_in_whatever_way_is_a_death(
     assert watcher.failure is not None
 
 
-# --- verification ----------------------------------------------------------------------------------------------------------------------------------------
+# ---- verification ----
 
 
 def test_a_receiver_that_is_to_verify_by_scores_does_or_says_that_it_cannot(
@@ -161,7 +162,7 @@ def test_a_receiver_that_is_to_verify_by_scores_does_or_says_that_it_cannot(
         assert fake.paths("/generate")
 
 
-# --- secrets -----------------------------------------------------------------------------------------------------------------------------------------------
+# ---- secrets ----
 
 
 def test_no_secret_of_extra_args_is_in_the_inputs_of_a_manifest(
@@ -176,14 +177,15 @@ def test_no_secret_of_extra_args_is_in_the_inputs_of_a_manifest(
     assert "hunter2" not in json.dumps(StageContext(config, STAGE).inputs)
 
 
-# --- newer versions of SGLang --------------------------------------------------------------------------------------------------------------------------------
+# ---- newer versions of SGLang ----
 
 
 def test_weights_change_between_begin_and_end_from_0_5_21_on(
     student_dir: Path, tmp_path: Path
 ) -> None:
     with UpdatedFake() as fake:
-        fake.model_path, fake.version = str(student_dir), "0.5.21"
+        fake.model_path = str(student_dir)
+        fake.version = "0.5.21"
         send(
             receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off"),
             "v1",
@@ -197,7 +199,8 @@ class Bracketed(UpdatedFake):
 
     def __init__(self) -> None:
         super().__init__()
-        self.version, self.is_open = "0.5.22", False
+        self.version = "0.5.22"
+        self.is_open = False
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path == "/begin_weight_update" and self.is_open:

@@ -60,7 +60,7 @@ def least_distance(keys: Iterable[Key]) -> int:
     return min(found)
 
 
-# --- the order alone -----------------------------------------------------------------------------------------------------------------------------------
+# ---- the order alone ----
 
 
 @pytest.mark.parametrize("num_prompts", [8, 9, 15, 16, 17, 100])
@@ -71,7 +71,8 @@ def test_between_two_samples_of_a_prompt_are_as_many_requests_as_are_in_flight(
     prompts = [
         [(f"p{prompt}", sample) for sample in range(num_samples)] for prompt in range(num_prompts)
     ]
-    order, one_after_the_other = in_passes(prompts, IN_FLIGHT), in_passes(prompts, 1)
+    order = in_passes(prompts, IN_FLIGHT)
+    one_after_the_other = in_passes(prompts, 1)
     assert sorted(order) == sorted(one_after_the_other)
     assert least_distance(order) >= IN_FLIGHT
     assert (
@@ -116,7 +117,7 @@ def test_scored_are_the_longest_first_and_prompts_of_like_length_take_turns() ->
     assert all(min(block) >= max(following) for block, following in pairwise(blocks))
 
 
-# --- as the stages send it -----------------------------------------------------------------------------------------------------------------------------
+# ---- as the stages send it ----
 
 
 class Asked:
@@ -125,7 +126,8 @@ class Asked:
     """
 
     def __init__(self, in_flight: int) -> None:
-        self.settings, self.engines = SimpleNamespace(max_in_flight=in_flight), (self,)
+        self.settings = SimpleNamespace(max_in_flight=in_flight)
+        self.engines = (self,)
         self.keys: list[Key] = []
         self.open: list[list[Key]] = []  # whenever one is answered
 
@@ -206,7 +208,8 @@ def test_no_more_shards_are_in_memory_than_are_in_flight(tmp_path: Path) -> None
     """What is sampled and not published is lost by a kill: passes over more than a shard would make
     it more.
     """
-    engine, rows = Asked(IN_FLIGHT), 10
+    engine = Asked(IN_FLIGHT)
+    rows = 10
     sample(engine, tmp_path, prompts=200)
     assert len(engine.open) > 700
     for keys in engine.open:

@@ -91,7 +91,8 @@ def test_the_last_token_of_the_vocabulary_is_scored_as_itself(
     engine: SGLangEngine, reference: HuggingFace
 ) -> None:
     """SGLang echoes this id as 0; its log-probability must be the right one all the same."""
-    prompt, ids = int32([1, 40, 50]), int32([60, VOCAB_SIZE - 1, 70, VOCAB_SIZE - 1])
+    prompt = int32([1, 40, 50])
+    ids = int32([60, VOCAB_SIZE - 1, 70, VOCAB_SIZE - 1])
     [scores] = engine.score([ScoreRequest("last", 0, prompt, ids)])
     within(np.abs(scores.teacher_logprobs - reference.logprobs(prompt, ids)).max(), MAX_DIFFERENCE)
     apart(

@@ -33,7 +33,7 @@ from tests.models import VOCAB_SIZE
 from tests.sglang.conftest import sampling, sampling_requests, settings
 from tests.sglang.weight_syncing import receiver, send, tensors
 
-# --- the newest weights --------------------------------------------------------------------------------------------------------------------------------
+# ---- the newest weights ----
 
 
 def test_the_newest_weights_are_remembered_and_replaced(tmp_path: Path) -> None:
@@ -52,19 +52,17 @@ def test_a_damaged_memory_is_an_error_not_the_first_weights(tmp_path: Path, cont
         remembered_weights(tmp_path / "weights.json")
 
 
-# --- when it is given up, without a server -------------------------------------------------------------------------------------------------------------
+# ---- when it is given up, without a server ----
 
 
 class Frail:
     """A server that dies when told; fails_to_start: how many starts fail after that."""
 
     def __init__(self, folder: Path) -> None:
-        self.name, self.log, self.weights_file, self.activity = (
-            "student",
-            folder / "log",
-            folder / "weights.json",
-            Activity(),
-        )
+        self.name = "student"
+        self.log = folder / "log"
+        self.weights_file = folder / "weights.json"
+        self.activity = Activity()
         self.replica = self.num_starts = self.num_ends = self.fails_to_start = 0
         self.is_alive = self.is_responding = self.is_reachable = True
 
@@ -300,7 +298,7 @@ def test_who_asks_for_the_end_of_a_process_says_of_which(frail: Frail) -> None:
     watcher.join()
 
 
-# --- the real one --------------------------------------------------------------------------------------------------------------------------------------
+# ---- the real one ----
 
 
 @pytest.fixture(scope="module")
@@ -335,10 +333,8 @@ def test_a_restarted_server_has_the_newest_weights_for_clients_of_any_process(
     elsewhere = SGLangEngine(
         restarted.url, restarted.api_key, restarted.settings
     )  # as in a trainer's rank: no handle on the server
-    first, address = (
-        scores_of(elsewhere),
-        (restarted.url, restarted.api_key, restarted.num_restarts + 1),
-    )
+    first = scores_of(elsewhere)
+    address = (restarted.url, restarted.api_key, restarted.num_restarts + 1)
     update_weights_from_disk(owner, other_dir, version="step-7")
     newest = scores_of(elsewhere)
     kill(restarted)
@@ -370,14 +366,16 @@ def test_a_server_that_hangs_is_started_again_and_weights_that_were_in_no_folder
     one that hangs, however slow the machine.
     """
     engine = SGLangEngine(restarted.url, restarted.api_key, restarted.settings, server=restarted)
-    to, params = receiver("tensor", engine, tmp_path, student_dir), sampling(max_new_tokens=4)
+    to = receiver("tensor", engine, tmp_path, student_dir)
+    params = sampling(max_new_tokens=4)
     send(to, "step-9", tensors(other_dir))
     remember_unsaved_weights(restarted.weights_file, "step-9")
     wanted = {
         response.key: response.token_ids.tolist()
         for response in engine.generate(sampling_requests(4), params, version="step-9")
     }
-    restarts, relaunch = restarted.num_restarts, restarted.relaunch
+    restarts = restarted.num_restarts
+    relaunch = restarted.relaunch
     os.killpg(restarted.group_id, signal.SIGSTOP)
     with monkeypatch.context() as patch:
 

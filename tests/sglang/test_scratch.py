@@ -51,7 +51,8 @@ def test_what_a_killed_process_left_goes_when_the_next_one_starts(place: Path) -
     assert other.stdout is not None
     left = Path(other.stdout.readline().strip())
     (left / "socket").touch()
-    mine, foreign = Scratch(), place / "lopd-sglang-foreign"
+    mine = Scratch()
+    foreign = place / "lopd-sglang-foreign"
     foreign.mkdir()  # whoever made it, or is about to lock it
     assert left.exists()  # its owner lives
     other.kill()

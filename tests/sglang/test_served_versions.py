@@ -23,7 +23,8 @@ PROBE = [LOGPROB] * (PROBE_LEN - 1)
 def served(student_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     monkeypatch.setenv("LOPD_SGLANG_KEY", KEY)
     with FakeServer() as fake:
-        fake.model_path, fake.version = str(student_dir), "0.5.22"
+        fake.model_path = str(student_dir)
+        fake.version = "0.5.22"
         fake.model_info = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
         fake.server_info = {
             "skip_tokenizer_init": True,
@@ -141,12 +142,10 @@ def test_servers_of_two_versions_are_recorded_as_such(
     served: FakeServer, student_dir: Path
 ) -> None:
     with FakeServer() as second:
-        second.model_path, second.model_info, second.server_info, second.version = (
-            served.model_path,
-            served.model_info,
-            served.server_info,
-            "0.5.21",
-        )
+        second.model_path = served.model_path
+        second.model_info = served.model_info
+        second.server_info = served.server_info
+        second.version = "0.5.21"
         found = check_external(
             connect([served.url, second.url], served.engine(dtype="float32").settings, student_dir),
             expected(student_dir),

@@ -69,7 +69,7 @@ def gone_within(group: int, seconds: float) -> bool:
     return False
 
 
-# --- extra_args ------------------------------------------------------------------------------------------------------------------------------------
+# ---- extra_args ----
 
 
 def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
@@ -158,7 +158,7 @@ def test_a_record_hides_what_may_be_a_secret(student_dir: Path, tmp_path: Path) 
     assert server.api_key not in str(server.record())
 
 
-# --- what cannot start -----------------------------------------------------------------------------------------------------------------------------
+# ---- what cannot start ----
 
 
 def test_a_taken_port_is_named_before_anything_starts(student_dir: Path, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_the_cause_is_found_under_a_traceback_and_shutdown_messages(tmp_path: Pa
     assert log_summary(log) == "three"
 
 
-# --- a running one ---------------------------------------------------------------------------------------------------------------------------------
+# ---- a running one ----
 
 
 def test_the_key_stands_in_no_command_line_and_in_no_log_and_only_loopback_listens(

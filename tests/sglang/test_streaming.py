@@ -74,7 +74,9 @@ def test_results_come_as_they_finish() -> None:
 def test_work_begins_where_some_has_ended_without_a_turn_of_the_caller_and_never_more_at_once() -> (
     None
 ):
-    begun, at_once, most = [], 0, 0
+    begun = []
+    at_once = 0
+    most = 0
 
     async def work(number: int) -> int:
         nonlocal at_once, most
@@ -141,7 +143,8 @@ def test_the_input_is_pulled_in_the_callers_thread() -> None:
 
 
 def test_leaving_early_cancels_what_is_under_way_and_pulls_no_more() -> None:
-    pulled, cancelled = [], []
+    pulled = []
+    cancelled = []
 
     def items() -> Iterator[int]:
         for number in range(1000):

@@ -79,7 +79,10 @@ class Trained:
     """
 
     def __init__(self, model: Path, fake: UpdatedFake, weights_file: Path, restarts: int) -> None:
-        self._model, self._fake, self._file, self._restarts = model, fake, weights_file, restarts
+        self._model = model
+        self._fake = fake
+        self._file = weights_file
+        self._restarts = restarts
         self.num_exports = self.num_gathered = 0
         self._start(1)
 
@@ -110,7 +113,8 @@ def trained(
 ) -> tuple[Trained, sync.StudentWeights, list[str]]:
     said: list[str] = []
     trainer: Any = Trained(model, fake, folder / "weights.json", restarts)
-    settings, engine = SyncSection(transport="tensor", verify="off"), fake.engine()
+    settings = SyncSection(transport="tensor", verify="off")
+    engine = fake.engine()
     file = folder / "weights.json"
     weights = sync.StudentWeights(
         trainer,

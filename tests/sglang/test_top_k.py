@@ -18,7 +18,8 @@ from sglang_rollout.requests.scoring import ScoreRequest, read_scores, score_pay
 from tests.limits import apart, within
 from tests.models import VOCAB_SIZE
 
-K, TOLERANCE = 8, 1e-4
+K = 8
+TOLERANCE = 1e-4
 
 
 def requests() -> list[ScoreRequest]:

@@ -31,7 +31,8 @@ class Server:
     def __init__(self, number: int = 0) -> None:
         self.url = f"http://server-{number}"
         self.asked: list[str] = []  # first tensor of every bucket; then paths
-        self.came, self.answer = threading.Semaphore(0), threading.Semaphore(0)
+        self.came = threading.Semaphore(0)
+        self.answer = threading.Semaphore(0)
         self.refuses: type[EngineError] | None = None
 
     def call(
@@ -89,7 +90,8 @@ def test_a_server_hears_of_a_bucket_only_when_it_is_at_the_one_before(
     """It would take the one's tensors for the other's: HTTP calls may overtake each other,
     broadcasts go by their order.
     """
-    server, broadcasts = Server(), Broadcasts(monkeypatch)
+    server = Server()
+    broadcasts = Broadcasts(monkeypatch)
     to = joined([server], student_dir)
     to._send(bucket(0))  # returns at once
     assert server.came.acquire(timeout=PATIENCE_S)
@@ -111,7 +113,8 @@ def test_of_several_servers_each_answers_before_the_next_bucket(
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broadcast that has ended here may still be on its way from one server to another."""
-    servers, broadcasts = [Server(0), Server(1)], Broadcasts(monkeypatch)
+    servers = [Server(0), Server(1)]
+    broadcasts = Broadcasts(monkeypatch)
     to = joined(servers, student_dir)
     to._send(bucket(0))
     broadcasts.end.release()
@@ -128,7 +131,8 @@ def test_of_several_servers_each_answers_before_the_next_bucket(
 def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, broadcasts = Server(), Broadcasts(monkeypatch)
+    server = Server()
+    broadcasts = Broadcasts(monkeypatch)
     server.refuses = Refused
     to = joined([server], student_dir)
     to._send(bucket(0))
@@ -148,7 +152,8 @@ def test_a_bucket_under_way_is_answered_before_the_group_goes(
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that hears of a bucket of a group it has left would end (SGLang asserts)."""
-    server, broadcasts = Server(), Broadcasts(monkeypatch)
+    server = Server()
+    broadcasts = Broadcasts(monkeypatch)
     to = joined([server], student_dir)
     to._send(bucket(0))
     leaving = in_thread(to._detach_transport())
@@ -166,7 +171,8 @@ def test_a_server_whose_answer_timed_out_is_not_asked_to_leave_the_group(
     """It may still come to the bucket, and would end of it. Control: the test of a refusal above,
     which differs in this alone.
     """
-    server, broadcasts = Server(), Broadcasts(monkeypatch)
+    server = Server()
+    broadcasts = Broadcasts(monkeypatch)
     server.refuses = EngineError
     to = joined([server], student_dir)
     to._send(bucket(0))

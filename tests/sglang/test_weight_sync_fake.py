@@ -168,7 +168,9 @@ def test_a_sync_does_not_wait_until_its_group_is_closed_but_the_next_one_does(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path
 ) -> None:
     to = receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off")
-    detach, may_end, closed = to._detach_transport, threading.Event(), list[str]()
+    detach = to._detach_transport
+    may_end = threading.Event()
+    closed = list[str]()
 
     def close() -> None:
         assert may_end.wait(60.0)
@@ -285,7 +287,8 @@ def test_a_sync_without_a_folder_is_remembered_as_one(
 def test_a_disk_sync_is_remembered_before_the_former_goes(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path
 ) -> None:
-    weights_file, folder = tmp_path / "weights.json", tmp_path / "sync"
+    weights_file = tmp_path / "weights.json"
+    folder = tmp_path / "sync"
     to = build_receiver(
         SyncSection(verify="off"),
         [fake.engine()],
@@ -317,7 +320,8 @@ def test_a_version_begun_and_never_committed_is_forgotten(
 def test_a_server_that_accepts_and_reports_another_version_is_not_believed(
     fake: UpdatedFake, student_dir: Path
 ) -> None:
-    engine, call = fake.engine(), fake.engine().call
+    engine = fake.engine()
+    call = fake.engine().call
 
     def stubborn(method: str, path: str, *rest: Any, **named: Any) -> Any:
         answer = call(method, path, *rest, **named)
@@ -372,7 +376,9 @@ def test_what_is_pickled_names_torch_and_nothing_else(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path
 ) -> None:
     sync(fake, student_dir, tmp_path)
-    texts, opcodes, num_bytes = set[str](), set[str](), 0
+    texts = set[str]()
+    opcodes = set[str]()
+    num_bytes = 0
     for body in fake.paths("/update_weights_from_tensor"):
         for payload in body["serialized_named_tensors"]:
             data = base64.b64decode(payload)
@@ -404,7 +410,7 @@ def test_what_is_pickled_names_torch_and_nothing_else(
     assert num_bytes < 1000 * len(tensors(student_dir))  # handles, not values
 
 
-# --- only what has changed ---------------------------------------------------------------------------------------------------------------------------------
+# ---- only what has changed ----
 
 
 def delta_receiver(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> Any:
@@ -414,7 +420,8 @@ def delta_receiver(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> Any:
 def test_only_changed_tensors_are_sent_again(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path
 ) -> None:
-    to, named = delta_receiver(fake, student_dir, tmp_path), tensors(student_dir)
+    to = delta_receiver(fake, student_dir, tmp_path)
+    named = tensors(student_dir)
     send(to, "v1", named)
     assert to.report.sent_tensors == len(named)
     changed: Named = [
@@ -435,7 +442,8 @@ def test_only_changed_tensors_are_sent_again(
 def test_everything_is_sent_to_a_server_that_came_back(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path
 ) -> None:
-    to, named = delta_receiver(fake, student_dir, tmp_path), tensors(student_dir)
+    to = delta_receiver(fake, student_dir, tmp_path)
+    named = tensors(student_dir)
     send(to, "v1", named)
     fake.weight_version = "default"
     send(to, "v2", named)
@@ -445,7 +453,8 @@ def test_everything_is_sent_to_a_server_that_came_back(
 def test_a_failed_sync_makes_the_next_one_whole(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path
 ) -> None:
-    to, named = delta_receiver(fake, student_dir, tmp_path), tensors(student_dir)
+    to = delta_receiver(fake, student_dir, tmp_path)
+    named = tensors(student_dir)
     send(to, "v1", named)
     with pytest.raises(EngineError, match="never came"):
         send(to, "v2", [(name, tensor * 2) for name, tensor in named[1:]])

@@ -28,7 +28,8 @@ def test_every_layout_by_every_transport(tmp_path: Path) -> None:
     )  # the trainer pads it to 520, and SGLang in its own way
     tied = write_qwen3_dense(tmp_path / "tied")
     with ExitStack() as stack:
-        cases, engines = [], {}
+        cases = []
+        engines = {}
         for model, ranks, vocab_size, layouts in (
             (experts, 2, 515, ["tensor-expert", "pipeline"]),
             (tied, 1, 512, ["pipeline"]),

@@ -40,9 +40,12 @@ class Traffic:
         self, engine: SGLangEngine, params: SamplingParams, attempts: Counter[int]
     ) -> None:
         """attempts: how often each request was sent; somebody else counts."""
-        self._engine, self._params, self.attempts = engine, params, attempts
+        self._engine = engine
+        self._params = params
+        self.attempts = attempts
         self._changed = threading.Condition()
-        self._num_begun, self._last = 0, -1
+        self._num_begun = 0
+        self._last = -1
         self._responses: list[Response] = []
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
@@ -105,7 +108,8 @@ def traffic(
     engine: SGLangEngine, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Traffic]:
     """Traffic as long as the block lasts."""
-    attempts, payload = Counter[int](), client.generate_payload
+    attempts = Counter[int]()
+    payload = client.generate_payload
 
     def counted(request: SamplingRequest, *rest: Any) -> dict[str, Any]:
         attempts[number_of(request)] += 1
@@ -126,7 +130,8 @@ class Turns:
     """
 
     def __init__(self, *folders: Path) -> None:
-        self._folders, self._references = folders, [HuggingFace(folder) for folder in folders]
+        self._folders = folders
+        self._references = [HuggingFace(folder) for folder in folders]
         self._known: dict[tuple[bytes, bytes, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
 
     def folder(self, version: int) -> Path:

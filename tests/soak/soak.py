@@ -74,15 +74,15 @@ class Killer:
         spare_starts: bool,
         most: int | None,
     ) -> None:
-        self._engine, self._random, self._every_s, self._kinds, self._spare_starts = (
-            engine,
-            random.Random(seed),
-            every_s,
-            kinds,
-            spare_starts,
-        )
-        self._most, self._of_phase = most, Counter[str]()
-        self.phase, self._kills = PHASES[0], kills
+        self._engine = engine
+        self._random = random.Random(seed)
+        self._every_s = every_s
+        self._kinds = kinds
+        self._spare_starts = spare_starts
+        self._most = most
+        self._of_phase = Counter[str]()
+        self.phase = PHASES[0]
+        self._kills = kills
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="killer", daemon=True)
 
@@ -151,10 +151,12 @@ def bounded(
     done = threading.Event()
 
     def watch() -> None:
-        last, since = progress(), time.monotonic()
+        last = progress()
+        since = time.monotonic()
         while not done.wait(1.0):
             if progress() != last:
-                last, since = progress(), time.monotonic()
+                last = progress()
+                since = time.monotonic()
             elif time.monotonic() - since > patience_s:
                 counts.wrong["hung"] += 1
                 sys.stderr.write(f"hung: nothing for {patience_s:g} s; so far {counts.wrong}\n")
@@ -188,14 +190,13 @@ class Soak:
         hang_timeout_s: float = 3.0,
     ) -> None:
         """every_s: mean time between kills. syncs: weight syncs of a round."""
-        self._syncs, self._kills_of_a_phase = syncs, kills_of_a_phase
-        self._folder, self._seed, self._every_s, self._kinds, self._spare_starts = (
-            folder,
-            seed,
-            every_s,
-            kinds,
-            spare_starts,
-        )
+        self._syncs = syncs
+        self._kills_of_a_phase = kills_of_a_phase
+        self._folder = folder
+        self._seed = seed
+        self._every_s = every_s
+        self._kinds = kinds
+        self._spare_starts = spare_starts
         self._models = [
             write_qwen3_moe(folder / name, seed=index)
             for index, name in enumerate(("first", "second"))
@@ -227,7 +228,10 @@ class Soak:
             max_new_tokens=100,
             stop_token_ids=(EOS_ID,),
         )
-        self.counts, self._kills, self._restarts, self._began = Counts(), Counter[str](), 0, 0.0
+        self.counts = Counts()
+        self._kills = Counter[str]()
+        self._restarts = 0
+        self._began = 0.0
         self.report: Callable[[dict[str, Any]], None] = lambda found: (
             None
         )  # gets the counts after every phase
@@ -250,14 +254,13 @@ class Soak:
                 tell=self._tell,
             ) as engine:
                 if not wanted:
-                    wanted, self._began = self._undisturbed(engine), time.monotonic()
+                    wanted = self._undisturbed(engine)
+                    self._began = time.monotonic()
                 stopped = False
                 while not stopped and going_on():
                     self.counts.rounds += 1
-                    seed, limits = (
-                        self._seed + self.counts.rounds,
-                        {"spare_starts": self._spare_starts, "most": self._kills_of_a_phase},
-                    )
+                    seed = self._seed + self.counts.rounds
+                    limits = {"spare_starts": self._spare_starts, "most": self._kills_of_a_phase}
                     killer = Killer(engine, seed, self._every_s, self._kinds, self._kills, **limits)
                     try:
                         with killer:
@@ -279,7 +282,7 @@ class Soak:
         self._restarts += line.endswith("starting it again")
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line[:160]}\n")
 
-    # --- the phases --------------------------------------------------------------------------------------------------------------------------------
+    # ---- the phases ----
 
     def _undisturbed(self, engine: SGLangEngine) -> dict[str, dict[Any, Any]]:
         folder = self._folder / "undisturbed"

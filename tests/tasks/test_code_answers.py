@@ -211,7 +211,7 @@ def test_what_checks_nothing_is_unreadable(gold: str) -> None:
     assert verdict.reason == "the prompt's tests cannot be read"
 
 
-# ---- the program in a response -------------------------------------------------------------------
+# ---- the program in a response ----
 
 ENDINGS = [
     "```python\nprint(add(1, 2))\n```", "```\nprint(add(1, 2))\n```", "```\n>>> add(1, 2)\n3\n```",

@@ -85,7 +85,7 @@ def test_chinese_has_no_spaces() -> None:
     assert index(text).match(prompt("t", f"请解答。{text}。")) is not None
 
 
-# ---- lopd prompts ---------------------------------------------------------------------------------------------------------------------------------
+# ---- lopd prompts ----
 
 
 @pytest.fixture

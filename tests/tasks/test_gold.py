@@ -50,7 +50,7 @@ def answer_of(path: Path, value: Any) -> str | None:
     return prompt.answer
 
 
-# ---- answers -------------------------------------------------------------------------
+# ---- answers ----
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_our_own_form_refuses_what_is_no_answer(tmp_path: Path, value: Any) -> N
     assert caught.value.remedy
 
 
-# ---- messages ------------------------------------------------------------------------
+# ---- messages ----
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
@@ -187,7 +187,7 @@ def test_messages_that_are_refused_say_why(tmp_path: Path, turns: Any, message: 
         read(tmp_path / "m.jsonl", [{"m": turns}], fields={"messages": "m"})
 
 
-# ---- answers of no use ---------------------------------------------------------------
+# ---- answers of no use ----
 
 UNUSABLE = [
     ("math", {}, "2 3", "digits stand side by side"),

@@ -41,7 +41,7 @@ def write_lines(path: Path, *lines: object) -> Path:
     return path
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------------------------------------
+# ---- reading ----
 
 
 def test_reads_questions_and_messages_in_order_and_skips_blank_lines(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_missing_unreadable_and_short_files(tmp_path: Path) -> None:
         read_prompts(PromptSet(file=write_lines(tmp_path / "one.jsonl", GOOD), num_prompts=9), TASK)
 
 
-# ---- rendering ------------------------------------------------------------------------------------------------------------------------------------
+# ---- rendering ----
 
 
 def test_render_gives_the_documented_prompt(tokenizer: Any) -> None:
@@ -167,7 +167,7 @@ def test_unknown_character_and_missing_template_are_named(tokenizer: Any) -> Non
         render([PROMPT], without, context_length=256)
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------------------------------------------
+# ---- tokenizers ----
 
 
 def test_vocabulary_order_and_lossless_round_trip(tokenizer: Any) -> None:

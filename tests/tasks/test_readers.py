@@ -161,7 +161,7 @@ def test_livecodebench_programs_and_functions(tmp_path: Path) -> None:
         read(path, format="livecodebench", where={"contest_date": {"min": "2025-02-01"}})
 
 
-# ---- field maps -----------------------------------------------------------------------------------------------------------------------------------
+# ---- field maps ----
 
 
 def test_a_field_map_reaches_into_nested_columns(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_mistakes_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-# ---- choosing -------------------------------------------------------------------------------------------------------------------------------------
+# ---- choosing ----
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -330,7 +330,7 @@ def test_lengths_and_shuffling(tmp_path: Path) -> None:
     assert more[:10] == first, "a longer set begins with the shorter one"
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def test_a_folder_is_read_in_order_of_its_files(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
 from lopd.tasks.verdicts import judge_all
 
 DATA = Path(os.environ.get("LOPD_TEST_DATA", "absent"))
-GSM8K, TOKENIZER = DATA / "gsm8k" / "train.jsonl", DATA / "qwen3_tokenizer"
+GSM8K = DATA / "gsm8k" / "train.jsonl"
+TOKENIZER = DATA / "qwen3_tokenizer"
 needs_gsm8k = pytest.mark.skipif(
     not GSM8K.is_file(), reason="LOPD_TEST_DATA names no folder with gsm8k/train.jsonl"
 )

@@ -75,8 +75,12 @@ def test_the_filter_refuses_by_number_and_flags(
 ) -> None:
     program = filter_program(machine)
     assert program is not None
-    allow, kill, refuse, unknown = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
-    threads, namespace = 0x100, 0x20000000
+    allow = 0x7FFF0000
+    kill = 0x80000000
+    refuse = 0x00050001
+    unknown = 0x00050026
+    threads = 0x100
+    namespace = 0x20000000
     for number, flags, expected in (
         (read, 0, allow),
         (socket, 0, refuse),

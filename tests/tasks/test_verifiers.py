@@ -211,7 +211,7 @@ def test_case(case: Case, verdicts: dict[Case, Verdict]) -> None:
     assert (verdict.right, verdict.reason) == (case.reason == "", case.reason), verdict
 
 
-# ---- workers --------------------------------------------------------------------------------------------------------------------------------------
+# ---- workers ----
 
 
 def test_a_bomb_costs_the_limit_and_the_next_answer_is_judged() -> None:
@@ -265,7 +265,7 @@ def test_integers_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         math.compare("204", "203+1")
 
 
-# ---- pieces ---------------------------------------------------------------------------------------------------------------------------------------
+# ---- pieces ----
 
 
 def test_boxes_and_lines() -> None:

@@ -19,7 +19,9 @@ from lopd.objective import Distillation, Lightning, TokenBatch
 from lopd.objective.aggregation import expand_to_tokens as spread
 from lopd.objective.weighting import Weighting
 
-VOCAB_SIZE, MAX_LEN, END = 3, 3, 0
+VOCAB_SIZE = 3
+MAX_LEN = 3
+END = 0
 STATES: list[tuple[int, ...]] = [
     prefix
     for length in range(MAX_LEN)

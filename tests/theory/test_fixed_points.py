@@ -62,7 +62,8 @@ def climbed(
 class TestRepresentableTeacher:
     def test_is_a_fixed_point_of_both(self) -> None:
         logits = random_logits(1)
-        teacher, reference = log_policy(logits), log_policy(random_logits(0))
+        teacher = log_policy(logits)
+        reference = log_policy(random_logits(0))
         for sampler in (reference, teacher):
             assert (
                 expected_update(response_probabilities(sampler), logits, teacher, sampler)
@@ -90,7 +91,8 @@ def test_without_a_representable_teacher_they_part() -> None:
     online settle for different compromises.
     """
     start = torch.zeros(3, dtype=torch.float64)
-    teacher, rollouts = log_policy(random_logits(1)), log_policy(random_logits(0))
+    teacher = log_policy(random_logits(1))
+    rollouts = log_policy(random_logits(0))
     offline = climbed(start, teacher, rollouts=rollouts, policy=one_row_for_all_states)
     online = climbed(start, teacher, policy=one_row_for_all_states)
 
@@ -166,7 +168,8 @@ def test_frozen_rollouts_keep_pushing_a_token_that_has_become_rare() -> None:
     start = torch.zeros(len(STATES), 3, dtype=torch.float64)
     away = start.clone()
     away[:, 2] = -16.0
-    teacher, rollouts = log_policy(away), log_policy(start)
+    teacher = log_policy(away)
+    rollouts = log_policy(start)
     runs = {
         "offline": climbed(start, teacher, rollouts=rollouts, rate=0.3, num_steps=60),
         "online": climbed(start, teacher, rate=0.3, num_steps=60),

@@ -251,7 +251,8 @@ class TestDiscrepancyBound:
         def everywhere(probabilities: tuple[float, float, float]) -> Tensor:
             return torch.tensor(probabilities, dtype=torch.float64).log().expand(len(STATES), -1)
 
-        student, shrunk = (0.1, 0.9 - 1e-4, 1e-4), math.exp(-2)
+        student = (0.1, 0.9 - 1e-4, 1e-4)
+        shrunk = math.exp(-2)
         teacher = (student[0] * shrunk, student[1] * shrunk, 1 - (1 - student[2]) * shrunk)
         about = Case(
             everywhere(student).clone(), everywhere((0.9, 0.1 - 1e-6, 1e-6)), everywhere(teacher)
@@ -291,7 +292,8 @@ class TestFiguresOfAStep:
             on_tokens(about.teacher)[tokens],
             on_tokens(about.reference)[tokens],
         )
-        gradients, reported = [], {}
+        gradients = []
+        reported = {}
         for weightings in ((), (TruncatedImportance(1e9),)):
             logits = about.student_logits.detach().requires_grad_()
             output = Distillation(Lightning(1e9, "token_mean"), weightings=weightings)(

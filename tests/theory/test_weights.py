@@ -37,10 +37,8 @@ def mean_weight(sampler: Tensor, student: Tensor, recorded: Tensor) -> float:
 
 def trained(reference: Tensor, teacher: Tensor, temperature: float, num_steps: int = 40) -> Tensor:
     """log pi of a student after offline updates on rollouts of softmax(reference / temperature)."""
-    logits, rollouts = (
-        reference.clone(),
-        response_probabilities(log_policy(reference / temperature)),
-    )
+    logits = reference.clone()
+    rollouts = response_probabilities(log_policy(reference / temperature))
     for _ in range(num_steps):
         logits += expected_update(rollouts, logits, teacher, log_policy(reference)).view_as(logits)
     return log_policy(logits)
@@ -57,10 +55,8 @@ class TestTemperatureOne:
         )
 
     def test_of_whole_responses_too(self, seed: int) -> None:
-        reference, student = (
-            log_policy(random_logits(seed)),
-            log_policy(random_logits(50 + seed, scale=2.0)),
-        )
+        reference = log_policy(random_logits(seed))
+        student = log_policy(random_logits(50 + seed, scale=2.0))
         probabilities = response_probabilities(reference)
         close(
             (probabilities @ (response_probabilities(student) / probabilities)).item(),
@@ -82,13 +78,12 @@ class TestTempered:
         pi_ref]; over states by how often the sampler visits them.
         """
         logits = random_logits(3)
-        reference, sampler, student = (
-            log_policy(logits),
-            log_policy(logits / temperature),
-            log_policy(logits + random_logits(4)),
-        )
+        reference = log_policy(logits)
+        sampler = log_policy(logits / temperature)
+        student = log_policy(logits + random_logits(4))
         close(mean_weight(sampler, reference, reference), 1.0, abs=1e-13)
-        tilt, weight = (sampler - reference).exp(), (student - reference).exp()
+        tilt = (sampler - reference).exp()
+        weight = (student - reference).exp()
         covariance = (reference.exp() * (tilt - 1) * (weight - 1)).sum(-1)
         visited = visits(sampler)
         expected = 1 + (visited @ covariance / visited.sum()).item()
@@ -134,18 +129,18 @@ class TestTempered:
 
     def test_mean_is_one_against_the_samplers_own_probabilities(self) -> None:
         logits = random_logits(3)
-        sampler, student = log_policy(logits / 0.8), log_policy(logits + random_logits(4))
+        sampler = log_policy(logits / 0.8)
+        student = log_policy(logits + random_logits(4))
         close(mean_weight(sampler, student, sampler), 1.0, abs=1e-13)
 
     def test_mean_is_the_students_mass_on_the_support_where_sampling_cut_tokens_off(self) -> None:
         """top-k of 2, against the sampler's own probabilities: never above 1, whatever the student."""
         logits = random_logits(3)
         kept = logits >= logits.topk(2, -1).values[:, 1:]
-        sampler, student = (
-            log_policy(logits.masked_fill(~kept, -1e9)),
-            log_policy(logits + random_logits(4)),
-        )
-        visited, mass = visits(sampler), torch.where(kept, student.exp(), 0.0).sum(-1)
+        sampler = log_policy(logits.masked_fill(~kept, -1e9))
+        student = log_policy(logits + random_logits(4))
+        visited = visits(sampler)
+        mass = torch.where(kept, student.exp(), 0.0).sum(-1)
         expected = (visited @ mass / visited.sum()).item()
         close(mean_weight(sampler, student, sampler), expected, abs=1e-12)
         assert expected < 0.95

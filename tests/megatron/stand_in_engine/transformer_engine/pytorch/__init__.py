@@ -100,18 +100,14 @@ class Linear(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.use_bias, self.tp_size = (
-            in_features,
-            out_features,
-            bias,
-            tp_size,
-        )
-        self.parallel_mode, self._sequence_parallel, self._group, self._return_bias = (
-            parallel_mode,
-            sequence_parallel,
-            tp_group,
-            return_bias,
-        )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = bias
+        self.tp_size = tp_size
+        self.parallel_mode = parallel_mode
+        self._sequence_parallel = sequence_parallel
+        self._group = tp_group
+        self._return_bias = return_bias
         rows = out_features // (tp_size if parallel_mode == "column" else 1)
         columns = in_features // (tp_size if parallel_mode == "row" else 1)
         self.weight = _weight(rows, columns, init_method, params_dtype, device, parallel_mode)
@@ -182,7 +178,8 @@ class GroupedLinear(torch.nn.Module):
     ) -> None:
         assert not bias
         super().__init__()
-        self.num_gemms, self.use_bias = num_gemms, bias
+        self.num_gemms = num_gemms
+        self.use_bias = bias
         self.fp8 = self.fp8_calibration = False
         self.fp8_meta = {"fp8_checkpoint": False}
         rows = out_features // (tp_size if parallel_mode == "column" else 1)
@@ -229,11 +226,9 @@ class DotProductAttention(torch.nn.Module):
         super().__init__()
         assert attention_dropout == 0
         assert cp_group is None or len(cp_global_ranks or []) == cp_group.size()
-        self._scale, self._group, self.cp_comm_type = (
-            softmax_scale or kv_channels**-0.5,
-            cp_group,
-            cp_comm_type,
-        )
+        self._scale = softmax_scale or kv_channels**-0.5
+        self._group = cp_group
+        self.cp_comm_type = cp_comm_type
 
     def forward(
         self,

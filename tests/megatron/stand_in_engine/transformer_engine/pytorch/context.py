@@ -60,7 +60,8 @@ def attention_across_ranks(
     """query [P, heads, head_dim], key and value [P, kv_heads, head_dim] of this rank; gives [P,
     heads, head_dim]. cu_seqlens: of all ranks' tokens.
     """
-    size, total = group.size(), int(cu_seqlens[-1])
+    size = group.size()
+    total = int(cu_seqlens[-1])
     assert len(query) * size == total, (
         f"{len(query)} tokens on each of {size} ranks, {total} in all"
     )
@@ -70,7 +71,8 @@ def attention_across_ranks(
     sequence = torch.bucketize(order, cu_seqlens[1:], right=True)
     own = slice(group.rank() * len(query), (group.rank() + 1) * len(query))
     seen = (sequence[own, None] == sequence) & (order[own, None] >= order)  # [P, total]
-    keys, values = _AllGather.apply(key, group), _AllGather.apply(value, group)
+    keys = _AllGather.apply(key, group)
+    values = _AllGather.apply(value, group)
     q, k, v = (
         rows.transpose(0, 1)[None] for rows in (query, keys, values)
     )  # [1, heads, tokens, head_dim]
