@@ -31,10 +31,10 @@ from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / "examples/tiny_models/teacher"
-TOLERANCE, RESPONSES = (
-    0.003,
-    960,
-)  # nats per token; about 50,000 tokens, where 44,000 would do on average
+# In nats per token.
+TOLERANCE = 0.003
+# About 50,000 tokens. On average 44,000 would be enough.
+RESPONSES = 960
 LONGEST = 64
 BATCH = 480
 

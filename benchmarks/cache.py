@@ -71,9 +71,8 @@ def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0
         shutil.copyfile(folder / f"shard-{index % distinct:05d}.parquet", copy)
         size = size + copy.stat().st_size
         index = index + 1
-    writer = ArtifactWriter(
-        folder, kind="teacher_cache", inputs={"synthetic": megabytes}
-    )  # takes the copies in
+    # A new writer takes in the copies too.
+    writer = ArtifactWriter(folder, kind="teacher_cache", inputs={"synthetic": megabytes})
     writer.finish(vocab_size=VOCABULARY)
 
 

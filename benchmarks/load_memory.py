@@ -43,9 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--expert", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument(
-        "--folder", type=Path, help=argparse.SUPPRESS
-    )  # where the checkpoint is, for a rank
+    # This option tells a rank where the checkpoint is.
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

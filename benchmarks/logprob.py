@@ -69,9 +69,8 @@ def arguments() -> argparse.Namespace:
         help="logits that ours holds at once; default: lopd.megatron.model.logprobs.BLOCK_BYTES",
     )
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
-    parser.add_argument(
-        "--form", choices=("dense", "blocks", *NEED_CUDA), help=argparse.SUPPRESS
-    )  # the process that measures one form
+    # This option is for the process that measures one form.
+    parser.add_argument("--form", choices=("dense", "blocks", *NEED_CUDA), help=argparse.SUPPRESS)
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.tokens = options.tokens or (12_288 if gpu else 4_096)

@@ -318,7 +318,9 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     def work() -> None:
         writer = ArtifactWriter(target, kind="teacher_cache", inputs={})
-        sys.stdout, screen = sys.stderr, sys.stdout  # the progress bar's place
+        # The progress bar goes to standard error.
+        screen = sys.stdout
+        sys.stdout = sys.stderr
         score_into(writer, engine, options.folder / "rollouts", rollouts, title="scoring")
         sys.stdout = screen
         writer.finish()

@@ -186,10 +186,8 @@ def compare(
         "ours": ours.train_step,
         "recipe": lambda microbatches: reference_step(recipe, frozen, microbatches),
     }
-    costs: dict[str, list[tuple[float, float]]] = {
-        "ours": [],
-        "recipe": [],
-    }  # seconds, processor seconds
+    # Each pair is seconds and processor seconds.
+    costs: dict[str, list[tuple[float, float]]] = {"ours": [], "recipe": []}
     differences = {"max_parameter_difference": 0.0, "max_parameter_change": 0.0}
     for step in range(COMPARED_AFTER + options.pairs):  # the compared steps also warm up
         microbatches = batch(step, options, folder)

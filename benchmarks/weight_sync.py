@@ -138,9 +138,8 @@ def copy_by_shared_memory(
     link.send(([one.name for one in shared], [len(piece) for piece in pieces]))
 
     def copy() -> None:
-        assert all(
-            size <= one.size for one in shared
-        )  # and the memory lives as long as this function
+        # This function holds the shared memory, which therefore lives as long as the function.
+        assert all(size <= one.size for one in shared)
         for index, piece in enumerate(pieces):
             if index >= num_buffers:
                 link.recv()
@@ -310,9 +309,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                         )
                     )
                 )  # type: ignore[misc]
-            for repeat in range(
-                args.repeats + 1
-            ):  # not in turns with those: a run has one receiver, whose memory its server keeps mapped
+            # These do not alternate with those above: a run has one receiver, whose memory its
+            # server keeps mapped.
+            for repeat in range(args.repeats + 1):
                 seconds["verified"].append(
                     timed(
                         lambda number=repeat, to=verified: sync(

@@ -102,9 +102,10 @@ def test_what_a_command_leaves_behind_ends_with_it() -> None:
 
 def test_a_command_that_is_begun_by_a_guard_that_has_been_killed_ends_too() -> None:
     """The kernel tells of a parent's end only who asked before it."""
+    # In the child, os.getpid() is not the id of its parent.
     with subprocess.Popen(
         ["sleep", "3600"], preexec_fn=lambda: processes.die_with_parent(os.getpid())
-    ) as orphan:  # not its parent's id
+    ) as orphan:
         assert orphan.wait(60) == -signal.SIGKILL
     with subprocess.Popen(
         ["true"], preexec_fn=partial(processes.die_with_parent, os.getpid())

@@ -41,9 +41,8 @@ def planted(
     for index in range(count):
         length = int(rng.integers(30, 60))
         tokens = rng.integers(3, 32, length)
-        sampling = -4.0 - rng.exponential(
-            1.0, length
-        )  # low enough that no sum with style and evidence is above 0
+        # Values this low keep every sum with style and evidence below 0.
+        sampling = -4.0 - rng.exponential(1.0, length)
         style = np.array([STYLE_TOKENS.get(int(token), 0.0) for token in tokens]) + OPENING * (
             np.arange(length) < length / 10
         )
@@ -146,9 +145,8 @@ def test_a_style_seen_by_both_tables_is_taken_away_whole(tmp_path: Path) -> None
     responses = []
     teacher = []
     for index in range(600):
-        tokens = np.concatenate(
-            [[7, 7], rng.integers(8, 32, 18)]
-        )  # token 7 always opens, in the first tenth
+        # Token 7 always comes first, in the first tenth.
+        tokens = np.concatenate([[7, 7], rng.integers(8, 32, 18)])
         sampling = -3.0 - rng.exponential(0.5, 20)
         responses.append(
             Response(f"p{index}", 0, int32([5]), int32(tokens), float32(sampling), "length", "0")

@@ -51,9 +51,8 @@ RESUMED = {
     "four context ranks": {"context": 4},
     "tensor, expert, data": {"tensor": 2, "expert": 2},
 }
-GENTLE: dict[str, Any] = {
-    "optimizer": {"lr": 1e-3}
-}  # where few tokens decide, rounding grows faster
+# Where few tokens decide, rounding grows faster.
+GENTLE: dict[str, Any] = {"optimizer": {"lr": 1e-3}}
 CONTROLS = ("contiguous chunks", "positions of each part from 0")
 
 

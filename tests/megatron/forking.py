@@ -87,9 +87,8 @@ def run(
                     codes[child] = ended[1]
             failed = next((code for code in codes.values() if code), 0)
             failed_at = failed_at or (time.monotonic() if failed else 0.0)
-            if (
-                failed and time.monotonic() > failed_at + 0.5
-            ):  # the others may have something to say of it
+            # The other ranks may still have something to report about the failure.
+            if failed and time.monotonic() > failed_at + 0.5:
                 return failed
             if time.monotonic() > deadline:
                 return None

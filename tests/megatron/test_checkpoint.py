@@ -30,9 +30,8 @@ from tests.models import write_qwen3_dense, write_qwen3_moe
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of a training that was killed one step after it saved."""
     root = tmp_path_factory.mktemp("checkpoints")
-    write_qwen3_moe(
-        root / "model", vocab_size=515
-    )  # of 520 rows with padding, so that every change of layout cuts those anew too
+    # It becomes 520 rows with padding, so that every change of layout cuts them anew too.
+    write_qwen3_moe(root / "model", vocab_size=515)
     write_qwen3_dense(root / "dense")
     with pytest.raises(RanksFailed, match="all saved, one step lost"):
         run_ranks(

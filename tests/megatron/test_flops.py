@@ -47,11 +47,12 @@ def test_the_formula_counts_what_torch_counts(num_experts: int, tmp_path: Path) 
     tokens = torch.randint(0, 320, (1, LENGTH))
     with FlopCounterMode(display=False) as counter:
         model(tokens).logits.sum().backward()
+    # Eager attention masks the upper half of the scores, but computes it.
     uncausal = (
         training_flops(arch, [LENGTH])
         - training_flops(arch, [])
         + 6 * arch.num_layers * arch.num_heads * arch.head_dim * LENGTH**2
-    )  # eager masks, but computes, the upper half
+    )
     assert counter.get_total_flops() == pytest.approx(uncausal, rel=0.01)
     without_heads = dataclasses.replace(arch, vocab_size=1)
     assert training_flops(without_heads, [LENGTH]) < 0.9 * training_flops(arch, [LENGTH]), (

@@ -104,9 +104,8 @@ def test_an_error_that_a_rank_reports_is_raised_as_it_was(tmp_path: Path) -> Non
     [("raises", "RuntimeError: gradients of the wrong shape"), ("killed", "ended with code 1")],
 )
 def test_a_rank_that_fails_takes_the_others_along(case: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainingError, match=told
-    ) as raised:  # the waiting rank would sleep for an hour
+    # If it were not stopped, the waiting rank would sleep for an hour.
+    with pytest.raises(TrainingError, match=told) as raised:
         start(case, tmp_path)
     assert "\n" not in str(raised.value)
     assert str(tmp_path / "train.log") in str(raised.value)

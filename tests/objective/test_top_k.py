@@ -82,9 +82,8 @@ def dense_kl(
     student = coarse(torch.log_softmax(logits, -1), ids, support)
     target = coarse(teacher, ids, support)
     first, second = (student, target) if direction == "reverse" else (target, student)
-    each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(
-        -1
-    )  # KL(first || second), [T]
+    # This is KL(first || second), with shape [T].
+    each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(-1)
     return torch.stack([each[:5].mean(), each[5 : NUM_TOKENS - 2].mean()]).mean()
 
 

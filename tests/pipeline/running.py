@@ -244,10 +244,8 @@ def _listening(processes: Sequence[int]) -> Iterator[tuple[str, str]]:
                         yield sockets[target[8:-1]], _command_line(folder)[:120]
 
 
-LOOPBACK = {
-    "0100007F",
-    "00000000000000000000000001000000",
-}  # 127.0.0.1 and ::1 as /proc/net prints them
+# 127.0.0.1 and ::1 as /proc/net prints them.
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
 def config_of(run_dir: Path, overrides: Sequence[str]) -> Config:

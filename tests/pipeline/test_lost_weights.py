@@ -57,9 +57,8 @@ class Forgetful(UpdatedFake):
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path.startswith("/update_weights"):
             self.num_answers = 0
-        if (
-            path == "/generate" and "sampling_seed" in body["sampling_params"]
-        ):  # not where the response is scored afterwards
+        # The request that scores a response afterwards has no seed and does not count.
+        if path == "/generate" and "sampling_seed" in body["sampling_params"]:
             self.num_answers += 1
             if (
                 self.losses

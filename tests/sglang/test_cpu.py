@@ -113,9 +113,10 @@ def test_batched_decode_attention_is_attention() -> None:
     result = decode_attention(**case, scaling=0.3)
     for index, length in enumerate(LENGTHS):
         slots = case["req_to_token"][case["req_pool_indices"][index], :length].long()
+        # The shapes are [L, H, D].
         keys, values = (
             case[name][slots].repeat_interleave(2, dim=1) for name in ("k_cache", "v_cache")
-        )  # [L, H, D]
+        )
         weights = torch.softmax(torch.einsum("hd,lhd->hl", case["query"][index], keys) * 0.3, -1)
         close(result[index], torch.einsum("hl,lhd->hd", weights, values), rel=1e-5, abs=1e-6)
 

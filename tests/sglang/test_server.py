@@ -213,9 +213,10 @@ def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     server = SGLangServer(folder, settings(), log=tmp_path / "log")
+    # The error names the cause, and not that start_timeout_s has passed.
     with pytest.raises(
         EngineError, match=r"did not start; its log ends: .*[Ss]afetensor"
-    ) as caught:  # and not that start_timeout_s has passed
+    ) as caught:
         server.start()
     assert str(tmp_path / "log") in str(caught.value)
     assert not server.alive()
@@ -336,9 +337,9 @@ def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
     kill: Callable[[SGLangServer], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scratch = tempfile.mkdtemp(
-        dir="/tmp"
-    )  # of its own, so that what is left behind is seen; short, because sockets live in it
+    # The folder is new, so that leftovers are seen. Its path is short, because sockets are made in
+    # it.
+    scratch = tempfile.mkdtemp(dir="/tmp")
     monkeypatch.setattr("tempfile.tempdir", scratch)
     with SGLangServer(
         student_dir, settings(context_length=500, max_running_requests=8), log=tmp_path / "log"

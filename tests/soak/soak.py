@@ -232,9 +232,8 @@ class Soak:
         self._kills = Counter[str]()
         self._restarts = 0
         self._began = 0.0
-        self.report: Callable[[dict[str, Any]], None] = lambda found: (
-            None
-        )  # gets the counts after every phase
+        # This function gets the counts after every phase.
+        self.report: Callable[[dict[str, Any]], None] = lambda found: None
 
     def run(self, seconds: float, *, restarts: int = 0) -> dict[str, Any]:
         """The counts, and the kills by phase and kind. seconds: no round begins later, unless fewer
@@ -420,9 +419,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     options = parser.parse_args()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # through the servers' own ends: a guard that is stopped could not follow a sudden one
+    # The exit goes through the servers' own ends: a stopped guard could not follow a sudden one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="lopd-soak-"))
     try:
         soak = Soak(

@@ -150,9 +150,8 @@ def test_corrupted_response_masks_exactly_what_is_wrong_where_it_stands() -> Non
             line = text[start : start + 9]
             assert re.fullmatch(r"[0-9]{2}[-+][0-9]{2}=[0-9]{2}\n", line)
             exact = OPERATORS[line[2]](int(line[:2]), int(line[3:5]))
-            value = (
-                f"{exact:02d}" if 0 <= exact <= 99 else "??"
-            )  # nothing right can be written there
+            # There is no right text for a result outside of 0 to 99.
+            value = f"{exact:02d}" if 0 <= exact <= 99 else "??"
             expected = f"{register:02d}{sign}{operand:02d}={value}\n"
             assert mask[start : start + 9].tolist() == [
                 found == right for found, right in zip(line, expected, strict=True)

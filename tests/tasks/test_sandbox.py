@@ -25,9 +25,8 @@ MODES = {
     "filters": Protections("filters", True, True, False, True, True),
 }
 UNPROTECTED = Protections("none", False, False, False, False, False)
-MARK = os.environ.get(
-    "LOPD_SANDBOX_MARK", f"mark-{os.getpid()}"
-)  # on the command line of this session's programs, and of no other's
+# The mark is on the command line of the programs that these tests start, and of no others.
+MARK = os.environ.get("LOPD_SANDBOX_MARK", f"mark-{os.getpid()}")
 SMALL = Limits(cpu_s=20, wall_s=100, memory_mb=256, processes=8, disk_mb=4, file_mb=2)
 
 

@@ -25,9 +25,8 @@ def mean_weight(sampler: Tensor, student: Tensor, recorded: Tensor) -> float:
     each.
     """
     probabilities = response_probabilities(sampler)
-    weights = torch.where(
-        on_tokens(sampler) > -1e6, on_tokens(student - recorded).exp(), 0.0
-    )  # what is never sampled has no weight
+    # Tokens that are never sampled have no weight.
+    weights = torch.where(on_tokens(sampler) > -1e6, on_tokens(student - recorded).exp(), 0.0)
     return (
         probabilities
         @ per_response(weights)
