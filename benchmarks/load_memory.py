@@ -26,10 +26,24 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 32768,
-    "hidden_size": 1024, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 32,
-    "num_experts_per_tok": 4, "moe_intermediate_size": 768, "norm_topk_prob": True, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
 GIB = 2**30
 
 

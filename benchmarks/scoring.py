@@ -232,10 +232,15 @@ def write_rollouts(folder: Path, options: argparse.Namespace) -> None:
         key = (f"p{index // options.samples}", index % options.samples)
         responses.append(
             Response(
-                prompt_id=key[0], sample_index=key[1], prompt_ids=prompt, token_ids=ids, sampling_logprobs=np.full(len(ids), -1, np.float32),
-                finish_reason="length", weight_version="0",
+                prompt_id=key[0],
+                sample_index=key[1],
+                prompt_ids=prompt,
+                token_ids=ids,
+                sampling_logprobs=np.full(len(ids), -1, np.float32),
+                finish_reason="length",
+                weight_version="0",
             )
-        )  # fmt: skip
+        )
     for shard, start in enumerate(range(0, len(responses), 256)):
         writer.publish_shard(shard, cache.to_table(responses[start : start + 256]))
     writer.finish()

@@ -67,13 +67,31 @@ def write_model(
     )
     layers = max(1, round((megabytes * 1e6 / dtype.itemsize - 2 * VOCABULARY * hidden) / layer))
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * width,
-        "moe_intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": max(1, hidden // 512),
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * width,
+        "moe_intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, hidden // 512),
         "head_dim": 128,
-        "num_experts": experts, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True, "max_position_embeddings": 512,
-        "mlp_only_layers": [], "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 512,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)

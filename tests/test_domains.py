@@ -111,8 +111,11 @@ def rows_of(folder: Path) -> dict[str, Counter[str]]:
 
 def weights(config: Config) -> dict[str, str]:
     models = config.models
-    return {"math": identify_model(models.teachers["math"]).weights, "code": identify_model(models.teachers["code"]).weights,
-            "chat": identify_model(models.teacher).weights}  # fmt: skip
+    return {
+        "math": identify_model(models.teachers["math"]).weights,
+        "code": identify_model(models.teachers["code"]).weights,
+        "chat": identify_model(models.teacher).weights,
+    }
 
 
 def test_each_domain_has_its_own_teacher_from_demonstrations_to_the_loss(

@@ -110,9 +110,13 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     inputs = {
-        "maker": "examples/tiny_models/make_demonstrations.py", "kind": options.kind, "num": options.num, "seed": options.seed, "skip": options.skip,
+        "maker": "examples/tiny_models/make_demonstrations.py",
+        "kind": options.kind,
+        "num": options.num,
+        "seed": options.seed,
+        "skip": options.skip,
         "tokenizer": sha256_file(options.tokenizer / "tokenizer.json"),
-    }  # fmt: skip
+    }
     if (options.out / MANIFEST).exists():
         found = read_manifest(options.out)
         if found.complete and found.inputs == inputs:

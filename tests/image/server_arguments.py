@@ -18,9 +18,21 @@ import torch
 
 MEMORY = 85_520_809_984  # of an H100 of 80 GB
 SHOWN = (
-    "attention_backend", "sampling_backend", "grammar_backend", "chunked_prefill_size", "mem_fraction_static", "disable_custom_all_reduce",
-    "disable_radix_cache", "enable_deterministic_inference", "enable_memory_saver", "max_running_requests", "context_length", "tp_size", "ep_size", "dtype",
-)  # fmt: skip
+    "attention_backend",
+    "sampling_backend",
+    "grammar_backend",
+    "chunked_prefill_size",
+    "mem_fraction_static",
+    "disable_custom_all_reduce",
+    "disable_radix_cache",
+    "enable_deterministic_inference",
+    "enable_memory_saver",
+    "max_running_requests",
+    "context_length",
+    "tp_size",
+    "ep_size",
+    "dtype",
+)
 
 
 def as_on_a_node() -> None:

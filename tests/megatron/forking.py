@@ -23,8 +23,17 @@ from pathlib import Path
 
 from lopd.processes import die_with_parent
 
-IMPORTS = ("pytest", "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen3_moe.modeling_qwen3_moe", "tests.megatron.parity_cases",
-           "tests.megatron.trainer_cases", "tests.models", "lopd.megatron.checkpoints.checkpoint", "lopd.megatron.weights.transfer", "lopd.stages.training_data")  # fmt: skip
+IMPORTS = (
+    "pytest",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "tests.megatron.parity_cases",
+    "tests.megatron.trainer_cases",
+    "tests.models",
+    "lopd.megatron.checkpoints.checkpoint",
+    "lopd.megatron.weights.transfer",
+    "lopd.stages.training_data",
+)
 
 
 def fork_store() -> tuple[int, int]:

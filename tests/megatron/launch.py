@@ -200,9 +200,16 @@ class _Forks:
         command = [sys.executable, "-W", "ignore", "-m", "tests.megatron.forking"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process lives
         self._process = subprocess.Popen(
-            command, env=_environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            start_new_session=True, preexec_fn=partial(die_with_parent, os.getpid()),
-        )  # fmt: skip
+            command,
+            env=_environment(),
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
 
     def _end(self) -> None:
         assert self._process is not None

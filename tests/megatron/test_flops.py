@@ -78,10 +78,23 @@ def test_active_weights_of_a_known_model(tmp_path: Path) -> None:
 
 def _qwen3_30b_a3b(folder: Path) -> Path:
     shape = {
-        "model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936, "intermediate_size": 6144,
-        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    }  # fmt: skip
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "vocab_size": 151936,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
     (folder / "config.json").write_text(json.dumps(shape))
     return folder
 

@@ -100,9 +100,14 @@ def attention_case(lengths: list[int]) -> dict[str, Any]:
         pool[request, : len(part)] = part.to(torch.int32)
     query = torch.randn(len(lengths), heads, size, generator=generator)
     return {
-        "query": query, "output": torch.full_like(query, float("nan")), "k_cache": keys, "v_cache": values, "req_to_token": pool,
-        "req_pool_indices": requests, "seq_lens": torch.tensor(lengths),
-    }  # fmt: skip
+        "query": query,
+        "output": torch.full_like(query, float("nan")),
+        "k_cache": keys,
+        "v_cache": values,
+        "req_to_token": pool,
+        "req_pool_indices": requests,
+        "seq_lens": torch.tensor(lengths),
+    }
 
 
 LENGTHS = [1, 5, LENGTH_STEP - 1, LENGTH_STEP, LENGTH_STEP + 1, 66, 70]

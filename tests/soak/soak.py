@@ -202,9 +202,18 @@ class Soak:
             for index, name in enumerate(("first", "second"))
         ]
         self._settings = SGLangSection(
-            dtype="float32", context_length=160, max_running_requests=32, max_in_flight=32, max_total_tokens=8192, replicas=replicas,
-            restarts=2, hang_timeout_s=hang_timeout_s, request_timeout_s=max(20.0, 2 * hang_timeout_s), outage_timeout_s=250, start_timeout_s=200,
-        )  # fmt: skip
+            dtype="float32",
+            context_length=160,
+            max_running_requests=32,
+            max_in_flight=32,
+            max_total_tokens=8192,
+            replicas=replicas,
+            restarts=2,
+            hang_timeout_s=hang_timeout_s,
+            request_timeout_s=max(20.0, 2 * hang_timeout_s),
+            outage_timeout_s=250,
+            start_timeout_s=200,
+        )
         rng = np.random.default_rng(seed)
         samples = 4
         self._samples = samples
@@ -272,10 +281,16 @@ class Soak:
 
     def _found(self) -> dict[str, Any]:
         return {
-            "seconds": time.monotonic() - self._began, "rounds": self.counts.rounds, "responses": self.counts.responses, "syncs": self.counts.syncs,
-            "kills": dict(sorted(self._kills.items())), "num_kills": sum(self._kills.values()), "restarts": self._restarts, **self.counts.wrong,
+            "seconds": time.monotonic() - self._began,
+            "rounds": self.counts.rounds,
+            "responses": self.counts.responses,
+            "syncs": self.counts.syncs,
+            "kills": dict(sorted(self._kills.items())),
+            "num_kills": sum(self._kills.values()),
+            "restarts": self._restarts,
+            **self.counts.wrong,
             "stops": self.counts.stops,
-        }  # fmt: skip
+        }
 
     def _tell(self, line: str) -> None:
         self._restarts += line.endswith("starting it again")

@@ -69,13 +69,20 @@ def boxed(gold: str, answer: str, reason: str = "") -> Case:
 WRONG = "wrong answer"
 MATH = [
     # right, in many forms
-    boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"), boxed("1000", "1,000"), boxed("1000", "1{,}000"),
-    boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"), boxed("2\\sqrt{3}", "\\sqrt{12}"), boxed("2", "x=2"),
-    boxed("18", "\\$18"), boxed("50", "50\\%"), boxed("90", "90^\\circ"), boxed("10", "10\\text{ cm}"), boxed("x^2+1", "1+x^2"), boxed("17", "17."),
-    boxed("1,2", "2,1"), boxed("(3,4)", "(3, 4)"), boxed("\\text{Evelyn}", "\\text{evelyn}"), boxed("21", "7\\cdot 3=21"), boxed("2", "\\boxed{2}"),
-    boxed("\\frac{9\\sqrt{23}}{23}", "\\frac{9}{\\sqrt{23}}"), boxed("1+2i", "2i+1"), boxed("$5$", "5"), boxed("2^{99}", "2^{99}"),
-    boxed("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\frac{-1 \\pm \\sqrt{17}}{2}"), boxed("\\pm 5", "5, -5"), boxed("5", "\\pm 5", WRONG),
-    boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"), boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
+    boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"),
+    boxed("1000", "1,000"), boxed("1000", "1{,}000"),
+    boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"),
+    boxed("2\\sqrt{3}", "\\sqrt{12}"), boxed("2", "x=2"),
+    boxed("18", "\\$18"), boxed("50", "50\\%"), boxed("90", "90^\\circ"),
+    boxed("10", "10\\text{ cm}"), boxed("x^2+1", "1+x^2"), boxed("17", "17."),
+    boxed("1,2", "2,1"), boxed("(3,4)", "(3, 4)"), boxed("\\text{Evelyn}", "\\text{evelyn}"),
+    boxed("21", "7\\cdot 3=21"), boxed("2", "\\boxed{2}"),
+    boxed("\\frac{9\\sqrt{23}}{23}", "\\frac{9}{\\sqrt{23}}"), boxed("1+2i", "2i+1"),
+    boxed("$5$", "5"), boxed("2^{99}", "2^{99}"),
+    boxed("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\frac{-1 \\pm \\sqrt{17}}{2}"),
+    boxed("\\pm 5", "5, -5"), boxed("5", "\\pm 5", WRONG),
+    boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"),
+    boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
     Case("math", "7", f"first \\boxed{{8}}, no: \\boxed{{7}}{END}"),  # the last box
     Case("math", "7", f"no thinking at all \\boxed{{7}}{END}"),
     # the template opened the thinking
@@ -83,9 +90,12 @@ MATH = [
     Case("math", "34", f"</think>We add.\n\n**Answer: 34**{END}"),
     Case("math", "34", f"</think>We add.\nAnswer: $34$\n{END}"),
     # wrong
-    boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG), boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
-    boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG), boxed("\\frac13", "0.333", WRONG), boxed("(3,4)", "(4,3)", WRONG), boxed("2", "2x", WRONG),
-    boxed("3", "\\infty", WRONG), boxed("A", "B", WRONG), boxed("0", "\\text{None}", WRONG), boxed("7", "7^{2}", WRONG),
+    boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG),
+    boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
+    boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG),
+    boxed("\\frac13", "0.333", WRONG), boxed("(3,4)", "(4,3)", WRONG), boxed("2", "2x", WRONG),
+    boxed("3", "\\infty", WRONG), boxed("A", "B", WRONG), boxed("0", "\\text{None}", WRONG),
+    boxed("7", "7^{2}", WRONG),
     Case("math", "7", f"\\boxed{{7}} or rather \\boxed{{8}}{END}", WRONG),
     Case("math", "7", f"<think>\\boxed{{7}}</think>\\boxed{{8}}{END}", WRONG),
     # malformed
@@ -102,9 +112,12 @@ MATH = [
     # hostile
     boxed("7", "9^{9^{9^{9}}}", "time limit"), boxed("7", "99999999!", "time limit"),
     boxed("7", "7" * 200_000, "answer too long"), boxed("7", "\\frac{" * 60_000, "no answer"),
-    boxed("7", "__import__('os').system('touch proof')", WRONG), boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
-    Case("math", "7", "\\boxed{" * 100_000 + END, "no answer"), Case("math", "7", "\\boxed{8}" * 50_000 + f"\\boxed{{7}}{END}"),
-    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}{END}"), Case("math", "7", f"\\boxed{{\x00\ud800}}{END}", WRONG),
+    boxed("7", "__import__('os').system('touch proof')", WRONG),
+    boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
+    Case("math", "7", "\\boxed{" * 100_000 + END, "no answer"),
+    Case("math", "7", "\\boxed{8}" * 50_000 + f"\\boxed{{7}}{END}"),
+    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}{END}"),
+    Case("math", "7", f"\\boxed{{\x00\ud800}}{END}", WRONG),
 ]  # fmt: skip
 
 ADD = json.dumps(
@@ -128,40 +141,73 @@ def python(tests: str, program: str, reason: str = "") -> Case:
 NUMPY = "import numpy\nprint(numpy.sum(list(map(int, input().split()))))"
 CODE = [
     # right
-    python(ADD, "a, b = map(int, input().split())\nprint(a + b)"), python(ADD, "print(float(sum(map(int, input().split()))))"),
-    python(ADD, "from __future__ import annotations\nprint(sum(map(int, input().split())))\nexit()"),
+    python(ADD, "a, b = map(int, input().split())\nprint(a + b)"),
+    python(ADD, "print(float(sum(map(int, input().split()))))"),
+    python(
+        ADD, "from __future__ import annotations\nprint(sum(map(int, input().split())))\nexit()"
+    ),
     python(ADD, "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='  \\n\\n\\n')"),
-    python(CALL, "class Solution:\n    def join(self, a: List[int], b: int) -> List[int]:\n        print('noise')\n        return tuple(a + [b])"),
-    python(CALL, "def join(a, b):\n    return [*a, b]"), python(CHECK, "def square(x):\n    return x * x"),
+    python(
+        CALL,
+        "class Solution:\n    def join(self, a: List[int], b: int) -> List[int]:\n        print('noise')\n        return tuple(a + [b])",
+    ),
+    python(CALL, "def join(a, b):\n    return [*a, b]"),
+    python(CHECK, "def square(x):\n    return x * x"),
     python("assert square(2) == 4", "def square(x):\n    return x ** 2"),
-    Case("code", ADD, f"one\n```python\nprint(1)\n```\nbetter\n```\nprint(sum(map(int, input().split())))\n```\n```text\n3\n```{END}"),
+    Case(
+        "code",
+        ADD,
+        f"one\n```python\nprint(1)\n```\nbetter\n```\nprint(sum(map(int, input().split())))\n```\n```text\n3\n```{END}",
+    ),
     # wrong
-    python(ADD, "print(3)", WRONG), python(ADD, "a, b = map(int, input().split())\nprint(a - b)", WRONG), python(ADD, "print(3, 11)", WRONG),
-    python(CALL, "def join(a, b):\n    return [1, 2, 3]", WRONG), python(CHECK, "def square(x):\n    return 4", "error"), python(ADD, "pass", WRONG),
-    python(ADD, NUMPY, "error"), Case("code_numpy", ADD, f"```python\n{NUMPY}\n```{END}"),
+    python(ADD, "print(3)", WRONG),
+    python(ADD, "a, b = map(int, input().split())\nprint(a - b)", WRONG),
+    python(ADD, "print(3, 11)", WRONG),
+    python(CALL, "def join(a, b):\n    return [1, 2, 3]", WRONG),
+    python(CHECK, "def square(x):\n    return 4", "error"),
+    python(ADD, "pass", WRONG),
+    python(ADD, NUMPY, "error"),
+    Case("code_numpy", ADD, f"```python\n{NUMPY}\n```{END}"),
     # malformed
-    python(ADD, "print(", "error"), python(CALL, "def other(): pass", "error"), python(CALL, "def join(a, b): return object()", "error"),
-    Case("code", ADD, f"no code{END}", "no code block"), Case("code", ADD, f"```python\nprint(3){END}", "no code block"),
+    python(ADD, "print(", "error"),
+    python(CALL, "def other(): pass", "error"),
+    python(CALL, "def join(a, b): return object()", "error"),
+    Case("code", ADD, f"no code{END}", "no code block"),
+    Case("code", ADD, f"```python\nprint(3){END}", "no code block"),
     Case("code", ADD, f"```cpp\nint main() {{}}\n```{END}", "no code block"),
     Case("code", "{}", f"```python\nprint(3)\n```{END}", "the prompt's tests cannot be read"),
     # hostile
-    python(ADD, "while True: pass", "time limit"), python(ADD, "import time\ntime.sleep(60)", "time limit"),
-    python(ADD, "x = bytearray(2 * 10**9)", "memory limit"), python(ADD, "print('3' * 10**9)", "memory limit"),
+    python(ADD, "while True: pass", "time limit"),
+    python(ADD, "import time\ntime.sleep(60)", "time limit"),
+    python(ADD, "x = bytearray(2 * 10**9)", "memory limit"),
+    python(ADD, "print('3' * 10**9)", "memory limit"),
     python(ADD, "while True: print('3' * 10**6)", "error"),
-    python(ADD, "import os\nn = 0\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        break\nprint(3)", WRONG),
-    python(ADD, "import socket\nsocket.create_connection(('127.0.0.1', 22))", "error"), python(ADD, "open('/etc/passwd').read()", "error"),
-    python(ADD, "import os\nos.kill(os.getppid(), 9)\nprint(3)", "error"), python(ADD, "open('/usr/lib/proof', 'w')", "error"),
-    python(ADD, "for i in range(99999): open(str(i), 'w').write('x' * 10**5)", "error"), python(ADD, "import os\nos.abort()", "error"),
-    python(CHECK, "import os\nos._exit(0)", "no result"), python(CHECK, "import sys\nsys.exit(0)", "no result"),
+    python(
+        ADD,
+        "import os\nn = 0\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        break\nprint(3)",
+        WRONG,
+    ),
+    python(ADD, "import socket\nsocket.create_connection(('127.0.0.1', 22))", "error"),
+    python(ADD, "open('/etc/passwd').read()", "error"),
+    python(ADD, "import os\nos.kill(os.getppid(), 9)\nprint(3)", "error"),
+    python(ADD, "open('/usr/lib/proof', 'w')", "error"),
+    python(ADD, "for i in range(99999): open(str(i), 'w').write('x' * 10**5)", "error"),
+    python(ADD, "import os\nos.abort()", "error"),
+    python(CHECK, "import os\nos._exit(0)", "no result"),
+    python(CHECK, "import sys\nsys.exit(0)", "no result"),
     python(ADD, "import ctypes\nctypes.string_at(0)", "error"),
-]  # fmt: skip
+]
 
 PLAIN = [
-    Case("plain", "Paris", f"<think>France</think>\n  Paris\n{END}"), Case("plain", "New York", f"New   York{END}"),
+    Case("plain", "Paris", f"<think>France</think>\n  Paris\n{END}"),
+    Case("plain", "New York", f"New   York{END}"),
     Case("plain", "Paris", f"paris{END}", WRONG),
-    Case("plain", "Paris", f"It is Paris{END}", WRONG), Case("plain", "Paris", END, "no answer"), Case("plain", "Paris", "x" * 200_000 + END, WRONG),
-    Case("plain_line", "Paris\nLutetia", f"Long ago:\nlutetia\n{END}"), Case("plain_line", "Paris", f"Paris\nno, Rome{END}", WRONG),
-]  # fmt: skip
+    Case("plain", "Paris", f"It is Paris{END}", WRONG),
+    Case("plain", "Paris", END, "no answer"),
+    Case("plain", "Paris", "x" * 200_000 + END, WRONG),
+    Case("plain_line", "Paris\nLutetia", f"Long ago:\nlutetia\n{END}"),
+    Case("plain_line", "Paris", f"Paris\nno, Rome{END}", WRONG),
+]
 CASES = [*MATH, *PLAIN, *CODE]
 
 
