@@ -158,7 +158,8 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(done, indent=1) + "\n")
     print(
-        "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token | consistent | inconsistent | cannot tell |"
+        "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token |"
+        " consistent | inconsistent | cannot tell |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, rows in done.items():
@@ -171,7 +172,8 @@ def main() -> None:
             str(verdicts[verdict]) for verdict in ("consistent", "inconsistent", "cannot tell")
         )
         print(
-            f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} | {mean['mean']:+.5f} | {counts} |"
+            f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} |"
+            f" {mean['mean']:+.5f} | {counts} |"
         )
 
 

@@ -292,7 +292,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     lines = [
-        f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"
+        f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, "
+        f"hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"
     ]
     lines.append(
         f"{'':<20}{'memory':>12}{'of dense':>10}{'time':>12}{'of dense':>10}{'processor':>12}{'of dense':>10}"
@@ -307,7 +308,8 @@ def table(figures: dict[str, Any]) -> str:
                 figures[f"{prefix}{key}_ratio"] for key in ("memory", "time", "processor_time")
             ]
             lines.append(
-                f"{form:<20}{memory:>8.0f} MiB{ratios[0]:>10.3f}{seconds:>10.3f} s{ratios[1]:>10.2f}{processor:>10.3f} s{ratios[2]:>10.2f}"
+                f"{form:<20}{memory:>8.0f} MiB{ratios[0]:>10.3f}{seconds:>10.3f} "
+                f"s{ratios[1]:>10.2f}{processor:>10.3f} s{ratios[2]:>10.2f}"
             )
     lines += [
         f"{name} of the pairs: {', '.join(f'{ratio:.2f}' for ratio in figures[key])}"

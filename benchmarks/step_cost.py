@@ -347,7 +347,8 @@ def table(figures: dict[str, float]) -> str:
     moved = figures["max_parameter_change"]
     apart = figures["max_parameter_difference"]
     lines.append(
-        f"parameters after {COMPARED_AFTER} steps: moved by up to {moved:.1e}, apart by at most {apart:.1e}"
+        f"parameters after {COMPARED_AFTER} steps: moved by up to {moved:.1e}, "
+        f"apart by at most {apart:.1e}"
     )
     return "\n".join(lines)
 

@@ -294,7 +294,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "repeats": args.repeats,
     }
     print(
-        f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, buckets of {args.bucket_mib:g} MiB; best of {args.repeats}",
+        (
+            f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, "
+            f"buckets of {args.bucket_mib:g} MiB; best of {args.repeats}"
+        ),
         flush=True,
     )
     settings = SGLangSection(
@@ -373,8 +376,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def say(transport: str, row: dict[str, Any]) -> None:
     print(
-        f"{transport:12} {row['seconds']:.2f} s ({row['bytes_per_s'] / 1e9:.2f} GB/s), plain copy {row['raw_seconds']:.2f} s: "
-        f"share {row['share_of_raw']:.2f} (of medians {row['share_of_raw_median']:.2f}); with verification {row['verified_seconds']:.2f} s; "
+        f"{transport:12} {row['seconds']:.2f} s ({row['bytes_per_s'] / 1e9:.2f} GB/s), "
+        f"plain copy {row['raw_seconds']:.2f} s: "
+        f"share {row['share_of_raw']:.2f} (of medians {row['share_of_raw_median']:.2f}); "
+        f"with verification {row['verified_seconds']:.2f} s; "
         f"extra memory {row['extra_bytes'] / 2**20:.0f} MiB",
         flush=True,
     )

@@ -33,7 +33,8 @@ SKIPPED = {  # a word of a RUN -> why
     "/tmp/apex": "only runs where APEX_COMMIT is given",
 }
 LARGE = re.compile(  # wheels of some ten to some hundred megabytes, and what cannot be without them
-    r"(nvidia-(cu|nccl|nvshmem|nvjitlink|mathdx|nvvm|nvtx)|torch|triton|sglang-kernel|flashinfer|flash-attn|transformer-engine|tilelang|tokenspeed|cuda-|sgl-deep|"
+    "(nvidia-(cu|nccl|nvshmem|nvjitlink|mathdx|nvvm|nvtx)|torch|triton|sglang-kernel|flashinfer|"
+    "flash-attn|transformer-engine|tilelang|tokenspeed|cuda-|sgl-deep|"
     r"humming|helion|quack|apache-tvm|z3|llvmlite|scipy|scikit|opencv|pyarrow|numba|mlx)"
 )
 MACHINE_FILES = (
@@ -43,7 +44,10 @@ MACHINE_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
 )
 # of the Python put in place
-LIBRARIES = "ca-certificates libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3 libuuid1 zlib1g"
+LIBRARIES = (
+    "ca-certificates libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3 "
+    "libuuid1 zlib1g"
+)
 
 AS_USER = (  # after the last step, as the image's user; the one that writes into /opt must fail
     "id -u",
@@ -196,7 +200,8 @@ def main() -> int:
     for command in AS_USER:
         code, output = root.run(command)
         sys.stdout.write(
-            f"[{'ok' if code == 0 else f'code {code}':>8}] as the image's user: {command}: {output.strip()[-200:]}\n"
+            f"[{'ok' if code == 0 else f'code {code}':>8}] as the image's user: {command}: "
+            f"{output.strip()[-200:]}\n"
         )
     return 1 if failed else 0
 

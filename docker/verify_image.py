@@ -125,7 +125,10 @@ def failing_imports(modules: tuple[str, ...]) -> Iterator[str]:
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a library raises at import is the finding
-            yield f"import {module}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            yield (
+                f"import {module}: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            )
 
 
 def wrong_launcher(wanted: Mapping[str, str], python: Path = LAUNCH_PYTHON) -> Iterator[str]:
@@ -170,7 +173,10 @@ def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
         yield f"driver {driver}: CUDA 13.0 needs {'.'.join(map(str, LEAST_DRIVER))} or newer"
     for index in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(index) != (9, 0):
-            yield f"GPU {index} ({torch.cuda.get_device_name(index)}): the image is built for compute capability 9.0 alone"
+            yield (
+                f"GPU {index} ({torch.cuda.get_device_name(index)}): the image is built for "
+                "compute capability 9.0 alone"
+            )
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     if nccl != wanted["NCCL_VERSION"]:
         yield f"NCCL {nccl} is loaded, versions.env says {wanted['NCCL_VERSION']}"

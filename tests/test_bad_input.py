@@ -217,7 +217,10 @@ def change_manifest(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-NEWER = f"manifest of schema version {SCHEMA_VERSION + 1}; limit: this lopd reads up to {SCHEMA_VERSION}; remedy: use a newer lopd"
+NEWER = (
+    f"manifest of schema version {SCHEMA_VERSION + 1}; "
+    f"limit: this lopd reads up to {SCHEMA_VERSION}; remedy: use a newer lopd"
+)
 
 
 @pytest.mark.parametrize(

@@ -67,21 +67,34 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("run.dir.deep=1", "dir is a value, not a section"),
         (
             "models.teachers.math=5",
-            "models.teachers.math = 5; limit: a path in quotes; remedy: change it (One teacher per domain",
+            (
+                "models.teachers.math = 5; limit: a path in quotes; "
+                "remedy: change it (One teacher per domain"
+            ),
         ),
         ("sglang.student_urls=[5]", "sglang.student_urls.0 = 5; limit: text in quotes"),
         ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
         (
             "sync.host=localhost",
-            'sync.host = "localhost" is not an IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one',
+            (
+                'sync.host = "localhost" is not an IPv4 address; '
+                "limit: an IPv4 address of this machine, or auto; remedy: name one"
+            ),
         ),
         (
             "sync.delta=true",
-            'sync.delta = true with transport = "disk"; limit: transport = "tensor" or "distributed": a folder must hold every tensor; remedy: set',
+            (
+                'sync.delta = true with transport = "disk"; '
+                'limit: transport = "tensor" or "distributed": a folder must hold every tensor; '
+                "remedy: set"
+            ),
         ),
         (
             "sync={colocate=true,transport='distributed'}",
-            'sync.colocate = true with transport = "distributed"; limit: transport = "tensor" or "disk"',
+            (
+                'sync.colocate = true with transport = "distributed"; '
+                'limit: transport = "tensor" or "disk"'
+            ),
         ),
         (
             "sync={colocate=true,transport='tensor',delta=true}",

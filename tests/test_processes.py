@@ -94,7 +94,10 @@ def test_exit_codes_pass_through(command: str, code: int) -> None:
 
 
 def test_what_a_command_leaves_behind_ends_with_it() -> None:
-    leaver = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])"
+    leaver = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; "
+        "time.sleep(3600)'])"
+    )
     child = GuardedProcess([sys.executable, "-c", leaver], env=dict(os.environ))
     assert child.wait(120) == 0
     assert ends(child.pid)

@@ -127,7 +127,8 @@ def main() -> None:
     )
     manifest = write_responses(options.out, responses, kind="demonstrations", inputs=inputs)
     print(
-        f"{options.out}: {manifest.rows} demonstrations ({options.kind}) in {time.monotonic() - start:.1f} s"
+        f"{options.out}: {manifest.rows} demonstrations ({options.kind}) in "
+        f"{time.monotonic() - start:.1f} s"
     )
 
 

@@ -191,7 +191,8 @@ class _Forks:
             assert self._log is not None
             self._log.seek(0)
             raise RanksFailed(
-                f"the process that forks ranks ended:\n{self._log.read().decode(errors='replace')[-3000:]}"
+                "the process that forks ranks ended:\n"
+                f"{self._log.read().decode(errors='replace')[-3000:]}"
             )
         code: int | None = json.loads(answer)
         return code

@@ -139,9 +139,9 @@ def test_through_another_layout_and_back_is_bit_for_bit(results: list[dict[str, 
 
 def test_another_layout_is_told(results: list[dict[str, Any]]) -> None:
     (note,) = results[0]["data -> tensor"]["notes"]
-    assert (
-        note
-        == "checkpoint step-000003 is of another layout (tensor 1 -> 2): weights and optimizer state continue, equal up to rounding"
+    assert note == (
+        "checkpoint step-000003 is of another layout (tensor 1 -> 2): "
+        "weights and optimizer state continue, equal up to rounding"
     )
     assert results[1]["data -> tensor"]["notes"] == [], "once, on rank 0"
 
@@ -178,7 +178,10 @@ def test_a_damaged_checkpoint_is_set_aside_in_a_line_and_leftovers_are_removed(
     found = results[0]["damaged"]
     assert found["state"] == {"cursor": 2, "note": "data"}
     (note,) = found["notes"]
-    told = r"checkpoint step-000003 is damaged \((.+)\) and set aside as step-000003\.damaged; the training continues from step-000002"
+    told = (
+        r"checkpoint step-000003 is damaged \((.+)\) and set aside as step-000003\.damaged; "
+        "the training continues from step-000002"
+    )
     assert re.fullmatch(told, note), note
     assert re.search(r"\(__\d_\d\.distcp: \d+ bytes instead of \d+\)", note)
     assert found["left"] == ["latest", "step-000002", "step-000003.damaged"]
@@ -212,8 +215,8 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew_silently(
     for ranks in results:
         refused = ranks["damaged"]["both"]
         assert (
-            "every checkpoint is damaged: step-000003/__0_0.distcp: checksum differs; step-000002/__0_0.distcp: checksum differs"
-            in refused
+            "every checkpoint is damaged: step-000003/__0_0.distcp: checksum differs; "
+            "step-000002/__0_0.distcp: checksum differs" in refused
         )
         assert "remedy: remove this folder to begin the training anew" in refused
 

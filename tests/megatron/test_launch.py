@@ -117,7 +117,10 @@ def test_no_rank_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
     mark = mark_of(tmp_path)
     # a shell ignores SIGINT for what it runs in the background, and a child inherits that
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{heed}; from tests.megatron.test_launch import *; start('waits', Path({str(tmp_path)!r}), mark={mark!r})"
+    code = (
+        f"{heed}; from tests.megatron.test_launch import *; "
+        f"start('waits', Path({str(tmp_path)!r}), mark={mark!r})"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     log = tmp_path / "train.log"
     deadline = time.monotonic() + 200

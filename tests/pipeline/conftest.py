@@ -43,7 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.parent == Path(__file__).parent and item.path.stem in THE_EXAMPLES:
                 item.add_marker(
                     pytest.mark.skip(
-                        reason=f"the example trains on {EXAMPLE_RANKS} ranks; lopd refuses more ranks than CPU cores"
+                        reason=(
+                            f"the example trains on {EXAMPLE_RANKS} ranks; "
+                            "lopd refuses more ranks than CPU cores"
+                        )
                     )
                 )
 

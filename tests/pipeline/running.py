@@ -112,7 +112,9 @@ class Command:
         while not reached():
             if self._process.poll() is not None:
                 raise AssertionError(
-                    f"ended with {self._process.poll()} before {what}:\n{self.output[-2000:]}\n{self._stderr.read_text()[-2000:]}"
+                    f"ended with {self._process.poll()} before {what}:\n"
+                    f"{self.output[-2000:]}\n"
+                    f"{self._stderr.read_text()[-2000:]}"
                 )
             if time.monotonic() > deadline:
                 raise AssertionError(
@@ -198,7 +200,9 @@ def lopd(
     """Runs a command to its end; code: the exit code it must have (None: any)."""
     finished = Command(verb, run_dir, overrides).wait()
     assert code is None or finished.code == code, (
-        f"lopd {verb}: exit code {finished.code}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
+        f"lopd {verb}: exit code {finished.code}\n"
+        f"{finished.stdout[-3000:]}\n"
+        f"{finished.stderr[-3000:]}"
     )
     return finished
 

@@ -193,8 +193,14 @@ MICRO = (
     "prompts.eval.num_prompts=16",
     "demonstrate.shard_size=16",
     "rollout.shard_size=16",
-    "sft={num_steps=4, batch_size=16, dtype='float32', max_tokens_per_microbatch=8192, checkpoint_every=1}",
-    "distill={num_steps=8, batch_size=24, dtype='float32', max_tokens_per_microbatch=8192, checkpoint_every=2, sync_every=2, sync_num_prompts=16}",
+    (
+        "sft={num_steps=4, batch_size=16, dtype='float32', max_tokens_per_microbatch=8192, "
+        "checkpoint_every=1}"
+    ),
+    (
+        "distill={num_steps=8, batch_size=24, dtype='float32', max_tokens_per_microbatch=8192, "
+        "checkpoint_every=2, sync_every=2, sync_num_prompts=16}"
+    ),
 )
 
 

@@ -216,8 +216,8 @@ def test_an_evaluation_asks_again(
         assert trainer.num_exports == 2, "it has them"
     assert log.evaluations == [(0, 6), (2, 6), (2, 6)]
     assert (
-        "a response has the weight version default, but step-2 was requested; the weights are sent again"
-        in capsys.readouterr().out
+        "a response has the weight version default, but step-2 was requested; "
+        "the weights are sent again" in capsys.readouterr().out
     )
 
 
@@ -229,7 +229,10 @@ def test_a_server_that_loses_them_again_and_again_is_an_error(
         evaluation, trainer, log = evaluation_of(fake, scored, tmp_path, "tensor")
         with pytest.raises(
             EngineError,
-            match=r"lost its weights 5 times: a response has the weight version default, but step-2 was requested",
+            match=(
+                "lost its weights 5 times: a response has the weight version default, "
+                "but step-2 was requested"
+            ),
         ):
             evaluation.evaluate(2)
     assert trainer.num_exports == MAX_SENDS == 5

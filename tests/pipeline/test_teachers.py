@@ -161,5 +161,6 @@ def test_a_student_learns_from_the_teachers_top_k(
     assert finished.code == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     first, last = losses(run)
     assert last > 0.9 * first, (
-        "another place's top-K cannot be learnt (the accuracy is no control: any push away from the student's bad habit raises it)"
+        "another place's top-K cannot be learnt (the accuracy is no control: "
+        "any push away from the student's bad habit raises it)"
     )

@@ -81,7 +81,10 @@ def test_other_weights_in_that_folder_are_refused(
 ) -> None:
     with pytest.raises(
         EngineError,
-        match=f"{served.url}: the server has loaded {student_dir}, which is not the model in {other_dir}",
+        match=(
+            f"{served.url}: the server has loaded {student_dir}, which is not the model in "
+            f"{other_dir}"
+        ),
     ):
         check(served, expected(other_dir))
 

@@ -46,7 +46,10 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         (
             "cuda_graph_bs",
             [1],
-            "unknown SGLang argument cuda_graph_bs; remedy: the nearest one is cuda_graph_bs_decode",
+            (
+                "unknown SGLang argument cuda_graph_bs; "
+                "remedy: the nearest one is cuda_graph_bs_decode"
+            ),
         ),
         ("schedule-policy", "lpm", "the nearest one is schedule_policy"),
         # what breaks a server of ours
@@ -56,7 +59,10 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         (
             "delete_ckpt_after_loading",
             True,
-            "delete_ckpt_after_loading = true; limit: it deletes the model's folder; remedy: leave it out",
+            (
+                "delete_ckpt_after_loading = true; limit: it deletes the model's folder; "
+                "remedy: leave it out"
+            ),
         ),
     ],
 )

@@ -132,8 +132,8 @@ def test_three_deaths_in_a_row_are_the_end(frail: Frail) -> None:
         die(frail, watcher)
     assert watcher.failure is not None
     assert (
-        "died 3 times in a row without answering a request; at last: it died; its log ends: the last line"
-        in str(watcher.failure)
+        "died 3 times in a row without answering a request; at last: it died; "
+        "its log ends: the last line" in str(watcher.failure)
     )
     assert "sglang.restarts = 2" in str(watcher.failure)
     assert (frail.num_starts, len(told)) == (2, 2)
@@ -213,7 +213,10 @@ def test_clients_of_other_processes_are_told_that_it_is_the_end(frail: Frail) ->
     until("told", lambda: frail.weights_file.with_name("weights.json.failure").exists())
     with pytest.raises(
         EngineError,
-        match=r"log: the student server died 2 times in a row .* its log ends: the last line; limit: sglang.restarts = 1",
+        match=(
+            "log: the student server died 2 times in a row .* its log ends: the last line; "
+            "limit: sglang.restarts = 1"
+        ),
     ):
         list(elsewhere.generate(sampling_requests(2), sampling()))
     with pytest.raises(EngineError, match="died 2 times in a row"):

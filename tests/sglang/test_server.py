@@ -76,7 +76,10 @@ def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
     assert {"model_path", "attention_backend", "disable_radix_cache", "schedule_policy"} <= set(
         known_fields()
     )
-    code = "import sys, sglang_rollout.servers.server as s; s.check_extra_args({'schedule_policy': 'fcfs'}); print([m for m in sys.modules if m.startswith('sglang.')])"
+    code = (
+        "import sys, sglang_rollout.servers.server as s; s.check_extra_args({'schedule_policy': "
+        "'fcfs'}); print([m for m in sys.modules if m.startswith('sglang.')])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -249,7 +252,11 @@ def test_a_server_that_is_not_healthy_in_time_is_ended(student_dir: Path, tmp_pa
 def test_the_cause_is_found_under_a_traceback_and_shutdown_messages(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
-        "[2026] fine\nTraceback (most recent call last):\n  File x\nValueError: the cause\n[2026] SIGQUIT received. It usually means one child failed.\n"
+        "[2026] fine\n"
+        "Traceback (most recent call last):\n"
+        "  File x\n"
+        "ValueError: the cause\n"
+        "[2026] SIGQUIT received. It usually means one child failed.\n"
     )
     assert log_summary(log) == "ValueError: the cause"
     log.write_text("one\ntwo\n")

@@ -281,7 +281,10 @@ def test_memory_is_shared_also_where_the_temporary_folder_has_too_long_a_path_fo
         if ours
         else "torch.UntypedStorage._new_shared(4, device='cpu')"
     )
-    code = f"import torch; from sglang_rollout.weight_sync import tensor; torch.multiprocessing.set_sharing_strategy('file_system'); {make}"
+    code = (
+        "import torch; from sglang_rollout.weight_sync import tensor; "
+        f"torch.multiprocessing.set_sharing_strategy('file_system'); {make}"
+    )
     environment = {**os.environ, "TMPDIR": str(place)}
     done = subprocess.run(
         [sys.executable, "-c", code],

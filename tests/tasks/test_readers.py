@@ -22,7 +22,11 @@ from lopd.tasks.prompts import read_prompts
 from lopd.tasks.readers import ReadCounts
 from lopd.tasks.rows import content_hash
 
-DAPO = "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer.\n\nWhat is 1+1?"
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer.\n\n"
+    "What is 1+1?"
+)
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.parquet") -> Path:

@@ -150,7 +150,11 @@ def test_the_kernel_answers_no(mode: Protections, call: str) -> None:
     assert (
         run(
             mode,
-            f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.{call}, ctypes.get_errno())",
+            (
+                "import ctypes\n"
+                "libc = ctypes.CDLL(None, use_errno=True)\n"
+                f"print(libc.{call}, ctypes.get_errno())"
+            ),
         ).stdout
         == b"-1 1\n"
     )
@@ -169,7 +173,16 @@ def test_limits(mode: Protections) -> None:
     assert b"MemoryError" in run(mode, "bytearray(10**9)").stderr
     forks = run(
         mode,
-        "import os, time\nn = 1\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(60)\n        n += 1\nexcept OSError:\n    print(n)",
+        (
+            "import os, time\n"
+            "n = 1\n"
+            "try:\n"
+            "    while True:\n"
+            "        if os.fork() == 0: time.sleep(60)\n"
+            "        n += 1\n"
+            "except OSError:\n"
+            "    print(n)"
+        ),
     )
     assert int(forks.stdout) <= SMALL.processes
     assert len(run(mode, "while True: print('x' * 10**5)").stdout) <= SMALL.file_mb << 20
@@ -188,7 +201,16 @@ def test_all_files_together_are_bounded_where_the_disk_is_its_own() -> None:
 @pytest.mark.parametrize("ending", ["print('left')", "time.sleep(60)"], ids=["ends", "is stopped"])
 def test_what_it_leaves_behind_is_ended(mode: Protections, ending: str) -> None:
     mark = f"4242{os.getpid()}"
-    code = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep({mark})\n    os._exit(0)\ntime.sleep(0.2)\n{ending}"
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        f"        time.sleep({mark})\n"
+        "    os._exit(0)\n"
+        "time.sleep(0.2)\n"
+        f"{ending}"
+    )
     run(mode, f"mark = {mark}\n" + code, limits=replace(SMALL, wall_s=1))
     assert not orphans(), "a process of the sandbox is alive"
 
@@ -246,7 +268,10 @@ def test_code_is_refused_where_nothing_protects(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sandbox, "protections", lambda: UNPROTECTED)
     with pytest.raises(
         ConfigError,
-        match=r"code that a model wrote is not run here: sandbox \(none\): limits alone.*allow_weak_sandbox",
+        match=(
+            r"code that a model wrote is not run here: sandbox \(none\): "
+            "limits alone.*allow_weak_sandbox"
+        ),
     ) as caught:
         get_task("code", {}).check_machine()  # type: ignore[attr-defined]
     assert "\n" not in str(caught.value)

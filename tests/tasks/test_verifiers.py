@@ -133,7 +133,17 @@ def python(tests: str, program: str, reason: str = "") -> Case:
     return Case(
         "code",
         tests,
-        f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```{END}",
+        (
+            "<think>\n"
+            "```python\n"
+            "print('not this')\n"
+            "```\n"
+            "</think>\n"
+            "Here:\n"
+            "```python\n"
+            f"{program}\n"
+            f"```{END}"
+        ),
         reason,
     )
 
@@ -149,7 +159,12 @@ CODE = [
     python(ADD, "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='  \\n\\n\\n')"),
     python(
         CALL,
-        "class Solution:\n    def join(self, a: List[int], b: int) -> List[int]:\n        print('noise')\n        return tuple(a + [b])",
+        (
+            "class Solution:\n"
+            "    def join(self, a: List[int], b: int) -> List[int]:\n"
+            "        print('noise')\n"
+            "        return tuple(a + [b])"
+        ),
     ),
     python(CALL, "def join(a, b):\n    return [*a, b]"),
     python(CHECK, "def square(x):\n    return x * x"),
@@ -157,7 +172,19 @@ CODE = [
     Case(
         "code",
         ADD,
-        f"one\n```python\nprint(1)\n```\nbetter\n```\nprint(sum(map(int, input().split())))\n```\n```text\n3\n```{END}",
+        (
+            "one\n"
+            "```python\n"
+            "print(1)\n"
+            "```\n"
+            "better\n"
+            "```\n"
+            "print(sum(map(int, input().split())))\n"
+            "```\n"
+            "```text\n"
+            "3\n"
+            f"```{END}"
+        ),
     ),
     # wrong
     python(ADD, "print(3)", WRONG),
@@ -184,7 +211,16 @@ CODE = [
     python(ADD, "while True: print('3' * 10**6)", "error"),
     python(
         ADD,
-        "import os\nn = 0\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        break\nprint(3)",
+        (
+            "import os\n"
+            "n = 0\n"
+            "while True:\n"
+            "    try:\n"
+            "        os.fork()\n"
+            "    except OSError:\n"
+            "        break\n"
+            "print(3)"
+        ),
         WRONG,
     ),
     python(ADD, "import socket\nsocket.create_connection(('127.0.0.1', 22))", "error"),
