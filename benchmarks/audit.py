@@ -2,7 +2,8 @@
 models as accurate as it.
 
     python benchmarks/audit.py --foreign runs/tiny_moe/distill/model --draws 100 --json audit.json
-    python benchmarks/audit.py --foreign runs/tiny_moe/distill/model --draws 20 --first 40 --json audit.json     # some of them, added to the file
+
+With ``--draws 20 --first 40`` the draws from number 40 on are added to the file.
 
 Every draw has prompts and random numbers of its own, so that draws are independent (draws out of
 one pool are not: they share its luck). Responses are sampled with transformers in this process, at
@@ -158,8 +159,8 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(done, indent=1) + "\n")
     print(
-        "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token |"
-        " consistent | inconsistent | cannot tell |"
+        "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token "
+        "| consistent | inconsistent | cannot tell |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, rows in done.items():
@@ -172,8 +173,8 @@ def main() -> None:
             str(verdicts[verdict]) for verdict in ("consistent", "inconsistent", "cannot tell")
         )
         print(
-            f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} |"
-            f" {mean['mean']:+.5f} | {counts} |"
+            f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} "
+            f"| {mean['mean']:+.5f} | {counts} |"
         )
 
 

@@ -175,8 +175,9 @@ def main() -> None:
     for how in ("in order", "shuffled"):
         row = figures[how]
         rate = (
-            f"{row['tokens_per_s']:,.0f} tokens/s ({row['tokens_per_processor_s']:,.0f} per "
-            f"processor second), {row['times_the_trainer']:.0f} times the trainer"
+            f"{row['tokens_per_s']:,.0f} tokens/s "
+            f"({row['tokens_per_processor_s']:,.0f} per processor second), "
+            f"{row['times_the_trainer']:.0f} times the trainer"
         )
         print(
             f"{how:9} {rate}; memory {row['memory_mb']:.0f} MB, "

@@ -1,7 +1,10 @@
 """Peak memory of ranks that load a Hugging Face checkpoint: each reads its own slices, so none ever
 holds the whole model.
 
-    python benchmarks/load_memory.py --json load_memory.json        a Qwen3-MoE of 2.2 GB in bfloat16, made up in a temporary folder, on 2 ranks with TP2 EP2
+    python benchmarks/load_memory.py --json load_memory.json
+
+The checkpoint is a Qwen3-MoE of 2.2 GB in bfloat16, which is made up in a temporary folder. Two
+ranks load it with TP2 EP2.
 
 Figures of a rank, in bytes: own (its parameters), largest (the largest tensor of the checkpoint),
 before (the process, before the model is built), built (after that; on a CPU the allocator keeps
@@ -183,14 +186,16 @@ def main() -> None:
         f"checkpoint {total / GIB:.2f} GiB, its largest tensor {ranks[0]['largest'] / GIB:.3f} GiB"
     )
     print(
-        f"{'rank':<6}{'own share':>12}{'before':>10}{'built':>10}{'loading':>10}{'mapped':>10}{'time':>10}"
+        f"{'rank':<6}{'own share':>12}{'before':>10}{'built':>10}"
+        f"{'loading':>10}{'mapped':>10}{'time':>10}"
     )
     for rank, figures in enumerate(ranks):
         own, before, built, loading, mapped = (
             figures[key] / GIB for key in ("own", "before", "built", "loading", "mapped")
         )
         print(
-            f"{rank:<6}{own:>8.2f} GiB{before:>10.2f}{built:>10.2f}{loading:>10.3f}{mapped:>10.3f}{figures['seconds']:>8.1f} s"
+            f"{rank:<6}{own:>8.2f} GiB{before:>10.2f}{built:>10.2f}"
+            f"{loading:>10.3f}{mapped:>10.3f}{figures['seconds']:>8.1f} s"
         )
     if options.json is not None:
         options.json.write_text(

@@ -3,12 +3,13 @@ same path.
 
 A synthetic Qwen3-MoE checkpoint is made on the spot, a real server started on it, and the
 checkpoint's tensors are synced again and again from this process, which stands for the trainer's
-rank 0. The plain copy, in turns with the syncs:
+rank 0. The plain copy, which alternates with the syncs:
 
 disk         write the bytes to files, bucket by bucket, and read them back into memory
-tensor       copy a bucket into shared memory, have another process copy it out, next bucket; or by two buffers of 32 MiB in turns
+tensor       copy a bucket into shared memory, have another process copy it out, next bucket; or
+             with two buffers of 32 MiB, which are used alternately
 distributed  broadcast a bucket over gloo to another process, into memory that is there already,
-next bucket; or its tensors one by one, all at once
+             next bucket; or its tensors one by one, all at once
 
 Where there are two ways of a plain copy, the faster one counts. share_of_raw is the time of the
 plain copy over that of a sync with its calls, without verification, best of all rounds; beside it
@@ -294,10 +295,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "repeats": args.repeats,
     }
     print(
-        (
-            f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, "
-            f"buckets of {args.bucket_mib:g} MiB; best of {args.repeats}"
-        ),
+        f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, "
+        f"buckets of {args.bucket_mib:g} MiB; best of {args.repeats}",
         flush=True,
     )
     settings = SGLangSection(

@@ -1,8 +1,11 @@
-"""Is this image what docker/versions.env says? Standard library only until a package is imported on purpose.
+"""Check that this image is what docker/versions.env says.
 
-    python verify_image.py --without-driver   # while the image is built: versions, pip check, imports that need no GPU driver
-    python verify_image.py                    # on the node: also GPUs, driver, NCCL, cuDNN, kernels, and that nobody is root
+    python verify_image.py --without-driver
+        while the image is built: versions, pip check, imports that need no GPU driver
+    python verify_image.py
+        on the node: also GPUs, driver, NCCL, cuDNN, kernels, and that nobody is root
 
+The script uses the standard library only, until it imports a package in order to check it.
 Tells all that is wrong at once, one line each; exit code 1 if something is.
 """
 
@@ -152,7 +155,9 @@ def wrong_build(wanted: Mapping[str, str]) -> Iterator[str]:
     import torch
 
     if torch.version.cuda != wanted["TORCH_CUDA"]:
-        yield f"torch: built for CUDA {torch.version.cuda}, versions.env says {wanted['TORCH_CUDA']}"
+        yield (
+            f"torch: built for CUDA {torch.version.cuda}, versions.env says {wanted['TORCH_CUDA']}"
+        )
 
 
 def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
@@ -174,8 +179,8 @@ def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(index) != (9, 0):
             yield (
-                f"GPU {index} ({torch.cuda.get_device_name(index)}): the image is built for "
-                "compute capability 9.0 alone"
+                f"GPU {index} ({torch.cuda.get_device_name(index)}): "
+                "the image is built for compute capability 9.0 alone"
             )
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     if nccl != wanted["NCCL_VERSION"]:

@@ -130,8 +130,8 @@ def main() -> None:
     ):
         responses = generate(engine, options.model, kill=options.kill)
         print(
-            f"{len(responses)} responses, {len({response.key for response in responses})} of them "
-            "different"
+            f"{len(responses)} responses, "
+            f"{len({response.key for response in responses})} of them different"
         )
 
         items = (
@@ -144,8 +144,9 @@ def main() -> None:
             for response in responses
         )
         print(
-            f"{len(scores)} scores, at most {worst:.1e} nats from the log-probabilities of "
-            "sampling: both are at temperature 1"
+            f"{len(scores)} scores, "
+            f"at most {worst:.1e} nats from the log-probabilities of sampling: "
+            "both are at temperature 1"
         )
 
         for section in (

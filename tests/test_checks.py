@@ -83,19 +83,28 @@ def test_a_right_project_passes_and_nothing_is_written_or_started(
 def test_everything_wrong_is_found_in_one_go_and_run_refuses(
     config: Path, lopd: Lopd, nothing_starts: StandIns
 ) -> None:
-    mistakes = {  # override -> what must be said of it
+    # override -> what must be said of it
+    mistakes = {
         "models.teacher=absent": "models.teacher: no such folder",
         "sft.parallel.expert=3": "number of experts (8) does not divide by expert (3)",
         "distill.parallel.tensor=4": "number of key-value heads (2) does not divide by tensor (4)",
         "distill.parallel.pipeline=2": "number of layers (3) does not divide by pipeline (2)",
-        f"distill.parallel.ranks={256 * CORES}": f"distill.parallel.ranks = {256 * CORES}; limit: {CORES} CPU cores",
-        "sft.max_tokens_per_microbatch=64": "sft.max_tokens_per_microbatch = 64; limit: at least one full sequence: 128",
+        f"distill.parallel.ranks={256 * CORES}": (
+            f"distill.parallel.ranks = {256 * CORES}; limit: {CORES} CPU cores"
+        ),
+        "sft.max_tokens_per_microbatch=64": (
+            "sft.max_tokens_per_microbatch = 64; limit: at least one full sequence: 128"
+        ),
         "prompts.sft.seed=3": "also held-out prompts of prompts.eval",
         "prompts.opd.file=absent.jsonl": "absent.jsonl: no such file",
         f"sglang.tensor={32 * CORES}": f"sglang.tensor = {32 * CORES}; limit: {CORES} CPU cores",
-        "sglang.expert=2": "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: 1 without a GPU",
+        "sglang.expert=2": (
+            "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: 1 without a GPU"
+        ),
         "sglang.max_total_tokens=64": "sglang.max_total_tokens = 64",
-        "sglang.extra_args.atention_backend=triton": "unknown SGLang argument atention_backend; remedy: the nearest one is attention_backend",
+        "sglang.extra_args.atention_backend=triton": (
+            "unknown SGLang argument atention_backend; remedy: the nearest one is attention_backend"
+        ),
         "evaluate.min_p=0.1": "evaluate.min_p = 0.1 with sglang.deterministic",
         "run.dir=teacher": "run.dir holds files that no run made",
         "export.dir=student": "holds files that are not ours",
@@ -358,9 +367,9 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
     )
     (line,) = wrong(config, 'prompts.eval={file="eval.jsonl"}', 'prompts.opd={file="opd.jsonl"}')
     assert (
-        "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, first 'other name, "
-        "same question'" in line
-    )
+        "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, "
+        "first 'other name, same question'"
+    ) in line
     assert wrong(config, 'prompts.eval={file="eval.jsonl"}') == [], "the control"
 
 

@@ -88,8 +88,8 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     (
         (REFRESHED, "sglang.port=23456"),
         (
-            "sglang.port = 23456 with distill.refresh: the student's server already uses it when "
-            "the teacher's server starts"
+            "sglang.port = 23456 with distill.refresh: "
+            "the student's server already uses it when the teacher's server starts"
         ),
         (REFRESHED, "sglang.port=23456", "score.engine=megatron"),
     ),
@@ -214,8 +214,8 @@ def test_turns_with_nobody_are_refused(project: Path) -> None:
     (line,) = sync_lines(load_config(project, ["sync.colocate=true"]), on_gpu=None)
     assert (
         "sync.colocate = true, and no server lives beside the training; "
-        "limit: distill.sync_every above 0, or a refresh" in line
-    )
+        "limit: distill.sync_every above 0, or a refresh"
+    ) in line
     for server in (SYNCED, REFRESHED):
         assert sync_lines(load_config(project, ["sync.colocate=true", server]), on_gpu=None) == []
 
@@ -241,9 +241,9 @@ def test_a_broadcast_needs_a_gpu_for_each_of_its_ends(project: Path) -> None:
     for on_gpu in (True, None):
         (line,) = sync_lines(config, on_gpu=on_gpu)
         assert (
-            'sync.transport = "distributed": NCCL does not broadcast between two processes of one '
-            "GPU" in line
-        )
+            'sync.transport = "distributed": '
+            "NCCL does not broadcast between two processes of one GPU"
+        ) in line
     assert sync_lines(config, on_gpu=False) == [], "gloo does"
     assert (
         sync_lines(

@@ -1,4 +1,4 @@
-"""The order of responses: complete, fixed by the seed, known at any step without what came before."""
+"""The order of responses is complete, fixed by the seed, and known at any step alone."""
 
 from __future__ import annotations
 

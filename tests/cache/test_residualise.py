@@ -291,7 +291,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         residualise(tmp_path / "b", tmp_path / "c", Settings())
     for change in ({"folds": 1}, {"smoothing": -1.0}, {"token_share": 1.5}, {"position_bins": 0}):
         with pytest.raises(LopdError, match=next(iter(change))):
-            residualise(tmp_path / "a", tmp_path / "d", dataclasses.replace(Settings(), **change))  # type: ignore[arg-type]
+            settings = dataclasses.replace(Settings(), **change)  # type: ignore[arg-type]
+            residualise(tmp_path / "a", tmp_path / "d", settings)
     publish_cache(tmp_path / "one", some_responses(3, samples_per_prompt=3))
     with pytest.raises(LopdError, match="1 folds"):
         residualise(tmp_path / "one", tmp_path / "e", Settings())

@@ -1,7 +1,10 @@
 """Run by test_server_arguments.py in a process of its own: one server's arguments, resolved by the
 image's SGLang as on a node of H100s.
 
-    python -m tests.image.server_arguments JSON      # {"model": folder, "arguments": fields of ServerArgs}; prints what became of them
+    python -m tests.image.server_arguments JSON
+
+JSON is {"model": folder, "arguments": fields of ServerArgs}. The program prints what these fields
+become.
 
 A driver is not there. The process is given an empty one, and torch's answers about the GPUs, so
 that SGLang decides as on the node; nothing is computed.

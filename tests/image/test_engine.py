@@ -248,7 +248,7 @@ def test_its_step_is_the_stand_ins(settings: str) -> None:
 
 
 def test_cublas_has_the_function_that_its_library_calls() -> None:
-    """Without it libtransformer_engine.so does not load, and `import megatron.core` is an OSError."""
+    """Without it libtransformer_engine.so does not load, and `import megatron.core` fails."""
     libraries = Path(os.environ["LOPD_IMAGE_PACKAGES"], "nvidia/cu13/lib")
     assert hasattr(
         ctypes.CDLL(str(libraries / "libcublasLt.so.13")),

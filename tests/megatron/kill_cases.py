@@ -28,7 +28,7 @@ CHECKPOINT_EVERY = 2
 
 
 def train(model: str, folder: Path) -> None:
-    """Goes on from whatever is there; each step's figures as a line of steps.jsonl, then done.json."""
+    """Continue from what exists. Write the figures of each step to steps.jsonl, then done.json."""
     # The other folders wait for each checkpoint.
     background = folder.name in ("training-0", "training-2", "training-4")
     settings = settings_of(

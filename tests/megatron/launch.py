@@ -3,13 +3,14 @@ rank returned.
 
     from tests.megatron.launch import run_ranks
 
-    def body(folder: str, tensor: int) -> dict[str, float]:      # top level of an importable module, e.g. tests/megatron/test_parity.py
+    def body(folder: str, tensor: int) -> dict[str, float]:
         parallel.initialize(...)
-        return {"loss": 1.25}                                     # anything JSON can hold
+        return {"loss": 1.25}  # anything JSON can hold
 
     def test_it(tmp_path):
-        results = run_ranks(body, 2, folder=str(tmp_path), tensor=2)   # [rank 0's, rank 1's]
+        results = run_ranks(body, 2, folder=str(tmp_path), tensor=2)  # [rank 0's, rank 1's]
 
+The body stands at the top level of an importable module, such as tests/megatron/test_parity.py.
 Arguments and results travel as JSON (a float64 keeps its bits; tensors go as lists or through a
 file). An exception or a dead rank raises RanksFailed with the end of the log; a hang ends after
 timeout_s. Process groups are the body's business: ``lopd.megatron.ranks.parallel.initialize`` reads
@@ -165,7 +166,7 @@ class _Forks:
         self._log: IO[bytes] | None = None
 
     def run(self, folder: Path, num_ranks: int, threads: int, timeout_s: float) -> int | None:
-        """Exit code, or None where the ranks were still running after timeout_s and were stopped."""
+        """Return the exit code, or None if the ranks were stopped because timeout_s had passed."""
         if self._process is None:
             self._start()
         assert self._process is not None

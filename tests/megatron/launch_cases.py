@@ -54,7 +54,8 @@ def main(case: str, timeout_s: float) -> None:
         print(f"rank {rank} is done")
         return
     if case in ("stopped", "absent"):
-        import lopd.megatron.ranks.parallel  # noqa: F401  # before anybody watches: what a library does while it is loaded may keep the heartbeat waiting
+        # This comes before anybody watches: a library that is being loaded may delay the heartbeat.
+        import lopd.megatron.ranks.parallel  # noqa: F401
 
         with reporting_errors():
             train(case, timeout_s if case == "absent" else 3600)

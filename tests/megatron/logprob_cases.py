@@ -193,7 +193,10 @@ def _triton(
     entropy: bool = True,
     change: Callable[[Case], None] | None = None,
 ) -> dict[str, float]:
-    """Differences from the dense form in float64; change: what is done to the case between the two."""
+    """Return the differences from the dense form in float64.
+
+    change is applied to the case after the dense form and before the kernel.
+    """
     expected = case.dense(entropy=entropy)
     if change is not None:
         change(case)

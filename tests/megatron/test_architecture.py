@@ -370,8 +370,8 @@ def test_a_dense_model_has_no_experts_to_spread(tmp_path: Path, layout: dict[str
 def test_nothing_heavy_is_imported() -> None:
     """`lopd check` validates layouts before torch or megatron are imported."""
     code = (
-        "import sys, lopd.megatron.weights.architecture; print([name for name in ('torch', "
-        "'megatron', 'transformers') if name in sys.modules])"
+        "import sys, lopd.megatron.weights.architecture; "
+        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
     )
     assert (
         subprocess.run(

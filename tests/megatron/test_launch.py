@@ -74,7 +74,7 @@ def eventually_none(mark: str, patience_s: float = 60.0) -> bool:
     return not processes_with(mark)
 
 
-def test_lines_of_all_ranks_reach_the_caller_and_the_log_also_where_a_process_of_another_session_keeps_the_pipe(
+def test_lines_of_all_ranks_are_seen_also_where_a_process_of_another_session_keeps_the_pipe(
     tmp_path: Path,
 ) -> None:
     lines = start("works", tmp_path)

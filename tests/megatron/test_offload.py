@@ -23,7 +23,7 @@ LAYOUTS: dict[int, dict[str, Any]] = {1: {}, 2: {"expert": 2}}
 def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """The results of every rank, of one and of two (experts split, everything else data-parallel)."""
+    """Results of each rank, of one and of two ranks (experts split, the rest data-parallel)."""
     folder = tmp_path_factory.mktemp("offload")
     return run_ranks(
         leave_and_come_back,

@@ -24,7 +24,7 @@ LAYOUTS = [
 
 
 def _gradients(model: Any, case: Case) -> dict[str, Tensor]:
-    """Gradient of the weighted sum of log-probabilities, by Megatron name, of a model on one rank."""
+    """Gradient of the weighted sum of log-probabilities on one rank, by Megatron name."""
     from lopd.megatron.weights.transfer import local_parameters
 
     (forward_of(model, case, labels=case.labels)[0] * case.weight).sum().backward()

@@ -97,7 +97,13 @@ def test_loss_and_gradient_equal_the_dense_reference(
     (gradient,) = torch.autograd.grad(loss, logits)
     for other_direction in ("reverse", "forward"):
         for other_support in ("tail", "renormalised"):
-            reference = dense_kl(logits, teacher, other_direction, other_support, K)  # type: ignore[arg-type]
+            reference = dense_kl(
+                logits,
+                teacher,
+                other_direction,  # type: ignore[arg-type]
+                other_support,  # type: ignore[arg-type]
+                K,
+            )
             (expected,) = torch.autograd.grad(reference, logits)
             if (other_direction, other_support) == (direction, support):
                 close(loss, reference, rel=1e-10)

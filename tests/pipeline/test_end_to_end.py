@@ -122,8 +122,8 @@ def test_what_stands_on_screen(completed: CompletedRun) -> None:
     for stage in STAGES:
         assert re.search(rf"^{stage}: done in \d+\.\d s$", screen, re.MULTILINE), stage
     line = (
-        r"^distill (\d)/8  loss \d+\.\d+  advantage [+-]\d\.\d+  reverse KL -?\d\.\d+  grad norm "
-        r"\d+\.\d+  lr 2\.0e-04  tokens/s [\d,]+(?:  .+ left)?$"
+        r"^distill (\d)/8  loss \d+\.\d+  advantage [+-]\d\.\d+  reverse KL -?\d\.\d+  "
+        r"grad norm \d+\.\d+  lr 2\.0e-04  tokens/s [\d,]+(?:  .+ left)?$"
     )
     assert re.findall(line, screen, re.MULTILINE) == [str(step) for step in range(1, NUM_STEPS + 1)]
     assert len(re.findall(r"^sft \d/4  loss", screen, re.MULTILINE)) == 4

@@ -73,7 +73,7 @@ class Forgetful(UpdatedFake):
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project whose stages are done up to score, by stand-ins, which go on serving the teacher."""
+    """A project done up to score by stand-ins, which continue to serve the teacher."""
     with scored_project(tmp_path_factory.mktemp("lost"), config_of) as folder:
         yield folder
 
@@ -217,8 +217,8 @@ def test_an_evaluation_asks_again(
     assert log.evaluations == [(0, 6), (2, 6), (2, 6)]
     assert (
         "a response has the weight version default, but step-2 was requested; "
-        "the weights are sent again" in capsys.readouterr().out
-    )
+        "the weights are sent again"
+    ) in capsys.readouterr().out
 
 
 def test_a_server_that_loses_them_again_and_again_is_an_error(

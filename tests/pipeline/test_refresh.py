@@ -45,8 +45,8 @@ EVERY = 2
 BATCH = 4
 SETTINGS = (
     (
-        f"distill={{num_steps={NUM_STEPS}, batch_size={BATCH}, dtype='float32', sync_every=4, "
-        f"sync_num_prompts=2, checkpoint_every=1}}"
+        f"distill={{num_steps={NUM_STEPS}, batch_size={BATCH}, dtype='float32', "
+        "sync_every=4, sync_num_prompts=2, checkpoint_every=1}"
     ),
     f"distill.refresh.every={EVERY}",
     "rollout.shard_size=4",

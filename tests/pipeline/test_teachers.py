@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def moved(source: Path, folder: Path) -> Path:
             for column in (scores.top.ids, scores.top.logprobs, scores.top.tail_logprob)
         )
         rows.append((response, dataclasses.replace(scores, top=TopK(*columns))))
-    writer.publish_shard(0, cache.to_table(*(list(column) for column in zip(*rows, strict=True))))  # type: ignore[arg-type]
+    table_columns: Any = (list(column) for column in zip(*rows, strict=True))
+    writer.publish_shard(0, cache.to_table(*table_columns))
     writer.finish(
         **{
             name: made.extra[name]

@@ -21,8 +21,8 @@ IN_A_BENCHMARK = 505
 
 def question(number: int) -> str:
     return (
-        f"Find the number of positive integers n at most {number} such that n squared plus "
-        f"{number} is divisible by seven and by eleven"
+        f"Find the number of positive integers n at most {number} "
+        f"such that n squared plus {number} is divisible by seven and by eleven"
     )
 
 

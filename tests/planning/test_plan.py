@@ -400,8 +400,8 @@ def test_the_plan_says_so_and_its_exit_code_too(
     assert "fits 8 x h100-80gb" in shown.output, "the node is not the trouble"
     assert (
         "refused sync.colocate: sync.colocate = true, and no server lives beside the training; "
-        "limit:" in shown.output
-    )
+        "limit:"
+    ) in shown.output
     told = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     assert not told["fits"]
     assert [problem["stage"] for problem in told["problems"]] == ["configuration"]

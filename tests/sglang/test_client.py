@@ -1,4 +1,4 @@
-"""The engine's contract, held by a fake server and by the real one, and its failures, on the fake."""
+"""The engine's contract, with a fake server and the real one, and its failures, with the fake."""
 
 from __future__ import annotations
 

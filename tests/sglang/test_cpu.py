@@ -26,11 +26,15 @@ from tests.limits import close
 UPSTREAM_HASH = """
 import importlib.util, json, pathlib, sys, torch
 root = pathlib.Path(importlib.util.find_spec("sglang").origin).parent
-spec = importlib.util.spec_from_file_location("murmur_hash", root / "kernels/ops/sampling/murmur_hash.py")
+source = root / "kernels/ops/sampling/murmur_hash.py"
+spec = importlib.util.spec_from_file_location("murmur_hash", source)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 seeds, positions, columns = json.loads(sys.argv[1])
-print(json.dumps(module.murmur_hash32(torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns)).tolist()))
+found = module.murmur_hash32(
+    torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns)
+)
+print(json.dumps(found.tolist()))
 """
 
 

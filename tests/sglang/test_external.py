@@ -82,8 +82,8 @@ def test_other_weights_in_that_folder_are_refused(
     with pytest.raises(
         EngineError,
         match=(
-            f"{served.url}: the server has loaded {student_dir}, which is not the model in "
-            f"{other_dir}"
+            f"{served.url}: the server has loaded {student_dir}, "
+            f"which is not the model in {other_dir}"
         ),
     ):
         check(served, expected(other_dir))

@@ -133,8 +133,8 @@ def test_three_deaths_in_a_row_are_the_end(frail: Frail) -> None:
     assert watcher.failure is not None
     assert (
         "died 3 times in a row without answering a request; at last: it died; "
-        "its log ends: the last line" in str(watcher.failure)
-    )
+        "its log ends: the last line"
+    ) in str(watcher.failure)
     assert "sglang.restarts = 2" in str(watcher.failure)
     assert (frail.num_starts, len(told)) == (2, 2)
     assert not frail.alive()

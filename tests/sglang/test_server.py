@@ -77,8 +77,9 @@ def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
         known_fields()
     )
     code = (
-        "import sys, sglang_rollout.servers.server as s; s.check_extra_args({'schedule_policy': "
-        "'fcfs'}); print([m for m in sys.modules if m.startswith('sglang.')])"
+        "import sys, sglang_rollout.servers.server as s; "
+        "s.check_extra_args({'schedule_policy': 'fcfs'}); "
+        "print([m for m in sys.modules if m.startswith('sglang.')])"
     )
     assert (
         subprocess.run(
@@ -380,7 +381,8 @@ def test_a_server_ends_with_its_parent_even_at_kill_9(
         from pathlib import Path
         from sglang_rollout.servers.server import SGLangServer
         from tests.sglang.conftest import settings
-        with SGLangServer(Path({str(student_dir)!r}), settings(), log=Path({str(tmp_path / "log")!r})) as server:
+        log = Path({str(tmp_path / "log")!r})
+        with SGLangServer(Path({str(student_dir)!r}), settings(), log=log) as server:
             print(server.group_id, flush=True)
             time.sleep(600)
     """

@@ -45,7 +45,7 @@ def tokenizer() -> Any:
 def respond(answer: str) -> str:
     return (
         "<think>\n"
-        f"Let me see: 3, 4, \\boxed{{0}}?\n"
+        "Let me see: 3, 4, \\boxed{0}?\n"
         "</think>\n\n"
         f"The answer is $\\boxed{{{answer}}}$.<|im_end|>"
     )

@@ -186,16 +186,16 @@ def test_registry_gives_the_task_with_its_options() -> None:
             "register_aritmetic",
             {},
             (
-                "task.name: unknown task 'register_aritmetic'.*nearest known one is "
-                "register_arithmetic"
+                "task.name: unknown task 'register_aritmetic'.*"
+                "nearest known one is register_arithmetic"
             ),
         ),
         (
             "register_arithmetic",
             {"num_operation": 5},
             (
-                "task.options.num_operation: .*has no option num_operation.*nearest known one is "
-                "num_operations"
+                "task.options.num_operation: .*has no option num_operation.*"
+                "nearest known one is num_operations"
             ),
         ),
         (

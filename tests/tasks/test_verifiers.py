@@ -319,9 +319,14 @@ from lopd.tasks.workers import WorkerPool
 pool = WorkerPool("lopd.tasks.math_worker", limit_s=1.0, memory_mb=1024, size=2)
 pids = []
 for answer in ("0.5", "9^{9^{9^{9}}}"):
-    threading.Thread(target=pool.ask, args=({"gold": "1/2", "answer": answer},), daemon=True).start()
+    question = {"gold": "1/2", "answer": answer}
+    threading.Thread(target=pool.ask, args=(question,), daemon=True).start()
 while len(pids) < 2:
-    pids = [pid for task in os.listdir("/proc/self/task") for pid in open(f"/proc/self/task/{task}/children").read().split()]
+    pids = [
+        pid
+        for task in os.listdir("/proc/self/task")
+        for pid in open(f"/proc/self/task/{task}/children").read().split()
+    ]
 print(*pids, flush=True)
 threading.Event().wait()
 """

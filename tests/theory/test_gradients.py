@@ -34,7 +34,7 @@ SEEDS = range(20)
 
 @dataclass(frozen=True)
 class Case:
-    """A reference, a teacher about a logit away, and a student that has drifted from the reference."""
+    """A reference, a teacher about a logit away, and a student that drifted from the reference."""
 
     student_logits: Tensor
     reference: Tensor  # log pi [states, V]
