@@ -1,27 +1,32 @@
 # shellcheck shell=bash disable=SC2154 # recipe and config are set by the recipe that sources this
 # Sourced by the recipes: what each of them does, in order. Nothing here runs by itself.
 #
-#   check      everything this machine lacks, at once (lopd doctor); a recipe ends here if anything is missing
+#   check      everything this machine lacks, at once (lopd doctor); a recipe ends here if anything
+#              is missing
 #   fetch      models and prompts from the hub; HF_HUB_OFFLINE=1 forbids it
 #   prompts    training prompts without those of the evaluation sets
 #   plan       memory, disk and hours
-#   run        lopd run: every stage, from demonstrations to the exported model; the same command goes on after a kill
+#   run        lopd run: every stage, from demonstrations to the exported model; the same command
+#              goes on after a kill
 #   evaluate   the benchmarks at the paper's length, for the student before and after
 #
 # Arguments of a recipe are steps (--only check,plan) and overrides (distill.num_steps=4). Those of
-# sglang, evaluate and launch hold for the last step too, but for sglang.context_length, which follows
-# its prompts there. LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
+# sglang, evaluate and launch hold for the last step too, but for sglang.context_length, which
+# follows its prompts there. LOPD_RUNS: where runs go; LOPD_HUB: where downloads go.
 
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 hub_offline=${HF_HUB_OFFLINE-0}
-export LOPD_HUB=${LOPD_HUB:-${XDG_CACHE_HOME:-$HOME/.cache}/lopd/hub} # not inside the checkout's environment, which may be made anew
-if ! command -v lopd >/dev/null; then # in the image it is on the path; in a checkout the environment is made
+# Not inside the checkout's environment, which may be made anew.
+export LOPD_HUB=${LOPD_HUB:-${XDG_CACHE_HOME:-$HOME/.cache}/lopd/hub}
+# In the image lopd is on the path. In a checkout the environment is made.
+if ! command -v lopd >/dev/null; then
     # shellcheck source=../requirements/environment.sh
     source "$examples/../requirements/environment.sh"
 fi
 export HF_HUB_OFFLINE=$hub_offline
 runs=${LOPD_RUNS:-$examples/../runs}
-if ! mkdir -p "$runs" 2>/dev/null || [ ! -w "$runs" ]; then # the image's examples lie where its user may not write
+# The image's examples lie where its user may not write.
+if ! mkdir -p "$runs" 2>/dev/null || [ ! -w "$runs" ]; then
     runs=$PWD/runs
     mkdir -p "$runs"
 fi
@@ -34,7 +39,8 @@ math_benchmarks=(
     "hmmt_2025 hf://datasets/MathArena/hmmt_feb_2025@main/data"
 )
 
-held_out=("math_500 hf://datasets/HuggingFaceH4/MATH-500@main/test.jsonl") # prompts.eval of the configurations
+# prompts.eval of the configurations
+held_out=("math_500 hf://datasets/HuggingFaceH4/MATH-500@main/test.jsonl")
 
 say() { printf '== %s\n' "$*"; }
 
@@ -54,7 +60,10 @@ read_arguments() {
                 esac
                 shift
                 ;;
-            *) echo "usage: bash $0 [--only check,fetch,prompts,plan,run,evaluate] [key=value ...]" >&2; exit 2 ;;
+            *)
+                echo "usage: bash $0 [--only check,fetch,prompts,plan,run,evaluate] [key=value ...]" >&2
+                exit 2
+                ;;
         esac
     done
 }
@@ -77,14 +86,18 @@ fetch_all() {
     for source in "$@"; do lopd fetch "$source"; done
 }
 
-# clean_prompts SET FORMAT SOURCE [flags]: a prompt set without the benchmarks' questions; later steps read that file
+# clean_prompts SET FORMAT SOURCE [flags]: a prompt set without the benchmarks' questions; later
+# steps read that file
 clean_prompts() {
     local set=$1 format=$2 source=$3 out=$runs/prompts/$recipe-$1.jsonl benchmark against=()
     shift 3
     mkdir -p "$runs/prompts"
-    for benchmark in "${math_benchmarks[@]}" "${held_out[@]}"; do against+=(--against "$(lopd fetch --path "${benchmark#* }"):${benchmark%% *}"); done
+    for benchmark in "${math_benchmarks[@]}" "${held_out[@]}"; do
+        against+=(--against "$(lopd fetch --path "${benchmark#* }"):${benchmark%% *}")
+    done
     say "prompts.$set without the benchmarks' questions"
-    lopd prompts prepare "$(lopd fetch --path "$source")" --format "$format" "${against[@]}" --out "$out" "$@"
+    lopd prompts prepare "$(lopd fetch --path "$source")" --format "$format" "${against[@]}" \
+        --out "$out" "$@"
 }
 
 # use_prompts SET: from here on the configuration reads what clean_prompts wrote
@@ -100,8 +113,9 @@ evaluate_math() {
         for benchmark in "${math_benchmarks[@]}"; do
             format=${benchmark%% *}
             say "$format, $model"
-            lopd evaluate --model "$runs/$recipe/$model/model" --prompts "$(lopd fetch --path "${benchmark#* }")" --format "$format" --task math \
-                --preset paper_math --out "$runs/$recipe-$format-$model" \
+            lopd evaluate --model "$runs/$recipe/$model/model" \
+                --prompts "$(lopd fetch --path "${benchmark#* }")" \
+                --format "$format" --task math --preset paper_math --out "$runs/$recipe-$format-$model" \
                 "${serving[@]}" ${evaluating[@]+"${evaluating[@]}"}
         done
     done
@@ -120,8 +134,10 @@ run_math_recipe() {
     if wants check; then check_machine "${sources[@]}"; fi
     if wants fetch; then fetch_all "${sources[@]}"; fi
     if wants prompts; then
-        clean_prompts sft openthoughts3 "hf://datasets/open-thoughts/OpenThoughts3-1.2M@main/data" --duplicates keep
-        clean_prompts opd dapo_math_17k "hf://datasets/BytedTsinghua-SIA/DAPO-Math-17k@main/data/dapo-math-17k.parquet"
+        clean_prompts sft openthoughts3 "hf://datasets/open-thoughts/OpenThoughts3-1.2M@main/data" \
+            --duplicates keep
+        clean_prompts opd dapo_math_17k \
+            "hf://datasets/BytedTsinghua-SIA/DAPO-Math-17k@main/data/dapo-math-17k.parquet"
     fi
     use_prompts sft
     use_prompts opd

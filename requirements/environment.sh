@@ -1,4 +1,5 @@
-# Sourced by the example and test scripts: the environment, and caches that stay inside the checkout.
+# Sourced by the example and test scripts: the environment, and caches that stay inside the
+# checkout.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/requirements/install.sh"
 export PATH="$root/.venv/bin:$PATH" XDG_CACHE_HOME="$root/.venv/cache" XDG_CONFIG_HOME="$root/.venv/config" HF_HOME="$root/.venv/cache/huggingface"

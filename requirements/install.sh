@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned lock beside this checkout's pyproject.toml, once; later calls find the stamp and return at once, offline.
-# torch first, then the rest with --no-deps: SGLang declares CUDA packages and another torch, which a CPU needs none of.
-# Environment: PYTHON (default python3.11), LOPD_TORCH_ARGS (for example "--index-url https://download.pytorch.org/whl/cpu" for the small CPU build).
+# Makes .venv with the pinned lock beside this checkout's pyproject.toml, once; later calls find the
+# stamp and return at once, offline. torch first, then the rest with --no-deps: SGLang declares CUDA
+# packages and another torch, which a CPU needs none of.
+# Environment: PYTHON (default python3.11), LOPD_TORCH_ARGS (for example
+# "--index-url https://download.pytorch.org/whl/cpu" for the small CPU build).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv-launch: nemo-run and what it needs, apart from lopd's environment, from a lock with hashes. Later calls find the stamp and return at once.
-# lopd launch finds it there; elsewhere name its python: LOPD_LAUNCH_PYTHON=/path/to/python
-# Environment: PYTHON (3.11 or newer), LOPD_LAUNCH_VENV (where), LOPD_SKYPILOT=1 (also SkyPilot, which is not in the lock).
+# Makes .venv-launch: nemo-run and what it needs, apart from lopd's environment, from a lock with
+# hashes. Later calls find the stamp and return at once. lopd launch finds it there; elsewhere name
+# its python: LOPD_LAUNCH_PYTHON=/path/to/python.
+# Environment: PYTHON (3.11 or newer), LOPD_LAUNCH_VENV (where), LOPD_SKYPILOT=1 (also SkyPilot,
+# which is not in the lock).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${LOPD_LAUNCH_VENV:-$root/.venv-launch}

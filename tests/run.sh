@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prepares the environment where needed; lint, types, all tests. Arguments go to pytest. LOPD_SLOW=1 also runs what takes many minutes.
-# LOPD_PROCESSORS=1 instead runs the tests as several processors would, and shows every figure
-# beside its limit (tests/processors).
+# Prepares the environment where needed; lint, types, all tests. Arguments go to pytest. LOPD_SLOW=1
+# also runs what takes many minutes. LOPD_PROCESSORS=1 instead runs the tests as several processors
+# would, and shows every figure beside its limit (tests/processors).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../requirements/environment.sh"
 cd "$root"

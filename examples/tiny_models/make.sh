@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes the example's teacher and base student from random weights, with this project's own sft stage, into examples/tiny_models/{teacher,student}.
-# Ten to twenty minutes on 2 cores; run again after a kill it goes on from what is published. The models in the repository were made by this command.
+# Makes the example's teacher and base student from random weights, with this project's own sft
+# stage, into examples/tiny_models/{teacher,student}. Ten to twenty minutes on 2 cores; run again
+# after a kill it goes on from what is published. The models in the repository were made by this
+# command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../requirements/environment.sh"
 here="$root/examples/tiny_models"
@@ -9,7 +11,8 @@ work="$root/runs/tiny_models" # where the TOML files look
 python "$here/make_architecture.py" "$work/architecture"
 
 demonstrations() { # NAME KIND NUM SEED [SKIP]: seeds 1 to 9 are the example's own prompts
-    python "$here/make_demonstrations.py" "$2" "$work/demonstrations/$1" --tokenizer "$work/architecture" --num "$3" --seed "$4" --skip "${5:-0}"
+    python "$here/make_demonstrations.py" "$2" "$work/demonstrations/$1" \
+        --tokenizer "$work/architecture" --num "$3" --seed "$4" --skip "${5:-0}"
 }
 demonstrations careful careful 89600 11
 demonstrations robust corrupted 19200 12

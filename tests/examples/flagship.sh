@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# The flagship's own script on a machine without a GPU: every step of examples/run_qwen3_30b_a3b.sh, with 8 ranks (TP4 EP8), a server
-# that takes turns with them, and a tiny model of the same structure. About 8 GB of memory; downloads nothing.
-#   bash tests/examples/flagship.sh FOLDER                       everything; the same command goes on after a kill
-#   bash tests/examples/flagship.sh FOLDER --only check,plan     steps and overrides as of the script, after ours
+# The flagship's own script on a machine without a GPU: every step of examples/run_qwen3_30b_a3b.sh,
+# with 8 ranks (TP4 EP8), a server that shares the device with them, and a tiny model of the same
+# structure. About 8 GB of memory; downloads nothing.
+#   bash tests/examples/flagship.sh FOLDER                       everything; the same command goes
+#                                                                on after a kill
+#   bash tests/examples/flagship.sh FOLDER --only check,plan     steps and overrides as of the
+#                                                                script, after ours
 set -euo pipefail
 work=${1:?usage: bash $0 FOLDER [--only STEPS] [key=value ...]}
 shift

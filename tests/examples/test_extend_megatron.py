@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +24,20 @@ from tests.megatron.trainer_cases import settings_of, trainer_of
 from tests.models import write_qwen3_moe
 
 EXAMPLE = ROOT / "examples/extend_megatron"
-NUM_RESPONSES, MAX_TOKENS, SEED = 12, 128, 17
+NUM_RESPONSES = 12
+MAX_TOKENS = 128
+SEED = 17
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def write_cache(folder: Path) -> None:
     """A teacher cache of uneven responses, as the score stage publishes it."""
     rng = np.random.default_rng(0)
-    responses, scores = [], []
+    responses = []
+    scores = []
     for index in range(NUM_RESPONSES):
-        prompt, tokens = (
-            int32(rng.integers(4, 512, 5)),
-            int32(rng.integers(4, 512, int(rng.integers(4, 40)))),
-        )
+        prompt = int32(rng.integers(4, 512, 5))
+        tokens = int32(rng.integers(4, 512, int(rng.integers(4, 40))))
         sampling, teacher = (float32(-3 * rng.random(len(tokens))) for _ in range(2))
         responses.append(Response(f"p{index}", 0, prompt, tokens, sampling, "stop", "v1"))
         scores.append(TeacherScores(f"p{index}", 0, token_hash(prompt, tokens), teacher))
@@ -103,6 +107,23 @@ def test_the_bare_loop_learns_and_starts_where_our_trainer_does(
     assert f"advantage {ours['advantage']:+.3f}" in text
 
 
+def test_one_process_needs_no_torchrun(
+    model: Path, teacher_cache: Path, ours: dict[str, float]
+) -> None:
+    """The form of a laptop or of one GPU: `python train.py MODEL CACHE`."""
+    arguments = [f"--batch-size={NUM_RESPONSES}", f"--max-tokens={MAX_TOKENS}", f"--seed={SEED}"]
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_TORCHRUN}
+    text = subprocess.run(
+        [sys.executable, EXAMPLE / "train.py", model, teacher_cache, *arguments, "--steps=1"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    [loss] = re.findall(r"^step 1  loss (\S+)", text, flags=re.MULTILINE)
+    close(float(loss), ours["loss"], rel=1e-6)
+
+
 def test_every_name_of_the_library_page_exists() -> None:
     names = re.findall(
         r"`((?:lopd|megatron_patches|sglang_rollout)(?:\.\w+)+)",
@@ -112,12 +133,14 @@ def test_every_name_of_the_library_page_exists() -> None:
     for name in names:
         module, _, attribute = name.rpartition(".")
         if module.endswith("TokenBatch"):
-            module, attribute = module.rpartition(".")[0], "TokenBatch"
+            module = module.rpartition(".")[0]
+            attribute = "TokenBatch"
         assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_its_readme_names_what_it_uses() -> None:
-    readme, script = (EXAMPLE / "README.md").read_text(), (EXAMPLE / "train.py").read_text()
+    readme = (EXAMPLE / "README.md").read_text()
+    script = (EXAMPLE / "train.py").read_text()
     library = (ROOT / "docs/library.md").read_text()
     imported = {
         name.strip()
@@ -131,4 +154,4 @@ def test_its_readme_names_what_it_uses() -> None:
         )
     assert "lopd.megatron.training.trainer" not in script
     assert "docs/library.md" in readme
-    assert os.path.getsize(EXAMPLE / "train.py") < 10_000
+    assert os.path.getsize(EXAMPLE / "train.py") < 12_000

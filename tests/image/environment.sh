@@ -1,12 +1,15 @@
 # shellcheck shell=bash
 # Sourced by run.sh: makes the image's environment beside this checkout, once, and enters it.
 #
-#   .venv-image          what the image has: all of docker/requirements.lock by hash, and this project
+#   .venv-image          what the image has: all of docker/requirements.lock by hash, and this
+#                        project
 #   .venv-image-launch   what the image has in /opt/launch: nemo-run
 #
-# pytest and its plugins lie in .venv-image/tools, last on the path: they replace nothing of the image.
+# pytest and its plugins lie in .venv-image/tools, last on the path: they replace nothing of the
+# image.
 #
-# PYTHON names a Python of the image's version; absent, python3.12 is looked for, also among pyenv's.
+# PYTHON names a Python of the image's version; absent, python3.12 is looked for, also among
+# pyenv's.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=../../docker/versions.env
 source "$root/docker/versions.env"
@@ -50,7 +53,8 @@ if ! is_made "$image" "$root/docker/requirements.lock" "$root/pyproject.toml"; t
     "$image/bin/pip" install -q --no-deps --no-build-isolation --editable "$root"
     echo "$stamp $root" > "$image/made-from.sha256"
 fi
-# Transformer Engine's compiled part: its source needs nvcc of CUDA 13 and C++, but no GPU. 12 minutes of one core; LOPD_BUILD_ENGINE=0 leaves it out.
+# Transformer Engine's compiled part: its source needs nvcc of CUDA 13 and C++, but no GPU. 12
+# minutes of one core; LOPD_BUILD_ENGINE=0 leaves it out.
 extension=$root/docker/transformer_engine_torch.lock
 cuda_home=${CUDA_HOME:-/usr/local/cuda}
 nvcc=$cuda_home/bin/nvcc

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Runs this project on the image's own versions, on a machine without a GPU: Python 3.12, all wheels of docker/requirements.lock, megatron-core 0.18.2,
-# Transformer Engine's own Python and, where nvcc is at hand, its compiled extension.
+# Runs this project on the image's own versions, on a machine without a GPU: Python 3.12, all wheels
+# of docker/requirements.lock, megatron-core 0.18.2, Transformer Engine's own Python and, where nvcc
+# is at hand, its compiled extension.
 #
-#   bash tests/image/run.sh             # everything: 25 minutes on two cores, once the environment is there
-#   bash tests/image/run.sh engine      # only these parts, of: verify patches engine trainer servers
+#   bash tests/image/run.sh             # everything: 25 minutes on two cores, once the environment
+#                                       is there
+#   bash tests/image/run.sh engine      # only these parts, of: verify patches engine trainer
+#                                       servers
 #
-# PYTHON: a Python 3.12, where none is found. The environment is made once, beside the checkout; it takes 10 GB and some minutes.
+# PYTHON: a Python 3.12, where none is found. The environment is made once, beside the checkout; it
+# takes 10 GB and some minutes.
 set -euo pipefail
 # shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

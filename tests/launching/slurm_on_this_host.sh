@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this host (Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge), in a folder of its own, and in
-# it the first stages of the tiny pipeline, submitted by lopd launch. Ends every daemon it has started. Needs root, nemo-run's environment, some minutes.
-#   bash tests/launching/slurm_on_this_host.sh             # demonstrate by two workers, then sft on both nodes
+# A real Slurm of two nodes on this host (Debian: apt-get install --no-install-recommends slurmctld
+# slurmd slurm-client munge), in a folder of its own, and in it the first stages of the tiny
+# pipeline, submitted by lopd launch. Ends every daemon it has started. Needs root, nemo-run's
+# environment, some minutes.
+#   bash tests/launching/slurm_on_this_host.sh             # demonstrate by two workers, then sft on
+#                                                          both nodes
 #   bash tests/launching/slurm_on_this_host.sh COMMAND...  # or any command, with SLURM_CONF set
 # docs/launch.md tells what was seen.
 set -euo pipefail
