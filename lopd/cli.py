@@ -205,7 +205,7 @@ def knobs(
     ] = "",
 ) -> None:
     """List every knob of a config: key, default, type, bounds and meaning."""
-    from lopd.report.overview import knob_lines
+    from lopd.report.knobs import knob_lines
 
     chosen = {key: field for key, field in known_keys().items() if key.startswith(prefix)}
     if not chosen:

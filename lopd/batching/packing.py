@@ -84,7 +84,7 @@ def plan_step(
     *,
     context: int = 1,
 ) -> StepPlan:
-    """Samples of one step to [rank][microbatch] index arrays; the same input gives the same plan.
+    """Samples of one step to ``[rank][microbatch]`` index arrays; equal input gives an equal plan.
 
     lengths [N]: tokens of each sample, at least 1. max_tokens: bound of a microbatch after padding
     to pad_multiple. Every rank gets the same number of microbatches, few enough that
