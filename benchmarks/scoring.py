@@ -300,7 +300,7 @@ def bodies(options: argparse.Namespace) -> tuple[list[bytes], int]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     from lopd.artifacts import ArtifactWriter, read_manifest
     from lopd.config import SGLangSection
-    from lopd.stages.sampling import score_into
+    from lopd.stages.score_shards import score_into
     from sglang_rollout.requests.client import SGLangEngine
 
     _, tokens = bodies(options)

@@ -1,4 +1,8 @@
-"""The command line. Nothing heavy is imported before a verb runs."""
+"""The command line: joins the verbs of lopd/verbs, and turns every failure into one line.
+
+Nothing heavy is imported before a verb runs. Importing torch, SGLang or Megatron-Core takes many
+seconds, and `lopd --help` must answer at once.
+"""
 
 from __future__ import annotations
 
@@ -8,51 +12,45 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lopd import __version__
-from lopd.config import Config, InvalidConfig, known_keys, load_config, nearest_key
+from lopd.config import InvalidConfig, known_keys, load_config, nearest_key
 from lopd.errors import EXIT_CODE, ConfigError, LopdError
+from lopd.verbs.arguments import HELP_OPTIONS, AsJson, ConfigFile, Overrides, VerbGroup
 from lopd.verbs.audit import audit
 from lopd.verbs.cache import app as cache_app
 from lopd.verbs.evaluate import EPILOG as EVALUATE_EPILOG
 from lopd.verbs.evaluate import evaluate
 from lopd.verbs.launch import launch, with_place
 from lopd.verbs.parity import parity
+from lopd.verbs.pipeline import run_stages
 from lopd.verbs.plan import plan
 from lopd.verbs.prepare import doctor, fetch, show_findings
 from lopd.verbs.prompts import app as prompts_app
 
-_EPILOG = "First steps:  lopd check CONFIG,  then  lopd run CONFIG.   An example: examples/tiny_moe.toml.   Every knob: lopd knobs"
-app = typer.Typer(
+app = VerbGroup(
     name="lopd",
-    help="Distil a large reasoning teacher into a student by Lightning OPD: SGLang samples and scores, Megatron-Core learns from the cached scores.",
-    epilog=_EPILOG,
+    # The first line is all that a list of programs shows. The rest says what the three parts do.
+    help=(
+        "Distil a large reasoning teacher into a student by Lightning OPD.\n\n"
+        "SGLang samples the responses, and the teacher scores each response token once. "
+        "Megatron-Core then trains the student on the stored scores. Training needs no teacher."
+    ),
+    epilog=(
+        "First steps:  lopd check CONFIG,  then  lopd run CONFIG.   "
+        "An example: examples/tiny_moe.toml.   Every knob: lopd knobs"
+    ),
+    # `lopd` alone shows the help too (see _options), so it needs no verb.
     invoke_without_command=True,
+    # typer's two options for completion would change files of the user's shell.
     add_completion=False,
+    # Our own error lines replace typer's boxes and tracebacks (see main).
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
-ConfigFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG",
-        help="TOML file. Relative paths in it, and in overrides, are relative to its folder.",
-        show_default=False,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Overrides of knobs, in TOML syntax: distill.num_steps=8 task.name=register_arithmetic",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 @app.command(
@@ -61,59 +59,41 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Run all stages: demonstrate, sft, rollout, score, distill, evaluate, export.
 
-    Everything that lopd check looks at is checked before anything starts. Stages whose inputs have
-    not changed are reused; after a kill or an error the same command goes on from what is
-    published. Ends with a table of accuracies and of seconds per stage; everything is in run.dir,
-    summary.json first.
+    Reads CONFIG, and the models and prompts that it names. Writes everything into run.dir. Each
+    stage has a folder there, and summary.json has the results.
+
+    The command first checks everything that lopd check looks at. A stage whose inputs have not
+    changed is reused. After a kill or an error, the same command continues from what is published.
+    At the end it shows a table of accuracies and a table of seconds per stage.
     """
-    loaded = load_config(config, overrides or [])
-    from lopd import checks, pipeline
-
-    checks.check_all(loaded)
-    pipeline.run(loaded)
-    _finish(loaded)
+    run_stages(load_config(config, overrides or []))
 
 
-def _finish(config: Config) -> None:
-    from lopd.report.console import say, show_summary
-    from lopd.summary import FILE
-
-    show_summary(json.loads((config.run.dir / FILE).read_text(encoding="utf-8")))
-    say(f"everything is in {config.run.dir}")
-
-
-def _add_stage(name: str, summary: str) -> None:
-    def verb(config: ConfigFile, overrides: Overrides = None) -> None:
-        loaded = load_config(config, overrides or [])
-        from lopd import checks, pipeline
-
-        checks.check_all(loaded, stage=name)
-        pipeline.run(loaded, only=(name,))
-        _finish(loaded)
-
-    reads, publishes = _STAGE_DATA[name]
-    verb.__doc__ = (
-        f"Stage: {summary}\n\nReads {reads}. Publishes {publishes} in run.dir/{name}, with manifest.json and logs.\n\n"
-        "The stages it reads from must be complete. It is reused if nothing it depends on has changed; after a kill the same command goes on."
-    )
-    app.command(name=name, epilog=f"Its knobs:  lopd knobs {name}")(with_place(name, verb))
-
-
-# names and sentences are repeated from lopd.stages so that --help imports nothing heavy; a test
-# compares the two
+# What each stage does. The names and the sentences repeat those of lopd.stages, because importing
+# lopd.stages imports torch, and --help must not. A test compares the two.
 STAGE_SUMMARIES = {
     "demonstrate": "The teacher, on SGLang, answers the SFT prompts.",
     "sft": "The base student, on Megatron-Core, learns the demonstrations.",
     "rollout": "The SFT student, on SGLang, answers each OPD prompt once.",
-    "score": "The same teacher's log-probability of every response token, once, into the cache.",
-    "distill": "The Lightning OPD update on Megatron-Core, with weight syncs into a running SGLang server.",
-    "evaluate": "pass@1 on held-out prompts and reverse KL to the teacher, for teacher, base, SFT, longer SFT and distilled student.",
-    "export": "The distilled student as a Hugging Face checkpoint, checked by loading it with transformers.",
+    "score": ("The same teacher's log-probability of every response token, once, into the cache."),
+    "distill": (
+        "The Lightning OPD update on Megatron-Core, with weight syncs into a running SGLang server."
+    ),
+    "evaluate": (
+        "pass@1 on held-out prompts and reverse KL to the teacher, for teacher, base, SFT, "
+        "longer SFT and distilled student."
+    ),
+    "export": (
+        "The distilled student as a Hugging Face checkpoint, "
+        "checked by loading it with transformers."
+    ),
 }
-_STAGE_DATA = {  # what it reads, what it publishes
+# What each stage reads, and what it publishes.
+_STAGE_DATA = {
     "demonstrate": ("models.teacher and prompts.sft", "the demonstrations (Parquet shards)"),
     "sft": (
-        "models.student and the demonstrations (of demonstrate, or sft.demonstrations), or takes over sft.checkpoint",
+        "models.student and the demonstrations (of demonstrate, or sft.demonstrations), "
+        "or takes over sft.checkpoint",
         "the SFT student (model/) and checkpoints to resume from",
     ),
     "rollout": ("the SFT student and prompts.opd", "the rollouts (Parquet shards)"),
@@ -131,37 +111,71 @@ _STAGE_DATA = {  # what it reads, what it publishes
     ),
     "export": ("the distilled student", "a Hugging Face folder (model/, or export.dir)"),
 }
+
+
+def _add_stage(name: str, summary: str) -> None:
+    """Add the verb that runs one stage alone."""
+
+    # typer reads the parameters of this function as the arguments of the verb.
+    def verb(config: ConfigFile, overrides: Overrides = None) -> None:
+        run_stages(load_config(config, overrides or []), stage=name)
+
+    reads, publishes = _STAGE_DATA[name]
+    # typer shows the docstring of a verb as its help.
+    verb.__doc__ = (
+        f"Stage: {summary}\n\n"
+        f"Reads {reads}. Publishes {publishes} in run.dir/{name}, with manifest.json and logs.\n\n"
+        "The stages that it reads from must be complete. The stage is reused if nothing that it "
+        "depends on has changed. After a kill, the same command continues."
+    )
+    epilog = f"Example:  lopd {name} examples/tiny_moe.toml   Its knobs:  lopd knobs {name}"
+    # Stages that several machines can share get one more option here.
+    app.command(name=name, epilog=epilog)(with_place(name, verb))
+
+
 for _name, _summary in STAGE_SUMMARIES.items():
-    if _name == "evaluate":  # has a second form, for any checkpoint
+    if _name == "evaluate":
+        # This verb has a second form, for any checkpoint on any prompts.
         app.command(name=_name, epilog=EVALUATE_EPILOG)(evaluate)
     else:
         _add_stage(_name, _summary)
 
 
+# The order of the verbs here is their order in `lopd --help`.
 app.command(
-    epilog="Example:  lopd launch examples/tiny_moe.toml launch.device=cpu --on slurm --render /tmp/jobs"
+    epilog="Example:  lopd launch examples/tiny_moe.toml launch.device=cpu --on slurm "
+    "--render /tmp/jobs"
 )(launch)
 app.add_typer(cache_app, name="cache")
 app.add_typer(prompts_app, name="prompts")
 app.command(
-    epilog="Example:  lopd audit runs/tiny_moe/demonstrate --teacher examples/tiny_models/teacher --picture audit.png"
+    epilog="Example:  lopd audit runs/tiny_moe/demonstrate --teacher examples/tiny_models/teacher "
+    "--picture audit.png"
 )(audit)
 app.command(epilog="Example:  lopd parity examples/tiny_moe.toml --responses 16")(parity)
 app.command(
     epilog="Example:  lopd plan examples/run_qwen3_8b.toml --gpus 8 --gpu h100-80gb --suggest"
 )(plan)
-app.command(epilog="Then:  lopd fetch CONFIG,  lopd check CONFIG,  lopd run CONFIG")(doctor)
+app.command(
+    epilog="Example:  lopd doctor examples/run_qwen3_8b.toml   "
+    "Then:  lopd fetch CONFIG,  lopd check CONFIG,  lopd run CONFIG"
+)(doctor)
 app.command(epilog="Example:  lopd fetch examples/run_qwen3_8b.toml")(fetch)
 
 
 @app.command(
-    epilog="States: done, partial (goes on where it was), outdated (made from other knobs, or from a stage that is not done), absent, damaged."
+    epilog="States: done, partial (the stage continues where it stopped), outdated (the stage was "
+    "made from other knobs, or from a stage that is not done), absent, damaged.   "
+    "Example:  lopd status examples/tiny_moe.toml"
 )
 def status(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Tell of each stage whether it is done, partial, outdated, absent or damaged. Starts and
-    changes nothing.
+    """Show of each stage whether it is done, partial, outdated, absent or damaged.
+
+    Reads CONFIG and the manifests in run.dir. The command starts nothing and changes nothing.
     """
     loaded = load_config(config, overrides or [])
+    # Imports of the verbs stand below load_config: a mistake in the TOML file is said at once,
+    # before anything heavy is imported.
     from lopd import pipeline
     from lopd.report.overview import status_table
 
@@ -172,18 +186,22 @@ def status(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fa
         status_table(rows, loaded.run.dir)
 
 
-@app.command(epilog="What lopd run checks too, before its first stage.")
+@app.command(
+    epilog="lopd run makes the same checks before its first stage.   "
+    "Example:  lopd check examples/tiny_moe.toml"
+)
 def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Find everything that is wrong at once, without starting or writing anything; exit code 2 if
-    something is.
+    """Find all mistakes of a configuration at once, without starting or writing anything.
 
-    Keys, types and bounds first; then models, tokenizers, layouts, prompts, demonstrations, servers
-    and ports, folders and disk.
+    Reads CONFIG, and the models and prompts that it names. The command first checks keys, types and
+    bounds. It then checks models, tokenizers, layouts, prompts, demonstrations, servers and ports,
+    folders and disk. It ends with exit code 2 if something is wrong.
     """
     rows: list[dict[str, Any]]
     try:
         loaded = load_config(config, overrides or [])
     except InvalidConfig as error:
+        # Without a valid configuration there is nothing that the other checks could look at.
         rows = [
             {"name": "configuration", "ok": False, "finding": str(mistake)}
             for mistake in error.mistakes
@@ -200,18 +218,23 @@ def knobs(
     prefix: Annotated[
         str,
         typer.Argument(
-            metavar="PREFIX", help="Only keys that start with this.", show_default=False
+            metavar="PREFIX", help="Show only keys that start with this.", show_default=False
         ),
     ] = "",
 ) -> None:
-    """List every knob of a config: key, default, type, bounds and meaning."""
+    """List every knob of a configuration: key, default, type, bounds and meaning.
+
+    The command reads no file and writes none.
+    """
     from lopd.report.knobs import knob_lines
 
+    # A prefix, not a pattern: distill.optimizer shows the knobs of one table.
     chosen = {key: field for key, field in known_keys().items() if key.startswith(prefix)}
     if not chosen:
         raise ConfigError(
             f"no knob starts with {prefix!r:.80}",
             where="lopd knobs",
+            # A mistyped key is the usual reason, so the line ends with what was probably meant.
             remedy=f"the nearest known key is {nearest_key(prefix)}",
         )
     for line in knob_lines(chosen):
@@ -235,13 +258,16 @@ def _options(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
+        # `lopd` alone shows the help, but it did nothing: a script must see that.
         typer.echo(context.get_help())
         raise typer.Exit(EXIT_CODE)
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer would answer before servers and ranks
-    are ended.
+    """The user pressed Ctrl-C, or the process received SIGTERM.
+
+    This is no KeyboardInterrupt. typer would handle that one and exit before the servers and the
+    ranks are ended.
     """
 
 
@@ -249,18 +275,24 @@ def _interrupt(*_: object) -> NoReturn:
     raise Interrupted
 
 
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
-    1
-]  # click's UsageError, from wherever typer has its click
+# typer brings its own copy of click in some versions. BadParameter is one of its classes, and the
+# class above it is click's UsageError, wherever click comes from.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+# Failures of the operating system that the user can correct: a full or forbidden disk, a path that
+# cannot be, no memory, no file handles. Any other OSError is a bug of ours and shows a traceback.
 _CIRCUMSTANCES = frozenset(
     {
+        # The disk is full, or the user's share of it is.
         errno.ENOSPC,
         errno.EDQUOT,
+        # The disk or the file must not be written, or the folder must not be entered.
         errno.EROFS,
         errno.EACCES,
         errno.EPERM,
+        # The path cannot exist: a part of it is a file, or is too long.
         errno.ENOTDIR,
         errno.ENAMETOOLONG,
+        # The limits of the process or of the machine are reached.
         errno.EMFILE,
         errno.ENOMEM,
     }
@@ -268,62 +300,78 @@ _CIRCUMSTANCES = frozenset(
 
 
 def _explain_usage(error: Any) -> LopdError:
-    """What was typed wrongly, in one line; click would draw a box."""
+    """Return click's usage error as one line with a remedy. click itself would draw a box."""
     command = error.ctx.command_path if error.ctx is not None else "lopd"
+    # click writes a sentence. Our error lines are clauses without a full stop.
     what = error.format_message().rstrip(".")
-    option = getattr(error, "option_name", None) or ""
     remedy = f"see: {command} --help"
-    if "=" in " ".join(sys.argv) and option.lstrip("-").partition(".")[0] in {
-        key.partition(".")[0] for key in known_keys()
-    }:
-        remedy = f"overrides have no dashes: {option.lstrip('-')}=..."
+    option = (getattr(error, "option_name", None) or "").lstrip("-")
+    sections = {key.partition(".")[0] for key in known_keys()}
+    # Most command lines write an option with dashes, so users write `--distill.num_steps=3` too.
+    if "=" in " ".join(sys.argv) and option.partition(".")[0] in sections:
+        remedy = f"overrides have no dashes: {option}=..."
     elif "CONFIG" in what:
         remedy = f"give a TOML file, for example: {command} examples/tiny_moe.toml"
     return LopdError(what[:1].lower() + what[1:], where=command, remedy=remedy)
 
 
 def _fail(error: LopdError) -> NoReturn:
+    # rich takes a while to import, and most calls end without an error.
     from lopd.report.console import show_error
 
     show_error(error)
     sys.exit(EXIT_CODE)
 
 
-def main() -> None:
-    """Entry point: a LopdError, wrong usage and a full or forbidden disk are one line and exit code
-    2; Ctrl-C and SIGTERM end every child first.
-    """
+def _prepare_process() -> None:
+    """Set signals, streams and environment before any verb runs."""
+    # Clusters end a job with SIGTERM. It must end servers and ranks as Ctrl-C does.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # an ASCII terminal shows ? for what it cannot; it must not end a run
+            # An ASCII terminal shows `?` for a character that it lacks. Without this, one such
+            # character would end a run of hours.
+            stream.reconfigure(errors="replace")
+    # The threads of Hugging Face's tokenizers do not survive a later fork of this process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if sys.argv[1:2] not in (["fetch"], ["doctor"]):  # nothing else uses the network
+    # Only these two verbs use the network. For all others a name on the hub is an error at once,
+    # not a download in the middle of a run.
+    if sys.argv[1:2] not in (["fetch"], ["doctor"]):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main() -> None:
+    """Run the command line.
+
+    A LopdError, wrong usage, and a full or forbidden disk become one line on stderr and exit code
+    2. After Ctrl-C or SIGTERM every child process is ended first, and the exit code is 130.
+    """
+    _prepare_process()
     try:
+        # Without its standalone mode, click raises its errors instead of printing them in a box.
         sys.exit(app(standalone_mode=False))
     except LopdError as error:
         _fail(error)
     except _USAGE_ERROR as error:
         _fail(_explain_usage(error))
     except OSError as error:
+        # A bug of ours must not look like a full disk, or nobody would report it.
         if error.errno not in _CIRCUMSTANCES:
             raise
-        remedy = "mend this, then run the same command again: what is published stays and is not repeated"
-        _fail(
-            LopdError(
-                error.strerror or type(error).__name__,
-                where=str(error.filename or "operating system"),
-                remedy=remedy,
-            )
+        what = error.strerror or type(error).__name__
+        where = str(error.filename or "operating system")
+        remedy = (
+            "correct this, then run the same command again: "
+            "what is published stays and is not repeated"
         )
+        _fail(LopdError(what, where=where, remedy=remedy))
     except Interrupted:
+        # By now the `with` blocks of servers and ranks have ended them on the way up here.
         sys.stderr.write(
-            "lopd: interrupted; what is published stays: the same command goes on from there\n"
+            "lopd: interrupted; what is published stays: the same command continues from there\n"
         )
+        # 128 + 2: the shell's exit code for a process that SIGINT ended.
         sys.exit(130)
 
 

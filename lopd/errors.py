@@ -1,39 +1,51 @@
-"""What is wrong, where, and the remedy: the errors a user can act on.
+"""The errors that a user can act on: what is wrong, where, the limit, and the remedy.
 
-Every ``LopdError`` becomes one line on screen and exit code 2, without a traceback. A broken
-invariant of ours is an ``assert`` instead.
+Every ``LopdError`` becomes one line on screen and exit code 2, without a traceback. An invariant of
+our own code is an ``assert`` instead, because its failure is a bug and needs the traceback.
 """
 
 from __future__ import annotations
 
+# 1 is what Python itself exits with after an unexpected error. A script can tell the two apart.
 EXIT_CODE = 2
 
 
 class LopdError(Exception):
-    """A mistake or a circumstance that the user can mend.
+    """A mistake or a circumstance that the user can correct.
 
-    what: what is wrong, with the offending value. where: file, key or server. limit: the bound that
-    was broken, if there is one. remedy: what to do.
+    Args:
+        what: What is wrong, with the offending value.
+        where: The file, the configuration key or the server.
+        limit: The bound that was broken, if there is one.
+        remedy: What to do.
+
+    Example:
+        >>> str(LopdError("a batch of 0", where="distill.batch_size", limit=">= 1"))
+        'distill.batch_size: a batch of 0; limit: >= 1'
     """
 
     def __init__(self, what: str, *, where: str = "", limit: str = "", remedy: str = "") -> None:
-        self.what, self.where, self.limit, self.remedy = what, where, limit, remedy
+        # The parts are kept beside the line, because other errors quote them one by one.
+        self.what = what
+        self.where = where
+        self.limit = limit
+        self.remedy = remedy
+        # The place comes first, as in the messages of compilers, so that an editor can open it.
         parts = [f"{where}: {what}" if where else what]
         if limit:
             parts.append(f"limit: {limit}")
         if remedy:
             parts.append(f"remedy: {remedy}")
+        # A quoted reason may have several lines. Logs and launchers expect one line per error.
         super().__init__("; ".join(part.replace("\n", " ") for part in parts))
 
 
 class ConfigError(LopdError):
-    """A key of the configuration is unknown, of the wrong type, out of bounds, or contradicts
-    another.
-    """
+    """A configuration key is unknown, out of bounds, of a wrong type, or contradicts another."""
 
 
 class DataError(LopdError):
-    """Prompts, demonstrations or rollouts that cannot be used as they are."""
+    """Prompts, demonstrations or rollouts cannot be used as they are."""
 
 
 class ArtifactError(LopdError):
@@ -41,11 +53,11 @@ class ArtifactError(LopdError):
 
 
 class ConsistencyError(LopdError):
-    """The teacher that scores is not the teacher that made the student's SFT data."""
+    """The scoring teacher is not the teacher that made the student's SFT data."""
 
 
 class EngineError(LopdError):
-    """A server did not start, died, refused, or answered something it must not answer."""
+    """A server did not start, ended, refused a request, or gave an answer that cannot be used."""
 
 
 class TrainingError(LopdError):

@@ -1,5 +1,6 @@
-"""The stages in order: run, resume, reuse, status. Knows nothing of the method; each stage decides
-by its inputs whether its artifact still stands.
+"""The stages in order: run, resume, reuse, status. This file knows nothing of the method.
+
+Each stage runs, or is reused where its artifact has these inputs (lopd.stages.reuse).
 """
 
 from __future__ import annotations
@@ -11,42 +12,178 @@ import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lopd import summary
 from lopd.artifacts import (
-    MANIFEST,
     Share,
     publish_json,
     published_rows,
     read_manifest,
-    sha256_json,
     storage_errors,
     verify,
 )
-from lopd.config import Config, known_keys, result_keys
-from lopd.config.secrets import scrubbed, scrubbed_inputs
+from lopd.config import Config, result_keys
+from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
-from lopd.records import Manifest, ModelIdentity
+from lopd.records import ModelIdentity
 from lopd.report.console import say
-from lopd.report.metrics import bring_back, set_aside
-from lopd.stages import STAGES, Stage, StageContext, training
+from lopd.stages.context import StageContext
 from lopd.stages.evaluate import LONGER
-from lopd.stages.training import CHECKPOINTS, RESULT
+from lopd.stages.order import STAGES, is_needed, stage_named
+from lopd.stages.reuse import default_of, inspect, reusable, supersede
+from lopd.stages.training import follow_trainings
 from lopd.summary import Outcome
 
-State = Literal["done", "partial", "outdated", "absent"]
-SUPERSEDED = "superseded"
+# What this file writes: in the run directory the configuration of the last stage that ran, and in
+# each stage's folder how long it took. Neither decides what is reused.
 _CONFIG = "config.json"
+_SECONDS = "seconds.json"
+
+
+def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
+    """Run the stages, and reuse what is published from the same inputs.
+
+    Args:
+        config: The configuration.
+        only: The names of the stages to run. The stages that they read must be complete. None: all
+            that this configuration needs.
+
+    Returns:
+        What each stage came to, in order.
+
+    Raises:
+        LopdError: The run directory is in use, an artifact is damaged, or a stage failed.
+    """
+    # One lock for the whole command. Without it a second command could move a stage aside while
+    # this one writes into it.
+    outcomes: list[Outcome] = []
+    identities: dict[str, ModelIdentity] = {}
+    with locked(config.run.dir):
+        report_changes(config)
+        if only is None:
+            chosen = [stage for stage in STAGES if is_needed(stage, config)]
+        else:
+            chosen = [stage for stage in STAGES if stage.name in only]
+        for stage in chosen:
+            # What this command has just written or verified need not be read again.
+            verified = {outcome.name for outcome in outcomes}
+            outcomes.append(_run_stage(StageContext(config, stage, identities), verified))
+            # After each stage, not at the end: a later stage may fail, or be killed.
+            publish_json(config.run.dir / _CONFIG, config_record(config))
+            complete = _complete_stages(config, identities)
+            summary.write(config, outcomes, complete)
+            # The curve is drawn when it may have changed, and at the end of the command.
+            if "distill" in complete and (outcomes[-1].status == "done" or stage is chosen[-1]):
+                summary.draw(config)
+    return outcomes
+
+
+def run_share(config: Config, name: str, share: Share) -> None:
+    """Do one worker's share of a stage that samples or scores.
+
+    Workers may run at the same time on several machines that share the run directory. Each
+    publishes its shards and completes nothing. The stage's own command afterwards finds all shards,
+    makes those that a lost worker has left, and completes the artifact.
+    """
+    # All workers hold the lock together. The stage's own command needs it alone, so it waits for no
+    # worker: it is refused while one runs.
+    context = StageContext(config, stage_named(name), share=share)
+    with locked(config.run.dir, shared=True):
+        _require_parents(context, ())
+        assert context.inputs is not None, "hash models before other workers wait for the lock"
+        with storage_errors(config.run.dir), (config.run.dir / ".lock-workers").open("w") as handle:
+            # The first worker moves an outdated artifact aside. The others wait here, and then find
+            # that this is done.
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            supersede(context)
+            context.folder.mkdir(parents=True, exist_ok=True)
+        if reusable(context) is not None:
+            context.log("reused")
+            return
+        context.log(f"{context.stage.summary} Worker {share.index} of {share.count}.")
+        with storage_errors(context.folder):
+            context.stage.run(context)
+        context.log(f"worker {share.index} of {share.count} is done")
+
+
+def follow(config: Config, name: str, index: int, count: int) -> None:
+    """Run this machine's ranks of a stage that trains, until the stage is done.
+
+    Machine 0 runs the stage's own command on the same run directory.
+
+    Args:
+        config: The configuration.
+        name: The stage.
+        index: Which machine this is, from 1.
+        count: How many machines there are.
+    """
+    context = StageContext(config, stage_named(name))
+    # The only training of evaluate is the equal-compute baseline, which is an SFT.
+    folder = context.folder / LONGER if name == "evaluate" else context.folder
+    # No lock here: machine 0 holds it for all of them.
+    say(f"{name}: machine {index} of {count} follows the first one")
+    follow_trainings(
+        folder,
+        "distill" if name == "distill" else "sft",
+        config.distill if name == "distill" else config.sft,
+        index=index,
+        count=count,
+        is_done=lambda: inspect(context)[0] == "done",
+    )
+
+
+def status(config: Config) -> list[dict[str, Any]]:
+    """Return a row for each stage, without changing anything.
+
+    A row has name, state, rows, seconds, fingerprint and a note: the keys that differ, or what is
+    damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    identities: dict[str, ModelIdentity] = {}
+    for stage in STAGES:
+        if is_needed(stage, config):
+            rows.append(_status_row(StageContext(config, stage, identities)))
+    return rows
+
+
+def _status_row(context: StageContext) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": context.stage.name}
+    # One damaged stage must not hide the state of the others.
+    try:
+        state, differs = inspect(context)
+        manifest = read_manifest(context.folder) if state != "absent" else None
+        num_rows = manifest.rows if manifest is not None else 0
+        if state == "partial":
+            # The manifest of an artifact that is being made does not list its newest shards.
+            num_rows = published_rows(context.folder)
+    except LopdError as error:
+        damaged = {"state": "damaged", "rows": 0, "seconds": None, "fingerprint": ""}
+        return {**row, **damaged, "note": str(error)}
+    return {
+        **row,
+        "state": state,
+        "rows": num_rows,
+        "seconds": _read_table(context.folder / _SECONDS).get("seconds"),
+        "fingerprint": manifest.fingerprint[:12] if manifest else "",
+        "note": f"differs in {', '.join(differs[:4])}" if differs else "",
+    }
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
-    """Holds the run directory for this process, or shared by the workers of a stage. ArtifactError:
-    another one uses it (the lock ends with its process, however it ends).
+    """Hold the run directory for this process. The kernel frees it however the process ends.
+
+    Args:
+        run_dir: The run directory, which is made if it is missing.
+        shared: Let other processes hold it as well, if they share it too.
+
+    Raises:
+        ArtifactError: Another process holds it, or it cannot be locked.
     """
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+        # Children do not inherit it (O_CLOEXEC): a server that outlives us must not hold the lock.
         handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -64,6 +201,7 @@ def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
                 where=str(run_dir),
                 remedy="use a run.dir on a file system with locks",
             ) from None
+        # For the message of the next process that finds it locked.
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -71,137 +209,65 @@ def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
-    """Runs all stages (or those named, whose parents must then be complete), reusing what is
-    published from the same inputs.
-    """
-    outcomes: list[Outcome] = []
-    identities: dict[str, ModelIdentity] = {}
-    with locked(config.run.dir):
-        report_changes(config)
-        chosen = [
-            stage
-            for stage in STAGES
-            if (_needed(stage, config) if only is None else stage.name in only)
-        ]
-        for stage in chosen:
-            outcomes.append(
-                _run_stage(
-                    StageContext(config, stage, identities),
-                    verified={outcome.name for outcome in outcomes},
-                )
-            )
-            publish_json(config.run.dir / _CONFIG, _flat(config))
-            standing = _standing(config, identities)
-            summary.write(config, outcomes, standing)
-            if "distill" in standing and (outcomes[-1].status == "done" or stage is chosen[-1]):
-                summary.draw(config)
-    return outcomes
-
-
-def run_share(config: Config, name: str, share: Share) -> None:
-    """One worker's part of a stage that samples or scores: publishes its shards and completes
-    nothing. Workers may run at the same time on several machines that share the run directory; the
-    stage's own command afterwards finds all shards, makes what a lost worker left, and completes
-    the artifact.
-    """
-    context = StageContext(config, _stage(name), share=share)
-    with locked(config.run.dir, shared=True):
-        _require_parents(context, ())
-        assert context.inputs is not None, "hashes models before the others have to wait for it"
-        with storage_errors(config.run.dir), (config.run.dir / ".lock-workers").open("w") as handle:
-            fcntl.flock(
-                handle, fcntl.LOCK_EX
-            )  # waits: the first worker moves an outdated artifact aside, the others find that done
-            _supersede(context)
-            context.folder.mkdir(parents=True, exist_ok=True)
-        if _published(context) is not None:
-            context.log("reused")
-            return
-        context.log(f"{context.stage.summary} Worker {share.index} of {share.count}.")
-        with storage_errors(context.folder):
-            context.stage.run(context)
-        context.log(f"worker {share.index} of {share.count} is done")
-
-
-def follow(config: Config, name: str, index: int, count: int) -> None:
-    """Machine ``index`` of ``count``: its ranks of a stage that trains, while machine 0 runs the
-    stage's own command on the same run directory. Ends when the stage is done.
-    """
-    context = StageContext(config, _stage(name))
-    folder = context.folder / LONGER if name == "evaluate" else context.folder
-    say(f"{name}: machine {index} of {count} follows the first one")
-    training.follow(
-        folder,
-        config.distill if name == "distill" else config.sft,
-        index,
-        count,
-        done=lambda: inspect(context)[0] == "done",
-    )
-
-
-def _needed(stage: Stage, config: Config) -> bool:
-    given = {
-        "demonstrate": config.sft.demonstrations or config.sft.checkpoint,
-        "rollout": config.distill.cache,
-        "score": config.distill.cache,
-    }
-    return given.get(stage.name) is None
-
-
-def _standing(config: Config, identities: dict[str, ModelIdentity]) -> list[str]:
-    """The stages whose artifacts are complete and made from this configuration."""
-    standing = []
+def _complete_stages(config: Config, identities: dict[str, ModelIdentity]) -> list[str]:
+    """Return the stages whose artifacts are complete and made from this configuration."""
+    names: list[str] = []
     for stage in STAGES:
-        with contextlib.suppress(LopdError):  # a damaged one stops the command when its turn comes
-            if (
-                _needed(stage, config)
-                and inspect(StageContext(config, stage, identities))[0] == "done"
-            ):
-                standing.append(stage.name)
-    return standing
+        # A damaged one stops the command when it is run.
+        with contextlib.suppress(LopdError):
+            context = StageContext(config, stage, identities)
+            if is_needed(stage, config) and inspect(context)[0] == "done":
+                names.append(stage.name)
+    return names
 
 
 def _run_stage(context: StageContext, verified: Collection[str]) -> Outcome:
-    """verified: stages whose files this command has written or checked."""
+    """Run or reuse one stage.
+
+    Args:
+        context: The stage.
+        verified: Stages whose files this command has written or checked already.
+    """
     start = time.monotonic()
+    # In this order: what a stage reads is checked before anything of its own is moved, and what is
+    # in the way is moved before anything is written.
     _require_parents(context, verified)
-    _supersede(context)
-    manifest = _published(context)
+    supersede(context)
+    manifest = reusable(context)
     if manifest is not None:
+        # A reused artifact is only as good as its files. A changed one is named with the remedy.
         verify(context.folder, manifest)
         say(f"{context.stage.name}: reused", context.folder / "log.txt")
         return Outcome(context.stage.name, "reused", time.monotonic() - start)
     with storage_errors(context.folder):
         context.folder.mkdir(parents=True, exist_ok=True)
     context.log(context.stage.summary)
-    with storage_errors(context.folder):  # a log or a library that finds no room
+    # A log, or a library, may also find the disk full.
+    with storage_errors(context.folder):
         context.stage.run(context)
     seconds = time.monotonic() - start
-    _record_seconds(context, seconds)
+    # Outside the manifest, which says only what decides the artifact.
+    publish_json(context.folder / _SECONDS, {"seconds": seconds})
     context.log(f"done in {seconds:.1f} s")
     return Outcome(context.stage.name, "done", seconds)
 
 
-def _record_seconds(context: StageContext, seconds: float) -> None:
-    """Seconds of the command that finished the stage; outside the manifest, which says only what
-    decides the artifact.
-    """
-    publish_json(context.folder / "seconds.json", {"seconds": seconds})
-
-
 def _require_parents(context: StageContext, verified: Collection[str]) -> None:
-    """Before anything is touched: the stages this one reads are done, and their files are as they
-    were published.
+    """Check the stages that this one reads, before anything is moved or written.
+
+    Raises:
+        ArtifactError: One is not done, or a file is not as it was published.
+        ConsistencyError: Only the teacher is another one than they were made with.
     """
     for name in context.stage.parents(context.config):
-        parent = StageContext(context.config, _stage(name), context.identities)
+        # A stage run alone never runs its parents: that may take days, and was not asked for.
+        parent = context.of_stage(stage_named(name))
         state, differs = inspect(parent)
         if state != "done":
             _refuse_another_teacher(context, parent)
-            reason = (
-                f"was made from other knobs ({', '.join(differs)})" if differs else f"is {state}"
-            )
+            reason = f"is {state}"
+            if differs:
+                reason = f"was made from other knobs ({', '.join(differs)})"
             raise ArtifactError(
                 f"{context.stage.name} needs {name}, which {reason}",
                 where=str(parent.folder),
@@ -212,232 +278,66 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
 
 
 def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None:
-    """ConsistencyError where all that keeps a stage with a teacher from running is that
-    models.teacher is not the one that everything was made with.
+    """Raise ConsistencyError where only ``models.teacher`` keeps a stage from running.
+
+    "Made from other knobs" would hide the one mistake that the method does not forgive.
     """
+    # Follow the outdated parents to the stage where the difference begins.
     cause = parent
-    while (differs := inspect(cause)[1]) and (
-        outdated := [key.removeprefix("parent ") for key in differs if key.startswith("parent ")]
-    ):
-        cause = StageContext(context.config, _stage(outdated[0]), context.identities)
-    if (
-        "teacher" in context.stage.models
-        and differs
-        and all(key.startswith("models.teacher") for key in differs)
-    ):
+    while True:
+        _, differs = inspect(cause)
+        outdated = [key.removeprefix("parent ") for key in differs if key.startswith("parent ")]
+        if not outdated:
+            break
+        cause = context.of_stage(stage_named(outdated[0]))
+    only_teacher = differs and all(key.startswith("models.teacher") for key in differs)
+    if "teacher" in context.stage.models and only_teacher:
         raise ConsistencyError(
-            f"{context.config.models.teacher} is not the teacher of {cause.stage.name}, which {parent.stage.name} goes back to",
+            f"{context.config.models.teacher} is not the teacher of {cause.stage.name}, "
+            f"which {parent.stage.name} goes back to",
             where="models.teacher",
             limit=str(read_manifest(cause.folder).models["teacher"].path),
             remedy="use that teacher, or make all stages with this one: lopd run CONFIG",
         )
 
 
-def _stage(name: str) -> Stage:
-    return next(stage for stage in STAGES if stage.name == name)
-
-
-def _published(context: StageContext) -> Manifest | None:
-    """The complete artifact from these very inputs, or None."""
-    if not (context.folder / MANIFEST).exists():
-        return None
-    manifest = read_manifest(context.folder)
-    return manifest if manifest.complete and not differences(context, manifest) else None
-
-
-def differences(context: StageContext, manifest: Manifest) -> list[str]:
-    """Keys in which the artifact's inputs differ from what this configuration asks for; a parent's
-    name where the parent changed.
-
-    A knob that the artifact does not name is newer than the artifact; its default stands for what
-    was done before there was such a knob.
-    """
-    wanted = json.loads(
-        json.dumps(
-            {
-                **context.inputs,
-                **{f"parent {name}": value for name, value in context.parents.items()},
-            },
-            default=str,
-        )
-    )
-    found: dict[str, Any] = {
-        **scrubbed_inputs(manifest.inputs),
-        **{f"parent {name}": value for name, value in manifest.parents.items()},
-    }
-    for key in wanted.keys() - found.keys():
-        found[key] = _default(key)
-    return sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found[key])
-
-
-def _default(key: str) -> Any:
-    field = known_keys().get(key)
-    return (
-        None
-        if field is None or field.is_required()
-        else json.loads(json.dumps(field.get_default(call_default_factory=True), default=str))
-    )
-
-
-def _supersede(context: StageContext) -> None:
-    """Moves an artifact made from other inputs aside, with its metrics (nothing finished is lost),
-    and brings back one that was moved aside before.
-    """
-    run_dir, folder = context.config.run.dir, context.folder
-    shelf = run_dir / SUPERSEDED
-    if not (folder / MANIFEST).exists() and any(
-        next(folder.rglob(name), None) for name in (RESULT, CHECKPOINTS)
-    ):
-        context.log(
-            f"trained, but without {MANIFEST}: nobody knows from what; kept in {SUPERSEDED}/{folder.name}-without-manifest"
-        )
-        shelf.mkdir(exist_ok=True)
-        folder.rename(_free_name(shelf / f"{folder.name}-without-manifest"))
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        differs = differences(context, manifest)
-        if not differs:
-            bring_back(run_dir, folder)  # a kill while it was moved
-            return
-        key = sha256_json([manifest.inputs, manifest.parents])[:12]
-        context.log(
-            f"runs again: {', '.join(differs[:6])} changed; the former result is kept in {SUPERSEDED}/{folder.name}-{key}"
-        )
-        set_aside(
-            run_dir,
-            {folder.name, *(path.name for path in folder.iterdir() if path.is_dir())},
-            folder,
-        )
-        shelf.mkdir(exist_ok=True)
-        folder.rename(_free_name(shelf / f"{folder.name}-{key}"))
-    kept = _kept(context, shelf)
-    if kept is not None:
-        if folder.exists():  # a stage that was killed before it had a manifest
-            folder.rename(_free_name(shelf / f"{folder.name}-without-manifest"))
-        kept.rename(folder)
-        bring_back(run_dir, folder)
-
-
-def _kept(context: StageContext, shelf: Path) -> Path | None:
-    """The stage's artifact among those moved aside that is made from what this configuration asks
-    for; rather a complete one.
-    """
-    found: dict[bool, Path] = {}
-    for path in sorted(shelf.glob(f"{context.stage.name}-*")):
-        with contextlib.suppress(LopdError):  # damaged: it stays where it is
-            manifest = read_manifest(path)
-            if not differences(context, manifest):
-                found[manifest.complete] = path
-    return found.get(True, found.get(False))
-
-
-def _free_name(path: Path) -> Path:
-    candidates = [path, *(path.with_name(f"{path.name}.{index}") for index in range(1, 1000))]
-    return next(candidate for candidate in candidates if not candidate.exists())
-
-
 def report_changes(config: Config) -> None:
-    """Says which keys differ from the configuration that a stage of this run directory was last
-    made from.
-    """
+    """Say which keys differ from the configuration that this run directory was last made from."""
+    # Stages decide by their manifests what runs again. This only tells the user beforehand.
     former = _read_table(config.run.dir / _CONFIG)
-    current = _flat(config)
-    former = (
-        {key: _default(key) for key in current} | former if former else current
-    )  # a knob newer than the file had its default
+    if not former:
+        return
+    current = config_record(config)
+    # A knob that is newer than the file had its default.
+    former = {key: default_of(key) for key in current} | former
     changed = sorted(key for key in former if current.get(key) != former[key])
     if changed:
         shown = "; ".join(f"{key}: {former.get(key)} -> {current.get(key)}" for key in changed[:12])
+        more = " ..." if len(changed) > 12 else ""
         say(
-            f"this run directory was made from another config: {shown}{' ...' if len(changed) > 12 else ''}",
+            f"this run directory was made from another config: {shown}{more}",
             config.run.dir / "log.txt",
         )
 
 
+def config_record(config: Config) -> dict[str, Any]:
+    """Return the knobs that decide results, flat, without secrets."""
+    # Folders of the run and the speed of a machine decide no result. Models are named by path here:
+    # hashing them would take too long for a line on the screen.
+    sections = [name for name in type(config).model_fields if name not in ("run", "models")]
+    keys = result_keys(config, sections)
+    keys["run.seed"] = config.run.seed
+    keys["models.teacher"] = str(config.models.teacher)
+    keys["models.student"] = str(config.models.student)
+    # It is published, and shown where it differs.
+    plain: dict[str, Any] = json.loads(json.dumps(scrubbed(keys)))
+    return plain
+
+
 def _read_table(path: Path) -> dict[str, Any]:
-    """A JSON file that decides nothing: empty where it is missing or damaged."""
+    """Read a JSON file that decides nothing: empty where it is missing or damaged."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return table if isinstance(table, dict) else {}
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    flat = result_keys(
-        config, [name for name in type(config).model_fields if name not in ("run", "models")]
-    )
-    flat |= {
-        "run.seed": config.run.seed,
-        "models.teacher": str(config.models.teacher),
-        "models.student": str(config.models.student),
-    }
-    plain: dict[str, Any] = json.loads(
-        json.dumps(scrubbed(flat))
-    )  # it is published, and shown where it differs
-    return plain
-
-
-def inspect(context: StageContext) -> tuple[State, list[str]]:
-    """A stage's state without running anything, and for an outdated one the keys that differ, or
-    the parent that is not done itself.
-    """
-    if not (context.folder / MANIFEST).exists():
-        return "absent", []
-    manifest = read_manifest(context.folder)
-    parents = {
-        name: inspect(StageContext(context.config, _stage(name), context.identities))[0]
-        for name in context.stage.parents(context.config)
-    }
-    try:
-        differs = differences(context, manifest)
-    except ArtifactError:  # a parent is gone: its manifest cannot be read
-        differs = []
-    differs = differs or [f"parent {name}" for name, state in parents.items() if state != "done"]
-    if differs:
-        return "outdated", differs
-    return ("done" if manifest.complete else "partial"), []
-
-
-def status(config: Config) -> list[dict[str, Any]]:
-    """One row a stage: name, state, rows, seconds, fingerprint, which keys differ. Reads only."""
-    rows: list[dict[str, Any]] = []
-    identities: dict[str, ModelIdentity] = {}
-    for stage in STAGES:
-        if not _needed(stage, config):
-            continue
-        context = StageContext(config, stage, identities)
-        try:
-            state, differs = inspect(context)
-            manifest = read_manifest(context.folder) if state != "absent" else None
-            num_rows = (
-                published_rows(context.folder)
-                if state == "partial"
-                else manifest.rows
-                if manifest is not None
-                else 0
-            )
-        except LopdError as error:
-            rows.append(
-                {
-                    "name": stage.name,
-                    "state": "damaged",
-                    "rows": 0,
-                    "seconds": None,
-                    "fingerprint": "",
-                    "note": str(error),
-                }
-            )
-            continue
-        seconds_file = context.folder / "seconds.json"
-        rows.append(
-            {
-                "name": stage.name,
-                "state": state,
-                "rows": num_rows,
-                "seconds": _read_table(seconds_file).get("seconds"),
-                "fingerprint": manifest.fingerprint[:12] if manifest else "",
-                "note": f"differs in {', '.join(differs[:4])}" if differs else "",
-            }
-        )
-    return rows

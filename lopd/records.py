@@ -1,7 +1,14 @@
-"""The data that crosses a boundary: frozen, slotted, lengths checked when built.
+"""The records that one part of the system hands to another.
 
-Conventions: ``*_logprobs[t]`` is the natural-log probability of ``token_ids[t]`` given all before
-it, at temperature 1. Token ids are the truth.
+Every record is frozen and slotted. It checks itself when it is built: a column that does not fit
+the tokens is a ValueError.
+
+``*_logprobs[t]`` is the log-probability of ``token_ids[t]``, given all tokens before it. It is a
+natural logarithm at temperature 1. Token ids are the truth: text is derived from them and is never
+tokenised back.
+
+The examples below follow one response: the model answers "3" to "What is 1 + 2?". In them token 18
+is "3" and token 2 ends a response.
 """
 
 from __future__ import annotations
@@ -14,40 +21,71 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+# The arrays of the records. Token ids are int32 and log-probabilities float32: half the bytes of
+# what Python and numpy choose by themselves, for every token of a run.
 Ints: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
 Int16s: TypeAlias = NDArray[np.int16]
+# One byte per token. True is a token that carries loss.
 Bools: TypeAlias = NDArray[np.bool_]
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
-Key: TypeAlias = tuple[str, int]  # (prompt_id, sample_index): names one response in a run
+# (prompt_id, sample_index), which names one response of a run.
+Key: TypeAlias = tuple[str, int]
 
+# The same values at runtime, for the check of what a server or a file says.
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
+# The least probability that all tokens outside the top-K have together. K probabilities in float32
+# may add up to slightly more than 1, and the logarithm of what is left must stay finite.
+TAIL_FLOOR = 1e-6
 
 
 def int32(values: Sequence[int] | NDArray[Any]) -> Ints:
-    """Token ids as int32 [N]; ValueError for anything that does not fit."""
+    """Return token ids as int32 [N]. Raises ValueError if one of them does not fit."""
     array = np.asarray(values)
+    # numpy would wrap a value that is too large around, and the id would name another token.
     if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"token ids must lie in 0..2^31-1, got {array.min()}..{array.max()}")
+        raise ValueError(f"token ids must be in 0..2^31-1, got {array.min()}..{array.max()}")
     return array.astype(np.int32, casting="unsafe").reshape(-1)
 
 
 def float32(values: Sequence[float] | NDArray[Any]) -> Floats:
-    """Log-probabilities as float32 [N]."""
+    """Return log-probabilities as float32 [N]."""
     return np.asarray(values, dtype=np.float32).reshape(-1)
 
 
 def token_hash(prompt_ids: Ints, token_ids: Ints) -> str:
-    """16 hex digits that name a token sequence and its split into prompt and response."""
+    """Return 16 hexadecimal digits that name a prompt together with its response."""
+    # The length of the prompt comes first. Without it, a token moved from the prompt to the
+    # response would not change the hash. The byte order is fixed, so every machine agrees.
     digest = hashlib.sha256(len(prompt_ids).to_bytes(8, "little"))
     digest.update(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes())
     digest.update(np.ascontiguousarray(token_ids, dtype="<i4").tobytes())
     return digest.hexdigest()[:16]
 
 
+def _check_lengths(owner: str, record: object, names: Sequence[str], num_tokens: int) -> None:
+    """Raise ValueError if a column that is there has another length than the tokens."""
+    for name in names:
+        value = getattr(record, name)
+        # A top-K has three columns and has checked by itself that they fit each other.
+        column = value.ids if isinstance(value, TopK) else value
+        if column is not None and len(column) != num_tokens:
+            raise ValueError(f"{owner}: {name} has {len(column)} entries for {num_tokens} tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question as chat messages. answer: what the verifier of its domain compares with."""
+    """A question to the model, as chat messages.
+
+    Attributes:
+        domain: The task that verifies the answers, for example "math".
+        answer: The value that the verifier of the domain compares an answer with.
+
+    Example:
+        >>> question = {"role": "user", "content": "What is 1 + 2?"}
+        >>> Prompt("sum-7", (question,), domain="math", answer="3").answer
+        '3'
+    """
 
     prompt_id: str
     messages: tuple[Mapping[str, str], ...]
@@ -57,15 +95,36 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One sampled response. The end token, where it was sampled, is the last of token_ids; a
-    truncated response has none.
+    """One response that a policy sampled. P is the prompt's length and R the response's.
 
-    sampling_logprobs f32[R]: by the policy that sampled, at temperature 1. weight_version: of that
-    policy.
-    loss_mask bool[R]: tokens that SFT learns from; None means all (sampled responses); written
-    demonstrations may mask some.
-    routed_experts i16[P + R - 1, layers, k]: the experts that the sampler chose at each position,
-    for replay in training.
+    Attributes:
+        token_ids: The tokens exactly as sampled. If the end token was sampled, it is the last one.
+            A truncated response has no end token.
+        sampling_logprobs: By the policy that sampled, at temperature 1 even if the tokens were
+            drawn at another temperature.
+        finish_reason: "stop" if the response ended by itself, "length" if it was cut at the length
+            limit, "abort" if it was cut otherwise.
+        weight_version: The version of the weights that sampled.
+        loss_mask: True for each token that SFT learns from. None means all tokens, as in sampled
+            responses. Demonstrations that were written may mask some.
+        routed_experts: The experts that the policy chose at each position, for replay in training.
+
+    Example:
+        The policy gave "3" a probability of 0.70 and the end token one of 0.95.
+
+        >>> response = Response(
+        ...     prompt_id="sum-7",
+        ...     sample_index=0,
+        ...     prompt_ids=int32([11, 25, 40]),
+        ...     token_ids=int32([18, 2]),
+        ...     sampling_logprobs=float32([-0.357, -0.051]),
+        ...     finish_reason="stop",
+        ...     weight_version="sft-3000",
+        ... )
+        >>> response.key
+        ('sum-7', 0)
+        >>> np.exp(response.sampling_logprobs).round(2)
+        array([0.7 , 0.95], dtype=float32)
     """
 
     prompt_id: str
@@ -79,24 +138,20 @@ class Response:
     routed_experts: Int16s | None = None  # [P + R - 1, layers, k]
 
     def __post_init__(self) -> None:
-        if len(self.sampling_logprobs) != len(self.token_ids):
-            raise ValueError(
-                f"response {self.key}: {len(self.sampling_logprobs)} log-probabilities for {len(self.token_ids)} tokens"
-            )
+        # The key comes first in the message: a run has millions of responses, and the user has to
+        # find this one.
+        owner = f"response {self.key}"
         if self.finish_reason not in FINISH_REASONS:
             raise ValueError(
-                f"response {self.key}: finish_reason {self.finish_reason!r} is none of {FINISH_REASONS}"
+                f"{owner}: finish_reason {self.finish_reason!r} is not one of {FINISH_REASONS}"
             )
-        if self.loss_mask is not None and len(self.loss_mask) != len(self.token_ids):
-            raise ValueError(
-                f"response {self.key}: loss_mask of {len(self.loss_mask)} for {len(self.token_ids)} tokens"
-            )
+        _check_lengths(owner, self, ("sampling_logprobs", "loss_mask"), len(self.token_ids))
+        # Nothing is predicted from the last token, so the sampler never routes it.
         positions = len(self.prompt_ids) + len(self.token_ids) - 1
-        if self.routed_experts is not None and (
-            self.routed_experts.ndim != 3 or len(self.routed_experts) != positions
-        ):
+        routed = self.routed_experts
+        if routed is not None and (routed.ndim != 3 or len(routed) != positions):
             raise ValueError(
-                f"response {self.key}: routed_experts of shape {self.routed_experts.shape} for {positions} positions"
+                f"{owner}: routed_experts has shape {routed.shape} for {positions} positions"
             )
 
     @property
@@ -104,36 +159,49 @@ class Response:
         return (self.prompt_id, self.sample_index)
 
 
-TAIL_FLOOR = (
-    1e-6  # least probability of a tail: K float32 probabilities may add up to a little more than 1
-)
-
-
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The teacher's K likeliest tokens where each response token was sampled, the likeliest first,
-    at temperature 1.
+    """The teacher's K likeliest tokens at each response token, the likeliest first.
+
+    Attributes:
+        logprobs: At temperature 1, over the whole vocabulary.
+        tail_logprob: The log-probability of all other tokens together. It is at least
+            log(TAIL_FLOOR).
+
+    Example:
+        The first token had two likely values, with probabilities 0.90 and 0.06. All other tokens
+        share the remaining 0.04.
+
+        >>> top = top_k_of([[18, 19], [2, 5]], [[-0.105, -2.813], [-0.020, -4.605]])
+        >>> top.ids[0].tolist()
+        [18, 19]
+        >>> np.exp(top.tail_logprob).round(2)
+        array([0.04, 0.01], dtype=float32)
     """
 
     ids: Ints  # [R, K]
     logprobs: Floats  # [R, K]
-    tail_logprob: Floats  # [R], of all other tokens together; at least log TAIL_FLOOR
+    tail_logprob: Floats  # [R]
 
     def __post_init__(self) -> None:
-        if (
-            self.ids.ndim != 2
-            or self.ids.shape != self.logprobs.shape
-            or self.tail_logprob.shape != self.ids.shape[:1]
-        ):
+        # Each row of ids has its row of values and its one tail.
+        shape = self.ids.shape
+        tail_shape = self.tail_logprob.shape
+        if len(shape) != 2 or self.logprobs.shape != shape or tail_shape != shape[:1]:
             raise ValueError(
-                f"top-K: ids {self.ids.shape}, log-probabilities {self.logprobs.shape}, tails {self.tail_logprob.shape}"
+                f"top-K: ids have shape {shape}, log-probabilities {self.logprobs.shape}, "
+                f"and tails {tail_shape}"
             )
 
 
-def top_k_of(ids: NDArray[Any], logprobs: NDArray[Any]) -> TopK:
-    """From ids and log-probabilities [R, K] alone; the tail is what is missing to 1."""
+def top_k_of(
+    ids: Sequence[Sequence[int]] | NDArray[Any], logprobs: Sequence[Sequence[float]] | NDArray[Any]
+) -> TopK:
+    """Return the top-K of ids and log-probabilities [R, K]. The tail is what is missing to 1."""
+    # In float64, because the difference to 1 of many nearly full sums would lose all its digits.
     outside = 1.0 - np.exp(np.asarray(logprobs, dtype=np.float64)).sum(-1)
     return TopK(
+        # A server may answer with float64 and int64. The record has the types of the file.
         np.asarray(ids, dtype=np.int32),
         np.asarray(logprobs, dtype=np.float32),
         float32(np.log(np.maximum(outside, TAIL_FLOOR))),
@@ -142,11 +210,26 @@ def top_k_of(ids: NDArray[Any], logprobs: NDArray[Any]) -> TopK:
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """What the teacher says of one response, at temperature 1: the log-probability of every token,
-    and more where it was asked for.
+    """The teacher's log-probability of every token of one response, at temperature 1.
 
-    token_hash ties it to the exact ids. teacher: fingerprint of the teacher's weights, where a
-    cache has several.
+    Attributes:
+        token_hash: Ties the scores to the exact ids that were scored (see token_hash()).
+        top: The teacher's likeliest tokens, if the run asked for them.
+        entropy: The entropy of the teacher's distribution in nats, if the run asked for it.
+        teacher: The fingerprint of the teacher's weights in a cache with several teachers.
+
+    Example:
+        The teacher gives "3" a probability of 0.90. The student gave it 0.70, so the first
+        advantage is log 0.90 - log 0.70 = 0.25.
+
+        >>> scores = TeacherScores(
+        ...     prompt_id="sum-7",
+        ...     sample_index=0,
+        ...     token_hash=token_hash(int32([11, 25, 40]), int32([18, 2])),
+        ...     teacher_logprobs=float32([-0.105, -0.020]),
+        ... )
+        >>> (scores.teacher_logprobs - float32([-0.357, -0.051])).round(2)
+        array([0.25, 0.03], dtype=float32)
     """
 
     prompt_id: str
@@ -154,18 +237,12 @@ class TeacherScores:
     token_hash: str
     teacher_logprobs: Floats  # [R]
     top: TopK | None = None
-    entropy: Floats | None = None  # [R], of the teacher's distribution, in nats
+    entropy: Floats | None = None  # [R]
     teacher: str = ""
 
     def __post_init__(self) -> None:
-        for name, column in (
-            ("top-K rows", None if self.top is None else self.top.ids),
-            ("entropies", self.entropy),
-        ):
-            if column is not None and len(column) != len(self.teacher_logprobs):
-                raise ValueError(
-                    f"scores of {self.key}: {len(column)} {name} for {len(self.teacher_logprobs)} tokens"
-                )
+        num_tokens = len(self.teacher_logprobs)
+        _check_lengths(f"scores of {self.key}", self, ("top", "entropy"), num_tokens)
 
     @property
     def key(self) -> Key:
@@ -174,30 +251,39 @@ class TeacherScores:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the trainer learns from: prompt and response in one row. Log-probabilities are 0 on the
-    prompt.
+    """A prompt and its response in one row [L], as the trainer learns from it. L is P + R.
+
+    Log-probabilities are 0 on the prompt.
+
+    Attributes:
+        loss_mask: True where the token carries loss. The first token never does, because no token
+            stands before it.
+        truncated: True if the response was cut off before an end token.
+        teacher_index: The number of the teacher that scored it, if there are several.
+
+    Example:
+        >>> sample = Sample(
+        ...     token_ids=int32([11, 25, 40, 18, 2]),
+        ...     loss_mask=np.array([False, False, False, True, True]),
+        ...     teacher_logprobs=float32([0, 0, 0, -0.105, -0.020]),
+        ...     key=("sum-7", 0),
+        ... )
+        >>> len(sample), int(sample.loss_mask.sum())
+        (5, 2)
     """
 
     token_ids: Ints  # [L]
-    loss_mask: Bools  # [L], True where the token carries loss (never the first)
+    loss_mask: Bools  # [L]
     sampling_logprobs: Floats | None = None  # [L]
     teacher_logprobs: Floats | None = None  # [L]
     key: Key | None = None  # of the response, for messages
-    truncated: bool = False  # cut off before an end token
+    truncated: bool = False
     teacher_top: TopK | None = None  # [L, K]
-    teacher_index: int | None = None  # which of several teachers scored it
+    teacher_index: int | None = None
 
     def __post_init__(self) -> None:
-        if self.teacher_top is not None and len(self.teacher_top.ids) != len(self.token_ids):
-            raise ValueError(
-                f"sample: top-K of {len(self.teacher_top.ids)} for {len(self.token_ids)} tokens"
-            )
-        for name in ("loss_mask", "sampling_logprobs", "teacher_logprobs"):
-            column = getattr(self, name)
-            if column is not None and len(column) != len(self.token_ids):
-                raise ValueError(
-                    f"sample: {name} has {len(column)} entries for {len(self.token_ids)} tokens"
-                )
+        columns = ("loss_mask", "sampling_logprobs", "teacher_logprobs", "teacher_top")
+        _check_lengths("sample", self, columns, len(self))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -205,56 +291,79 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Packed sequences, already shifted: position t predicts labels[t]; mask and log-probabilities
-    belong to labels[t].
+    """Several samples packed end to end [T] and shifted by one.
 
-    cu_seqlens i32[S+1]: sequence s occupies cu_seqlens[s]..cu_seqlens[s+1]; the first num_sequences
-    of them are samples, one more may be padding.
+    Position t predicts labels[t]. The mask and the log-probabilities at t belong to labels[t]. The
+    last position of a sequence predicts nothing: its label is 0 and its mask is False.
+
+    Attributes:
+        cu_seqlens: Sequence s occupies the positions cu_seqlens[s] to cu_seqlens[s + 1]. S is the
+            number of sequences.
+        max_seqlen: The length of the longest sequence in tokens.
+        num_sequences: How many sequences are samples. One more may follow, which is padding.
+        truncated: True for each sequence that was cut off before an end token.
+        teacher_index: The number of the teacher that scored each sequence, if there are several.
+
+    Example:
+        The sample above is packed together with a shorter one, [11, 40, 2], whose response is only
+        the end token.
+
+        >>> batch = Microbatch(
+        ...     token_ids=np.array([11, 25, 40, 18, 2, 11, 40, 2]),
+        ...     labels=np.array([25, 40, 18, 2, 0, 40, 2, 0]),
+        ...     position_ids=np.array([0, 1, 2, 3, 4, 0, 1, 2]),
+        ...     loss_mask=np.array([0, 0, 1, 1, 0, 0, 1, 0], dtype=np.bool_),
+        ...     cu_seqlens=int32([0, 5, 8]),
+        ...     max_seqlen=5,
+        ...     num_sequences=2,
+        ...     teacher_logprobs=float32([0, 0, -0.105, -0.020, 0, 0, -0.301, 0]),
+        ... )
+        >>> batch.labels[batch.loss_mask].tolist()
+        [18, 2, 2]
     """
 
     token_ids: NDArray[np.int64]  # [T]
     labels: NDArray[np.int64]  # [T]
     position_ids: NDArray[np.int64]  # [T]
     loss_mask: Bools  # [T]
-    cu_seqlens: Ints  # [S+1]
+    cu_seqlens: Ints  # [S + 1]
     max_seqlen: int
     num_sequences: int
     teacher_logprobs: Floats | None = None  # [T]
     sampling_logprobs: Floats | None = None  # [T]
-    keys: tuple[Key, ...] = ()  # of the responses in it, for messages
-    truncated: Bools | None = None  # [S], sequences that were cut off before an end token
+    keys: tuple[Key, ...] = ()  # of the responses, for messages
+    truncated: Bools | None = None  # [S]
     teacher_top: TopK | None = None  # [T, K]
-    teacher_index: NDArray[np.int64] | None = (
-        None  # [S], which of several teachers scored the sequence
-    )
+    teacher_index: NDArray[np.int64] | None = None  # [S]
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
-        for name in (
-            "labels",
-            "position_ids",
-            "loss_mask",
-            "teacher_logprobs",
-            "sampling_logprobs",
-        ):
-            column = getattr(self, name)
-            if column is not None and len(column) != length:
-                raise ValueError(
-                    f"microbatch: {name} has {len(column)} entries for {length} tokens"
-                )
-        if self.teacher_top is not None and len(self.teacher_top.ids) != length:
+        logprobs = ("teacher_logprobs", "sampling_logprobs", "teacher_top")
+        columns = ("labels", "position_ids", "loss_mask", *logprobs)
+        _check_lengths("microbatch", self, columns, length)
+        # The attention kernels read these bounds without a check: a wrong one would let tokens of
+        # one sample attend to those of another.
+        bounds = self.cu_seqlens
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length:
             raise ValueError(
-                f"microbatch: top-K of {len(self.teacher_top.ids)} for {length} tokens"
-            )
-        if len(self.cu_seqlens) < 2 or self.cu_seqlens[0] != 0 or self.cu_seqlens[-1] != length:
-            raise ValueError(
-                f"microbatch: cu_seqlens {self.cu_seqlens.tolist()[:3]}.. does not cover {length} tokens"
+                f"microbatch: cu_seqlens {bounds.tolist()[:3]}.. does not cover {length} tokens"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One published file of an artifact."""
+    """One published file of an artifact.
+
+    Attributes:
+        rows: The number of responses. It is 0 for a file that is not a Parquet shard.
+        tokens: The number of response tokens.
+        sha256: The checksum of the whole file, in hexadecimal digits.
+
+    Example:
+        >>> shard = ShardInfo("shard-00000.parquet", rows=256, tokens=318_464, sha256="5f2b91ac")
+        >>> shard.tokens // shard.rows
+        1244
+    """
 
     name: str
     rows: int
@@ -264,8 +373,22 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """A checkpoint by content: sha256 of weights (all safetensors and the config), of the
-    tokenizer, of the chat template.
+    """A checkpoint by its content. Each fingerprint is a sha256 in hexadecimal digits.
+
+    Attributes:
+        path: Where the checkpoint was then. It tells people something and decides nothing.
+        weights: Of config.json and all safetensors files.
+        tokenizer: Of tokenizer.json.
+        template: Of the chat template.
+
+    Example:
+        Two models can be teacher and student of each other only if they have one tokenizer. (Real
+        fingerprints have 64 digits.)
+
+        >>> teacher = ModelIdentity("/models/Qwen3-32B", "9c1d40e7", "aeb13307", "a55ee1b1")
+        >>> student = ModelIdentity("/models/Qwen3-8B-Base", "04be7c12", "aeb13307", "1d3f8a60")
+        >>> teacher.tokenizer == student.tokenizer
+        True
     """
 
     path: str
@@ -276,24 +399,50 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an artifact is, from what it was made, and by whom. See lopd.artifacts for reading and
-    writing.
+    """What an artifact is, from what it was made, and by whom.
+
+    lopd.artifacts reads and writes it. docs/cache_format.md specifies every key.
+
+    Attributes:
+        complete: True once the last shard is published.
+        inputs: Every configuration key that the content depends on, with its value.
+        parents: The fingerprint of each parent artifact, by the parent's kind.
+        models: The models by their role, for example "teacher".
+        sampling: The sampling parameters of the responses.
+        lineage: Which teacher made the demonstrations behind the artifact, and which checks the
+            user has switched off.
+        fingerprint: Names the artifact with its content. It is empty until complete is True.
+        extra: Figures of the stage, for example steps, losses and seconds.
+
+    Example:
+        >>> shard = ShardInfo("shard-00000.parquet", rows=256, tokens=318_464, sha256="5f2b91ac")
+        >>> manifest = Manifest(
+        ...     kind="teacher_cache",
+        ...     schema_version=1,
+        ...     complete=True,
+        ...     inputs={"seed": 0, "score.top_k": 0},
+        ...     parents={"rollouts": "71e0c2d9"},
+        ...     models={},
+        ...     sampling={"temperature": 0.8, "top_p": 1.0, "max_new_tokens": 4096},
+        ...     lineage={"sft_teacher": "9c1d40e7", "score_teacher": "9c1d40e7"},
+        ...     rows=256,
+        ...     shards=(shard,),
+        ...     versions={"sglang": "0.5.17"},
+        ... )
+        >>> manifest.rows == sum(shard.rows for shard in manifest.shards)
+        True
     """
 
     kind: str
     schema_version: int
     complete: bool
-    inputs: Mapping[str, Any]  # every config key and parent fingerprint that the content depends on
-    parents: Mapping[str, str]  # parent artifact's kind -> fingerprint
+    inputs: Mapping[str, Any]
+    parents: Mapping[str, str]
     models: Mapping[str, ModelIdentity]
     sampling: Mapping[str, Any]
-    lineage: Mapping[
-        str, Any
-    ]  # which teacher made the demonstrations behind this; overrides in force
+    lineage: Mapping[str, Any]
     rows: int
     shards: tuple[ShardInfo, ...]
     versions: Mapping[str, str]
     fingerprint: str = ""
-    extra: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # figures of the stage: steps, losses, seconds
+    extra: Mapping[str, Any] = field(default_factory=dict)

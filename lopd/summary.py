@@ -1,4 +1,4 @@
-"""summary.json and the learning curve: what a run came to, read from the stages' manifests."""
+"""summary.json and the learning curve of a run, read from the stages' manifests."""
 
 from __future__ import annotations
 
@@ -19,106 +19,126 @@ FILE = "summary.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage in one command."""
+    """What one command did with a stage, and how long it took."""
 
     name: str
     status: Literal["done", "reused"]
     seconds: float
 
 
-def write(config: Config, outcomes: Sequence[Outcome], standing: Collection[str]) -> dict[str, Any]:
-    """Publishes run.dir/summary.json and returns it.
+def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]) -> dict[str, Any]:
+    """Publish summary.json in the run directory.
 
-    standing: the stages that are done under this configuration; figures of others, made from other
-    knobs, would not belong together.
+    Args:
+        config: The configuration.
+        outcomes: What this command did.
+        complete: The stages that are done under this configuration.
+
+    Returns:
+        The summary.
     """
     run_dir = config.run.dir
+    # Only the stages of this command: a reused one took the time of its verification.
+    stages = [
+        {"name": outcome.name, "status": outcome.status, "seconds": round(outcome.seconds, 3)}
+        for outcome in outcomes
+    ]
+    # What is missing in a summary was not made yet under this configuration.
+    summary: dict[str, Any] = {"stages": stages}
+    # The figures of the other stages come from other knobs. They would not belong to these.
     made = {
         name: read_manifest(run_dir / name)
         for name in ("score", "distill", "evaluate")
-        if name in standing
-    }
-    summary: dict[str, Any] = {
-        "stages": [
-            {"name": done.name, "status": done.status, "seconds": round(done.seconds, 3)}
-            for done in outcomes
-        ]
+        if name in complete
     }
     if "score" in made:
-        figures = made["score"].extra
-        summary["cache"] = {
-            "rows": made["score"].rows,
-            "tokens": figures["tokens"],
-            "bytes_per_token": round(figures["bytes_per_token"], 4),
-        }
-        summary["teacher"] = dict(made["score"].lineage)
-        if not made["score"].lineage["consistent"]:
-            summary["notes"] = [
-                "WARNING: score.allow_foreign_teacher is set: the scoring teacher did not make the student's demonstrations"
-            ]
+        summary |= _score_figures(made["score"])
     if "distill" in made:
-        summary["distill"] = {
-            name: made["distill"].extra[name]
-            for name in ("num_steps", "num_tokens", "first_loss", "last_loss", "weight_syncs")
-        }
+        # The figures that the ranks kept, from the first step on, whatever was killed in between.
+        names = ("num_steps", "num_tokens", "first_loss", "last_loss", "weight_syncs")
+        summary["distill"] = {name: made["distill"].extra[name] for name in names}
         if "score" in made:
-            summary["teacher_work"] = teacher_work(run_dir, made["score"], made["distill"])
-        else:  # distill.cache
+            summary["teacher_work"] = _teacher_figures(run_dir, made["score"], made["distill"])
+        else:
+            # The cache was given by distill.cache, so only distill knows its teacher.
             summary["teacher"] = dict(made["distill"].lineage)
-            summary["notes"] = [f"distill.cache: {made['distill'].lineage['cache']['note']}"]
+            note = made["distill"].lineage["cache"]["note"]
+            summary["notes"] = [f"distill.cache: {note}"]
     if "evaluate" in made:
-        figures = made["evaluate"].extra
-        counts = {
-            "num_prompts": figures["num_prompts"],
-            "samples_per_prompt": figures["samples_per_prompt"],
-        }
-        for quantity in ("accuracy", "reverse_kl"):
-            summary[quantity] = {
-                **{name: value["mean"] for name, value in figures[quantity].items()},
-                **counts,
-            }
-            summary[f"{quantity}_standard_error"] = {
-                name: value["standard_error"] for name, value in figures[quantity].items()
-            }
-        summary["sft_longer"] = figures["sft_longer"]
+        summary |= _evaluate_figures(made["evaluate"])
     publish_json(run_dir / FILE, summary)
     return summary
 
 
-def teacher_work(run_dir: Path, score: Manifest, distill: Manifest) -> dict[str, float]:
-    """What the teacher was needed for after the demonstrations, in the score stage and in the
-    refreshes of distill.
-
-    tokens: response tokens scored. seconds: in which it started or scored, by the commands that
-    finished the stage and each refresh.
-    """
-    refreshes = distill.extra.get("refreshes", [])
-    served = [
-        _seconds(path, "teacher_seconds")
-        for path in sorted((run_dir / "distill").glob("refresh-*/seconds.json"))
-    ]
-    return {
-        "refreshes": len(refreshes),
-        "tokens": score.extra["tokens"] + sum(refresh["tokens"] for refresh in refreshes),
-        "seconds": round(_seconds(run_dir / "score" / "seconds.json", "seconds") + sum(served), 3),
-    }
-
-
-def _seconds(path: Path, name: str) -> float:
-    """0 where the file, which decides nothing, is missing or damaged."""
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))[name])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
 def draw(config: Config) -> None:
-    """Publishes the learning curve; without metrics to draw there is none, which is no reason for a
-    run to fail.
-    """
+    """Publish the learning curve, if there are metrics to draw."""
+    # Imported here: matplotlib takes long to import.
     from lopd.report.curve import draw_learning_curve
 
     try:
         draw_learning_curve(config.run.dir)
     except DataError as error:
+        # A run without a curve is still a run.
         say(f"no learning curve: {error}", config.run.dir / "log.txt")
+
+
+def _score_figures(score: Manifest) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "cache": {
+            "rows": score.rows,
+            "tokens": score.extra["tokens"],
+            "bytes_per_token": round(score.extra["bytes_per_token"], 4),
+        },
+        "teacher": dict(score.lineage),
+    }
+    # The method assumes one teacher. Who reads only the summary must see that it was not so.
+    if not score.lineage["consistent"]:
+        figures["notes"] = [
+            "WARNING: score.allow_foreign_teacher is set: the scoring teacher did not make the "
+            "student's demonstrations"
+        ]
+    return figures
+
+
+def _teacher_figures(run_dir: Path, score: Manifest, distill: Manifest) -> dict[str, float]:
+    """Return what the teacher did after the demonstrations, in score and in refreshes.
+
+    Returns:
+        refreshes: How many there were. tokens: Response tokens that were scored. seconds: How long
+        it started or scored, in the commands that finished the stage and each refresh.
+    """
+    refreshes = distill.extra.get("refreshes", [])
+    # Each refresh has its own file, because the teacher is started for each of them.
+    refreshed = sorted((run_dir / "distill").glob("refresh-*/seconds.json"))
+    seconds = _seconds(run_dir / "score" / "seconds.json", "seconds")
+    seconds += sum(_seconds(path, "teacher_seconds") for path in refreshed)
+    return {
+        "refreshes": len(refreshes),
+        "tokens": score.extra["tokens"] + sum(refresh["tokens"] for refresh in refreshes),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _evaluate_figures(evaluate: Manifest) -> dict[str, Any]:
+    """Return accuracy and reverse KL of each model, with standard errors."""
+    # The counts stand beside the figures, because a figure without them says little.
+    extra = evaluate.extra
+    counts = {name: extra[name] for name in ("num_prompts", "samples_per_prompt")}
+    figures: dict[str, Any] = {}
+    for quantity in ("accuracy", "reverse_kl"):
+        of_models = extra[quantity]
+        means = {name: value["mean"] for name, value in of_models.items()}
+        errors = {name: value["standard_error"] for name, value in of_models.items()}
+        figures[quantity] = {**means, **counts}
+        figures[f"{quantity}_standard_error"] = errors
+    figures["sft_longer"] = extra["sft_longer"]
+    return figures
+
+
+def _seconds(path: Path, name: str) -> float:
+    """Return a figure of a file that decides nothing; 0 where it is missing or damaged."""
+    # A summary is not worth a failed run: the manifests have all that matters.
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))[name])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0

@@ -1,7 +1,7 @@
 """Megatron-Core on a CPU with gloo. Every patch here is skipped where CUDA is available.
 
-They change names that Megatron-Core looks up when it calls them, so it does not matter whether it
-was imported before.
+The patches change names that Megatron-Core looks up when it calls them. So it does not matter
+whether Megatron-Core was imported before.
 """
 
 from __future__ import annotations
@@ -34,17 +34,20 @@ class NullEvent:
     def synchronize(self) -> None: ...
 
     def query(self) -> bool:
+        # Whether the event has passed.
         return True
 
     def elapsed_time(self, _: Any) -> float:
+        # In milliseconds.
         return 0.0
 
 
 class NullStream:
-    """A CUDA stream on a CPU. All are one stream: equal, and with nothing to wait for."""
+    """A CUDA stream on a CPU. All streams are the same one, and there is nothing to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
+    # There is only one stream, so all are equal.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NullStream)
 
@@ -71,8 +74,8 @@ class NullStream:
     without_cuda=True,
 )
 def cpu_is_current_device() -> None:
-    """Buffers and parameters are made on torch.cuda.current_device(); without CUDA that call fails.
-    It now answers the CPU.
+    """Megatron-Core makes buffers and parameters on torch.cuda.current_device(). Without CUDA that
+    call fails. It now returns the CPU, which is where the tensors belong.
     """
     replace(torch.cuda, "current_device", lambda: _CPU)
     replace(torch.cuda, "set_device", lambda device: None)
@@ -86,8 +89,8 @@ def cpu_is_current_device() -> None:
 )
 def no_streams() -> None:
     """The token dispatcher, the gradient buffers and the pipeline schedule order work by streams
-    and events. On a CPU everything is done in order: streams become one stream without effect,
-    events are always past.
+    and events, which do not exist without CUDA. On a CPU everything is done in the order of the
+    calls. So streams become one stream without effect, and events have always passed.
     """
     null = NullStream()
     replace(torch.cuda, "Stream", NullStream)
@@ -97,44 +100,51 @@ def no_streams() -> None:
     replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     replace(torch.cuda, "synchronize", lambda device=None: None)
     replace(torch.cuda, "empty_cache", lambda: None)
+    # nvtx marks ranges for a profiler, and returns how deep a range is nested.
     replace(torch.cuda.nvtx, "range_push", lambda msg: 0)
     replace(torch.cuda.nvtx, "range_pop", lambda: 0)
+    # It keeps memory from being used again by another stream. There is no other stream.
     replace(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
 @patch(
-    upstream="megatron/core/tensor_parallel/random.py:_get_cuda_rng_state, _set_cuda_rng_state; torch/cuda/random.py",
+    upstream="megatron/core/tensor_parallel/random.py:_get_cuda_rng_state, _set_cuda_rng_state;"
+    " torch/cuda/random.py",
     checked=_CHECKED,
     until=_UNTIL,
     without_cuda=True,
 )
 def cpu_random_state() -> None:
-    """The tracker of random states per parallel region forks the CUDA generator. It now forks the
-    CPU's, which then is what it warns about ("CPU RNG state changed within GPU RNG context"); that
-    warning is dropped.
+    """Megatron-Core tracks a random state for each kind of parallel region, and forks the CUDA
+    generator for it. Without CUDA there is no such generator, so the CPU's is forked. Megatron-Core
+    then warns that the CPU state changed ("CPU RNG state changed within GPU RNG context"). Here
+    that is intended, so the warning is dropped.
     """
     import megatron.core.tensor_parallel.random as random
 
+    # `parameters` names the arguments of the upstream functions that the replacements have to take.
     require(random, "_get_cuda_rng_state", parameters=("device", "clone", "graph_safe"))
     require(random, "_set_cuda_rng_state", parameters=("new_state", "device", "graph_safe"))
-    replace(
-        random,
-        "_get_cuda_rng_state",
-        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
-    )
-    replace(
-        random,
-        "_set_cuda_rng_state",
-        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
-    )
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    replace(random, "_get_cuda_rng_state", get_state)
+    replace(random, "_set_cuda_rng_state", set_state)
+    # Megatron-Core also calls torch's own functions, for example when it seeds.
     replace(torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state())
-    replace(
-        torch.cuda, "set_rng_state", lambda new_state, device="cuda": torch.set_rng_state(new_state)
-    )
+
+    def set_cuda_state(new_state: Any, device: Any = "cuda") -> None:
+        torch.set_rng_state(new_state)
 
     def seed(value: int) -> None:
+        # Not torch.manual_seed: that one seeds every device.
         torch.default_generator.manual_seed(value)
 
+    replace(torch.cuda, "set_rng_state", set_cuda_state)
     replace(torch.cuda, "manual_seed", seed)
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
@@ -142,12 +152,14 @@ def cpu_random_state() -> None:
 
 
 def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a function that makes the same tensors, on the CPU where it is told "cuda"."""
+
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
@@ -157,46 +169,50 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 @patch(
-    upstream="torch: tensor, zeros, ones, empty, empty_like, arange; Tensor.cuda, Module.cuda. Written as device='cuda' "
-    "in schedules.py, clip_grads.py, optimizer.py, token_dispatcher.py",
+    upstream="torch: tensor, zeros, ones, empty, empty_like, arange; Tensor.cuda, Module.cuda."
+    " Written as device='cuda' in schedules.py, clip_grads.py, optimizer.py, token_dispatcher.py",
     checked=_CHECKED,
     until=_UNTIL,
     without_cuda=True,
 )
 def literal_cuda_is_cpu() -> None:
-    """Schedules, gradient clipping and the optimizers ask for device='cuda' by that word, and move
-    tensors by .cuda(). Both now mean the CPU.
+    """Schedules, gradient clipping and the optimizers make tensors with the literal device='cuda',
+    and move tensors with .cuda(). Without CUDA both fail. Both now mean the CPU.
     """
-    # ``with torch.device(...)`` looks functions up in a set that it makes at its first use, and
-    # must find torch's own there: ours call them. Made after the change it would hold ours, the
-    # context would be ignored, and a model of transformers built under "meta" would keep
-    # uninitialised buffers.
+    # ``with torch.device(...)`` looks functions up in a set that it makes at its first use. The set
+    # must hold torch's own functions, because ours call them. If it were made after the change it
+    # would hold ours, and the context would be ignored. A model of transformers that is built under
+    # "meta" would then keep uninitialised buffers.
     require(device_context, "_device_constructors", parameters=())()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like", "arange"):
         replace(torch, name, _on_cpu(getattr(torch, name)))
+    # Every tensor is on the CPU already, so .cuda() returns the tensor itself.
     replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     replace(torch.nn.Module, "cuda", lambda self, device=None: self)
 
 
 @patch(
-    upstream="megatron/core/optimizer/optimizer.py, distrib_optimizer.py, clip_grads.py: param.type() == 'torch.cuda.FloatTensor'",
+    upstream="megatron/core/optimizer/optimizer.py, distrib_optimizer.py, clip_grads.py:"
+    " param.type() == 'torch.cuda.FloatTensor'",
     checked=_CHECKED,
     until=_UNTIL,
     without_cuda=True,
 )
 def type_names_say_cuda() -> None:
-    """The optimizers sort parameters by the name of their tensor type and accept CUDA names only.
-    Asked by Megatron-Core, and by it alone, a CPU tensor now gives the CUDA name of its type.
+    """The optimizers sort parameters by the name of their tensor type, and accept CUDA names only.
+    A parameter on a CPU would be refused. If Megatron-Core asks, a CPU tensor now gives the CUDA
+    name of its type. Everybody else gets the true name.
     """
     original = require(torch.Tensor, "type")
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = original(self, *args, **kwargs)
-        if (
-            isinstance(answer, str)
-            and "cuda" not in answer
-            and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.")
-        ):
+        # With an argument type() converts the tensor, and the answer is no name.
+        if not isinstance(answer, str) or "cuda" in answer:
+            return answer
+        # The module of the caller. Other libraries must not see a name that is not true.
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("megatron.core."):
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
@@ -210,8 +226,9 @@ def type_names_say_cuda() -> None:
     without_cuda=True,
 )
 def no_compilation() -> None:
-    """Small fused functions are decorated with torch.compile at import. On a CPU that needs a C++
-    compiler and minutes for no gain: they run as written.
+    """Megatron-Core decorates small fused functions with torch.compile when it is imported. On a
+    CPU that needs a C++ compiler and takes minutes, and nothing becomes faster. The functions now
+    run as they are written.
     """
     import torch._dynamo
 
@@ -220,14 +237,16 @@ def no_compilation() -> None:
 
 
 @patch(
-    upstream="megatron/core/transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu (used in token_dispatcher.py)",
+    upstream="megatron/core/transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu"
+    " (used in token_dispatcher.py)",
     checked=_CHECKED,
     until=_UNTIL,
     without_cuda=True,
 )
 def split_sizes_from_cpu_tensors() -> None:
-    """The all-to-all dispatcher turns its split sizes into numpy only where they come from a GPU; a
-    CPU tensor reaches all_to_all_single, which refuses it. CPU tensors are now turned too.
+    """The all-to-all dispatcher turns its split sizes into a numpy array only if they come from a
+    GPU. A CPU tensor reaches all_to_all_single as it is, and is refused there. CPU tensors are now
+    turned into arrays too.
     """
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -238,10 +257,12 @@ def split_sizes_from_cpu_tensors() -> None:
     require(token_dispatcher, "maybe_move_tensor_to_cpu")
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Everything else is upstream's own case.
         if torch.is_tensor(tensor) and as_numpy and not tensor.is_cuda:
             return tensor.numpy()
         return original(tensor, as_numpy, record_stream)
 
+    # token_dispatcher imported the function by name, so it has a reference of its own.
     for module in (moe_utils, token_dispatcher):
         replace(module, "maybe_move_tensor_to_cpu", move)
 
@@ -253,8 +274,9 @@ def split_sizes_from_cpu_tensors() -> None:
     without_cuda=True,
 )
 def gather_uneven_over_gloo() -> None:
-    """gloo's all_gather takes equal sizes only, NCCL's any. The all-to-all dispatcher gathers
-    uneven ones with expert_tensor > 1: pad, gather, cut.
+    """With expert_tensor > 1 the all-to-all dispatcher gathers tensors of different sizes. NCCL's
+    all_gather takes them, gloo's takes equal sizes only. The tensors are now padded to the largest
+    size, gathered, and cut.
     """
     import megatron.core.tensor_parallel.mappings as mappings
 
@@ -270,14 +292,15 @@ def gather_uneven_over_gloo() -> None:
         output_split_sizes: list[int] | None = None,
         use_global_buffer: bool = False,
     ) -> torch.Tensor:
+        # Without sizes all ranks have the same one, and upstream's own way works.
         if output_split_sizes is None or group.size() == 1:
             return original(input_, group, output_split_sizes, use_global_buffer)
+        # Every rank knows all sizes, so all of them pad to the same one.
         padded = input_.new_zeros((max(output_split_sizes), *input_.shape[1:]))
         padded[: input_.shape[0]] = input_
         parts = [torch.empty_like(padded) for _ in output_split_sizes]
         torch.distributed.all_gather(parts, padded, group=group)
-        return torch.cat(
-            [part[:size] for part, size in zip(parts, output_split_sizes, strict=True)]
-        )
+        pairs = zip(parts, output_split_sizes, strict=True)
+        return torch.cat([part[:size] for part, size in pairs])
 
     replace(mappings, "_gather_along_first_dim", gather)

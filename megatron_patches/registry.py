@@ -1,4 +1,7 @@
-"""What a patch is, the list of all, and the guards that make an upstream change fail loudly."""
+"""What a patch is, the list of all patches, and the guards.
+
+The guards make a change of upstream fail with a message that names the patch.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ class Patch:
         checked: The versions that the patch was run with.
         until: When the patch can go.
         without_cuda: The patch is installed only where CUDA is absent.
-        below: The patch is installed only if megatron-core is older than this version; None: in
-            every version.
-        install: Installs the patch. Raises UpstreamChanged where upstream is another.
+        below: The patch is installed only if megatron-core is older than this version. None means
+            that every version needs it.
+        install: Installs the patch. It raises UpstreamChanged if upstream is not what the patch was
+            written for.
     """
 
     name: str
@@ -39,17 +43,22 @@ class Patch:
     install: Callable[[], None]
 
 
+# In the order of registration, which is the order of installation.
 PATCHES: list[Patch] = []
 
 
 def patch(
     *, upstream: str, checked: str, until: str, without_cuda: bool, below: str | None = None
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Registers an installer. Its docstring says what it changes and why. See Patch."""
+    """Register an installer. Its docstring says what it changes and why.
+
+    The arguments are those of Patch.
+    """
 
     def register(install: Callable[[], None]) -> Callable[[], None]:
         why = inspect.getdoc(install)
         assert why, f"patch {install.__name__} needs a docstring"
+        # One line, for the listing.
         why = " ".join(why.split())
         name = install.__name__
         PATCHES.append(Patch(name, why, upstream, checked, until, without_cuda, below, install))
@@ -65,18 +74,28 @@ def require(
     parameters: Sequence[str] | None = None,
     source: str | None = None,
 ) -> Any:
-    """The upstream object that a patch is about to change.
+    """Return the upstream object that a patch is about to change.
 
-    UpstreamChanged where it is missing, where its first parameters are not those the patch was
-    written for, or where its source no longer contains the given text: the patch must be looked at
-    again instead of doing something else silently.
+    Args:
+        owner: The module or class of the object.
+        attribute: The name of the object.
+        parameters: The names of its first parameters, as the patch knows them.
+        source: A text that its source must contain, mostly the fault that the patch repairs.
+
+    Raises:
+        UpstreamChanged: The object is missing, or its parameters or its source differ. Then
+            somebody must look at the patch again. Otherwise it would do something else without a
+            message.
     """
+    # For messages: "moe_utils.router_gating_linear".
     place = f"{getattr(owner, '__name__', owner)}.{attribute}"
     found = getattr(owner, attribute, None)
     if found is None:
         raise UpstreamChanged(f"{place} does not exist")
+    # What another patch or a decorator has wrapped still has the original inside.
     original = inspect.unwrap(found)
     if parameters is not None:
+        # Only the first ones are compared. Upstream may have added others with a default.
         names = list(inspect.signature(original).parameters)
         if names[: len(parameters)] != list(parameters):
             raise UpstreamChanged(
@@ -88,11 +107,18 @@ def require(
 
 
 def replace(owner: Any, attribute: str, replacement: Any) -> None:
-    """Set owner.attribute, which must exist. A function keeps the name and documentation of the one
-    it replaces.
+    """Set owner.attribute, which must exist.
+
+    A function gets the name and the documentation of the one that it replaces.
+
+    Raises:
+        UpstreamChanged: The attribute does not exist.
     """
     original = require(owner, attribute)
+    # A class keeps its own name.
     if not isinstance(replacement, type):
+        # A static method is an object around its function.
         function = replacement.__func__ if isinstance(replacement, staticmethod) else replacement
+        # It also sets __wrapped__, by which `require` finds the original of a patched function.
         functools.update_wrapper(function, original, updated=())
     setattr(owner, attribute, replacement)

@@ -25,10 +25,12 @@ def results_queue_in_process() -> None:
     a plain queue is enough. An asynchronous save would fail loudly, because it finds no results."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
 
+    # The name and the arguments changed with 0.18.
     old = hasattr(filesystem, "_get_write_results_queue")
     name = "_get_write_results_queue" if old else "get_write_results_queue"
     parameters = () if old else ("mp_mode",)
     require(filesystem, name, parameters=parameters, source="ctx.Manager().Queue()")
+    # One queue for all saves, as upstream has one manager.
     results: queue.Queue[Any] = queue.Queue()
 
     def results_queue(mp_mode: str = "spawn") -> queue.Queue[Any]:
@@ -52,44 +54,46 @@ def writers_are_threads() -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
 
     writer = filesystem.FileSystemWriterAsync
-    parameters = ("transform_list", "use_msc", "rank", "write_buckets", "global_results_queue")
     require(
         writer,
         "write_preloaded_data_multiproc",
-        parameters=parameters,
+        parameters=("transform_list", "use_msc", "rank", "write_buckets", "global_results_queue"),
         source='mp.get_context("fork")',
     )
-    one = (
-        "transform_list",
-        "local_proc_idx",
-        "write_bucket",
-        "results_queue",
-        "count_queue",
-        "use_fsync",
-    )
+    # The function that writes one file. It stays upstream's own.
     write = require(
-        writer, "write_preloaded_data", parameters=one, source="results_queue.put(local_output)"
+        writer,
+        "write_preloaded_data",
+        parameters=(
+            "transform_list",
+            "local_proc_idx",
+            "write_bucket",
+            "results_queue",
+            "count_queue",
+            "use_fsync",
+        ),
+        source="results_queue.put(local_output)",
     )
 
     def write_preloaded_data_multiproc(
         transform_list: Any, use_msc: bool, rank: int, write_buckets: Any, global_results_queue: Any
     ) -> None:
         results: queue.Queue[Any] = queue.Queue()
+        # Each writer takes one entry out of this queue at its end, so there must be as many.
         running: queue.Queue[int] = queue.Queue()
         threads = []
         for number, bucket in enumerate(write_buckets):
             running.put(number)
-            threads.append(
-                threading.Thread(
-                    target=write,
-                    args=(transform_list, number, bucket, results, running, True),
-                    kwargs={"use_msc": use_msc},
-                )
-            )
-            threads[-1].start()
+            # True: each file is forced to disk before the checkpoint counts as written.
+            arguments = (transform_list, number, bucket, results, running, True)
+            thread = threading.Thread(target=write, args=arguments, kwargs={"use_msc": use_msc})
+            threads.append(thread)
+            thread.start()
+        # All writers end before the caller continues, as with the processes of upstream.
         for thread in threads:
             thread.join()
         outcomes = dict(results.get() for _ in threads)
+        # A writer puts its error instead of its result. The caller raises an error that it gets.
         failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
         global_results_queue.put(failed[0] if failed else outcomes)
 

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_patches.registry import patch, replace, require
 
 _CHECKED = "megatron-core 0.16.1 and 0.18.2"
+_OPTIMIZER = "megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer"
 
 
 @patch(
@@ -16,31 +17,34 @@ _CHECKED = "megatron-core 0.16.1 and 0.18.2"
     without_cuda=False,
 )
 def name_of_te_gemm() -> None:
-    """The router's product tests `te_general_gemm is not None`, but that name is only defined by a
-    successful import of Transformer Engine. Without it the router raises NameError. The name
-    becomes None, as the test expects.
+    """The product of the router tests `te_general_gemm is not None`, but only a successful import
+    of Transformer Engine defines that name. Without it the router raises NameError. The name is
+    now None, as the test expects.
     """
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
+    # The function that uses the name. If it has changed, the fault may be gone.
     require(moe_utils, "router_gating_linear", parameters=("inp", "weight", "bias", "router_dtype"))
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 
 @patch(
-    upstream="megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.load_state_dict",
+    upstream=f"{_OPTIMIZER}.load_state_dict",
     checked=_CHECKED,
-    until="upstream gives every parameter its own step tensor (as its branch for HybridDeviceOptimizer does)",
+    until="upstream gives every parameter its own step tensor"
+    " (as its branch for HybridDeviceOptimizer does)",
     without_cuda=False,
 )
 def own_step_tensors() -> None:
-    """torch's AdamW (used without Apex and Transformer Engine) counts steps in one tensor per
-    parameter. Loading puts the SAME tensor into every parameter's state, so one optimizer step
-    counts as many as there are parameters: training goes on, silently wrong. Each gets its own
-    copy.
+    """Without Apex and Transformer Engine the optimizer is torch's AdamW, which counts steps in one
+    tensor for each parameter. Loading puts the SAME tensor into the state of every parameter. Then
+    one optimizer step counts as many steps as there are parameters. The training continues, and it
+    is wrong without a message. Each parameter now gets its own copy.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    # `source` is the line that shares the tensor. If it is gone, the fault may be gone too.
     original = require(
         DistributedOptimizer,
         "load_state_dict",
@@ -49,8 +53,10 @@ def own_step_tensors() -> None:
     )
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
+        # First upstream loads, then the shared tensor is replaced.
         original(self, state_dict)
         for state in self.optimizer.state.values():
+            # Other optimizers count steps in a number, or in no place of the state.
             if hasattr(state.get("step"), "clone"):
                 state["step"] = state["step"].clone()
 
@@ -58,15 +64,15 @@ def own_step_tensors() -> None:
 
 
 @patch(
-    upstream="megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer._set_main_param_and_optimizer_states",
+    upstream=f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
     checked=_CHECKED,
     until="the copy skips 'step' like the writers do",
     without_cuda=False,
 )
 def step_is_not_in_shards() -> None:
-    """Writers leave AdamW's step out of the sharded state (it is kept once, per parameter group),
-    the reader copies every key of the state and raises KeyError: 'step'. The reader is given the
-    step it already has.
+    """The writers leave AdamW's step out of the sharded state, because it is kept once for each
+    parameter group. The reader copies every key of the state and raises KeyError: 'step'. The
+    reader is now given the step that it already has, so it copies that onto itself.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -78,10 +84,11 @@ def step_is_not_in_shards() -> None:
     )
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # The optimizer's parameter is the part of model_param that this rank holds.
         group_index, group_order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[
-            self.optimizer.param_groups[group_index]["params"][group_order]
-        ]
+        own_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        state = self.optimizer.state[own_param]
+        # Nothing changes if a later version does store the step.
         if "step" in state and "step" not in tensors:
             tensors = {**tensors, "step": state["step"]}
         original(self, model_param, tensors)

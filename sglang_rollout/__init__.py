@@ -1,1 +1,1 @@
-"""All that knows an SGLang flag or URL: servers, sampling, scoring, weight updates."""
+"""Everything that knows an SGLang flag or URL: servers, sampling, scoring, weight syncs."""

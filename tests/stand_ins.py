@@ -165,9 +165,9 @@ class StandIns:
         yield self.engine
 
     def train(
-        self, job: TrainingJob, *, engine: object = None, attend: object = None
+        self, job: TrainingJob, student: object = None, *, serve_requests: object = None
     ) -> dict[str, Any]:
-        """Reads the data as the ranks do; the "trained" model is the initial one."""
+        """Read the data as the ranks do. The "trained" model is the initial one."""
         self.trained.append(job.folder.name)
         rows = [
             len(response.prompt_ids) + len(response.token_ids)
@@ -198,7 +198,7 @@ class StandIns:
         )
         patch.setattr("sglang_rollout.weight_sync.update_weights_from_disk", lambda *_, **__: None)
         for stage in (sft, distill, evaluate):
-            patch.setattr(stage, "train", self.train)
+            patch.setattr(stage, "train_on_ranks", self.train)
         return self
 
 

@@ -180,7 +180,7 @@ def test_a_model_without_a_manifest_is_not_taken_for_that_of_other_knobs(
     folder = project.parent / "run" / "sft"
     (folder / "manifest.json").unlink()
     shown = lopd("sft", project, "sft.num_steps=1").succeeded().out
-    assert "nobody knows from what; kept in superseded/sft-without-manifest" in shown
+    assert "they are kept in superseded/sft-without-manifest" in shown
     assert started.trained == ["sft"]
     assert read_manifest(folder).extra["num_steps"] == 1
     assert (

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lopd.stages import distill, sft
-from lopd.stages.training import train
+from lopd.stages.training import train_on_ranks
 from tests.pipeline.running import Command
 from tests.stand_ins import Lopd, Result, StandIns, command, contents, states, write_project
 
@@ -86,7 +86,7 @@ def test_sft_of_a_student_with_nan_stops_with_the_step(
     fresh: Path, lopd: Lopd, started: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_weights(fresh.parent / "student")
-    monkeypatch.setattr(sft, "train", train)
+    monkeypatch.setattr(sft, "train_on_ranks", train_on_ranks)
     lopd("run", fresh).refused(
         "step 1: loss is nan, on rank 0", "the weights were not updated", "remedy: "
     )
@@ -98,7 +98,7 @@ def test_distill_of_a_student_with_nan_stops_with_the_step(
     fresh: Path, lopd: Lopd, started: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_weights(fresh.parent / "student")  # the stand-in for SFT hands it on
-    monkeypatch.setattr(distill, "train", train)
+    monkeypatch.setattr(distill, "train_on_ranks", train_on_ranks)
     lopd("run", fresh).refused("step 1: loss is nan, on rank 0", "the weights were not updated")
     assert {
         name: state for name, state in states(lopd, fresh).items() if state == "done"

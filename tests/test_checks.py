@@ -93,7 +93,7 @@ def test_everything_wrong_is_found_in_one_go_and_run_refuses(
         "prompts.sft.seed=3": "also held-out prompts of prompts.eval",
         "prompts.opd.file=absent.jsonl": "absent.jsonl: no such file",
         f"sglang.tensor={32 * CORES}": f"sglang.tensor = {32 * CORES}; limit: {CORES} CPU cores",
-        "sglang.expert=2": "sglang.expert = 2: SGLang's plain-torch experts are not split; limit: 1 without a GPU",
+        "sglang.expert=2": "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: 1 without a GPU",
         "sglang.max_total_tokens=64": "sglang.max_total_tokens = 64",
         "sglang.extra_args.atention_backend=triton": "unknown SGLang argument atention_backend; remedy: the nearest one is attention_backend",
         "evaluate.min_p=0.1": "evaluate.min_p = 0.1 with sglang.deterministic",
@@ -151,12 +151,12 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         (
             {"tensor": 2, "ranks": 1},
             [
-                "ranks = 1 is no multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"
+                "ranks = 1 is not a multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"
             ],
         ),
         (
             {"expert": 2, "ranks": 1},
-            ["ranks = 1 is no multiple of expert * expert_tensor * pipeline = 2"],
+            ["ranks = 1 is not a multiple of expert * expert_tensor * pipeline = 2"],
         ),
         (
             {"context": 2, "ranks": 2},
@@ -434,15 +434,15 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         ),
         (
             ["sglang.teacher_urls=['http://me:secret@127.0.0.1:1']"],
-            ["sglang.teacher_urls: a URL with a name or password in it", "LOPD_SGLANG_KEY"],
+            ["sglang.teacher_urls: a URL has a user name or a password in it", "LOPD_SGLANG_KEY"],
         ),
         (
             [f"sglang.student_urls=['{SERVER}', '{SERVER}/']"],
-            ["is there 2 times; limit: each server once"],
+            ["is named 2 times; limit: each server once"],
         ),
         (
             [f"sglang.student_urls=['{SERVER}']", f"sglang.teacher_urls=['{SERVER}/']"],
-            ["is also in sglang.teacher_urls; limit: one model a server"],
+            ["is also in sglang.teacher_urls; limit: one model per server"],
         ),
         (
             [f"sglang.teacher_urls=['{SERVER}']", "models.teachers.register_arithmetic=teacher"],
@@ -451,12 +451,12 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         (
             ["sync.host=auto"],
             [
-                'sync.host = "auto" with sync.transport = "disk"; limit: of use to a broadcast alone; remedy: leave sync.host out'
+                'sync.host = "auto" with sync.transport = "disk"; limit: only the transport distributed uses it; remedy: leave sync.host out'
             ],
         ),
         (
             ["sync.host=192.0.2.1", "sync.transport=distributed"],
-            ["sync.host = 192.0.2.1: no network interface of this machine has it"],
+            ["sync.host = 192.0.2.1: no network interface of this machine has this address"],
         ),
         (
             [f"sglang.replicas={2 * CORES}"],

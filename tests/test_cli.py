@@ -16,7 +16,7 @@ import pytest
 
 from lopd import cli
 from lopd.config import known_keys
-from lopd.stages import STAGES as REAL_STAGES
+from lopd.stages.order import STAGES as REAL_STAGES
 from tests.stand_ins import CONFIG, STAGES, Result, command, write_project
 
 LOPD = Path(sys.executable).with_name("lopd")

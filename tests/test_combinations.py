@@ -86,7 +86,7 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (REFRESHED, "sglang.port=23456"),
-        "sglang.port = 23456 with distill.refresh: the student's server has it when the teacher's is started",
+        "sglang.port = 23456 with distill.refresh: the student's server already uses it when the teacher's server starts",
         (REFRESHED, "sglang.port=23456", "score.engine=megatron"),
     ),
     (
@@ -96,13 +96,13 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (REFRESHED, "score.entropy=true"),
-        "score.entropy is set, and SGLang gives none",
+        "score.entropy is set, but SGLang returns no entropies",
         (REFRESHED, "score.entropy=true", "score.engine=megatron"),
     ),
     # servers
     (
         ("sglang.host=192.0.2.1",),
-        "sglang.host = 192.0.2.1: no network interface of this machine has it",
+        "sglang.host = 192.0.2.1: no network interface of this machine has this address",
         ("sglang.host=127.0.0.2",),
     ),
     (
@@ -112,7 +112,7 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (f"sglang.student_urls=['{URL}', 'http://localhost:30001']",),
-        "is there 2 times; limit: each server once",
+        "is named 2 times; limit: each server once",
         (f"sglang.student_urls=['{URL}', 'http://localhost:30002']",),
     ),
     (
@@ -221,7 +221,7 @@ def test_buffers_of_nccl_cannot_be_given_back(project: Path) -> None:
         load_config(project, ["sync.colocate=true", SYNCED, "distill.megatron={nccl_ub=true}"]),
         on_gpu=None,
     )
-    assert "distill.megatron.nccl_ub with sync.colocate; limit: buffers of torch's own" in line
+    assert "distill.megatron.nccl_ub with sync.colocate; limit: only buffers that torch allocates" in line
     for good in (
         ["sync.colocate=true", "distill.megatron={nccl_ub=false}"],
         ["distill.megatron={nccl_ub=true}"],
@@ -259,7 +259,7 @@ def test_a_section_that_does_nothing_is_said_to(project: Path) -> None:
             load_config(project, ["sync.transport=tensor", "sync.delta=true"])
         )
     }
-    assert said["sync"] == "no server lives beside the training: [sync] is of no use"
+    assert said["sync"] == "no server lives beside the training: [sync] has no effect"
     said = {
         row["name"]: row["finding"]
         for row in checks.as_rows(load_config(project, ["sync.transport=tensor", SYNCED]))

@@ -67,13 +67,13 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("run.dir.deep=1", "dir is a value, not a section"),
         (
             "models.teachers.math=5",
-            "models.teachers.math = 5; limit: a path in quotes; remedy: change it (Teacher by domain",
+            "models.teachers.math = 5; limit: a path in quotes; remedy: change it (One teacher per domain",
         ),
         ("sglang.student_urls=[5]", "sglang.student_urls.0 = 5; limit: text in quotes"),
         ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
         (
             "sync.host=localhost",
-            'sync.host = "localhost" is no IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one',
+            'sync.host = "localhost" is not an IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: name one',
         ),
         (
             "sync.delta=true",
@@ -117,6 +117,12 @@ def test_every_knob_says_what_it_means() -> None:
         key for key, field in known_keys().items() if not field.description and key not in sections
     ]
     assert silent == []
+    unfinished = [
+        key
+        for key, field in known_keys().items()
+        if field.description and not field.description.endswith(".")
+    ]
+    assert unfinished == [], "a whole sentence each"
 
 
 def test_speed_knobs_do_not_decide_results(tmp_path: Path) -> None:

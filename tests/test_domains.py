@@ -25,7 +25,7 @@ from lopd.errors import ConsistencyError, DataError, EngineError
 from lopd.objective import Distillation
 from lopd.stages.context import StageContext
 from lopd.stages.training import TrainingJob
-from lopd.stages.training_data import load_samples, objective_of
+from lopd.stages.training_data import distillation_objective, load_samples
 from tests.cache.rollouts import publish_cache, some_responses
 from tests.stand_ins import CONFIG, TINY_MODELS, Engine, StandIns, contents, write_project
 
@@ -144,7 +144,7 @@ def test_each_domain_has_its_own_teacher_from_demonstrations_to_the_loss(
         "distill", config, run / "distill", run / "score", run / "sft" / "model", "checkpoint", 1, 0
     )
     samples = load_samples(job)
-    objective = objective_of(job)
+    objective = distillation_objective(job)
     assert isinstance(objective, Distillation)
     assert sorted(objective.teachers) == ["code", "math", "other"]
     for sample in samples:

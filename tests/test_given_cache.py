@@ -17,9 +17,12 @@ import pytest
 from lopd import pipeline
 from lopd.artifacts import ArtifactWriter, identify_model, read_manifest, read_shard
 from lopd.cache import from_table, read_rows, to_table
+from lopd.cache.merging import merge
+from lopd.cache.reference_export import export_reference
+from lopd.cache.reference_import import import_reference
 from lopd.cache.residualise import residualise
+from lopd.cache.splitting import split
 from lopd.cache.style import Settings
-from lopd.cache.tools import export_reference, import_reference, merge, split
 from lopd.checks.combinations import refresh_problems
 from lopd.checks.lineage import cache as check_given
 from lopd.checks.lineage import checkpoint as check_checkpoint
@@ -28,7 +31,7 @@ from lopd.errors import ArtifactError, ConfigError, ConsistencyError, LopdError
 from lopd.objective import Lightning
 from lopd.records import Manifest
 from lopd.stages.training import TrainingJob
-from lopd.stages.training_data import load_samples, objective_of
+from lopd.stages.training_data import distillation_objective, load_samples
 from tests.cache.rollouts import scores_of
 from tests.stand_ins import TINY_MODELS, StandIns, write_project
 
@@ -179,14 +182,14 @@ def test_an_imported_cache(project: Project) -> None:
     assert [sample.sampling_logprobs for sample in load_samples(job_on(allowed, imported))] == [
         None
     ] * 24
-    assert isinstance(objective_of(job_on(allowed, imported)), Lightning)
+    assert isinstance(distillation_objective(job_on(allowed, imported)), Lightning)
     weighted = project.load(
         f"distill.cache={imported}",
         "distill.allow_foreign_cache=true",
         "distill.objective.importance_cap=2.0",
     )
     with pytest.raises(ConfigError, match="needs sampling_logprobs"):
-        objective_of(job_on(weighted, imported))
+        distillation_objective(job_on(weighted, imported))
 
 
 def damage(project: Project, change: Callable[[np.ndarray], object]) -> Path:

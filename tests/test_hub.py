@@ -100,7 +100,7 @@ def test_names_become_paths_and_paths_names(hub_here: Path) -> None:
     ],
 )
 def test_what_is_no_name_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no name on the hub"):
+    with pytest.raises(ValueError, match="not a name on the hub"):
         local_path(text)
     path = tmp_path / "config.toml"
     path.write_text(TEXT.replace("hf://Qwen/Qwen3-32B@v1", text))

@@ -13,9 +13,8 @@ import pytest
 from lopd.config import Config, load_config
 from lopd.config.hub import hub_folder, hub_name, local_path
 from lopd.errors import LopdError
-from lopd.machine import doctor as machine
-from lopd.machine import hub
-from lopd.machine.doctor import Facts, GpuFact
+from lopd.machine import doctor, hub, versions
+from lopd.machine.facts import Facts, GpuFact, parse_gpus
 from lopd.planning.hardware import gpu_of_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,14 +30,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def facts_of(config: Config, tmp_path: Path, **changes: Any) -> Facts:
     """A node of 8 x H100 that has everything, models and prompts on the hub."""
-    versions = {**machine.NEEDED, **machine.NEEDED_ON_GPU}
     hubs = {item.name: None for item in hub.wanted(config)}
     node = Facts(
         gpus=(H100,) * 8,
         host_memory=2 * TIB,
         shm=TIB,
         disks=dict.fromkeys((config.run.dir, hub_folder()), (1, 20 * TIB)),
-        versions=versions,
+        versions={**versions.NEEDED, **versions.NEEDED_ON_GPU},
         cuda="13.0",
         hub=hubs,
         locked_memory=-1,
@@ -49,7 +47,7 @@ def facts_of(config: Config, tmp_path: Path, **changes: Any) -> Facts:
 def wrong(config: Config, facts: Facts) -> list[tuple[str, str]]:
     return [
         (name, str(finding))
-        for name, finding in machine.findings(config, facts)
+        for name, finding in doctor.findings(config, facts)
         if isinstance(finding, LopdError)
     ]
 
@@ -57,8 +55,8 @@ def wrong(config: Config, facts: Facts) -> list[tuple[str, str]]:
 def test_a_node_that_has_everything(config: Config, tmp_path: Path) -> None:
     assert wrong(config, facts_of(config, tmp_path)) == []
     fitting = {
-        **machine.NEEDED,
-        **machine.NEEDED_ON_GPU,
+        **versions.NEEDED,
+        **versions.NEEDED_ON_GPU,
         "nvidia-cublas": "13.2.0.9",
         "megatron-core": "0.18.2",
     }
@@ -118,22 +116,28 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
         ({"locked_memory": 64 * 2**10}, "limits", "memlock=-1"),
         ({"ports_taken": (30000,)}, "ports", "port 30000 is taken"),
         (
-            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "transformer-engine": None}},
+            {"versions": {**versions.NEEDED, **versions.NEEDED_ON_GPU, "transformer-engine": None}},
             "versions",
             "transformer-engine is not installed",
         ),
         (
-            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "sglang": "0.5.9"}},
+            {"versions": {**versions.NEEDED, **versions.NEEDED_ON_GPU, "sglang": "0.5.9"}},
             "versions",
             "sglang 0.5.9; limit: 0.5.17",
         ),
         (
-            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "megatron-core": "0.19.0"}},
+            {"versions": {**versions.NEEDED, **versions.NEEDED_ON_GPU, "megatron-core": "0.19.0"}},
             "versions",
             "megatron-core 0.19.0; limit: below 0.19",
         ),
         (
-            {"versions": {**machine.NEEDED, **machine.NEEDED_ON_GPU, "nvidia-cublas": "13.1.0.3"}},
+            {
+                "versions": {
+                    **versions.NEEDED,
+                    **versions.NEEDED_ON_GPU,
+                    "nvidia-cublas": "13.1.0.3",
+                }
+            },
             "versions",
             "transformer-engine 2.16 beside nvidia-cublas 13.1.0.3: its library does not load, and neither does megatron-core; limit: nvidia-cublas 13.2.0.9",
         ),
@@ -192,9 +196,9 @@ def test_what_is_here_is_not_asked_for(config: Config, tmp_path: Path) -> None:
 
 
 def test_nvidia_smis_lines() -> None:
-    (gpu,) = machine.parse_gpus("NVIDIA H100 80GB HBM3, 81559, 4, 580.82.07, Disabled\n")
+    (gpu,) = parse_gpus("NVIDIA H100 80GB HBM3, 81559, 4, 580.82.07, Disabled\n")
     assert gpu == H100
-    (a10,) = machine.parse_gpus("NVIDIA A10G, 23028, 0, 535.1.2, [N/A]\n")
+    (a10,) = parse_gpus("NVIDIA A10G, 23028, 0, 535.1.2, [N/A]\n")
     assert not a10.mig
 
 

@@ -15,7 +15,7 @@ from lopd.config import Config, load_config
 from lopd.config.secrets import HIDDEN, holds_secret, scrubbed, scrubbed_inputs
 from lopd.errors import ConfigError
 from lopd.launching import bridge, make_plan
-from lopd.pipeline import _flat, report_changes
+from lopd.pipeline import config_record, report_changes
 from lopd.stages.training import TrainingJob
 from sglang_rollout.servers.extra_args import check_extra_args
 
@@ -119,8 +119,8 @@ def test_neither_the_runs_config_nor_what_is_said_of_changes_tells_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(tmp_path, EXTRA)
-    assert SECRET not in json.dumps(_flat(config))
-    publish_json(tmp_path / "config.json", _flat(config_of(tmp_path, {})))
+    assert SECRET not in json.dumps(config_record(config))
+    publish_json(tmp_path / "config.json", config_record(config_of(tmp_path, {})))
     report_changes(config)
     said = capsys.readouterr().out
     assert "sglang.extra_args" in said

@@ -207,7 +207,7 @@ def take_turns(sheet: Sheet, engine: SGLangEngine, model: Path, folder: Path) ->
     free = [free_bytes(sheet)]
     release = weight_sync.timed(turns.to_trainer)
     free.append(free_bytes(sheet))
-    turns.admit(trainer)
+    turns.attach_trainer(trainer)
     section = SyncSection.model_validate({"transport": "tensor", "verify": "tensors"})
     receiver = build_receiver(section, [engine], folder=folder / "sync", template_dir=model)
     named = tensors(model, "cpu" if sheet.dry_run else "cuda:0")

@@ -1,10 +1,20 @@
-"""Artifacts: a folder of atomically published Parquet shards (or model files) and a manifest that
-says from what they were made, and by whom.
+"""Artifacts: what a stage publishes for the next one.
 
-Publishing is write, fsync, rename; what was renamed is complete, so a stage that was killed goes on
-at the first shard that is missing. Shard ``i`` always holds the same keys, so a resumed artifact is
-file for file the one of a run never killed. Every shard's sha256 stands in the manifest and is
-checked on read.
+An artifact is a folder. It holds Parquet shards or the files of a model, each published atomically,
+and a manifest that says from what they were made, and by whom.
+
+Publishing is write, fsync, rename. What has its final name is complete, so a killed stage continues
+at the first missing shard. Shard ``i`` always holds the same keys. A resumed artifact is therefore
+equal, file by file, to the artifact of a run that was never killed. The manifest holds the sha256
+of every shard, and every read checks it.
+
+    publishing.py    write, fsync, rename; removal of folders; errors of the disk
+    fingerprints.py  names of values, files, models and software by their content
+    file_hashes.py   hashes of large files that are remembered from call to call
+    manifests.py     the manifest: writing, reading, and what names an artifact
+    writer.py        publishes an artifact shard by shard, and resumes
+    reader.py        reads and verifies shards
+    lineage.py       whether the scoring teacher made the student's SFT data
 """
 
 from __future__ import annotations
@@ -17,13 +27,16 @@ from lopd.artifacts.fingerprints import (
 )
 from lopd.artifacts.manifests import (
     MANIFEST,
+    ORIGIN_KEY,
     SCHEMA_VERSION,
     fingerprint,
     origin_of,
+    read_complete,
     read_manifest,
     write_manifest,
 )
 from lopd.artifacts.publishing import (
+    EXPORT_MARK,
     check_replaceable,
     fsync_folder,
     publish_bytes,
@@ -31,21 +44,13 @@ from lopd.artifacts.publishing import (
     remove_folder,
     storage_errors,
 )
-from lopd.artifacts.reader import (
-    published_rows,
-    read_shard,
-    verify,
-)
-from lopd.artifacts.writer import (
-    ArtifactWriter,
-    Share,
-)
-
-EXPORT_MARK = "lopd.json"  # in an exported checkpoint: how it was made
+from lopd.artifacts.reader import published_rows, read_shard, verify
+from lopd.artifacts.writer import ArtifactWriter, Share
 
 __all__ = [
     "EXPORT_MARK",
     "MANIFEST",
+    "ORIGIN_KEY",
     "SCHEMA_VERSION",
     "ArtifactWriter",
     "Share",
@@ -57,6 +62,7 @@ __all__ = [
     "publish_bytes",
     "publish_json",
     "published_rows",
+    "read_complete",
     "read_manifest",
     "read_shard",
     "remove_folder",

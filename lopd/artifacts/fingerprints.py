@@ -1,5 +1,6 @@
-"""Fingerprints: sha256 of JSON values and files, the identity of a model folder, the versions of
-the software.
+"""Fingerprints: what names a value, a file, a model folder and the installed software.
+
+Every fingerprint is a sha256 in 64 hexadecimal digits. docs/cache_format.md has the formulas.
 """
 
 from __future__ import annotations
@@ -14,26 +15,34 @@ from typing import Any
 from lopd.errors import ArtifactError
 from lopd.records import ModelIdentity
 
+# The packages whose versions stand in every manifest.
 _VERSIONED = ("lopd", "sglang", "megatron-core", "torch", "transformers", "pyarrow")
+# Keys of config.json that say who wrote the file. They change with every save_pretrained() and do
+# not belong to what the model is.
+_VOLATILE = ("transformers_version", "_name_or_path")
 
 
 def sha256_json(value: Any) -> str:
-    """Fingerprint of a JSON value, independent of key order."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
-    ).hexdigest()
+    """Return the fingerprint of a JSON value. The order of keys does not change it."""
+    # default=str, because the values of a configuration may be paths.
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
+    """Return the fingerprint of a file's bytes. The file is read in blocks."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def identify_model(folder: Path) -> ModelIdentity:
-    """A Hugging Face folder by content: weights (config.json and every safetensors file),
-    tokenizer, chat template.
+    """Identify a Hugging Face folder by its content.
 
-    ArtifactError: config.json is missing, or it or tokenizer_config.json is damaged.
+    The weights are config.json and every safetensors file. A folder without tokenizer.json has an
+    empty tokenizer fingerprint.
+
+    Raises:
+        ArtifactError: config.json is missing, or a JSON file of the folder is damaged.
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(
@@ -41,50 +50,53 @@ def identify_model(folder: Path) -> ModelIdentity:
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint",
         )
-    template, tokenizer, tokenizer_config = (
-        folder / name for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-    )
-    about = _read_table(tokenizer_config) if tokenizer_config.is_file() else {}
-    template_bytes = (
-        template.read_bytes()
-        if template.is_file()
-        else json.dumps(about.get("chat_template")).encode()
-    )
-    config = _read_table(folder / "config.json")
-    for volatile in (
-        "transformers_version",
-        "_name_or_path",
-    ):  # who wrote the file, not what the model is
-        config.pop(volatile, None)
-    weights = [sha256_json(config)] + [
-        sha256_file(path) for path in sorted(folder.glob("*.safetensors"))
-    ]
+    # The small files come first. A damaged one is then reported before many gigabytes of weights
+    # are hashed.
+    template = _chat_template(folder)
+    config = _read_object(folder / "config.json")
+    for key in _VOLATILE:
+        config.pop(key, None)
+    # config.json counts as weights: the same tensors with another rope base or another epsilon of
+    # the norms are another model. The order of the names makes the list the same on every system.
+    files = sorted(folder.glob("*.safetensors"))
+    tokenizer = folder / "tokenizer.json"
     return ModelIdentity(
         path=str(folder),
-        weights=sha256_json(weights),
+        weights=sha256_json([sha256_json(config), *(sha256_file(path) for path in files)]),
         tokenizer=sha256_file(tokenizer) if tokenizer.is_file() else "",
-        template=hashlib.sha256(template_bytes).hexdigest(),
+        template=hashlib.sha256(template).hexdigest(),
     )
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint."""
+def _chat_template(folder: Path) -> bytes:
+    """Return the chat template of a model, in the form that its fingerprint is made of."""
+    path = folder / "chat_template.jinja"
+    # The configuration is read in any case, so that a damaged one is noticed here and not when the
+    # tokenizer is loaded.
+    config = folder / "tokenizer_config.json"
+    about = _read_object(config) if config.is_file() else {}
+    # Newer checkpoints keep the template in a file of its own, older ones in this configuration.
+    return path.read_bytes() if path.is_file() else json.dumps(about.get("chat_template")).encode()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint."""
+    remedy = "copy it again from where it came"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"cannot be read ({error})", where=str(path), remedy="copy it again from where it came"
-        ) from None
-    if not isinstance(table, dict):
-        raise ArtifactError(
-            "not a JSON object", where=str(path), remedy="copy it again from where it came"
-        )
-    return table
+        # ValueError stands for wrong JSON and for wrong UTF-8.
+        raise ArtifactError(f"cannot be read ({error})", where=str(path), remedy=remedy) from None
+    if not isinstance(value, dict):
+        raise ArtifactError("not a JSON object", where=str(path), remedy=remedy)
+    return value
 
 
 def software_versions() -> dict[str, str]:
+    """Return the version of each installed package that can change a result."""
     versions: dict[str, str] = {}
     for package in _VERSIONED:
+        # A laptop without a GPU need not have every package.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

@@ -1,10 +1,11 @@
-"""Teacher consistency by lineage: is the teacher that scores the one that made the student's SFT
-data?
+"""Teacher consistency by lineage: does the teacher that made the student's SFT data also score?
 
-The paper proves that SFT demonstrations and OPD scores must come from the same teacher (arXiv
-2604.13010): with another one the gradient is off by a term that no amount of training removes. So
-every manifest from the demonstrations on carries the demonstrating teacher's fingerprint, and
-scoring compares.
+The paper (arXiv 2604.13010) proves that SFT demonstrations and OPD scores must come from the same
+teacher. With another teacher the gradient is off by a term that no amount of training removes.
+Every manifest from the demonstrations on therefore carries the fingerprint of the demonstrating
+teacher, and scoring compares it with its own.
+
+A lineage is a JSON object. docs/cache_format.md specifies its keys.
 """
 
 from __future__ import annotations
@@ -16,37 +17,49 @@ from typing import Any
 from lopd.errors import ArtifactError, ConsistencyError, DataError
 from lopd.records import Manifest, ModelIdentity
 
-PROVEN, DECLARED, UNKNOWN = "proven", "declared", "unknown"
+# How the teacher of the demonstrations is known: our own stage sampled them, the user says so, or
+# not at all.
+PROVEN = "proven"
+DECLARED = "declared"
+UNKNOWN = "unknown"
+# The kinds of artifact that a training can learn from.
+CACHES = ("teacher_cache", "residualised_cache")
 
 
 def demonstrated_by(teacher: ModelIdentity) -> dict[str, Any]:
-    """Lineage of demonstrations that the demonstrate stage itself sampled from ``teacher``."""
+    """Return the lineage of demonstrations that our own stage sampled from ``teacher``."""
+    # The fingerprint of the weights and not the path: a checkpoint may be moved or overwritten.
     return {"sft_teacher": teacher.weights, "sft_teacher_path": teacher.path, "evidence": PROVEN}
 
 
 def declared(teacher: ModelIdentity | None) -> dict[str, Any]:
-    """Lineage of demonstrations from outside, whose teacher the user declares (or does not)."""
+    """Return the lineage of demonstrations from outside.
+
+    Args:
+        teacher: The teacher that the user declares, or None.
+    """
     if teacher is None:
         return {"sft_teacher": "", "sft_teacher_path": "", "evidence": UNKNOWN}
     return {"sft_teacher": teacher.weights, "sft_teacher_path": teacher.path, "evidence": DECLARED}
 
 
 def lineage_of(demonstrations: Manifest, declared_teacher: ModelIdentity | None) -> dict[str, Any]:
-    """Lineage of demonstrations that are given as an artifact: its own where it has one, else what
-    the user declares.
-    """
+    """Return the lineage of demonstrations that are given as an artifact."""
+    # The manifest was written by the stage that saw the teacher. A declaration may be a mistake.
     lineage = dict(demonstrations.lineage)
-    return (
-        lineage
-        if lineage.get("sft_teacher") or "by_domain" in lineage
-        else declared(declared_teacher)
-    )
+    if lineage.get("sft_teacher") or "by_domain" in lineage:
+        return lineage
+    return declared(declared_teacher)
 
 
 def lineage_in(lineage: Mapping[str, Any], domain: str) -> Mapping[str, Any]:
-    """What is known of the teacher of a domain's demonstrations: its own entry where there is one
-    for each domain ("": any other), else that of all.
+    """Return what is known of the teacher of one domain's demonstrations.
+
+    Args:
+        lineage: With one entry per domain in ``by_domain``, or one for all of them.
+        domain: "" names every domain that has no entry.
     """
+    # With several teachers each domain has its own. A domain that nobody has declared is unknown.
     by_domain = lineage.get("by_domain")
     own: Mapping[str, Any] = lineage if by_domain is None else by_domain.get(domain, declared(None))
     return own
@@ -55,31 +68,30 @@ def lineage_in(lineage: Mapping[str, Any], domain: str) -> Mapping[str, Any]:
 def check_scoring_teacher(
     lineage: Mapping[str, Any], teacher: ModelIdentity, *, allow_foreign: bool
 ) -> dict[str, Any]:
-    """The lineage to record with the scores. ConsistencyError unless the teacher is that of the
-    demonstrations, or the override is set.
+    """Return the lineage to record with the scores.
+
+    Args:
+        lineage: Of the demonstrations.
+        teacher: The teacher that is to score.
+        allow_foreign: The user accepts another teacher. The lineage then says so.
+
+    Raises:
+        ConsistencyError: The teacher is not, or not known to be, the one of the demonstrations.
     """
     known = lineage.get("sft_teacher", "")
+    # Two empty fingerprints do not prove that two teachers are one.
     same = bool(known) and known == teacher.weights
     if not same and not allow_foreign:
-        if "by_domain" in lineage:
-            makers = {
-                entry.get("sft_teacher_path") or "unknown"
-                for entry in lineage["by_domain"].values()
-            }
-            what, limit = (
-                f"teacher {teacher.path} is to score every domain",
-                f"each domain's demonstrations were made by its own: {', '.join(sorted(makers))}",
-            )
-        elif known:
-            what = f"teacher {teacher.path} (weights {teacher.weights[:12]}) is not the teacher of the student's demonstrations"
-            limit = f"{lineage.get('sft_teacher_path') or 'that teacher'} (weights {known[:12]})"
-        else:
-            what, limit = (
-                f"nobody knows whether teacher {teacher.path} made the student's demonstrations",
-                "a known teacher",
-            )
-        remedy = "score with that teacher, make demonstrations with this one, or set score.allow_foreign_teacher=true (recorded, and printed in every summary)"
+        # The check is before anything is scored: scoring takes hours, and its result would be of no
+        # use.
+        what, limit = _difference(lineage, teacher)
+        remedy = (
+            "score with that teacher, make demonstrations with this one, or set "
+            "score.allow_foreign_teacher=true (recorded, and printed in every summary)"
+        )
         raise ConsistencyError(what, where="models.teacher", limit=limit, remedy=remedy)
+    # The override is recorded only where it was needed, so that a summary does not warn of it where
+    # it changed nothing.
     return {
         **lineage,
         "score_teacher": teacher.weights,
@@ -88,21 +100,56 @@ def check_scoring_teacher(
     }
 
 
-CACHES = ("teacher_cache", "residualised_cache")
+def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str, str]:
+    """Say what is wrong with the scoring teacher, and which one would be right."""
+    known = lineage.get("sft_teacher", "")
+    # Several teachers made the demonstrations, so a single one cannot be right for all of them.
+    if "by_domain" in lineage:
+        makers = {
+            entry.get("sft_teacher_path") or "unknown" for entry in lineage["by_domain"].values()
+        }
+        return (
+            f"teacher {teacher.path} is to score every domain",
+            f"each domain's demonstrations were made by its own: {', '.join(sorted(makers))}",
+        )
+    if known:
+        # The path is only for people. Two paths may hold the same weights, and then the check has
+        # passed.
+        maker = lineage.get("sft_teacher_path") or "that teacher"
+        return (
+            f"teacher {_named(teacher)} is not the teacher of the student's demonstrations",
+            f"{maker} (weights {known[:12]})",
+        )
+    return (
+        f"nobody knows whether teacher {teacher.path} made the student's demonstrations",
+        "a known teacher",
+    )
 
 
 def check_given_cache(
     manifest: Manifest, folder: Path, student: ModelIdentity, *, allow_foreign: bool
 ) -> dict[str, Any]:
-    """The lineage to record with what is learnt from a cache that is given by its folder; its
-    ``cache`` says in a sentence what was found.
+    """Return the lineage to record with what is learnt from a cache that the user gives.
 
-    student: that the training starts from. Right is a cache of this student's responses, scored by
-    the teacher of its demonstrations, or by another one and then corrected (Lightning OPD 2.0).
-    ArtifactError: no complete teacher cache; ConsistencyError: anything else, unless allow_foreign;
-    DataError: tokenizers.
+    The cache must hold this student's responses. They must be scored by the teacher of the
+    student's demonstrations, or by another one and then corrected (Lightning OPD 2.0).
+
+    Args:
+        manifest: Of the cache.
+        folder: Of the cache, for the error.
+        student: The model that the training starts from.
+        allow_foreign: The user accepts any other cache. The lineage then says so.
+
+    Returns:
+        The cache's own lineage with ``cache``, which says in a sentence what was found.
+
+    Raises:
+        ArtifactError: The folder is not a complete teacher cache.
+        ConsistencyError: The responses or the scores are not the right ones.
+        DataError: The tokenizers differ.
     """
     if manifest.kind not in CACHES or not manifest.complete:
+        # More shards may still be added to an artifact that is not complete.
         state = "" if manifest.complete else ", not complete"
         raise ArtifactError(
             f"is of kind {manifest.kind}{state}",
@@ -110,53 +157,91 @@ def check_given_cache(
             limit=f"a complete {' or '.join(CACHES)}",
             remedy="see: lopd cache --help",
         )
+    # Not even allow_foreign helps here: with another tokenizer the ids mean other text.
     for identity in manifest.models.values():
         check_same_tokenizer(identity, student)
-    sampler, lineage = manifest.models.get("student"), manifest.lineage
-    corrected = manifest.kind == "residualised_cache"
-    wrong = []
-    if sampler is None:
-        wrong.append("nobody knows which student sampled its responses")
-    elif sampler.weights != student.weights:
-        wrong.append(
-            f"its responses were sampled by another student ({sampler.path}, weights {sampler.weights[:12]})"
-        )
-    if not (lineage.get("consistent") or corrected or lineage.get("allow_foreign_teacher")):
-        wrong.append(
-            "its scores are not shown to be by the teacher of the student's demonstrations, nor corrected for a foreign one (lopd cache residualise)"
-        )
+    # All faults at once, so that the user does not meet them one after the other.
+    wrong = _faults(manifest, student)
     if wrong and not allow_foreign:
-        limit = f"responses of {student.path} (weights {student.weights[:12]}), scored by the teacher of its demonstrations"
-        remedy = "give a cache of this student, or set distill.allow_foreign_cache=true (recorded, and printed in every summary)"
-        raise ConsistencyError("; ".join(wrong), where=str(folder), limit=limit, remedy=remedy)
-    if wrong:
-        note = "FOREIGN: " + "; ".join(wrong)
-    elif corrected:
-        style = (
-            "the teacher's own style, which is not foreign"
-            if lineage.get("consistent")
-            else "a foreign teacher's style"
+        limit = f"responses of {_named(student)}, scored by the teacher of its demonstrations"
+        remedy = (
+            "give a cache of this student, or set distill.allow_foreign_cache=true "
+            "(recorded, and printed in every summary)"
         )
-        note = f"this student's responses; scores corrected by cross-fitted residualisation for {style}"
-    elif lineage.get("consistent"):
-        note = "this student's responses, scored by the teacher of its demonstrations"
-    else:
-        note = "this student's responses, scored by a foreign teacher (score.allow_foreign_teacher was set), not corrected"
-    about = {"kind": manifest.kind, "fingerprint": manifest.fingerprint, "note": note}
+        raise ConsistencyError("; ".join(wrong), where=str(folder), limit=limit, remedy=remedy)
+    # The note goes into the summary of the run, so that no table is shown without it.
+    note = "FOREIGN: " + "; ".join(wrong) if wrong else _accepted(manifest)
     return {
-        **lineage,
-        "consistent": bool(lineage.get("consistent")),
-        "cache": about,
+        **manifest.lineage,
+        "consistent": bool(manifest.lineage.get("consistent")),
+        "cache": {"kind": manifest.kind, "fingerprint": manifest.fingerprint, "note": note},
         "allow_foreign_cache": bool(wrong),
     }
 
 
+def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:
+    """Say what makes a cache foreign to the student."""
+    faults = []
+    # The method takes the policy that sampled as its reference. Responses of another student are no
+    # on-policy data for this one.
+    sampler = manifest.models.get("student")
+    if sampler is None:
+        faults.append("nobody knows which student sampled its responses")
+    elif sampler.weights != student.weights:
+        faults.append(f"its responses were sampled by another student: {_named(sampler)}")
+    # A foreign teacher that the user has accepted at scoring is not refused a second time here.
+    lineage = manifest.lineage
+    corrected = manifest.kind == "residualised_cache"
+    if not (lineage.get("consistent") or corrected or lineage.get("allow_foreign_teacher")):
+        faults.append(
+            "its scores are not shown to be by the teacher of the student's demonstrations, "
+            "nor corrected for a foreign one (lopd cache residualise)"
+        )
+    return faults
+
+
+def _accepted(manifest: Manifest) -> str:
+    """Say why a cache is right for the student."""
+    consistent = bool(manifest.lineage.get("consistent"))
+    if manifest.kind == "residualised_cache":
+        # The correction is made for a foreign teacher. From the own teacher it takes away what the
+        # student should learn, so the note says which it was.
+        style = (
+            "the teacher's own style, which is not foreign"
+            if consistent
+            else "a foreign teacher's style"
+        )
+        return (
+            "this student's responses; "
+            f"scores corrected by cross-fitted residualisation for {style}"
+        )
+    if consistent:
+        return "this student's responses, scored by the teacher of its demonstrations"
+    return (
+        "this student's responses, scored by a foreign teacher "
+        "(score.allow_foreign_teacher was set), not corrected"
+    )
+
+
+def _named(model: ModelIdentity) -> str:
+    # The path is what people know a model by. The fingerprint tells two models at one path apart,
+    # and 12 of its 64 digits are enough for that.
+    return f"{model.path} (weights {model.weights[:12]})"
+
+
 def check_same_tokenizer(teacher: ModelIdentity, student: ModelIdentity) -> None:
-    """DataError if the two tokenizers differ: the teacher would score ids that mean other text."""
+    """Refuse two models whose tokenizers differ: the teacher would score ids that mean other text.
+
+    Raises:
+        DataError: The fingerprints of tokenizer.json differ.
+    """
     if teacher.tokenizer != student.tokenizer:
+        # A fingerprint is empty if the folder has no tokenizer.json.
+        theirs = teacher.tokenizer[:12] or "missing"
+        ours = student.tokenizer[:12] or "missing"
         raise DataError(
             f"tokenizer of the student ({student.path}) differs from the teacher's",
             where=teacher.path,
-            limit=f"sha256 of tokenizer.json {teacher.tokenizer[:12] or 'missing'} against {student.tokenizer[:12] or 'missing'}",
+            limit=f"sha256 of tokenizer.json {theirs} against {ours}",
             remedy="use a teacher and a student of one family, with the very same tokenizer.json",
         )

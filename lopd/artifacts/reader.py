@@ -1,4 +1,4 @@
-"""Reading of shards. Every read holds the bytes against the sha256 in the manifest."""
+"""Reading of shards. Every read compares the bytes with the sha256 of the manifest."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from lopd.artifacts.manifests import MANIFEST
 from lopd.errors import ArtifactError
 from lopd.records import Manifest, ShardInfo
 
-_CHANGED = "the file was truncated or changed: its checksum differs"
-
 
 def parse_shard(path: Path, content: bytes) -> pa.Table:
+    """Return the rows of a shard's bytes.
+
+    Args:
+        path: Where the bytes are from, for the error.
+
+    Raises:
+        ArtifactError: The bytes are not a whole Parquet file.
+    """
+    # A shard that no manifest lists yet has no sha256 to be compared with. Each of its pages has a
+    # checksum of its own.
     try:
         return pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -24,60 +32,86 @@ def parse_shard(path: Path, content: bytes) -> pa.Table:
 
 
 def damaged_shard(path: Path, error: Exception) -> ArtifactError:
+    """Return the error for a shard that cannot be read as Parquet."""
+    # pyarrow adds a trace of its C++ frames below the first line.
+    reason = str(error).splitlines()[0]
     return ArtifactError(
-        f"damaged shard ({str(error).splitlines()[0]})",
+        f"damaged shard ({reason})",
         where=str(path),
         remedy="remove this file and run its stage again",
     )
 
 
 def read_shard(folder: Path, shard: ShardInfo) -> pa.Table:
-    """One shard's rows. ArtifactError: missing, or its checksum is not the manifest's."""
+    """Return the rows of one shard.
+
+    Raises:
+        ArtifactError: The file is missing, or its checksum is not the one of the manifest.
+    """
     path = folder / shard.name
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ArtifactError(
-            "file is missing", where=str(path), remedy=_remake(folder, shard)
-        ) from None
+        raise _missing(folder, shard) from None
+    # The bytes are hashed in memory and then parsed from memory. The rows are therefore those that
+    # were checked, even if the file changes meanwhile.
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise ArtifactError(
-            f"{_CHANGED} ({len(content)} bytes)",
-            where=str(path),
-            limit=f"sha256 {shard.sha256[:16]}...",
-            remedy=_remake(folder, shard),
-        )
+        raise _changed(folder, shard, len(content))
     return parse_shard(path, content)
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Checks that every file of a complete artifact is there with its checksum. ArtifactError names
-    the first that is not.
+    """Check that every file of an artifact is there with its checksum.
+
+    Raises:
+        ArtifactError: A file is missing or changed. The error names the first one.
     """
+    # In the order of the manifest, so that the error is the same at every call.
     for shard in manifest.shards:
         path = folder / shard.name
         if not path.is_file():
-            raise ArtifactError("file is missing", where=str(path), remedy=_remake(folder, shard))
+            raise _missing(folder, shard)
+        # By blocks, because the files of a checkpoint may be larger than the memory.
         if sha256_file(path) != shard.sha256:
-            raise ArtifactError(
-                _CHANGED,
-                where=str(path),
-                limit=f"sha256 {shard.sha256[:16]}...",
-                remedy=_remake(folder, shard),
-            )
+            raise _changed(folder, shard, path.stat().st_size)
 
 
-def _remake(folder: Path, shard: ShardInfo) -> str:
-    """How to have a damaged file made again with the least work."""
+def _missing(folder: Path, shard: ShardInfo) -> ArtifactError:
+    return ArtifactError(
+        "file is missing", where=str(folder / shard.name), remedy=_make_again(folder, shard)
+    )
+
+
+def _changed(folder: Path, shard: ShardInfo, size: int) -> ArtifactError:
+    return ArtifactError(
+        f"the file was truncated or changed: its checksum differs ({size} bytes)",
+        where=str(folder / shard.name),
+        # Enough digits to find the manifest's line with grep.
+        limit=f"sha256 {shard.sha256[:16]}...",
+        remedy=_make_again(folder, shard),
+    )
+
+
+def _make_again(folder: Path, shard: ShardInfo) -> str:
+    """Return the remedy that makes a damaged file again with the least work."""
+    # Without the manifest the stage counts as unfinished. It then keeps every shard that it finds.
     if shard.name.endswith(".parquet"):
-        return f"remove this file and {folder / MANIFEST}, then run stage {folder.name} again: it makes this shard and keeps the others"
+        return (
+            f"remove this file and {folder / MANIFEST}, then run stage {folder.name} again: "
+            "it makes this shard and keeps the others"
+        )
     return f"remove the folder {folder}, then run stage {folder.name} again"
 
 
 def published_rows(folder: Path) -> int:
-    """Rows in the shards that are on disk, listed in a manifest or not yet. Reads only their
-    footers. ArtifactError: one is damaged.
+    """Count the rows of the shards that are on disk, whether a manifest lists them or not.
+
+    Only the footers are read.
+
+    Raises:
+        ArtifactError: A shard is damaged.
     """
+    # This is called for a progress display. Hashing would read gigabytes for one number.
     rows = 0
     for path in folder.glob("shard-*.parquet"):
         try:

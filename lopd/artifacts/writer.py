@@ -1,5 +1,6 @@
-"""Writing of an artifact, shard by shard. A second writer with the same inputs goes on where the
-first was killed.
+"""Writing of an artifact, shard by shard.
+
+A second writer with the same inputs continues where the first was killed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from lopd.artifacts.fingerprints import sha256_file, software_versions
 from lopd.artifacts.manifests import (
     MANIFEST,
+    ORIGIN_KEY,
     SCHEMA_VERSION,
     as_json,
     fingerprint,
@@ -28,30 +30,45 @@ from lopd.artifacts.reader import parse_shard
 from lopd.errors import ArtifactError
 from lopd.records import Manifest, ModelIdentity, ShardInfo
 
-_SHARD_SIZE = "shard_size"  # in a manifest's extra
-# A row group is what a reader by index decodes to get one response. It has about this many tokens.
+# The key of a manifest's `extra` that keeps the shard size for a later writer.
+_SHARD_SIZE = "shard_size"
+# A reader decodes a whole row group to get one response. A row group has about this many tokens.
 _ROW_GROUP_TOKENS = 16384
-# In a shard's metadata: the hash of what its artifact is made from, so that no shard is taken for
-# a shard of another artifact.
-_ORIGIN = b"lopd.origin"
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one of ``count`` workers of a stage does: the shards i with i mod count = index. Nothing
-    is merged afterwards: the shards are the artifact.
-    """
+    """The part of a stage that one of ``count`` workers does. Nothing is merged afterwards."""
 
     index: int
     count: int
 
     def takes(self, shard: int) -> bool:
+        """Return whether this worker publishes the shard."""
+        # One shard after the other and not in blocks. Prompts with long responses are then
+        # spread over all workers.
         return shard % self.count == self.index
 
 
 class ArtifactWriter:
-    """Publishes one artifact into ``folder``, shard by shard; a second writer with the same inputs
-    goes on where the first was killed.
+    """Publishes one artifact into a folder, shard by shard.
+
+    A second writer with the same inputs continues where the first was killed.
+
+    Args:
+        kind: What the artifact is, for example "teacher_cache".
+        inputs: Every configuration key that the content depends on, with its value.
+        parents: The fingerprint of each parent artifact, by the parent's kind.
+        models: The models by their role, for example "teacher".
+        sampling: The sampling parameters of the responses.
+        lineage: Which teacher made the demonstrations (see lopd/artifacts/lineage.py).
+        shard_size: Rows per shard of an artifact that begins here. An artifact that continues keeps
+            the size that it began with.
+        share: Publish only these shards. Other workers publish the others into the same folder, and
+            a writer without a share completes the artifact.
+
+    Raises:
+        ArtifactError: The folder holds an artifact, or a shard, that was made from other inputs.
     """
 
     def __init__(
@@ -67,13 +84,8 @@ class ArtifactWriter:
         shard_size: int | None = None,
         share: Share | None = None,
     ) -> None:
-        """shard_size: rows per shard, for one that is begun here; one that goes on keeps the size
-        it was begun with. share: only these shards are to be published; other writers work in the
-        same folder, and one without a share completes it.
-
-        ArtifactError: the folder holds an artifact, or a shard of one, made from other inputs.
-        """
-        self.folder, self._share = folder, share
+        self.folder = folder
+        self._share = share
         self._manifest = Manifest(
             kind=kind,
             schema_version=SCHEMA_VERSION,
@@ -85,76 +97,83 @@ class ArtifactWriter:
             lineage=dict(lineage or {}),
             rows=0,
             shards=(),
+            # Of the software that completes the artifact. A resumed one may have shards of an older
+            # version.
             versions=software_versions(),
             extra={} if shard_size is None else {_SHARD_SIZE: shard_size},
         )
-        self._origin = origin_of(self._manifest)
+        self._origin = origin_of(self._manifest).encode()
         if (folder / MANIFEST).exists():
-            found = read_manifest(folder)
-            if (found.kind, found.inputs, found.parents) != (
-                kind,
-                as_json(inputs),
-                as_json(parents or {}),
-            ):
-                raise ArtifactError(
-                    "holds an artifact made from other inputs",
-                    where=str(folder),
-                    remedy="remove it or use another run directory",
-                )
-            begun = {_SHARD_SIZE: found.extra[_SHARD_SIZE]} if _SHARD_SIZE in found.extra else {}
-            self._manifest = dataclasses.replace(
-                self._manifest,
-                shards=found.shards,
-                rows=found.rows,
-                extra={**self._manifest.extra, **begun},
-            )
+            self._continue(read_manifest(folder))
         else:
             with storage_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+            # The manifest comes before the first shard. A run that is killed in between leaves a
+            # folder that says what it was to become.
             write_manifest(folder, self._manifest)
         self._adopt_shards()
 
+    def _continue(self, found: Manifest) -> None:
+        """Take over the shards and the shard size of the manifest that is in the folder."""
+        ours = self._manifest
+        # The inputs from disk have gone through JSON, so ours must too before they are compared.
+        expected = (ours.kind, as_json(ours.inputs), as_json(ours.parents))
+        if (found.kind, found.inputs, found.parents) != expected:
+            raise ArtifactError(
+                "holds an artifact made from other inputs",
+                where=str(self.folder),
+                remedy="remove it or use another run directory",
+            )
+        extra = dict(ours.extra)
+        if _SHARD_SIZE in found.extra:
+            extra[_SHARD_SIZE] = found.extra[_SHARD_SIZE]
+        self._manifest = dataclasses.replace(
+            ours, shards=found.shards, rows=found.rows, extra=extra
+        )
+
     def _adopt_shards(self) -> None:
-        """Shards renamed into place by a writer that was killed before it finished count as
-        published.
-        """
+        """Count the shards that a killed writer has renamed into place as published."""
+        # Shards are not listed one by one: a shard is published before any manifest lists it,
+        # because the manifest is written only when the artifact is complete.
         known = {shard.name: shard for shard in self._manifest.shards}
         for path in sorted(self.folder.glob("shard-*.parquet")):
-            if path.name not in known:
-                table = parse_shard(path, path.read_bytes())
-                if (table.schema.metadata or {}).get(_ORIGIN) != self._origin.encode():
-                    raise ArtifactError(
-                        "a shard of an artifact made from other inputs",
-                        where=str(path),
-                        remedy="remove this file and run its stage again",
-                    )
-                known[path.name] = ShardInfo(
-                    path.name, table.num_rows, _num_tokens(table), sha256_file(path)
+            if path.name in known:
+                continue
+            table = parse_shard(path, path.read_bytes())
+            # Its name alone does not prove that a shard belongs here: it may have been copied.
+            if (table.schema.metadata or {}).get(ORIGIN_KEY) != self._origin:
+                raise ArtifactError(
+                    "a shard of an artifact made from other inputs",
+                    where=str(path),
+                    remedy="remove this file and run its stage again",
                 )
-        for leftover in (
-            self.folder.glob("*.partial") if self._share is None else ()
-        ):  # with a share they may be another worker's at work
-            leftover.unlink()
+            rows = table.num_rows
+            known[path.name] = ShardInfo(path.name, rows, _num_tokens(table), sha256_file(path))
+        # With a share these files may belong to another worker, which is writing them now.
+        if self._share is None:
+            for leftover in self.folder.glob("*.partial"):
+                leftover.unlink()
         self._set_shards(known.values())
 
     def _set_shards(self, shards: Iterable[ShardInfo]) -> None:
+        # By name, which is by index. The fingerprint depends on this order, and workers publish in
+        # any.
         ordered = tuple(sorted(shards, key=lambda shard: shard.name))
-        self._manifest = dataclasses.replace(
-            self._manifest, shards=ordered, rows=sum(shard.rows for shard in ordered)
-        )
-        # Made here, not when it is asked for: missing() asks for every index, and there may be
-        # thousands of shards.
+        rows = sum(shard.rows for shard in ordered)
+        self._manifest = dataclasses.replace(self._manifest, shards=ordered, rows=rows)
+        # The set is made here and not in the property. missing() asks for every index, and there
+        # may be thousands of shards.
         self._published = frozenset(
             int(shard.name.removeprefix("shard-").removesuffix(".parquet")) for shard in ordered
         )
 
     @property
     def published(self) -> frozenset[int]:
-        """Indices of the shards that are on disk."""
+        """The indices of the shards that are on disk."""
         return self._published
 
     def missing(self, num_shards: int) -> list[int]:
-        """Indices below num_shards that are not on disk and are this writer's to publish."""
+        """Return the indices below num_shards that this writer still has to publish."""
         return [
             index
             for index in range(num_shards)
@@ -162,86 +181,99 @@ class ArtifactWriter:
         ]
 
     def is_mine(self, index: int) -> bool:
-        """Whether a shard is this writer's to publish."""
+        """Return whether a shard is this writer's to publish."""
         return self._share is None or self._share.takes(index)
 
     @property
     def shard_size(self) -> int:
-        """Rows per shard; a shard's index says which rows it holds, so this never changes between
-        the first shard and the last.
-        """
+        """Rows per shard. The index of a shard says which rows it holds, so this never changes."""
+        # From the manifest and not from the configuration: shard_size may be changed between two
+        # starts, and the shards on disk were cut with the first value.
         size = self._manifest.extra[_SHARD_SIZE]
         assert isinstance(size, int)
         return size
 
     def publish_shard(self, index: int, table: pa.Table) -> None:
-        """Publishes shard ``index`` (exactly once). ArtifactError where the disk is full; nothing
-        published before is touched.
+        """Publish shard ``index``. Each shard is published exactly once.
+
+        Raises:
+            ArtifactError: The disk is full, read-only or forbidden. Earlier shards are kept.
         """
+        # A published shard never changes, because a reader may have it open.
         assert index not in self.published, f"shard {index} is already published"
-        floats = [
-            f"{field.name}.list.element"
-            for field in table.schema
-            if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
-        ]
-        others = [name for name in _leaf_paths(table.schema) if name not in floats]
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata(
-                {**(table.schema.metadata or {}), _ORIGIN: self._origin.encode()}
-            ),
-            sink,
-            row_group_size=max(1, _ROW_GROUP_TOKENS * table.num_rows // max(1, _num_tokens(table))),
-            compression="zstd",
-            compression_level=9,
-            use_dictionary=others,
-            use_byte_stream_split=floats,
-            write_statistics=False,
-            write_page_checksum=True,
-            store_schema=True,
-        )
-        content = sink.getvalue().to_pybytes()
+        # The origin goes into the shard itself, because no manifest lists a shard before the
+        # artifact is complete.
+        metadata = {**(table.schema.metadata or {}), ORIGIN_KEY: self._origin}
+        content = _encoded(table.replace_schema_metadata(metadata))
         name = f"shard-{index:05d}.parquet"
         publish_bytes(self.folder / name, content)
-        self._set_shards(
-            [
-                *self._manifest.shards,
-                ShardInfo(
-                    name, table.num_rows, _num_tokens(table), hashlib.sha256(content).hexdigest()
-                ),
-            ]
-        )
+        # The checksum is of the bytes in memory. A disk that has stored others is noticed on read.
+        checksum = hashlib.sha256(content).hexdigest()
+        shard = ShardInfo(name, table.num_rows, _num_tokens(table), checksum)
+        self._set_shards([*self._manifest.shards, shard])
 
     def finish(self, *, files: Iterable[Path] = (), **extra: Any) -> Manifest:
-        """Publishes the manifest that makes the artifact complete; not from a share, of which the
-        incomplete manifest is returned.
+        """Publish the manifest that makes the artifact complete, and return it.
 
-        files: published files that are no Parquet shards (a checkpoint), by checksum; one outside
-        the folder is listed by its whole path.
+        A writer with a share publishes nothing here and returns the incomplete manifest.
+
+        Args:
+            files: Published files that are no Parquet shards, for example a checkpoint. A file
+                outside the folder is listed by its whole path.
+            extra: Figures of the stage.
         """
+        # One worker cannot know whether the others have published their shards.
         if self._share is not None:
             return self._manifest
-        listed = [
-            ShardInfo(
-                str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path),
-                0,
-                0,
-                sha256_file(path),
-            )
-            for path in sorted(files)
-        ]
+        # Other files have no rows, but a checksum like any shard, so verify() covers them.
+        listed = [ShardInfo(self._name_of(path), 0, 0, sha256_file(path)) for path in sorted(files)]
         manifest = dataclasses.replace(
             self._manifest,
             shards=(*self._manifest.shards, *listed),
             complete=True,
             extra={**self._manifest.extra, **as_json(extra)},
         )
+        # The fingerprint is of the manifest with all its shards, so it is put in last.
         manifest = dataclasses.replace(manifest, fingerprint=fingerprint(manifest))
         write_manifest(self.folder, manifest)
         return manifest
 
+    def _name_of(self, path: Path) -> str:
+        return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
+
+
+def _encoded(table: pa.Table) -> bytes:
+    """Return the table as the bytes of a Parquet file."""
+    # Log-probabilities and entropies. Every other column holds few different values, or ids.
+    floats = [
+        f"{field.name}.list.element"
+        for field in table.schema
+        if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
+    ]
+    # Rows of an average length, in whole numbers so that the file is the same everywhere.
+    group_size = max(1, _ROW_GROUP_TOKENS * table.num_rows // max(1, _num_tokens(table)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=group_size,
+        compression="zstd",
+        compression_level=9,
+        # Log-probabilities hardly repeat, so a dictionary only costs. Their sign and exponent bytes
+        # are alike, and become long runs when the bytes of each place are stored together.
+        use_byte_stream_split=floats,
+        use_dictionary=[name for name in _leaf_paths(table.schema) if name not in floats],
+        # Nobody searches by a range of values, and the statistics would cost bytes.
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=True,
+    )
+    return bytes(sink.getvalue().to_pybytes())
+
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
+    """Return the Parquet path of each column's values."""
+    # The options of write_table() name a list column by the path of its elements.
     return [
         f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
         for field in schema
@@ -249,6 +281,8 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
 
 
 def _num_tokens(table: pa.Table) -> int:
+    """Count the response tokens of a table. Artifacts without responses have none."""
     if "token_ids" not in table.column_names:
         return 0
+    # flatten() leaves out what lies outside a slice. The attribute `values` would count it.
     return sum(len(chunk.flatten()) for chunk in table.column("token_ids").chunks)

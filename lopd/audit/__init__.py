@@ -1,5 +1,8 @@
-"""Can these responses have come from this teacher? statistics.py: from scores and entropies.
-scores.py: where these come from.
+"""Can these responses have come from this teacher?
+
+statistics.py  the test, from scores and entropies
+scores.py      where scores and entropies come from
+parity.py      how far the log-probabilities of two engines differ
 """
 
 from lopd.audit.statistics import (

@@ -1,9 +1,8 @@
-"""How far two engines' log-probabilities of the same tokens lie apart: the distribution of |d
-logprob|, and a KL that it makes of one policy two. Pure numpy.
+"""How far two engines differ in the log-probabilities of the same tokens.
 
-Two engines that run the same weights differ by rounding, by kernels, and, in mixtures of experts,
-by tokens that fall to another expert. What of it matters to on-policy distillation is how much the
-trainer's policy seems to differ from the one that sampled before a single update.
+Two engines that run the same weights differ by rounding, by their kernels and, in mixtures of
+experts, by tokens that another expert gets. For on-policy distillation one question matters: how
+much does the trainer's policy seem to differ from the policy that sampled, before any update?
 """
 
 from __future__ import annotations
@@ -16,21 +15,26 @@ import numpy as np
 
 from lopd.records import Floats, Key
 
-Pair: TypeAlias = tuple[
-    Key, Floats, Floats
-]  # a response's key and its tokens' log-probabilities by the first and by the second engine, f32[R] each
+# A response's key, and the log-probabilities [R] of its tokens by the first and the second engine.
+Pair: TypeAlias = tuple[Key, Floats, Floats]
+# How many responses with the largest differences are named.
 WORST = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Over all tokens of some responses; |d| is the absolute difference of two log-probabilities,
-    in nats.
+    """The differences d = second - first over all tokens of some responses, in nats.
 
-    mean, p50, p99, largest: of |d|. bias: mean of second - first. k3: mean of exp(d) - 1 - d with d
-    = second - first, an estimate that is never negative of KL(first || second) for tokens that the
-    first policy sampled (Schulman, "Approximating KL Divergence", 2020); of other tokens only a
-    distance. worst: the responses with the largest |d|, each with its place in the response.
+    Attributes:
+        mean: Of |d|, as are p50, p99 and largest.
+        p50: The median.
+        p99: The 99th percentile.
+        bias: The mean of d.
+        k3: The mean of exp(d) - 1 - d, which is never negative. For tokens that the first policy
+            sampled it is an estimate of KL(first || second) (Schulman, "Approximating KL
+            Divergence", 2020). For other tokens it is only a distance.
+        worst: The responses with the largest |d|. Each entry is the key, the number of the token
+            within the response, and |d|.
     """
 
     num_responses: int
@@ -44,40 +48,46 @@ class Agreement:
     worst: tuple[tuple[Key, int, float], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        named = {
-            name: getattr(self, name)
-            for name in (
-                "num_responses",
-                "num_tokens",
-                "mean",
-                "p50",
-                "p99",
-                "largest",
-                "bias",
-                "k3",
-            )
-        }
+        """Return the figures as JSON. Responses are named ``PROMPT_ID/SAMPLE_INDEX``."""
+        worst = [
+            {"response": f"{key[0]}/{key[1]}", "token": token, "difference": size}
+            for key, token, size in self.worst
+        ]
         return {
-            **named,
-            "worst": [
-                {"response": f"{key[0]}/{key[1]}", "token": place, "difference": size}
-                for key, place, size in self.worst
-            ],
+            "num_responses": self.num_responses,
+            "num_tokens": self.num_tokens,
+            "mean": self.mean,
+            "p50": self.p50,
+            "p99": self.p99,
+            "largest": self.largest,
+            "bias": self.bias,
+            "k3": self.k3,
+            "worst": worst,
         }
 
 
 def agreement(pairs: Iterable[Pair]) -> Agreement:
-    """ValueError: no tokens, or two columns of different lengths."""
-    parts, worst, num_responses = [], [], 0
+    """Compare two engines over all tokens of some responses.
+
+    Raises:
+        ValueError: There are no tokens, or a response has two columns of different lengths.
+    """
+    parts = []
+    worst = []
+    num_responses = 0
+    # The pairs may come from a stream, so they are gone through once.
     for key, first, second in pairs:
         if len(first) != len(second):
             raise ValueError(f"response {key}: {len(first)} and {len(second)} log-probabilities")
+        # In float64, because both values are float32 and nearly equal.
         difference = second.astype(np.float64) - first.astype(np.float64)
         parts.append(difference)
         num_responses += 1
+        # One entry per response: a single bad response must not fill the whole list.
         if len(difference):
-            place = int(np.abs(difference).argmax())
-            worst.append((key, place, float(abs(difference[place]))))
+            token = int(np.abs(difference).argmax())
+            worst.append((key, token, float(abs(difference[token]))))
+    # Quantiles need all differences at once: 8 bytes per token.
     every = np.concatenate(parts) if parts else np.zeros(0)
     if not every.size:
         raise ValueError("no tokens")
@@ -90,6 +100,8 @@ def agreement(pairs: Iterable[Pair]) -> Agreement:
         p99=float(np.quantile(size, 0.99)),
         largest=float(size.max()),
         bias=float(every.mean()),
+        # expm1 keeps the digits of differences near 0, where exp(d) - 1 would lose them.
         k3=float((np.expm1(every) - every).mean()),
+        # The sort is stable, so equal differences keep the order of the responses.
         worst=tuple(sorted(worst, key=lambda entry: -entry[2])[:WORST]),
     )

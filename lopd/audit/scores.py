@@ -1,5 +1,6 @@
-"""Scores for an audit: a Hugging Face model in float32 in this process, over responses that are
-given; or columns of a cache.
+"""Scores for an audit.
+
+They come from a Hugging Face model that this process runs in float32, or from columns of a cache.
 """
 
 from __future__ import annotations
@@ -11,29 +12,77 @@ from typing import Any
 import numpy as np
 
 from lopd.audit import Scores, distribution_scores, token_kind
-from lopd.cache.checks import flat
+from lopd.cache.columns import flat
 from lopd.errors import DataError
 from lopd.records import Response
 from lopd.tasks.tokenizer import decode, load_tokenizer
 
+# The logits of a batch take this many tokens times the vocabulary times 8 bytes in float64.
 _TOKENS_PER_BATCH = 8192
 
 
 def score_with_model(
     folder: Path, responses: Sequence[Response], *, temperature: float, top_p: float
 ) -> Scores:
-    """Every response token under the model, read with transformers in float32. Time: one forward
-    pass of all sequences. DataError: no such model.
+    """Score every response token with a model, in one forward pass over all sequences.
+
+    Args:
+        folder: A Hugging Face checkpoint.
+        temperature: Of the distribution that is asked about.
+        top_p: Of the distribution that is asked about.
+
+    Raises:
+        DataError: The model cannot be loaded, or its vocabulary is smaller than a token id.
     """
+    import torch
+
+    model = _load(folder)
+    _check_vocabulary(folder, responses, int(model.config.get_text_config().vocab_size))
+    found: list[Any] = [None] * len(responses)
+    # Sorted by length, so that a batch needs little padding. `found` restores the order.
+    for members in _batches(responses):
+        sequences = [
+            np.concatenate([responses[index].prompt_ids, responses[index].token_ids])
+            for index in members
+        ]
+        width = max(len(sequence) for sequence in sequences)
+        # Padded on the right: in a causal model no token attends to what comes after it, so no mask
+        # is needed.
+        ids = torch.zeros(len(members), width, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+        # No gradient is needed, and this keeps no activations.
+        with torch.inference_mode():
+            # Position t predicts the token at t + 1, and the last position predicts nothing.
+            logits = model(ids).logits[:, :-1]
+            scores = distribution_scores(logits, ids[:, 1:], temperature=temperature, top_p=top_p)
+        for row, index in enumerate(members):
+            start = len(responses[index].prompt_ids) - 1
+            part = slice(start, start + len(responses[index].token_ids))
+            # The padding on the right is cut off with the prompt.
+            found[index] = [column[row, part].numpy() for column in scores]
+    logprobs, entropy, variance = (
+        np.concatenate([columns[part] for columns in found]) for part in range(3)
+    )
+    # In the order of the responses, as the flat columns are.
+    lengths = np.array([len(response.token_ids) for response in responses], dtype=np.int64)
+    return Scores(logprobs, entropy, lengths, variance, token_kinds(folder, responses))
+
+
+def _load(folder: Path) -> Any:
+    """Load a Hugging Face model for inference. Raises DataError if it cannot be loaded."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # transformers raises either error for a missing, damaged or unknown model.
     try:
         config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        # From local files alone and without code from the checkpoint: an audit must not run what it
+        # looks into.
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
@@ -47,58 +96,32 @@ def score_with_model(
             where=str(folder),
             remedy="give a Hugging Face folder",
         ) from None
+    # Without dropout.
     model.train(False)
-    _check_vocabulary(folder, responses, int(model.config.get_text_config().vocab_size))
-    found: list[Any] = [None] * len(responses)
-    order = sorted(
-        range(len(responses)),
-        key=lambda index: len(responses[index].prompt_ids) + len(responses[index].token_ids),
-    )
-    for members in _batches(order, responses):
-        sequences = [
-            np.concatenate([responses[index].prompt_ids, responses[index].token_ids]).astype(
-                np.int64
-            )
-            for index in members
-        ]
-        width = max(len(sequence) for sequence in sequences)
-        ids = torch.zeros(
-            len(members), width, dtype=torch.int64
-        )  # padded on the right: no token attends to what comes after it
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.from_numpy(sequence)
-        with torch.inference_mode():
-            logits = model(ids).logits[:, :-1]
-            scores = distribution_scores(logits, ids[:, 1:], temperature=temperature, top_p=top_p)
-        for row, index in enumerate(members):
-            start = len(responses[index].prompt_ids) - 1
-            part = slice(start, start + len(responses[index].token_ids))
-            found[index] = [column[row, part].numpy() for column in scores]
-    logprobs, entropy, variance = (
-        np.concatenate([columns[part] for columns in found]) for part in range(3)
-    )
-    lengths = np.array([len(response.token_ids) for response in responses], dtype=np.int64)
-    return Scores(logprobs, entropy, lengths, variance, token_kinds(folder, responses))
+    return model
 
 
 def _check_vocabulary(folder: Path, responses: Sequence[Response], vocab_size: int) -> None:
+    """Raise DataError if a token id is not in the vocabulary of the model."""
+    # Without this check the embedding would fail with an index error that names no response.
     for response in responses:
-        largest = max(
-            int(response.token_ids.max(initial=0)), int(response.prompt_ids.max(initial=0))
-        )
+        ids = np.concatenate([response.prompt_ids, response.token_ids])
+        largest = int(ids.max(initial=0))
         if largest >= vocab_size:
-            limit = f"its vocabulary of {vocab_size}"
             raise DataError(
                 f"response {response.prompt_id}/{response.sample_index} has token id {largest}",
                 where=str(folder),
-                limit=limit,
+                limit=f"its vocabulary of {vocab_size}",
             )
 
 
-def _batches(order: Sequence[int], responses: Sequence[Response]) -> list[list[int]]:
+def _batches(responses: Sequence[Response]) -> list[list[int]]:
+    """Return the numbers of the responses in batches, the shortest sequences first."""
+    widths = [len(response.prompt_ids) + len(response.token_ids) for response in responses]
     batches: list[list[int]] = []
-    for index in order:  # ascending, so the newest is the widest
-        width = len(responses[index].prompt_ids) + len(responses[index].token_ids)
+    for index in sorted(range(len(responses)), key=widths.__getitem__):
+        # The lengths ascend, so the newest sequence decides how wide its batch is.
+        width = widths[index]
         if not batches or (len(batches[-1]) + 1) * width > _TOKENS_PER_BATCH:
             batches.append([])
         batches[-1].append(index)
@@ -106,26 +129,31 @@ def _batches(order: Sequence[int], responses: Sequence[Response]) -> list[list[i
 
 
 def token_kinds(folder: Path, responses: Sequence[Response]) -> list[str] | None:
-    """For every response token the kind, by its text, of the token before it; None where the folder
-    has no tokenizer.
+    """Return for every response token the kind of the token before it, by its text.
+
+    Returns:
+        One kind per token of all responses, or None if the folder has no tokenizer.
     """
+    # Of the token before, because groups must not depend on the token that is drawn. See
+    # lopd/audit/statistics.py.
+    # The curve by kind is then left out. The verdict does not need it.
     if not (folder / "tokenizer.json").is_file():
         return None
     tokenizer = load_tokenizer(folder)
-    ids = np.concatenate(
-        [
-            np.concatenate([response.prompt_ids[-1:], response.token_ids[:-1]])
-            for response in responses
-        ]
-    )
+    before = [np.concatenate([r.prompt_ids[-1:], r.token_ids[:-1]]) for r in responses]
+    ids = np.concatenate(before)
+    # Each id is decoded once. A corpus has millions of tokens and some ten thousand different ids.
     kinds = {int(token): token_kind(decode(tokenizer, [int(token)])) for token in np.unique(ids)}
     return [kinds[int(token)] for token in ids]
 
 
 def score_from_columns(table: Any) -> Scores | None:
-    """teacher_logprobs and teacher_entropy of a cache's rows (temperature 1, top-p 1), where it has
-    both.
+    """Return the scores of a cache's rows at temperature 1 and top-p 1.
+
+    Returns:
+        None if the table has no teacher_logprobs or no teacher_entropy.
     """
+    # Only a cache that was scored with score.entropy has the second column.
     if not {"teacher_logprobs", "teacher_entropy"} <= set(table.column_names):
         return None
     logprobs, rows = flat(table, "teacher_logprobs")

@@ -1,27 +1,34 @@
-"""Can these responses have come from this teacher, at this temperature and top-p? From scores and
-entropies alone.
+"""Can these responses have come from this teacher, at this temperature and top-p?
 
-For a token sampled from the teacher's distribution p at its position, x = log p(token) + H(p) has
-mean zero whatever came before: E[log p] = -H. So over responses that the teacher sampled the x are
-martingale differences, their sum has mean zero and the variance sum of Var_p[log p], and
+The test needs only scores and entropies. For a token sampled from the teacher's distribution p at
+its position, the drift
+
+    x = log p(token) + H(p)
+
+has mean zero whatever came before, because E[log p] = -H. Over responses that the teacher sampled,
+the x are therefore martingale differences. Their sum has mean zero, its variance is the sum of
+Var_p[log p], and
 
     z = sum x / sqrt(sum Var_p[log p])
 
-is normal for many tokens. Text of another model, or of another temperature, drifts: above zero if
-it is likelier than the teacher's own (a lower temperature, a more careful model), below if it is
-less likely. What the statistic cannot see: a model whose mean surprise happens to agree. The curves
-by position, by entropy and by kind of token show where a drift comes from; the verdict is of the
-sum alone, so that its error rate is the stated one. A group of a curve that holds few uncertain
-tokens is not normal: one rare token can put it many errors off. Groups are of what is known before
-the token is drawn (its position from the start, the entropy, the token before it): by the token
-itself, or by the share of the response, they would not have mean zero.
+is normal for many tokens.
+
+Text of another model or temperature drifts. The drift is above zero if the text is likelier than
+the teacher's own, as at a lower temperature, and below zero if it is less likely. The statistic
+cannot see a model whose mean surprise happens to agree.
+
+The curves by position, by entropy and by kind of token show where a drift comes from. The verdict
+uses the sum alone, so that its error rate is the stated one. A group of a curve with few uncertain
+tokens is not normal: one rare token can move it by many standard errors. Groups depend only on what
+is known before the token is drawn: its position from the start, the entropy, the token before it.
+Groups by the token itself, or by the share of the response, would not have mean zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -29,25 +36,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
+# There are three verdicts and not two: too few tokens must not look like a proof of consistency.
 Verdict = Literal["consistent", "inconsistent", "cannot tell"]
+# The first position of each group, in tokens from the start of the response.
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-ENTROPY_EDGES = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0)  # nats
-# of tokens that the teacher cannot have sampled at this top-p: more than rounding at the edge of
-# the nucleus explains
+# In nats.
+ENTROPY_EDGES = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0)
+# A larger share of tokens outside the nucleus shows that the teacher did not sample them. A smaller
+# one may be rounding at the edge of the nucleus.
 _IMPOSSIBLE_SHARE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a teacher says of the tokens of some responses, response after response, at the
-    temperature and top-p that are asked about.
+    """The teacher's scores of the tokens of some responses, response after response.
 
-    variance: of log p under p; where unknown it is estimated, see spread. token_kinds: of the token
-    before each, for the curves.
+    All are at the temperature and top-p that are asked about. N is the number of tokens.
+
+    Attributes:
+        logprobs: Of the tokens, in nats. -inf means outside the nucleus.
+        entropy: Of the teacher's distribution at each token, in nats.
+        lengths: The number of tokens of each response.
+        variance: Of log p under p. It is estimated if it is not known (see spread()).
+        token_kinds: The kind of the token before each token, for the curves.
     """
 
-    logprobs: F64  # [N], of the tokens; -inf: outside the nucleus
-    entropy: F64  # [N], nats
+    logprobs: F64  # [N]
+    entropy: F64  # [N]
     lengths: NDArray[np.int64]  # [responses]
     variance: F64 | None = None  # [N]
     token_kinds: Sequence[str] | None = None  # [N]
@@ -57,15 +72,20 @@ class Scores:
             column = getattr(self, name)
             if column is not None and len(column) != len(self.logprobs):
                 raise ValueError(f"audit: {len(column)} of {name} for {len(self.logprobs)} tokens")
-        if int(self.lengths.sum()) != len(self.logprobs):
-            raise ValueError(
-                f"audit: lengths sum to {int(self.lengths.sum())}, for {len(self.logprobs)} tokens"
-            )
+        # The curves by position need to know where each response begins.
+        total = int(self.lengths.sum())
+        if total != len(self.logprobs):
+            raise ValueError(f"audit: lengths sum to {total}, for {len(self.logprobs)} tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A group of tokens on a curve. standard_error: of the mean, if they come from the teacher."""
+    """A group of tokens on a curve.
+
+    Attributes:
+        mean: Of the drift, in nats.
+        standard_error: Of the mean, if the tokens come from the teacher.
+    """
 
     name: str
     tokens: int
@@ -75,8 +95,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """mean: of log p + H per token, nats. detectable: the mean drift that so many tokens show with
-    the stated power. tokens_needed: for the tolerance.
+    """The result of an audit.
+
+    Attributes:
+        mean: The mean drift log p + H per token, in nats.
+        impossible: How many tokens are outside the nucleus.
+        detectable: The mean drift that so many tokens show with a probability of ``power``.
+        tokens_needed: How many tokens show a mean drift of ``tolerance`` with that probability.
     """
 
     verdict: Verdict
@@ -100,27 +125,46 @@ class Audit:
 def audit(
     scores: Scores, *, tolerance: float = 0.005, alpha: float = 0.01, power: float = 0.95
 ) -> Audit:
-    """Inconsistent: the drift differs from 0 at level alpha (a true teacher is called so with that
-    probability), or tokens are impossible. Consistent: it does not, and a drift of ``tolerance``
-    nats per token would have shown with the stated power. Else: cannot tell; tokens_needed says how
-    many would do.
+    """Test whether the teacher can have sampled the responses.
+
+    The verdict is
+
+    - "inconsistent" if the drift differs from 0 at level ``alpha``, or too many tokens are
+      impossible,
+    - "consistent" if it does not, and a drift of ``tolerance`` would have been seen,
+    - "cannot tell" otherwise. ``tokens_needed`` then says how many tokens would be enough.
+
+    Args:
+        tolerance: A mean drift in nats per token.
+        alpha: The probability that a true teacher is called inconsistent.
+        power: The probability with which a drift of ``tolerance`` is seen.
     """
+    # One impossible token has log p = -inf. It is counted, and must not make the sum useless.
     possible = np.isfinite(scores.logprobs)
     impossible = int((~possible).sum())
     drift = np.where(possible, scores.logprobs + scores.entropy, 0.0)
+    # Impossible tokens count with a drift of 0.
     number = len(drift)
     assert number > 0, "no tokens"
     variance = spread(drift, scores)
+    # Of the sum. The floor keeps a text without any uncertain token from a division by zero.
     deviation = math.sqrt(max(float(variance.sum()), 1e-300))
     total = float(drift.sum())
     z = total / deviation if variance.sum() > 0 else 0.0
+    # Two-sided: a drift to either side is a drift.
     p_value = math.erfc(abs(z) / math.sqrt(2))
     normal = NormalDist()
+    # In standard errors: how far the true mean must be from 0, so that the estimate, which varies
+    # around it, is beyond the threshold with the stated power.
     reach = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)
     detectable = reach * deviation / number
+    # The detectable drift falls with the square root of the number of tokens.
     needed = math.ceil(reach**2 * float(variance.mean()) / tolerance**2)
     verdict: Verdict = "cannot tell"
+    # Impossible tokens decide by themselves: no drift is needed if a token had the probability 0.
     if p_value < alpha or impossible > _IMPOSSIBLE_SHARE * number:
+        # Checked first: with enough evidence against the teacher, the number of tokens does not
+        # matter.
         verdict = "inconsistent"
     elif detectable <= tolerance:
         verdict = "consistent"
@@ -140,83 +184,99 @@ def audit(
         tokens_needed=needed,
         by_position=_by_position(drift, variance, scores.lengths),
         by_entropy=_by_entropy(drift, variance, scores.entropy),
-        by_kind=()
-        if scores.token_kinds is None
-        else _grouped(drift, variance, np.asarray(scores.token_kinds)),
+        by_kind=_by_kind(drift, variance, scores.token_kinds),
     )
 
 
 def spread(drift: F64, scores: Scores) -> F64:
-    """Variance of each drift if it comes from the teacher [N]: as given; else drift squared, but in
-    sum at least what two outcomes of that entropy have.
+    """Return the variance of each drift [N] if the token comes from the teacher.
 
-    The bound is what keeps a true teacher from being accused when, among few tokens, none of its
-    rare choices occurred.
+    A variance that is not given is estimated by the square of the drift.
     """
     if scores.variance is not None:
         return scores.variance
+    # Among few tokens none of the teacher's rare choices may have occurred. The squares are then
+    # too small, and a true teacher would be accused. So their sum must reach a bound: the variance
+    # of log p of two outcomes with the same entropy, tabulated over the chance of the rarer one.
     chance = np.geomspace(1e-12, 0.5, 4096)
     entropy = -(chance * np.log(chance) + (1 - chance) * np.log1p(-chance))
-    least = np.interp(
-        scores.entropy, entropy, chance * (1 - chance) * np.log((1 - chance) / chance) ** 2
-    )
-    least[scores.entropy > math.log(2)] = 0.0  # more than two outcomes: no such bound
+    variance = chance * (1 - chance) * np.log((1 - chance) / chance) ** 2
+    least = np.interp(scores.entropy, entropy, variance)
+    # A larger entropy needs more than two outcomes, for which there is no such bound.
+    least[scores.entropy > math.log(2)] = 0.0
+    # The larger of the two is the more careful one. It makes z smaller.
     measured = drift**2
     return measured if measured.sum() >= least.sum() else least
 
 
 def _by_position(drift: F64, variance: F64, lengths: NDArray[np.int64]) -> tuple[Point, ...]:
+    # From the start of the response and not as a share of it: the length is not known before the
+    # last token is drawn.
     row = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
-    chosen = np.searchsorted(np.array(POSITIONS), position, side="right") - 1
-    return _ordered(drift, variance, chosen, np.array([str(start) for start in POSITIONS]))
+    group = np.searchsorted(np.array(POSITIONS), position, side="right") - 1
+    return _points(drift, variance, group, [str(start) for start in POSITIONS])
 
 
 def _by_entropy(drift: F64, variance: F64, entropy: F64) -> tuple[Point, ...]:
-    chosen = np.searchsorted(np.array(ENTROPY_EDGES), entropy, side="right")
-    return _ordered(
-        drift, variance, chosen, np.array(["0", *(f"{edge:g}" for edge in ENTROPY_EDGES)])
-    )
+    group = np.searchsorted(np.array(ENTROPY_EDGES), entropy, side="right")
+    return _points(drift, variance, group, ["0", *(f"{edge:g}" for edge in ENTROPY_EDGES)])
 
 
-def _ordered(
-    drift: F64, variance: F64, chosen: NDArray[np.int64], names: NDArray[np.str_]
+def _by_kind(drift: F64, variance: F64, kinds: Sequence[str] | None) -> tuple[Point, ...]:
+    if kinds is None:
+        return ()
+    # In alphabetical order, with the number of its name for each token.
+    names, group = np.unique(np.asarray(kinds), return_inverse=True)
+    return _points(drift, variance, group, names.tolist())
+
+
+def _points(
+    drift: F64, variance: F64, group: NDArray[np.int64], names: Sequence[str]
 ) -> tuple[Point, ...]:
-    return tuple(
-        _point(str(names[index]), drift, variance, chosen == index)
-        for index in range(len(names))
-        if (chosen == index).any()
-    )
-
-
-def _grouped(drift: F64, variance: F64, kinds: NDArray[np.str_]) -> tuple[Point, ...]:
-    return tuple(_point(str(kind), drift, variance, kinds == kind) for kind in np.unique(kinds))
-
-
-def _point(name: str, drift: F64, variance: F64, chosen: NDArray[np.bool_]) -> Point:
-    number = int(chosen.sum())
-    return Point(
-        name, number, float(drift[chosen].mean()), math.sqrt(float(variance[chosen].sum())) / number
-    )
+    """Return one point for each group [N] that has tokens, in the order of the names."""
+    points = []
+    for index, name in enumerate(names):
+        chosen = group == index
+        number = int(chosen.sum())
+        # The mean of no tokens does not exist.
+        if number:
+            error = math.sqrt(float(variance[chosen].sum())) / number
+            points.append(Point(name, number, float(drift[chosen].mean()), error))
+    return tuple(points)
 
 
 def distribution_scores(
     logits: Any, chosen: Any, *, temperature: float, top_p: float
 ) -> tuple[Any, Any, Any]:
-    """log p of the chosen tokens, entropy, variance of log p, each [..] float64, of the
-    distribution that is sampled from: softmax(logits / temperature), cut to its likeliest tokens up
-    to a mass of top_p (the one that crosses it included), renormalised. logits: torch [..,
-    vocabulary]; chosen: ids [..].
+    """Score the chosen tokens under the distribution that is sampled from.
+
+    It is softmax(logits / temperature), cut to its likeliest tokens up to a mass of top_p, and
+    renormalised. The token that crosses top_p is included.
+
+    Args:
+        logits: torch tensor [.., vocabulary].
+        chosen: Token ids [..].
+
+    Returns:
+        The log-probability of the chosen tokens, the entropy, and the variance of log p, each as
+        float64 [..], in nats.
     """
     import torch
 
+    # In float64: the test adds up millions of drifts, and a rounding error with a preferred sign
+    # would look like a drift.
     logprobs = torch.log_softmax(logits.double() / temperature, dim=-1)
+    # With top_p = 1 the sort over the vocabulary would change nothing.
     if top_p < 1:
         ordered, order = logprobs.sort(dim=-1, descending=True)
+        # The mass of all likelier tokens. A token is cut if they reach top_p without it.
         before = ordered.exp().cumsum(-1) - ordered.exp()
+        # log 0 is -inf, and the second log_softmax distributes the mass that was cut.
         ordered = ordered.masked_fill(before >= top_p, -math.inf)
         logprobs = torch.empty_like(logprobs).scatter_(-1, order, ordered).log_softmax(-1)
     probability = logprobs.exp()
+    # 0 * log 0 counts as 0, but is NaN in floating point.
     finite = logprobs.masked_fill(probability == 0, 0.0)
     entropy = -(probability * finite).sum(-1)
     variance = (probability * (finite + entropy[..., None]) ** 2).sum(-1)
@@ -224,13 +284,17 @@ def distribution_scores(
 
 
 def token_kind(text: str) -> str:
-    """A coarse name for what a token is, from its text: special, newline, space, digits, word, word
-    start, or signs.
+    """Return what a token is, by its text.
+
+    Returns:
+        One of special, newline, space, digits, word, word start and signs.
     """
+    # Special tokens look like <|im_end|> or <s>.
     if len(text) > 2 and text.startswith("<") and text.endswith(">"):
         return "special"
     if not text.strip():
         return "newline" if "\n" in text else "space"
+    # Most tokenizers put the space before a word into its first token.
     bare = text.strip()
     if bare.isdigit():
         return "digits"
@@ -240,7 +304,5 @@ def token_kind(text: str) -> str:
 
 
 def as_json(result: Audit) -> dict[str, Any]:
-    """For --json: plain numbers, curves as lists of {name, tokens, mean, standard_error}."""
-    import dataclasses
-
-    return dataclasses.asdict(result)
+    """Return the result as JSON. The curves are lists of points."""
+    return asdict(result)

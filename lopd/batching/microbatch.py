@@ -1,8 +1,12 @@
-"""Responses to samples to packed microbatches. The shift by one happens here and nowhere else."""
+"""From responses to samples, and from samples to packed microbatches.
+
+The shift by one happens here and nowhere else.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +19,24 @@ from lopd.records import Floats, Ints, Microbatch, Response, Sample, TeacherScor
 def make_sample(
     response: Response, teacher: TeacherScores | Floats | None = None, *, with_top: bool = True
 ) -> Sample:
-    """Prompt and response in one row [P + R]; loss on the response's tokens (those of its
-    loss_mask, where it has one).
+    """Put prompt and response into one row of P + R tokens.
 
-    teacher: its scores, or only its log-probabilities f32[R] of the response's tokens. with_top:
-    take the teacher's top-K along, where the scores have it. Log-probabilities are 0 on the prompt.
-    DataError: another number of them than of tokens.
+    Loss is on the tokens of the response, or on those of its loss_mask if it has one.
+    Log-probabilities are 0 on the prompt.
+
+    Args:
+        response: The response.
+        teacher: The teacher's scores, or only its log-probabilities of the response's tokens,
+            float32 [R].
+        with_top: Whether the sample takes the teacher's top-K, if the scores have it.
+
+    Raises:
+        DataError: The number of log-probabilities differs from the number of tokens.
     """
     teacher_logprobs = teacher.teacher_logprobs if isinstance(teacher, TeacherScores) else teacher
     top = teacher.top if isinstance(teacher, TeacherScores) and with_top else None
-    prompt_len, response_len = len(response.prompt_ids), len(response.token_ids)
+    prompt_len = len(response.prompt_ids)
+    response_len = len(response.token_ids)
     if teacher_logprobs is not None and len(teacher_logprobs) != response_len:
         raise DataError(
             f"{len(teacher_logprobs)} teacher log-probabilities for {response_len} tokens",
@@ -33,10 +45,10 @@ def make_sample(
         )
     loss_mask = np.zeros(prompt_len + response_len, dtype=np.bool_)
     loss_mask[prompt_len:] = True if response.loss_mask is None else response.loss_mask
-    loss_mask[:1] = (
-        False  # nothing stands before the first token to predict it from (an empty prompt)
-    )
+    # With an empty prompt the response begins at token 0. No position predicts that token.
+    loss_mask[:1] = False
 
+    # Nobody has log-probabilities of the prompt. The zeros carry no loss.
     def after_prompt(logprobs: Floats) -> Floats:
         return np.concatenate([np.zeros(prompt_len, dtype=np.float32), logprobs.astype(np.float32)])
 
@@ -46,109 +58,147 @@ def make_sample(
         sampling_logprobs=after_prompt(response.sampling_logprobs),
         teacher_logprobs=None if teacher_logprobs is None else after_prompt(teacher_logprobs),
         key=response.key,
+        # "length" and "abort" both mean that the response has no end token.
         truncated=response.finish_reason != "stop",
-        teacher_top=None
-        if top is None
-        else TopK(
-            *(
-                _padded(column, prompt_len, 0)
-                for column in (top.ids, top.logprobs, top.tail_logprob)
-            )
-        ),
+        teacher_top=None if top is None else _top_after_prompt(top, prompt_len),
     )
 
 
+def _top_after_prompt(top: TopK, prompt_len: int) -> TopK:
+    columns = (top.ids, top.logprobs, top.tail_logprob)
+    return TopK(*(_padded(column, prompt_len, 0) for column in columns))
+
+
 def _padded(rows: NDArray[Any], before: int, after: int) -> NDArray[Any]:
-    """With so many rows of zeros around them."""
+    """Put rows of zeros in front of and behind rows [N, ...]."""
     return np.pad(rows, ((before, after), *((0, 0),) * (rows.ndim - 1)))
 
 
 def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microbatch:
-    """Samples packed end to end [T], T a multiple of pad_multiple, shifted by one.
+    """Pack samples end to end into T positions, shifted by one.
 
-    Position t predicts labels[t] = token_ids[t + 1] of the same sequence, and mask and
-    log-probabilities move with the labels. The last position of a sequence predicts nothing: label
-    0, mask False, log-probabilities 0. Positions restart with each sequence. What is missing to a
-    multiple of pad_multiple becomes one more sequence, of token 0 and without loss. No samples:
-    that padding alone, pad_multiple tokens with both log-probability columns, so that a rank with
-    nothing to learn still takes part in every collective. DataError: some samples have
-    log-probabilities, a top-K or a teacher's index, others not.
+    Position t predicts labels[t] = token_ids[t + 1] of the same sequence. Mask and
+    log-probabilities move with the labels. The last position of a sequence predicts nothing: its
+    label is 0, its mask False, and its log-probabilities are 0. Positions restart with each
+    sequence.
+
+    Args:
+        samples: The samples. Without any, the microbatch is pad_multiple tokens of padding, with
+            both columns of log-probabilities.
+        pad_multiple: T is a multiple of it. Missing tokens form one more sequence, of token 0 and
+            without loss.
+
+    Raises:
+        DataError: Some samples have log-probabilities, a top-K or a teacher's index, and others do
+            not.
     """
     assert pad_multiple >= 1, pad_multiple
-    lengths = [len(sample) for sample in samples]
-    assert all(lengths), "a sample has at least one token"
-    num_tokens = sum(lengths)
-    padding_len = -num_tokens % pad_multiple if samples else pad_multiple
-    if padding_len:
-        lengths.append(padding_len)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    total = int(cu_seqlens[-1])
-    starts, last = cu_seqlens[:-1], cu_seqlens[1:] - 1
-
-    def packed(columns: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-        flat = np.zeros(total, dtype=dtype)
-        if columns:
-            flat[:num_tokens] = np.concatenate(columns)
-        return flat
-
-    def shifted(columns: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-        flat = np.roll(packed(columns, dtype), -1)
-        flat[last] = 0
-        return flat
-
-    def given(name: str) -> list[Any]:
-        """Of every sample, or of none."""
-        columns = [column for sample in samples if (column := getattr(sample, name)) is not None]
-        if columns and len(columns) != len(samples):
-            raise DataError(
-                f"{len(columns)} of {len(samples)} samples of a microbatch have {name}",
-                where="batch",
-                remedy="give it for all or for none",
-            )
-        return columns
+    pack = _pack_of([len(sample) for sample in samples], pad_multiple)
+    # A microbatch without samples has the columns that the others have. A rank with nothing to
+    # learn still runs the objective and takes part in every collective, as the others wait for it.
+    is_empty = not samples
 
     def shifted_logprobs(name: str) -> Floats | None:
-        columns = given(name)
-        return shifted(columns, np.float32) if columns or not samples else None
-
-    def shifted_top() -> TopK | None:
-        tops: list[TopK] = given("teacher_top")
-        if not tops:
-            return None
-        if len(widths := {top.ids.shape[1] for top in tops}) > 1:
-            raise DataError(
-                f"top-K with K of {sorted(widths)} in one microbatch",
-                where="batch",
-                remedy="score the rollouts again with one score.top_k",
-            )
-        merged = []
-        for columns in zip(
-            *((top.ids, top.logprobs, top.tail_logprob) for top in tops), strict=True
-        ):
-            flat = np.roll(_padded(np.concatenate(columns), 0, total - num_tokens), -1, axis=0)
-            flat[last] = 0
-            merged.append(flat)
-        return TopK(*merged)
+        columns = _column(samples, name)
+        return pack.shifted(columns, np.float32) if columns or is_empty else None
 
     token_ids: list[Ints] = [sample.token_ids for sample in samples]
-    teachers = given("teacher_index")
+    truncated = [sample.truncated for sample in samples]
+    teachers = _column(samples, "teacher_index")
+    # Per-sequence columns have an entry for the padding sequence too, as cu_seqlens has.
+    if pack.has_padding:
+        truncated.append(False)
+        teacher_index = [*teachers, 0]
+    else:
+        teacher_index = teachers
     return Microbatch(
-        token_ids=packed(token_ids, np.int64),
-        labels=shifted(token_ids, np.int64),
-        position_ids=np.arange(total, dtype=np.int64) - np.repeat(starts, lengths),
-        loss_mask=shifted([sample.loss_mask for sample in samples], np.bool_),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max(lengths),
+        token_ids=pack.packed(token_ids, np.int64),
+        labels=pack.shifted(token_ids, np.int64),
+        position_ids=pack.position_ids(),
+        loss_mask=pack.shifted([sample.loss_mask for sample in samples], np.bool_),
+        cu_seqlens=pack.cu_seqlens,
+        max_seqlen=int(np.diff(pack.cu_seqlens).max()),
         num_sequences=len(samples),
         teacher_logprobs=shifted_logprobs("teacher_logprobs"),
         sampling_logprobs=shifted_logprobs("sampling_logprobs"),
         keys=tuple(sample.key for sample in samples if sample.key is not None),
-        truncated=np.array(
-            [*(sample.truncated for sample in samples), *([False] if padding_len else [])],
-            dtype=np.bool_,
-        ),
-        teacher_top=shifted_top(),
-        teacher_index=np.array([*teachers, *([0] if padding_len else [])], dtype=np.int64)
-        if teachers or not samples
-        else None,
+        truncated=np.array(truncated, dtype=np.bool_),
+        teacher_top=_shifted_top(pack, _column(samples, "teacher_top")),
+        teacher_index=np.array(teacher_index, dtype=np.int64) if teachers or is_empty else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pack:
+    """Where samples lie in a microbatch."""
+
+    # int32 [S+1], the borders of the sequences, those of the padding included.
+    cu_seqlens: Ints
+    # The number of tokens of samples. What follows them is padding.
+    num_tokens: int
+    # Whether the last sequence is padding.
+    has_padding: bool
+
+    def packed(self, columns: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+        """Return the columns [L, ...] of all samples end to end, [T, ...], zeros as padding."""
+        # Padding has zeros everywhere. As token ids they are token 0, which every vocabulary has.
+        rest = columns[0].shape[1:] if columns else ()
+        flat = np.zeros((int(self.cu_seqlens[-1]), *rest), dtype=dtype)
+        if columns:
+            flat[: self.num_tokens] = np.concatenate(columns)
+        return flat
+
+    def shifted(self, columns: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+        """Return the packed columns, moved one position to the front."""
+        flat = np.roll(self.packed(columns, dtype), -1, axis=0)
+        # The shift has brought the next sequence's first token to the last position of each
+        # sequence, and the first of all to the end. A loss there would teach the student to predict
+        # one response from another.
+        flat[self.cu_seqlens[1:] - 1] = 0
+        return flat
+
+    def position_ids(self) -> NDArray[np.int64]:
+        """Return the position of each token in its own sequence, int64 [T]."""
+        # Attention stays within a sequence, so its rotary embeddings count from its own start.
+        starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
+        return np.arange(int(self.cu_seqlens[-1]), dtype=np.int64) - starts
+
+
+def _pack_of(lengths: list[int], pad_multiple: int) -> _Pack:
+    assert all(lengths), "a sample has at least one token"
+    num_tokens = sum(lengths)
+    padding_len = -num_tokens % pad_multiple if lengths else pad_multiple
+    if padding_len:
+        lengths = [*lengths, padding_len]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return _Pack(cu_seqlens, num_tokens, has_padding=bool(padding_len))
+
+
+def _column(samples: Sequence[Sample], name: str) -> list[Any]:
+    """Return a field of every sample, or an empty list if no sample has it."""
+    columns = [column for sample in samples if (column := getattr(sample, name)) is not None]
+    # Zeros for those that lack it would be log-probabilities of 0: a teacher that is certain.
+    if columns and len(columns) != len(samples):
+        raise DataError(
+            f"{len(columns)} of {len(samples)} samples of a microbatch have {name}",
+            where="batch",
+            remedy="give it for all samples or for none",
+        )
+    return columns
+
+
+def _shifted_top(pack: _Pack, tops: list[TopK]) -> TopK | None:
+    if not tops:
+        return None
+    widths = {top.ids.shape[1] for top in tops}
+    if len(widths) > 1:
+        raise DataError(
+            f"top-K with K of {sorted(widths)} in one microbatch",
+            where="batch",
+            remedy="score the rollouts again with one score.top_k",
+        )
+    return TopK(
+        pack.shifted([top.ids for top in tops], np.int32),
+        pack.shifted([top.logprobs for top in tops], np.float32),
+        pack.shifted([top.tail_logprob for top in tops], np.float32),
     )

@@ -1,9 +1,7 @@
-"""A cache read as it is used in training: any response by its index, in any order, in memory that
-does not grow with the cache.
+"""A cache as training reads it: any response by its index, in bounded memory.
 
-Index: the position among all rows in the order of the shards. A shard's file is hashed once, at its
-first read, and trusted afterwards; of what is decoded the newest row groups are kept, up to a
-bound. ``rows`` streams everything from the first response to the last.
+The index of a response is its position among all rows, in the order of the shards. The memory does
+not grow with the cache, but for a few bytes per shard and per response.
 """
 
 from __future__ import annotations
@@ -20,23 +18,32 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lopd.artifacts import read_manifest, sha256_file
+from lopd.artifacts import read_complete, sha256_file
 from lopd.cache.table import scored_rows
 from lopd.errors import ArtifactError
-from lopd.records import Floats, Manifest, Response, ShardInfo, TeacherScores
+from lopd.records import Floats, Response, ShardInfo, TeacherScores
 
 Row: TypeAlias = tuple[Response, Floats | None]
 ScoredRow: TypeAlias = tuple[Response, TeacherScores | None]
+# How many shards are open at a time. Each takes a file descriptor and the memory of its footer.
 _OPEN_SHARDS = 64
+_REMEDY = "run the stage that made it again; it makes this shard and keeps the others"
 
 
 class CacheReader:
-    """Rows of an artifact of responses by index. Not for several threads at once; one a process.
+    """Gives rows of an artifact of responses by index. One thread at a time may use it.
 
-    kept_tokens: bound of decoded response tokens that are kept (about 30 bytes each).
-    without_sampling: read caches that have no sampling_logprobs, too: they are NaN. leave_out:
-    columns that are not read (a top-K and routed experts take many times the room of all the rest).
-    ArtifactError: no complete manifest; at a first read, a damaged shard.
+    A shard's file is hashed once, at its first read. Each later read trusts it.
+
+    Args:
+        kept_tokens: How many decoded response tokens are kept for later reads, at about 30 bytes
+            each.
+        without_sampling: Also read a cache without sampling_logprobs. They are then NaN.
+        leave_out: Columns that are not read. A top-K and routed experts take many times the memory
+            of all other columns.
+
+    Raises:
+        ArtifactError: The artifact is not complete. A read raises it for a damaged shard.
     """
 
     def __init__(
@@ -47,20 +54,23 @@ class CacheReader:
         without_sampling: bool = False,
         leave_out: Collection[str] = (),
     ) -> None:
-        self._without_sampling, self._leave_out = without_sampling, frozenset(leave_out)
-        self.folder, self.manifest = folder, _complete(folder)
+        self.folder = folder
+        self.manifest = read_complete(folder)
+        self._without_sampling = without_sampling
+        self._leave_out = frozenset(leave_out)
         self._shards: list[ShardInfo] = [
             shard for shard in self.manifest.shards if shard.name.endswith(".parquet")
         ]
-        self._starts = np.cumsum(
-            [0, *(shard.rows for shard in self._shards)]
-        )  # first index of each shard
-        self._kept_tokens = kept_tokens
-        self._open: OrderedDict[int, _Shard] = OrderedDict()  # the newest last
+        # The index of the first row of each shard, and the number of all rows as the last entry.
+        self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        # The two dictionaries below have what was used last at their end.
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        # Verified once per process: hashing again at each opening would read the whole file each
+        # time.
         self._verified: set[int] = set()
-        self._groups: OrderedDict[tuple[int, int], tuple[pa.Table, int]] = (
-            OrderedDict()
-        )  # decoded row groups, the newest last
+        # Decoded row groups by (shard, group), each with its number of tokens.
+        self._groups: OrderedDict[tuple[int, int], tuple[pa.Table, int]] = OrderedDict()
+        self._kept_tokens = kept_tokens
         self._num_kept = 0
         self._lengths: NDArray[np.int32] | None = None
 
@@ -69,51 +79,57 @@ class CacheReader:
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens, as the manifest counts them."""
+        """The number of response tokens, from the manifest."""
         return sum(shard.tokens for shard in self._shards)
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """Prompt and response tokens of every row [len(self)], from one pass over the ids; 4 bytes
-        a row are kept.
+        """Prompt and response tokens of every row [rows].
+
+        The first use reads the ids of the whole cache once. The result takes 4 bytes per row.
         """
+        # Packing needs all lengths before the first step, and most commands never need them.
         if self._lengths is None:
+            names = ["prompt_ids", "token_ids"]
+            # numpy cannot concatenate an empty list, which an empty cache would give.
             parts: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
             for shard in range(len(self._shards)):
                 file = self._shard(shard).file
                 for group in range(file.num_row_groups):
-                    ids = file.read_row_group(
-                        group, columns=["prompt_ids", "token_ids"], use_threads=False
-                    )
-                    both = [
-                        pc.list_value_length(ids.column(name)).to_numpy()
-                        for name in ("prompt_ids", "token_ids")
-                    ]
-                    parts.append((both[0] + both[1]).astype(np.int32))
+                    ids = file.read_row_group(group, columns=names, use_threads=False)
+                    # Only the lengths of the lists are used. The ids of one row group are in memory
+                    # at a time.
+                    lengths = [pc.list_value_length(ids.column(n)).to_numpy() for n in names]
+                    parts.append(np.sum(lengths, axis=0).astype(np.int32))
             self._lengths = np.concatenate(parts)
         return self._lengths
 
     @property
     def columns(self) -> frozenset[str]:
-        """Of the first shard; none where there is no shard."""
+        """The columns of the cache. A cache without shards has none."""
+        # All shards of an artifact have the columns of its first one.
         return frozenset(self._shard(0).file.schema_arrow.names) if self._shards else frozenset()
 
     def require_unique(self) -> None:
-        """ArtifactError: a response occurs twice. One pass over the keys; 8 bytes a row."""
+        """Check that no response occurs twice, in one pass over the keys.
+
+        Raises:
+            ArtifactError: A response occurs twice.
+        """
+        # A set of the keys would take some hundred bytes per row. Their hashes take 8.
         parts: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        names = ["prompt_id", "sample_index"]
         for shard in range(len(self._shards)):
-            table = self._shard(shard).file.read(
-                columns=["prompt_id", "sample_index"], use_threads=False
-            )
-            named = zip(
-                *(table.column(name).to_pylist() for name in ("prompt_id", "sample_index")),
-                strict=True,
-            )
-            parts.append(np.fromiter(map(hash, named), np.int64, table.num_rows))
-        every = np.concatenate(parts)
-        order = np.argsort(every, kind="stable")
-        same = np.flatnonzero(every[order][1:] == every[order][:-1])
+            table = self._shard(shard).file.read(columns=names, use_threads=False)
+            keys_of_rows = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+            parts.append(np.fromiter(map(hash, keys_of_rows), np.int64, table.num_rows))
+        hashes = np.concatenate(parts)
+        # Sorted, equal hashes are neighbours. The sort is stable, so the later row is the second.
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
         for first, second in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+            # Two different keys may have one hash, so the keys themselves decide.
+            # This reads two rows, and only if two hashes are equal.
             keys = [row[0].key for row in self.fetch_scored([first, second])]
             if keys[0] == keys[1]:
                 where = self._path(int(np.searchsorted(self._starts, second, side="right")) - 1)
@@ -127,52 +143,56 @@ class CacheReader:
         return self.fetch([index])[0]
 
     def fetch(self, indices: Sequence[int] | NDArray[Any]) -> list[Row]:
-        """The rows of these indices, in their order; each row group that is touched is decoded
-        once. IndexError: beyond the end.
+        """Return the rows of these indices, in their order. Negative ones count from the end.
+
+        Raises:
+            IndexError: An index is beyond the end.
         """
         return [_plain(row) for row in self.fetch_scored(indices)]
 
     def fetch_scored(self, indices: Sequence[int] | NDArray[Any]) -> list[ScoredRow]:
-        """The same with all that the cache has of the teacher."""
+        """Return the same rows as fetch(), with all that the cache has of the teacher."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < -len(self) or wanted.max() >= len(self)):
-            raise IndexError(
-                f"index {int(wanted[np.argmax(np.abs(wanted))])} of a cache of {len(self)} responses"
-            )
+            worst = int(wanted[np.argmax(np.abs(wanted))])
+            raise IndexError(f"index {worst} of a cache of {len(self)} responses")
+        # A negative index counts from the end, as in a list.
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         found: list[ScoredRow | None] = [None] * len(wanted)
+        # "right": an index that equals the start of a shard belongs to that shard, also after an
+        # empty one.
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        for shard in np.unique(shard_of):
+        # All rows of one row group are taken together. In the order that was asked for, a row group
+        # could be decoded and dropped again for each of its rows.
+        for shard in np.unique(shard_of).tolist():
             places = np.flatnonzero(shard_of == shard)
             within = wanted[places] - self._starts[shard]
-            starts = self._shard(int(shard)).group_starts
+            starts = self._shard(shard).group_starts
             group_of = np.searchsorted(starts, within, side="right") - 1
-            for group in np.unique(group_of):
+            for group in np.unique(group_of).tolist():
+                # Positions in `wanted`, and the row numbers within the row group.
                 members = places[group_of == group]
-                table = self._group(int(shard), int(group)).take(
-                    pa.array(wanted[members] - self._starts[shard] - starts[group])
-                )
-                for place, row in zip(members.tolist(), self._rows(table, int(shard)), strict=True):
+                numbers = within[group_of == group] - starts[group]
+                table = self._group(shard, group).take(pa.array(numbers))
+                for place, row in zip(members.tolist(), self._rows(table, shard), strict=True):
                     found[place] = row
+        # Every place is filled by now. The condition is for the type checker.
         return [row for row in found if row is not None]
 
     def rows(self) -> Iterator[Row]:
-        """All rows in order; one row group in memory."""
+        """Yield all rows in order, with one row group in memory."""
         yield from map(_plain, self.scored_rows())
 
     def scored_rows(self) -> Iterator[ScoredRow]:
-        """The same with all that the cache has of the teacher."""
+        """Yield the same rows as rows(), with all that the cache has of the teacher."""
         for shard in range(len(self._shards)):
             file = self._shard(shard).file
             for group in range(file.num_row_groups):
+                # Not through _group(): a single pass would push out what was kept for random reads.
                 yield from self._rows(self._read(file, group), shard)
 
     def _read(self, file: pq.ParquetFile, group: int) -> pa.Table:
-        names = (
-            [name for name in file.schema_arrow.names if name not in self._leave_out]
-            if self._leave_out
-            else None
-        )
+        names = [name for name in file.schema_arrow.names if name not in self._leave_out]
         return file.read_row_group(group, columns=names, use_threads=False)
 
     def _rows(self, table: pa.Table, shard: int) -> Iterator[ScoredRow]:
@@ -182,31 +202,35 @@ class CacheReader:
         return str(self.folder / self._shards[shard].name)
 
     def _shard(self, index: int) -> _Shard:
-        """Opened, and at the first time verified; the oldest is closed where too many are open,
-        because footers grow with the cache.
-        """
+        """Return an open shard. It is verified when it is opened for the first time."""
         if index not in self._open:
-            self._open[index] = _Shard(
-                self.folder / self._shards[index].name,
-                None if index in self._verified else self._shards[index].sha256,
-            )
+            info = self._shards[index]
+            sha256 = None if index in self._verified else info.sha256
+            self._open[index] = _Shard(self.folder / info.name, sha256)
             self._verified.add(index)
+            # The one that was not used for the longest time is closed.
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
+        # What was used last moves to the end, so the first entry is the one to close.
         self._open.move_to_end(index)
         return self._open[index]
 
     def _group(self, shard: int, group: int) -> pa.Table:
-        """A decoded row group; the oldest ones make room."""
+        """Return a decoded row group, and drop the oldest ones if there are too many tokens."""
+        # A training in a random order comes back to a row group for its other rows.
         key = (shard, group)
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key][0]
         table = self._read(self._shard(shard).file, group).combine_chunks()
+        # The bound is in tokens and not in row groups, because row groups of other writers may be
+        # of any size.
         tokens = pc.sum(pc.list_value_length(table.column("token_ids"))).as_py() or 0
         self._groups[key] = (table, tokens)
         self._num_kept += tokens
+        # The newest one stays even if it is above the bound alone: it is about to be used.
         while self._num_kept > self._kept_tokens and len(self._groups) > 1:
+            # The first entry was not used for the longest time.
             _, (_, oldest) = self._groups.popitem(last=False)
             self._num_kept -= oldest
         return table
@@ -217,12 +241,19 @@ def _plain(row: ScoredRow) -> Row:
 
 
 class _Shard:
-    """A verified file: its footer in memory, its pages read when they are asked for."""
+    """A verified file. Its footer is in memory, and its pages are read when they are needed.
+
+    Args:
+        sha256: The expected checksum. None means that the file was verified before.
+
+    Raises:
+        ArtifactError: The file is missing or changed.
+    """
 
     def __init__(self, path: Path, sha256: str | None) -> None:
-        """sha256: to compare with; None where that was done before."""
         try:
             digest = sha256 and sha256_file(path)
+            # Both are None if the file was verified before.
             if digest != sha256:
                 limit = f"sha256 {str(sha256)[:16]}..."
                 raise ArtifactError(
@@ -231,23 +262,11 @@ class _Shard:
                     limit=limit,
                     remedy=_REMEDY,
                 )
-            self.file = pq.ParquetFile(
-                path, memory_map=False, pre_buffer=True
-            )  # mapped pages would count as ours, and grow with the cache
+            # Mapped pages would count as memory of this process and grow with the cache.
+            self.file = pq.ParquetFile(path, memory_map=False, pre_buffer=True)
         except FileNotFoundError:
             raise ArtifactError("file is missing", where=str(path), remedy=_REMEDY) from None
-        rows = [
-            self.file.metadata.row_group(group).num_rows
-            for group in range(self.file.num_row_groups)
-        ]
+        metadata = self.file.metadata
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        # The number of the first row of each row group within the shard.
         self.group_starts = np.array([0, *itertools.accumulate(rows)][:-1], dtype=np.int64)
-
-
-_REMEDY = "run the stage that made it again; it makes this shard and keeps the others"
-
-
-def _complete(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    if not manifest.complete:
-        raise ArtifactError("is not complete", where=str(folder), remedy="run its stage to the end")
-    return manifest

@@ -1,49 +1,106 @@
-"""A derived cache for a foreign teacher: teacher_logprobs minus the style bias that other prompts'
-responses predict. See lopd.cache.style.
+"""A derived cache for a foreign teacher (Lightning OPD 2.0).
+
+Its teacher_logprobs are the teacher's minus the style bias that the responses to other prompts
+predict. lopd/cache/style.py has the statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_manifest, read_shard
-from lopd.cache.checks import RESIDUALISED, flat, require_sound, vocabulary
+from lopd.cache.checks import require_sound, vocabulary
+from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS, flat, without_origin
+from lopd.cache.row_checks import RESIDUALISED
+from lopd.cache.splitting import part_of
 from lopd.cache.style import Effect, Settings, StyleTables, Tokens, prepare
-from lopd.cache.table import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS, bare
-from lopd.cache.tools import KIND, part_of
+from lopd.cache.table import TEACHER_CACHE
 from lopd.errors import ArtifactError, LopdError
 from lopd.records import Manifest
 
-LISTED = 100  # tokens of the table in the manifest
+# How many tokens of the token table go into the manifest.
+LISTED = 100
+# What stays true of the derived cache.
+_CARRIED = ("vocab_size", "end_token_ids", "logprob_bits")
 
 
 def fold_of(prompt_id: str, settings: Settings) -> int:
-    """All responses to a prompt are in one fold, the same on every machine."""
+    """Return the fold of a prompt. It is the same on every machine."""
+    # By prompt and not by response: two responses to one prompt share their evidence.
     return part_of(prompt_id, settings.folds, seed=f"fold {settings.seed}")
 
 
 def residualise(source: Path, out: Path, settings: Settings) -> Manifest:
-    """Publishes the derived cache; its manifest's extra.residualisation has the settings, the
-    tables, and what they changed. Two passes, a shard at a time.
+    """Publish the derived cache.
 
-    ArtifactError: no cache of teacher and sampling log-probabilities; LopdError: it is not sound,
-    or fewer than two folds have prompts.
+    ``extra.residualisation`` of its manifest has the settings, the tables, and what they changed.
+    The source is read twice, with one shard in memory.
+
+    Raises:
+        ArtifactError: The source is not a cache of one teacher with sampling log-probabilities.
+        LopdError: The source is not sound, or fewer than two folds have prompts.
     """
-    _check(settings)
+    _check_settings(settings)
     manifest = read_manifest(source)
-    if manifest.kind != KIND:
+    _check_source(source, manifest)
+    # The first pass fits, the second corrects. One pass cannot do both, because a correction needs
+    # the tables of all other folds.
+    tables = _fit(source, manifest, settings)
+    writer = ArtifactWriter(
+        out,
+        kind=RESIDUALISED,
+        # Every setting changes the content, so another setting makes another artifact.
+        inputs={f"residualise.{name}": value for name, value in settings.as_json().items()},
+        parents={manifest.kind: manifest.fingerprint},
+        models=manifest.models,
+        sampling=manifest.sampling,
+        # Who scored stays true. That the scores are corrected is new.
+        lineage={**manifest.lineage, "residualised": True},
+    )
+    effect = Effect()
+    for index, (table, tokens) in enumerate(_batches(source, manifest, settings)):
+        # The in-sample bias is computed as well, only to show what it would have leaked.
+        bias = tables.bias(tokens)
+        effect.add(tokens, bias, tables.bias(tokens, cross_fitted=False))
+        # A killed call has published some. The effect is still needed of all of them.
+        if index not in writer.published:
+            writer.publish_shard(index, _corrected(table, bias))
+    num_bytes = sum(cache.column_bytes(out).values())
+    carried = {name: manifest.extra[name] for name in _CARRIED if name in manifest.extra}
+    about = {
+        "settings": settings.as_json(),
+        "effect": effect.as_json(),
+        # A vocabulary has more than 100,000 tokens. A manifest should stay readable.
+        "tokens": tables.token_table()[:LISTED],
+        "context": tables.context_table(),
+    }
+    return writer.finish(
+        **carried,
+        # Of this artifact: halving the corrected values changes them by another amount.
+        logprob_loss=cache.logprob_loss(out),
+        tokens=effect.tokens,
+        bytes=num_bytes,
+        bytes_per_token=num_bytes / max(1, effect.tokens),
+        residualisation=about,
+    )
+
+
+def _check_source(source: Path, manifest: Manifest) -> None:
+    """Raise an error unless the source is a sound cache of one teacher."""
+    if manifest.kind != TEACHER_CACHE:
         raise ArtifactError(
             f"is of kind {manifest.kind}",
             where=str(source),
-            limit=KIND,
+            limit=TEACHER_CACHE,
             remedy="give the cache that the score stage made",
         )
+    # One table for two styles would fit neither of them.
     if sum(role.startswith("teacher") for role in manifest.models) > 1:
         remedy = "residualise the cache of each teacher, then merge them with --teacher-column"
         raise ArtifactError(
@@ -53,11 +110,17 @@ def residualise(source: Path, out: Path, settings: Settings) -> Manifest:
             remedy=remedy,
         )
     require_sound(source)
+
+
+def _fit(source: Path, manifest: Manifest, settings: Settings) -> StyleTables:
+    """Fit the tables. Raises LopdError if fewer than two folds have prompts."""
     tables = StyleTables(settings, _vocab_size(source, manifest))
     folds: set[int] = set()
+    # A fold without prompts is possible with few prompts, because a hash deals them.
     for _, tokens in _batches(source, manifest, settings):
         tables.add(tokens)
         folds |= set(tokens.fold.tolist())
+    # With one fold there are no other prompts to fit on. Every bias would be 0.
     if len(folds) < 2:
         raise LopdError(
             f"prompts in {len(folds)} folds",
@@ -65,44 +128,11 @@ def residualise(source: Path, out: Path, settings: Settings) -> Manifest:
             limit="at least 2, to fit on other prompts",
             remedy="use more prompts or folds",
         )
-    writer = ArtifactWriter(
-        out,
-        kind=RESIDUALISED,
-        inputs={f"residualise.{name}": value for name, value in settings.as_json().items()},
-        parents={manifest.kind: manifest.fingerprint},
-        models=manifest.models,
-        sampling=manifest.sampling,
-        lineage={**manifest.lineage, "residualised": True},
-    )
-    effect = Effect()
-    for index, (table, tokens) in enumerate(_batches(source, manifest, settings)):
-        bias = tables.bias(tokens)
-        effect.add(tokens, bias, tables.bias(tokens, cross_fitted=False))
-        if index not in writer.published:
-            writer.publish_shard(index, _corrected(table, bias))
-    num_tokens, num_bytes = effect.tokens, sum(cache.column_bytes(out).values())
-    carried = {
-        name: manifest.extra[name]
-        for name in ("vocab_size", "end_token_ids", "logprob_bits")
-        if name in manifest.extra
-    }
-    about = {
-        "settings": settings.as_json(),
-        "effect": effect.as_json(),
-        "tokens": tables.token_table()[:LISTED],
-        "context": tables.context_table(),
-    }
-    return writer.finish(
-        **carried,
-        logprob_loss=cache.logprob_loss(out),
-        tokens=num_tokens,
-        bytes=num_bytes,
-        bytes_per_token=num_bytes / max(1, num_tokens),
-        residualisation=about,
-    )
+    return tables
 
 
-def _check(settings: Settings) -> None:
+def _check_settings(settings: Settings) -> None:
+    # The upper bounds only keep the tables from becoming larger than the memory.
     bounds = {
         "folds": (2, 1000),
         "position_bins": (1, 1000),
@@ -119,23 +149,25 @@ def _check(settings: Settings) -> None:
 
 
 def _vocab_size(folder: Path, manifest: Manifest) -> int:
+    """Return the size of the token table."""
     known = vocabulary(manifest)
     if known is not None:
         return known
-    return 1 + max(
-        (
-            int(flat(read_shard(folder, shard), "token_ids")[0].max(initial=0))
-            for shard in manifest.shards
-        ),
-        default=0,
-    )
+    # An imported cache may not know it. The largest id is enough for the table.
+    largest = 0
+    for shard in manifest.shards:
+        ids, _ = flat(read_shard(folder, shard), "token_ids")
+        largest = max(largest, int(ids.max(initial=0)))
+    return 1 + largest
 
 
 def _batches(
     folder: Path, manifest: Manifest, settings: Settings
 ) -> Iterator[tuple[pa.Table, Tokens]]:
+    """Yield the rows of each shard, and its tokens as the tables take them."""
     for shard in manifest.shards:
         table = read_shard(folder, shard)
+        # Imported caches have no sampling log-probabilities.
         for name in ("teacher_logprobs", "sampling_logprobs"):
             if name not in table.column_names:
                 raise ArtifactError(
@@ -144,39 +176,35 @@ def _batches(
                     remedy="the deviation is teacher minus student: both are needed",
                 )
         ids, rows = flat(table, "token_ids")
-        fold = np.array(
-            [fold_of(name, settings) for name in table.column("prompt_id").to_pylist()],
-            dtype=np.int64,
+        # By the name of the prompt, so a prompt that is spread over shards stays in one fold.
+        folds = [fold_of(name, settings) for name in table.column("prompt_id").to_pylist()]
+        tokens = prepare(
+            ids,
+            flat(table, "teacher_logprobs")[0],
+            # The policy that sampled is the reference: one response per prompt was sampled from it.
+            flat(table, "sampling_logprobs")[0],
+            lengths=np.bincount(rows, minlength=table.num_rows),
+            fold=np.array(folds, dtype=np.int64),
+            settings=settings,
         )
-        lengths = np.bincount(rows, minlength=table.num_rows)
-        yield (
-            table,
-            prepare(
-                ids,
-                flat(table, "teacher_logprobs")[0],
-                flat(table, "sampling_logprobs")[0],
-                lengths,
-                fold,
-                settings,
-            ),
-        )
+        yield table, tokens
 
 
-def _corrected(table: pa.Table, bias: np.ndarray[Any, Any]) -> pa.Table:
-    values, rows = flat(table, "teacher_logprobs")
-    kind = table.schema.field("teacher_logprobs").type.value_type
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=table.num_rows))]).astype(
-        np.int32
-    )
-    corrected = pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array((values - bias).astype(np.float32), pa.float32())
-    )
-    whole = bare(
-        table.set_column(
-            table.column_names.index("teacher_logprobs"), "teacher_logprobs", corrected
-        )
-    )
-    whole = whole.drop_columns(
-        [name for name in (TOP_IDS, TOP_LOGPROBS, TAIL, ENTROPY) if name in table.column_names]
-    )  # of the teacher as it was
-    return cache.halve(whole) if pa.types.is_float16(kind) else whole
+def _corrected(table: pa.Table, bias: NDArray[np.float64]) -> pa.Table:
+    """Return the rows with the bias [N] taken off the teacher's log-probabilities."""
+    name = "teacher_logprobs"
+    values, rows = flat(table, name)
+    offsets = np.zeros(table.num_rows + 1, np.int32)
+    np.cumsum(np.bincount(rows, minlength=table.num_rows), out=offsets[1:])
+    # In float64 until here, so that the difference is rounded once.
+    values = (values - bias).astype(np.float32)
+    corrected = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.float32()))
+    # The shard belongs to another artifact now, and gets the origin of that one when it is written.
+    derived = without_origin(table.set_column(table.column_names.index(name), name, corrected))
+    # The top-K and the entropy are of the teacher's distribution. The corrected values belong to no
+    # distribution.
+    outdated = [n for n in (TOP_IDS, TOP_LOGPROBS, TAIL, ENTROPY) if n in table.column_names]
+    derived = derived.drop_columns(outdated)
+    # A cache in 16 bits stays one.
+    was_halved = pa.types.is_float16(table.schema.field(name).type.value_type)
+    return cache.halve(derived) if was_halved else derived

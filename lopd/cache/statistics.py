@@ -1,5 +1,7 @@
-"""What a cache holds, in figures: lengths, log-probabilities, the advantage at the start, endings,
-duplicates, bytes. One pass, a shard at a time.
+"""What a cache holds, in figures.
+
+These are lengths, log-probabilities, the advantage at the start of the training, endings,
+duplicates and bytes. They come from one pass with one shard in memory.
 """
 
 from __future__ import annotations
@@ -13,49 +15,56 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lopd.artifacts import read_manifest, read_shard
-from lopd.cache import column_bytes
-from lopd.cache.checks import flat, vocabulary
-from lopd.cache.table import ENTROPY, TAIL, TOP_IDS
+from lopd.cache.checks import vocabulary
+from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, column_bytes, flat
 from lopd.records import Manifest, token_hash
 
+# Edges of histograms, all in nats but those of the shares.
+# Log-probabilities of sampled tokens lie mostly between -0.5 and 0. A long tail below -10 shows
+# tokens that the policy hardly ever samples.
 LOGPROB_EDGES = (-np.inf, -20.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.1, -0.01, np.inf)
+# Symmetric around the bin of -0.1 to 0.1, in which teacher and student agree.
 ADVANTAGE_EDGES = (-np.inf, -10.0, -5.0, -2.0, -1.0, -0.1, 0.1, 1.0, 2.0, 5.0, 10.0, np.inf)
-SHARE_EDGES = (
-    0.0,
-    1e-5,
-    1e-4,
-    1e-3,
-    0.01,
-    0.1,
-    1.0,
-)  # of the probability outside of the teacher's top-K
+# Of the probability that lies outside of the teacher's top-K.
+SHARE_EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 ENTROPY_EDGES = (0.0, 1e-3, 0.01, 0.1, 0.5, 1.0, 2.0, np.inf)
-ADVANTAGE_CLIP = 10.0  # of the paper
+# The objective clips the advantage to +-10 nats, as in the paper (arXiv 2604.13010).
+ADVANTAGE_CLIP = 10.0
 
 
 class Moments:
     """Mean, spread, extremes and a histogram of a stream of values, in constant memory."""
 
     def __init__(self, edges: tuple[float, ...]) -> None:
-        self.edges, self.counts = edges, np.zeros(len(edges) - 1, np.int64)
-        self.number, self.total, self.squares, self.least, self.most = 0, 0.0, 0.0, np.inf, -np.inf
+        self.edges = edges
+        self.counts = np.zeros(len(edges) - 1, np.int64)
+        self.number = 0
+        self.total = 0.0
+        self.squares = 0.0
+        self.least = np.inf
+        self.most = -np.inf
 
     def add(self, values: NDArray[Any]) -> None:
+        """Add values of any shape. Those that are not finite are left out."""
+        # A damaged cache is inspected, too. Its NaN would spoil every figure.
         values = values[np.isfinite(values)].astype(np.float64)
+        # An empty array has no smallest value.
         if values.size:
             self.counts += np.histogram(values, self.edges)[0]
-            self.number, self.total, self.squares = (
-                self.number + values.size,
-                self.total + values.sum(),
-                self.squares + (values**2).sum(),
-            )
-            self.least, self.most = min(self.least, values.min()), max(self.most, values.max())
+            self.number += values.size
+            self.total += values.sum()
+            self.squares += (values**2).sum()
+            self.least = min(self.least, values.min())
+            self.most = max(self.most, values.max())
 
     def as_json(self) -> dict[str, Any] | None:
+        """Return the figures, or None if there were no values."""
         if not self.number:
             return None
         mean = self.total / self.number
+        # For equal values, rounding can make this difference slightly negative.
         spread = max(0.0, self.squares / self.number - mean**2) ** 0.5
+        # JSON has no infinity.
         edges = [float(edge) if np.isfinite(edge) else None for edge in self.edges]
         histogram = {"edges": edges, "counts": self.counts.tolist()}
         return {
@@ -68,18 +77,25 @@ class Moments:
 
 
 def inspect_cache(folder: Path) -> dict[str, Any]:
-    """All figures of an artifact of responses, as JSON. Memory: one shard, and some 40 bytes a
-    response. ArtifactError: damaged.
+    """Return all figures of an artifact of responses, as JSON.
+
+    The memory that this takes is one shard and about 40 bytes per response.
+
+    Raises:
+        ArtifactError: A shard is damaged.
     """
     manifest = read_manifest(folder)
+    # With the end tokens of the manifest, the scan can say how many responses end with one.
     scan = _Scan(set(manifest.extra.get("end_token_ids", [])))
     for shard in manifest.shards:
+        # Artifacts of models list other files.
         if shard.name.endswith(".parquet"):
             scan.add(read_shard(folder, shard))
     return {**_about(folder, manifest), **scan.as_json(), **_sizes(folder, scan.num_tokens)}
 
 
 def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return what the manifest says."""
     teacher = manifest.models.get("teacher")
     return {
         "folder": str(folder),
@@ -90,6 +106,7 @@ def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "teacher": None
         if teacher is None
         else {"path": teacher.path, "weights": teacher.weights, "tokenizer": teacher.tokenizer},
+        # By fingerprint, because that is what a row names its teacher by.
         "teachers": {
             identity.weights: f"{role}: {identity.path}"
             for role, identity in manifest.models.items()
@@ -101,6 +118,7 @@ def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "parents": dict(manifest.parents),
         "versions": dict(manifest.versions),
         "vocab_size": vocabulary(manifest),
+        # Manifests of other writers may lack all of these.
         "logprob_bits": manifest.extra.get("logprob_bits", 32),
         "logprob_loss": manifest.extra.get("logprob_loss"),
         "lacks": manifest.extra.get("lacks", []),
@@ -110,88 +128,130 @@ def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _sizes(folder: Path, num_tokens: int) -> dict[str, Any]:
-    columns, tokens = column_bytes(folder), max(1, num_tokens)
+    """Return the bytes on disk, also per response token."""
+    columns = column_bytes(folder)
+    tokens = max(1, num_tokens)
+    # The reference code has no sampling log-probabilities. Sizes are compared without them.
+    without_sampling = sum(columns.values()) - columns.get("sampling_logprobs", 0)
     total = sum(columns.values())
     return {
         "bytes": total,
         "bytes_per_token": total / tokens,
-        "bytes_per_token_without_sampling_logprobs": (total - columns.get("sampling_logprobs", 0))
-        / tokens,
+        "bytes_per_token_without_sampling_logprobs": without_sampling / tokens,
         "bytes_per_token_by_column": {name: size / tokens for name, size in columns.items()},
     }
 
 
 class _Scan:
+    """Collects the figures of all rows, shard by shard.
+
+    Args:
+        end_token_ids: The tokens that end a response. It is empty if the manifest does not say.
+    """
+
     def __init__(self, end_token_ids: set[int]) -> None:
         self._ends = end_token_ids
+        # One array per shard.
         self._lengths: list[NDArray[Any]] = []
         self._prompt_lengths: list[NDArray[Any]] = []
+        # How often each finish reason occurs. Its sum is the number of rows.
         self._reasons: Counter[str] = Counter()
-        self._last_tokens: Counter[int] = Counter()  # of responses that ended by themselves
+        # Of the responses that ended by themselves.
+        self._last_tokens: Counter[int] = Counter()
+        # Of all rows. Duplicates may lie in different shards.
         self._keys: Counter[tuple[str, int]] = Counter()
         self._sequences: Counter[str] = Counter()
         self._prompts: set[str] = set()
         self._teachers: Counter[str] = Counter()
+        # An imported cache has only the first of the two.
         self._logprobs = {
             name: Moments(LOGPROB_EDGES) for name in ("teacher_logprobs", "sampling_logprobs")
         }
-        self._tail, self._entropy, self._top_ids = Moments(SHARE_EDGES), Moments(ENTROPY_EDGES), 0
-        self._advantage, self._over_one, self._clipped = Moments(ADVANTAGE_EDGES), 0, 0
+        self._tail = Moments(SHARE_EDGES)
+        self._entropy = Moments(ENTROPY_EDGES)
+        self._num_top_ids = 0
+        # The advantage is counted apart from its histogram, whose edges need not be 1 and 10.
+        self._advantage = Moments(ADVANTAGE_EDGES)
+        self._num_over_one = 0
+        self._num_clipped = 0
         self.num_tokens = 0
 
     def add(self, table: pa.Table) -> None:
+        """Add the rows of one shard."""
+        self._add_names(table)
+        self._add_sequences(table)
+        self._add_logprobs(table)
+        # The other optional columns.
+        if TOP_IDS in table.column_names:
+            # K is written nowhere. It is the number of ids per token.
+            self._num_top_ids += len(flat(table, TOP_IDS)[0])
+        if TAIL in table.column_names:
+            # As a probability: the share of the teacher that the top-K does not show.
+            self._tail.add(np.exp(flat(table, TAIL)[0].astype(np.float64)))
+        if ENTROPY in table.column_names:
+            self._entropy.add(flat(table, ENTROPY)[0])
+
+    def _add_names(self, table: pa.Table) -> None:
+        # Several responses to one prompt count as one prompt.
+        names = table.column("prompt_id").to_pylist()
+        self._prompts.update(names)
+        self._keys.update(zip(names, table.column("sample_index").to_pylist(), strict=True))
+        if "teacher" in table.column_names:
+            self._teachers.update(table.column("teacher").to_pylist())
+
+    def _add_sequences(self, table: pa.Table) -> None:
+        """Add lengths, endings, and the sequences themselves by their hash."""
         ids, rows = flat(table, "token_ids")
-        lengths = np.bincount(rows, minlength=table.num_rows)
         prompts, prompt_rows = flat(table, "prompt_ids")
+        lengths = np.bincount(rows, minlength=table.num_rows)
         prompt_lengths = np.bincount(prompt_rows, minlength=table.num_rows)
         self._lengths.append(lengths)
         self._prompt_lengths.append(prompt_lengths)
         self.num_tokens += len(ids)
         reasons = table.column("finish_reason").to_pylist()
         self._reasons.update(reasons)
-        names = table.column("prompt_id").to_pylist()
-        self._prompts.update(names)
-        self._keys.update(zip(names, table.column("sample_index").to_pylist(), strict=True))
-        if "teacher" in table.column_names:
-            self._teachers.update(table.column("teacher").to_pylist())
-        ends, prompt_ends = np.cumsum(lengths), np.cumsum(prompt_lengths)
+        ends = np.cumsum(lengths)
+        prompt_ends = np.cumsum(prompt_lengths)
         for row, reason in enumerate(reasons):
+            # Slices of the flat arrays. A row ends where the running sum of the lengths says.
+            prompt = prompts[prompt_ends[row] - prompt_lengths[row] : prompt_ends[row]]
             response = ids[ends[row] - lengths[row] : ends[row]]
+            # A truncated response ends with whatever token was the last.
             if reason == "stop" and len(response):
                 self._last_tokens[int(response[-1])] += 1
-            self._sequences[
-                token_hash(
-                    prompts[prompt_ends[row] - prompt_lengths[row] : prompt_ends[row]], response
-                )
-            ] += 1
-        found = {
-            name: flat(table, name)[0] for name in self._logprobs if name in table.column_names
-        }
+            # The hash has 16 digits. The sequences themselves would be the whole cache in memory.
+            self._sequences[token_hash(prompt, response)] += 1
+
+    def _add_logprobs(self, table: pa.Table) -> None:
+        # Both columns are read once and serve two figures, their own and the advantage.
+        names = [name for name in self._logprobs if name in table.column_names]
+        found = {name: flat(table, name)[0] for name in names}
         for name, values in found.items():
             self._logprobs[name].add(values)
-        if TOP_IDS in table.column_names:
-            self._top_ids += len(flat(table, TOP_IDS)[0])
-        if TAIL in table.column_names:
-            self._tail.add(np.exp(flat(table, TAIL)[0].astype(np.float64)))
-        if ENTROPY in table.column_names:
-            self._entropy.add(flat(table, ENTROPY)[0])
+        # The policy that sampled is the student at the start, so the difference is the advantage of
+        # the first step. In a damaged cache the two columns may differ in length.
         if len(found) == 2 and len({len(values) for values in found.values()}) == 1:
             advantage = found["teacher_logprobs"].astype(np.float64) - found["sampling_logprobs"]
             self._advantage.add(advantage)
-            self._over_one += int((np.abs(advantage) > 1).sum())
-            self._clipped += int((np.abs(advantage) > ADVANTAGE_CLIP).sum())
+            self._num_over_one += int((np.abs(advantage) > 1).sum())
+            self._num_clipped += int((np.abs(advantage) > ADVANTAGE_CLIP).sum())
 
     def as_json(self) -> dict[str, Any]:
-        rows, tokens = sum(self._reasons.values()), max(1, self.num_tokens)
+        rows = sum(self._reasons.values())
+        tokens = max(1, self.num_tokens)
         stopped = self._reasons["stop"]
+        # If the manifest does not say it, the end token is the one that most responses end with. A
+        # token that ends only one response says nothing.
         ends = self._ends or {
             token for token, count in self._last_tokens.most_common(1) if count > 1
         }
+        num_ended = sum(self._last_tokens[token] for token in ends)
+        guessed = "the commonest last token of responses that stopped"
         advantage = self._advantage.as_json()
         if advantage is not None:
             advantage |= {
-                "share_over_1_nat": self._over_one / tokens,
-                "share_clipped": self._clipped / tokens,
+                "share_over_1_nat": self._num_over_one / tokens,
+                "share_clipped": self._num_clipped / tokens,
             }
         return {
             "rows": rows,
@@ -202,28 +262,28 @@ class _Scan:
             "finish_reasons": dict(self._reasons),
             "truncated_share": self._reasons["length"] / max(1, rows),
             "end_token_ids": sorted(ends),
-            "end_tokens_from": "manifest"
-            if self._ends
-            else "the commonest last token of responses that stopped",
-            "end_token_coverage": sum(self._last_tokens[token] for token in ends) / stopped
-            if stopped
-            else None,
+            "end_tokens_from": "manifest" if self._ends else guessed,
+            "end_token_coverage": num_ended / stopped if stopped else None,
             "duplicate_keys": sum(count - 1 for count in self._keys.values()),
             "duplicate_sequences": sum(count - 1 for count in self._sequences.values()),
             "rows_by_teacher": dict(self._teachers),
             **{name: moments.as_json() for name, moments in self._logprobs.items()},
             "advantage_at_start": advantage,
-            "top_k": self._top_ids // tokens,
+            "top_k": self._num_top_ids // tokens,
             "teacher_tail": self._tail.as_json(),
             "teacher_entropy": self._entropy.as_json(),
         }
 
 
 def _lengths_json(parts: list[NDArray[Any]]) -> dict[str, Any] | None:
+    """Return the distribution of lengths in tokens, or None if there are none."""
     lengths = np.concatenate(parts) if parts else np.zeros(0)
     if not len(lengths):
         return None
+    # Bins of less than one token would be empty by construction.
     counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
+    # The median and the tail say more of lengths than a standard deviation, because they are
+    # skewed.
     quantiles = {
         name: float(np.quantile(lengths, share))
         for name, share in (("min", 0), ("median", 0.5), ("p95", 0.95), ("max", 1))

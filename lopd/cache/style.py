@@ -1,22 +1,32 @@
-"""Cross-fitted style residualisation (Lightning OPD 2.0, arXiv 2607.28449): what to do when the OPD
-teacher is not the SFT teacher.
+"""Cross-fitted style residualisation (Lightning OPD 2.0, arXiv 2607.28449).
 
-d = log pi_T - log pi_ref of every response token mixes evidence (this token is better than the
-student thinks) with style (this teacher says "so", the other said "thus", whatever the question).
-Style is what the token's id, its position and its surprisal predict for OTHER prompts. So the
-rollouts are split into folds by prompt; for a fold, two tables are fitted on the other folds, each
-response having total weight 1:
+It is for an OPD teacher that is not the SFT teacher. The deviation of a response token,
 
-    by token id, and by (bin of position t / R) x (bin of surprisal -log pi_ref);   a cell is (sum of w d + s * mean) / (sum of w + s)
+    d = log pi_T - log pi_ref,
 
-with ``mean`` the mean of d over those folds and s the smoothing, in responses; an unseen cell is
-the mean. b = 0.5 * token table + 0.5 * context table, and log pi_T - b replaces log pi_T. Fitted
-in-sample, a table would also learn the evidence of the very response it corrects and take it away.
+mixes two things. One is evidence: this token is better than the student thinks. The other is style:
+this teacher writes "so" where the other wrote "thus", whatever the question is. Style is the part
+of d that the token's id, its position and its surprisal predict from OTHER prompts.
+
+The rollouts are split into folds by prompt. For each fold two tables are fitted on the other folds,
+with a total weight of 1 for each response. One table is by token id. The other is by
+(bin of position t / R) x (bin of surprisal -log pi_ref). A cell is
+
+    (sum of w d + s * mean) / (sum of w + s)
+
+where ``mean`` is the mean of d over those folds and s is the smoothing, in responses. A cell
+without tokens is the mean. The bias is
+
+    b = 0.5 * token table + 0.5 * context table
+
+and log pi_T - b replaces log pi_T. A table that was fitted on all folds would also learn the
+evidence of the very response that it corrects, and would take it away.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,13 +35,19 @@ from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-OVER_NATS = 1.0  # a deviation above this is reported
+# The share of tokens with a larger deviation is reported.
+OVER_NATS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """folds: by prompt. smoothing: responses that speak for the mean in every cell. token_share:
-    weight of the token table in b. seed: of the folds.
+    """How the style is fitted.
+
+    Attributes:
+        folds: The number of groups of prompts.
+        smoothing: How many responses every cell counts that have the mean deviation.
+        token_share: The weight of the token table in b. The context table has the rest.
+        seed: Decides which prompts are in which fold.
     """
 
     folds: int = 5
@@ -47,22 +63,28 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Flat columns of some responses' tokens. row: index of the response within this batch; weights
-    1 / R, so that each response counts once.
+    """The tokens of some responses in flat columns. N is the number of tokens.
+
+    Attributes:
+        deviation: d in nats.
+        cell: The cell of the context table.
+        weight: 1 / R, so that each response counts once.
+        row: The index of the token's response within this batch.
+        fold: The fold of each response.
     """
 
     token_ids: I64  # [N]
-    deviation: F64  # [N], d
-    cell: I64  # [N], of the context table
+    deviation: F64  # [N]
+    cell: I64  # [N]
     weight: F64  # [N]
     row: I64  # [N]
     fold: I64  # [rows]
 
 
 def surprisal_edges(bins: int) -> F64:
-    """Inner edges in nats, geometric from 0.01 to 8: [bins - 1]. Fixed, so that no datum of a fold
-    moves them.
-    """
+    """Return the inner edges of the surprisal bins [bins - 1], in nats."""
+    # Fixed, from nearly certain tokens to very rare ones. Quantiles of the data would let the fold
+    # that is to be corrected move the edges. Geometric, because most tokens are nearly certain.
     return np.geomspace(0.01, 8.0, bins - 1) if bins > 1 else np.zeros(0)
 
 
@@ -74,21 +96,35 @@ def prepare(
     fold: NDArray[Any],
     settings: Settings,
 ) -> Tokens:
-    """token_ids, teacher and reference log-probabilities [N]; lengths [rows]; fold [rows]."""
+    """Prepare the tokens of some responses for the tables.
+
+    Args:
+        token_ids: [N]
+        teacher: The teacher's log-probabilities [N], in nats.
+        reference: The log-probabilities of the policy that sampled [N], in nats.
+        lengths: The number of tokens of each response [rows].
+        fold: The fold of each response [rows].
+    """
+    # In int64, because the sums over a shard may not fit into int32.
     lengths = lengths.astype(np.int64)
+    # The number of the response for each token, and the place at which each response begins.
     row = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
+    # From 0 for the first token to less than 1 for the last.
     position = (np.arange(len(row)) - starts[row]) / lengths[row]
-    position_bin = np.minimum(
-        (position * settings.position_bins).astype(np.int64), settings.position_bins - 1
-    )
-    surprisal_bin = np.searchsorted(
-        surprisal_edges(settings.surprisal_bins), -reference.astype(np.float64), side="right"
-    )
+    # Rounding can bring a position near 1 to the number of bins itself.
+    last_bin = settings.position_bins - 1
+    position_bin = np.minimum((position * settings.position_bins).astype(np.int64), last_bin)
+    # "right": a token on an edge belongs to the bin above it. Surprisals below the first edge, also
+    # 0, fall into bin 0.
+    edges = surprisal_edges(settings.surprisal_bins)
+    surprisal_bin = np.searchsorted(edges, -reference.astype(np.float64), side="right")
     return Tokens(
         token_ids=token_ids.astype(np.int64),
+        # In float64, because the tables add up millions of small numbers.
         deviation=teacher.astype(np.float64) - reference,
         cell=position_bin * settings.surprisal_bins + surprisal_bin,
+        # Otherwise the longest responses would decide what style is.
         weight=1.0 / lengths[row],
         row=row,
         fold=fold.astype(np.int64),
@@ -96,64 +132,82 @@ def prepare(
 
 
 class StyleTables:
-    """Sums by fold; ``bias`` gives b from all folds but the token's own (or, for comparison only,
-    from all of them).
+    """The two tables, as sums by fold. All batches are added first, then bias() is asked for.
+
+    Args:
+        vocab_size: Token ids must be below it.
     """
 
     def __init__(self, settings: Settings, vocab_size: int) -> None:
         self.settings = settings
+        # A cell is the position bin times the number of surprisal bins, plus the surprisal bin.
         cells = settings.position_bins * settings.surprisal_bins
-        self._token = np.zeros(
-            (2, settings.folds, vocab_size)
-        )  # sum of weights, sum of weights times d
+        # [2, folds, cells]: the sum of weights, and the sum of weights times d. Kept by fold, so
+        # that the sums without one fold are a subtraction and need no second pass.
+        self._token = np.zeros((2, settings.folds, vocab_size))
         self._context = np.zeros((2, settings.folds, cells))
         self._count = np.zeros(vocab_size, np.int64)
 
     def add(self, tokens: Tokens) -> None:
+        """Add the tokens of some responses to the sums."""
         fold = tokens.fold[tokens.row]
+        # In the order of the first axis of the tables.
+        summands = (tokens.weight, tokens.weight * tokens.deviation)
         for table, index in ((self._token, tokens.token_ids), (self._context, tokens.cell)):
-            flat = fold * table.shape[2] + index
-            for part, values in ((0, tokens.weight), (1, tokens.weight * tokens.deviation)):
-                table[part] += np.bincount(flat, values, minlength=table[part].size).reshape(
-                    table[part].shape
-                )
+            # Fold and cell as one number, because bincount adds up along one dimension.
+            cell = fold * table.shape[2] + index
+            for sums, values in zip(table, summands, strict=True):
+                sums += np.bincount(cell, values, minlength=sums.size).reshape(sums.shape)
+        # Plain counts, for people. The fit itself uses weights.
         self._count += np.bincount(tokens.token_ids, minlength=len(self._count))
 
     def cells(self, table: NDArray[np.float64], *, cross_fitted: bool) -> F64:
-        """Smoothed means [folds, cells]; row k from the other folds if cross-fitted, else every row
-        from all.
+        """Return the smoothed means of d in each cell [folds, cells].
+
+        Args:
+            table: The sums [2, folds, cells].
+            cross_fitted: Row k comes from the other folds. If False, every row comes from all.
         """
-        weight, total = table.sum(1, keepdims=True) - (table if cross_fitted else 0.0)
-        weight, total = (np.broadcast_to(part, table.shape[1:]) for part in (weight, total))
-        everything = self._token.sum(2)  # [2, folds]
-        outside = everything.sum(1, keepdims=True) - (everything if cross_fitted else 0.0)
-        outside = np.broadcast_to(outside, everything.shape)
-        mean = np.divide(
-            outside[1], outside[0], out=np.zeros(outside.shape[1]), where=outside[0] > 0
-        )[:, None]
+        weight, total = _fitted(table, cross_fitted)
+        # The mean over all tokens is the same for both tables, because each has every token once.
+        all_weight, all_total = _fitted(self._token.sum(2), cross_fitted)
+        mean = np.divide(all_total, all_weight, out=np.zeros(len(all_total)), where=all_weight > 0)
+        # [folds, 1], so that each row of cells meets the mean of its own fold.
+        mean = mean[:, None]
         smoothing = self.settings.smoothing
+        # Without smoothing a cell may have nothing to divide by. The threshold is above 0, because
+        # the subtraction of a fold leaves a rest of rounding.
         seen = weight + smoothing > 1e-12
-        means: F64 = np.where(
-            seen, (total + smoothing * mean) / np.where(seen, weight + smoothing, 1.0), mean
-        )
+        smoothed = (total + smoothing * mean) / np.where(seen, weight + smoothing, 1.0)
+        means: F64 = np.where(seen, smoothed, mean)
         return means
 
     def bias(self, tokens: Tokens, *, cross_fitted: bool = True) -> F64:
-        """b [N] of every token."""
+        """Return b of every token [N], in nats.
+
+        Args:
+            cross_fitted: From all folds but the token's own. False is for a comparison only.
+        """
         fold = tokens.fold[tokens.row]
+        # Each token looks up the row of its own fold, which was fitted on the other folds.
         by_token = self.cells(self._token, cross_fitted=cross_fitted)[fold, tokens.token_ids]
         by_context = self.cells(self._context, cross_fitted=cross_fitted)[fold, tokens.cell]
-        bias: F64 = (
-            self.settings.token_share * by_token + (1 - self.settings.token_share) * by_context
-        )
+        share = self.settings.token_share
+        bias: F64 = share * by_token + (1 - share) * by_context
         return bias
 
     def token_table(self) -> list[dict[str, Any]]:
-        """Token ids by how much of all weight they move, most first: mean deviation of the whole
-        cache, smoothed, and how often they occur.
+        """Return the bias of each token id that occurs, for people to read.
+
+        Those that change the most come first. The bias is of the whole cache. The share is the part
+        of all weight that the token has.
         """
-        values, weight = self.cells(self._token, cross_fitted=False)[0], self._token[0].sum(0)
+        # Not cross-fitted, so all folds have the same row.
+        values = self.cells(self._token, cross_fitted=False)[0]
+        weight = self._token[0].sum(0)
+        # A rare token with a large bias changes less than a frequent one with a small bias.
         order = np.argsort(-np.abs(values) * weight, kind="stable")
+        # The floor keeps an empty cache from a division by zero.
         share = weight / max(weight.sum(), 1e-12)
         return [
             {
@@ -162,14 +216,17 @@ class StyleTables:
                 "occurrences": int(self._count[token]),
                 "share": float(share[token]),
             }
+            # Tokens that never occur have a bias, too: the mean. It is never used.
             for token in order
             if self._count[token]
         ]
 
     def context_table(self) -> dict[str, Any]:
-        """Mean deviation by position (rows) and surprisal (columns), and the share of all weight in
-        each cell.
+        """Return the bias by position (rows) and surprisal (columns), for people to read.
+
+        A cell without tokens has None. The share is the part of all weight that a cell has.
         """
+        # The same order as in prepare(): the surprisal changes fastest.
         shape = (self.settings.position_bins, self.settings.surprisal_bins)
         values = self.cells(self._context, cross_fitted=False)[0].reshape(shape)
         weight = self._context[0].sum(0).reshape(shape)
@@ -179,50 +236,65 @@ class StyleTables:
                 [float(v) if mass > 0 else None for v, mass in zip(line, masses, strict=True)]
                 for line, masses in zip(values, weight, strict=True)
             ],
+            # A bias in a cell with hardly any weight changes hardly anything.
             "share": (weight / max(weight.sum(), 1e-12)).tolist(),
         }
 
 
+def _fitted(table: F64, cross_fitted: bool) -> tuple[F64, F64]:
+    """Return weight and total for each fold, from sums [2, folds, ...] by fold."""
+    # Broadcast instead of computed for each fold, because in-sample all folds have the same sums.
+    over_all = table.sum(1, keepdims=True)
+    sums = over_all - table if cross_fitted else np.broadcast_to(over_all, table.shape)
+    return sums[0], sums[1]
+
+
 class Effect:
-    """What the correction did: deviation before and after, cross-fitted, and after an in-sample fit
-    for comparison.
+    """What the correction changed: the deviation before it and after it.
+
+    The figures after an in-sample fit are there for a comparison. They are smaller, by the evidence
+    that such a fit would take away.
     """
 
     def __init__(self) -> None:
-        self.tokens, self._sums = (
-            0,
-            dict.fromkeys(
-                (
-                    "over_before",
-                    "over_after",
-                    "abs_before",
-                    "abs_after",
-                    "square_before",
-                    "square_after",
-                    "square_in_sample",
-                ),
-                0.0,
-            ),
-        )
-        self.responses, self.mean_before, self.mean_after = 0, 0.0, 0.0
+        self.tokens = 0
+        self.responses = 0
+        self.mean_before = 0.0
+        self.mean_after = 0.0
+        # Sums over tokens, by what is summed: over, abs or square, before or after.
+        self._sums: defaultdict[str, float] = defaultdict(float)
 
     def add(self, tokens: Tokens, bias: F64, in_sample: F64) -> None:
-        before, after = tokens.deviation, tokens.deviation - bias
+        """Add the tokens of some responses.
+
+        Args:
+            bias: b [N], cross-fitted.
+            in_sample: b [N], fitted on all folds.
+        """
+        before = tokens.deviation
+        after = tokens.deviation - bias
+        # Everything is added up shard by shard, so the whole cache is never in memory.
         self.tokens += len(before)
         self.responses += len(tokens.fold)
         self.mean_before += float((tokens.weight * before).sum())
         self.mean_after += float((tokens.weight * after).sum())
         for name, values in (("before", before), ("after", after)):
+            # The share over 1 nat shows whether few large deviations or many small ones were taken
+            # away.
             self._sums[f"over_{name}"] += float((np.abs(values) > OVER_NATS).sum())
             self._sums[f"abs_{name}"] += float(np.abs(values).sum())
             self._sums[f"square_{name}"] += float((values**2).sum())
+        # Only the mean square of the in-sample fit is needed: a fit minimises just that.
         self._sums["square_in_sample"] += float(((tokens.deviation - in_sample) ** 2).sum())
 
     def as_json(self) -> dict[str, float]:
-        """Shares of tokens with |deviation| over 1 nat; mean |deviation|; mean over responses; root
-        mean square, also after an in-sample fit (the leak).
+        """Return the figures in nats, and the shares of tokens with a deviation over 1 nat.
+
+        ``mean_before`` and ``mean_after`` are means over responses, the others over tokens. ``rms``
+        is the root of the mean square.
         """
-        tokens, responses = max(1, self.tokens), max(1, self.responses)
+        tokens = max(1, self.tokens)
+        responses = max(1, self.responses)
         return {
             "share_over_1_nat_before": self._sums["over_before"] / tokens,
             "share_over_1_nat_after": self._sums["over_after"] / tokens,

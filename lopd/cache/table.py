@@ -1,20 +1,24 @@
-"""Responses and teacher scores as Parquet rows: demonstrations, rollouts, and the teacher cache
-that Lightning OPD learns from.
+"""Responses and teacher scores as rows of Parquet, and back.
 
-Schema (one row a response; every list of a row has the length of ``token_ids`` except
-``prompt_ids``):
-prompt_id string, sample_index int32, prompt_ids list<int32>, token_ids list<int32>,
-sampling_logprobs list<float32>, finish_reason string,
-weight_version string, and where present loss_mask list<bool>, teacher_logprobs list<float32>
-(natural log, temperature 1), and the optional columns of
-docs/cache_format.md, which is the specification: the teacher's top-K, its entropy, its name, the
-sampler's routed experts. Where a manifest says
-``logprob_bits`` 16 the log-probabilities are list<float16>; they are read as float32.
+Demonstrations, rollouts and the teacher cache all have this form. One row is one response. These
+columns are always there:
+
+    prompt_id          string
+    sample_index       int32
+    prompt_ids         list<int32>
+    token_ids          list<int32>
+    sampling_logprobs  list<float32>
+    finish_reason      string
+    weight_version     string
+
+Others are there if they are known: loss_mask list<bool>, teacher_logprobs list<float32>, and the
+teacher's top-K, its entropy, its name and the sampler's routed experts. Every list but prompt_ids
+has the length of token_ids. If the manifest says ``logprob_bits`` 16, log-probabilities are stored
+as float16 and read as float32. docs/cache_format.md is the specification.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,34 +26,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lopd.artifacts import ArtifactWriter, read_manifest, read_shard
+from lopd.cache.columns import ENTROPY, ROUTED, TAIL, TOP_IDS, TOP_LOGPROBS, to_arrays, to_lists
+from lopd.cache.half_precision import halve
 from lopd.errors import ArtifactError
 from lopd.records import Floats, Manifest, Response, TeacherScores, TopK, token_hash
 
-# in a shard's metadata, where log-probabilities were stored in 16 bits: what that changed
-LOSS = b"lopd.logprob_loss"
-ROUTED = (
-    b"lopd.routed_experts"  # in a shard's metadata, where it has that column: JSON {"layers", "k"}
-)
-TOP_IDS, TOP_LOGPROBS, TAIL, ENTROPY = (
-    "teacher_top_ids",
-    "teacher_top_logprobs",
-    "teacher_tail_logprob",
-    "teacher_entropy",
-)
-REQUIRED = (
-    "prompt_id",
-    "sample_index",
-    "prompt_ids",
-    "token_ids",
-    "sampling_logprobs",
-    "finish_reason",
-    "weight_version",
-)
-_HALVED = ("sampling_logprobs", "teacher_logprobs", TOP_LOGPROBS, TAIL)
+# The kind of an artifact whose rows have the teacher's log-probabilities.
+TEACHER_CACHE = "teacher_cache"
+# Columns with one value per row, and all columns that a row cannot do without.
+_PLAIN = ("prompt_id", "sample_index", "finish_reason", "weight_version")
+_REQUIRED = (*_PLAIN, "prompt_ids", "token_ids", "sampling_logprobs")
 
 
 def to_table(
@@ -58,64 +47,89 @@ def to_table(
     *,
     logprob_bits: int = 32,
 ) -> pa.Table:
-    """Rows of responses, with the teacher's scores where given (same order; ArtifactError if a
-    score belongs to other tokens).
+    """Return the rows of responses, with the teacher's scores if they are given.
 
-    logprob_bits: 32 is lossless; 16 stores float16 and notes in the table's metadata how far values
-    moved.
+    Args:
+        scores: In the order of the responses.
+        logprob_bits: 32 is lossless. 16 stores float16 and records the change in the metadata.
+
+    Raises:
+        ArtifactError: A score belongs to other tokens, or only some scores have an optional column.
     """
+
+    # The names of these columns are those of the record's fields.
+    def strings(name: str) -> pa.Array:
+        return pa.array([getattr(response, name) for response in responses], pa.string())
+
+    # Each list column takes one array per response and becomes one array of all values.
+    def lists(name: str, kind: pa.DataType) -> pa.Array:
+        return to_lists([getattr(response, name) for response in responses], kind)
+
+    # Every type is given and never inferred: an empty shard must have the types of a full one.
     columns: dict[str, pa.Array] = {
-        "prompt_id": pa.array([response.prompt_id for response in responses], pa.string()),
+        "prompt_id": strings("prompt_id"),
         "sample_index": pa.array([response.sample_index for response in responses], pa.int32()),
-        "prompt_ids": _lists([response.prompt_ids for response in responses], pa.int32()),
-        "token_ids": _lists([response.token_ids for response in responses], pa.int32()),
-        "sampling_logprobs": _lists(
-            [response.sampling_logprobs for response in responses], pa.float32()
-        ),
-        "finish_reason": pa.array([response.finish_reason for response in responses], pa.string()),
-        "weight_version": pa.array(
-            [response.weight_version for response in responses], pa.string()
-        ),
+        "prompt_ids": lists("prompt_ids", pa.int32()),
+        "token_ids": lists("token_ids", pa.int32()),
+        "sampling_logprobs": lists("sampling_logprobs", pa.float32()),
+        "finish_reason": strings("finish_reason"),
+        "weight_version": strings("weight_version"),
     }
-    masks = [response.loss_mask for response in responses]
-    if any(mask is not None for mask in masks):
-        filled = [
-            np.ones(len(r.token_ids), bool) if m is None else m
-            for r, m in zip(responses, masks, strict=True)
-        ]
-        columns["loss_mask"] = _lists(filled, pa.bool_())
+    # Sampled responses have no mask. The column would cost bytes and say nothing.
+    if any(response.loss_mask is not None for response in responses):
+        columns["loss_mask"] = to_lists([_mask_of(response) for response in responses], pa.bool_())
     metadata = None
-    routed = [response.routed_experts for response in responses]
-    if routed and all(experts is not None for experts in routed):
-        columns["routed_experts"] = _lists(
-            [experts.reshape(-1) for experts in routed if experts is not None], pa.int16()
-        )
-        layers, chosen = next(experts.shape[1:] for experts in routed if experts is not None)
+    routed = [r.routed_experts for r in responses if r.routed_experts is not None]
+    # Parquet lists have one dimension. The other two of the experts stand in the metadata.
+    if routed and len(routed) == len(responses):
+        columns["routed_experts"] = to_lists([one.reshape(-1) for one in routed], pa.int16())
+        layers, chosen = routed[0].shape[1:]
         metadata = {ROUTED: json.dumps({"layers": layers, "k": chosen}).encode()}
     if scores is not None:
-        columns |= _teacher_columns(responses, scores)
+        _check_belonging(responses, scores)
+        columns |= _teacher_columns(scores)
+    # The metadata of the table becomes the key-value metadata of the Parquet file.
     table = pa.table(columns, metadata=metadata)
     return table if logprob_bits == 32 else halve(table)
 
 
-def _teacher_columns(
-    responses: Sequence[Response], scores: Sequence[TeacherScores]
-) -> dict[str, pa.Array]:
+def _mask_of(response: Response) -> NDArray[np.bool_]:
+    if response.loss_mask is None:
+        # None means that all tokens carry loss. Next to written masks it has to be written, too.
+        return np.ones(len(response.token_ids), bool)
+    return response.loss_mask
+
+
+def _check_belonging(responses: Sequence[Response], scores: Sequence[TeacherScores]) -> None:
+    """Raise ArtifactError if a score is not of the response in its place."""
     for response, score in zip(responses, scores, strict=True):
-        if score.key != response.key or score.token_hash != token_hash(
-            response.prompt_ids, response.token_ids
-        ):
+        # The key alone is not enough: rollouts that were sampled again have the same keys.
+        name = token_hash(response.prompt_ids, response.token_ids)
+        if score.key != response.key or score.token_hash != name:
             raise ArtifactError(
-                f"teacher scores of {score.key} do not belong to the tokens of response {response.key}",
+                f"teacher scores of {score.key} do not belong to the tokens of response "
+                f"{response.key}",
                 remedy="score again",
             )
+
+
+def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
+    """Return all columns that the scores have.
+
+    Raises:
+        ArtifactError: Only some scores have a top-K or an entropy.
+    """
     columns = {
-        "teacher_logprobs": _lists([score.teacher_logprobs for score in scores], pa.float32())
+        # The one column that every score has.
+        "teacher_logprobs": to_lists([score.teacher_logprobs for score in scores], pa.float32())
     }
+    # With one teacher the manifest names it, and the column would repeat 64 digits in every row.
     if any(score.teacher for score in scores):
         columns["teacher"] = pa.array([score.teacher for score in scores], pa.string())
     tops = [score.top for score in scores if score.top is not None]
     entropies = [score.entropy for score in scores if score.entropy is not None]
+    # A column of some rows only would need a null in the others, and readers would have to expect
+    # it.
     for name, found in (("a top-K", tops), ("an entropy", entropies)):
         if found and len(found) != len(scores):
             raise ArtifactError(
@@ -124,117 +138,25 @@ def _teacher_columns(
                 remedy="score again",
             )
     if tops:
-        columns[TOP_IDS] = _lists([top.ids.reshape(-1) for top in tops], pa.int32())
-        columns[TOP_LOGPROBS] = _lists([top.logprobs.reshape(-1) for top in tops], pa.float32())
-        columns[TAIL] = _lists([top.tail_logprob for top in tops], pa.float32())
+        # [R, K] row after row. K is the length divided by R.
+        columns[TOP_IDS] = to_lists([top.ids.reshape(-1) for top in tops], pa.int32())
+        columns[TOP_LOGPROBS] = to_lists([top.logprobs.reshape(-1) for top in tops], pa.float32())
+        columns[TAIL] = to_lists([top.tail_logprob for top in tops], pa.float32())
     if entropies:
-        columns[ENTROPY] = _lists(entropies, pa.float32())
+        columns[ENTROPY] = to_lists(entropies, pa.float32())
     return columns
 
 
-def halve(table: pa.Table) -> pa.Table:
-    """The same rows with log-probabilities as float16. Metadata: number of values, largest and
-    summed absolute change in nats, over all such columns.
-    """
-    num_values, largest, summed = 0, 0.0, 0.0
-    for name in _HALVED:
-        if name in table.column_names:
-            rows = _rows(table.column(name))
-            exact = np.concatenate(rows) if rows else np.zeros(0, np.float32)
-            if exact.size and np.abs(exact).max() > np.finfo(np.float16).max:
-                raise ArtifactError(
-                    f"{name} of {exact.min()} nats",
-                    limit="float16 ends at -65504",
-                    remedy="set score.logprob_bits = 32",
-                )
-            change = np.abs(exact.astype(np.float64) - exact.astype(np.float16))
-            num_values, largest, summed = (
-                num_values + len(change),
-                max(largest, float(change.max(initial=0))),
-                summed + float(change.sum()),
-            )
-            table = table.set_column(
-                table.column_names.index(name),
-                name,
-                _lists([row.astype(np.float16) for row in rows], pa.float16()),
-            )
-    loss = {"num_values": num_values, "max_abs": largest, "sum_abs": summed}
-    return table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), LOSS: json.dumps(loss).encode()}
-    )
-
-
-def bare(table: pa.Table) -> pa.Table:
-    """The rows without what a shard says of the artifact that it was part of; what says how its
-    columns are to be read stays.
-    """
-    found = table.schema.metadata or {}
-    return table.replace_schema_metadata({ROUTED: found[ROUTED]} if ROUTED in found else None)
-
-
-def logprob_loss(folder: Path, manifest: Manifest | None = None) -> dict[str, float] | None:
-    """What 16 bits changed over all shards, in nats: {max_abs, mean_abs}; None for a lossless
-    artifact. Reads only the shards' footers.
-    """
-    names = (
-        [shard.name for shard in manifest.shards]
-        if manifest is not None
-        else sorted(path.name for path in folder.glob("shard-*.parquet"))
-    )
-    found = [
-        metadata[LOSS]
-        for name in names
-        if LOSS in (metadata := pq.read_schema(folder / name).metadata or {})
-    ]
-    if not found:
-        return None
-    losses = [json.loads(value) for value in found]
-    total = sum(loss["num_values"] for loss in losses)
-    return {
-        "max_abs": max(loss["max_abs"] for loss in losses),
-        "mean_abs": sum(loss["sum_abs"] for loss in losses) / max(1, total),
-    }
-
-
-def column_bytes(folder: Path) -> dict[str, int]:
-    """Bytes on disk by column, compressed; ``footers``: all that belongs to no column. Reads only
-    the footers.
-    """
-    total: dict[str, int] = {"footers": 0}
-    for path in sorted(folder.glob("shard-*.parquet")):
-        metadata = pq.read_metadata(path)
-        total["footers"] += path.stat().st_size
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                column = metadata.row_group(group).column(index)
-                name = column.path_in_schema.partition(".")[0]
-                total[name] = total.get(name, 0) + column.total_compressed_size
-                total["footers"] -= column.total_compressed_size
-    return total
-
-
-def _lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.concatenate(rows) if rows else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=kind))
-
-
-def _rows(column: pa.ChunkedArray) -> list[NDArray[Any]]:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # zero chunks
-        return []
-    offsets = array.offsets.to_numpy()
-    values = array.values.to_numpy(zero_copy_only=False)
-    if values.dtype == np.float16:
-        values = values.astype(np.float32)
-    return [values[start:end] for start, end in itertools.pairwise(offsets)]
-
-
 def from_table(table: pa.Table, where: str = "") -> Iterator[tuple[Response, Floats | None]]:
-    """Rows as records, with teacher_logprobs [R] where the table has them. ArtifactError: a column
-    is missing or lengths differ.
+    """Yield each response with its teacher_logprobs [R], or with None if the table has none.
+
+    Args:
+        where: The file, for errors.
+
+    Raises:
+        ArtifactError: A column is missing or has another length than the tokens.
     """
+    # Most callers want the log-probabilities alone.
     for response, scores in scored_rows(table, where):
         yield response, None if scores is None else scores.teacher_logprobs
 
@@ -242,100 +164,133 @@ def from_table(table: pa.Table, where: str = "") -> Iterator[tuple[Response, Flo
 def scored_rows(
     table: pa.Table, where: str = "", *, without_sampling: bool = False
 ) -> Iterator[tuple[Response, TeacherScores | None]]:
-    """Rows as records, with all that the table has of the teacher. without_sampling: where it has
-    no sampling_logprobs (an imported cache) they are NaN.
+    """Yield each response with all that the table has of the teacher.
 
-    ArtifactError: a column is missing or lengths differ.
+    Args:
+        where: The file, for errors.
+        without_sampling: Accept a table without sampling_logprobs, as an import makes it. They are
+            then NaN.
+
+    Raises:
+        ArtifactError: A column is missing or has another length than the tokens.
     """
-    missing = sorted(
-        set(REQUIRED)
-        - set(table.column_names)
-        - ({"sampling_logprobs"} if without_sampling else set())
-    )
+    optional = {"sampling_logprobs"} if without_sampling else set()
+    # Unknown columns are ignored: an older reader must be able to read a newer cache.
+    missing = sorted(set(_REQUIRED) - optional - set(table.column_names))
     if missing:
         raise ArtifactError(
             f"columns {missing} are missing",
             where=where,
             remedy="see docs/cache_format.md for the schema",
         )
+    # Whole columns are converted before the rows. One conversion per row is much slower.
     lists = {
-        name: _rows(table.column(name))
+        name: to_arrays(table.column(name))
         for name in table.column_names
         if pa.types.is_list(table.schema.field(name).type)
     }
-    plain = {
-        name: table.column(name).to_pylist()
-        for name in ("prompt_id", "sample_index", "finish_reason", "weight_version")
-    }
+    plain = {name: table.column(name).to_pylist() for name in _PLAIN}
+    # A cache of one teacher need not have this column.
     teachers = table.column("teacher").to_pylist() if "teacher" in table.column_names else None
-    about_experts = json.loads((table.schema.metadata or {}).get(ROUTED, b"null"))
+    # The column of the experts is flat. Without its shape it is ignored, as an unknown column is.
+    shape = json.loads((table.schema.metadata or {}).get(ROUTED, b"null"))
     for row in range(table.num_rows):
+        # Views into the arrays of whole columns. Nothing is copied per row.
         own = {name: rows[row] for name, rows in lists.items()}
+        # The records check the lengths themselves. Here the file is known, so it is named.
         try:
-            routed = own.get("routed_experts") if about_experts else None
-            response = Response(
-                prompt_id=plain["prompt_id"][row],
-                sample_index=plain["sample_index"][row],
-                prompt_ids=own["prompt_ids"],
-                token_ids=own["token_ids"],
-                sampling_logprobs=own["sampling_logprobs"]
-                if "sampling_logprobs" in own
-                else np.full(len(own["token_ids"]), np.nan, np.float32),
-                finish_reason=plain["finish_reason"][row],
-                weight_version=plain["weight_version"][row],
-                loss_mask=own.get("loss_mask"),
-                routed_experts=None
-                if routed is None
-                else routed.reshape(-1, about_experts["layers"], about_experts["k"]),
-            )
+            about = {name: values[row] for name, values in plain.items()}
+            response = _response_of(about, own, shape)
             scores = _scores_of(response, own, teachers[row] if teachers is not None else "")
         except ValueError as error:
             raise ArtifactError(str(error), where=where) from None
         yield response, scores
 
 
+def _response_of(
+    plain: Mapping[str, Any], lists: Mapping[str, NDArray[Any]], shape: Mapping[str, int] | None
+) -> Response:
+    """Build a response from one row. Raises ValueError if lengths differ.
+
+    Args:
+        shape: The number of layers and of chosen experts, if the table has them.
+    """
+    routed = lists.get("routed_experts")
+    # An absent value must not look like a certain token, which 0 would be: NaN spoils what uses it.
+    sampling = lists.get("sampling_logprobs")
+    if sampling is None:
+        sampling = np.full(len(lists["token_ids"]), np.nan, np.float32)
+    return Response(
+        # Names, finish reason and weight version. The record refuses an unknown finish reason.
+        **plain,
+        prompt_ids=lists["prompt_ids"],
+        token_ids=lists["token_ids"],
+        sampling_logprobs=sampling,
+        loss_mask=lists.get("loss_mask"),
+        routed_experts=None
+        if routed is None or shape is None
+        else routed.reshape(-1, shape["layers"], shape["k"]),
+    )
+
+
 def _scores_of(
-    response: Response, own: Mapping[str, NDArray[Any]], teacher: str
+    response: Response, lists: Mapping[str, NDArray[Any]], teacher: str
 ) -> TeacherScores | None:
-    """ValueError: lengths differ."""
-    if "teacher_logprobs" not in own:
+    """Build the teacher's scores of one row. Raises ValueError if lengths differ."""
+    if "teacher_logprobs" not in lists:
         return None
-    logprobs, length = own["teacher_logprobs"], len(response.token_ids)
+    # The record itself cannot check this length, because it does not have the tokens.
+    logprobs = lists["teacher_logprobs"]
+    length = len(response.token_ids)
     if len(logprobs) != length:
         raise ValueError(
-            f"response {response.key}: {len(logprobs)} teacher log-probabilities for {length} tokens"
+            f"response {response.key}: {len(logprobs)} teacher log-probabilities "
+            f"for {length} tokens"
         )
     top = None
-    if TOP_IDS in own:
-        if length and (len(own[TOP_IDS]) % length or len(own[TOP_IDS]) != len(own[TOP_LOGPROBS])):
+    if TOP_IDS in lists:
+        ids = lists[TOP_IDS]
+        values = lists[TOP_LOGPROBS]
+        # Without this check the reshape below would fail with a message that names no response.
+        if length and (len(ids) % length or len(ids) != len(values)):
             raise ValueError(
-                f"response {response.key}: top-K of {len(own[TOP_IDS])} ids and {len(own[TOP_LOGPROBS])} values for {length} tokens"
+                f"response {response.key}: top-K of {len(ids)} ids and {len(values)} values "
+                f"for {length} tokens"
             )
-        top = TopK(
-            own[TOP_IDS].reshape(length, -1), own[TOP_LOGPROBS].reshape(length, -1), own[TAIL]
-        )
-    name = token_hash(response.prompt_ids, response.token_ids)
+        top = TopK(ids.reshape(length, -1), values.reshape(length, -1), lists[TAIL])
     return TeacherScores(
-        response.prompt_id, response.sample_index, name, logprobs, top, own.get(ENTROPY), teacher
+        response.prompt_id,
+        response.sample_index,
+        # Of the ids that were read, so that a later check compares with what is in the file.
+        token_hash(response.prompt_ids, response.token_ids),
+        logprobs,
+        top,
+        lists.get(ENTROPY),
+        teacher,
     )
 
 
 def read_rows(
     folder: Path, manifest: Manifest | None = None
 ) -> Iterator[tuple[Response, Floats | None]]:
-    """Every response of an artifact in shard order, one shard in memory at a time, checksums
-    verified. ArtifactError: damage, or a duplicate key.
+    """Yield every response of an artifact with its teacher_logprobs, in the order of the shards.
+
+    One shard is in memory at a time, and its checksum is verified.
+
+    Raises:
+        ArtifactError: A shard is damaged, or a response occurs twice.
     """
     manifest = manifest or read_manifest(folder)
+    # Some hundred bytes per response. CacheReader.require_unique() does it in 8.
     seen: set[tuple[str, int]] = set()
     for shard in manifest.shards:
-        for response, scores in from_table(
-            read_shard(folder, shard), where=str(folder / shard.name)
-        ):
+        where = str(folder / shard.name)
+        for response, scores in from_table(read_shard(folder, shard), where):
+            # A response that occurs twice would count double in every mean over responses.
             if response.key in seen:
                 raise ArtifactError(
                     f"response {response.key} occurs twice",
-                    where=str(folder / shard.name),
+                    where=where,
                     remedy="remove one of the shards",
                 )
             seen.add(response.key)
@@ -351,15 +306,21 @@ def write_responses(
     shard_size: int = 4096,
     **about: Any,
 ) -> Manifest:
-    """Publishes responses that are already at hand as a complete artifact. about: parents, models,
-    sampling, lineage of the manifest.
+    """Publish responses that are already at hand as a complete artifact.
+
+    Args:
+        shard_size: Responses per shard.
+        about: ``parents``, ``models``, ``sampling`` and ``lineage`` of the manifest.
     """
+    # Responses come from an iterator, so that they need not all be in memory.
     writer = ArtifactWriter(folder, kind=kind, inputs=inputs, **about)
     pending: list[Response] = []
     index = 0
 
+    # The last shard may be smaller, and an empty one is never published.
     def flush() -> None:
         nonlocal index
+        # A killed call may have published this shard already. Its index still has to be counted.
         if pending and index not in writer.published:
             writer.publish_shard(index, to_table(pending))
         index += bool(pending)

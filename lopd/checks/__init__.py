@@ -1,5 +1,7 @@
-"""Everything that can be found wrong before anything starts: models, tokenizers, layouts, prompts,
-servers, folders, disk. Starts nothing, writes nothing.
+"""Checks: everything that can be found wrong before anything starts.
+
+They look at models, tokenizers, layouts, prompts, servers, folders and disk. They start nothing and
+write nothing. Each file has one subject, and each check yields findings.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ from lopd.checks.training import layouts, megatron, microbatch_problems, objecti
 from lopd.config import Config
 from lopd.errors import LopdError
 
+# Stages that need a server.
 SERVING = ("demonstrate", "rollout", "score", "distill", "evaluate")
-TRAINING = ("sft", "distill", "evaluate")  # evaluate trains the equal-compute baseline
+# Stages that start ranks. evaluate trains the equal-compute baseline.
+TRAINING = ("sft", "distill", "evaluate")
+# SFT on demonstrations from elsewhere needs no teacher.
+_TEACHER = tuple(stage for stage in ALL_STAGES if stage != "sft")
 Check = Callable[[Config], Iterator[Finding]]
 
 
@@ -34,17 +40,16 @@ def _sync(config: Config) -> Iterator[Finding]:
     return combinations.sync(config, on_gpu=devices()[1] != CORES)
 
 
-CHECKS: dict[
-    str, tuple[Check, tuple[str, ...]]
-] = {  # name -> function, and the stages to which it matters
-    "teacher": (
-        teacher,
-        tuple(stage for stage in ALL_STAGES if stage != "sft"),
-    ),  # SFT on demonstrations from elsewhere needs none
+# By name, the function and the stages to which it matters. The order is the order of the findings:
+# what others rest on comes first.
+CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
+    # The models themselves, and what prompts and responses need of them.
+    "teacher": (teacher, _TEACHER),
     "student": (student, ALL_STAGES),
     "teachers": (teachers, ("demonstrate", "rollout", "score", "distill")),
     "context": (context, SERVING),
     "tokenizers": (tokenizers, SERVING),
+    # Knobs against each other, against the models, and against this machine.
     "sampling": (combinations.sampling, ("demonstrate", "rollout", "distill", "evaluate")),
     "layouts": (layouts, TRAINING),
     "scorer": (scorer, ("score",)),
@@ -52,12 +57,14 @@ CHECKS: dict[
     "refresh": (combinations.refresh, ("distill",)),
     "sync": (_sync, ("distill",)),
     "megatron": (megatron, TRAINING),
+    # What is read besides models: prompts, and artifacts that were made elsewhere.
     "prompts": (prompts, ("demonstrate", "rollout", "distill", "evaluate")),
     "verifier": (verifier, ("distill", "evaluate")),
     "demonstrations": (demonstrations, ("sft", "evaluate")),
     "lineage": (lineage, ("score",)),
     "checkpoint": (checkpoint, ("sft", "score", "evaluate")),
     "cache": (cache, ("distill",)),
+    # The machine: devices and ports, folders, disk.
     "server": (server, SERVING),
     "folders": (folders, ALL_STAGES),
     "disk": (disk, ALL_STAGES),
@@ -65,59 +72,83 @@ CHECKS: dict[
 
 
 def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Finding]]:
-    """Runs every check (or those that matter to one stage); yields (name, finding). A check that
-    fails keeps no other from running.
+    """Run every check, or those that matter to one stage.
+
+    A check that fails does not keep any other from running.
+
+    Args:
+        config: The configuration.
+        stage: The only stage that will run. None means all of them.
+
+    Yields:
+        The name of the check, and a finding.
     """
-    done = {
-        stage,
-        *(("rollout", "score") if stage == "distill" and config.distill.refresh.is_on else ()),
-    }  # a refresh samples and scores as they do
-    for name, (function, stages) in CHECKS.items():
-        if stage is None or not done.isdisjoint(stages):
-            try:
-                for finding in function(config):
-                    yield name, finding
-            except LopdError as error:
-                yield name, error
+    # Of a check it matters only whether one of these stages needs it.
+    stages = {stage}
+    # A refresh samples and scores as these two stages do.
+    if stage == "distill" and config.distill.refresh.is_on:
+        stages |= {"rollout", "score"}
+    for name, (function, matters_to) in CHECKS.items():
+        if stage is not None and stages.isdisjoint(matters_to):
+            continue
+        try:
+            for finding in function(config):
+                yield name, finding
+        except LopdError as error:
+            yield name, error
 
 
 def check_anywhere(
     config: Config, shapes: Shapes, without: Collection[str] = ()
 ) -> Iterator[LopdError]:
-    """What is wrong on whatever machine, by the configuration and its models' shapes alone: of
-    ``lopd plan``, by the same code as ``lopd check``.
+    """Find what is wrong on any machine, from the configuration and the models' shapes alone.
 
-    without: stages that this run does not make. What a plan says itself is left out: layouts that
-    do not divide the models.
+    ``lopd plan`` uses this, so that it refuses what ``lopd check`` would refuse. Layouts that do
+    not divide the models are left out, because a plan says so itself.
+
+    Args:
+        config: The configuration.
+        shapes: The shapes of the models by role.
+        without: Stages that this run does not make.
     """
-    for subject in (
+    subjects = (
         context_problems(config, shapes),
         combinations.sampling_problems(config),
         microbatch_problems(config, without=without),
-        objective(config) if config.distill.cache is None else (),  # a cache need not be here yet
+        # A given cache need not be on this machine yet, and the objective reads its columns.
+        objective(config) if config.distill.cache is None else (),
         combinations.refresh_problems(config),
         combinations.sync_problems(config, on_gpu=None),
         checkpoint_problems(config, to_fetch=True),
         server_problems(config, shapes),
-    ):
+    )
+    for subject in subjects:
         yield from problems_of(subject)
 
 
 def check_all(config: Config, stage: str | None = None) -> None:
-    """Raises the first error of all checks; what ``lopd run`` and each stage's verb do before
-    anything else.
+    """Run all checks before a stage starts. ``lopd run`` and each stage's verb do this first.
+
+    Args:
+        config: The configuration.
+        stage: The only stage that will run. None means all of them.
+
+    Raises:
+        LopdError: The first problem. It says how many more there are.
     """
+    # All checks run even after a problem, so that the number of problems is right.
     problems = [finding for _, finding in check(config, stage) if isinstance(finding, LopdError)]
-    if problems:
-        first = problems[0]
-        more = f" (and {len(problems) - 1} more: lopd check tells all)" if len(problems) > 1 else ""
-        raise type(first)(
-            first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
-        )
+    if not problems:
+        return
+    # The first problem is often the cause of the others, so it alone is shown in full.
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more: lopd check tells all)" if len(problems) > 1 else ""
+    # The same class, so that callers can still tell a ConfigError from a ConsistencyError.
+    raise type(first)(first.what + more, where=first.where, limit=first.limit, remedy=first.remedy)
 
 
 def as_rows(config: Config) -> list[dict[str, Any]]:
-    """The checks as rows for a table or JSON: name, ok, finding."""
+    """Run all checks, and return one dict for each finding, with the keys name, ok and finding."""
     return [
         {"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)}
         for name, finding in check(config)

@@ -1,8 +1,8 @@
-"""Knobs of the servers' side that do not go together: limits that are never reached, syncs without
-a server, refreshes that could not be made.
+"""Knobs of the servers' side that do not go together.
 
-Of the configuration alone, on any machine: each would otherwise be noticed after hours, or by
-nobody.
+These are limits that are never reached, syncs without a server, and refreshes that could not be
+made. They follow from the configuration alone, on any machine. Without these checks each would be
+noticed after hours, or never.
 """
 
 from __future__ import annotations
@@ -14,163 +14,188 @@ from lopd.config import Config
 from lopd.errors import ConfigError
 from sglang_rollout.servers.shared_gpus import colocation_problems
 
-_SHARED_BUFFERS = (
-    "nccl_ub",
-    "use_megatron_fsdp",
-)  # fields of Megatron-Core's DistributedDataParallelConfig whose buffers are no storages of torch's own
+# Fields of Megatron-Core's DistributedDataParallelConfig with buffers that torch does not allocate.
+# lopd cannot give such memory back to a server and take it again.
+_SHARED_BUFFERS = ("nccl_ub", "use_megatron_fsdp")
 
 
 def serves_beside(config: Config) -> bool:
-    """Whether the student's servers live while distill trains."""
+    """Return whether the student's servers live while distill trains."""
     return config.distill.sync_every > 0 or config.distill.refresh.is_on
 
 
 def sampling(config: Config) -> Iterator[Finding]:
-    """Limits of responses can be reached, and a server can sample as it is asked."""
+    """Check that responses can reach their limits, and that a server can sample as it is asked."""
     problems: list[Finding] = [*sampling_problems(config)]
     yield from problems or ["responses may reach their limits"]
 
 
 def sampling_problems(config: Config) -> Iterator[ConfigError]:
-    made = {
+    """Yield sampling settings that have no effect, or that a server refuses."""
+    is_sampled = {
         "demonstrate": config.sft.demonstrations is None and config.sft.checkpoint is None,
         "rollout": config.distill.cache is None or config.distill.refresh.is_on,
         "evaluate": True,
     }
+    for stage, is_made in is_sampled.items():
+        if is_made:
+            yield from _stage_sampling_problems(config, stage)
+    # The queue is the same for all stages, so it is looked at once.
+    yield from _queue_problems(config)
+
+
+def _stage_sampling_problems(config: Config, stage: str) -> Iterator[ConfigError]:
+    section = getattr(config, stage)
     length = config.sglang.context_length
-    for name in (stage for stage, is_made in made.items() if is_made):
-        section = getattr(config, name)
-        # the default is no wish for so many, and a limit equal to the context is the usual way to
-        # say: as far as it goes
-        asked = "max_new_tokens" in section.model_fields_set
-        if asked and section.max_new_tokens > length:
-            what, limit = (
-                f"{name}.max_new_tokens = {section.max_new_tokens}",
-                f"sglang.context_length = {length}: no response is ever so long",
-            )
-            yield ConfigError(
-                what,
-                where=name,
-                limit=limit,
-                remedy=f"lower {name}.max_new_tokens, or raise sglang.context_length",
-            )
-        if section.min_p > 0 and config.sglang.deterministic:
-            what = f"{name}.min_p = {section.min_p} with sglang.deterministic: SGLang's seeded sampling cannot do it"
-            yield ConfigError(
-                what,
-                where="sglang.deterministic",
-                limit="0",
-                remedy=f"set {name}.min_p=0 or sglang.deterministic=false",
-            )
-    bounded = config.sglang.extra_args.get("max_queued_requests")
-    if (
-        isinstance(bounded, int)
-        and bounded + config.sglang.max_running_requests < config.sglang.max_in_flight
-    ):
-        what = f"sglang.extra_args.max_queued_requests = {bounded}: the server would refuse what is over {bounded + config.sglang.max_running_requests}"
-        limit = f"sglang.max_in_flight = {config.sglang.max_in_flight}"
+    # Only a limit that the user has set is judged. The default is no wish for so many tokens, and
+    # a limit equal to the context is the usual way to ask for as many as there is room for.
+    is_set = "max_new_tokens" in section.model_fields_set
+    if is_set and section.max_new_tokens > length:
         yield ConfigError(
-            what,
+            f"{stage}.max_new_tokens = {section.max_new_tokens}",
+            where=stage,
+            limit=f"sglang.context_length = {length}: no response can be longer",
+            remedy=f"lower {stage}.max_new_tokens, or raise sglang.context_length",
+        )
+    # Deterministic sampling derives each token from the seed of its request.
+    if section.min_p > 0 and config.sglang.deterministic:
+        yield ConfigError(
+            f"{stage}.min_p = {section.min_p} with sglang.deterministic: "
+            "SGLang's seeded sampling cannot do it",
+            where="sglang.deterministic",
+            limit="0",
+            remedy=f"set {stage}.min_p=0 or sglang.deterministic=false",
+        )
+
+
+def _queue_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield a queue that is too short for the requests that lopd keeps in flight."""
+    settings = config.sglang
+    # SGLang's own default is a queue without an end.
+    queue = settings.extra_args.get("max_queued_requests")
+    if not isinstance(queue, int):
+        return
+    # A server holds what it runs and what it queues. It refuses the next request.
+    held = queue + settings.max_running_requests
+    if held < settings.max_in_flight:
+        yield ConfigError(
+            f"sglang.extra_args.max_queued_requests = {queue}: "
+            f"the server would refuse what is over {held}",
             where="sglang.max_in_flight",
-            limit=limit,
+            limit=f"sglang.max_in_flight = {settings.max_in_flight}",
             remedy="lower sglang.max_in_flight, or leave max_queued_requests out",
         )
 
 
 def sync(config: Config, *, on_gpu: bool | None) -> Iterator[Finding]:
-    """Weights can go into the servers as [sync] says. on_gpu: of this machine; None: it will be
-    another, with GPUs.
+    """Check that weights can go into the servers as [sync] says.
+
+    Args:
+        config: The configuration.
+        on_gpu: Whether this machine has GPUs. None means that the run will be on another machine,
+            which has GPUs.
     """
     problems = [*sync_problems(config, on_gpu=on_gpu)]
     yield from problems
-    if not problems:
-        yield (
-            f"by {config.sync.transport}"
-            if serves_beside(config)
-            else "no server lives beside the training: [sync] is of no use"
-        )
+    if problems:
+        return
+    if serves_beside(config):
+        yield f"by {config.sync.transport}"
+    else:
+        yield "no server lives beside the training: [sync] has no effect"
 
 
 def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigError]:
-    settings, away = config.sync, "set sync.colocate=false"
+    """Yield settings of [sync] that do not go together with the others.
+
+    Args:
+        config: The configuration.
+        on_gpu: As in sync.
+    """
+    settings = config.sync
+    no_colocation = "set sync.colocate=false"
+    # Taking turns without a server would cost time in every step and save nothing.
     if settings.colocate and not serves_beside(config):
-        what, limit = (
-            "sync.colocate = true, and no server lives beside the training",
-            "distill.sync_every above 0, or a refresh",
-        )
         yield ConfigError(
-            what, where="sync.colocate", limit=limit, remedy=f"{away}, or set distill.sync_every"
+            "sync.colocate = true, and no server lives beside the training",
+            where="sync.colocate",
+            limit="distill.sync_every above 0, or a refresh",
+            remedy=f"{no_colocation}, or set distill.sync_every",
         )
     yield from colocation_problems(config, on_gpu=on_gpu)
     for name in _SHARED_BUFFERS:
+        # Such buffers are registered with NCCL or owned by Megatron-FSDP.
         if settings.colocate and config.distill.megatron.get(name):
-            what, limit = (
-                f"distill.megatron.{name} with sync.colocate",
-                "buffers of torch's own: others cannot be given back and taken again",
-            )
             yield ConfigError(
-                what, where="distill.megatron", limit=limit, remedy=f"leave {name} out, or {away}"
+                f"distill.megatron.{name} with sync.colocate",
+                where="distill.megatron",
+                limit="only buffers that torch allocates can be given back and taken again",
+                remedy=f"leave {name} out, or {no_colocation}",
             )
-    if (
-        settings.transport == "distributed"
-        and on_gpu is not False
-        and serves_beside(config)
-        and not config.sglang.student_urls
-    ):
-        what = "NCCL does not broadcast between two processes of one GPU, and servers that lopd starts begin at the trainer's first"
-        remedy = 'set sync.transport = "tensor" or "disk"'
+    # gloo, which replaces NCCL on a CPU, has no such limit.
+    on_own_gpus = bool(config.sglang.student_urls)
+    is_broadcast = settings.transport == "distributed" and serves_beside(config)
+    if is_broadcast and on_gpu is not False and not on_own_gpus:
         yield ConfigError(
-            what,
+            "NCCL does not broadcast between two processes of one GPU, and servers that lopd "
+            "starts use the trainer's GPUs from the first on",
             where='sync.transport = "distributed"',
             limit="servers of sglang.student_urls, on GPUs of their own",
-            remedy=remedy,
+            remedy='set sync.transport = "tensor" or "disk"',
         )
 
 
 def refresh(config: Config) -> Iterator[Finding]:
-    """Refreshes can be made, and what is said of them is not said for nothing."""
+    """Check that refreshes can be made, and that no knob of them is without effect."""
     problems: list[Finding] = [*refresh_problems(config)]
-    yield from problems or ["as distill.refresh says" if config.distill.refresh.is_on else "none"]
+    yield from problems or [
+        "as distill.refresh sets it" if config.distill.refresh.is_on else "none"
+    ]
 
 
 def refresh_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield settings that do not go together with distill.refresh."""
     settings = config.distill.refresh
     if not settings.is_on:
+        # The knob says what becomes of the teacher's server between refreshes. Without refreshes it
+        # has no meaning, and the user may have meant to turn them on.
         if settings.keep_teacher:
-            remedy = "set refresh.every, or a bound of the drift, or leave keep_teacher out"
             yield ConfigError(
                 "refresh.keep_teacher without a refresh",
                 where="distill.refresh",
                 limit="no teacher is needed",
-                remedy=remedy,
+                remedy="set refresh.every, or a bound of the drift, or leave keep_teacher out",
             )
         return
+    # A refresh adds to the rollouts of the run, and a given cache is not the run's.
     if config.distill.cache is not None:
-        limit = "fresh rollouts join those of the score stage"
         yield ConfigError(
             "distill.refresh with distill.cache",
             where="distill",
-            limit=limit,
+            limit="fresh rollouts join those of the score stage",
             remedy="use one of the two",
         )
+    # A refresh starts the servers of one teacher only.
     if config.models.teachers:
-        remedy = "set distill.refresh.every = 0, or distil domain after domain"
         yield ConfigError(
             "distill.refresh with models.teachers",
             where="distill.refresh",
             limit="fresh rollouts are scored by one teacher",
-            remedy=remedy,
+            remedy="set distill.refresh.every = 0, or distil domain after domain",
         )
-    own_servers = (
+    # A refresh starts the teacher's server while the student's still lives. Both would want the one
+    # port.
+    starts_both = (
         config.score.engine == "sglang"
         and not config.sglang.teacher_urls
         and not config.sglang.student_urls
     )
-    if config.sglang.port is not None and own_servers:
-        what = f"sglang.port = {config.sglang.port} with distill.refresh: the student's server has it when the teacher's is started"
+    # Megatron-Core as scorer, or servers of the user, need no port here.
+    if config.sglang.port is not None and starts_both:
         yield ConfigError(
-            what,
+            f"sglang.port = {config.sglang.port} with distill.refresh: "
+            "the student's server already uses it when the teacher's server starts",
             where="sglang.port",
-            limit="one server a port",
-            remedy="leave sglang.port out: free ones are taken",
+            limit="one server on a port",
+            remedy="leave sglang.port out: lopd then uses free ports",
         )

@@ -11,17 +11,19 @@ from lopd.config import Config
 from lopd.errors import LopdError
 from lopd.megatron.weights.architecture import Architecture, read_architecture
 
-Finding = str | LopdError  # what was found right, or what is wrong
-Shapes: TypeAlias = Mapping[
-    str, Architecture
-]  # of the models that are known, by role: teacher, student, teachers.DOMAIN
+# What was found: text if it is right, an error if it is wrong.
+Finding = str | LopdError
+# The shapes of the models that can be read, by role: teacher, student, teachers.DOMAIN.
+Shapes: TypeAlias = Mapping[str, Architecture]
 ALL_STAGES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate", "export")
 CORES = "CPU cores"
-NO_LIMIT = 2**31  # of processes that share the cores of a machine
+# Processes that share the cores of a machine. There may be any number of them.
+NO_LIMIT = 2**31
 ROLES = ("teacher", "student")
 
 
 def attempt(function: Callable[[], str]) -> Finding:
+    """Return what a function returns, or the error that it raises."""
     try:
         return function()
     except LopdError as error:
@@ -29,7 +31,11 @@ def attempt(function: Callable[[], str]) -> Finding:
 
 
 def architecture_of(config: Config, role: str) -> Architecture | None:
-    """None where it cannot be read, which ``teacher`` and ``student`` have said."""
+    """Return the shape of a model, or None if it cannot be read.
+
+    The checks ``teacher`` and ``student`` say why it cannot. Other checks then have nothing to
+    compare, and must not repeat the error.
+    """
     try:
         return read_architecture(getattr(config.models, role))
     except LopdError:
@@ -37,19 +43,21 @@ def architecture_of(config: Config, role: str) -> Architecture | None:
 
 
 def shapes_of(config: Config) -> Shapes:
-    """Of all models that can be read here."""
-    folders = {role: getattr(config.models, role) for role in ROLES} | {
-        f"teachers.{domain}": folder for domain, folder in config.models.teachers.items()
-    }
+    """Return the shapes of all models that can be read on this machine."""
+    # The two main roles first: their problems are shown first.
+    folders = {role: getattr(config.models, role) for role in ROLES}
+    for domain, folder in config.models.teachers.items():
+        folders[f"teachers.{domain}"] = folder
     found: dict[str, Architecture] = {}
     for role, folder in folders.items():
-        with contextlib.suppress(LopdError):  # ``teacher``, ``student`` and ``teachers`` say so
+        # The checks of this model say why it cannot be read.
+        with contextlib.suppress(LopdError):
             found[role] = read_architecture(folder)
     return found
 
 
 def problems_of(findings: Iterable[Finding]) -> Iterator[LopdError]:
-    """What is wrong, raised or yielded."""
+    """Yield the findings that are wrong, and an error that ends them."""
     try:
         yield from (finding for finding in findings if isinstance(finding, LopdError))
     except LopdError as error:
@@ -57,7 +65,7 @@ def problems_of(findings: Iterable[Finding]) -> Iterator[LopdError]:
 
 
 def refusal(check: Callable[[], object]) -> Iterator[LopdError]:
-    """What a check that only raises has to say."""
+    """Yield the error that a function raises, or nothing."""
     try:
         check()
     except LopdError as error:
@@ -65,17 +73,21 @@ def refusal(check: Callable[[], object]) -> Iterator[LopdError]:
 
 
 def devices_for(config: Config) -> tuple[int, str]:
-    """As devices, but without a limit of processes where the configuration asks for a trial on a
-    CPU, whose cores they share.
+    """Return how many processes this machine can run for a configuration, and on what.
+
+    A trial on a CPU may have more processes than cores, because they share them.
     """
-    most, unit = devices()
-    return (NO_LIMIT if unit == CORES and config.launch.device == "cpu" else most), unit
+    count, unit = devices()
+    if unit == CORES and config.launch.device == "cpu":
+        return NO_LIMIT, unit
+    return count, unit
 
 
 def devices() -> tuple[int, str]:
-    """How many processes this machine can run at once, and by what."""
+    """Return how many processes this machine can run at once, and on what."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.device_count(), "GPUs"
+    # Not os.cpu_count(): a container or a job may use fewer cores than the machine has.
     return len(os.sched_getaffinity(0)), CORES

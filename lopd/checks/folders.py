@@ -1,4 +1,4 @@
-"""Where a run writes: permitted, nobody else's, with room."""
+"""The folders that a run writes: they can be written, belong to no one else, and have room."""
 
 from __future__ import annotations
 
@@ -13,31 +13,41 @@ from lopd.checks.findings import ALL_STAGES, Finding, attempt
 from lopd.config import Config
 from lopd.errors import ConfigError, LopdError
 
+_GIB = 2**30
+# Times the bytes of the weights that a checkpoint to resume from has: the weights, and two moments
+# of AdamW in float32.
+_CHECKPOINT_COPIES = 3
+# Times the bytes of the weights for the exported models and the weight syncs by disk together.
+_MODEL_COPIES = 6
+
 
 def folders(config: Config) -> Iterator[Finding]:
-    """The run directory and the export folder can be written, and nothing foreign is in them; what
-    is published can be read.
+    """Check that the run directory and the export folder can be written.
+
+    Nothing foreign may be in them. What a former run has published must be readable.
     """
     yield attempt(partial(_run_dir, config.run.dir))
     if config.export.dir is not None:
         yield attempt(partial(_export_dir, config.export.dir))
-    if config.run.dir.is_dir():
-        for path in sorted(config.run.dir.glob(f"*/{MANIFEST}")):
-            yield from (
-                finding
-                for finding in [attempt(partial(_manifest, path.parent))]
-                if isinstance(finding, LopdError)
-            )
+    if not config.run.dir.is_dir():
+        return
+    for path in sorted(config.run.dir.glob(f"*/{MANIFEST}")):
+        # A readable manifest is no news. lopd status lists them.
+        finding = attempt(partial(_manifest, path.parent))
+        if isinstance(finding, LopdError):
+            yield finding
 
 
 def _run_dir(folder: Path) -> str:
     _check_writable(folder, "run.dir")
     if folder.is_dir():
+        # A new file system has lost+found at its root.
         foreign = sorted(path.name for path in folder.iterdir() if path.name != "lost+found")
+        # A stage removes what it replaces. In a folder that no run made, that could be a user's own
+        # files.
         if foreign and not _is_run(folder):
-            what = f"run.dir holds files that no run made, first {foreign[0]!r}"
             raise ConfigError(
-                what,
+                f"run.dir holds files that no run made, first {foreign[0]!r}",
                 where=str(folder),
                 limit="an empty or new folder, or one of a former run",
                 remedy="give another run.dir",
@@ -46,11 +56,13 @@ def _run_dir(folder: Path) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether lopd has worked there: its lock, a stage's manifest, or the keys that it remembers."""
-    if (folder / ".lock").exists() or any(
-        (folder / stage / MANIFEST).exists() for stage in ALL_STAGES
-    ):
+    """Return whether a run has used a folder."""
+    # A run leaves its lock or a stage's manifest.
+    has_manifest = any((folder / stage / MANIFEST).exists() for stage in ALL_STAGES)
+    if (folder / ".lock").exists() or has_manifest:
         return True
+    # A run that ended before its first stage left only the keys that it remembers. Any
+    # Hugging Face model has a config.json too, but no key of this name in it.
     try:
         return '"run.seed"' in (folder / "config.json").read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -59,6 +71,7 @@ def _is_run(folder: Path) -> bool:
 
 def _export_dir(folder: Path) -> str:
     _check_writable(folder, "export.dir")
+    # An export replaces a former export, which a mark in the folder tells from anything else.
     check_replaceable(folder, EXPORT_MARK)
     return f"export.dir {folder}"
 
@@ -69,9 +82,12 @@ def _manifest(folder: Path) -> str:
 
 
 def _check_writable(folder: Path, key: str) -> None:
+    """Raise a ConfigError if a folder cannot be made or written."""
     try:
+        # The folder need not exist yet. The nearest one above it decides.
         parent = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:
+        # The name is too long, or a folder on the way may not be entered.
         raise ConfigError(
             f"{key}: {error.strerror}", where=f"{folder!s:.200}", remedy=f"give another {key}"
         ) from None
@@ -79,6 +95,7 @@ def _check_writable(folder: Path, key: str) -> None:
         raise ConfigError(
             f"{key}: a file is in the way", where=str(parent), remedy=f"give another {key}"
         )
+    # Making files in a folder needs both permissions.
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{key} cannot be written",
@@ -88,27 +105,28 @@ def _check_writable(folder: Path, key: str) -> None:
 
 
 def disk(config: Config) -> Iterator[Finding]:
-    """Room for the checkpoints to resume from (weights and two Adam moments in float32, each kept
-    one), exports and syncs.
+    """Check that there is room for checkpoints, exports and syncs.
+
+    The estimate follows from the size of the student's weights. lopd plan has a finer one.
     """
+    # The size of the files, so that no model has to be built for an estimate.
     weights = sum(path.stat().st_size for path in config.models.student.glob("*.safetensors"))
-    kept = (
-        config.sft.keep_checkpoints + config.distill.keep_checkpoints + 2
-    )  # one more of each while it is written
-    needed = weights * (3 * kept + 6)
+    # Each training has one checkpoint more while the newest is written.
+    checkpoints = config.sft.keep_checkpoints + config.distill.keep_checkpoints + 2
+    needed = weights * (_CHECKPOINT_COPIES * checkpoints + _MODEL_COPIES)
     try:
         parent = next(
             folder for folder in (config.run.dir, *config.run.dir.parents) if folder.is_dir()
         )
-    except OSError:  # ``folders`` has said so
+    except OSError:
+        # The check of the folders has said so.
         return
     free = shutil.disk_usage(parent).free
     if free < needed:
-        remedy = "free space or give another run.dir"
         raise ConfigError(
-            f"{free / 2**30:.2f} GiB free",
+            f"{free / _GIB:.2f} GiB free",
             where=str(parent),
-            limit=f"about {needed / 2**30:.2f} GiB",
-            remedy=remedy,
+            limit=f"about {needed / _GIB:.2f} GiB",
+            remedy="free space or give another run.dir",
         )
-    yield f"{free / 2**30:.1f} GiB free, about {needed / 2**30:.2f} GiB needed"
+    yield f"{free / _GIB:.1f} GiB free, about {needed / _GIB:.2f} GiB needed"

@@ -1,5 +1,6 @@
-"""What ``lopd check`` says of whose scores are whose: teachers of single domains, demonstrations
-from elsewhere, a cache that is given. Starts nothing.
+"""Whose scores are whose: teachers of single domains, and artifacts that were made elsewhere.
+
+lopd.artifacts.lineage has the rules. Here they are applied to what a configuration names.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from lopd.config.hub import hub_name, remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.hf_files import CheckpointReader
+from lopd.records import ModelIdentity
 from lopd.tasks import get_task
 from lopd.tasks.prompts import read_prompts
 
 
 def teachers(config: Config) -> Iterator[Finding]:
-    """Those of single domains are whole, have the student's tokenizer, and prompts to score."""
+    """Check the teachers of single domains.
+
+    They must be whole, have the student's tokenizer, and have prompts to score.
+    """
     models = config.models
     for domain, folder in models.teachers.items():
         if not folder.is_dir():
@@ -28,45 +33,49 @@ def teachers(config: Config) -> Iterator[Finding]:
                 where=str(folder),
                 remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
             )
+        # Opening reads the headers, which name every tensor.
         with CheckpointReader(folder, read_architecture(folder)):
             pass
+        # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))
         yield f"{domain}: {folder}"
     if not models.teachers:
         return
+    # Servers of the user serve one teacher, and lopd cannot give them another one.
     if config.sglang.teacher_urls:
-        remedy = "leave sglang.teacher_urls out: lopd then starts a server for each teacher, one after the other"
         yield ConfigError(
             "sglang.teacher_urls with models.teachers",
             where="sglang.teacher_urls",
             limit="servers of one teacher",
-            remedy=remedy,
+            remedy="leave sglang.teacher_urls out: lopd then starts a server for each teacher, "
+            "one after the other",
         )
-    present = {
-        prompt.domain
-        for prompt in read_prompts(
-            config.prompts.opd, get_task(config.task.name, config.task.options)
-        )
-    }
-    for domain in models.teachers.keys() - present:
-        limit = f"the domains of prompts.opd: {', '.join(sorted(present))}"
+    task = get_task(config.task.name, config.task.options)
+    domains = {prompt.domain for prompt in read_prompts(config.prompts.opd, task)}
+    # A misspelt domain would never be used, and its prompts would go to the general teacher.
+    for domain in models.teachers.keys() - domains:
         yield ConfigError(
             f"models.teachers.{domain}: no prompt of this domain",
             where="models.teachers",
-            limit=limit,
-            remedy="leave it out, or mend its name",
+            limit=f"the domains of prompts.opd: {', '.join(sorted(domains))}",
+            remedy="leave it out, or correct its name",
         )
 
 
 def checkpoint(config: Config) -> Iterator[Finding]:
-    """An SFT student made elsewhere is whole, of the student's architecture and tokenizer, and its
-    declared teacher is the one that is to score.
+    """Check an SFT student that was made elsewhere.
+
+    It must be whole and have the student's architecture and tokenizer. Its declared teacher must be
+    the one that will score.
     """
-    sft, folder = config.sft, config.sft.checkpoint
+    folder = config.sft.checkpoint
     if folder is None:
         return
+    # First the knobs, since they need no file of the checkpoint.
     yield from checkpoint_problems(config)
-    own, other = read_architecture(config.models.student), read_architecture(folder)
+    own = read_architecture(config.models.student)
+    other = read_architecture(folder)
+    # The shapes must be equal: the student continues from these weights.
     if own != other:
         raise ConfigError(
             "another architecture than models.student",
@@ -74,25 +83,37 @@ def checkpoint(config: Config) -> Iterator[Finding]:
             limit=str(config.models.student),
             remedy="give its own base model",
         )
+    # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
     with CheckpointReader(folder, other):
         pass
     consistency.check_same_tokenizer(identify_model(config.models.student), identify_model(folder))
-    teacher = identify_model(sft.declared_teacher) if sft.declared_teacher is not None else None
+    # A checkpoint does not say who taught it. Only the user can.
     found = consistency.check_scoring_teacher(
-        consistency.declared(teacher),
+        consistency.declared(_declared_teacher(config)),
         identify_model(config.models.teacher),
         allow_foreign=config.score.allow_foreign_teacher,
     )
-    yield f"{folder}, its teacher {'declared' if found['consistent'] else 'NOT that of the scores (score.allow_foreign_teacher is set)'}"
+    if found["consistent"]:
+        yield f"{folder}, its teacher declared"
+    else:
+        yield (f"{folder}, its teacher NOT that of the scores (score.allow_foreign_teacher is set)")
 
 
 def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[ConfigError]:
-    """What does not go with an SFT student made elsewhere. to_fetch: one that is still on the hub
-    is no problem. ConfigError: it is not there.
+    """Yield knobs that do not go together with an SFT student that was made elsewhere.
+
+    Args:
+        config: The configuration.
+        to_fetch: Whether a student that is still on the hub is no problem.
+
+    Raises:
+        ConfigError: The folder is missing, or demonstrations are given besides.
     """
-    sft, folder = config.sft, config.sft.checkpoint
+    sft = config.sft
+    folder = sft.checkpoint
     if folder is None:
         return
+    # Nobody could say which of the two the student was made from.
     if sft.demonstrations is not None:
         raise ConfigError(
             "sft.checkpoint and sft.demonstrations",
@@ -100,6 +121,7 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
             limit="one of the two",
             remedy="leave out what is not to be used",
         )
+    # Random weights are for a student that SFT trains, and with a checkpoint SFT trains nothing.
     if sft.init == "random":
         yield ConfigError(
             'sft.init = "random" with sft.checkpoint',
@@ -107,14 +129,15 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
             limit="nothing is trained",
             remedy="leave out what is not to be used",
         )
+    # The baseline continues SFT, so it needs the demonstrations, which a given student lacks.
     if config.evaluate.equal_compute_baseline:
-        remedy = "set evaluate.equal_compute_baseline = false"
         yield ConfigError(
-            "the equal-compute baseline goes on with SFT",
+            "the equal-compute baseline continues SFT",
             where="sft.checkpoint",
-            limit="no demonstrations to go on with",
-            remedy=remedy,
+            limit="a given student has no demonstrations to continue with",
+            remedy="set evaluate.equal_compute_baseline = false",
         )
+    # lopd plan is used before lopd fetch, so for it a name on the hub is enough.
     if not folder.is_dir() and not (to_fetch and hub_name(folder) is not None):
         raise ConfigError(
             "sft.checkpoint: no such folder",
@@ -124,16 +147,23 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
 
 
 def cache(config: Config) -> Iterator[Finding]:
-    """A cache that is given is complete, and, where the SFT student is there already, that
-    student's.
+    """Check a teacher cache that is given.
+
+    It must be complete. If the SFT student is there already, it must be that student's.
     """
     folder = config.distill.cache
     if folder is None:
         return
-    manifest, student = read_manifest(folder), config.run.dir / "sft" / "model"
+    manifest = read_manifest(folder)
+    student = config.run.dir / "sft" / "model"
+    # Before the sft stage there is no student to compare with. distill compares again.
     if not (student / "config.json").is_file():
-        yield f"{manifest.kind} of {manifest.rows:,} responses; whose they are is compared once the SFT student is there"
+        yield (
+            f"{manifest.kind} of {manifest.rows:,} responses; "
+            "whose they are is compared once the SFT student is there"
+        )
         return
+    # The manifest of the cache says whose responses it has, by a hash of the weights.
     found = consistency.check_given_cache(
         manifest, folder, identify_model(student), allow_foreign=config.distill.allow_foreign_cache
     )
@@ -141,50 +171,51 @@ def cache(config: Config) -> Iterator[Finding]:
 
 
 def lineage(config: Config) -> Iterator[Finding]:
-    """Demonstrations from elsewhere were made by the teacher that is to score (those of the
-    demonstrate stage always are).
+    """Check that the teacher that will score also made demonstrations from elsewhere.
+
+    The demonstrate stage always uses that teacher, so its demonstrations need no check.
     """
     folder = config.sft.demonstrations
-    if (
-        folder is None or not (config.models.teacher / "config.json").is_file()
-    ):  # the teacher's own check has said so
+    # If the teacher cannot be read, its own check says so.
+    if folder is None or not (config.models.teacher / "config.json").is_file():
         return
-    manifest = read_manifest(folder)
-    declared = (
-        identify_model(config.sft.declared_teacher)
-        if config.sft.declared_teacher is not None
-        else None
-    )
-    known = consistency.lineage_of(manifest, declared)
+    known = consistency.lineage_of(read_manifest(folder), _declared_teacher(config))
+    # With teachers of domains, each answers for its own domain's demonstrations.
     for domain, teacher in config.models.teachers.items() or (("", config.models.teacher),):
-        own = consistency.lineage_in(known, domain) if domain else known
         found = consistency.check_scoring_teacher(
-            own, identify_model(teacher), allow_foreign=config.score.allow_foreign_teacher
+            consistency.lineage_in(known, domain) if domain else known,
+            identify_model(teacher),
+            allow_foreign=config.score.allow_foreign_teacher,
         )
         name = f"models.teachers.{domain}" if domain else "models.teacher"
-        yield (
-            f"made by {name}"
-            if found["consistent"]
-            else f"NOT made by {name} (score.allow_foreign_teacher is set)"
-        )
+        if found["consistent"]:
+            yield f"made by {name}"
+        else:
+            yield f"NOT made by {name} (score.allow_foreign_teacher is set)"
+
+
+def _declared_teacher(config: Config) -> ModelIdentity | None:
+    """Return the teacher that the user names as the one of demonstrations or student."""
+    folder = config.sft.declared_teacher
+    return identify_model(folder) if folder is not None else None
 
 
 def demonstrations(config: Config) -> Iterator[Finding]:
-    """Demonstrations from elsewhere are whole, and of the student's tokenizer."""
+    """Check that demonstrations from elsewhere are whole, and of the student's tokenizer."""
     folder = config.sft.demonstrations
     if folder is None:
         return
     manifest = read_manifest(folder)
+    # Half of the demonstrations would train another student, and the manifest would not say so.
     if not manifest.complete or manifest.rows == 0:
-        what = (
-            f"{manifest.rows} demonstrations, {'complete' if manifest.complete else 'not complete'}"
-        )
+        state = "complete" if manifest.complete else "not complete"
         raise DataError(
-            what,
+            f"{manifest.rows} demonstrations, {state}",
             where=str(folder),
             limit="at least 1, complete",
             remedy="finish the run that makes them",
         )
+    # Checksums: a damaged shard would be noticed only when training reaches it.
     verify(folder, manifest)
     if "teacher" in manifest.models and (config.models.student / "config.json").is_file():
         consistency.check_same_tokenizer(

@@ -1,4 +1,4 @@
-"""Teacher and student: whole, of a known architecture, with positions and a tokenizer that fit."""
+"""Teacher and student are whole, of a known architecture, and their tokenizers fit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 
 
 def teacher(config: Config) -> Iterator[Finding]:
-    yield _model(config, "teacher")
+    """Check that the teacher's checkpoint is whole."""
+    yield _check_model(config, "teacher")
 
 
 def student(config: Config) -> Iterator[Finding]:
-    yield _model(config, "student")
+    """Check that the student's checkpoint is whole."""
+    yield _check_model(config, "student")
 
 
-def _model(config: Config, role: str) -> str:
-    """A folder of a known architecture whose safetensors hold every tensor of it."""
+def _check_model(config: Config, role: str) -> str:
+    """Check that a folder has a known architecture, and safetensors with every tensor of it."""
     folder: Path = getattr(config.models, role)
+    # A name on the hub has become a path by now, and the remedy says how to fetch it.
     if not folder.is_dir():
         raise ConfigError(
             f"models.{role}: no such folder",
@@ -35,63 +38,87 @@ def _model(config: Config, role: str) -> str:
             remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
         )
     architecture = read_architecture(folder)
-    if not (role == "student" and config.sft.init == "random"):
-        with CheckpointReader(folder, architecture):  # reads the headers
+    # A student with random weights needs no files of weights.
+    needs_weights = role == "teacher" or config.sft.init != "random"
+    if needs_weights:
+        # Opening reads the headers, which name every tensor and its shape. No weight is read.
+        with CheckpointReader(folder, architecture):
             pass
-    return f"{architecture.family}, {architecture.num_layers} layers, vocabulary {architecture.vocab_size}"
+    return (
+        f"{architecture.family}, {architecture.num_layers} layers, "
+        f"vocabulary {architecture.vocab_size}"
+    )
 
 
 def context(config: Config) -> Iterator[Finding]:
-    """The models' positions reach as far as prompt and response together."""
+    """Check that the models have positions for a prompt and its response together."""
     problems: list[Finding] = [*context_problems(config, shapes_of(config))]
     yield from problems or [f"{config.sglang.context_length} tokens"]
 
 
 def context_problems(config: Config, shapes: Shapes) -> Iterator[ConfigError]:
+    """Yield the models whose positions are too few.
+
+    Args:
+        config: The configuration.
+        shapes: The shapes of the models by role.
+    """
     for role, architecture in shapes.items():
-        if config.sglang.context_length > architecture.max_position_embeddings:
-            section, _, domain = role.partition(".")
-            folder = getattr(config.models, section)
-            yield ConfigError(
-                f"sglang.context_length = {config.sglang.context_length}",
-                where=str(folder[domain] if domain else folder),
-                limit=f"max_position_embeddings of the {f'teacher of {domain}' if domain else role}: {architecture.max_position_embeddings}",
-                remedy="lower sglang.context_length",
-            )
+        positions = architecture.max_position_embeddings
+        # SGLang would refuse to start, or the model would see positions that it never learnt.
+        if config.sglang.context_length <= positions:
+            continue
+        # teachers.math is the teacher of the domain math. teacher and student have no domain.
+        section, _, domain = role.partition(".")
+        folder = getattr(config.models, section)
+        title = f"teacher of {domain}" if domain else role
+        yield ConfigError(
+            f"sglang.context_length = {config.sglang.context_length}",
+            where=str(folder[domain] if domain else folder),
+            limit=f"max_position_embeddings of the {title}: {positions}",
+            remedy="lower sglang.context_length",
+        )
 
 
 def tokenizers(config: Config) -> Iterator[Finding]:
-    """The teacher's and the student's are the same, fit the vocabulary, and know how a response
-    ends.
+    """Check that teacher and student share one tokenizer.
+
+    It must also fit the vocabulary, and the model must know how a response ends.
     """
     readable = {
         role: getattr(config.models, role)
         for role in ROLES
         if architecture_of(config, role) is not None
     }
+    # A tokenizer that is wrong does not keep the other one from being looked at.
     for role, folder in readable.items():
-        yield attempt(partial(_tokenizer, role, folder))
+        yield attempt(partial(_check_tokenizer, role, folder))
+    # The teacher scores the token ids that the student sampled, so both must mean the same text.
     if len(readable) == len(ROLES):
         consistency.check_same_tokenizer(*(identify_model(folder) for folder in readable.values()))
         yield "teacher and student share one tokenizer"
 
 
-def _tokenizer(role: str, folder: Path) -> str:
-    tokenizer, size = load_tokenizer(folder), read_architecture(folder).vocab_size
+def _check_tokenizer(role: str, folder: Path) -> str:
+    """Check that all tokens, the end tokens too, have a row in the model's embedding."""
+    tokenizer = load_tokenizer(folder)
+    size = read_architecture(folder).vocab_size
+    # A vocabulary may be larger than the tokenizer (it is padded), never smaller.
     if len(tokenizer) > size:
-        limit = f"vocab_size of config.json: {size}"
         raise DataError(
             f"the tokenizer of the {role} has {len(tokenizer)} tokens",
             where=str(folder),
-            limit=limit,
+            limit=f"vocab_size of config.json: {size}",
             remedy="use the model's own tokenizer",
         )
+    # Without an end token every response would run into its limit.
     ends = stop_token_ids(folder, tokenizer)
+    # generation_config.json names the end tokens, and may be left over from another model.
     if max(ends) >= size:
         raise DataError(
             f"end token {max(ends)} of the {role}",
             where=str(folder),
             limit=f"vocab_size {size}",
-            remedy="mend generation_config.json",
+            remedy="correct generation_config.json",
         )
     return f"{role}: {len(tokenizer)} tokens, responses end with {', '.join(map(str, ends))}"

@@ -1,9 +1,10 @@
-"""Prompts can be read, none of them is held out and trained on, and answers can be verified here."""
+"""Prompts can be read, no held-out prompt is trained on, and answers can be verified here."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from lopd.checks.findings import Finding
 from lopd.config import Config
@@ -15,60 +16,72 @@ from lopd.tasks.tokenizer import load_tokenizer
 
 
 def prompts(config: Config) -> Iterator[Finding]:
-    """Every set can be read and rendered, and no held-out prompt is trained on."""
+    """Check that every prompt set can be read and rendered, and that none has a held-out prompt."""
+    # The held-out prompts come first, because the others are compared with them.
+    names = ["eval", "opd"]
+    # With given demonstrations or a given student, nobody answers the SFT prompts.
+    if config.sft.demonstrations is None and config.sft.checkpoint is None:
+        names.append("sft")
     task = get_task(config.task.name, config.task.options)
     try:
         tokenizer = load_tokenizer(config.models.student)
-    except LopdError:  # ``tokenizers`` has said so
+    except LopdError:
+        # The check of the tokenizers has said so. The prompts can still be read.
         tokenizer = None
-    sets: dict[str, list[Prompt]] = {}
-    for name in (
-        "eval",
-        "opd",
-        *(("sft",) if config.sft.demonstrations is None and config.sft.checkpoint is None else ()),
-    ):
+    held_out: set[str] = set()
+    for name in names:
         try:
-            chosen, answers = getattr(config.prompts, name), name == "eval"
-            if tokenizer is None:
-                sets[name] = read_prompts(chosen, task, need_answers=answers)
-            else:
-                sets[name], _ = load_prompts(
-                    chosen,
-                    task,
-                    tokenizer,
-                    context_length=config.sglang.context_length,
-                    need_answers=answers,
-                )
+            chosen = _read(config, name, task, tokenizer)
         except LopdError as error:
-            where = (
-                f"prompts.{name}: {error.where}" if error.where != "prompts" else f"prompts.{name}"
-            )
+            # Some errors know a file and a line, others only that a prompt is wrong.
+            place = f"prompts.{name}"
+            where = place if error.where == "prompts" else f"{place}: {error.where}"
             yield type(error)(error.what, where=where, limit=error.limit, remedy=error.remedy)
             continue
-        held_out = (
-            {_question(prompt) for prompt in sets["eval"]}
-            if name != "eval" and "eval" in sets
-            else set()
-        )
-        shared = [prompt.prompt_id for prompt in sets[name] if _question(prompt) in held_out]
+        # Nothing is held out from the held-out prompts themselves.
+        if name == "eval":
+            held_out = {_question(prompt) for prompt in chosen}
+            yield f"{name}: {len(chosen)}"
+            continue
+        # Equal questions only. lopd prompts prepare also finds similar ones.
+        shared = [prompt.prompt_id for prompt in chosen if _question(prompt) in held_out]
         if shared:
-            what = f"{len(shared)} prompts are also held-out prompts of prompts.eval, first {shared[0]!r}"
             yield DataError(
-                what,
+                f"{len(shared)} prompts are also held-out prompts of prompts.eval, "
+                f"first {shared[0]!r}",
                 where=f"prompts.{name}",
                 limit="0",
                 remedy="remove them, or give the sets different seeds",
             )
         else:
-            yield f"{name}: {len(sets[name])}"
+            yield f"{name}: {len(chosen)}"
+
+
+def _read(config: Config, name: str, task: Any, tokenizer: Any) -> list[Prompt]:
+    """Read a prompt set. With a tokenizer, also check that each prompt fits into the context."""
+    chosen = getattr(config.prompts, name)
+    # Only held-out prompts are verified.
+    need_answers = name == "eval"
+    if tokenizer is None:
+        return read_prompts(chosen, task, need_answers=need_answers)
+    # Rendered with the chat template, since the template's tokens count for the context too.
+    read, _ = load_prompts(
+        chosen,
+        task,
+        tokenizer,
+        context_length=config.sglang.context_length,
+        need_answers=need_answers,
+    )
+    return read
 
 
 def _question(prompt: Prompt) -> str:
+    """Return what a prompt asks. Two sets may have one question under different ids."""
     return json.dumps([dict(message) for message in prompt.messages], sort_keys=True)
 
 
 def verifier(config: Config) -> Iterator[Finding]:
-    """This machine can verify answers: code that a model wrote needs a sandbox."""
+    """Check that this machine can verify answers. Code that a model wrote needs a sandbox."""
     task = get_task(config.task.name, config.task.options)
-    machine = getattr(task, "check_machine", None)
-    yield str(machine()) if machine is not None else f"task {task.name}"
+    check_machine = getattr(task, "check_machine", None)
+    yield str(check_machine()) if check_machine is not None else f"task {task.name}"

@@ -1,5 +1,6 @@
-"""What servers are started with, and where: sizes, addresses, arguments; and whether those of the
-user can do what is asked of them.
+"""What servers are started with, and where: sizes, addresses and arguments.
+
+Servers that the user has started are asked whether they can do what the run needs of them.
 """
 
 from __future__ import annotations
@@ -20,47 +21,64 @@ from lopd.checks.findings import (
 )
 from lopd.config import Config
 from lopd.errors import ConfigError, EngineError, LopdError
+from lopd.megatron.weights.architecture import Architecture
 
-# a server that takes longer to say what it can do is asked no more: lopd check says nothing of it
-_ASKING_S = 10.0
-_CPU_ONLY = {
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-}  # extra_args that only these values work for without a GPU
+# Seconds in which a server must say what it can do. A slower one is busy or loading, and lopd check
+# then says nothing of it.
+_ANSWER_S = 10.0
+# Arguments of SGLang, and the only value with which each works without a GPU.
+_CPU_ONLY = {"attention_backend": "torch_native", "sampling_backend": "pytorch"}
 
 
 def server(config: Config) -> Iterator[Finding]:
-    """What a server is started with, and what it is asked for."""
+    """Check what servers are started with, and what they are asked for."""
     from sglang_rollout.servers.addresses import check_meeting
 
-    settings = config.sglang
     problems = [
         *server_problems(config, shapes_of(config)),
         *_machine_problems(config),
         *refusal(lambda: check_meeting(config.sync)),
     ]
+    # Servers are asked only if the configuration is right. An address that is none cannot answer.
     if not problems:
         problems += _fingerprint_problems(config)
     yield from problems
-    ports = (
-        [] if settings.port is None else [*range(settings.port, settings.port + settings.replicas)]
-    )
-    taken = [port for port in ports if processes.port_taken(port)]
-    if taken:
-        what = (
-            f"sglang.port = {settings.port} is taken"
-            if taken[0] == settings.port
-            else f"port {taken[0]}, of replica {taken[0] - ports[0] + 1}, is taken"
+    # Whether a port is free is asked last: it may change at any time.
+    taken = [*_port_problems(config)]
+    yield from taken
+    if not taken and not problems:
+        port = config.sglang.port
+        yield f"port {port} is free" if port is not None else "lopd will use a free port"
+
+
+def _port_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield the first port that another program has taken."""
+    first = config.sglang.port
+    if first is None:
+        return
+    # Replica i listens on the i-th port from the first one on.
+    # One port is enough to know: the servers of a model start together or not at all.
+    for replica in range(config.sglang.replicas):
+        port = first + replica
+        if not processes.port_taken(port):
+            continue
+        what = f"port {port}, of replica {replica + 1}, is taken"
+        if replica == 0:
+            what = f"sglang.port = {first} is taken"
+        yield ConfigError(
+            what,
+            where="127.0.0.1",
+            remedy="leave sglang.port out (lopd then uses a free port) or end what listens there",
         )
-        remedy = "leave sglang.port out (a free one is taken) or end what listens there"
-        yield ConfigError(what, where="127.0.0.1", remedy=remedy)
-    elif not problems:
-        yield f"port {settings.port} is free" if settings.port is not None else "takes a free port"
+        return
 
 
 def server_problems(config: Config, shapes: Shapes) -> Iterator[LopdError]:
-    """On whatever machine: arguments and addresses that are none, and models that do not divide by
-    a server's sizes.
+    """Yield what is wrong with the servers' settings on any machine.
+
+    Args:
+        config: The configuration.
+        shapes: The shapes of the models by role.
     """
     from sglang_rollout.servers.addresses import check_reach
     from sglang_rollout.servers.arguments import check_host, check_urls
@@ -69,106 +87,130 @@ def server_problems(config: Config, shapes: Shapes) -> Iterator[LopdError]:
 
     settings = config.sglang
     yield from refusal(lambda: check_extra_args(settings.extra_args))
+    # It must be on exactly if server and trainer take turns. lopd knows, and the user may not.
     if "enable_memory_saver" in settings.extra_args:
         yield ConfigError(
             "enable_memory_saver is set by lopd",
             where="sglang.extra_args",
             remedy="leave it out; it follows sync.colocate",
         )
+    # The address on which servers listen must be one, before anything is compared with it.
     yield from refusal(lambda: check_host(settings.host))
-    no_urls = [*refusal(lambda: check_urls(settings))]
-    yield from no_urls or refusal(lambda: check_reach(config.sync, settings.student_urls))
+    # Whether weights reach the servers can be said only of addresses that are right.
+    wrong_urls = [*refusal(lambda: check_urls(settings))]
+    yield from wrong_urls or refusal(lambda: check_reach(config.sync, settings.student_urls))
     for role, architecture in shapes.items():
-        sizes = [
-            (architecture.num_heads, settings.tensor, "number of attention heads", "sglang.tensor")
-        ]
-        sizes += (
-            [(architecture.num_experts, settings.expert, "number of experts", "sglang.expert")]
-            if settings.expert > 1
-            else []
-        )
-        for number, divisor, what, key in sizes:
-            if number == 0 or number % divisor:
-                remedy = f"set {key} to a divisor of {number}" if number else f"set {key} to 1"
-                yield ConfigError(
-                    f"{what} of the {role} ({number}) does not divide by {key} ({divisor})",
-                    where=key,
-                    remedy=remedy,
-                )
+        yield from _size_problems(config, role, architecture)
     needed = settings.context_length + CONTEXT_MARGIN
+    # Otherwise a request as long as the context could never be served.
     if settings.max_total_tokens is not None and settings.max_total_tokens < needed:
-        limit = f"at least one full sequence: sglang.context_length = {settings.context_length}, and {CONTEXT_MARGIN} that SGLang keeps back"
-        remedy = f"set sglang.max_total_tokens to {needed} or more, or leave it out"
         yield ConfigError(
             f"sglang.max_total_tokens = {settings.max_total_tokens}",
             where="sglang",
-            limit=limit,
-            remedy=remedy,
+            limit=f"at least one full sequence: sglang.context_length = "
+            f"{settings.context_length}, and {CONTEXT_MARGIN} that SGLang keeps back",
+            remedy=f"set sglang.max_total_tokens to {needed} or more, or leave it out",
         )
+
+
+def _size_problems(config: Config, role: str, architecture: Architecture) -> Iterator[ConfigError]:
+    """Yield the sizes of a server by which a model does not divide."""
+    settings = config.sglang
+    sizes = [
+        (architecture.num_heads, settings.tensor, "number of attention heads", "sglang.tensor")
+    ]
+    # One expert rank divides every model, one without experts too.
+    if settings.expert > 1:
+        sizes.append(
+            (architecture.num_experts, settings.expert, "number of experts", "sglang.expert")
+        )
+    for number, divisor, what, key in sizes:
+        # A dense model has 0 experts, which every size divides, but there is nothing to divide.
+        if number == 0 or number % divisor:
+            yield ConfigError(
+                f"{what} of the {role} ({number}) does not divide by {key} ({divisor})",
+                where=key,
+                remedy=f"set {key} to a divisor of {number}" if number else f"set {key} to 1",
+            )
 
 
 def _machine_problems(config: Config) -> Iterator[LopdError]:
-    """What this machine has not got."""
+    """Yield what the servers need and this machine has not got."""
     from sglang_rollout.servers.addresses import interface_of
 
     settings = config.sglang
+    # Servers of one model need all their devices at once.
     limit, unit = devices_for(config)
     if settings.tensor * settings.data * settings.replicas > limit:
-        several = [name for name in ("tensor", "data", "replicas") if getattr(settings, name) > 1]
-        what = " x ".join(f"sglang.{name} = {getattr(settings, name)}" for name in several)
-        left = limit // math.prod(
-            getattr(settings, name) for name in several[:-1]
-        )  # for the last one; 0: the others are too many already
-        remedy = f"set sglang.{several[-1] if left else several[0]}={left or limit} or fewer"
-        yield ConfigError(what, where="this machine", limit=f"{limit} {unit}", remedy=remedy)
+        yield _too_many_processes(config, limit, unit)
+    # On a CPU the experts run in plain torch, which knows no expert ranks.
     if unit == CORES and settings.expert > 1:
-        what = f"sglang.expert = {settings.expert}: SGLang's plain-torch experts are not split"
         yield ConfigError(
-            what, where="this machine", limit="1 without a GPU", remedy="set sglang.expert=1"
+            f"sglang.expert = {settings.expert}: SGLang cannot split experts in plain torch",
+            where="this machine",
+            limit="1 without a GPU",
+            remedy="set sglang.expert=1",
         )
     for name, only in _CPU_ONLY.items() if unit == CORES else ():
-        if settings.extra_args.get(name, only) != only:
-            what = f"sglang.extra_args.{name} = {settings.extra_args[name]!r}"
+        value = settings.extra_args.get(name, only)
+        if value != only:
             yield ConfigError(
-                what, where="this machine", limit=f"{only} without a GPU", remedy="leave it out"
+                f"sglang.extra_args.{name} = {value!r}",
+                where="this machine",
+                limit=f"{only} without a GPU",
+                remedy="leave it out",
             )
+    # Three dots: an IPv4 address. It must be one of this machine's. 0.0.0.0 means all of them.
     if settings.host.count(".") == 3 and settings.host != "0.0.0.0":
         yield from refusal(lambda: interface_of(settings.host, "sglang.host"))
 
 
+def _too_many_processes(config: Config, limit: int, unit: str) -> ConfigError:
+    """Return the error for servers that need more devices than there are."""
+    settings = config.sglang
+    sizes = {name: getattr(settings, name) for name in ("tensor", "data", "replicas")}
+    several = [name for name, size in sizes.items() if size > 1]
+    # What the other sizes leave for the last one. 0 means that the others are too many already,
+    # so the first one must shrink.
+    left = limit // math.prod(sizes[name] for name in several[:-1])
+    name = several[-1] if left else several[0]
+    return ConfigError(
+        " x ".join(f"sglang.{name} = {sizes[name]}" for name in several),
+        where="this machine",
+        limit=f"{limit} {unit}",
+        remedy=f"set sglang.{name}={left or limit} or fewer",
+    )
+
+
 def _fingerprint_problems(config: Config) -> Iterator[ConfigError]:
-    """Servers of the user that were asked to tell fingerprints of their weights and cannot. One
-    that does not answer yet is no problem yet.
+    """Yield servers of the user that cannot tell fingerprints of their weights.
+
+    Only sync.verify = "tensors" asks for fingerprints.
     """
-    if (
-        config.sync.verify != "tensors"
-        or not serves_beside(config)
-        or architecture_of(config, "student") is None
-    ):
+    urls = config.sglang.student_urls
+    if config.sync.verify != "tensors" or not serves_beside(config) or not urls:
+        return
+    # The fingerprints are asked for in the dtypes of the student's files.
+    if architecture_of(config, "student") is None:
         return
     from sglang_rollout.requests.client import Refused
     from sglang_rollout.requests.external import connect
     from sglang_rollout.server_side.served_weights import DTYPES
 
-    engines = (
-        connect(config.sglang.student_urls, config.sglang, config.models.student).engines
-        if config.sglang.student_urls
-        else ()
-    )
-    for engine in engines:
+    action = {"action": f"{DTYPES}{config.models.student}"}
+    for engine in connect(urls, config.sglang, config.models.student).engines:
         try:
-            engine.call(
-                "POST",
-                "/weights_checker",
-                {"action": f"{DTYPES}{config.models.student}"},
-                timeout_s=_ASKING_S,
-            )
+            engine.call("POST", "/weights_checker", action, timeout_s=_ANSWER_S)
         except Refused as error:
+            # A plain SGLang does not know this action. The servers that lopd starts do.
             if "Unsupported action" in error.what:
-                what = "this server cannot tell fingerprints of its weights, as those that lopd starts can"
-                remedy = 'leave sync.verify out (it is then "scores"), or set it to "off"'
                 yield ConfigError(
-                    what, where=engine.url, limit='sync.verify = "tensors"', remedy=remedy
+                    "this server cannot tell fingerprints of its weights, "
+                    "as those that lopd starts can",
+                    where=engine.url,
+                    limit='sync.verify = "tensors"',
+                    remedy='leave sync.verify out (it is then "scores"), or set it to "off"',
                 )
         except EngineError:
+            # A server that does not answer yet may be loading. That is no problem yet.
             continue

@@ -1,5 +1,6 @@
-"""What is trained and how: layouts of ranks, the scorer's too, the loss, Megatron-Core's own
-fields.
+"""What is trained and how: layouts of ranks, the loss, and fields of Megatron-Core.
+
+The ranks of the scorer are checked here too.
 """
 
 from __future__ import annotations
@@ -7,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any
 
 from lopd.cache.reader import CacheReader
 from lopd.checks.findings import Finding, architecture_of, attempt, devices_for
@@ -17,158 +17,184 @@ from lopd.megatron.weights.architecture import Architecture, layout_problems, sc
 
 
 def layouts(config: Config) -> Iterator[Finding]:
-    """The student divides by the layout of sft and of distill, and the machine can start their
-    ranks.
-    """
+    """Check that layouts divide the student, and that this machine can start their ranks."""
     architecture = architecture_of(config, "student")
     for name, section in (("sft", config.sft), ("distill", config.distill)):
-        problems = (
-            []
-            if architecture is None
-            else [*layout_problems(architecture, section.parallel, where=f"{name}.parallel")]
-        )
-        problems += _oversized(name, section, _longest(config, name), devices_for(config))
+        parallel = section.parallel
+        problems: list[ConfigError] = []
+        if architecture is not None:
+            problems += layout_problems(architecture, parallel, where=f"{name}.parallel")
+        problems += _rank_problems(name, section, _longest(config, name), devices_for(config))
         yield from problems
+        # One line for each training, so that a user sees which layouts were looked at.
         if not problems:
-            parallel = section.parallel
-            yield f"{name}: {parallel.ranks} ranks (tensor {parallel.tensor}, pipeline {parallel.pipeline}, expert {parallel.expert})"
+            yield (
+                f"{name}: {parallel.ranks} ranks (tensor {parallel.tensor}, "
+                f"pipeline {parallel.pipeline}, expert {parallel.expert})"
+            )
 
 
 def microbatch_problems(config: Config, *, without: Collection[str] = ()) -> Iterator[ConfigError]:
-    """Microbatches that do not hold one sequence, on any machine. without: stages that are not
-    made.
+    """Yield microbatches that do not hold one sequence. They are wrong on any machine.
+
+    Args:
+        config: The configuration.
+        without: Stages that this run does not make.
     """
     for name, section in (("sft", config.sft), ("distill", config.distill)):
         if name not in without:
-            yield from _too_short(name, section, _longest(config, name))
-    if config.score.engine == "megatron" and (
-        "score" not in without or config.distill.refresh.is_on
-    ):
-        yield from _too_short("score.forward", config.score.forward, config.sglang.context_length)
+            yield from _microbatch_problems(name, section, _longest(config, name))
+    # A refresh scores too, even if the score stage's result is given.
+    scores = "score" not in without or config.distill.refresh.is_on
+    if config.score.engine == "megatron" and scores:
+        yield from _microbatch_problems(
+            "score.forward", config.score.forward, config.sglang.context_length
+        )
 
 
 def _longest(config: Config, training: str) -> int:
-    """Tokens that a sequence of a training may have: the context's; of distill fewer, where
-    prompts.opd bounds its prompts.
-    """
+    """Return the most tokens that a sequence of a training can have."""
+    context = config.sglang.context_length
+    # Demonstrations may come from elsewhere, so nothing but the context limits them.
     prompt = config.prompts.opd.max_prompt_tokens if training == "distill" else None
-    return (
-        config.sglang.context_length
-        if prompt is None
-        else min(config.sglang.context_length, prompt + config.rollout.max_new_tokens)
-    )
+    return context if prompt is None else min(context, prompt + config.rollout.max_new_tokens)
 
 
 def scorer(config: Config) -> Iterator[Finding]:
-    """The chosen engine gives what is asked of it, and the teacher divides by the layout of its
-    ranks.
-    """
-    engine, forward = config.score.engine, config.score.forward
-    problems: list[Finding] = [*scorer_problems(config.score, architecture_of(config, "teacher"))]
-    if engine == "megatron":
-        problems += _oversized(
-            "score.forward", forward, config.sglang.context_length, devices_for(config)
+    """Check that the scoring engine gives what is asked, and that its layout fits the teacher."""
+    teacher = architecture_of(config, "teacher")
+    # Such as a top-K that the engine does not give, or heads that do not divide.
+    problems: list[Finding] = [*scorer_problems(config.score, teacher)]
+    if config.score.engine == "megatron":
+        problems += _rank_problems(
+            "score.forward",
+            config.score.forward,
+            config.sglang.context_length,
+            devices_for(config),
         )
-    yield from problems or [engine]
+    yield from problems or [config.score.engine]
 
 
-def _oversized(
+def _rank_problems(
     name: str,
     section: TrainSection | ForwardSection,
-    context_length: int,
+    longest: int,
     machine: tuple[int, str],
 ) -> Iterator[ConfigError]:
-    most, unit = machine
-    yield from _context_problems(section.parallel, section.dtype, where=f"{name}.parallel")
-    if section.parallel.ranks > most * section.parallel.nodes:
-        what = f"{name}.parallel.ranks = {section.parallel.ranks}" + (
-            f" on {section.parallel.nodes} nodes" if section.parallel.nodes > 1 else ""
+    """Yield why ranks cannot be started on this machine.
+
+    Args:
+        name: The key of the section.
+        section: The settings of the ranks.
+        longest: The most tokens of a sequence.
+        machine: The number of devices of one machine, and what they are.
+    """
+    # Each rank has a GPU of its own, or a core.
+    per_machine, unit = machine
+    parallel = section.parallel
+    # Context ranks need Transformer Engine's attention, so they are asked about first.
+    yield from _context_problems(parallel, section.dtype, where=f"{name}.parallel")
+    # All machines are taken to be like this one.
+    limit = per_machine * parallel.nodes
+    if parallel.ranks > limit:
+        nodes = f" on {parallel.nodes} nodes" if parallel.nodes > 1 else ""
+        yield ConfigError(
+            f"{name}.parallel.ranks = {parallel.ranks}{nodes}",
+            where="this machine",
+            limit=f"{per_machine} {unit}",
+            remedy=f"set {name}.parallel.ranks={limit} or fewer",
         )
-        remedy = f"set {name}.parallel.ranks={most * section.parallel.nodes} or fewer"
-        yield ConfigError(what, where="this machine", limit=f"{most} {unit}", remedy=remedy)
-    yield from _too_short(name, section, context_length)
+    yield from _microbatch_problems(name, section, longest)
 
 
-def _too_short(
-    name: str, section: TrainSection | ForwardSection, context_length: int
+def _microbatch_problems(
+    name: str, section: TrainSection | ForwardSection, longest: int
 ) -> Iterator[ConfigError]:
-    if section.max_tokens_per_microbatch < context_length:
-        what, limit = (
+    # Packing never cuts a sequence, so the longest one must fit into a microbatch.
+    if section.max_tokens_per_microbatch < longest:
+        yield ConfigError(
             f"{name}.max_tokens_per_microbatch = {section.max_tokens_per_microbatch}",
-            f"at least one full sequence: {context_length}",
+            where="sglang.context_length",
+            limit=f"at least one full sequence: {longest}",
+            remedy=f"raise {name}.max_tokens_per_microbatch or lower sglang.context_length",
         )
-        remedy = f"raise {name}.max_tokens_per_microbatch or lower sglang.context_length"
-        yield ConfigError(what, where="sglang.context_length", limit=limit, remedy=remedy)
 
 
 def objective(config: Config) -> Iterator[Finding]:
-    """The pieces of the loss go together, and the cache and the trainer give what they need."""
+    """Check that the parts of the loss go together, and that their inputs will be there."""
     from lopd.objective import RefreshRule, objective_from_config
     from lopd.objective.registry import AVAILABLE, TOP_K
 
-    available = AVAILABLE | TOP_K if config.score.top_k else AVAILABLE
+    has_top_k = config.score.top_k > 0
+    missing: set[str] = set()
     if config.distill.cache is not None:
+        # Of a given cache the columns decide, not the knobs of the score stage.
         columns = CacheReader(config.distill.cache).columns
-        available = (AVAILABLE | TOP_K if "teacher_top_ids" in columns else AVAILABLE) - (
-            {"sampling_logprobs"} - columns
-        )
+        has_top_k = "teacher_top_ids" in columns
+        # A cache that was imported may lack the log-probabilities that it was sampled with.
+        missing = {"sampling_logprobs"} - columns
+    available = (AVAILABLE | TOP_K if has_top_k else AVAILABLE) - missing
+    # Building the objective is the check: it refuses parts that do not go together.
     yield str(objective_from_config(config.distill, available))
-    tempered = config.rollout.temperature != 1 or config.rollout.top_p != 1
-    if config.distill.objective.importance_cap is not None and tempered:
-        yield f"importance weights undo the student's drift, not the rollouts' temperature {config.rollout.temperature} or top_p {config.rollout.top_p}"
+    # With another distribution than the student's own, the weights are not those of the theory.
+    is_tempered = config.rollout.temperature != 1 or config.rollout.top_p != 1
+    if config.distill.objective.importance_cap is not None and is_tempered:
+        yield (
+            "importance weights undo the student's drift, not the rollouts' temperature "
+            f"{config.rollout.temperature} or top_p {config.rollout.top_p}"
+        )
     yield str(RefreshRule.from_config(config.distill))
 
 
 def megatron(config: Config) -> Iterator[Finding]:
-    """Fields beside the knobs exist in Megatron-Core, have their type, are nobody else's, and
-    Megatron-Core takes them together with the rest.
+    """Check the fields of Megatron-Core that stand in a [*.megatron] table.
+
+    They must exist, have their type, and not belong to a knob. Megatron-Core must take them
+    together with the rest.
     """
-    tables = {
-        name: section
-        for name, section in (("sft", config.sft), ("distill", config.distill))
-        if section.megatron
-    }
+    architecture = architecture_of(config, "student")
+    # evaluate trains with the table of sft.
+    sections = {"sft": config.sft, "distill": config.distill}
+    tables = {name: section for name, section in sections.items() if section.megatron}
     for name, section in tables.items():
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # importing Megatron-Core tells at length of what is not installed
-            yield attempt(
-                partial(
-                    _megatron_fields,
-                    f"{name}.megatron",
-                    section,
-                    architecture_of(config, "student"),
-                )
-            )
+        # While it is imported, Megatron-Core warns at length of packages that are not installed.
+        with warnings.catch_warnings(action="ignore"):
+            yield attempt(partial(_megatron_fields, f"{name}.megatron", section, architecture))
     if not tables:
         yield "no fields beside the knobs"
 
 
 def _megatron_fields(where: str, section: TrainSection, architecture: Architecture | None) -> str:
+    """Build Megatron-Core's three records of settings, as the trainer does."""
     from lopd.megatron.model import overrides
-    from lopd.megatron.model.build import DTYPES, transformer_config
+    from lopd.megatron.model.transformer_config import DTYPES, transformer_config
     from lopd.megatron.training.optimizer import optimizer_config
-    from lopd.megatron.training.trainer import ddp_config
+    from lopd.megatron.training.wrapping import ddp_config
 
+    # This alone finds unknown fields and wrong types. What follows finds combinations.
     fields = overrides.read_overrides(section.megatron, where=where)
     distributed = section.parallel.distributed_optimizer
     try:
+        # Without the student's shape there is no transformer to configure. Its check says why.
         if architecture is not None:
-            about: Any = {
-                "parallel": section.parallel,
-                "dtype": section.dtype,
-                "recompute": section.recompute,
-                "moe_aux_loss": section.moe_aux_loss,
-            }
-            transformer_config(architecture, **about, overrides=fields.transformer)
+            transformer_config(
+                architecture,
+                parallel=section.parallel,
+                dtype=section.dtype,
+                recompute=section.recompute,
+                moe_aux_loss=section.moe_aux_loss,
+                overrides=fields.transformer,
+            )
         optimizer_config(
             section.optimizer,
             dtype=DTYPES[section.dtype],
             distributed=distributed,
             overrides=fields.optimizer,
         )
+        # The order is that of the trainer, so the first error here is the one it would meet.
         ddp_config(distributed, fields.distributed)
     except ConfigError as error:
+        # Megatron-Core's own refusals do not know from which table a field came.
         raise ConfigError(error.what, where=where, limit=error.limit, remedy=error.remedy) from None
     return f"{where}: {', '.join(section.megatron)}"
 
@@ -176,12 +202,10 @@ def _megatron_fields(where: str, section: TrainSection, architecture: Architectu
 def _context_problems(
     parallel: ParallelSection, dtype: str, *, where: str
 ) -> Iterator[ConfigError]:
-    """Context ranks on a machine, or with a dtype, for which there is no attention across ranks.
-    Only to answer that, Megatron-Core is imported.
-    """
-    if parallel.context > 1:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # it tells at length of what is not installed
-            from lopd.megatron.model import engine
-        yield from engine.context_problems(parallel, dtype, where=where)
+    """Yield why there is no attention across context ranks on this machine, or in this dtype."""
+    if parallel.context == 1:
+        return
+    # Only this question needs Megatron-Core, which takes seconds to import and warns at length.
+    with warnings.catch_warnings(action="ignore"):
+        from lopd.megatron.model import engine
+    yield from engine.context_problems(parallel, dtype, where=where)

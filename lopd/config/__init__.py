@@ -1,7 +1,13 @@
-"""The configuration: sections.py, engine.py and launch.py have every knob, loading.py reads them."""
+"""The configuration.
+
+``sections.py`` has one field per table of the TOML file and names the files with the knobs.
+``loading.py`` reads the TOML file and the overrides.
+"""
 
 from lopd.config.base import FilePath, Section
+from lopd.config.distill import DistillSection, ObjectiveSection, RefreshSection
 from lopd.config.engine import SGLangSection, SyncSection
+from lopd.config.inputs import ModelsSection, PromptSet, PromptsSection, RunSection, TaskSection
 from lopd.config.loading import (
     InvalidConfig,
     config_from,
@@ -10,26 +16,14 @@ from lopd.config.loading import (
     nearest_key,
     result_keys,
 )
-from lopd.config.sections import (
-    Config,
-    DemonstrateSection,
-    DistillSection,
-    EvaluateSection,
-    ExportSection,
+from lopd.config.results import EvaluateSection, ExportSection
+from lopd.config.sampling import DemonstrateSection, RolloutSection, Sampling, ScoreSection
+from lopd.config.sections import Config
+from lopd.config.training import (
     ForwardSection,
-    ModelsSection,
-    ObjectiveSection,
     OptimizerSection,
     ParallelSection,
-    PromptSet,
-    PromptsSection,
-    RefreshSection,
-    RolloutSection,
-    RunSection,
-    Sampling,
-    ScoreSection,
     SftSection,
-    TaskSection,
     TrainSection,
 )
 

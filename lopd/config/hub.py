@@ -1,11 +1,16 @@
-"""Names on the Hugging Face hub as paths of this machine: ``hf://org/name@revision`` is a folder,
-whether it has been downloaded or not. Pure: no network.
+"""Names on the Hugging Face hub, as paths on this machine.
 
-    hf://Qwen/Qwen3-8B-Base@49e3418                               models/Qwen--Qwen3-8B-Base@49e3418
-    hf://datasets/HuggingFaceH4/aime_2024@main/data/train.parquet   datasets/HuggingFaceH4--aime_2024@main/data/train.parquet
+``hf://org/name@revision`` names a folder, whether it has been downloaded or not. Nothing here uses
+the network; ``lopd fetch CONFIG`` downloads (lopd/machine/hub.py). The names have the form of
+huggingface_hub's file system:
 
-below ``$LOPD_HUB`` (absent: lopd/hub in $XDG_CACHE_HOME or ~/.cache). The form is the one of
-huggingface_hub's file system. ``lopd fetch CONFIG`` downloads (lopd/machine/hub.py).
+    hf://Qwen/Qwen3-8B-Base@49e3418
+        models/Qwen--Qwen3-8B-Base@49e3418
+    hf://datasets/HuggingFaceH4/aime_2024@main/data/train.parquet
+        datasets/HuggingFaceH4--aime_2024@main/data/train.parquet
+
+The folders lie below ``$LOPD_HUB``. If that variable is absent, they lie below lopd/hub in
+$XDG_CACHE_HOME or in ~/.cache.
 """
 
 from __future__ import annotations
@@ -15,21 +20,30 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-PREFIX = "hf:/"  # a Path has made one slash of two
+# With one slash: a Path makes one slash of two, so both spellings begin with this.
+PREFIX = "hf:/"
 DATASETS = "datasets"
 MODELS = "models"
+
+# The hub's own rule for names of owners and repositories: they begin and end with a letter, a
+# digit, "_" or "-". A revision is a branch, a tag or a commit.
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9_-])?"
-_NAME = re.compile(
-    rf"(?P<datasets>datasets/)?(?P<owner>{_PART})/(?P<name>{_PART})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9_.-]*))?(?P<file>/.+)?"
-)
-_FOLDER = re.compile(
-    rf"(?P<owner>{_PART})--(?P<name>{_PART})@(?P<revision>[A-Za-z0-9][A-Za-z0-9_.-]*)"
-)
+_REVISION = r"(?P<revision>[A-Za-z0-9][A-Za-z0-9_.-]*)"
+_REPOSITORY = rf"(?P<datasets>datasets/)?(?P<owner>{_PART})/(?P<name>{_PART})"
+_NAME = re.compile(rf"{_REPOSITORY}(?:@{_REVISION})?(?P<file>/.+)?")
+_FOLDER = re.compile(rf"(?P<owner>{_PART})--(?P<name>{_PART})@{_REVISION}")
 
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """A repository at a revision (branch, tag or commit). dataset: it holds data, not a model."""
+    """A repository at a revision.
+
+    Attributes:
+        owner: The user or organisation.
+        name: The name of the repository.
+        revision: A branch, a tag or a commit.
+        dataset: Whether it holds data. False means a model.
+    """
 
     owner: str
     name: str
@@ -42,69 +56,70 @@ class HubName:
 
     @property
     def folder(self) -> Path:
-        return (
-            hub_folder()
-            / (DATASETS if self.dataset else MODELS)
-            / f"{self.owner}--{self.name}@{self.revision}"
-        )
+        """The folder on this machine. It may not exist yet."""
+        kind = DATASETS if self.dataset else MODELS
+        return hub_folder() / kind / f"{self.owner}--{self.name}@{self.revision}"
 
     @property
     def is_pinned(self) -> bool:
-        """By a commit, which cannot change."""
+        """Whether the revision is a commit, which cannot change."""
+        # A branch or tag could have such a name too, but hardly anyone gives one.
         return re.fullmatch(r"[0-9a-f]{7,40}", self.revision) is not None
 
     def __str__(self) -> str:
+        # The prefix has one slash, so this writes the second.
         return f"{PREFIX}/{'datasets/' if self.dataset else ''}{self.repository}@{self.revision}"
 
 
 def hub_folder() -> Path:
-    """Where downloads are."""
+    """Return the folder of all downloads."""
+    # An empty variable counts as absent, as the XDG specification says.
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(os.environ.get("LOPD_HUB") or caches / "lopd" / "hub").expanduser().absolute()
 
 
 def local_path(text: str) -> Path:
-    """Where ``hf://...`` lies once it is downloaded. ValueError: it is no such name. A missing
-    revision is ``main``.
+    """Return where ``hf://...`` lies after its download.
+
+    Args:
+        text: The name. Without a revision it means the revision ``main``.
+
+    Raises:
+        ValueError: The text is not such a name.
     """
     found = _NAME.fullmatch(text.removeprefix(PREFIX).removeprefix("/"))
     file = (found["file"] or "").strip("/") if found else ""
-    if (
-        found is None
-        or "--" in found["owner"]
-        or any(part in ("", ".", "..") for part in file.split("/") if file)
-    ):
+    # ".." would lead out of the download. "--" separates owner and name in a folder's name, so an
+    # owner with "--" could not be read back.
+    escapes = any(part in ("", ".", "..") for part in file.split("/") if file)
+    if found is None or "--" in found["owner"] or escapes:
         raise ValueError(
-            "no name on the hub: hf://org/name@revision, or hf://datasets/org/name@revision/file"
+            "not a name on the hub: hf://org/name@revision, or hf://datasets/org/name@revision/file"
         )
-    return (
-        HubName(
-            found["owner"],
-            found["name"],
-            found["revision"] or "main",
-            found["datasets"] is not None,
-        ).folder
-        / file
-    )
+    revision = found["revision"] or "main"
+    is_dataset = found["datasets"] is not None
+    return HubName(found["owner"], found["name"], revision, is_dataset).folder / file
 
 
 def hub_name(path: Path) -> HubName | None:
-    """The repository in whose folder a path lies; None: it is not below the hub's folder."""
+    """Return the repository that holds a path, or None if the path is not in the hub's folder."""
     try:
         kind, folder, *_ = path.relative_to(hub_folder()).parts
     except ValueError:
+        # The path lies elsewhere, or it is the hub's folder itself.
         return None
     found = _FOLDER.fullmatch(folder)
-    return (
-        None
-        if found is None or kind not in (MODELS, DATASETS)
-        else HubName(found["owner"], found["name"], found["revision"], kind == DATASETS)
-    )
+    if found is None or kind not in (MODELS, DATASETS):
+        return None
+    return HubName(found["owner"], found["name"], found["revision"], kind == DATASETS)
 
 
 def remedy_for(absent: Path, otherwise: str) -> str:
-    """What to do about a model or a prompt file that is not there: download it, where it is one of
-    the hub's.
+    """Return what to do about a model or a prompt file that does not exist.
+
+    Args:
+        absent: The path. If it is one of the hub's, the remedy is to download it.
+        otherwise: The remedy for any other path.
     """
     name = hub_name(absent)
     return otherwise if name is None else f"download {name}: lopd fetch CONFIG"

@@ -1,4 +1,4 @@
-"""Knobs of `lopd launch`: where and how the stages run as jobs."""
+"""Knobs of `lopd launch`: where and how the stages run as jobs (docs/launch.md)."""
 
 from __future__ import annotations
 
@@ -10,104 +10,169 @@ from lopd.config.base import SPEED_ONLY, Section
 
 
 class SlurmSection(Section):
+    """The table [launch.slurm]."""
+
+    # nemo-run demands one, also where a cluster has none.
     account: str = Field(
-        default="default", description="Account that is charged.", json_schema_extra=SPEED_ONLY
-    )
-    partition: str | None = Field(
-        default=None,
-        description="Partition. Absent: the cluster's default.",
+        default="default",
+        description="The account that pays for the jobs.",
         json_schema_extra=SPEED_ONLY,
     )
+
+    partition: str | None = Field(
+        default=None,
+        description="The partition of the jobs. If absent, it is the cluster's default.",
+        json_schema_extra=SPEED_ONLY,
+    )
+
+    # A day. Clusters end longer jobs, and a stage resumes where it was.
     minutes: int = Field(
         default=1440,
         ge=1,
-        description="Time limit of a job; one that reaches it goes on when it is submitted again.",
+        description=(
+            "The time limit of a job, in minutes. A job that reaches it resumes when it is "
+            "submitted again."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
+
+    # For example { qos = "high" }.
     extra: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any other option of sbatch, by name.",
+        description="Any other option of sbatch, by its name.",
         json_schema_extra=SPEED_ONLY,
     )
 
 
 class KubernetesSection(Section):
+    """The table [launch.kubernetes]: jobs of Kubeflow Trainer."""
+
     namespace: str = Field(
-        default="default", description="Namespace of the jobs.", json_schema_extra=SPEED_ONLY
+        default="default",
+        description="The namespace of the jobs.",
+        json_schema_extra=SPEED_ONLY,
     )
+
+    # The one that Kubeflow Trainer installs for torch.
     runtime: str = Field(
         default="torch-distributed",
-        description="ClusterTrainingRuntime of Kubeflow Trainer.",
+        description="The name of a ClusterTrainingRuntime of Kubeflow Trainer.",
         json_schema_extra=SPEED_ONLY,
     )
+
+    # Kubeflow Trainer has renamed the field.
     pod_field: Literal["runtimePatches", "podTemplateOverrides"] = Field(
         default="runtimePatches",
-        description="Field of a TrainJob that mounts the volume: runtimePatches (Kubeflow Trainer 2.2 and later) or podTemplateOverrides (2.1).",
+        description=(
+            "The field of a TrainJob that mounts the volume: runtimePatches in Kubeflow Trainer "
+            "2.2 and later, podTemplateOverrides in 2.1."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
+
+    # All nodes must see the same files under the same paths, so one volume holds everything.
+
     claim: str = Field(
         default="lopd",
-        description="PersistentVolumeClaim with the config, the models and run.dir, shared by all nodes.",
+        description=(
+            "The PersistentVolumeClaim that all nodes share. It holds the config, the models and "
+            "run.dir."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
+
+    # The same path in every job, because manifests and the configuration name paths.
     mount: str = Field(
         default="/runs",
-        description="Where that volume is mounted: paths in the config are under it.",
+        description="The folder where that volume is mounted. The config's paths are below it.",
         json_schema_extra=SPEED_ONLY,
     )
 
 
 class SkypilotSection(Section):
+    """The table [launch.skypilot]."""
+
     infra: str | None = Field(
         default=None,
-        description="Where: a cloud, cloud/region, or k8s/context. Absent: SkyPilot chooses.",
+        description=(
+            "Where the jobs run: a cloud, cloud/region, or k8s/context. "
+            "If absent, SkyPilot chooses."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
+
+    # SkyPilot chooses machines by their GPU.
     gpu: str = Field(
-        default="H100", description="SkyPilot's name of the GPU.", json_schema_extra=SPEED_ONLY
+        default="H100",
+        description="The GPU of the jobs, by SkyPilot's name.",
+        json_schema_extra=SPEED_ONLY,
     )
 
 
 class LaunchSection(Section):
-    """How lopd launch lays the stages out as jobs; none of it changes a result (docs/launch.md)."""
+    """The table [launch]: how the stages become jobs. It changes no result (docs/launch.md)."""
 
+    # Only these three stages can be shared: each prompt is a piece of work of its own.
     workers: int = Field(
         default=1,
         ge=1,
-        description="Jobs that share the prompts of demonstrate, rollout and score, each with servers of its own.",
+        description=(
+            "The number of jobs that share the prompts of demonstrate, rollout and score. "
+            "Each has its own servers."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
+
+    # The cpu is for a trial of the whole chain of jobs without GPUs.
     device: Literal["gpu", "cpu"] = Field(
         default="gpu",
-        description="What jobs ask for: GPUs, or cores alone. With cpu, lopd doctor looks for no GPU, and on a CPU ranks may share cores (a trial).",
+        description=(
+            "What a job asks for: gpu, or cpu for cores alone. With cpu, lopd doctor looks for no "
+            "GPU, and ranks may share cores, which suits a trial."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
+
+    # A failed job resumes from the newest checkpoint, so a repetition costs little.
     retries: int = Field(
         default=2,
         ge=0,
-        description="How often a failed job is submitted again by the cluster.",
+        description="How often the cluster submits a failed job again. 0 means never.",
         json_schema_extra=SPEED_ONLY,
     )
+
+    # The environment inside a job.
+
     image: str | None = Field(
         default=None,
-        description="Container image of the jobs. Absent: this environment, at the same path on every node.",
+        description=(
+            "The container image of the jobs. If absent, they use this environment, which must "
+            "be at the same path on every node."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
+
     mounts: dict[str, str] = Field(
         default_factory=dict,
-        description='Container folders: { "/host" = "/container" }.',
+        description='The folders that a container sees: { "/host" = "/container" }.',
         json_schema_extra=SPEED_ONLY,
     )
+
+    # Values of secrets do not belong here: they would stand in the scripts of the jobs.
     env: dict[str, str] = Field(
         default_factory=dict,
-        description="Environment variables of the jobs.",
+        description="The environment variables of the jobs.",
         json_schema_extra=SPEED_ONLY,
     )
+
     setup: str | None = Field(
         default=None,
-        description="Shell lines before each Slurm job, for example module load.",
+        description="Shell lines that run before each Slurm job, for example module load.",
         json_schema_extra=SPEED_ONLY,
     )
+
+    # The three targets.
+
     slurm: SlurmSection = Field(default_factory=SlurmSection)
     kubernetes: KubernetesSection = Field(default_factory=KubernetesSection)
     skypilot: SkypilotSection = Field(default_factory=SkypilotSection)

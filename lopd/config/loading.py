@@ -1,6 +1,7 @@
-"""From a TOML file and dotted overrides (``distill.optimizer.lr=1e-4``) to one frozen ``Config``.
+"""Makes one frozen ``Config`` from a TOML file and overrides (``distill.optimizer.lr=1e-4``).
 
-Unknown keys are refused with the nearest right one. Relative paths are relative to the TOML file.
+An unknown key is refused, and the message names the nearest known one. A relative path is relative
+to the TOML file.
 """
 
 from __future__ import annotations
@@ -20,26 +21,38 @@ from lopd.errors import ConfigError
 
 
 class InvalidConfig(ConfigError):
-    """Several mistakes of one configuration: its line is the first's and names the others."""
+    """One or more mistakes of one configuration.
+
+    Its line is that of the first mistake, and it names the keys of the others.
+
+    Args:
+        mistakes: At least one mistake, in the order of the sections.
+        keys: The dotted key of each mistake.
+    """
 
     def __init__(self, mistakes: Sequence[ConfigError], keys: Sequence[str]) -> None:
-        first, self.mistakes = mistakes[0], tuple(mistakes)
-        more = (
-            f" (and {len(mistakes) - 1} more: {', '.join(keys[1:6])}; lopd check tells all)"
-            if len(mistakes) > 1
-            else ""
-        )
+        first = mistakes[0]
+        self.mistakes = tuple(mistakes)
+        more = ""
+        if len(mistakes) > 1:
+            # Five further keys are enough for one line on a screen.
+            others = ", ".join(keys[1:6])
+            more = f" (and {len(mistakes) - 1} more: {others}; lopd check tells all)"
         super().__init__(
             first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
         )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Config from a TOML file and ``section.key=value`` overrides (values in TOML syntax; a bare
-    word is a string).
+    """Read a TOML file and apply the overrides.
 
-    ConfigError: missing file, syntax. InvalidConfig: unknown keys (with the nearest right ones),
-    wrong types, out of bounds.
+    Args:
+        path: The TOML file.
+        overrides: Texts ``section.key=value``. A value has TOML syntax; a bare word is a string.
+
+    Raises:
+        ConfigError: The file is missing, or a syntax is wrong.
+        InvalidConfig: A key is unknown, or a value has the wrong type or is out of bounds.
     """
     return config_from(_read_toml(path), overrides, where=str(path), base=path)
 
@@ -47,27 +60,36 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def config_from(
     table: dict[str, Any], overrides: Sequence[str], *, where: str, base: Path
 ) -> Config:
-    """Config from a table as in TOML. Relative paths are relative to the folder of ``base``, a
-    file. Errors: see load_config; where: what they name.
+    """Make the configuration from a table, as TOML gives it. The table is changed.
+
+    Args:
+        table: Nested tables of the values.
+        overrides: See load_config.
+        where: The name of the source, for messages.
+        base: A file. Relative paths are relative to its folder.
+
+    Raises:
+        ConfigError: See load_config.
     """
+    # Overrides change the table before it is checked, so that file and command line have the same
+    # rules.
     overridden = {_apply_override(table, override) for override in overrides}
     try:
         config = Config.model_validate(table)
     except pydantic.ValidationError as error:
+        # All mistakes at once: a user who has five of them should not need five runs.
         found = error.errors()
         keys = [".".join(str(part) for part in problem["loc"]) for problem in found]
-        places = [
-            "command line"
-            if any(f"{name}.".startswith(f"{key}.") for name in overridden)
-            else where
-            for key in keys
-        ]
-        raise InvalidConfig(
-            [_explain(*about) for about in zip(found, keys, places, strict=True)], keys
-        ) from None
+        mistakes = []
+        for problem, key in zip(found, keys, strict=True):
+            # A mistake in an override stands on the command line, not in the file.
+            is_override = any(f"{name}.".startswith(f"{key}.") for name in overridden)
+            mistakes.append(_explain(problem, key, "command line" if is_override else where))
+        raise InvalidConfig(mistakes, keys) from None
     try:
         folder = base.resolve().parent
     except OSError as error:
+        # resolve() of a relative path asks for the current folder, which may have been removed.
         raise ConfigError(
             f"the current folder is gone ({error.strerror})",
             where=where,
@@ -78,16 +100,15 @@ def config_from(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
+        # utf-8-sig: some editors on Windows write a byte order mark, which TOML does not allow.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if "=" in path.name:
-            remedy = (
-                "the TOML file comes first, overrides after it: lopd VERB CONFIG section.key=value"
-            )
+            remedy = "give the TOML file first, then the overrides"
             raise ConfigError(
                 f"{str(path)!r} is an override, where a TOML file is needed",
                 where="command line",
-                remedy=remedy,
+                remedy=f"{remedy}: lopd VERB CONFIG section.key=value",
             ) from None
         raise ConfigError(
             "no such file",
@@ -98,21 +119,22 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"not UTF-8 text (byte {error.start})", where=str(path), remedy="save it as UTF-8"
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: not TOML, or a path with a null byte
-        what = (
-            f"cannot be read ({error.strerror})"
-            if isinstance(error, OSError)
-            else f"not valid TOML: {error}"
-        )
+    except (OSError, ValueError) as error:
+        # A ValueError means that the text is not TOML, or that the path has a null byte.
+        what = f"not valid TOML: {error}"
+        if isinstance(error, OSError):
+            what = f"cannot be read ({error.strerror})"
         raise ConfigError(
             what, where=str(path), remedy="give a TOML file, for example examples/tiny_moe.toml"
         ) from None
 
 
 def _apply_override(table: dict[str, Any], override: str) -> str:
-    """Puts the value into the table and returns its key."""
+    """Put the value into the table, and return its key."""
     key, equals, text = override.partition("=")
-    *sections, last = parts = [part.strip() for part in key.split(".")]
+    parts = [part.strip() for part in key.split(".")]
+    *sections, last = parts
+    # "a..b=1" has an empty part.
     if not equals or not all(parts):
         raise ConfigError(
             f"override {override!r:.120} is not section.key=value",
@@ -120,11 +142,13 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
             remedy="write for example distill.num_steps=8",
         )
     try:
+        # Text with a line break could hold further keys. Then it is no value, but a string.
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
     except tomllib.TOMLDecodeError:
         value = text
     for section in sections:
+        # A section that the file does not have may be made by an override.
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ConfigError(
@@ -139,27 +163,46 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
 def known_keys(
     model: type[BaseModel] = Config, prefix: str = ""
 ) -> dict[str, pydantic.fields.FieldInfo]:
-    """Every dotted key with its field, depth first."""
+    """Return every dotted key with its field, depth first.
+
+    Args:
+        model: The section whose keys are listed.
+        prefix: The text before each key, for example "distill.".
+    """
     keys: dict[str, pydantic.fields.FieldInfo] = {}
     for name, field in model.model_fields.items():
         keys[prefix + name] = field
+        # A section of its own, whose knobs have longer keys.
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys.update(known_keys(field.annotation, f"{prefix}{name}."))
     return keys
 
 
-_ELSEWHERE = {  # what other programs call it -> name of the knob
-    "tp": "tensor", "tp_size": "tensor", "tensor_parallel_size": "tensor", "pp": "pipeline", "pipeline_parallel_size": "pipeline", "ep": "expert",
-    "ep_size": "expert", "expert_parallel_size": "expert", "dp": "data", "dp_size": "data", "cp": "context", "urls": "student_urls", "url": "student_urls",
-    "teacher_url": "teacher_urls", "student_url": "student_urls", "mem_fraction_static": "mem_fraction", "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens", "n": "samples_per_prompt", "num_samples": "samples_per_prompt", "learning_rate": "lr", "max_model_len": "context_length",
-    "max_seq_len": "context_length", "steps": "num_steps", "backend": "transport", "method": "transport",
+# What other programs call a knob -> the knob's name here. difflib alone would not find it, because
+# the words have few letters in common.
+_ELSEWHERE = {
+    # sizes of a layout
+    "tp": "tensor", "tp_size": "tensor", "tensor_parallel_size": "tensor",
+    "pp": "pipeline", "pipeline_parallel_size": "pipeline",
+    "ep": "expert", "ep_size": "expert", "expert_parallel_size": "expert",
+    "dp": "data", "dp_size": "data", "cp": "context",
+    # servers
+    "urls": "student_urls", "url": "student_urls", "student_url": "student_urls",
+    "teacher_url": "teacher_urls", "mem_fraction_static": "mem_fraction",
+    "max_model_len": "context_length", "max_seq_len": "context_length",
+    # sampling
+    "max_tokens": "max_new_tokens", "max_length": "max_new_tokens",
+    "n": "samples_per_prompt", "num_samples": "samples_per_prompt",
+    # training and weight sync
+    "learning_rate": "lr", "steps": "num_steps", "backend": "transport", "method": "transport",
 }  # fmt: skip
 
 
 def nearest_key(key: str) -> str:
-    """The known key that was probably meant: what another program calls so, one of the same name in
-    another section, else a like one of the same section, else the most like.
+    """Return the known key that a user probably meant.
+
+    It is, in this order: the knob that another program calls so; a knob of the same name in another
+    section; a similar knob of the same section; the most similar of all knobs.
     """
     section, _, name = key.rpartition(".")
     known = [*known_keys()]
@@ -167,6 +210,8 @@ def nearest_key(key: str) -> str:
         return meant
     namesakes = [other for other in known if other.rpartition(".")[2] == name]
     siblings = [other for other in known if other.rpartition(".")[0] == section]
+    # The number is the least likeness, from 0 to 1. At 0 anything matches, so the loop always
+    # finds a key.
     for candidates, likeness in ((namesakes, 0.0), (siblings, 0.5), (known, 0.0)):
         found = difflib.get_close_matches(key, candidates, n=1, cutoff=likeness)
         if found:
@@ -174,11 +219,19 @@ def nearest_key(key: str) -> str:
     raise AssertionError("the last candidates always match")
 
 
-_NEEDED = {  # pydantic's name of a wrong type -> what is needed
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "finite_number": "a finite number",
-    "bool_type": "true or false", "string_type": "text in quotes", "path_type": "a path in quotes", "dict_type": "a table { key = value }",
+# Pydantic's name of a wrong type -> what is needed, in words of TOML.
+_NEEDED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text in quotes",
+    "path_type": "a path in quotes",
+    "dict_type": "a table { key = value }",
     "list_type": 'a list ["...", "..."]',
-}  # fmt: skip
+}
+# Pydantic's name of a crossed bound -> its sign, and where the error holds the bound.
 _BOUNDS = {
     "greater_than_equal": (">=", "ge"),
     "greater_than": (">", "gt"),
@@ -188,47 +241,54 @@ _BOUNDS = {
 
 
 def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
-    """One of pydantic's findings as a line of ours."""
-    kind, context, value = problem["type"], problem.get("ctx", {}), _shown(problem["input"])
+    """Turn one finding of pydantic into an error with what, where, limit and remedy."""
+    kind = problem["type"]
+    context = problem.get("ctx", {})
+    value = _shown(problem["input"])
     if kind == "extra_forbidden":
         return ConfigError(
             f"unknown key {key}", where=where, remedy=f"the nearest known key is {nearest_key(key)}"
         )
+    # A validator of a section has said what is wrong, and what to do.
     cause = context.get("error")
     if isinstance(cause, Contradiction):
         return ConfigError(
             f"{key}.{cause.what}", where=where, limit=cause.limit, remedy=cause.remedy
         )
-    known, knob = known_keys(), key
-    while knob not in known:  # an item of a list or a table: models.teachers.math
+    known = known_keys()
+    knob = key
+    # The key may name an item of a list or a table (models.teachers.math). The table itself has
+    # the description.
+    while knob not in known:
         knob = knob.rpartition(".")[0]
     field = known[knob]
-    meaning = field.description or f"a section with the keys {', '.join(_children(key))}"
+    meaning = (field.description or "").removesuffix(".")
+    meaning = meaning or f"a section with the keys {', '.join(_children(key))}"
     if kind == "missing":
         return ConfigError(f"{key} is missing", where=where, remedy=f"add it: {meaning}")
+    # A value stands where a section is needed, for example sft.optimizer = 3.
     if kind == "model_type":
         remedy = f"set its keys one by one, for example {key}.{_children(key)[0]}"
         return ConfigError(
-            f"{key} = {value} is no section", where=where, limit=meaning, remedy=remedy
+            f"{key} = {value} is not a section", where=where, limit=meaning, remedy=remedy
         )
+    remedy = f"change it ({meaning})"
+    # A validator of one knob says what the value is ("an empty path"), not what is right.
+    if kind == "value_error":
+        what = f"{key} = {value} is not allowed: it is {context['error']}"
+        return ConfigError(what, where=where, remedy=remedy)
     if kind in _BOUNDS:
         sign, bound = _BOUNDS[kind]
         limit = f"{sign} {context[bound]:g}"
     else:
-        limit = _NEEDED.get(kind) or str(
-            context.get("expected") or context.get("error") or problem["msg"]
-        ).replace("False", "false")
-    refused = "is not allowed" if kind == "value_error" else ""
-    return ConfigError(
-        f"{key} = {value} {refused}".rstrip(),
-        where=where,
-        limit=f"not {limit}" if refused else limit,
-        remedy=f"change it ({meaning})",
-    )
+        # "expected" lists the choices of a Literal. TOML writes false in small letters.
+        told = str(context.get("expected") or context.get("error") or problem["msg"])
+        limit = _NEEDED.get(kind) or told.replace("False", "false")
+    return ConfigError(f"{key} = {value}", where=where, limit=limit, remedy=remedy)
 
 
 def _shown(value: Any) -> str:
-    """A value as in TOML, cut where it is long."""
+    """Return a value as TOML writes it, cut if it is long."""
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -238,12 +298,15 @@ def _children(section: str) -> list[str]:
 
 
 def _absolute(model: BaseModel, base: Path) -> BaseModel:
+    """Return a copy whose relative paths are relative to ``base``."""
     update: dict[str, Any] = {}
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             update[name] = _absolute(value, base)
         elif isinstance(value, Path):
+            # resolve() also removes "..", so that two spellings of one folder are equal in
+            # manifests.
             update[name] = value if value.is_absolute() else (base / value).resolve()
         elif isinstance(value, dict) and any(isinstance(inner, Path) for inner in value.values()):
             update[name] = {key: (base / inner).resolve() for key, inner in value.items()}
@@ -251,11 +314,18 @@ def _absolute(model: BaseModel, base: Path) -> BaseModel:
 
 
 def result_keys(config: BaseModel, sections: Sequence[str]) -> dict[str, Any]:
-    """The knobs under these dotted sections that decide a result (speed_only ones left out), flat,
-    as JSON values.
+    """Return the knobs that decide a result, as one flat table of JSON values.
+
+    A stage's manifest keeps this table; a stage is reused while it stays equal. Knobs that are
+    marked SPEED_ONLY are left out.
+
+    Args:
+        config: The whole configuration.
+        sections: Dotted names of sections, for example "distill.optimizer".
     """
     flat: dict[str, Any] = {}
     fields = known_keys()
+    # As JSON, because the manifest that it is compared with was read from JSON.
     dumped = config.model_dump(mode="json")
 
     def visit(value: Any, key: str) -> None:
@@ -263,9 +333,9 @@ def result_keys(config: BaseModel, sections: Sequence[str]) -> dict[str, Any]:
         extra = field.json_schema_extra if field is not None else None
         if isinstance(extra, Mapping) and extra.get("speed_only"):
             return
-        if isinstance(value, Mapping) and (
-            field is None or not key.endswith(("options", "extra_args"))
-        ):
+        # Keys inside task.options and sglang.extra_args are no knobs: such a table is one value.
+        is_one_value = field is not None and key.endswith(("options", "extra_args"))
+        if isinstance(value, Mapping) and not is_one_value:
             for name, inner in value.items():
                 visit(inner, f"{key}.{name}")
         else:

@@ -1,5 +1,8 @@
-"""The pipeline as jobs of one experiment: what to start (plan.py), with what (nemo-run, in an
-environment of its own: nemo.py), by whom (bridge.py).
+"""The pipeline as jobs of one experiment.
+
+plan.py says what to start. nemo.py starts it with nemo-run, in an environment of its own. bridge.py
+hands the plan over and brings the result back. place.py tells a job which part of a stage is its
+own.
 """
 
 from lopd.launching.bridge import launch

@@ -1,4 +1,8 @@
-"""Hands a launch plan to nemo-run in its own environment, and brings back what became of it."""
+"""Hands a launch plan to nemo-run in its own environment, and brings the result back.
+
+nemo-run has an environment of its own, so its packages need not fit those of the trainer and the
+servers. The two processes exchange JSON files.
+"""
 
 from __future__ import annotations
 
@@ -14,99 +18,126 @@ from lopd.errors import LopdError
 from lopd.launching.plan import LaunchPlan
 from lopd.processes import GuardedProcess, last_lines
 
-PYTHON = "LOPD_LAUNCH_PYTHON"  # environment variable: python of nemo-run's environment
+# The environment variable that names the Python of nemo-run's environment.
+PYTHON = "LOPD_LAUNCH_PYTHON"
+# Where it is otherwise: beside a checkout, or in the image.
 _PLACES = (
     Path(__file__).parents[2] / ".venv-launch/bin/python",
     Path("/opt/launch/bin/python"),
-)  # of a checkout, of the image
+)
+# Variables that would lead nemo-run's Python to packages of this environment.
+_PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 def launch_python() -> Path:
-    """Python of nemo-run's environment. LopdError: there is none."""
+    """Return the Python of nemo-run's environment.
+
+    Raises:
+        LopdError: There is none.
+    """
     named = os.environ.get(PYTHON)
     places = (Path(named),) if named else _PLACES
+    # A place that the user names is the only one: a wrong name must not be hidden by another find.
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        remedy = f"make it: bash requirements/install_launch.sh, or name its python in {PYTHON}"
         raise LopdError(
-            "nemo-run's environment is missing", where=" or ".join(map(str, places)), remedy=remedy
+            "nemo-run's environment is missing",
+            where=" or ".join(map(str, places)),
+            remedy=f"make it: bash requirements/install_launch.sh, or name its python in {PYTHON}",
         )
     return found
 
 
 def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]:
-    """Submits the plan (on a cluster), or runs it to its end (local, docker, k8s: nemo-run waits
-    there for one job to start the next).
+    """Submit a plan to a cluster, or run it to its end.
 
-    render_to: writes what would be submitted into this folder instead. Returns the experiment's id
-    and per job name, handle, state and log_dir. Everything is under run.dir/launch. LopdError: no
-    environment, nemo-run refused, or jobs that did not succeed.
+    On local, docker and k8s, nemo-run waits for one job before it starts the next, so this function
+    returns at the end of the run. Everything about the launch is under run.dir/launch.
+
+    Args:
+        plan: The jobs.
+        render_to: A folder. What would be submitted is written there, and nothing is submitted.
+
+    Returns:
+        The id of nemo-run's experiment, and for each job its name, handle, state and log_dir.
+
+    Raises:
+        LopdError: nemo-run's environment is missing, nemo-run refused the plan, or a job failed.
     """
-    python, folder = launch_python(), Path(plan.folder)
+    python = launch_python()
     if render_to is not None:
-        with (
-            storage_errors(render_to),
-            tempfile.TemporaryDirectory(prefix="lopd-launch-") as scratch,
-        ):
-            _make_folder(render_to, plan)
-            return _call(python, plan, Path(scratch), "--render", str(render_to))
+        return _render(python, plan, render_to)
+    folder = Path(plan.folder)
+    # A full or forbidden disk becomes one line.
     with storage_errors(folder):
         _make_folder(folder, plan)
-    (
-        Path(plan.run_dir) / ".lock"
-    ).touch()  # marks the folder as a run's: the jobs would take this one's files for a stranger's
-    result = _call(python, plan, folder)
-    made_up = {job.name for job in plan.jobs if job.share}
+    # The lock file marks the folder as a run's. Without it the jobs would take the files of this
+    # launch for those of a stranger, and refuse the folder.
+    (Path(plan.run_dir) / ".lock").touch()
+    result = _run_nemo(python, plan, folder)
+    # What a lost share leaves out, the job after it makes.
+    # A share that fails is no failure of the launch.
+    shares = {job.name for job in plan.jobs if job.share}
     failed = [
         job["name"]
         for job in result["jobs"]
-        if job["name"] not in made_up and ("FAILED" in job["state"] or "CANCELLED" in job["state"])
+        if job["name"] not in shares and ("FAILED" in job["state"] or "CANCELLED" in job["state"])
     ]
     if failed:
-        remedy = "see its log; the same command goes on from what is published"
         raise LopdError(
             f"job {failed[0]} failed (of {len(failed)}: {', '.join(failed)})",
             where=_log_of(result, failed[0]),
-            remedy=remedy,
+            remedy="see its log; the same command goes on from what is published",
         )
     return result
 
 
+def _render(python: Path, plan: LaunchPlan, folder: Path) -> dict[str, Any]:
+    """Write what would be submitted. nemo-run's own files go into a folder that is removed."""
+    with storage_errors(folder), tempfile.TemporaryDirectory(prefix="lopd-launch-") as scratch:
+        _make_folder(folder, plan)
+        return _run_nemo(python, plan, Path(scratch), "--render", str(folder))
+
+
 def _make_folder(folder: Path, plan: LaunchPlan) -> None:
-    """For the owner alone where launch.env has what may be a secret: it stands in the scripts of
-    the jobs.
+    """Make the folder of the jobs' scripts.
+
+    If launch.env has what may be a secret, the scripts have it too. The folder is then for its
+    owner alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if holds_secret(plan.settings):
         folder.chmod(0o700)
 
 
-def _call(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> dict[str, Any]:
-    """Runs nemo.py with its files in folder and reads what it leaves."""
-    plan_file, result_file, log = (
-        folder / "plan.json",
-        folder / "result.json",
-        folder / "nemo_run.log",
-    )
-    publish_json(plan_file, plan.as_json(), private=True)  # it has launch.env
+def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> dict[str, Any]:
+    """Run nemo.py, and return its result.
+
+    Args:
+        python: The Python of nemo-run's environment.
+        plan: The jobs.
+        folder: The folder for the files that the two processes exchange.
+        options: Options of nemo.py. Without any, the jobs are submitted.
+    """
+    plan_file = folder / "plan.json"
+    result_file = folder / "result.json"
+    log = folder / "nemo_run.log"
+    # Private, because the plan has launch.env.
+    publish_json(plan_file, plan.as_json(), private=True)
+    # The folder is the same for every launch of a run. A former result must not count for this one.
     result_file.unlink(missing_ok=True)
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
+    environment = {key: value for key, value in os.environ.items() if key not in _PYTHON_VARIABLES}
+    # Its default is a folder in the user's home, which nodes of a cluster may not share.
     environment["NEMORUN_HOME"] = str(folder / "nemo")
+    # Only rendering has options. A real submission needs the user's own cluster.
     if options and plan.target == "k8s":
         environment["KUBECONFIG"] = str(_placeholder_cluster(folder))
-    command = [
-        str(python),
-        "-I",
-        str(Path(__file__).with_name("nemo.py")),
-        str(plan_file),
-        str(result_file),
-    ]
+    # -I: nemo.py imports nothing of ours, so the folder beside it must not be on its path.
+    script = Path(__file__).with_name("nemo.py")
+    command = [str(python), "-I", str(script), str(plan_file), str(result_file), *options]
     with log.open("ab") as output:
-        process = GuardedProcess([*command, *options], env=environment, output=output)
+        # Ctrl-C here must end nemo-run too, with the jobs that it runs on this machine.
+        process = GuardedProcess(command, env=environment, output=output)
         try:
             code = process.wait()
         finally:
@@ -125,8 +156,13 @@ def _log_of(result: dict[str, Any], name: str) -> str:
 
 
 def _placeholder_cluster(folder: Path) -> Path:
-    """nemo-run reads a cluster's address before it renders a job for it; rendering talks to nobody."""
-    name, path = "none", folder / "kubeconfig.json"
+    """Write the address of a cluster that does not exist.
+
+    nemo-run reads an address before it renders a job, but it talks to nobody while it renders.
+    """
+    name = "none"
+    path = folder / "kubeconfig.json"
+    # Port 1 of this machine: nobody listens there.
     cluster = {"name": name, "cluster": {"server": "https://127.0.0.1:1"}}
     context = {"name": name, "context": {"cluster": name, "user": name}}
     about = {

@@ -1,10 +1,10 @@
-"""Turns a launch plan into one nemo-run experiment. Runs in nemo-run's own environment, by path:
-imports nothing of ours.
+"""Turns a launch plan into one nemo-run experiment.
 
     python -I nemo.py PLAN.json RESULT.json [--render FOLDER]
 
---render writes what would be submitted (Slurm: batch scripts, Kubernetes: TrainJobs, others:
-commands as JSON) and submits nothing.
+It runs in nemo-run's own environment, by its path, so it imports nothing of ours. --render writes
+what would be submitted and submits nothing. That is a batch script for Slurm, a TrainJob for
+Kubernetes, a task for SkyPilot, and a command as JSON for the others.
 """
 
 from __future__ import annotations
@@ -19,32 +19,37 @@ from typing import Any
 import nemo_run as run
 from nemo_run.core.tunnel.client import LocalTunnel
 
+# lopd.launching.plan's records, as they come out of JSON.
 Job = dict[str, Any]
 Plan = dict[str, Any]
-# id of an experiment that is only rendered: nothing of a clock in what is compared
+# The id of an experiment that is only rendered. nemo-run's own ids have the time in them, and
+# tests compare what is rendered.
 EXPERIMENT = "lopd_rendered"
 
 
 def mounts_of(settings: dict[str, Any]) -> list[str]:
+    """Return mounts as OUTSIDE:INSIDE."""
     return [f"{outside}:{inside}" for outside, inside in settings["mounts"].items()]
 
 
 def after_shares(job: Job, plan: Plan) -> bool:
-    """Whether the jobs before are workers' parts, for which this job makes up."""
+    """Return whether a job follows workers and makes what they leave out."""
     shares = {other["name"]: other["share"] for other in plan["jobs"]}
     return bool(job["after"]) and all(shares[name] for name in job["after"])
 
 
 def slurm_executor(job: Job, plan: Plan) -> Any:
-    settings, slurm = plan["settings"], plan["settings"]["slurm"]
+    settings = plan["settings"]
+    slurm = settings["slurm"]
+    # Slurm's format of a time limit is HH:MM:SS.
     hours, minutes = divmod(slurm["minutes"], 60)
     return run.SlurmExecutor(
         account=slurm["account"],
         partition=slurm["partition"],
         time=f"{hours:02d}:{minutes:02d}:00",
         nodes=job["nodes"],
-        # lopd starts the ranks of a node itself: it watches them and goes on from the newest
-        # checkpoint
+        # One task on each node: lopd starts the ranks of a node itself and watches them.
+        # It would start as many copies of lopd otherwise.
         ntasks_per_node=1,
         cpus_per_task=job["cpus"],
         gpus_per_node=job["gpus"] or None,
@@ -52,31 +57,37 @@ def slurm_executor(job: Job, plan: Plan) -> Any:
         job_name_prefix="lopd.",
         container_image=settings["image"] or None,
         container_mounts=mounts_of(settings),
+        # nemo-run writes them into a shell script without quotes.
         env_vars={key: shlex.quote(value) for key, value in settings["env"].items()},
         setup_lines=settings["setup"],
-        srun_args=[
-            f"--cpus-per-task={job['cpus']}"
-        ],  # since Slurm 22.05 a step does not inherit it from its job
+        # Since Slurm 22.05 a step does not inherit this from its job.
+        srun_args=[f"--cpus-per-task={job['cpus']}"],
+        # A job whose predecessor has failed can never start. Without this it would wait for ever.
         additional_parameters={"kill-on-invalid-dep": "yes", **slurm["extra"]},
-        # nemo-run requeues by SLURM_JOB_ID, which for one task of an array is the whole array: a
-        # failure would end the other tasks and repeat them
+        # nemo-run requeues by SLURM_JOB_ID, which for one task of an array is the whole array. One
+        # failure would end the other tasks and repeat them.
         retries=settings["retries"] if job["workers"] == 1 else 0,
         dependency_type="afterany" if after_shares(job, plan) else "afterok",
+        # Nobody reads the estimated start, which nemo-run would ask the scheduler for.
         poll_estimated_start_time=False,
+        # This packager copies no code: the jobs use the environment, or the image, as it is.
         packager=run.Packager(),
         tunnel=LocalTunnel(job_dir=f"{plan['home']}/experiments"),
     )
 
 
 def kubernetes_executor(job: Job, plan: Plan) -> Any:
-    settings, cluster = plan["settings"], plan["settings"]["kubernetes"]
+    settings = plan["settings"]
+    cluster = settings["kubernetes"]
     return run.KubeflowExecutor(
         runtime_ref=cluster["runtime"],
         namespace=cluster["namespace"],
+        # On Kubernetes nothing runs without an image. lopd.launching.plan has refused the plan
+        # otherwise.
         image=settings["image"],
-        num_nodes=max(
-            job["nodes"], job["workers"]
-        ),  # an array is a job of as many pods; each learns its index from its environment
+        # Kubernetes has no arrays of jobs. An array is one job of as many pods, and each pod reads
+        # its index from its environment (lopd.launching.place).
+        num_nodes=max(job["nodes"], job["workers"]),
         nprocs_per_node=1,
         gpus_per_node=job["gpus"] or None,
         cpu_requests=str(job["cpus"]),
@@ -90,10 +101,11 @@ def kubernetes_executor(job: Job, plan: Plan) -> Any:
 
 
 def pod_spec(cluster: dict[str, Any]) -> dict[str, Any]:
-    """What the runtime's pods are given besides image and command."""
+    """Return what the runtime's pods are given besides image and command."""
     return {
         "volumes": [
             {"name": "runs", "persistentVolumeClaim": {"claimName": cluster["claim"]}},
+            # Without a volume of its own, /dev/shm of a pod has 64 MiB. NCCL needs more.
             {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
         ],
         "containers": [
@@ -105,6 +117,7 @@ def pod_spec(cluster: dict[str, Any]) -> dict[str, Any]:
                 ],
             }
         ],
+        # The user of the image (docker/).
         "securityContext": {
             "runAsUser": 1000,
             "runAsGroup": 1000,
@@ -115,10 +128,17 @@ def pod_spec(cluster: dict[str, Any]) -> dict[str, Any]:
 
 
 def pod_patch(pod: dict[str, Any], field: str) -> dict[str, Any]:
-    """The field of a TrainJob's spec that says so. A cluster drops what its version of Kubeflow
-    Trainer does not know: podTemplateOverrides, which is all that nemo-run 0.11.1 writes, is 2.1's,
-    and cannot say who the pods run as (the image does).
+    """Return the field of a TrainJob's spec that changes its pods.
+
+    A cluster drops fields that its version of Kubeflow Trainer does not know. podTemplateOverrides
+    belongs to version 2.1, and it is the only one that nemo-run 0.11.1 writes itself. It cannot say
+    as which user the pods run. The image says so then.
+
+    Args:
+        pod: What the pods are given.
+        field: The name of the field: podTemplateOverrides or runtimePatches.
     """
+    # Only volumes and containers: this field has no security context.
     if field == "podTemplateOverrides":
         return {
             field: [
@@ -143,9 +163,12 @@ def docker_executor(job: Job, plan: Plan) -> Any:
     settings = plan["settings"]
     return run.DockerExecutor(
         container_image=settings["image"],
+        # -1 gives the container all GPUs of the machine.
         num_gpus=-1 if job["gpus"] else None,
+        # NCCL needs more shared memory than the 64 MiB of a container, and pinned memory.
         ipc_mode="host",
         ulimits=["memlock:-1"],
+        # The run directory has the same path inside, so that manifests and logs name real files.
         volumes=[*mounts_of(settings), f"{plan['run_dir']}:{plan['run_dir']}"],
         env_vars=dict(settings["env"]),
         packager=run.Packager(),
@@ -154,7 +177,8 @@ def docker_executor(job: Job, plan: Plan) -> Any:
 
 
 def skypilot_executor(job: Job, plan: Plan) -> Any:
-    settings, sky = plan["settings"], plan["settings"]["skypilot"]
+    settings = plan["settings"]
+    sky = settings["skypilot"]
     return run.SkypilotExecutor(
         container_image=f"docker:{settings['image']}",
         infra=sky["infra"],
@@ -162,10 +186,13 @@ def skypilot_executor(job: Job, plan: Plan) -> Any:
         gpus_per_node=job["gpus"] or None,
         cpus=job["cpus"],
         num_nodes=max(job["nodes"], job["workers"]),
+        # A name by which a user finds it, and by which the same command finds it again.
         cluster_name=f"lopd-{job['name']}",
+        # SkyPilot names the path inside first, unlike the other targets.
         file_mounts={inside: outside for outside, inside in settings["mounts"].items()},
         env_vars=dict(settings["env"]),
         retries=settings["retries"],
+        # Each stage has a cluster of its own, which must not cost money after its end.
         autodown=True,
     )
 
@@ -184,65 +211,95 @@ EXECUTORS = {
 
 
 def script_of(job: Job, target: str) -> Any:
-    entrypoint, *arguments = job["command"]
-    if target in ("slurm", "skypilot"):  # they join the words to a line of shell without quoting
-        entrypoint, *arguments = (shlex.quote(word) for word in job["command"])
-    elif (
-        target == "docker"
-    ):  # to one between double quotes, which docker's client takes apart first
-        entrypoint, *arguments = (
-            shlex.quote(word).replace("\\", "\\\\").replace('"', '\\"') for word in job["command"]
-        )
-    return run.Script(path=arguments[0], args=arguments[1:], entrypoint=entrypoint)
+    """Return a job's command as nemo-run takes it, quoted as the target needs it."""
+    words = list(job["command"])
+    # For these targets nemo-run joins the words to a line of shell without quotes.
+    if target in ("slurm", "skypilot", "docker"):
+        words = [shlex.quote(word) for word in words]
+    # For docker that line stands between double quotes, which docker's client takes apart first.
+    if target == "docker":
+        words = [word.replace("\\", "\\\\").replace('"', '\\"') for word in words]
+    entrypoint, path, *arguments = words
+    return run.Script(path=path, args=arguments, entrypoint=entrypoint)
 
 
 def render(experiment: Any, plan: Plan, folder: Path) -> None:
-    """Writes what would be submitted, one file a job."""
-    import yaml
+    """Write what would be submitted, one file for each job.
 
+    Args:
+        experiment: nemo-run's experiment, with all jobs added.
+        plan: The plan.
+        folder: Where to write.
+    """
+    # A dry run leaves in each job the request that would be sent.
     experiment.dryrun(log=False, delete_exp_dir=False)
     for job, submitted in zip(plan["jobs"], experiment.jobs, strict=True):
-        if plan["target"] == "slurm":
-            request = submitted._dryrun_info.request
-            text = request.materialize()
-            word = (
-                "afterany" if after_shares(job, plan) else "afterok"
-            )  # their ids are known when they are submitted
-            text = text.replace(
-                "# Parameters",
-                "# Parameters" + "".join(f"\n# {word} {name}" for name in job["after"]),
-                1,
-            )
-            (folder / f"{job['name']}.sh").write_text(text.rstrip() + "\n", encoding="utf-8")
-        elif plan["target"] == "k8s":
-            body = submitted.executor.get_job_body(f"lopd-{job['name']}", list(job["command"]))
-            text = "".join(f"# after {name}\n" for name in job["after"]) + yaml.safe_dump(
-                body, sort_keys=False
-            )
-            (folder / f"{job['name']}.yaml").write_text(text, encoding="utf-8")
-        elif plan["target"] == "skypilot":
-            text = "".join(f"# after {name}\n" for name in job["after"]) + yaml.safe_dump(
-                submitted._dryrun_info.request.task.to_yaml_config(), sort_keys=False
-            )  # str() of it fails with SkyPilot 0.14
-            (folder / f"{job['name']}.yaml").write_text(text, encoding="utf-8")
-        else:
-            about = {
-                "after": job["after"],
-                **(
-                    docker_call(submitted)
-                    if plan["target"] == "docker"
-                    else {"command": job["command"]}
-                ),
-            }
-            (folder / f"{job['name']}.json").write_text(
-                json.dumps(about, indent=1) + "\n", encoding="utf-8"
-            )
+        ending, text = RENDERERS[plan["target"]](job, plan, submitted)
+        (folder / f"{job['name']}{ending}").write_text(text, encoding="utf-8")
+
+
+def render_slurm(job: Job, plan: Plan, submitted: Any) -> tuple[str, str]:
+    """Return the ending of the file and the batch script."""
+    text = submitted._dryrun_info.request.materialize()
+    # The ids of the jobs before are known only when these are submitted. A comment names them.
+    condition = "afterany" if after_shares(job, plan) else "afterok"
+    dependencies = "".join(f"\n# {condition} {name}" for name in job["after"])
+    text = text.replace("# Parameters", f"# Parameters{dependencies}", 1)
+    return ".sh", text.rstrip() + "\n"
+
+
+def render_kubernetes(job: Job, plan: Plan, submitted: Any) -> tuple[str, str]:
+    """Return the ending of the file and the TrainJob."""
+    body = submitted.executor.get_job_body(f"lopd-{job['name']}", list(job["command"]))
+    return ".yaml", as_yaml(job, body)
+
+
+def render_skypilot(job: Job, plan: Plan, submitted: Any) -> tuple[str, str]:
+    """Return the ending of the file and SkyPilot's task."""
+    # The table is asked for, because str() of the request fails with SkyPilot 0.14.
+    return ".yaml", as_yaml(job, submitted._dryrun_info.request.task.to_yaml_config())
+
+
+def render_docker(job: Job, plan: Plan, submitted: Any) -> tuple[str, str]:
+    """Return the ending of the file and the arguments of docker's client."""
+    return ".json", as_json_text({"after": job["after"], **docker_call(submitted)})
+
+
+def render_local(job: Job, plan: Plan, submitted: Any) -> tuple[str, str]:
+    """Return the ending of the file and the command."""
+    return ".json", as_json_text({"after": job["after"], "command": job["command"]})
+
+
+RENDERERS = {
+    "slurm": render_slurm,
+    "k8s": render_kubernetes,
+    "docker": render_docker,
+    "skypilot": render_skypilot,
+    "local": render_local,
+}
+
+
+def as_yaml(job: Job, table: dict[str, Any]) -> str:
+    """Return a table as YAML, with the jobs before as comments."""
+    # nemo-run's environment has PyYAML. It is imported here, because only rendering needs it.
+    import yaml
+
+    before = "".join(f"# after {name}\n" for name in job["after"])
+    text: str = yaml.safe_dump(table, sort_keys=False)
+    return before + text
+
+
+def as_json_text(table: dict[str, Any]) -> str:
+    return json.dumps(table, indent=1) + "\n"
 
 
 def docker_call(submitted: Any) -> dict[str, Any]:
-    """What docker's client would be asked to run; no docker is asked."""
+    """Return what docker's client would be asked to run. No docker is asked."""
     asked: dict[str, Any] = {}
 
+    # It stands in for docker's client, and notes what is asked of it.
+
+    # nemo-run asks the client for its networks and its containers.
     class Recorder:
         @property
         def containers(self) -> Recorder:
@@ -260,19 +317,23 @@ def docker_call(submitted: Any) -> dict[str, Any]:
                 **{key: value for key, value in options.items() if value},
             )
 
+    # One container for each job, since every job is a command of its own.
     [container] = submitted._dryrun_info.request.containers
     container.run(client=Recorder(), id=EXPERIMENT)
     return asked
 
 
 def main() -> int:
+    """Read a plan, submit or render it, and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("plan", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--render", type=Path)
     options = parser.parse_args()
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
+    # Without an id of ours, nemo-run makes one from the title and the time.
     rendered = {"id": EXPERIMENT} if options.render is not None else {}
+    # nemo-run keeps the state of the experiment under NEMORUN_HOME, which the caller sets.
     with run.Experiment(
         plan["title"],
         log_level="WARN",
@@ -287,11 +348,14 @@ def main() -> int:
                 executor=executor,
                 name=job["name"],
                 dependencies=list(job["after"]) or None,
+                # The logs are files under the run directory. On screen they would mix.
                 tail_logs=False,
             )
         if options.render is not None:
             render(experiment, plan, options.render)
         else:
+            # These two clusters start one job after the other themselves. For the others nemo-run
+            # must stay and wait.
             experiment.run(detach=plan["target"] in ("slurm", "skypilot"))
     jobs = [
         {
@@ -302,9 +366,8 @@ def main() -> int:
         }
         for job in experiment.jobs
     ]
-    options.result.write_text(
-        json.dumps({"experiment": experiment._id, "jobs": jobs}, indent=1) + "\n", encoding="utf-8"
-    )
+    result = as_json_text({"experiment": experiment._id, "jobs": jobs})
+    options.result.write_text(result, encoding="utf-8")
     return 0
 
 

@@ -1,10 +1,12 @@
-"""What to start: one job a stage, after the jobs it reads from, with the machines it needs. Pure:
-no files, no cluster.
+"""What to start: one job for each stage, after the jobs it reads from, on the machines it needs.
 
-Stages that sample or score can be shared by several workers (``launch.workers``): an array of jobs
-that each publish their shards, then one short job that finds all of them and completes the
-artifact, making what a lost worker left. A training over several nodes (``parallel.nodes``) is one
-job on as many machines: each runs the same command, the first one drives, the others follow it.
+This file is pure: it touches no files and no cluster.
+
+Several workers can share a stage that samples or scores (``launch.workers``). They are an array of
+jobs, and each publishes its own shards. One short job follows. It finds all shards, makes those
+that a lost worker left out, and completes the artifact. A training over several nodes
+(``parallel.nodes``) is one job on as many machines. Each machine runs the same command. The first
+one leads, and the others follow it.
 """
 
 from __future__ import annotations
@@ -22,15 +24,35 @@ from lopd.errors import ConfigError
 
 Target = Literal["local", "docker", "slurm", "k8s", "skypilot"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-SHARED = ("demonstrate", "rollout", "score")  # stages that workers can share
-SINGLE_NODE = ("local", "docker")  # executors of one machine
-CONTAINERS = ("docker", "k8s", "skypilot")  # executors that run nothing without an image
+STAGES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate", "export")
+# Stages that workers can share.
+SHARED = ("demonstrate", "rollout", "score")
+# Targets that are one machine.
+SINGLE_NODE = ("local", "docker")
+# Targets that run nothing without a container image.
+CONTAINERS = ("docker", "k8s", "skypilot")
+# CPU cores of a job with GPUs: for each GPU, and at least. SGLang's tokenizer, the trainer's data
+# and the verifiers need them. The figure is an estimate.
+CORES_PER_GPU = 8
+MIN_CORES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A command on ``nodes`` machines at once, ``workers`` times over (an array), once all jobs of
-    ``after`` have succeeded (shares: have ended).
+    """A command that a cluster runs.
+
+    Attributes:
+        name: The name of the job. It is unique in its plan.
+        stage: The stage that the command makes, or a part of it.
+        command: The words of the command.
+        after: Names of the jobs that must have succeeded before it starts. If they are shares, they
+            must only have ended.
+        nodes: Machines that run the command at once.
+        workers: Copies of the job, as an array.
+        gpus: GPUs of each machine.
+        cpus: CPU cores of each machine.
+        share: Whether the job is a worker's part of a stage. The job after it makes what the worker
+            leaves out, so that job waits for its end and not for its success.
     """
 
     name: str
@@ -39,24 +61,32 @@ class Job:
     after: tuple[str, ...]
     nodes: int = 1
     workers: int = 1
-    gpus: int = 0  # per node
-    cpus: int = 1  # per node
-    # a worker's part of a stage: the job after it makes up for what it leaves, so that job waits
-    # for its end, not for its success
+    gpus: int = 0
+    cpus: int = 1
     share: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
+    """All jobs of one launch.
+
+    Attributes:
+        title: The title of nemo-run's experiment.
+        target: Where the jobs run.
+        run_dir: The run directory.
+        jobs: The jobs, each after those it waits for.
+        settings: The [launch] section of the configuration.
+    """
+
     title: str
     target: Target
     run_dir: str
     jobs: tuple[Job, ...]
-    settings: dict[str, Any]  # the [launch] section
+    settings: dict[str, Any]
 
     @property
     def folder(self) -> str:
-        """Where the plan, nemo-run's own files and the jobs' logs are."""
+        """The folder of the plan, of nemo-run's own files, and of the jobs' logs."""
         return f"{self.run_dir}/launch"
 
     def as_json(self) -> dict[str, Any]:
@@ -71,81 +101,98 @@ def make_plan(
     overrides: Sequence[str] = (),
     stages: Sequence[str] = (),
 ) -> LaunchPlan:
-    """The jobs of a configuration. stages: only these, in the pipeline's order (what they read from
-    must then be done).
+    """Return the jobs of a configuration.
 
-    ConfigError: several nodes where the target has one, ranks that do not divide by nodes, no such
-    stage, a container image that is missing.
+    Args:
+        config: The configuration.
+        target: Where the jobs run.
+        config_file: The TOML file, which every job reads again.
+        overrides: Overrides of knobs, for every job.
+        stages: The only stages to run, in any order. What they read from must then be done. Empty
+            means all stages.
+
+    Raises:
+        ConfigError: A training has several nodes but the target has one, ranks do not divide by
+            nodes, a stage is unknown, the container image is missing, or an override holds a
+            secret.
     """
-    chosen = _chosen(config, stages)
-    _check(config, target, chosen)
+    chosen = _chosen_stages(config, stages)
+    _check_nodes(config, target, chosen)
+    _check_target(config, target)
     _check_no_secret(overrides)
+    # The jobs may start in another folder.
+    arguments = [str(config_file.resolve()), *overrides]
     jobs: list[Job] = []
+    # Each stage waits for the last job of the stage before it, so the jobs form a chain.
     for stage in chosen:
-        jobs += _jobs_of(
-            stage,
-            config,
-            target,
-            [str(config_file.resolve()), *overrides],
-            after=(jobs[-1].name,) if jobs else (),
-        )
-    settings = config.launch.model_dump(mode="json")
+        after = (jobs[-1].name,) if jobs else ()
+        jobs += _jobs_of(stage, config, target, arguments, after=after)
     return LaunchPlan(
         title="lopd",
         target=target,
         run_dir=str(config.run.dir),
         jobs=tuple(jobs),
-        settings=settings,
+        settings=config.launch.model_dump(mode="json"),
     )
 
 
-def _chosen(config: Config, stages: Sequence[str]) -> list[str]:
-    order = ["demonstrate", "sft", "rollout", "score", "distill", "evaluate", "export"]
-    unknown = [stage for stage in stages if stage not in order]
+def _chosen_stages(config: Config, stages: Sequence[str]) -> list[str]:
+    """Return the stages to run, in the order of the pipeline."""
+    unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise ConfigError(
             f"no stage {unknown[0]!r:.40}",
             where="lopd launch --stages",
-            limit=", ".join(order),
+            limit=", ".join(STAGES),
             remedy="give stages by name, with commas",
         )
-    needed = [
-        stage
-        for stage in order
-        if stage != "demonstrate" or (config.sft.demonstrations or config.sft.checkpoint) is None
-    ]
+    # Nobody reads demonstrations of this run if others, or a student, are given.
+    makes_demonstrations = (config.sft.demonstrations or config.sft.checkpoint) is None
+    needed = [stage for stage in STAGES if stage != "demonstrate" or makes_demonstrations]
     return [stage for stage in needed if not stages or stage in stages]
 
 
-def _check(config: Config, target: Target, chosen: Sequence[str]) -> None:
+def _check_nodes(config: Config, target: Target, chosen: Sequence[str]) -> None:
     for stage, parallel in (("sft", config.sft.parallel), ("distill", config.distill.parallel)):
-        if stage in chosen and parallel.ranks % parallel.nodes:
-            remedy = f"set {stage}.parallel.nodes to a divisor of {parallel.ranks}"
+        if stage not in chosen:
+            continue
+        # torchrun starts equally many ranks on every machine.
+        if parallel.ranks % parallel.nodes:
             raise ConfigError(
                 f"{parallel.ranks} ranks on {parallel.nodes} nodes",
                 where=f"{stage}.parallel",
                 limit="equal parts",
-                remedy=remedy,
+                remedy=f"set {stage}.parallel.nodes to a divisor of {parallel.ranks}",
             )
-        if stage in chosen and parallel.nodes > 1 and target in SINGLE_NODE:
-            remedy = "launch on slurm, k8s or skypilot, or set it to 1"
+        # Several nodes on one machine would share its GPUs.
+        if parallel.nodes > 1 and target in SINGLE_NODE:
             raise ConfigError(
                 f"{stage}.parallel.nodes = {parallel.nodes}",
                 where=f"--on {target}",
                 limit="1: it is one machine",
-                remedy=remedy,
+                remedy="launch on slurm, k8s or skypilot, or set it to 1",
             )
-    if config.score.forward.parallel.nodes > 1:
-        what = f"score.forward.parallel.nodes = {config.score.forward.parallel.nodes}"
+    # Scoring needs no exchange between nodes. Workers share its prompts instead.
+    nodes = config.score.forward.parallel.nodes
+    if nodes > 1:
         raise ConfigError(
-            what,
+            f"score.forward.parallel.nodes = {nodes}",
             where="score.forward",
             limit="1: scoring is shared by launch.workers",
             remedy="set it to 1",
         )
+
+
+def _check_target(config: Config, target: Target) -> None:
+    # nemo-run replaces this text by its own folder in every word of a job, paths included.
     if "/nemo_run" in str(config.run.dir):
-        what = f"run.dir {config.run.dir} has /nemo_run in it, which nemo-run replaces wherever it stands in a job"
-        raise ConfigError(what, where="run.dir", remedy="give another run.dir")
+        raise ConfigError(
+            f"run.dir {config.run.dir} has /nemo_run in it, "
+            "which nemo-run replaces wherever it stands in a job",
+            where="run.dir",
+            remedy="give another run.dir",
+        )
+    # Slurm runs with or without a container, and so does this machine.
     if target in CONTAINERS and not config.launch.image:
         raise ConfigError(
             "launch.image is missing",
@@ -155,39 +202,48 @@ def _check(config: Config, target: Target, chosen: Sequence[str]) -> None:
 
 
 def _check_no_secret(overrides: Sequence[str]) -> None:
-    """An override stands in the command of every job, and so in its script and in lists of
-    processes.
+    """Refuse a secret in an override.
+
+    An override is part of the command of every job. Scripts and lists of processes show it.
     """
+    # What stands in the TOML file is safe: the jobs read the file, and no command shows it.
     for override in overrides:
         key, _, text = override.partition("=")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        # The value is parsed, because a table may hold a secret inside.
         if holds_secret({key.strip(): value}):
-            remedy = "put it into the TOML file, which the jobs read, or into the cluster's own store of secrets"
             raise ConfigError(
-                f"{key.strip()} holds what may be a secret, and would stand in the scripts of the jobs",
+                f"{key.strip()} holds what may be a secret, "
+                "and would stand in the scripts of the jobs",
                 where="command line",
-                remedy=remedy,
+                remedy="put it into the TOML file, which the jobs read, "
+                "or into the cluster's own store of secrets",
             )
 
 
 def _jobs_of(
     stage: str, config: Config, target: Target, arguments: list[str], *, after: tuple[str, ...]
 ) -> list[Job]:
+    """Return the jobs of one stage, the one that others wait for last."""
     in_container = target in CONTAINERS or (target == "slurm" and bool(config.launch.image))
+    # In the image `lopd` is on the path. Outside, the jobs use this very environment.
     launcher = ("lopd",) if in_container else (sys.executable, "-m", "lopd.cli")
     command = (*launcher, stage, *arguments)
-    gpus, cpus, nodes = _machine(stage, config)
+    gpus, cpus, nodes = _machine_of(stage, config)
     if nodes > 1:
+        # The cluster tells each machine its number, so all of them run the same command.
         command = (*command, "--node", f"auto/{nodes}")
     job = Job(stage, stage, command, after, nodes=nodes, gpus=gpus, cpus=cpus)
     workers = config.launch.workers
     if stage not in SHARED or workers == 1:
         return [job]
+    # The job itself stays as the last one, which completes the artifact.
     share = dataclasses.replace(job, share=True)
-    if target in SINGLE_NODE:  # no arrays there: jobs of their own, side by side
+    if target in SINGLE_NODE:
+        # These targets have no arrays. The shares are jobs of their own, side by side.
         shares = [
             dataclasses.replace(
                 share, name=f"{stage}-{index}", command=(*command, "--shards", f"{index}/{workers}")
@@ -195,40 +251,47 @@ def _jobs_of(
             for index in range(workers)
         ]
     else:
-        shares = [
-            dataclasses.replace(
-                share,
-                name=f"{stage}-workers",
-                command=(*command, "--shards", f"auto/{workers}"),
-                workers=workers,
-            )
-        ]
+        array = dataclasses.replace(
+            share,
+            name=f"{stage}-workers",
+            command=(*command, "--shards", f"auto/{workers}"),
+            workers=workers,
+        )
+        shares = [array]
     return [*shares, dataclasses.replace(job, after=tuple(share.name for share in shares))]
 
 
-def _machine(stage: str, config: Config) -> tuple[int, int, int]:
-    """GPUs and cores per node, and nodes."""
-    servers = config.sglang.tensor * config.sglang.data * config.sglang.replicas
-    baseline = [config.sft] if config.evaluate.equal_compute_baseline else []
-    trainings: dict[str, Sequence[TrainSection]] = {
-        "sft": [config.sft],
-        "distill": [config.distill],
-        "evaluate": baseline,
-    }
-    sections = trainings.get(stage, ())
-    scorers = (
-        config.score.forward.parallel.ranks
-        if stage == "score" and config.score.engine == "megatron"
-        else 0
-    )
-    nodes = max((section.parallel.nodes for section in sections), default=1)
+def _machine_of(stage: str, config: Config) -> tuple[int, int, int]:
+    """Return the GPUs and the CPU cores of each machine that a stage needs, and the machines."""
+    trainings = _trainings_of(stage, config)
+    nodes = max((section.parallel.nodes for section in trainings), default=1)
     ranks = max(
-        (section.parallel.ranks // section.parallel.nodes for section in sections), default=0
+        (section.parallel.ranks // section.parallel.nodes for section in trainings), default=0
     )
-    serves = stage not in ("sft", "export")
-    ranks, serves = max(ranks, scorers), serves and not scorers
-    devices = 0 if stage == "export" else max(ranks, servers if serves else 0)
+    servers = config.sglang.tensor * config.sglang.data * config.sglang.replicas
+    # Megatron-Core's ranks score without a server.
+    if stage == "score" and config.score.engine == "megatron":
+        ranks = config.score.forward.parallel.ranks
+        servers = 0
+    if stage in ("sft", "export"):
+        servers = 0
+    # Servers and ranks use the same GPUs, so the larger number of the two is enough.
+    devices = max(ranks, servers)
     if config.launch.device == "gpu":
-        return devices, max(4, 8 * devices), nodes
-    threads = max((section.threads_per_rank or 1 for section in sections), default=1)
-    return 0, max(1, ranks * threads, servers if serves else 0), nodes
+        return devices, max(MIN_CORES, CORES_PER_GPU * devices), nodes
+    # On a CPU a rank computes with several threads, and a server with one process.
+    # Without a knob, each rank has one thread.
+    threads = max((section.threads_per_rank or 1 for section in trainings), default=1)
+    return 0, max(1, ranks * threads, servers), nodes
+
+
+def _trainings_of(stage: str, config: Config) -> Sequence[TrainSection]:
+    """Return the settings of the trainings that a stage makes."""
+    if stage == "sft":
+        return [config.sft]
+    if stage == "distill":
+        return [config.distill]
+    # evaluate trains the baseline with the settings of SFT.
+    if stage == "evaluate" and config.evaluate.equal_compute_baseline:
+        return [config.sft]
+    return []

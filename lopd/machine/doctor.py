@@ -1,361 +1,200 @@
-"""What the machine must have for a run, all of it looked at before anything starts: ``lopd doctor
-CONFIG``. Changes nothing.
+"""What a machine must have for a run: ``lopd doctor CONFIG``.
 
-Facts are gathered first and judged afterwards, so that tests judge machines that do not exist.
+lopd.machine.facts gathers what the machine has. Here it is judged, all of it at once, before
+anything starts. Nothing is changed.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import re
-import resource
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-from lopd import processes
 from lopd.config import Config
-from lopd.config.hub import HubName, hub_folder
+from lopd.config.hub import hub_folder
 from lopd.errors import ConfigError, LopdError
-from lopd.machine.hub import Wanted, offline, wanted
+from lopd.machine.facts import OPEN_FILES, Facts
+from lopd.machine.hub import Wanted, named_paths, wanted
+from lopd.machine.versions import MIN_DRIVER, judge_versions
 from lopd.planning import Assumptions, Node, Plan, make_plan
 from lopd.planning.hardware import Gpu, gpu_of_device
 from lopd.planning.models import planned_models
-from lopd.planning.plan import TRAINED, ranks_of_a_node
+from lopd.planning.stages import TRAINED, ranks_of_a_node
 
 _GIB = 2**30
-SHM_PER_GPU = (
-    _GIB  # NCCL and SGLang's ranks talk through /dev/shm; Docker gives 64 MiB unless told otherwise
-)
-OPEN_FILES = 16384
-MIN_DRIVER = {13: 580, 12: 525}  # CUDA's major version -> NVIDIA driver
-NEEDED = {
-    "torch": "2.11",
-    "megatron-core": "0.16.1",
-    "sglang": "0.5.17",
-    "transformers": "5.12",
-    "pyarrow": "20",
-}
-NEEDED_ON_GPU = {"transformer-engine": "2.16", "triton": "3.6"}
-TOO_NEW = {
-    "megatron-core": "0.19",
-    "sglang": "0.6",
-    "transformers": "6",
-}  # the first version that nobody has tried
+# Bytes of /dev/shm for each GPU, an estimate. NCCL and the ranks of SGLang exchange data through
+# it. Docker gives a container 64 MiB unless it is told otherwise.
+SHM_PER_GPU = _GIB
+# Bytes that a GPU may show as used although no program uses it: the driver itself, and displays.
+_USED_BY_NOBODY = 2 * _GIB
+# Bytes of a disk without a limit. _judge_disk judges the real disks.
+_ANY_DISK = 2**60
+# Bytes of a parameter in a published checkpoint, which is bfloat16.
+_FETCHED_BYTES = 2.0
+# If the machine has no GPU, the plan is made for the GPU that the recipes are written for.
+_USUAL_DEVICE = "NVIDIA H100 80GB HBM3"
 
-
-@dataclass(frozen=True, slots=True)
-class Misfit:
-    """Two packages that do not fit: one from a version on beside another up to below a version.
-
-    Attributes:
-        name: The package that needs something.
-        since: The first version of it that needs it.
-        other: The package that it needs it of.
-        below: The first version of the other package that has it.
-        why: What goes wrong otherwise, in a clause.
-    """
-
-    name: str
-    since: str
-    other: str
-    below: str
-    why: str
-
-
-MISFITS = (
-    Misfit(
-        "transformer-engine",
-        "2.13",
-        "nvidia-cublas",
-        "13.2.0.9",
-        "its library does not load, and neither does megatron-core",
-    ),
-    Misfit("megatron-core", "0.17", "triton", "3.6", "its import fails"),
-)
-
+Verdicts: TypeAlias = Iterator[str | LopdError]
 Finding = tuple[str, str | LopdError]
 
 
-@dataclass(frozen=True, slots=True)
-class GpuFact:
-    name: str
-    memory: int  # bytes
-    used: int
-    driver: str
-    mig: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """gpus_problem: why none can be seen. disks: of a folder that is to be, number of its disk and
-    free bytes. versions: None where not installed.
-
-    hub: error of asking for a repository, None: it is there.
-    """
-
-    gpus: tuple[GpuFact, ...] = ()
-    gpus_problem: str = ""
-    host_memory: int = 0
-    shm: int = 0
-    open_files: int = OPEN_FILES
-    locked_memory: int = -1  # bytes that may be pinned; -1: any
-    disks: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    cuda: str | None = None  # of the installed torch
-    ports_taken: tuple[int, ...] = ()
-    hub: Mapping[HubName, str | None] = field(default_factory=dict)
-
-
-# ---- gathering ------------------------------------------------------------------------------------------------------------------------------------
-
-
-def gather(config: Config, also: Sequence[Wanted] = ()) -> Facts:
-    """Looks at this machine, and asks the hub whether it has what is not here yet, if downloads are
-    allowed. also: names that no key of config holds.
-    """
-    gpus, problem = _gpus()
-    first = config.sglang.port
-    ports = range(first, first + config.sglang.replicas) if first is not None else range(0)
-    names = {item.name for item in (*wanted(config), *also) if not item.is_there}
-    return Facts(
-        gpus=gpus,
-        gpus_problem=problem,
-        host_memory=_host_memory(),
-        shm=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-        locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        disks={folder: _disk(folder) for folder in (config.run.dir, hub_folder())},
-        versions={name: _version(name) for name in (*NEEDED, *NEEDED_ON_GPU, "nvidia-cublas")},
-        cuda=_torch_cuda(),
-        ports_taken=tuple(port for port in ports if processes.port_taken(port)),
-        hub={name: _ask(name) for name in sorted(names, key=str)} if not offline() else {},
-    )
-
-
-def _gpus() -> tuple[tuple[GpuFact, ...], str]:
-    query = "--query-gpu=name,memory.total,memory.used,driver_version,mig.mode.current"
-    try:
-        told = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    except FileNotFoundError:
-        return (), "nvidia-smi is not installed (in a container: start it with --gpus all)"
-    except subprocess.TimeoutExpired:
-        return (), "nvidia-smi does not answer"
-    if told.returncode != 0:
-        return (), " ".join(told.stdout.split())[
-            :200
-        ] or f"nvidia-smi ends with code {told.returncode}"
-    return parse_gpus(told.stdout), ""
-
-
-def parse_gpus(text: str) -> tuple[GpuFact, ...]:
-    """Lines of nvidia-smi: name, memory and used memory in MiB, driver, MIG mode."""
-    rows = [
-        [cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()
-    ]
-    return tuple(
-        GpuFact(name, int(total) * 2**20, int(used) * 2**20, driver, mig == "Enabled")
-        for name, total, used, driver, mig in rows
-    )
-
-
-def _host_memory() -> int:
-    """Of the machine, or of the container where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
-
-
-def _disk(folder: Path) -> tuple[int, int]:
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return existing.stat().st_dev, shutil.disk_usage(existing).free
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _torch_cuda() -> str | None:
-    import torch
-
-    return torch.version.cuda
-
-
-def _ask(name: HubName) -> str | None:
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().repo_info(
-            name.repository,
-            repo_type="dataset" if name.dataset else "model",
-            revision=name.revision,
-            timeout=15,
-        )
-    except (
-        Exception
-    ) as error:  # huggingface_hub's own, and whatever its connection raises: it cannot be had
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
-
-
-# ---- judging --------------------------------------------------------------------------------------------------------------------------------------
-
-
 def findings(config: Config, facts: Facts, also: Sequence[Wanted] = ()) -> Iterator[Finding]:
-    """Everything, right or wrong, by name; one that is wrong keeps no other from being looked at.
-    also: as for gather.
+    """Yield everything that was looked at, right or wrong.
+
+    A finding that is wrong does not keep anything else from being looked at.
+
+    Args:
+        config: The configuration of the run.
+        facts: What is known of the machine.
+        also: Names on the hub that no key of the configuration holds.
+
+    Yields:
+        The name of the subject, and what was found: text if it is right, an error if it is wrong.
     """
     plan = _plan(config, facts)
     if isinstance(plan, LopdError):
         yield "plan", plan
+    # Without a plan, the subjects that need one yield nothing. The plan's own error is above.
     for name, judge in JUDGES.items():
-        for finding in judge(config, facts, None if isinstance(plan, LopdError) else plan):
-            yield name, finding
+        for verdict in judge(config, facts, None if isinstance(plan, LopdError) else plan):
+            yield name, verdict
     for item in also:
-        yield "sources", _source(item.key, item.path, item, facts)
+        yield "sources", _judge_source(item.key, item.path, item, facts)
 
 
 def _plan(config: Config, facts: Facts) -> Plan | LopdError:
-    """What the run needs, on the GPUs that are here, or on what it was written for where there are
-    none.
-    """
+    """Return what the run needs on this machine's GPUs, or why that cannot be said."""
     first = facts.gpus[0] if facts.gpus else None
-    known = gpu_of_device(first.name if first else "NVIDIA H100 80GB HBM3")
-    gpu = (
-        known
-        if first is None
-        else Gpu(first.name, first.memory, known.flops, known.bandwidth, known.link)
-    )
+    gpu = gpu_of_device(first.name if first else _USUAL_DEVICE)
+    if first is not None:
+        # The speeds are those of the table. The memory is what this GPU really has.
+        gpu = Gpu(first.name, first.memory, gpu.flops, gpu.bandwidth, gpu.link)
+    # The node has as many GPUs as the run needs. That there are fewer, _judge_gpus says.
+    node = Node(gpu, gpus_needed(config), facts.host_memory, _ANY_DISK)
     try:
-        return make_plan(
-            config,
-            planned_models(config, {}),
-            Node(gpu, gpus_needed(config), facts.host_memory, 2**60),
-            Assumptions(),
-            build=False,
-        )
+        models = planned_models(config, {})
+        return make_plan(config, models, node, Assumptions(), build=False)
     except LopdError as error:
         return error
 
 
 def gpus_needed(config: Config) -> int:
-    """On a machine: ranks of the larger training, or GPUs of all servers of a model."""
+    """Return the GPUs that a run needs on one machine.
+
+    They are those of the larger training, or of all servers of one model.
+    """
     servers = config.sglang.tensor * config.sglang.data * config.sglang.replicas
     return max(ranks_of_a_node(config.sft), ranks_of_a_node(config.distill), servers)
 
 
-def _on_cpu(config: Config, facts: Facts) -> bool:
-    """A trial on a CPU was asked for: what a GPU needs is not looked for."""
+def _is_cpu_trial(config: Config, facts: Facts) -> bool:
+    """Return whether a trial on a CPU is asked for, which needs nothing that a GPU needs."""
     return config.launch.device == "cpu" and not facts.gpus
 
 
-def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    if _on_cpu(config, facts):
+def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    if _is_cpu_trial(config, facts):
         yield "none is needed: launch.device is cpu"
         return
+    gpus = facts.gpus
     needed = gpus_needed(config)
-    if len(facts.gpus) < needed:
-        found = f"{len(facts.gpus)} GPUs" + (
-            f" ({facts.gpus_problem})" if facts.gpus_problem else ""
-        )
+    # The numbers in the limit are what the configuration asks for, so another layout may help.
+    if len(gpus) < needed:
+        problem = f" ({facts.gpus_problem})" if facts.gpus_problem else ""
         yield ConfigError(
-            found,
+            f"{len(gpus)} GPUs{problem}",
             where="this machine",
             limit=f"{needed} (ranks of sft and distill, and servers)",
             remedy="lopd plan CONFIG --gpus N --suggest",
         )
-    if any(gpu.mig for gpu in facts.gpus):
+    # A MIG instance looks like a GPU to torch, and the error would come only from NCCL.
+    if any(gpu.mig for gpu in gpus):
         yield ConfigError(
             "a GPU is in MIG mode",
             where="this machine",
             remedy="use whole GPUs: NCCL does not cross MIG instances",
         )
-    if len({gpu.name for gpu in facts.gpus}) > 1:
-        names = ", ".join(sorted({gpu.name for gpu in facts.gpus}))
+    # All ranks wait for the slowest GPU, and the smallest one runs out of memory first.
+    names = sorted({gpu.name for gpu in gpus})
+    if len(names) > 1:
         yield ConfigError(
-            f"GPUs of several kinds: {names}",
+            f"GPUs of several kinds: {', '.join(names)}",
             where="this machine",
             remedy="choose those of one kind with CUDA_VISIBLE_DEVICES",
         )
-    busy = [index for index, gpu in enumerate(facts.gpus) if gpu.used > 2 * _GIB]
+    busy = [str(index) for index, gpu in enumerate(gpus) if gpu.used > _USED_BY_NOBODY]
+    # The plan counts on the whole memory of each GPU.
     if busy:
         yield ConfigError(
-            f"GPUs {', '.join(map(str, busy))} hold memory of other programs",
+            f"GPUs {', '.join(busy)} hold memory of other programs",
             where="this machine",
             remedy="nvidia-smi shows whose; end them",
         )
-    if len(facts.gpus) >= needed and not busy:
-        yield f"{len(facts.gpus)} x {facts.gpus[0].name}, {facts.gpus[0].memory / _GIB:.1f} GiB"
+    if len(gpus) >= needed and not busy:
+        yield f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / _GIB:.1f} GiB"
 
 
-def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    """The plan's verdict for the GPUs and the memory that are here."""
-    if _on_cpu(config, facts):
+def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    """Yield the plan's verdict on the memory of the GPUs and of the machine."""
+    if _is_cpu_trial(config, facts):
         yield "not judged: the plan is one of GPUs, and launch.device is cpu"
         return
     if plan is None:
         return
-    relevant = [problem for problem in plan.problems if "wants" not in problem.what]
-    for problem in relevant:
+    # The number of GPUs is judged by _judge_gpus.
+    problems = [problem for problem in plan.problems if not problem.is_count]
+    for problem in problems:
         yield ConfigError(
             f"{problem.stage} does not fit: {problem.what}",
             where="this machine",
             remedy="lopd plan CONFIG --suggest",
         )
-    if not relevant:
-        most = max(use.gpu_total for use in plan.memory.values())
+    if not problems:
+        # Stages run one after the other, so the largest one decides.
+        gpu = max(use.gpu_total for use in plan.memory.values())
         host = max(use.host_total for use in plan.memory.values())
-        yield f"needs up to {most / _GIB:.0f} GiB of a GPU, {host / _GIB:.0f} GiB of the machine's {facts.host_memory / _GIB:.0f}"
+        yield (
+            f"needs up to {gpu / _GIB:.0f} GiB of a GPU, "
+            f"{host / _GIB:.0f} GiB of the machine's {facts.host_memory / _GIB:.0f}"
+        )
 
 
-def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    """Of the run, and of models that are still to be fetched; the two may share a disk."""
+def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    """Yield whether there is room for the run, and for the models that are still to be fetched."""
     if plan is None:
         return
-    absent = {item.key for item in wanted(config) if not item.is_there}
-    sizes = {"models.teacher": 2.0 * plan.teacher_total, "models.student": 2.0 * plan.total}
-    needs = {
-        config.run.dir: sum(plan.disk.values()),
-        hub_folder(): sum(size for key, size in sizes.items() if key in absent),
-    }
-    disks: dict[int, list[Path]] = {}
+    # Prompt files are small beside models, and are not counted.
+    missing = {item.key for item in wanted(config) if not item.is_there}
+    models = {"models.teacher": plan.teacher_total, "models.student": plan.total}
+    to_fetch = sum(count for key, count in models.items() if key in missing) * _FETCHED_BYTES
+    needs = {config.run.dir: sum(plan.disk.values()), hub_folder(): to_fetch}
+    # If both folders are on one disk, it must have room for the sum.
+    folders_of: dict[int, list[Path]] = {}
     for folder in needs:
-        disks.setdefault(facts.disks.get(folder, (0, 0))[0], []).append(folder)
-    for folders in disks.values():
-        needed, free = (
-            sum(needs[folder] for folder in folders),
-            facts.disks.get(folders[0], (0, 0))[1],
-        )
+        disk, _ = facts.disks.get(folder, (0, 0))
+        folders_of.setdefault(disk, []).append(folder)
+    # One finding for each disk, not for each folder.
+    for folders in folders_of.values():
+        needed = sum(needs[folder] for folder in folders)
+        _, free = facts.disks.get(folders[0], (0, 0))
         where = " and ".join(map(str, folders))
+        # The plan's figure is an estimate, therefore "about".
         if free < needed:
-            remedy = "free space, or set run.dir and LOPD_HUB to other disks"
             yield ConfigError(
                 f"{free / _GIB:,.0f} GiB free",
                 where=where,
                 limit=f"about {needed / _GIB:,.0f} GiB",
-                remedy=remedy,
+                remedy="free space, or set run.dir and LOPD_HUB to other disks",
             )
         else:
             yield f"{where}: {free / _GIB:,.0f} GiB free, about {needed / _GIB:,.0f} GiB needed"
 
 
-def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    if _on_cpu(config, facts):
+def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    if _is_cpu_trial(config, facts):
         yield "none is needed: launch.device is cpu"
         return
+    # lopd trains on a CPU too, but a machine without CUDA is rarely what was meant.
     if facts.cuda is None:
         yield ConfigError(
             "the installed torch has no CUDA",
@@ -363,35 +202,39 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Iterator[s
             remedy="use the image (docker/), or install requirements for a GPU",
         )
         return
-    if facts.gpus:
-        major, least = (
-            int(facts.gpus[0].driver.partition(".")[0]),
-            MIN_DRIVER.get(int(facts.cuda.partition(".")[0]), 0),
+    # Without a GPU there is no driver to judge, and _judge_gpus says so.
+    if not facts.gpus:
+        return
+    # All GPUs of a machine share one driver.
+    driver = facts.gpus[0].driver
+    # A CUDA version without a row in the table has no limit that is known.
+    oldest = MIN_DRIVER.get(int(facts.cuda.partition(".")[0]), 0)
+    if int(driver.partition(".")[0]) < oldest:
+        yield ConfigError(
+            f"NVIDIA driver {driver}",
+            where="this machine",
+            limit=f"{oldest} for CUDA {facts.cuda}",
+            remedy="install a newer driver on the host",
         )
-        if major < least:
-            limit = f"{least} for CUDA {facts.cuda}"
-            yield ConfigError(
-                f"NVIDIA driver {facts.gpus[0].driver}",
-                where="this machine",
-                limit=limit,
-                remedy="install a newer driver on the host",
-            )
-        else:
-            yield f"NVIDIA driver {facts.gpus[0].driver}, CUDA {facts.cuda}"
+    else:
+        yield f"NVIDIA driver {driver}, CUDA {facts.cuda}"
 
 
-def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    shm = 0 if _on_cpu(config, facts) else SHM_PER_GPU * gpus_needed(config)
+def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    """Yield whether the limits of the system, or of the container, are high enough."""
+    is_cpu_trial = _is_cpu_trial(config, facts)
+    # On a CPU gloo exchanges through sockets, and needs no shared memory.
+    shm = 0 if is_cpu_trial else SHM_PER_GPU * gpus_needed(config)
     if facts.shm < shm:
-        remedy = "in a container: --ipc=host, or --shm-size"
         yield ConfigError(
             f"shared memory of {facts.shm / _GIB:.2f} GiB",
             where="/dev/shm",
             limit=f"{shm / _GIB:.0f} GiB",
-            remedy=remedy,
+            remedy="in a container: --ipc=host, or --shm-size",
         )
     else:
         yield f"/dev/shm: {facts.shm / _GIB:.0f} GiB"
+    # A negative limit means none.
     if 0 <= facts.open_files < OPEN_FILES:
         yield ConfigError(
             f"{facts.open_files} open files",
@@ -399,77 +242,51 @@ def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Iterator[s
             limit=str(OPEN_FILES),
             remedy="raise the hard limit (ulimit -n)",
         )
-    offload = any(getattr(config, name).megatron.get("optimizer_cpu_offload") for name in TRAINED)
-    if offload and facts.locked_memory >= 0 and not _on_cpu(config, facts):
-        what = f"only {facts.locked_memory / 2**20:.0f} MiB of memory may be pinned; an offloaded optimizer pins hundreds of GiB"
-        yield ConfigError(what, where="ulimit -l", remedy="in a container: --ulimit memlock=-1")
+    # Only pinned memory can be copied to a GPU while the GPU computes.
+    offloads = any(getattr(config, name).megatron.get("optimizer_cpu_offload") for name in TRAINED)
+    if offloads and facts.locked_memory >= 0 and not is_cpu_trial:
+        yield ConfigError(
+            f"only {facts.locked_memory / 2**20:.0f} MiB of memory may be pinned; "
+            "an offloaded optimizer pins hundreds of GiB",
+            where="ulimit -l",
+            remedy="in a container: --ulimit memlock=-1",
+        )
 
 
-def _judge_ports(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
+def _judge_ports(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    # Without sglang.port the system gives a free port when the server starts.
     for port in facts.ports_taken:
         yield ConfigError(
             f"port {port} is taken",
             where="127.0.0.1",
-            remedy="leave sglang.port out: free ports are taken",
+            remedy="leave sglang.port out: lopd then uses free ports",
         )
     if not facts.ports_taken:
-        yield "free" if config.sglang.port is not None else "free ones are taken"
+        yield "free" if config.sglang.port is not None else "lopd will use free ports"
 
 
-def _judge_versions(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    for name, least in {**NEEDED, **(NEEDED_ON_GPU if facts.gpus else {})}.items():
-        version = facts.versions.get(name)
-        if version is None or _numbers(version) < _numbers(least):
-            found = f"{name} {version}" if version else f"{name} is not installed"
-            yield ConfigError(
-                found,
-                where="python environment",
-                limit=f"{least} or newer",
-                remedy="use the image (docker/)",
-            )
-        elif name in TOO_NEW and _numbers(version) >= _numbers(TOO_NEW[name]):
-            limit = f"below {TOO_NEW[name]}: nothing newer has been tried"
-            yield ConfigError(
-                f"{name} {version}",
-                where="python environment",
-                limit=limit,
-                remedy="use the image (docker/)",
-            )
-    yield from _misfits(facts.versions)
-    yield ", ".join(f"{name} {version}" for name, version in facts.versions.items() if version)
+def _judge_versions(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    return judge_versions(facts.versions, has_gpus=bool(facts.gpus))
 
 
-def _misfits(versions: Mapping[str, str | None]) -> Iterator[LopdError]:
-    """Packages that are each right and do not fit together. One that is not installed is judged
-    elsewhere.
+def _judge_sources(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
+    """Yield whether models and prompt files are on this machine, or can be fetched."""
+    # The same keys as those of the paths below. Local paths have no name on the hub.
+    on_hub = {item.key: item for item in wanted(config)}
+    for key, path in _paths_to_read(config).items():
+        yield _judge_source(key, path, on_hub.get(key), facts)
+
+
+def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> str | LopdError:
+    """Return what was found of one model or file.
+
+    Args:
+        key: The key of the configuration that names it.
+        path: Where it must be on this machine.
+        item: Its name on the hub, if it has one.
+        facts: What the hub has said.
     """
-    for rule in MISFITS:
-        version, other = versions.get(rule.name), versions.get(rule.other)
-        if version is None or other is None:
-            continue
-        if _numbers(version) >= _numbers(rule.since) and _numbers(other) < _numbers(rule.below):
-            what = f"{rule.name} {version} beside {rule.other} {other}: {rule.why}"
-            limit = f"{rule.other} {rule.below} or newer"
-            yield ConfigError(
-                what,
-                where="python environment",
-                limit=limit,
-                remedy=f"pip install '{rule.other}>={rule.below}', or use the image (docker/)",
-            )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])
-
-
-def _judge_sources(config: Config, facts: Facts, plan: Plan | None) -> Iterator[str | LopdError]:
-    """Models and prompt files: here, or on the hub and to be had."""
-    named = {item.key: item for item in wanted(config)}
-    for key, path in _paths(config).items():
-        yield _source(key, path, named.get(key), facts)
-
-
-def _source(key: str, path: Path, item: Wanted | None, facts: Facts) -> str | LopdError:
+    # What is here is not compared with the hub: a name with a revision does not change.
     if path.exists():
         return f"{key}: {path}"
     if item is None:
@@ -478,41 +295,36 @@ def _source(key: str, path: Path, item: Wanted | None, facts: Facts) -> str | Lo
             where=str(path),
             remedy="put it there, or name it on the hub: hf://org/name@revision",
         )
+    # gather() asks the hub for everything that is missing, unless downloads are forbidden.
     if item.name not in facts.hub:
-        remedy = (
-            "unset HF_HUB_OFFLINE and run lopd fetch CONFIG, or put the files there by other means"
-        )
         return ConfigError(
             f"{key}: {item.name} is not here, and downloads are switched off",
             where=str(item.path),
-            remedy=remedy,
+            remedy="unset HF_HUB_OFFLINE and run lopd fetch CONFIG, "
+            "or put the files there by other means",
         )
     if facts.hub[item.name] is not None:
         return ConfigError(
-            f"{key}: {item.name} cannot be had: {facts.hub[item.name]}",
+            f"{key}: {item.name} cannot be fetched: {facts.hub[item.name]}",
             where="hub",
             remedy="check name, revision, network and login",
         )
     return f"{key}: {item.name} is on the hub (lopd fetch CONFIG)"
 
 
-def _paths(config: Config) -> dict[str, Path]:
-    paths: dict[str, Path | None] = {
-        "models.teacher": config.models.teacher,
-        "models.student": config.models.student,
-    }
-    paths |= {f"models.teachers.{domain}": path for domain, path in config.models.teachers.items()}
-    paths |= {
-        f"prompts.{name}.file": getattr(config.prompts, name).file
-        for name in ("sft", "opd", "eval")
-    }
+def _paths_to_read(config: Config) -> dict[str, Path]:
+    """Return what the run reads, by its key of the configuration."""
+    paths = {**named_paths(config), "sft.demonstrations": config.sft.demonstrations}
+    # These two are read only for what their manifests say. lopd check judges them.
+    for key in ("sft.declared_teacher", "sft.checkpoint"):
+        paths.pop(key)
+    # Given demonstrations are read instead of prompts.
     if config.sft.demonstrations is not None:
-        paths["sft.demonstrations"] = config.sft.demonstrations
         paths.pop("prompts.sft.file")
     return {key: path for key, path in paths.items() if path is not None}
 
 
-Judge = Callable[[Config, Facts, "Plan | None"], Iterator[str | LopdError]]
+Judge = Callable[[Config, Facts, "Plan | None"], Verdicts]
 JUDGES: dict[str, Judge] = {
     "GPUs": _judge_gpus,
     "memory": _judge_memory,

@@ -1,30 +1,38 @@
 """Losses on packed log-probabilities: pure torch, no torch.distributed, no Megatron.
 
-For teams with a training stack of their own: nothing here starts a process or calls a collective.
-In a Megatron-Core loss function with ``calculate_per_token_loss``:
+The package is written for teams that have their own training stack. Nothing here starts a process
+or calls a collective. In a Megatron-Core loss function with ``calculate_per_token_loss``:
 
     objective = Lightning(advantage_clip=10.0, aggregation="response_mean")
-    output = objective(logprobs, batch)                      # logprobs f32[T] of the labels, with gradient; batch: TokenBatch
+    # logprobs: float32 [T] of the labels, with gradient. batch: a TokenBatch.
+    output = objective(logprobs, batch)
     return output.loss_sum, output.num_items, output.metric_sums
 
-- ``TokenBatch``: mask, sequence borders and cached log-probabilities, already shifted (index t belongs to the label of position t).
-  ``TokenBatch.from_microbatch`` takes what ``lopd.batching.build_microbatch`` builds.
-- ``Lightning``: Lightning OPD as a Huber loss; its negative gradient is the method's update, with one forward and one backward pass.
-- ``Distillation``: a loss of tokens (``Lightning``, ``TopKKL``) with pieces: ``Prefix``, ``DropTruncated`` (which tokens carry loss),
-  ``TruncatedImportance``, ``EarlyTokenGain`` (how much each counts), ``ReferenceKL`` (a pull back
-  to the rollouts' policy). docs/objectives.md tells when.
-- ``objective_from_config``: the objective of a configuration; combinations that mean nothing are refused with the reason.
-- ``Supervised``: negative log-likelihood, for the SFT before it.
-- ``Objective``, ``LossOutput``: the protocol of the two, for objectives of your own. Sums only: the loss of a step is the sum of ``loss_sum`` over the sum
-  of ``num_items``, both over all microbatches and data-parallel ranks. So neither packing nor the
-  number of ranks changes the loss.
-- ``RefreshRule``: from a step's figures, whether the responses are too old: docs/refresh.md.
-- ``reduce_metrics``: the globally added ``metric_sums`` to the values to report (means, spreads, effective sample share). Pure python.
-- ``token_weights``: the three aggregations as one weight per token, to build a loss with.
-- ``reverse_kl_terms``: the non-negative estimator of KL(student || teacher) from frozen samples.
+- ``TokenBatch`` holds the mask, the sequence borders and the cached log-probabilities. They are
+  shifted already: index t belongs to the label of position t. ``TokenBatch.from_microbatch`` takes
+  what ``lopd.batching.build_microbatch`` builds.
+- ``Lightning`` is Lightning OPD as a Huber loss. Its negative gradient is the method's update, and
+  it needs one forward and one backward pass.
+- ``Distillation`` combines a token loss (``Lightning``, ``TopKKL``) with options. ``Prefix`` and
+  ``DropTruncated`` select the tokens that carry loss. ``TruncatedImportance`` and
+  ``EarlyTokenGain`` weight each token. ``ReferenceKL`` pulls the student back to the policy that
+  sampled the rollouts. docs/objectives.md says when to use which.
+- ``objective_from_config`` returns the objective of a configuration. It refuses combinations that
+  mean nothing, and gives the reason.
+- ``Supervised`` is the negative log-likelihood, for the SFT that comes before distillation.
+- ``Objective`` and ``LossOutput`` are the protocol, for objectives of your own. An objective
+  returns sums only. The loss of a step is the sum of ``loss_sum`` divided by the sum of
+  ``num_items``, both over all microbatches and all data-parallel ranks. So neither the packing nor
+  the number of ranks changes the loss.
+- ``RefreshRule`` decides from the metrics of a step whether the responses are too old
+  (docs/refresh.md).
+- ``reduce_metrics`` turns the globally added ``metric_sums`` into the values to report: means,
+  spreads, the effective sample share. It is pure Python.
+- ``token_weights`` expresses the three aggregations as one weight per token, to build a loss with.
+- ``reverse_kl_terms`` is the non-negative estimator of KL(student || teacher) from frozen samples.
 
-A sequence must lie in one microbatch with all its log-probabilities: gather them first where
-context parallelism has split it.
+A sequence must lie in one microbatch with all its log-probabilities. Where context parallelism has
+split a sequence, gather its log-probabilities first.
 """
 
 from lopd.objective.aggregation import Aggregation, token_weights

@@ -1,5 +1,7 @@
-"""An objective put together from pieces: a loss per token, which tokens carry it, how much each
-counts, and a pull back to the rollouts' policy.
+"""An objective that combines a token loss with options.
+
+The options say which tokens carry loss, how much each counts, and how strongly the student is
+pulled back to the policy that sampled the rollouts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from lopd.objective.aggregation import Aggregation, token_weights
 from lopd.objective.interface import LossOutput, TokenBatch
 from lopd.objective.metrics import sums_by_teacher
 from lopd.objective.reference import ReferenceKL
-from lopd.objective.selection import Selection, end_tokens, narrowed
+from lopd.objective.selection import Selection, apply_selections, end_tokens
 from lopd.objective.top_k import TopKKL
 from lopd.objective.weighting import Weighting
 
@@ -29,23 +31,38 @@ class TokenLoss(Protocol):
     def advantage_clip(self) -> float: ...
 
     def token_losses(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """[T] with gradient; 0, with gradient 0, where there is no loss."""
+        """Return the losses [T] with gradient. Loss and gradient are 0 where there is no loss."""
         ...
 
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch, ends: Tensor) -> dict[str, Tensor]:
-        """float64 [] each, the same keys for every batch. ends bool [T]: end tokens of responses."""
+        """Return metrics as sums, float64 [] each, with the same keys for every batch.
+
+        Args:
+            logprobs: The student's log-probabilities of the labels [T].
+            batch: The packed sequences.
+            ends: bool [T], the end tokens of responses.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """sum over tokens of (product of weightings) * loss + reference, aggregated over the tokens
-    that the selections leave.
+    """The sum over tokens of (product of weightings) * loss + reference, aggregated.
 
-    What it is divided by counts those tokens or their responses; weightings do not change it.
-    teachers: names of the teachers where responses were scored by several (by domain, say); the
-    loss needs no more than each token's log-probability by its own teacher, and the metrics come
-    for each of them too, as ``X/NAME``. ConfigError: pieces that do not go together.
+    It is divided by the number of tokens, or of responses, that the selections leave. Weightings do
+    not change what it is divided by.
+
+    Attributes:
+        loss: The loss of each token.
+        selections: Rules that take tokens away.
+        weightings: Factors of the token losses.
+        reference: The pull back to the policy that sampled, if there is one.
+        teachers: The names of the teachers, where several teachers scored the responses (one for
+            each domain, for example). The loss needs only each token's log-probability by its own
+            teacher. The metrics come for each teacher too, as ``X/NAME``.
+
+    Raises:
+        ConfigError: The parts do not go together.
     """
 
     loss: TokenLoss
@@ -58,22 +75,34 @@ class Distillation:
         if isinstance(self.loss, TopKKL) and self.weightings:
             names = ", ".join(type(weighting).__name__ for weighting in self.weightings)
             raise ConfigError(
-                f"{names} with a top-K KL",
+                f"{names} cannot be used with a top-K KL",
                 where="objective",
-                limit="token weights are functions of the sampled token, which plays no part in a sum over the teacher's tokens",
+                limit="token weights are functions of the sampled token, "
+                "which plays no part in a sum over the teacher's tokens",
                 remedy="use the lightning loss, or no token weights",
             )
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> LossOutput:
-        """logprobs [T] with gradient."""
-        ends = end_tokens(batch)  # of the whole responses
-        batch = narrowed(batch, self.selections)
+        """Return the sums of a microbatch.
+
+        Args:
+            logprobs: The student's log-probabilities of the labels [T], with gradient.
+            batch: The packed sequences.
+        """
+        # End tokens first. They are the last loss tokens of whole responses; of a prefix that would
+        # be a token in the middle of a sentence.
+        ends = end_tokens(batch)
+        # From here on every sum and mean, the metrics included, is over the selected tokens alone.
+        batch = apply_selections(batch, self.selections)
         losses = self.loss.token_losses(logprobs, batch)
         sums = self.loss.metric_sums(logprobs, batch, ends)
+        # The factors have no gradient, so each multiplies the gradient of a token's loss as well.
         for weighting in self.weightings:
             losses = losses * weighting(logprobs, batch)
             sums |= weighting.metric_sums(logprobs, batch)
         if self.reference is not None:
+            # After the weightings: they say how much the teacher counts, and the pull back to the
+            # reference must not become weaker with it.
             losses = losses + self.reference(logprobs, batch)
             sums |= self.reference.metric_sums(logprobs, batch)
         if self.teachers:
@@ -84,5 +113,7 @@ class Distillation:
                 ends=ends,
                 teachers=self.teachers,
             )
+        # The mean is over the tokens that the selections have left. Divided by all tokens, a prefix
+        # of 10% would make the loss, and with it the step, ten times smaller.
         weights, num_items = token_weights(batch, self.loss.aggregation, losses.dtype)
         return LossOutput((weights * losses).sum(), num_items, sums)

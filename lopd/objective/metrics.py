@@ -1,5 +1,6 @@
-"""What every step of a distillation reports, as sums; lopd.objective.reduce_metrics makes the
-values of them.
+"""What every step of a distillation reports, as sums.
+
+lopd.objective.reduce_metrics turns the sums into values.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from lopd.objective.aggregation import (
     count_sums,
+    expand_to_tokens,
     loss_tokens_per_sequence,
-    on_tokens,
     sequence_sums,
 )
 from lopd.objective.estimators import reverse_kl_terms, token_importance
@@ -24,26 +25,42 @@ from lopd.objective.interface import TokenBatch
 def distillation_sums(
     logprobs: Tensor, batch: TokenBatch, *, advantage_clip: float, ends: Tensor
 ) -> dict[str, Tensor]:
-    """Sums over the tokens that carry loss, float64 [] each; the same keys for every batch, zeros
-    where the batch lacks what a figure needs.
+    """Return the metrics of a distillation as sums over the tokens that carry loss.
 
-    logprobs [T], ends bool [T]: end tokens of responses (see end_tokens). Reported as:
-    ``advantage`` and ``advantage_std`` (log pi_T - log pi_theta before the clip, nats),
-    ``clipped_share``, ``end_token_advantage`` (its mean on end tokens: negative where the teacher
-    would rather go on). With sampling_logprobs: ``reverse_kl`` (see reverse_kl_terms), of w =
-    pi_theta / pi_sampling of a token ``weight`` (mean), ``weight_squared``, ``chi_square`` and
-    ``effective_sample_share``, and ``sequence_log_weight`` with its ``_std`` (log w of a whole
-    response, the sum over its loss tokens: minus its mean estimates KL(pi_sampling || pi_theta) of
-    responses), ``gradient_gap`` and ``gradient_gap_bound`` (see _weight_sums). With
-    student_entropy: ``student_entropy``.
+    The keys are the same for every batch. A sum is 0 where the batch lacks what it needs. After
+    reduce_metrics they are reported as:
+
+    - ``advantage``, ``advantage_std``: log pi_T - log pi_theta before the clip, in nats.
+    - ``clipped_share``: the share of tokens beyond the clip.
+    - ``end_token_advantage``: the mean on end tokens. It is negative where the teacher would
+      continue the response.
+    - With sampling_logprobs, of w = pi_theta / pi_sampling of a token: ``weight`` (the mean),
+      ``weight_squared``, ``chi_square``, ``effective_sample_share``.
+    - With sampling_logprobs, ``sequence_log_weight`` and its ``_std``: log w of a whole response,
+      the sum over its loss tokens. Minus its mean estimates KL(pi_sampling || pi_theta) of
+      responses.
+    - With sampling_logprobs, ``reverse_kl`` (see reverse_kl_terms), ``gradient_gap`` and
+      ``gradient_gap_bound`` (see _weight_sums).
+    - With student_entropy: ``student_entropy``, in nats.
+
+    Args:
+        logprobs: The student's log-probabilities of the labels [T].
+        batch: The packed sequences, with teacher_logprobs.
+        advantage_clip: The bound of the advantage, in nats.
+        ends: bool [T], the end tokens of responses (see end_tokens).
+
+    Returns:
+        float64 [] each, by name.
     """
     assert batch.teacher_logprobs is not None
     mask = batch.loss_mask
-    student, teacher = (
-        logprobs.double(),
-        batch.teacher_logprobs.double(),
-    )  # double: sums of squares over millions of tokens
+    # float64, because sums of squares over millions of tokens follow.
+    student = logprobs.double()
+    teacher = batch.teacher_logprobs.double()
+    # Before the clip. The clip bounds the update; the figures must show how far the two really are
+    # from each other.
     advantage = torch.where(mask, teacher - student, 0.0)  # [T]
+    # A selection may have taken the loss from end tokens. Then they do not count here either.
     ends = ends & mask
     sums = count_sums(batch)
     sums["advantage"] = advantage.sum()
@@ -55,30 +72,32 @@ def distillation_sums(
 
 
 def _weight_sums(student: Tensor, teacher: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
-    """Of w and of what it says about the offline gradient (arXiv 2604.13010, theorem of the
-    gradient discrepancy, at the tokens of the rollouts).
+    """Return the sums of w, and of what w says about the offline gradient.
 
-    The gradient with fresh tokens at the rollouts' states less the one with the rollouts' own is
-    E[(w - 1) A grad log pi], so it is at most G times ``gradient_gap`` = E|(w - 1) A|, which is at
-    most ``gradient_gap_bound`` = sqrt(E[A^2] E[(w - 1)^2]); G: the largest norm of a token's grad
-    log pi.
+    ``gradient_gap`` is E|(w - 1) A|, and ``gradient_gap_bound`` is sqrt(E[A^2] E[(w - 1)^2]). The
+    source is the theorem on the gradient discrepancy in arXiv 2604.13010.
     """
-    mask, counts = batch.loss_mask, count_sums(batch)
+    # Take the gradient with fresh tokens at the states of the rollouts, and subtract the gradient
+    # with the rollouts' own tokens. The difference is E[(w - 1) A grad log pi]. So its norm is at
+    # most G * E|(w - 1) A|, where G is the largest norm of a token's grad log pi. By Cauchy-Schwarz
+    # E|(w - 1) A| is at most sqrt(E[A^2] E[(w - 1)^2]).
+    mask = batch.loss_mask
+    counts = count_sums(batch)
     if batch.sampling_logprobs is None:
+        # The keys must be the same on every rank: the trainer all-reduces the sums as one vector.
         zero = torch.zeros_like(counts["num_tokens"])
         tokens = ("num_weighted_tokens", "reverse_kl", "weight", "weight_squared", "gradient_gap")
-        return dict.fromkeys(
-            (
-                *tokens,
-                "num_weighted_responses",
-                "sequence_log_weight",
-                "sequence_log_weight_squared",
-            ),
-            zero,
+        responses = (
+            "num_weighted_responses",
+            "sequence_log_weight",
+            "sequence_log_weight_squared",
         )
+        return dict.fromkeys((*tokens, *responses), zero)
     sampling = batch.sampling_logprobs.double()
-    weight = torch.where(mask, token_importance(student, sampling), 0.0)
-    sequence = sequence_sums(torch.where(mask, student - sampling, 0.0), batch)  # [S]
+    weight = torch.where(mask, token_importance(student, sampling), 0.0)  # [T]
+    log_weight = torch.where(mask, student - sampling, 0.0)  # [T]
+    sequence = sequence_sums(log_weight, batch)  # [S]
+    # A difference of running sums of floats can leave rounding where a sequence adds only zeros.
     sequence = torch.where(loss_tokens_per_sequence(batch) > 0, sequence, 0.0)
     return {
         "num_weighted_tokens": counts["num_tokens"],
@@ -111,18 +130,24 @@ def sums_by_teacher(
     ends: Tensor,
     teachers: Sequence[str],
 ) -> dict[str, Tensor]:
-    """``X/NAME`` for each teacher: the sums over the responses that it scored, its place in
-    ``teachers`` being their teacher_index.
+    """Return distillation_sums of each teacher's responses, as ``X/NAME``.
+
+    Args:
+        logprobs: The student's log-probabilities of the labels [T].
+        batch: The packed sequences, with teacher_index.
+        advantage_clip: The bound of the advantage, in nats.
+        ends: bool [T], the end tokens of responses.
+        teachers: The names of the teachers. A response's teacher_index is a place in this list.
     """
     assert batch.teacher_index is not None, "several teachers need teacher_index"
-    scored_by = on_tokens(batch.teacher_index, batch)  # [T]
-    found: dict[str, Tensor] = {}
+    # The loss needs no such split: each token has the log-probability of its own teacher. The
+    # figures need it, because the mean over two teachers can hide that one of them disagrees.
+    scored_by = expand_to_tokens(batch.teacher_index, batch)  # [T]
+    named: dict[str, Tensor] = {}
+    # Every teacher comes in every batch, with sums of 0 where it scored nothing in it: the keys
+    # must be the same for all microbatches and ranks.
     for index, name in enumerate(teachers):
         part = replace(batch, loss_mask=batch.loss_mask & (scored_by == index))
-        found |= {
-            f"{key}/{name}": value
-            for key, value in distillation_sums(
-                logprobs, part, advantage_clip=advantage_clip, ends=ends
-            ).items()
-        }
-    return found
+        sums = distillation_sums(logprobs, part, advantage_clip=advantage_clip, ends=ends)
+        named |= {f"{key}/{name}": value for key, value in sums.items()}
+    return named

@@ -1,5 +1,6 @@
-"""From the configuration to the objective: which knob makes which piece, what each needs, and what
-is refused.
+"""From the configuration to the objective.
+
+The tables say which knob makes which part of the objective, and which fields each part needs.
 """
 
 from __future__ import annotations
@@ -19,165 +20,176 @@ from lopd.objective.selection import DropTruncated, Prefix
 from lopd.objective.top_k import TopKKL
 from lopd.objective.weighting import EarlyTokenGain, TruncatedImportance
 
+# Fields of TokenBatch that every cache and the trainer give to an objective.
 AVAILABLE = frozenset(
     {"teacher_logprobs", "sampling_logprobs", "truncated", "student_top_logprobs"}
-)  # what every cache and the trainer give an objective
-TOP_K = frozenset({"teacher_top_logprobs"})  # what a cache with the teacher's top-K gives besides
-_ORIGIN = {  # of TokenBatch's fields
+)
+# Fields that a cache with the teacher's top-K gives besides.
+TOP_K = frozenset({"teacher_top_logprobs"})
+# Where each field comes from, for the message that says it is missing.
+_ORIGIN = {
     "teacher_logprobs": "the score stage writes them",
-    "sampling_logprobs": "the rollout stage writes them; a cache imported from elsewhere may lack them",
-    "truncated": "the rollouts' finish_reason tells",
-    "teacher_top_logprobs": "the cache has none; with score.top_k = 16, say, the score stage writes the teacher's likeliest tokens",
-    "student_top_logprobs": "the trainer gives the student's log-probabilities of the teacher's tokens; this one does not",
+    "sampling_logprobs": "the rollout stage writes them; "
+    "a cache imported from elsewhere may lack them",
+    "truncated": "it follows from the finish_reason of the rollouts",
+    "teacher_top_logprobs": "the cache has none; "
+    "with score.top_k = 16, for example, the score stage writes the teacher's likeliest tokens",
+    "student_top_logprobs": "the trainer gives the student's log-probabilities "
+    "of the teacher's tokens; this trainer does not",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """needs: fields of TokenBatch."""
+class Component:
+    """A part of an objective."""
 
+    # The fields of TokenBatch that it reads.
     needs: tuple[str, ...]
+    # Makes it from the [distill] section.
     build: Callable[[DistillSection], Any]
 
 
-def _top_k(direction: Any) -> Piece:
-    return Piece(
+def _top_k(direction: Any) -> Component:
+    return Component(
         ("teacher_logprobs", "teacher_top_logprobs", "student_top_logprobs"),
         lambda distill: TopKKL(direction, distill.objective.top_k_support, distill.aggregation),
     )
 
 
-LOSSES: dict[str, Piece] = {  # distill.objective.loss
-    "lightning": Piece(
+def _prefix_share(distill: DistillSection) -> Prefix:
+    section = distill.objective
+    return Prefix(share=section.prefix_share, keep_end_token=section.keep_end_token)
+
+
+def _prefix_tokens(distill: DistillSection) -> Prefix:
+    section = distill.objective
+    return Prefix(num_tokens=section.prefix_tokens, keep_end_token=section.keep_end_token)
+
+
+def _importance(distill: DistillSection) -> TruncatedImportance:
+    return TruncatedImportance(distill.objective.importance_cap or math.inf)
+
+
+def _early_token_gain(distill: DistillSection) -> EarlyTokenGain:
+    return EarlyTokenGain(distill.objective.early_token_gain, distill.advantage_clip)
+
+
+def _reference_kl(distill: DistillSection) -> ReferenceKL:
+    return ReferenceKL(distill.objective.reference_kl, distill.objective.reference_direction)
+
+
+# The tables below are the only place that connects knobs with classes. A component's name is its
+# knob, so that an error can name what the user must change.
+# The values of distill.objective.loss.
+LOSSES: dict[str, Component] = {
+    "lightning": Component(
         ("teacher_logprobs",),
         lambda distill: Lightning(distill.advantage_clip, distill.aggregation),
     ),
     "top_k_reverse_kl": _top_k("reverse"),
     "top_k_forward_kl": _top_k("forward"),
 }
-SELECTIONS: dict[
-    str, Piece
-] = {  # knobs of distill.objective; a piece is used where its knob differs from the default
-    "truncated": Piece(("truncated",), lambda distill: DropTruncated()),
-    "prefix_share": Piece(
-        ("truncated",),
-        lambda distill: Prefix(
-            share=distill.objective.prefix_share, keep_end_token=distill.objective.keep_end_token
-        ),
-    ),
-    "prefix_tokens": Piece(
-        ("truncated",),
-        lambda distill: Prefix(
-            num_tokens=distill.objective.prefix_tokens,
-            keep_end_token=distill.objective.keep_end_token,
-        ),
-    ),
+# The other tables have knobs of distill.objective. A component is used where its knob differs from
+# the default. A prefix needs `truncated` because it keeps the end tokens of finished responses.
+SELECTIONS: dict[str, Component] = {
+    "truncated": Component(("truncated",), lambda distill: DropTruncated()),
+    "prefix_share": Component(("truncated",), _prefix_share),
+    "prefix_tokens": Component(("truncated",), _prefix_tokens),
 }
-WEIGHTINGS: dict[str, Piece] = {
-    "importance_cap": Piece(
-        ("sampling_logprobs",),
-        lambda distill: TruncatedImportance(distill.objective.importance_cap or math.inf),
-    ),
-    "early_token_gain": Piece(
-        ("teacher_logprobs",),
-        lambda distill: EarlyTokenGain(distill.objective.early_token_gain, distill.advantage_clip),
-    ),
+WEIGHTINGS: dict[str, Component] = {
+    "importance_cap": Component(("sampling_logprobs",), _importance),
+    "early_token_gain": Component(("teacher_logprobs",), _early_token_gain),
 }
-REFERENCE: dict[str, Piece] = {
-    "reference_kl": Piece(
-        ("sampling_logprobs",),
-        lambda distill: ReferenceKL(
-            distill.objective.reference_kl, distill.objective.reference_direction
-        ),
-    ),
+REFERENCE: dict[str, Component] = {
+    "reference_kl": Component(("sampling_logprobs",), _reference_kl),
 }
-_MODIFIES = {  # a knob -> those of which at least one must be on for it to mean anything
+# A knob that only modifies others, and those others. At least one of them must be on.
+_MODIFIES = {
     "keep_end_token": ("prefix_share", "prefix_tokens"),
     "reference_direction": ("reference_kl",),
 }
-_TOKEN_WEIGHTED = ("lightning",)  # losses of the sampled token
+# Losses of the sampled token. Token weights act on these alone.
+_TOKEN_WEIGHTED = ("lightning",)
 
 
 def objective_from_config(
     section: DistillSection, available: Collection[str] = AVAILABLE, teachers: tuple[str, ...] = ()
 ) -> Objective:
-    """The objective of [distill] and [distill.objective]. available: fields of TokenBatch that data
-    and trainer give. teachers: see Distillation.
+    """Return the objective of [distill] and [distill.objective].
 
-    ConfigError: knobs that contradict each other or do nothing, or a piece that needs what is not
-    available.
+    Args:
+        section: The [distill] section.
+        available: The fields of TokenBatch that data and trainer give.
+        teachers: The names of the teachers; see Distillation.
+
+    Raises:
+        ConfigError: Knobs contradict each other or change nothing, or a component needs a field
+            that is not available.
     """
     chosen = {
-        name: piece
-        for name, piece in (SELECTIONS | WEIGHTINGS | REFERENCE).items()
+        name: component
+        for name, component in (SELECTIONS | WEIGHTINGS | REFERENCE).items()
         if is_on(section.objective, name)
     }
+    # Contradictions come first: where two knobs exclude each other, it does not help the user to
+    # hear that one of them lacks data.
     _refuse_contradictions(section.objective)
-    for name, piece in ({"loss": LOSSES[section.objective.loss]} | chosen).items():
-        _refuse_missing(section.objective, name, piece, available)
+    for name, component in ({"loss": LOSSES[section.objective.loss]} | chosen).items():
+        _refuse_missing(section.objective, name, component, available)
     loss = LOSSES[section.objective.loss].build(section)
     if not chosen and not teachers and isinstance(loss, Lightning):
+        # The method as the paper has it stays the class that reads like the paper.
         return loss
 
-    def built(registry: dict[str, Piece]) -> tuple[Any, ...]:
-        return tuple(piece.build(section) for name, piece in registry.items() if name in chosen)
+    def built(table: dict[str, Component]) -> tuple[Any, ...]:
+        return tuple(
+            component.build(section) for name, component in table.items() if name in chosen
+        )
 
-    return Distillation(
-        loss, built(SELECTIONS), built(WEIGHTINGS), next(iter(built(REFERENCE)), None), teachers
-    )
+    reference = next(iter(built(REFERENCE)), None)
+    return Distillation(loss, built(SELECTIONS), built(WEIGHTINGS), reference, teachers)
 
 
 def needs_top_k(section: DistillSection) -> bool:
-    """The loss compares the student with the teacher's likeliest tokens."""
+    """Return whether the loss compares the student with the teacher's likeliest tokens."""
     return "teacher_top_logprobs" in LOSSES[section.objective.loss].needs
 
 
 def is_on(objective: ObjectiveSection, knob: str) -> bool:
-    """Its value is not the default."""
+    """Return whether a knob differs from its default."""
     return bool(getattr(objective, knob) != ObjectiveSection.model_fields[knob].default)
 
 
 def _refuse_contradictions(objective: ObjectiveSection) -> None:
     if is_on(objective, "prefix_share") and is_on(objective, "prefix_tokens"):
-        raise _refused(
-            objective,
-            "prefix_share",
-            "prefix_tokens says how long the prefix is, too",
-            "give one of the two",
-        )
+        reason = "prefix_tokens says how long the prefix is, too"
+        raise _refused(objective, "prefix_share", reason, "set only one of the two")
     for knob, needed in _MODIFIES.items():
         if is_on(objective, knob) and not any(is_on(objective, other) for other in needed):
-            raise _refused(
-                objective,
-                knob,
-                f"it changes nothing without {' or '.join(needed)}",
-                f"set {' or '.join(needed)}, or leave it out",
-            )
+            names = " or ".join(needed)
+            reason = f"it changes nothing without {names}"
+            raise _refused(objective, knob, reason, f"set {names}, or remove {knob}")
     if is_on(objective, "top_k_support") and objective.loss in _TOKEN_WEIGHTED:
-        raise _refused(
-            objective,
-            "top_k_support",
-            f"it changes nothing with loss = {objective.loss}",
-            "use a top-K loss, or leave it out",
-        )
+        reason = f"it changes nothing with loss = {objective.loss}"
+        remedy = "use a top-K loss, or remove top_k_support"
+        raise _refused(objective, "top_k_support", reason, remedy)
     for knob in WEIGHTINGS:
         if is_on(objective, knob) and objective.loss not in _TOKEN_WEIGHTED:
-            reason = f"loss = {objective.loss} is a sum over the teacher's tokens, in which the sampled token plays no part"
-            raise _refused(objective, knob, reason, "use loss = lightning, or leave it out")
+            reason = (
+                f"loss = {objective.loss} is a sum over the teacher's tokens, "
+                "in which the sampled token plays no part"
+            )
+            raise _refused(objective, knob, reason, f"use loss = lightning, or remove {knob}")
 
 
 def _refuse_missing(
-    objective: ObjectiveSection, knob: str, piece: Piece, available: Collection[str]
+    objective: ObjectiveSection, knob: str, component: Component, available: Collection[str]
 ) -> None:
-    missing = [name for name in piece.needs if name not in available]
+    missing = [name for name in component.needs if name not in available]
     if missing:
         reason = "; ".join(f"needs {name}: {_ORIGIN[name]}" for name in missing)
-        raise _refused(
-            objective,
-            knob,
-            reason,
-            "use loss = lightning, or give it" if knob == "loss" else "leave it out",
-        )
+        remedy = "use loss = lightning, or provide it" if knob == "loss" else f"remove {knob}"
+        raise _refused(objective, knob, reason, remedy)
 
 
 def _refused(objective: ObjectiveSection, knob: str, reason: str, remedy: str) -> ConfigError:

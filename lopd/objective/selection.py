@@ -1,5 +1,6 @@
-"""Which tokens of a response carry loss: a prefix, or nothing of a truncated one. A selection only
-takes tokens away.
+"""Which tokens of a response carry loss: a prefix, or none where the response was truncated.
+
+A selection only takes tokens away.
 """
 
 from __future__ import annotations
@@ -11,26 +12,33 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lopd.objective.aggregation import loss_tokens_per_sequence, on_tokens, running_sums
+from lopd.objective.aggregation import expand_to_tokens, loss_tokens_per_sequence, running_sums
 from lopd.objective.interface import TokenBatch
 
 
 class Selection(Protocol):
+    """A rule that says which tokens keep their loss."""
+
     def __call__(self, batch: TokenBatch) -> Tensor:
-        """Tokens that go on carrying loss, bool [T]."""
+        """Return the tokens that keep their loss, bool [T]."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Only the first tokens of each response: a share of its loss tokens (rounded up) or a number
-    of them; exactly one of the two is given.
+    """Only the first tokens of each response carry loss.
 
-    Early tokens carry most of what on-policy distillation gains, because later states have drifted
-    from what the teacher would have written ("On the Position Bias of On-Policy Distillation",
-    arXiv 2606.22600: the first 30% do about as well as all). keep_end_token: the end token of a
-    response that was not cut off keeps its loss; without it nothing in the loss speaks about when
-    to stop.
+    Early tokens carry most of the gain of on-policy distillation. Later states have drifted from
+    what the teacher would have written ("On the Position Bias of On-Policy Distillation", arXiv
+    2606.22600: the first 30% do about as well as all).
+
+    Exactly one of share and num_tokens is given.
+
+    Attributes:
+        share: The share of a response's loss tokens, rounded up to whole tokens.
+        num_tokens: The number of loss tokens.
+        keep_end_token: Whether the end token of a response that was not truncated keeps its loss.
+            Without it nothing in the loss tells the student when to stop.
     """
 
     share: float | None = None
@@ -48,41 +56,45 @@ class Prefix:
             limit = torch.full_like(batch.cu_seqlens[1:], self.num_tokens, dtype=torch.int64)  # [S]
         else:
             share = loss_tokens_per_sequence(batch).double() * self.share
-            limit = torch.ceil(share - 1e-9).long()  # 30 tokens * 0.1 = 3.0000000000000004 are 3
-        chosen = running_sums(batch.loss_mask.long(), batch) <= on_tokens(limit, batch)
+            # 30 tokens * 0.1 is 3.0000000000000004 in float64, and must stay 3 tokens.
+            limit = torch.ceil(share - 1e-9).long()
+        # The first loss token has a running sum of 1, so `<=` takes exactly `limit` of them.
+        chosen = running_sums(batch.loss_mask.long(), batch) <= expand_to_tokens(limit, batch)
         return chosen | end_tokens(batch) if self.keep_end_token else chosen
 
 
 @dataclass(frozen=True, slots=True)
 class DropTruncated:
-    """No loss on responses that were cut off at the length limit: the teacher's scores of a text
-    that goes nowhere teach to go on with it.
+    """Responses that were cut off at the length limit carry no loss.
+
+    Such a response often leads nowhere, and the teacher's scores teach the student to continue it.
     """
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         assert batch.truncated is not None, "it must be known which responses were truncated"
-        return on_tokens(~batch.truncated, batch)
+        return expand_to_tokens(~batch.truncated, batch)
 
 
 def end_tokens(batch: TokenBatch) -> Tensor:
-    """The end token of each response that was not truncated, where it carries loss, bool [T]; none
-    where truncation is not known.
+    """Return the end token of each response that was not truncated, bool [T].
 
-    The last loss token of a response: look before tokens are taken away.
+    The end token is the last loss token of a response. So call this before selections take tokens
+    away. If it is not known which responses were truncated, no token is an end token.
     """
     if batch.truncated is None:
         return torch.zeros_like(batch.loss_mask)
-    is_last = running_sums(batch.loss_mask.long(), batch) == on_tokens(
-        loss_tokens_per_sequence(batch), batch
-    )
-    return batch.loss_mask & is_last & on_tokens(~batch.truncated, batch)
+    counts = expand_to_tokens(loss_tokens_per_sequence(batch), batch)
+    is_last = running_sums(batch.loss_mask.long(), batch) == counts
+    # The running count stays at its last value after the last loss token. Only the mask tells that
+    # token from what follows it.
+    return batch.loss_mask & is_last & expand_to_tokens(~batch.truncated, batch)
 
 
-def narrowed(batch: TokenBatch, selections: Iterable[Selection]) -> TokenBatch:
-    """The batch with loss only where every selection agrees; each looks at the tokens of the whole
-    responses.
-    """
+def apply_selections(batch: TokenBatch, selections: Iterable[Selection]) -> TokenBatch:
+    """Return the batch with loss only on the tokens that every selection keeps."""
     mask = batch.loss_mask
     for selection in selections:
+        # Each selection sees the whole responses. If one saw what another has left, a share of a
+        # response would depend on the order of the selections.
         mask = mask & selection(batch)
     return replace(batch, loss_mask=mask)

@@ -13,16 +13,25 @@ from lopd.objective.interface import LossOutput, TokenBatch
 
 @dataclass(frozen=True, slots=True)
 class Supervised:
-    """-log pi_theta of every loss token. aggregation: see token_weights. Metrics: ``nll`` (mean
-    over tokens, in nats) and ``perplexity``.
+    """-log pi_theta of every loss token.
+
+    The metrics are ``nll``, the mean over tokens in nats, and ``perplexity``.
+
+    Attributes:
+        aggregation: How token losses become the loss of a batch; see token_weights.
     """
 
     aggregation: Aggregation = "token_mean"
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> LossOutput:
-        """logprobs [T] with gradient. The batch's log-probabilities of teacher and sampler are not
-        looked at.
+        """Return the sums of a microbatch.
+
+        Args:
+            logprobs: The student's log-probabilities of the labels [T], with gradient.
+            batch: The packed sequences. Their teacher and sampling log-probabilities are not used.
         """
+        # where, not a product with the mask: a product would turn an infinite log-probability of a
+        # prompt token into nan.
         losses = torch.where(batch.loss_mask, -logprobs, 0.0)  # [T]
         weights, num_items = token_weights(batch, self.aggregation, losses.dtype)
         sums = count_sums(batch)

@@ -1,5 +1,6 @@
-"""How much each token's loss counts: factors without gradient, multiplied. They change the loss,
-not what it is divided by.
+"""How much the loss of each token counts: factors without gradient, which are multiplied.
+
+They change the loss. They do not change what it is divided by.
 """
 
 from __future__ import annotations
@@ -10,48 +11,55 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lopd.objective.aggregation import on_tokens, running_sums, sequence_sums
+from lopd.objective.aggregation import expand_to_tokens, running_sums, sequence_sums
 from lopd.objective.estimators import token_importance
 from lopd.objective.interface import TokenBatch
 
-_FIXED_POINT = 2.0**32  # steps per nat
+# Fixed-point steps per nat. An int64 holds sums up to 2^31 nats: 214 million tokens of 10 nats.
+_FIXED_POINT = 2.0**32
 
 
 class Weighting(Protocol):
+    """A factor for the loss of each token."""
+
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """Factors [T] without gradient, finite; what stands at tokens without loss does not matter."""
+        """Return finite factors [T] without gradient. Tokens without loss may have any factor."""
         ...
 
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
-        """What it adds to the metrics, float64 [] each."""
+        """Return the metrics of this weighting as sums, float64 [] each."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TruncatedImportance:
-    """min(pi_theta / pi_S, cap) of each token: moves the update from the policy that sampled to the
-    current student, one token at a time.
+    """min(pi_theta / pi_S, cap) of each token.
 
-    At a state, E_S[w * A * grad log pi_theta] = E_theta[A * grad log pi_theta] while the cap does
-    not act: what standard OPD has there. The choice of states stays the sampler's. The cap bounds
-    the variance and makes the weighted update smaller than it should be, never larger (truncated
-    importance sampling: Ionides, 2008). sampling_logprobs decide what is undone. As lopd caches
-    them they are at temperature 1: the weight undoes the student's drift since the rollouts, and
-    leaves the tilt of a temperature other than 1 or of a top-p as it was. Given the
-    log-probabilities of the tempered distribution itself, it undoes that too. Metric:
-    ``importance_capped_share``.
+    The weight moves the update from the policy that sampled to the current student, one token at a
+    time. At one state and while the cap does not act,
+    E_S[w * A * grad log pi_theta] = E_theta[A * grad log pi_theta]: the update of standard OPD
+    there. The states themselves remain those of the sampler.
+
+    The weight undoes what sampling_logprobs describe. lopd caches them at temperature 1. So the
+    weight undoes the student's drift since the rollouts. It does not undo the tilt of another
+    temperature or of a top-p. With the log-probabilities of the tempered distribution it would.
+
+    The metric is ``importance_capped_share``, the share of tokens at which the cap acts.
+
+    Attributes:
+        cap: The largest weight. It bounds the variance. It can make the weighted update smaller
+            than the exact one, but never larger (truncated importance sampling, Ionides 2008).
     """
 
     cap: float = 2.0
 
+    # Without gradient. With one, the student could lower its loss by making the tokens unlikely at
+    # which the loss is high, instead of moving towards the teacher.
     @torch.no_grad()
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         assert batch.sampling_logprobs is not None, "importance weights need sampling_logprobs"
-        return torch.where(
-            batch.loss_mask,
-            token_importance(logprobs, batch.sampling_logprobs).clamp(max=self.cap),
-            0.0,
-        )
+        weight = token_importance(logprobs, batch.sampling_logprobs).clamp(max=self.cap)
+        return torch.where(batch.loss_mask, weight, 0.0)
 
     @torch.no_grad()
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
@@ -62,13 +70,18 @@ class TruncatedImportance:
 
 @dataclass(frozen=True, slots=True)
 class EarlyTokenGain:
-    """IW-OPD: 1 + gain * (1 - (|A_1| + .. + |A_t|) / (|A_1| + .. + |A_R|)) of token t, from nearly
-    1 + gain at the start down to 1 at the last token.
+    """IW-OPD: token t is weighted by 1 + gain * (1 - (|A_1| + .. + |A_t|) / (|A_1| + .. + |A_R|)).
 
-    A token weighs the less, the more of its response's disagreement lies behind it: the teacher
-    then scores a state that it would hardly have reached ("On the Position Bias of On-Policy
-    Distillation", arXiv 2606.22600; in the form of a linear g). A = clip(log pi_T - log pi_theta),
-    over the response's loss tokens. Where all A are 0 the factor is 1 + gain and the loss 0.
+    The factor falls from nearly 1 + gain at the first loss token to 1 at the last. A token counts
+    less if more of its response's disagreement lies before it, because the teacher then scores a
+    state that it would hardly have reached. This is the form with a linear g of "On the Position
+    Bias of On-Policy Distillation" (arXiv 2606.22600).
+
+    Where all A of a response are 0, the factor is 1 + gain and the loss is 0.
+
+    Attributes:
+        gain: How much more the first token counts.
+        advantage_clip: The bound of A = log pi_T - log pi_theta, in nats.
     """
 
     gain: float = 1.0
@@ -79,17 +92,17 @@ class EarlyTokenGain:
         assert batch.teacher_logprobs is not None, (
             "token weights by advantage need teacher_logprobs"
         )
-        size = torch.where(
-            batch.loss_mask,
-            (batch.teacher_logprobs - logprobs).abs().clamp(max=self.advantage_clip),
-            0.0,
-        )  # [T]
-        # Whole numbers: running sums of floats depend on what else is packed into the microbatch,
-        # and on a GPU on chance.
+        disagreement = (batch.teacher_logprobs - logprobs).abs().clamp(max=self.advantage_clip)
+        size = torch.where(batch.loss_mask, disagreement, 0.0)  # [T]
+        # The sums are over whole numbers. A running sum of floats depends on what else is packed
+        # into the microbatch, and on a GPU on the order of the additions.
         steps = (size.double() * _FIXED_POINT).round().long()  # [T]
+        # The token itself has passed, so the last loss token has the factor 1.
         passed = running_sums(steps, batch).double()
-        total = on_tokens(sequence_sums(steps, batch), batch).clamp(min=1).double()
+        # The clamp acts where all advantages of a response are 0: the share passed is then 0.
+        total = expand_to_tokens(sequence_sums(steps, batch), batch).clamp(min=1).double()
         return (1.0 + self.gain * (1.0 - passed / total)).to(logprobs.dtype)
 
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return no metric: the factor follows from the advantages, which are reported."""
         return {}

@@ -1,4 +1,5 @@
 """What a run will need before anything starts: parameters, memory, disk, operations, hours.
+
 docs/plan.md has the assumptions and their sources.
 """
 

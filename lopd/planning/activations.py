@@ -1,9 +1,9 @@
-"""Bytes of activations that a layer keeps for its backward pass, per token of a microbatch and per
-rank.
+"""Bytes of activations that a layer keeps for its backward pass.
 
-Counted on the modules that run here, tensor by tensor (tests/planning/test_measured.py holds the
-count of the local layers to what autograd really saves). With sequence parallelism everything but
-the rotary tables is split over the tensor ranks.
+All figures are per token of a microbatch and per rank. They are counted on the modules that run
+here, tensor by tensor. tests/planning/test_measured.py compares the count of the local layers with
+what autograd really saves. With sequence parallelism everything but the rotary tables is divided
+among the tensor ranks.
 """
 
 from __future__ import annotations
@@ -12,20 +12,26 @@ from dataclasses import dataclass
 
 from lopd.megatron.weights.architecture import Architecture
 
-# gradients of a layer's activations, over what it keeps: the layer whose backward pass runs needs
-# so much more
-WORK_SHARE = 0.5
-ROUTER_BYTES = 11  # per token and expert: logits, probabilities, chosen or not
-# per token and expert: where Transformer Engine's fused permutation puts it (two numbers of 32
-# bits)
+# The layer whose backward pass runs needs this share more than what it keeps, for the gradients of
+# its activations.
+BACKWARD_SHARE = 0.5
+# Bytes per token and expert: the logit, the probability, and the mark whether the expert is chosen,
+# with their copies on the way.
+ROUTER_BYTES = 11
+# Bytes per token and expert: two numbers of 32 bits. Transformer Engine's fused permutation notes
+# with them where it puts the token.
 PERMUTATION_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class LayerActivations:
-    """Bytes per token and rank. attention: norms and attention. feed_forward: the MLP or the
-    router. experts: the part that grows with the tokens an expert rank is given. boundary: the
-    layer's input alone.
+    """Bytes per token and rank.
+
+    Attributes:
+        attention: Norms and attention.
+        feed_forward: The MLP, or the router of a layer with experts.
+        experts: The part that grows with the number of tokens that an expert rank receives.
+        boundary: The input of the layer alone.
     """
 
     attention: float
@@ -34,12 +40,17 @@ class LayerActivations:
     boundary: float
 
     def kept(self, imbalance: float) -> float:
-        """Without recompute. imbalance: tokens of the busiest expert rank over the mean."""
+        """Return what is kept without recompute.
+
+        Args:
+            imbalance: Tokens of the busiest expert rank over the mean.
+        """
         return self.attention + self.recomputed(imbalance)
 
     def recomputed(self, imbalance: float) -> float:
-        """What selective recompute of Transformer Engine's layers does not keep
-        (lopd.megatron.model.build.selective_modules).
+        """Return what selective recompute does not keep with Transformer Engine's layers.
+
+        lopd.megatron.model.transformer_config.selective_modules names these modules.
         """
         return self.feed_forward + self.experts * imbalance
 
@@ -47,43 +58,65 @@ class LayerActivations:
 def layer_activations(
     arch: Architecture, *, tensor: int, size: int, engine: bool
 ) -> LayerActivations:
-    """size: bytes of a number (2 or 4). engine: Transformer Engine's norms (torch's keep float32
-    copies of bfloat16 inputs) and fused kernels.
+    """Return the bytes that one layer keeps.
+
+    Args:
+        arch: The shape of the model.
+        tensor: Number of tensor ranks.
+        size: Bytes of a number: 2 for bfloat16, 4 for float32.
+        engine: Whether Transformer Engine's norms and fused kernels run. Without it torch's norms
+            keep float32 copies of bfloat16 inputs.
     """
-    hidden, queries, keys = (
-        arch.hidden_size,
-        arch.num_heads * arch.head_dim,
-        arch.num_kv_heads * arch.head_dim,
-    )
-    # two norms: input, (normalised input,) output. Of bfloat16 torch's norm keeps the first two in
-    # float32.
-    copies = 2 * size if engine else (3 * size if size == 4 else 2 * 4 + size)
-    attention: float = 2 * hidden * copies
-    attention += size * (queries + 2 * keys)  # what the first projection gives
-    if arch.qk_norm:
-        attention += (size * queries if engine or size == 4 else 4 * (queries + keys)) + (
-            0 if engine else 4 * (queries + keys)
-        )
-    attention += (
-        size * (queries + keys) + size * queries
-    )  # rotated queries and keys; what attention gives
+    # Terms are summed over all tensor ranks first, and divided by their number at the end.
+    attention = _attention_bytes(arch, size=size, engine=engine)
+    # The tables of sines and cosines are the same on every tensor rank.
     rotary = size * 4 * arch.head_dim
-    feed_forward, experts = 0.0, 0.0
-    # Of an MLP: both halves, SiLU, its product with the other half (of experts once more with the
-    # probability); fused, both halves and the product.
+    feed_forward = 0.0
+    experts = 0.0
+    # `parts` counts tensors of the MLP's width. The local layers keep both halves of the first
+    # product, the SiLU, and its product with the other half. Experts keep one more, the product
+    # with the probability. The fused kernel keeps both halves and the product.
     if arch.num_experts:
         parts = 3 if engine else 6
+        permuted_input = arch.hidden_size
         experts = (
-            size * arch.experts_per_token * (hidden + parts * arch.moe_ffn_hidden_size)
-        )  # the permuted input, and those
-        feed_forward = float(
-            (ROUTER_BYTES + (PERMUTATION_BYTES if engine else 0)) * arch.num_experts
+            size * arch.experts_per_token * (permuted_input + parts * arch.moe_ffn_hidden_size)
         )
+        # The router looks at all experts, not at the chosen ones only.
+        per_expert = ROUTER_BYTES + (PERMUTATION_BYTES if engine else 0)
+        feed_forward = float(per_expert * arch.num_experts)
     else:
-        feed_forward = size * (3.0 if engine else 5.0) * arch.ffn_hidden_size
+        parts = 3 if engine else 5
+        feed_forward = float(size * parts * arch.ffn_hidden_size)
     return LayerActivations(
         attention / tensor + rotary,
         feed_forward / tensor,
         experts / tensor,
-        boundary=size * hidden / tensor,
+        boundary=size * arch.hidden_size / tensor,
     )
+
+
+def _attention_bytes(arch: Architecture, *, size: int, engine: bool) -> float:
+    """Return what norms and attention keep of a token, over all tensor ranks together."""
+    hidden = arch.hidden_size
+    queries = arch.num_heads * arch.head_dim
+    # Grouped-query attention: keys and values have fewer heads than queries.
+    keys = arch.num_kv_heads * arch.head_dim
+    # Each of the two norms keeps its input and its output. torch's norm also keeps the normalised
+    # input, and of bfloat16 it keeps the first two in float32.
+    if engine:
+        norm = 2 * size
+    elif size == 4:
+        norm = 3 * size
+    else:
+        norm = 2 * 4 + size
+    kept: float = 2 * hidden * norm
+    # The output of the first projection: queries, keys and values.
+    kept += size * (queries + 2 * keys)
+    if arch.qk_norm:
+        # The norms of queries and keys, with the float32 copies of torch's norm.
+        kept += size * queries if engine or size == 4 else 4 * (queries + keys)
+        kept += 0 if engine else 4 * (queries + keys)
+    rotated = queries + keys
+    attended = queries
+    return kept + size * (rotated + attended)

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
-from lopd.config import Config
+from lopd.config import Config, TrainSection
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.hours import Amounts
 from lopd.planning.memory import SIZES
 
-CHECKPOINT_BYTES = 12  # per parameter: two moments and the float32 copy
-MODELS = 4  # SFT student, longer SFT, distilled student, export
+# Per parameter of a checkpoint besides the weights: two moments and the master weights of AdamW,
+# each in float32.
+CHECKPOINT_BYTES = 12
+# Hugging Face folders of a run: SFT student, longer SFT, distilled student, export.
+MODELS = 4
 
 
 def disk_bytes(
     config: Config, parameters: int, amounts: Amounts, assumed: Assumptions
 ) -> dict[str, float]:
-    """Checkpoints to resume from (one more than is kept while one is written), models, and the
-    responses as Parquet.
+    """Return bytes on disk by what takes them.
 
-    A training needs no checkpoint to resume from where it saves none before its end.
+    Args:
+        config: The configuration of the run.
+        parameters: Parameters of the student.
+        amounts: Numbers of prompts and lengths of responses.
+        assumed: Bytes per token of an artifact.
     """
-    checkpoints = 0.0
-    for section in (
-        (config.distill,) if config.sft.checkpoint is not None else (config.sft, config.distill)
-    ):
-        saved = min(
-            (section.num_steps - 1) // section.checkpoint_every, section.keep_checkpoints + 1
-        )
-        checkpoints += saved * parameters * (CHECKPOINT_BYTES + SIZES[section.dtype])
     demonstrations = (
         amounts.sft_prompts * config.demonstrate.samples_per_prompt * amounts.demonstration_len
     )
+    # Response tokens. Those of prompts are few beside them.
     rollouts = amounts.opd_prompts * config.rollout.samples_per_prompt * amounts.rollout_len
-    made = {
-        "demonstrations": config.sft.demonstrations is None and config.sft.checkpoint is None,
-        "rollouts": config.distill.cache is None,
-    }
-    models = 5 if config.evaluate.equal_compute_baseline else 4
+    # Teacher, base, SFT and distilled student answer, and the longer SFT if it is trained.
+    evaluated = 5 if config.evaluate.equal_compute_baseline else 4
     answers = (
-        amounts.eval_prompts * config.evaluate.samples_per_prompt * amounts.answer_len * models
+        amounts.eval_prompts * config.evaluate.samples_per_prompt * amounts.answer_len * evaluated
     )
+    # What the configuration gives lies elsewhere.
+    if config.sft.demonstrations is not None or config.sft.checkpoint is not None:
+        demonstrations = 0.0
+    if config.distill.cache is not None:
+        rollouts = 0.0
     return {
-        "checkpoints to resume from": checkpoints,
+        "checkpoints to resume from": _checkpoint_bytes(config, parameters),
         "models": float(MODELS * parameters * SIZES[config.distill.dtype]),
-        "demonstrations": demonstrations * assumed.bytes_per_token * made["demonstrations"],
-        "rollouts and cache": 2 * rollouts * assumed.bytes_per_token * made["rollouts"],
+        "demonstrations": demonstrations * assumed.bytes_per_token,
+        # The cache has all columns of the rollouts, and the teacher's log-probabilities besides.
+        "rollouts and cache": 2 * rollouts * assumed.bytes_per_token,
         "answers": answers * assumed.bytes_per_token,
     }
+
+
+def _checkpoint_bytes(config: Config, parameters: int) -> float:
+    """Return the bytes of all checkpoints to resume from."""
+    trainings: list[TrainSection] = [config.distill]
+    if config.sft.checkpoint is None:
+        trainings.append(config.sft)
+    size = 0.0
+    for settings in trainings:
+        # At the end a model is exported, and no checkpoint is needed. So a training that saves
+        # none before its last step has none.
+        before_the_end = (settings.num_steps - 1) // settings.checkpoint_every
+        # One more than is kept: the oldest is removed when the newest is whole.
+        saved = min(before_the_end, settings.keep_checkpoints + 1)
+        size += saved * parameters * (CHECKPOINT_BYTES + SIZES[settings.dtype])
+    return size

@@ -1,43 +1,49 @@
-"""Memory of a GPU and of the machine, term by term: a trainer's rank, and a server. Bytes."""
+"""Memory of a trainer's rank and of its machine, term by term. All sizes are bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lopd.config import ForwardSection, ParallelSection, SGLangSection, TrainSection
+from lopd.config import ForwardSection, ParallelSection, TrainSection
 from lopd.megatron.weights.architecture import Architecture
-from lopd.planning.activations import WORK_SHARE, layer_activations
+from lopd.planning.activations import BACKWARD_SHARE, layer_activations
 from lopd.planning.assumptions import Assumptions
-from lopd.planning.hardware import Node
 from lopd.planning.parameters import StageParameters, parameters_by_formula
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LOGIT_BLOCK = 256 * 2**20  # lopd.megatron.model.logprobs.BLOCK_BYTES on CUDA
-BLOCKS_AT_ONCE = (
-    2  # a block of float32 logits and its rounded gradient, and what torch makes between
-)
-MEMORY_TOKENS = (
-    2**23
-)  # lopd.stages.training_data.MEMORY_TOKENS: response tokens that a rank holds as samples; a larger artifact is read from disk by index
-KEPT_TOKENS = 2**20  # lopd.cache.reader.CacheReader's kept_tokens: what a rank then keeps decoded
-DECODED_BYTES = 30  # per kept token, measured there
-# per response of an artifact on disk: the check that none comes twice, and the order of an epoch
-# with its sorting
+# lopd.megatron.model.logprobs.BLOCK_BYTES on CUDA: the largest block of logits.
+LOGIT_BLOCK = 256 * 2**20
+# Blocks of logits that are there at once: the float32 logits, and their rounded gradient together
+# with what torch makes between the two.
+BLOCKS_AT_ONCE = 2
+# lopd.stages.training_data.MEMORY_TOKENS: response tokens that a rank holds as samples. Of a larger
+# artifact it reads by index from disk.
+MEMORY_TOKENS = 2**23
+# The kept_tokens of lopd.cache.reader.CacheReader: tokens that a rank then keeps decoded.
+KEPT_TOKENS = 2**20
+# Bytes per decoded token, measured on that reader.
+DECODED_BYTES = 30
+# Bytes per response of an artifact on disk: the check that no response comes twice, and the order
+# of an epoch with what its sorting needs.
 INDEX_BYTES = 40
-SAMPLE_BYTES = 650  # of a sample besides what its tokens take: the objects
-AWAY = "trainer, while a server works"  # term of host memory
-# context parallelism: keys and values that travel round the ranks while others are computed, and
-# their gradients on the way back
+# Bytes of a sample besides those of its tokens: the Python and numpy objects.
+SAMPLE_BYTES = 650
+# Buffers that context ranks pass on in a ring while others are computed. Each has keys and values,
+# or their gradients on the way back. Only the layer whose attention runs has them.
 RING_BUFFERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """gpu: terms of the fullest GPU; host: of a machine. figures: what follows from them (a
-    server's concurrency).
+    """Bytes by what takes them.
 
-    turns: where several take turns with a GPU, the bytes of each turn; gpu is then the fullest one.
+    Attributes:
+        gpu: Terms of the fullest GPU.
+        host: Terms of a machine's memory.
+        figures: What follows from the terms, such as the number of requests of a server.
+        turns: If several programs take turns with a GPU, the bytes of each turn. gpu then has the
+            terms of the fullest turn.
     """
 
     gpu: Mapping[str, float]
@@ -56,14 +62,17 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """An artifact of responses: how many, and their mean lengths in tokens."""
+    """What a training reads.
+
+    Attributes:
+        responses: Number of responses.
+        prompt_len: Mean tokens of a prompt.
+        response_len: Mean tokens of a response.
+    """
 
     responses: float
     prompt_len: float
     response_len: float
-
-
-# ---- the trainer ----------------------------------------------------------------------------------------------------------------------------------
 
 
 def trainer_memory(
@@ -75,81 +84,49 @@ def trainer_memory(
     data: Data | None = None,
     engine: bool = True,
 ) -> MemoryUse:
-    """Of the fullest rank. stages: parameters of a rank by pipeline stage. data: what it learns
-    from.
+    """Return the memory of the trainer's fullest rank, and of a machine with its ranks.
 
-    engine: Transformer Engine's layers (on a GPU); without, the local ones.
+    Args:
+        arch: The shape of the student.
+        settings: The settings of the training.
+        stages: Parameters of a rank, by pipeline stage.
+        assumed: Sizes that cannot be known.
+        data: What the training reads. None counts no samples.
+        engine: Whether the layers are Transformer Engine's, as on a GPU.
     """
     uses = [
         _stage_memory(arch, settings, stages, index, assumed, engine)
         for index in range(len(stages))
     ]
+    # All ranks must fit, so the fullest one decides.
     gpu, _ = max(uses, key=lambda use: sum(use[0].values()))
-    here = settings.parallel.ranks // settings.parallel.nodes
+    ranks_here = settings.parallel.ranks // settings.parallel.nodes
+    # A machine has ranks of several pipeline stages, so the mean over stages counts.
+    offloaded = sum(on_host for _, on_host in uses) / settings.parallel.pipeline
+    # Every rank reads the data by itself, so they are on a machine as often as it has ranks.
+    samples = 0.0 if data is None else sample_bytes(data, settings, assumed)
     host = {
-        "optimizer": sum(offloaded for _, offloaded in uses) / settings.parallel.pipeline * here,
-        "samples": (sample_bytes(data, settings, assumed) if data is not None else 0.0) * here,
-        "processes": here * assumed.rank_host_bytes,
+        "optimizer": offloaded * ranks_here,
+        "samples": samples * ranks_here,
+        "processes": assumed.rank_host_bytes * ranks_here,
     }
     return MemoryUse(gpu, host)
 
 
 def sample_bytes(data: Data, settings: TrainSection, assumed: Assumptions) -> float:
-    """Host memory of one rank for what it learns from: all of it where that is little; else the row
-    groups read last, one step's responses, and an index.
+    """Return the host memory of one rank for what it learns from.
+
+    If that is little, a rank holds all of it. Otherwise it holds the row groups that it read last,
+    the responses of one step, and an index.
     """
-    each = (data.prompt_len + data.response_len) * assumed.sample_bytes_per_token + SAMPLE_BYTES
+    tokens = data.prompt_len + data.response_len
+    sample = tokens * assumed.sample_bytes_per_token + SAMPLE_BYTES
+    # The same comparison as the trainer's, by response tokens without prompts.
     if data.responses * data.response_len <= MEMORY_TOKENS:
-        return data.responses * each
-    return KEPT_TOKENS * DECODED_BYTES + settings.batch_size * each + data.responses * INDEX_BYTES
-
-
-def in_turns(
-    trainer: MemoryUse,
-    servers: Mapping[str, MemoryUse],
-    settings: TrainSection,
-    bucket_bytes: int,
-    assumed: Assumptions,
-) -> MemoryUse:
-    """Trainer and servers on the same GPUs, of which one at a time has its memory there
-    (sync.colocate): the fullest of their turns, and of the syncs, where the weights of both are
-    there. servers: "student", and "teacher" where a refresh starts it. What is away stays a process
-    with its context.
-
-    The trainer's weights and optimizer state lie in host memory meanwhile; gradients are forgotten.
-    """
-    asleep = assumed.context_bytes + (assumed.nccl_bytes if settings.parallel.ranks > 1 else 0)
-    sleeping = {"student's server: context": asleep}
-    kept = {term: trainer.gpu[term] for term in ("context, NCCL",)}
-    student = {f"student's server: {term}": size for term, size in servers["student"].gpu.items()}
-    held = {term: trainer.gpu[term] for term in ("weights", "context, NCCL")}
-    turns = {
-        "the trainer": {**trainer.gpu, **sleeping},
-        "a sync": {
-            **held,
-            **sleeping,
-            "student's server: weights": student["student's server: weights"],
-            "buckets": 2.0 * bucket_bytes,
-        },
-        "the student's servers": {**kept, **student},
-    }
-    for role in servers:
-        if role != "student":
-            turns[f"the {role}'s server"] = {
-                **kept,
-                **sleeping,
-                **{f"{role}'s server: {term}": size for term, size in servers[role].gpu.items()},
-            }
-    here = settings.parallel.ranks // settings.parallel.nodes
-    away = {AWAY: (trainer.gpu["weights"] + trainer.gpu["optimizer"]) * here}
-    host = {
-        **trainer.host,
-        **away,
-        **{f"{role}'s server": server.host_total for role, server in servers.items()},
-    }
-    totals = {name: sum(turn.values()) for name, turn in turns.items()}
-    fullest = max(totals, key=lambda name: totals[name])
-    return MemoryUse(turns[fullest], host, servers["student"].figures, totals)
+        return data.responses * sample
+    decoded = KEPT_TOKENS * DECODED_BYTES
+    index = data.responses * INDEX_BYTES
+    return decoded + settings.batch_size * sample + index
 
 
 def _stage_memory(
@@ -160,136 +137,174 @@ def _stage_memory(
     assumed: Assumptions,
     engine: bool,
 ) -> tuple[dict[str, float], float]:
-    """Terms on a GPU of this pipeline stage, and what its optimizer has in host memory."""
-    held, parallel, size = stages[index], settings.parallel, SIZES[settings.dtype]
+    """Return the terms on a GPU of one pipeline stage, and what its optimizer has on the host."""
+    held = stages[index]
+    size = SIZES[settings.dtype]
+    # A frozen router has weights, but no gradients and no optimizer state.
     trained = held.total - (held.routers if settings.optimizer.freeze_router else 0)
+    # Megatron-Core adds up gradients in float32 unless it is told otherwise.
+    gradient_size = 4 if settings.megatron.get("grad_reduce_in_fp32", True) else size
     on_gpu, on_host = optimizer_bytes(settings, held)
     gpu = {
         "weights": float(held.total * size),
-        "gradients": float(
-            trained * (4 if settings.megatron.get("grad_reduce_in_fp32", True) else size)
-        ),
+        "gradients": float(trained * gradient_size),
         "optimizer": on_gpu,
         "activations": activation_bytes(arch, settings, index, assumed, engine),
     }
+    # The output layer is on the last pipeline stage.
     if index == len(stages) - 1:
         gpu["log-probabilities"] = logprob_bytes(arch, settings)
+    # Only torch's allocator leaves gaps. What comes after this line it does not allocate.
     gpu["fragmentation"] = assumed.fragmentation * sum(gpu.values())
-    gpu["context, NCCL"] = runtime_bytes(parallel, assumed)
+    gpu["context, NCCL"] = runtime_bytes(settings.parallel, assumed)
     return gpu, on_host
 
 
 def runtime_bytes(parallel: ParallelSection, assumed: Assumptions) -> float:
-    """What a rank's process has on its GPU besides tensors; context ranks have communicators of
-    their own.
-    """
-    return (
-        assumed.context_bytes
-        + (assumed.nccl_bytes if parallel.ranks > 1 else 0)
-        + (assumed.context_nccl_bytes if parallel.context > 1 else 0)
-    )
+    """Return what a rank's process has on its GPU besides tensors."""
+    size = assumed.context_bytes
+    # A single rank exchanges nothing, and has no communicator.
+    if parallel.ranks > 1:
+        size += assumed.nccl_bytes
+    # Context ranks have communicators of their own.
+    if parallel.context > 1:
+        size += assumed.context_nccl_bytes
+    return size
 
 
 def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[float, float]:
-    """On the GPU and in host memory, of one rank.
+    """Return the bytes of one rank's optimizer on its GPU and in host memory.
 
-    AdamW's two moments, and of bfloat16 weights a float32 copy; with the distributed optimizer the
-    share of one data rank. A precision-aware optimizer keeps of that copy only the 16 bits that the
-    weight itself lacks (store_param_remainders), so the float32 copy is whole all the same. What is
-    offloaded
-    (Megatron-Core's HybridDeviceOptimizer) has copy, moments and gradient in host memory, in
-    float32; a float32 copy stays on the GPU all the same, unless the
-    optimizer is precision-aware.
+    AdamW has two moments, and master weights in float32 if the weights are bfloat16. With the
+    distributed optimizer a rank has the share of one data rank.
+
+    Args:
+        settings: The settings of the training.
+        held: Parameters of the rank.
     """
-    parallel, table = settings.parallel, settings.megatron
-    dense, experts = (
-        held.dense - (held.routers if settings.optimizer.freeze_router else 0),
-        held.experts,
-    )
-    if parallel.distributed_optimizer:
-        dense //= parallel.data * parallel.context
-        experts //= max(
-            1, parallel.ranks // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
-        )
-    numbers = dense + experts
-    precise = bool(table.get("use_precision_aware_optimizer"))
-    copy = 4 if settings.dtype == "bfloat16" else 0
-    share = (
-        float(table.get("optimizer_offload_fraction", 0.0))
-        if table.get("optimizer_cpu_offload")
-        else 0.0
-    )
-    moments = (
-        sum(
+    table = settings.megatron
+    numbers = _optimized_numbers(settings, held)
+    # These are fields of Megatron-Core's OptimizerConfig, and their defaults are its defaults.
+    is_precise = bool(table.get("use_precision_aware_optimizer"))
+    # Float32 weights are their own master weights.
+    master = 4 if settings.dtype == "bfloat16" else 0
+    offloaded = 0.0
+    if table.get("optimizer_cpu_offload"):
+        offloaded = float(table.get("optimizer_offload_fraction", 0.0))
+    # Bytes of two moments in float32.
+    moments = 8
+    if is_precise and offloaded == 0:
+        # A precision-aware optimizer may keep moments in other dtypes. Those with 8 bits are 1.
+        moments = sum(
             SIZES.get(str(table.get(name, "float32")), 1)
             for name in ("exp_avg_dtype", "exp_avg_sq_dtype")
         )
-        if precise and share == 0
-        else 8
-    )
-    left_behind = 0 if precise else copy
-    if precise and share == 0 and copy and table.get("store_param_remainders", True):
-        copy = 2
-    return numbers * ((1 - share) * (copy + moments) + share * left_behind), numbers * share * 16
+    # Megatron-Core's HybridDeviceOptimizer leaves float32 master weights on the GPU, although the
+    # host has them too. A precision-aware optimizer does not.
+    left_behind = 0 if is_precise else master
+    # A precision-aware optimizer keeps of the master weight only the 16 bits that the bfloat16
+    # weight itself lacks. The two together are the whole float32 number.
+    if is_precise and offloaded == 0 and master and table.get("store_param_remainders", True):
+        master = 2
+    # Of each parameter one part is on the GPU with all its state, and the other part is offloaded.
+    on_gpu = numbers * ((1 - offloaded) * (master + moments) + offloaded * left_behind)
+    # On the host: master weight, gradient and two moments, 4 bytes each.
+    return on_gpu, numbers * offloaded * 16
+
+
+def _optimized_numbers(settings: TrainSection, held: StageParameters) -> int:
+    """Return the number of parameters whose optimizer state one rank holds."""
+    parallel = settings.parallel
+    dense = held.dense - (held.routers if settings.optimizer.freeze_router else 0)
+    experts = held.experts
+    if parallel.distributed_optimizer:
+        # Data ranks and context ranks hold the same dense weights, so they share the state.
+        dense //= parallel.data * parallel.context
+        # Experts have fewer equal copies, because expert ranks hold different ones.
+        expert_ranks = parallel.pipeline * parallel.expert * parallel.expert_tensor
+        experts //= max(1, parallel.ranks // expert_ranks)
+    return dense + experts
 
 
 def activation_bytes(
     arch: Architecture, settings: TrainSection, stage: int, assumed: Assumptions, engine: bool
 ) -> float:
-    """What is kept for the backward pass of the microbatches in flight (1F1B: the first stage has
-    as many as there are stages), and one layer's work.
+    """Return the activations that are kept, and what the layer needs whose backward pass runs.
 
-    A microbatch's tokens are shared by the context ranks; in the layer whose attention runs, keys
-    and values of the others pass through.
+    Args:
+        arch: The shape of the student.
+        settings: The settings of the training.
+        stage: Index of the pipeline stage.
+        assumed: The imbalance of experts.
+        engine: Whether the layers are Transformer Engine's.
     """
-    parallel, size = settings.parallel, SIZES[settings.dtype]
+    parallel = settings.parallel
+    size = SIZES[settings.dtype]
+    # Context ranks share the tokens of a microbatch.
     tokens = settings.max_tokens_per_microbatch / parallel.context
     layer = layer_activations(arch, tensor=parallel.tensor, size=size, engine=engine)
-    spread = assumed.expert_imbalance if parallel.expert > 1 else 1.0
-    layers, in_flight = arch.num_layers // parallel.pipeline, parallel.pipeline - stage
+    # On one expert rank all tokens stay, whatever the router chooses.
+    imbalance = assumed.expert_imbalance if parallel.expert > 1 else 1.0
+    # In the 1F1B schedule the first stage has as many microbatches in flight as there are stages,
+    # and each later stage has one fewer.
+    in_flight = parallel.pipeline - stage
+    kept_layers = arch.num_layers // parallel.pipeline * in_flight
     ring = ring_bytes(arch, parallel, size) if parallel.context > 1 else 0.0
     if settings.recompute == "full":
-        return tokens * (
-            layers * in_flight * layer.boundary + (1 + WORK_SHARE) * layer.kept(spread) + ring
-        )
+        # All layers keep their input. The one that runs backward is computed again as a whole.
+        running = (1 + BACKWARD_SHARE) * layer.kept(imbalance)
+        return tokens * (kept_layers * layer.boundary + running + ring)
     if settings.recompute == "selective" and engine:
-        again = layer.recomputed(spread)
-        return tokens * (
-            (layers * in_flight + WORK_SHARE) * layer.attention + (1 + WORK_SHARE) * again + ring
-        )
-    return tokens * ((layers * in_flight + WORK_SHARE) * layer.kept(spread) + ring)
+        # All layers keep attention. Of the layer that runs backward, the rest is computed again.
+        attention = (kept_layers + BACKWARD_SHARE) * layer.attention
+        recomputed = (1 + BACKWARD_SHARE) * layer.recomputed(imbalance)
+        return tokens * (attention + recomputed + ring)
+    # Selective recompute of the local layers saves only attention scores, which are not counted.
+    return tokens * ((kept_layers + BACKWARD_SHARE) * layer.kept(imbalance) + ring)
 
 
 def ring_bytes(arch: Architecture, parallel: ParallelSection, size: int) -> float:
-    """Per token of a context rank."""
-    return RING_BUFFERS * 2 * size * arch.num_kv_heads * arch.head_dim / parallel.tensor
+    """Return the bytes per token of the buffers that one context rank passes on."""
+    # Tensor ranks share the heads, so each passes on its own.
+    keys_and_values = 2 * arch.num_kv_heads * arch.head_dim
+    return RING_BUFFERS * size * keys_and_values / parallel.tensor
 
 
 def logprob_bytes(arch: Architecture, settings: TrainSection | ForwardSection) -> float:
-    """Output layer: all tokens' hidden states with their gradient in float32, blocks of logits, and
-    the weight's gradient before it is added up.
-    """
-    size, tensor, tokens = (
-        SIZES[settings.dtype],
-        settings.parallel.tensor,
-        settings.max_tokens_per_microbatch / settings.parallel.context,
-    )
-    whole = tokens * arch.padded_vocab_size / tensor * 4
+    """Return the bytes of the output layer, where hidden states become log-probabilities."""
+    size = SIZES[settings.dtype]
+    tokens = settings.max_tokens_per_microbatch / settings.parallel.context
+    vocabulary = arch.padded_vocab_size / settings.parallel.tensor
+    # The hidden states of all tokens, their gradient in float32, and that gradient rounded.
     hidden = tokens * arch.hidden_size * (size + 4 + size)
-    weight_gradient = arch.padded_vocab_size / tensor * arch.hidden_size * size
-    return hidden + BLOCKS_AT_ONCE * min(whole, LOGIT_BLOCK) + weight_gradient
+    # Logits never exist as a whole, unless all of them fit into one block.
+    all_logits = tokens * vocabulary * 4
+    blocks = BLOCKS_AT_ONCE * min(all_logits, LOGIT_BLOCK)
+    # The weight's gradient of this microbatch, before it is added to that of the step.
+    weight_gradient = vocabulary * arch.hidden_size * size
+    return hidden + blocks + weight_gradient
 
 
 def forward_memory(arch: Architecture, settings: ForwardSection, assumed: Assumptions) -> MemoryUse:
-    """Of the fullest rank that only scores: no gradients, no optimizer, one layer's activations at
-    a time.
+    """Return the memory of the fullest rank that only scores.
+
+    Such a rank has no gradients and no optimizer, and the activations of one layer at a time.
+
+    Args:
+        arch: The shape of the teacher.
+        settings: The settings of score.forward.
+        assumed: Sizes that cannot be known.
     """
+    parallel = settings.parallel
+    size = SIZES[settings.dtype]
+    # Scoring keeps nothing for a backward pass. One layer's activations are an upper bound of what
+    # it has at once.
+    layer = layer_activations(arch, tensor=parallel.tensor, size=size, engine=True)
+    ring = ring_bytes(arch, parallel, size) if parallel.context > 1 else 0.0
+    tokens = settings.max_tokens_per_microbatch / parallel.context
+    stages = parameters_by_formula(arch, parallel)
     uses = []
-    for index, held in enumerate(stages := parameters_by_formula(arch, settings.parallel)):
-        size, parallel = SIZES[settings.dtype], settings.parallel
-        layer = layer_activations(arch, tensor=parallel.tensor, size=size, engine=True)
-        ring = ring_bytes(arch, parallel, size) if parallel.context > 1 else 0.0
-        tokens = settings.max_tokens_per_microbatch / parallel.context
+    for index, held in enumerate(stages):
         gpu = {
             "weights": float(held.total * size),
             "activations": tokens * (layer.kept(assumed.expert_imbalance) + ring),
@@ -299,64 +314,6 @@ def forward_memory(arch: Architecture, settings: ForwardSection, assumed: Assump
         gpu["fragmentation"] = assumed.fragmentation * sum(gpu.values())
         gpu["context, NCCL"] = runtime_bytes(parallel, assumed)
         uses.append(gpu)
-    host = {"processes": settings.parallel.ranks * assumed.rank_host_bytes}
-    return MemoryUse(
-        max(uses, key=lambda gpu: sum(gpu.values())), host, {"gpus": settings.parallel.ranks}
-    )
-
-
-# ---- a server -------------------------------------------------------------------------------------------------------------------------------------
-
-
-def kv_bytes_per_token(arch: Architecture, settings: SGLangSection) -> float:
-    """Of one tensor rank. Where there are more ranks than key-value heads, heads are copied."""
-    heads = max(1.0, arch.num_kv_heads / settings.tensor)
-    return 2 * arch.num_layers * heads * arch.head_dim * SIZES[settings.dtype]
-
-
-def server_memory(
-    arch: Architecture,
-    parameters: int,
-    settings: SGLangSection,
-    node: Node,
-    assumed: Assumptions,
-    *,
-    mean_len: float,
-    scoring: bool = False,
-) -> MemoryUse:
-    """Of a GPU that serves a model. parameters: of the whole model. mean_len: of prompt and
-    response. scoring: prompts' log-probabilities are asked for.
-
-    SGLang takes mem_fraction of the GPU for weights and KV cache; everything else lives in the
-    rest.
-    """
-    weights = parameters * SIZES[settings.dtype] / settings.tensor
-    cache = settings.mem_fraction * node.gpu.memory - weights
-    per_token = kv_bytes_per_token(arch, settings)
-    if settings.max_total_tokens is not None:
-        cache = min(cache, settings.max_total_tokens * per_token)
-    tokens = max(0.0, cache / per_token)
-    copies = settings.data * settings.replicas
-    gpu = {
-        "weights": weights,
-        "KV cache": max(0.0, cache),
-        "context, graphs": assumed.served_runtime_bytes,
-    }
-    if scoring:
-        # float32 logits of so many tokens over the whole vocabulary, and their log-softmax; a
-        # smaller chunk of the prompt is a smaller part
-        asked = settings.context_length * float(settings.max_running_requests)
-        prefill = float(settings.extra_args.get("chunked_prefill_size", assumed.logits_chunk))
-        chunk = min(
-            assumed.logits_chunk, asked, *([prefill] if prefill > 0 else [])
-        )  # -1: prompts are not cut
-        gpu["logits of a chunk"] = chunk * arch.padded_vocab_size * 4 * 2
-    figures = {
-        "kv_tokens": tokens,
-        "concurrency": min(settings.max_running_requests, tokens / mean_len),  # of one copy
-        "copies": copies,
-        "gpus": settings.tensor * copies,
-    }
-    return MemoryUse(
-        gpu, {"servers": assumed.served_host_bytes * settings.tensor * copies}, figures
-    )
+    fullest = max(uses, key=lambda gpu: sum(gpu.values()))
+    host = {"processes": parallel.ranks * assumed.rank_host_bytes}
+    return MemoryUse(fullest, host, {"gpus": parallel.ranks})

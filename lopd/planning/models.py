@@ -1,5 +1,7 @@
-"""The two models of a configuration by their shapes alone: from their folders, from a given
-config.json, or from what is known of public models.
+"""The models of a configuration by their shapes alone.
+
+A shape comes from the model's folder, from a given config.json, or from what is known of public
+models. Weights are not looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ ROLES = ("teacher", "student")
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """source: where its shape comes from, in words."""
+    """A model by its shape.
+
+    Attributes:
+        name: The public name, without its organisation and revision.
+        arch: The shape.
+        source: Where the shape comes from, in words.
+    """
 
     name: str
     arch: Architecture
@@ -29,62 +37,63 @@ class PlannedModel:
 
 
 def planned_models(config: Config, given: Mapping[str, Path]) -> dict[str, PlannedModel]:
-    """By role: teacher, student, and teachers.DOMAIN of each domain with a teacher of its own.
+    """Return the models of a configuration.
 
-    given: config.json files (or folders with one) that win over what the configuration names.
-    LopdError: one of them cannot be had.
+    Args:
+        config: The configuration.
+        given: A config.json file (or a folder with one) by role. It wins over the folder that the
+            configuration names.
+
+    Returns:
+        The models by role: teacher, student, and teachers.DOMAIN for each domain with a teacher of
+        its own.
+
+    Raises:
+        LopdError: The shape of a model cannot be found.
     """
-    own = {
-        f"teachers.{domain}": _planned_model(f"teachers.{domain}", Path(folder), None)
-        for domain, folder in config.models.teachers.items()
-    }
-    return {
-        **{
-            role: _planned_model(role, Path(getattr(config.models, role)), given.get(role))
-            for role in ROLES
-        },
-        **own,
-    }
+    folders = {role: Path(getattr(config.models, role)) for role in ROLES}
+    # Teachers of domains have no option for their config.json. They need a folder or a known name.
+    for domain, folder in config.models.teachers.items():
+        folders[f"teachers.{domain}"] = Path(folder)
+    return {role: _planned_model(role, folder, given.get(role)) for role, folder in folders.items()}
 
 
 def teacher_roles(models: Mapping[str, PlannedModel]) -> list[str]:
-    """Of all teachers: that of the other domains, then those of a domain."""
+    """Return the roles of all teachers: that of the other domains, then those of a domain."""
     return [role for role in models if role.startswith("teacher")]
 
 
 def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
-    if given is not None:
-        return PlannedModel(public_name(folder), _read(given), str(given))
-    if (folder / "config.json").is_file():
-        return PlannedModel(
-            public_name(folder), read_architecture(folder), str(folder / "config.json")
-        )
+    # The order is from the surest source to the least sure one.
     name = public_name(folder)
+    if given is not None:
+        return PlannedModel(name, _read_shape(given), str(given))
+    if (folder / "config.json").is_file():
+        return PlannedModel(name, read_architecture(folder), str(folder / "config.json"))
     if name in KNOWN_MODELS:
+        # The same function reads this table and a real config.json, so both are judged alike.
         table = KNOWN_MODELS[name]
-        return PlannedModel(
-            name,
-            Architecture(**FAMILIES[table["model_type"]](table, name)),
-            f"what is known of {name} (not downloaded)",
+        arch = Architecture(**FAMILIES[table["model_type"]](table, name))
+        return PlannedModel(name, arch, f"what is known of {name} (not downloaded)")
+    # Only the two main roles have an option for their config.json.
+    remedy = "name a folder with a config.json"
+    if role in ROLES:
+        remedy = (
+            f"give its config.json: lopd plan CONFIG --{role}-config FILE (or lopd fetch CONFIG)"
         )
-    remedy = (
-        f"give its config.json: lopd plan CONFIG --{role}-config FILE (or lopd fetch CONFIG)"
-        if role in ROLES
-        else "name a folder with a config.json"
-    )
     raise ConfigError(
         f"models.{role} is not there, and its shape is not known", where=str(folder), remedy=remedy
     )
 
 
 def public_name(folder: Path) -> str:
-    """The last part of a model's name, from a folder called org--name@revision, name@revision or
-    name.
-    """
+    """Return a model's name from a folder called org--name@revision, name@revision or name."""
     return folder.name.partition("@")[0].rpartition("--")[2]
 
 
-def _read(path: Path) -> Architecture:
+def _read_shape(path: Path) -> Architecture:
+    """Return the shape that a config.json file describes, whatever the file is called."""
+    # A folder is read as a whole, with what else its model may need.
     if path.is_dir():
         return read_architecture(path)
     try:
@@ -93,7 +102,9 @@ def _read(path: Path) -> Architecture:
         raise LopdError(
             f"cannot be read ({error})", where=str(path), remedy="give a Hugging Face config.json"
         ) from None
+    # A file of another kind, such as a tokenizer's, is JSON too but has no model_type.
     family = table.get("model_type") if isinstance(table, dict) else None
+    # Other families differ in ways that a trainer must know, so none is guessed.
     if family not in FAMILIES:
         raise LopdError(
             f"model_type {family!r} is not supported",

@@ -1,5 +1,7 @@
-"""Parameters that a rank holds: counted on Megatron-Core's own modules (lopd.planning.count), and
-by formula where many layouts are compared.
+"""The number of parameters that a rank holds.
+
+Parameters are counted on Megatron-Core's own modules (lopd.planning.count). Where many layouts are
+compared, a formula gives the same numbers in no time.
 """
 
 from __future__ import annotations
@@ -18,13 +20,19 @@ from lopd.config import ParallelSection
 from lopd.errors import TrainingError
 from lopd.megatron.weights.architecture import Architecture
 
+# Seconds for building all models. It takes about 6 s on a free machine, most of them imports.
 TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class StageParameters:
-    """Numbers of parameters on each rank of a pipeline stage. dense: all but experts; routers and
-    vocabulary (embedding, output layer) are part of it.
+    """Numbers of parameters on each rank of a pipeline stage.
+
+    Attributes:
+        dense: All parameters but the experts'.
+        experts: The experts' parameters.
+        routers: The routers' parameters, which are part of dense.
+        vocabulary: Those of the embedding and of the output layer, which are part of dense.
     """
 
     dense: int
@@ -39,6 +47,8 @@ class StageParameters:
 
 @dataclass(frozen=True, slots=True)
 class CountJob:
+    """A model and a layout whose parameters are to be counted."""
+
     arch: Architecture
     parallel: ParallelSection
 
@@ -47,31 +57,39 @@ class CountJob:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> CountJob:
-        architecture: Architecture = pydantic.TypeAdapter(Architecture).validate_python(
-            raw["arch"]
-        )  # parts of it are records, too
-        return cls(architecture, ParallelSection(**raw["parallel"]))
+        # Parts of an Architecture are records too. pydantic makes them from their dicts.
+        adapter = pydantic.TypeAdapter(Architecture)
+        arch: Architecture = adapter.validate_python(raw["arch"])
+        return cls(arch, ParallelSection(**raw["parallel"]))
 
 
 def count_parameters(jobs: Sequence[CountJob]) -> list[list[StageParameters]]:
-    """Of each job what a rank of each pipeline stage holds, from the model as Megatron-Core builds
-    it. One child process, without GPU, for all jobs.
+    """Count parameters on the models as Megatron-Core builds them.
 
-    Layouts must divide the models (lopd.megatron.weights.architecture.layout_problems).
-    TrainingError: Megatron-Core could not build one.
+    One child process without a GPU counts for all jobs.
+
+    Args:
+        jobs: Models and layouts. A layout must divide its model
+            (lopd.megatron.weights.architecture.layout_problems).
+
+    Returns:
+        For each job what a rank of each pipeline stage holds.
+
+    Raises:
+        TrainingError: Megatron-Core could not build a model, or it took too long.
     """
-    command = [sys.executable, "-m", "lopd.planning.count"]
     environment = {
         **os.environ,
+        # Nothing is computed, so the child must not take memory of a GPU that others use.
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    told = json.dumps([job.to_json() for job in jobs])
     try:
         done = subprocess.run(
-            command,
-            input=told,
+            # The jobs go through stdin: a command line has a limit, and architectures are long.
+            [sys.executable, "-m", "lopd.planning.count"],
+            input=json.dumps([job.to_json() for job in jobs]),
             capture_output=True,
             text=True,
             env=environment,
@@ -84,7 +102,10 @@ def count_parameters(jobs: Sequence[CountJob]) -> list[list[StageParameters]]:
             where="lopd plan",
             remedy="try again on a less busy machine",
         ) from None
+    # The layout has been checked before, so this is a limit of Megatron-Core that is not known
+    # here.
     if done.returncode != 0:
+        # The last line of a traceback names the error.
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise TrainingError(
             f"Megatron-Core cannot build the model: {last[0]}",
@@ -95,54 +116,76 @@ def count_parameters(jobs: Sequence[CountJob]) -> list[list[StageParameters]]:
 
 
 def parameters_by_formula(arch: Architecture, parallel: ParallelSection) -> list[StageParameters]:
-    """The same without building anything. A test holds the two together."""
-    hidden, tensor = arch.hidden_size, parallel.tensor
-    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    attention = (
-        hidden * (queries + 2 * keys) + queries * hidden + (queries + 2 * keys) * arch.qkv_bias
-    ) // tensor
-    norms = 2 * hidden + 2 * arch.head_dim * arch.qk_norm
-    router, experts, mlp = 0, 0, 3 * hidden * arch.ffn_hidden_size // tensor
-    if arch.num_experts:
-        router, mlp = hidden * arch.num_experts, 0
-        experts = (
-            3
-            * hidden
-            * arch.moe_ffn_hidden_size
-            * (arch.num_experts // parallel.expert)
-            // parallel.expert_tensor
-        )
+    """Compute what a rank of each pipeline stage holds, without building anything.
+
+    A test compares the result with count_parameters.
+
+    Args:
+        arch: The shape of the model.
+        parallel: A layout that divides the model.
+    """
+    per_layer = _layer_parameters(arch, parallel)
+    # A layout divides the layers evenly, or it is refused.
     layers = arch.num_layers // parallel.pipeline
-    table = arch.padded_vocab_size * hidden // tensor
+    # The embedding and the output layer are tables of this size, cut by vocabulary.
+    table = arch.padded_vocab_size * arch.hidden_size // parallel.tensor
     stages = []
+    # All stages have equally many layers. They differ in the vocabulary and the last norm.
     for stage in range(parallel.pipeline):
-        first, last = stage == 0, stage == parallel.pipeline - 1
-        shared = arch.tied_embeddings and first and last
-        vocabulary = table * (first + last - shared)
-        dense = layers * (attention + norms + mlp + router) + vocabulary + hidden * last
+        is_first = stage == 0
+        is_last = stage == parallel.pipeline - 1
+        # Tied embeddings are one table only if both ends of the model are on one rank. On
+        # several pipeline stages each end has a copy.
+        is_shared = arch.tied_embeddings and is_first and is_last
+        vocabulary = table * (is_first + is_last - is_shared)
+        final_norm = arch.hidden_size * is_last
         stages.append(
             StageParameters(
-                dense=dense,
-                experts=layers * experts,
-                routers=layers * router,
+                dense=layers * per_layer.dense + vocabulary + final_norm,
+                experts=layers * per_layer.experts,
+                routers=layers * per_layer.routers,
                 vocabulary=vocabulary,
             )
         )
     return stages
 
 
+def _layer_parameters(arch: Architecture, parallel: ParallelSection) -> StageParameters:
+    """Compute what a rank holds of one layer."""
+    hidden = arch.hidden_size
+    # Numbers of query features and of key features, which are also those of the values.
+    queries = arch.num_heads * arch.head_dim
+    keys = arch.num_kv_heads * arch.head_dim
+    qkv = hidden * (queries + 2 * keys) + (queries + 2 * keys) * arch.qkv_bias
+    output = queries * hidden
+    # Tensor ranks share the heads, and with them both matrices.
+    attention = (qkv + output) // parallel.tensor
+    # Norms are small. Every tensor rank holds them whole.
+    norms = 2 * hidden + 2 * arch.head_dim * arch.qk_norm
+    if not arch.num_experts:
+        # Gate, up and down projection.
+        mlp = 3 * hidden * arch.ffn_hidden_size // parallel.tensor
+        return StageParameters(attention + norms + mlp, experts=0, routers=0, vocabulary=0)
+    # Every rank routes its own tokens, so every rank holds the whole router.
+    router = hidden * arch.num_experts
+    experts_here = arch.num_experts // parallel.expert
+    experts = 3 * hidden * arch.moe_ffn_hidden_size * experts_here // parallel.expert_tensor
+    return StageParameters(attention + norms + router, experts, routers=router, vocabulary=0)
+
+
 def total_and_active(arch: Architecture) -> tuple[int, int]:
-    """All parameters of the model, and those that a token meets: of the experts the chosen ones."""
+    """Return all parameters of a model, and those that one token meets.
+
+    Of the experts, a token meets the chosen ones only.
+    """
+    # One rank holds the whole model.
     (whole,) = parameters_by_formula(arch, ParallelSection())
-    padding = (
-        (arch.padded_vocab_size - arch.vocab_size)
-        * arch.hidden_size
-        * (1 if arch.tied_embeddings else 2)
-    )
-    total = whole.total - padding
-    idle = (
-        whole.experts * (arch.num_experts - arch.experts_per_token) // arch.num_experts
-        if arch.num_experts
-        else 0
-    )
+    # Megatron-Core pads the vocabulary. The published sizes of models do not count that.
+    padded_rows = arch.padded_vocab_size - arch.vocab_size
+    tables = 1 if arch.tied_embeddings else 2
+    total = whole.total - padded_rows * arch.hidden_size * tables
+    if not arch.num_experts:
+        return total, total
+    # All experts of a layer have the same size, so shares of their number are shares of weights.
+    idle = whole.experts * (arch.num_experts - arch.experts_per_token) // arch.num_experts
     return total, total - idle

@@ -10,77 +10,81 @@ from rich.text import Text
 
 from lopd.errors import LopdError
 from lopd.planning.assumptions import meanings, sources
+from lopd.planning.hours import StageTime
 from lopd.planning.layouts import Suggestion
-from lopd.planning.plan import LIGHTNING, TIGHT, Plan
+from lopd.planning.plan import TIGHT, Plan
+from lopd.planning.stages import LIGHTNING
 
 _GIB = 2**30
-WIDTH = 118  # of tables in a file or a pipe
+_TIB = 2**40
+# Columns of tables in a file or a pipe, which have no width of their own.
+WIDTH = 118
 
 
 def show_plan(plan: Plan, *, assumptions: bool = True) -> None:
-    """Prints models, memory, hours, disk, what was assumed, and the verdict."""
+    """Print models, memory, hours, disk, what was assumed, and the verdict.
+
+    Args:
+        plan: The plan.
+        assumptions: Whether to print the table of assumptions.
+    """
     console = _console()
     for line in _head(plan):
+        # Tables adapt to the width. Lines of text are left to the terminal, so that they can be
+        # copied as one line.
         console.print(Text(line), soft_wrap=True)
+    # From what most often decides whether a run fits to what seldom does.
     for table in (_memory_table(plan), _hours_table(plan), _disk_table(plan)):
         console.print(table)
     if assumptions:
         console.print(_assumption_table(plan))
-    show_verdict(plan, console)
+    _show_verdict(plan, console)
 
 
-def show_verdict(plan: Plan, console: Console | None = None) -> None:
-    console = console or _console()
+def _show_verdict(plan: Plan, console: Console) -> None:
+    """Print one line for each stage that does not fit or is tight, or that all fits."""
     if plan.fits:
-        console.print(
-            Text.assemble(("fits", "bold green"), f" {plan.node.num_gpus} x {plan.node.gpu.name}"),
-            soft_wrap=True,
-        )
+        _print_marked(console, "fits", "bold green", f"{plan.node.num_gpus} x {plan.node.gpu.name}")
+    # Tight is a warning: the run fits by the plan, and the plan is an estimate.
     for stage in plan.tight:
-        console.print(
-            Text.assemble(
-                ("tight", "bold yellow"), f" {stage}: less than {1 - TIGHT:.0%} of a GPU is left"
-            ),
-            soft_wrap=True,
-        )
+        line = f"{stage}: less than {1 - TIGHT:.0%} of a GPU is left"
+        _print_marked(console, "tight", "bold yellow", line)
     for problem in plan.problems:
-        console.print(
-            Text.assemble(("does not fit", "bold red"), f" {problem.stage}: {problem.what}"),
-            soft_wrap=True,
-        )
+        _print_marked(console, "does not fit", "bold red", f"{problem.stage}: {problem.what}")
 
 
 def show_refused(problems: Iterable[LopdError]) -> None:
-    """What is wrong with the configuration whatever the node."""
+    """Print what is wrong with the configuration on any machine."""
     console = _console()
     for problem in problems:
-        console.print(Text.assemble(("refused", "bold red"), f" {problem}"), soft_wrap=True)
+        _print_marked(console, "refused", "bold red", str(problem))
 
 
 def show_suggestion(found: Suggestion | None) -> None:
-    """The nearest settings that fit, as overrides to paste."""
+    """Print the nearest settings that fit, as overrides to paste."""
     console = _console()
+    # What to change is said in the order of its cost.
     if found is None:
-        console.print(
-            Text(
-                "no layout that was searched fits this node: more GPUs, a smaller student, or fewer tokens per microbatch"
-            ),
-            soft_wrap=True,
+        line = (
+            "no layout that was searched fits this node: "
+            "more GPUs, a smaller student, or fewer tokens per microbatch"
         )
     elif not found.changes:
-        console.print(Text("the configuration fits as it is"), soft_wrap=True)
+        line = "the configuration fits as it is"
     else:
-        console.print(
-            Text(
-                "the nearest that fits: "
-                + " ".join(_quoted(override) for override in found.overrides)
-            ),
-            soft_wrap=True,
-        )
-        show_verdict(found.plan, console)
+        line = f"the nearest that fits: {' '.join(map(_quoted, found.overrides))}"
+    console.print(Text(line), soft_wrap=True)
+    # The verdict may still say "tight", so it is shown for the found settings too.
+    if found is not None and found.changes:
+        _show_verdict(found.plan, console)
+
+
+def _print_marked(console: Console, mark: str, style: str, line: str) -> None:
+    console.print(Text.assemble((mark, style), f" {line}"), soft_wrap=True)
 
 
 def _quoted(override: str) -> str:
+    """Return an override as a shell takes it."""
     return f"'{override}'" if any(sign in override for sign in ' {}"') else override
 
 
@@ -90,70 +94,83 @@ def _console() -> Console:
 
 
 def _head(plan: Plan) -> Iterable[str]:
+    """Yield the lines above the tables: models, layouts and the node."""
     for role, model in plan.models.items():
+        # A run with one teacher has the roles teacher and student only.
         domain = role.removeprefix("teachers.")
-        yield f"{role if domain == role else f'teacher of {domain}'}: {model.name}, by {model.source}"
-    yield f"student: {_many(plan.total)} parameters, {_many(plan.active)} of them active for a token"
+        # teachers.math is a key of the configuration. People read "teacher of math".
+        title = role if domain == role else f"teacher of {domain}"
+        yield f"{title}: {model.name}, by {model.source}"
+    yield (
+        f"student: {_short(plan.total)} parameters, "
+        f"{_short(plan.active)} of them active for a token"
+    )
     for name in plan.trained:
-        parallel, stages = getattr(plan.config, name).parallel, plan.per_rank[name]
+        parallel = getattr(plan.config, name).parallel
+        # Sizes of 1 say nothing. The number of ranks is always shown.
         layout = ", ".join(
             f"{key} {value}"
             for key, value in parallel.model_dump().items()
             if key != "distributed_optimizer" and (value > 1 or key == "ranks")
         )
-        held = " / ".join(_many(stage.total) for stage in stages)
+        # One figure for each pipeline stage.
+        held = " / ".join(_short(stage.total) for stage in plan.per_rank[name])
         yield f"{name}: {layout}, data {parallel.data}: a rank holds {held} parameters"
     for name, use in plan.memory.items():
         if use.turns:
-            told = ", ".join(f"{who} {_gib(size)}" for who, size in use.turns.items())
-            yield f"{name}, in turns with the GPUs, GiB: {told}"
-    yield f"node: {plan.node.num_gpus} x {plan.node.gpu.name} ({plan.node.gpu.memory / _GIB:.1f} GiB), {plan.node.host_memory / 2**40:.2f} TiB of memory"
+            turns = ", ".join(f"{program} {_gib(size)}" for program, size in use.turns.items())
+            yield f"{name}, in turns with the GPUs, GiB: {turns}"
+    node = plan.node
+    yield (
+        f"node: {node.num_gpus} x {node.gpu.name} ({node.gpu.memory / _GIB:.1f} GiB), "
+        f"{node.host_memory / _TIB:.2f} TiB of memory"
+    )
 
 
-def _many(number: float) -> str:
-    """``30.53B``, ``64.1M``, ``751.0k``."""
+def _short(number: float) -> str:
+    """Return a number as ``30.53B``, ``64.1M`` or ``751.0k``."""
     for size, letter, decimals in ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1)):
         if number >= size:
             return f"{number / size:,.{decimals}f}{letter}"
     return f"{number:.0f}"
 
 
-def _memory_table(plan: Plan) -> Table:
-    stages = list(plan.memory)
-    table = Table(title="memory of the fullest GPU, GiB", title_justify="left")
-    table.add_column("")
-    for stage in stages:
-        table.add_column(stage, justify="right", no_wrap=True)
-    terms = dict.fromkeys(term for use in plan.memory.values() for term in use.gpu)
-    for term in terms:
-        table.add_row(term, *(_gib(plan.memory[stage].gpu.get(term)) for stage in stages))
-    table.add_section()
-    limit = plan.node.gpu.memory
-    totals = [
-        (plan.memory[stage].gpu_total, plan.memory[stage].gpu_total <= limit) for stage in stages
-    ]
-    table.add_row(
-        f"all (of {limit / _GIB:.1f})",
-        *(Text(_gib(total), style="" if ok else "bold red") for total, ok in totals),
-        style="bold",
-    )
-    table.add_row("host memory", *(_gib(plan.memory[stage].host_total) for stage in stages))
-    table.add_row("sequences at once", *(_concurrency(plan, stage) for stage in stages))
-    return table
-
-
-def _concurrency(plan: Plan, stage: str) -> str:
-    figures = plan.memory[stage].figures
-    return f"{figures['concurrency'] * figures['copies']:,.0f}" if "concurrency" in figures else ""
-
-
 def _gib(size: float | None) -> str:
     return "" if size is None else f"{size / _GIB:,.1f}"
 
 
+def _memory_table(plan: Plan) -> Table:
+    table = Table(title="memory of the fullest GPU, GiB", title_justify="left")
+    table.add_column("")
+    for stage in plan.memory:
+        table.add_column(stage, justify="right", no_wrap=True)
+    uses = list(plan.memory.values())
+    # Every term of any stage has a row. A dict keeps them in the order in which they first come.
+    for term in dict.fromkeys(term for use in uses for term in use.gpu):
+        table.add_row(term, *(_gib(use.gpu.get(term)) for use in uses))
+    table.add_section()
+    limit = plan.node.gpu.memory
+    # What does not fit is red, and the line of the verdict names it again.
+    totals = [
+        Text(_gib(use.gpu_total), style="" if use.gpu_total <= limit else "bold red")
+        for use in uses
+    ]
+    table.add_row(f"all (of {limit / _GIB:.1f})", *totals, style="bold")
+    # Host memory is one row: its terms are in the JSON, and few users lack it.
+    table.add_row("host memory", *(_gib(use.host_total) for use in uses))
+    table.add_row("sequences at once", *(_concurrency(plan, stage) for stage in plan.memory))
+    return table
+
+
+def _concurrency(plan: Plan, stage: str) -> str:
+    """Return the number of requests that all servers of a stage serve at once."""
+    figures = plan.memory[stage].figures
+    return f"{figures['concurrency'] * figures['copies']:,.0f}" if "concurrency" in figures else ""
+
+
 def _hours_table(plan: Plan) -> Table:
     table = Table(title="time, by assumption", title_justify="left")
-    for title in (
+    titles = (
         "stage",
         "tokens",
         "operations",
@@ -162,45 +179,44 @@ def _hours_table(plan: Plan) -> Table:
         "MFU",
         "hours",
         "GPU hours",
-    ):
+    )
+    for title in titles:
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
-    for stage, work in plan.work.items():
-        if work.seconds == 0:
-            table.add_row(stage, "", "", "", "", "", "given", "")
+    for stage, time in plan.times.items():
+        # The result of this stage is given. A row says so, so that nobody misses the stage.
+        if time.seconds == 0:
+            table.add_row(stage, *[""] * 5, "given", "")
             continue
-        rate = work.tokens / work.seconds
-        cells = (
-            _many(work.tokens),
-            f"{work.flops:.1e}",
-            str(work.gpus),
-            f"{rate:,.0f}",
-            f"{work.utilisation:.1%}" if work.utilisation else "",
-            f"{work.seconds / 3600:,.2f}",
-            f"{plan.gpu_hours(stage):,.1f}",
-        )
-        table.add_row(stage, *cells)
+        table.add_row(stage, *_time_cells(time), f"{plan.gpu_hours(stage):,.1f}")
+        # This row is part of the row above. It shows what the learning curve costs.
         if stage == "distill" and plan.syncs.seconds > 0:
             hours = plan.syncs.seconds / 3600
             table.add_row(
                 "  syncs, evaluations in it",
-                "",
-                "",
-                "",
-                "",
-                "",
+                *[""] * 5,
                 f"{hours:,.2f}",
                 f"{hours * plan.node.num_gpus:,.1f}",
             )
     table.add_section()
-    for title, stages in (("rollout, score, distill", LIGHTNING), ("all", tuple(plan.work))):
-        seconds, hours = (
-            sum(plan.work[stage].seconds for stage in stages),
-            sum(plan.gpu_hours(stage) for stage in stages),
-        )
-        table.add_row(
-            title, "", "", "", "", "", f"{seconds / 3600:,.2f}", f"{hours:,.1f}", style="bold"
-        )
+    # The first sum is what the paper publishes. The second is what a user waits for.
+    for title, stages in (("rollout, score, distill", LIGHTNING), ("all", tuple(plan.times))):
+        hours = sum(plan.times[stage].seconds for stage in stages) / 3600
+        gpu_hours = sum(plan.gpu_hours(stage) for stage in stages)
+        table.add_row(title, *[""] * 5, f"{hours:,.2f}", f"{gpu_hours:,.1f}", style="bold")
     return table
+
+
+def _time_cells(time: StageTime) -> tuple[str, ...]:
+    """Return the cells of a stage from its tokens to its hours."""
+    return (
+        _short(time.tokens),
+        # Operations as a power of ten: the digits behind are far below the error of the plan.
+        f"{time.flops:.1e}",
+        str(time.gpus),
+        f"{time.tokens / time.seconds:,.0f}",
+        f"{time.utilisation:.1%}" if time.utilisation else "",
+        f"{time.seconds / 3600:,.2f}",
+    )
 
 
 def _disk_table(plan: Plan) -> Table:
@@ -208,9 +224,9 @@ def _disk_table(plan: Plan) -> Table:
     table.add_column("")
     table.add_column("GiB", justify="right")
     for term, size in plan.disk.items():
-        table.add_row(term, f"{size / _GIB:,.1f}")
+        table.add_row(term, _gib(size))
     table.add_section()
-    table.add_row("all", f"{sum(plan.disk.values()) / _GIB:,.1f}", style="bold")
+    table.add_row("all", _gib(sum(plan.disk.values())), style="bold")
     return table
 
 
@@ -222,8 +238,8 @@ def _assumption_table(plan: Plan) -> Table:
     table.add_column("meaning")
     for name, meaning in meanings().items():
         value = getattr(plan.assumed, name)
+        # Small sizes, such as bytes per token, read better as numbers.
         is_size = name.endswith("_bytes") and value >= _GIB / 4
-        table.add_row(
-            name, f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}", sources()[name], meaning
-        )
+        shown = f"{value / _GIB:.2f} GiB" if is_size else f"{value:,g}"
+        table.add_row(name, shown, sources()[name], meaning)
     return table

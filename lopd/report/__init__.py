@@ -1,1 +1,1 @@
-"""What the user sees and keeps: console lines, progress, tables, metrics, the learning curve."""
+"""What the user sees and keeps: console lines, progress, tables, metrics and pictures."""

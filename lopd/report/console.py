@@ -1,6 +1,7 @@
-"""What the user sees: lines, progress bars, the dense line of a training step, the final tables,
-errors. All through one rich console, so that lines stay above a running bar. Where the output is no
-terminal, a bar becomes a plain line now and then.
+"""What the user sees: lines, progress bars, the line of a training step, tables, errors.
+
+Everything goes through one rich console, so that lines stay above a running progress bar. If the
+output is not a terminal, a bar becomes a plain line every ten seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from rich.text import Text
 
 from lopd.errors import LopdError
 
+# How often a plain line reports progress. A log file should stay readable after hours.
 PLAIN_INTERVAL_S = 10.0
+# The models of a summary in the order of its table.
 MODEL_TITLES = {
     "base": "base student",
     "sft": "SFT student",
@@ -36,74 +39,93 @@ MODEL_TITLES = {
     "distilled": "distilled student",
     "teacher": "teacher",
 }
+# highlight=False: rich would colour numbers and paths in the middle of a line.
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
-
-
-# ---- lines ----------------------------------------------------------------------------------------------------------------------------------------
+# The figures on the line of a training step: their name, title and format. The first three are in
+# nats.
+_STEP_FIGURES = (
+    ("loss", "loss", ".4f"),
+    ("advantage", "advantage", "+.4f"),
+    ("reverse_kl", "reverse KL", ".4f"),
+    ("grad_norm", "grad norm", ".3f"),
+    ("lr", "lr", ".1e"),
+    ("processed_tokens_per_s", "tokens/s", ",.0f"),
+)
 
 
 def say(line: str, log: Path | None = None) -> None:
-    """A line on screen and, with the time (UTC) before it, at the end of a log file."""
+    """Print a line, and append it to a log file with the time (UTC) before it.
+
+    Args:
+        log: The log file. None means the screen alone.
+    """
+    # Without markup, because a path may hold [brackets]. Without wrapping, so that a line can be
+    # found with grep and copied as it is.
     _console.print(line, markup=False, soft_wrap=True)
     if log is not None:
+        # The first line of a stage may come before anything has made its folder.
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as handle:
             handle.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}\n")
 
 
 def show_error(error: LopdError) -> None:
-    """One line on stderr: what, where, limit, remedy."""
-    _errors.print(
-        Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True
-    )
+    """Print an error as one line on stderr."""
+    # The line breaks of a quoted reason become spaces.
+    line = " ".join(str(error).split())
+    _errors.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
 
 
 def training_line(stage: str, step: int, num_steps: int, figures: Mapping[str, float]) -> str:
-    """The dense line of an optimizer step. Shown where figures has them: loss, advantage and
-    reverse_kl (nats), grad_norm, lr, processed_tokens_per_s.
+    """Return the line of an optimizer step.
 
-    With ``seconds`` (of this step) also the time left, were every further step like this one.
+    Args:
+        figures: Those of _STEP_FIGURES are shown if they are there. With ``seconds``, the duration
+            of this step, the line also has the time left.
     """
+    # The step has the width of the last one, so that the columns of all lines stand below each
+    # other.
     parts = [f"{stage} {step:>{len(str(num_steps))}}/{num_steps}"]
-    shown = (
-        ("loss", "loss", ".4f"), ("advantage", "advantage", "+.4f"), ("reverse_kl", "reverse KL", ".4f"),
-        ("grad_norm", "grad norm", ".3f"), ("lr", "lr", ".1e"), ("processed_tokens_per_s", "tokens/s", ",.0f"),
-    )  # fmt: skip
-    parts += [f"{title} {figures[name]:{form}}" for name, title, form in shown if name in figures]
+    for name, title, form in _STEP_FIGURES:
+        if name in figures:
+            parts.append(f"{title} {figures[name]:{form}}")
+    # As if every further step took as long as this one.
     if step < num_steps and "seconds" in figures:
         parts.append(f"{duration(figures['seconds'] * (num_steps - step))} left")
     return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """``1:02:03``, ``4:05``, or ``0.8 s`` below a second."""
+    """Return ``1:02:03``, ``4:05``, or ``0.8 s`` for less than a second."""
+    # Below a second, minutes and seconds would show 0:00.
     if seconds < 1:
         return f"{seconds:.1f} s"
+    # Rounded before it is divided. Otherwise 59.6 seconds would become 0:60.
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-# ---- progress -------------------------------------------------------------------------------------------------------------------------------------
-
-
 class Bar(Protocol):
-    """What ``progress`` yields."""
+    """A progress bar, as progress() yields it."""
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count more items as done."""
         ...
 
 
 @contextlib.contextmanager
 def progress(title: str, *, total: int, done: int = 0, unit: str = "items") -> Iterator[Bar]:
-    """A progress bar with rate and time left; done: how many an earlier run has done (they do not
-    count in the rate).
+    """Show a progress bar with rate and time left while the body runs.
+
+    Args:
+        total: How many items there are.
+        done: How many an earlier run has done. They do not count in the rate.
     """
-    bar: _RichBar | _PlainBar = (_RichBar if _console.is_terminal else _PlainBar)(
-        title, total, done, unit
-    )
+    kind = _RichBar if _console.is_terminal else _PlainBar
+    bar = kind(title, total, done, unit)
+    # Also after an error: a running rich bar would hide the cursor and overwrite the error.
     try:
         yield bar
     finally:
@@ -111,17 +133,26 @@ def progress(title: str, *, total: int, done: int = 0, unit: str = "items") -> I
 
 
 class _Rate(ProgressColumn):
+    """Items per second."""
+
     def render(self, task: Task) -> Text:
+        # finished_speed is the mean of the whole task, speed that of the last seconds.
         speed = task.finished_speed or task.speed
         return Text(f"{_rate(speed)}/s" if speed else "", style="progress.data.speed")
 
 
 class _RichBar:
+    """A bar on a terminal."""
+
     def __init__(self, title: str, total: int, done: int, unit: str) -> None:
         columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=32), TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
-            _Rate(), TimeRemainingColumn(elapsed_when_finished=True),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            # A count says more than a percentage: it can be compared with the log of another run.
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+            _Rate(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
         self._progress = Progress(*columns, console=_console)
         self._task: TaskID = self._progress.add_task(title, total=total, completed=done)
         self._progress.start()
@@ -134,80 +165,85 @@ class _RichBar:
 
 
 class _PlainBar:
+    """Lines in a log, one every PLAIN_INTERVAL_S seconds and one at the end."""
+
     def __init__(self, title: str, total: int, done: int, unit: str) -> None:
-        self._title, self._total, self._done, self._before, self._unit = (
-            title,
-            total,
-            done,
-            done,
-            unit,
-        )
-        self._start = self._spoken = time.monotonic()
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._done = done
+        self._done_before = done
+        self._start = time.monotonic()
+        self._last_line = self._start
 
     def advance(self, count: int = 1) -> None:
         self._done += count
         now = time.monotonic()
-        if now - self._spoken >= PLAIN_INTERVAL_S and self._done < self._total:
-            self._spoken = now
-            rate = self._speed(now)
-            left = f", {duration((self._total - self._done) / rate)} left" if rate else ""
-            say(
-                f"{self._title}: {self._done:,}/{self._total:,} {self._unit}, {_rate(rate)}/s{left}"
-            )
+        # The last line is that of close().
+        if now - self._last_line >= PLAIN_INTERVAL_S and self._done < self._total:
+            self._last_line = now
+            speed = self._speed(now)
+            left = f", {duration((self._total - self._done) / speed)} left" if speed else ""
+            say(f"{self._title}: {self._count()}, {_rate(speed)}/s{left}")
 
     def close(self) -> None:
         now = time.monotonic()
+        # An error ends the body before everything is done.
         state = "" if self._done >= self._total else "stopped at "
-        say(
-            f"{self._title}: {state}{self._done:,}/{self._total:,} {self._unit}, {_rate(self._speed(now))}/s, {duration(now - self._start)}"
-        )
+        took = duration(now - self._start)
+        say(f"{self._title}: {state}{self._count()}, {_rate(self._speed(now))}/s, {took}")
+
+    def _count(self) -> str:
+        return f"{self._done:,}/{self._total:,} {self._unit}"
 
     def _speed(self, now: float) -> float:
-        return (self._done - self._before) / max(now - self._start, 1e-9)
+        """Return the items per second of this run."""
+        return (self._done - self._done_before) / max(now - self._start, 1e-9)
 
 
 def _rate(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
 
 
-# ---- the final tables -----------------------------------------------------------------------------------------------------------------------------
-
-
 def show_summary(summary: Mapping[str, Any]) -> None:
-    """Models by accuracy and reverse KL, then seconds per stage. summary: as in summary.json;
-    ``*_standard_error`` and ``notes`` are optional.
+    """Print the table of the models, the table of the stages, and the notes.
+
+    Args:
+        summary: As in summary.json. What is missing is left out.
     """
+    # A run that ends before the evaluation has no accuracies.
     if summary.get("accuracy"):
         _console.print(model_table(summary))
     if summary.get("stages"):
         _console.print(stage_table(summary))
     if summary.get("teacher_work"):
         say(teacher_line(summary["teacher_work"]))
+    # For example that a foreign teacher was accepted. Notes come last, where they are read.
     for note in summary.get("notes", ()):
         say(str(note))
 
 
 def teacher_line(work: Mapping[str, float]) -> str:
-    """``teacher: 212,992 response tokens scored in 0:21, 3 refreshes``; work: refreshes, tokens,
-    seconds.
+    """Return ``teacher: 212,992 response tokens scored in 0:21, 3 refreshes``.
+
+    Args:
+        work: ``refreshes``, ``tokens`` and ``seconds``.
     """
-    refreshes = (
-        f", {work['refreshes']} refresh{'es' if work['refreshes'] > 1 else ''}"
-        if work["refreshes"]
-        else ""
-    )
-    return f"teacher: {work['tokens']:,} response tokens scored in {duration(work['seconds'])}{refreshes}"
+    count = work["refreshes"]
+    refreshes = f", {count} refresh{'es' if count > 1 else ''}" if count else ""
+    took = duration(work["seconds"])
+    return f"teacher: {work['tokens']:,} response tokens scored in {took}{refreshes}"
 
 
 def model_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy in percent and reverse KL in nats per token, each with one standard error where the
-    summary has it.
+    """Return the models by accuracy (%) and reverse KL (nats per token).
+
+    Each figure has its standard error if the summary has it.
     """
-    accuracy, divergence = summary["accuracy"], summary.get("reverse_kl", {})
-    accuracy_error, divergence_error = (
-        summary.get("accuracy_standard_error", {}),
-        summary.get("reverse_kl_standard_error", {}),
-    )
+    accuracy = summary["accuracy"]
+    accuracy_error = summary.get("accuracy_standard_error", {})
+    divergence = summary.get("reverse_kl", {})
+    divergence_error = summary.get("reverse_kl_standard_error", {})
     table = Table(
         title="accuracy on held-out prompts, and distance to the teacher",
         title_justify="left",
@@ -215,64 +251,65 @@ def model_table(summary: Mapping[str, Any]) -> Table:
         caption_justify="left",
     )
     table.add_column("model")
+    # Figures must not be broken in two on a narrow screen. The names of the models may.
     table.add_column("accuracy, %", justify="right", no_wrap=True)
     table.add_column("reverse KL, nats per token", justify="right", no_wrap=True)
     for name, title in MODEL_TITLES.items():
         if name in accuracy:
-            error = accuracy_error.get(name)
-            percent = _percent(accuracy[name], error)
-            nats = (
-                with_error(divergence[name], divergence_error.get(name))
-                if divergence.get(name) is not None
-                else ""
-            )
+            percent = _percent(accuracy[name], accuracy_error.get(name))
+            # Without a teacher that scores it, a model has an accuracy only.
+            nats = ""
+            if divergence.get(name) is not None:
+                nats = with_error(divergence[name], divergence_error.get(name))
             table.add_row(title, percent, nats, style="bold" if name == "distilled" else None)
     return table
 
 
 def _caption(summary: Mapping[str, Any]) -> str:
     accuracy = summary["accuracy"]
-    num_prompts, samples = accuracy.get("num_prompts"), accuracy.get("samples_per_prompt")
+    num_prompts = accuracy.get("num_prompts")
+    samples = accuracy.get("samples_per_prompt")
+    # Without the sizes a difference of two models cannot be judged.
     sizes = f"{num_prompts:,} prompts x {samples} samples; " if num_prompts and samples else ""
     return f"{sizes}± one standard error over prompts"
 
 
 def _percent(share: float, error: float | None) -> str:
+    # JSON has null for an error that could not be computed, as from one prompt.
     known = error is not None and math.isfinite(error)
     return f"{100 * share:.1f}" + (f" ± {100 * error:.1f}" if known and error is not None else "")
 
 
 def with_error(value: float, error: float | None) -> str:
-    """``0.0022 ± 0.0003``: as many decimals as the error's first digit needs (two where it is 1);
-    without an error three significant digits.
+    """Return ``0.0022 ± 0.0003``, with as many decimals as the error needs.
 
-    Below 1e-5 it is rounding of float32 log-probabilities (the teacher against itself): ``<
-    0.00001``.
+    Args:
+        error: The standard error. Without one the value has three significant digits.
     """
+    # The teacher's divergence from itself is the rounding of float32 log-probabilities.
     if abs(value) < 1e-5 and (error or 0.0) < 1e-5:
         return "< 0.00001"
     if error is None or not math.isfinite(error) or error <= 0:
         return f"{value:#.3g}"
+    # The error shows its first digit, and a second one if the first is 1: between 0.1 and 0.2 one
+    # digit would be off by up to a third.
     exponent = math.floor(math.log10(error))
-    leading_one = error / 10**exponent < 1.95
-    decimals = min(9, max(0, (1 if leading_one else 0) - exponent))
+    begins_with_one = error / 10**exponent < 1.95
+    # A float has no more digits to show, and an error above 1 needs none.
+    decimals = min(9, max(0, (1 if begins_with_one else 0) - exponent))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:
-    """Every stage with what happened to it and how long it took, and the sum."""
+    """Return the stages with their status and seconds, and the sum of the seconds."""
     stages = summary["stages"]
+    total = sum(stage["seconds"] for stage in stages)
     table = Table(title="stages", title_justify="left", show_footer=True)
     table.add_column("stage", footer="all")
     table.add_column("status")
-    table.add_column(
-        "seconds", justify="right", footer=f"{sum(stage['seconds'] for stage in stages):.1f}"
-    )
+    table.add_column("seconds", justify="right", footer=f"{total:.1f}")
     for stage in stages:
-        table.add_row(
-            stage["name"],
-            stage["status"],
-            f"{stage['seconds']:.1f}",
-            style="dim" if stage["status"] == "reused" else None,
-        )
+        # Reused stages took no time worth reading.
+        style = "dim" if stage["status"] == "reused" else None
+        table.add_row(stage["name"], stage["status"], f"{stage['seconds']:.1f}", style=style)
     return table

@@ -1,10 +1,11 @@
-"""The run's metrics: ``metrics.jsonl``, one object a line, and TensorBoard event files in
-``tensorboard/STAGE``.
+"""The metrics of a run: ``metrics.jsonl``, and TensorBoard event files in ``tensorboard/STAGE``.
 
-A line is {"kind": "train" | "eval", "stage": ..., "step": n, figures...}; step n stands for the
-state after n optimizer steps, 0 for the start. A line is written by one system call, so a kill
-leaves at most the last one torn, which is dropped. JSON has no NaN: a figure that is not finite is
-null.
+A line of metrics.jsonl is an object with ``kind`` ("train" or "eval"), ``stage``, ``step`` and the
+figures. Step n is the state after n optimizer steps, and 0 is the start. JSON has no NaN, so a
+figure that is not finite is null.
+
+One system call writes a line. A kill therefore leaves at most the last line incomplete, and readers
+drop it.
 """
 
 from __future__ import annotations
@@ -29,14 +30,22 @@ TENSORBOARD = "tensorboard"
 def read_metrics(
     folder: Path, *, kind: str | None = None, stage: str | None = None
 ) -> list[dict[str, Any]]:
-    """The lines of folder/metrics.jsonl in order (none where the file is missing), of one kind and
-    stage if given. ArtifactError: a line is no JSON object.
+    """Return the lines of folder/metrics.jsonl in order. A missing file has none.
+
+    Args:
+        kind: Return only lines of this kind.
+        stage: Return only lines of this stage.
+
+    Raises:
+        ArtifactError: A line is not a JSON object with a kind and a stage.
     """
     path = folder / METRICS
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
+            # Only a line that somebody has edited can fail here, so the error names it.
             row = json.loads(line)
+            # A line without a kind or a stage is refused even if neither was asked for.
             matches = kind in (None, row["kind"]) and stage in (None, row["stage"])
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
@@ -47,79 +56,95 @@ def read_metrics(
     return rows
 
 
-def set_aside(folder: Path, stages: Collection[str], shelf: Path) -> None:
-    """Moves these stages' lines and event files from a run's metrics into the folder shelf.
-    Repeated after a kill it does the rest.
+def set_aside(folder: Path, stages: Collection[str], archive: Path) -> None:
+    """Move the metrics of some stages into another folder.
+
+    A call that was killed can be repeated, and does the rest.
+
+    Args:
+        folder: The run directory.
+        archive: The folder that gets the lines and the event files.
     """
     rows = read_metrics(folder)
-    mine = [row for row in rows if row["stage"] in stages]
-    if mine:
-        _publish_lines(shelf / METRICS, map(_line, mine))
+    # All lines of a stage move, whatever their kind.
+    moved = [row for row in rows if row["stage"] in stages]
+    # The lines are copied first and removed last. A kill in between leaves them in both places,
+    # where the next call finds them.
+    if moved:
+        _publish_lines(archive / METRICS, moved)
+    # A list, because the loop takes away what the glob walks over.
     for events in [path for path in (folder / TENSORBOARD).glob("*") if path.name in stages]:
-        _move_folder(events, shelf / TENSORBOARD / events.name)
-    if mine:
-        _publish_lines(folder / METRICS, [_line(row) for row in rows if row["stage"] not in stages])
+        _move_folder(events, archive / TENSORBOARD / events.name)
+    if moved:
+        _publish_lines(folder / METRICS, (row for row in rows if row["stage"] not in stages))
 
 
-def bring_back(folder: Path, shelf: Path) -> None:
-    """Undoes set_aside; does nothing where nothing is set aside."""
-    rows = read_metrics(shelf)
+def bring_back(folder: Path, archive: Path) -> None:
+    """Undo set_aside(). Does nothing if nothing is set aside."""
+    rows = read_metrics(archive)
     if rows:
         stages = {row["stage"] for row in rows}
-        _publish_lines(
-            folder / METRICS,
-            map(
-                _line, [*(row for row in read_metrics(folder) if row["stage"] not in stages), *rows]
-            ),
-        )
-    for events in list((shelf / TENSORBOARD).glob("*")):
+        # A killed call may have brought these lines back already. They must not be there twice.
+        others = [row for row in read_metrics(folder) if row["stage"] not in stages]
+        _publish_lines(folder / METRICS, [*others, *rows])
+    for events in list((archive / TENSORBOARD).glob("*")):
         _move_folder(events, folder / TENSORBOARD / events.name)
-    (shelf / METRICS).unlink(missing_ok=True)
+    # Removed last, because a repeated call needs it.
+    (archive / METRICS).unlink(missing_ok=True)
 
 
 def _move_folder(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    # A killed call may have left an older copy there. A rename onto a folder with files would fail.
     remove_folder(target)
     source.rename(target)
 
 
 class MetricsLog:
-    """Appends to a run's metrics. One process writes at a time; lines of other stages are left as
-    they are.
+    """Appends to the metrics of a run. One process writes at a time.
+
+    Args:
+        folder: The run directory.
     """
 
     def __init__(self, folder: Path) -> None:
-        """folder: the run directory. A line torn by a kill is dropped."""
         self._folder = folder
         self._path = folder / METRICS
+        # One per stage: TensorBoard shows each stage as a run of its own.
         self._writers: dict[str, SummaryWriter] = {}
         self._purge_steps: dict[str, int] = {}
+        # What a kill has left of the last line. The next line would be written behind it.
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            _publish_lines(self._path, _whole_lines(self._path))
+            _publish_text(self._path, _whole_lines(self._path))
 
     def train(self, stage: str, step: int, figures: Mapping[str, Any]) -> None:
-        """Figures of one optimizer step."""
+        """Append the figures of one optimizer step."""
         self._write("train", stage, step, figures)
 
     def eval(self, stage: str, step: int, figures: Mapping[str, Any]) -> None:
-        """Figures of an evaluation after so many steps."""
+        """Append the figures of an evaluation after so many steps."""
         self._write("eval", stage, step, figures)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Drops the stage's lines beyond the checkpoint at ``step``, so that a resumed run doubles
-        none; step 0, a start from nothing, drops all of them.
+        """Drop the stage's lines after the checkpoint at ``step``.
 
-        TensorBoard is told to hide what it has from there on (its purge_step).
+        A resumed run repeats these steps, and no line must be there twice. Step 0 is a start from
+        nothing and drops all lines of the stage.
         """
+        # purge_step is a parameter of a new event file.
         assert stage not in self._writers, "truncate before the stage's first figure is written"
+        # A start from nothing also repeats the evaluation at step 0.
         first_dropped = step + 1 if step > 0 else 0
+        # Event files cannot be cut. TensorBoard hides what is in older files from this step on.
         self._purge_steps[stage] = first_dropped
         rows = read_metrics(self._folder)
         kept = [row for row in rows if row["stage"] != stage or row["step"] < first_dropped]
+        # Most starts have nothing to drop, and then the file is not written again.
         if len(kept) < len(rows):
-            _publish_lines(self._path, map(_line, kept))
+            _publish_lines(self._path, kept)
 
     def close(self) -> None:
+        """Close the event files."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
@@ -127,24 +152,25 @@ class MetricsLog:
     def _write(self, kind: str, stage: str, step: int, figures: Mapping[str, Any]) -> None:
         with storage_errors(self._path):
             self._folder.mkdir(parents=True, exist_ok=True)
+            line = _line({"kind": kind, "stage": stage, "step": step, **figures})
+            # One write() to the end of the file, without a buffer that a kill could cut in two.
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(
-                    descriptor,
-                    (
-                        _line({"kind": kind, "stage": stage, "step": step, **figures}) + "\n"
-                    ).encode(),
-                )
+                os.write(descriptor, f"{line}\n".encode())
             finally:
                 os.close(descriptor)
         writer = self._tensorboard(stage)
         for name, value in figures.items():
+            # A figure that is not known is None, which an event file cannot hold.
             if isinstance(value, int | float):
                 writer.add_scalar(f"{kind}/{name}", value, step)
-        writer.flush()  # a kill loses no figure that stands in metrics.jsonl
+        # So that a kill loses no figure that is in metrics.jsonl.
+        writer.flush()
 
     def _tensorboard(self, stage: str) -> SummaryWriter:
+        """Return the event writer of a stage, which is opened at its first figure."""
         if stage not in self._writers:
+            # This import takes seconds, and most commands write no figure.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writers[stage] = SummaryWriter(
@@ -153,20 +179,28 @@ class MetricsLog:
         return self._writers[stage]
 
 
-def _publish_lines(path: Path, lines: Iterable[str]) -> None:
+def _publish_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    _publish_text(path, map(_line, rows))
+
+
+def _publish_text(path: Path, lines: Iterable[str]) -> None:
     publish_bytes(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _line(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSON."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
     }
+    # allow_nan=False: a NaN that slipped through must fail here and not in the reader of the file.
     return json.dumps(finite, allow_nan=False, ensure_ascii=False)
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines that end with a line break; what follows the last one was torn by a kill."""
+    """Return the lines that end with a line break."""
+    # What follows the last line break is what a kill has left. It may also end within a character,
+    # so errors of UTF-8 are replaced.
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

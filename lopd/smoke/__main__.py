@@ -1,5 +1,6 @@
-"""``python -m lopd.smoke --work DIR [--cpu]``: one line for each thing that works; the first that
-does not ends it with exit code 2.
+"""``python -m lopd.smoke --work DIR [--cpu]``: prints one line for each thing that works.
+
+The first thing that does not work ends it with exit code 2.
 """
 
 from __future__ import annotations
@@ -14,39 +15,33 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 from lopd.errors import EXIT_CODE, ConfigError, EngineError, LopdError
 from lopd.megatron.ranks.launch import run_ranks
 from lopd.report.console import say, show_error
 from lopd.smoke.forms import FORMS, Form, write_model
 from lopd.stages.training import SERVER_KEY
+from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
+from sglang_rollout.servers.server import SGLangServer
 
 IMPORTS = ("torch", "megatron.core", "transformers", "pyarrow", "lopd.megatron.training.trainer")
-IMPORTS_ON_GPU = (
-    "transformer_engine.pytorch",
-    "triton",
-    "sglang",
-)  # on a CPU only its own process can import SGLang (sglang_rollout/cpu)
+# On a CPU only the server's own process can import SGLang (sglang_rollout/cpu).
+IMPORTS_ON_GPU = ("transformer_engine.pytorch", "triton", "sglang")
+# Requests that the server answers, and tokens of each answer.
+NUM_REQUESTS = 4
+ANSWER_LEN = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lopd.smoke",
-        description="Does everything that a run needs work together on this machine?",
-    )
-    parser.add_argument(
-        "--work", type=Path, help="folder for the model and logs; absent: a temporary one"
-    )
-    parser.add_argument("--cpu", action="store_true", help="the tiny form, on two processes")
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        required=True,
-        help="folder of any Hugging Face tokenizer, for example examples/tiny_models/student",
-    )
-    arguments = parser.parse_args()
+    """Parse the command line, and run."""
+    arguments = _parser().parse_args()
+    # Without --cpu a machine without enough GPUs is refused: a trial of less would prove nothing.
     form = "cpu" if arguments.cpu else "node"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    warnings.simplefilter("ignore")  # Megatron-Core tells at length of what is not installed
+    # Megatron-Core warns at length of packages that are not installed.
+    warnings.simplefilter("ignore")
     start = time.perf_counter()
     try:
         if arguments.work is not None:
@@ -60,54 +55,93 @@ def main() -> None:
     say(f"smoke: all of it works, {time.perf_counter() - start:.0f} s")
 
 
-def smoke(name: str, work: Path, tokenizer: Path) -> None:
-    """LopdError: the first thing that does not work."""
-    from sglang_rollout.requests.client import SGLangEngine
-    from sglang_rollout.servers.server import SGLangServer
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lopd.smoke",
+        description="Does everything that a run needs work together on this machine? "
+        "Writes a model with random weights and logs into the folder of --work.",
+        epilog="Example:  python -m lopd.smoke --cpu --tokenizer examples/tiny_models/student",
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for the model and logs; if absent, a temporary one"
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="try a tiny model on two processes, without a GPU"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="folder of any Hugging Face tokenizer, for example examples/tiny_models/student",
+    )
+    return parser
 
+
+def smoke(name: str, folder: Path, tokenizer: Path) -> None:
+    """Try everything.
+
+    Args:
+        name: The form: node or cpu.
+        folder: Where the model and the logs are written.
+        tokenizer: The folder of any Hugging Face tokenizer.
+
+    Raises:
+        LopdError: The first thing that does not work.
+    """
     form = FORMS[name]
     say(f"smoke: {form.name}")
-    _imports(form)
-    model = work / "model"
+    # The cheapest check first: a missing package would otherwise show after minutes.
+    _check_imports(form)
+    model = folder / "model"
+    # Files of a former run could make this one pass.
     if model.exists():
         raise ConfigError(
             "a former smoke run is there",
-            where=str(work),
+            where=str(folder),
             remedy="give another --work, or remove it",
         )
+    # The checkpoint is in the format that both the server and the trainer read.
     architecture = write_model(form, model, tokenizer)
-    say(
-        f"smoke: model of {architecture.num_layers} layers and {sum(path.stat().st_size for path in model.glob('*.safetensors')) / 1e9:.2f} GB written"
-    )
-    begun = time.perf_counter()
-    with SGLangServer(model, form.server, log=work / "sglang.log") as server:
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    say(f"smoke: model of {architecture.num_layers} layers and {size / 1e9:.2f} GB written")
+    start = time.perf_counter()
+    with SGLangServer(model, form.server, log=folder / "sglang.log") as server:
         engine = SGLangEngine(server.url, server.api_key, form.server, server=server)
-        say(f"smoke: SGLang serves it after {time.perf_counter() - begun:.1f} s")
-        _answers(engine, "before")
-        job = work / "job.json"
-        job.write_text(
-            json.dumps({"form": name, "model": str(model), "url": server.url, "folder": str(work)}),
-            encoding="utf-8",
-        )
-        training = form.training
-        run_ranks(
-            "lopd.smoke.worker",
-            [str(job)],
-            ranks=training.parallel.ranks,
-            threads_per_rank=1,
-            log=work / "train.log",
-            timeout_s=training.timeout_s,
-            env={**os.environ, SERVER_KEY: server.api_key},
-            on_line=lambda line: say(line) if line.startswith("smoke: ") else None,
-        )
-        _answers(engine, f"smoke-{form.transports[-1]}")
+        say(f"smoke: SGLang serves it after {time.perf_counter() - start:.1f} s")
+        # Once before any sync: if the server itself is wrong, no transport is to blame.
+        _check_answers(engine, version=None)
+        _run_trainer(name, model, server, folder)
+        # The worker names the version of each sync after its transport (lopd.smoke.worker).
+        _check_answers(engine, version=f"smoke-{form.transports[-1]}")
 
 
-def _imports(form: Form) -> None:
+def _run_trainer(name: str, model: Path, server: SGLangServer, folder: Path) -> None:
+    """Run the ranks to their end: training steps, and a weight sync by each transport."""
+    job_file = folder / "job.json"
+    job = {"form": name, "model": str(model), "url": server.url, "folder": str(folder)}
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    settings = FORMS[name].training
+    run_ranks(
+        "lopd.smoke.worker",
+        [str(job_file)],
+        ranks=settings.parallel.ranks,
+        threads_per_rank=1,
+        log=folder / "train.log",
+        timeout_s=settings.timeout_s,
+        # The key goes through the environment. A command line and a file could be read by others.
+        env={**os.environ, SERVER_KEY: server.api_key},
+        # The ranks write much else, which is in the log.
+        on_line=lambda line: say(line) if line.startswith("smoke: ") else None,
+    )
+
+
+def _check_imports(form: Form) -> None:
+    """Import everything that a run needs, and count the GPUs."""
     import torch
 
     needed = form.training.parallel.ranks
     on_gpu = form is FORMS["node"]
+    # Counting GPUs costs nothing, and importing Megatron-Core costs seconds.
     if on_gpu and torch.cuda.device_count() < needed:
         raise ConfigError(
             f"{torch.cuda.device_count()} GPUs",
@@ -115,6 +149,7 @@ def _imports(form: Form) -> None:
             limit=str(needed),
             remedy="run the CPU form: --cpu",
         )
+    # One by one, so that the error names the package and not the file that wanted it.
     for module in (*IMPORTS, *(IMPORTS_ON_GPU if on_gpu else ())):
         try:
             importlib.import_module(module)
@@ -127,44 +162,51 @@ def _imports(form: Form) -> None:
     say(f"smoke: imports; {torch.cuda.device_count()} GPUs, torch {torch.__version__}")
 
 
-def _answers(engine: object, version: str) -> None:
-    """A few sampled tokens with finite log-probabilities. EngineError: none, or from other weights
-    than those that were put there.
+def _check_answers(engine: SGLangEngine, version: str | None) -> None:
+    """Sample a few tokens from the server.
+
+    Args:
+        engine: The server.
+        version: The weight version that the answers must come from. None accepts any.
+
+    Raises:
+        EngineError: There is no answer with finite log-probabilities, or it is from other weights.
     """
-    import numpy as np
-
-    from sglang_rollout.requests.client import SGLangEngine
-    from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
-
-    assert isinstance(engine, SGLangEngine)
+    # Token 2 ends a response in the models of lopd.smoke.forms.
     params = SamplingParams(
-        temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, max_new_tokens=8, stop_token_ids=(2,)
+        temperature=1.0,
+        top_p=1.0,
+        top_k=-1,
+        min_p=0.0,
+        max_new_tokens=ANSWER_LEN,
+        stop_token_ids=(2,),
     )
+    # Any ids will do as a prompt: the weights are random.
+    # All requests have the same prompt. Their seeds differ.
     prompt = np.arange(4, 20, dtype=np.int32)
-    responses = [
-        *engine.generate(
-            iter([SamplingRequest(f"smoke-{index}", 0, prompt, index) for index in range(4)]),
-            params,
-        )
+    requests = [
+        SamplingRequest(f"smoke-{index}", 0, prompt, index) for index in range(NUM_REQUESTS)
     ]
-    if not responses or not all(
-        np.isfinite(response.sampling_logprobs).all() for response in responses
-    ):
+    responses = list(engine.generate(iter(requests), params))
+    # Wrong weights or a broken kernel show first as values that are no numbers.
+    are_finite = all(np.isfinite(response.sampling_logprobs).all() for response in responses)
+    if not responses or not are_finite:
         raise EngineError(
             "no answer with finite log-probabilities", where="SGLang", remedy="see sglang.log"
         )
-    if version != "before" and any(response.weight_version != version for response in responses):
-        served = ", ".join(sorted({response.weight_version for response in responses}))
+    if version is None:
+        say(f"smoke: {len(responses)} answers")
+        return
+    # All answers must be from one version: a server in between would be a torn update.
+    versions = sorted({response.weight_version for response in responses})
+    if versions != [version]:
         raise EngineError(
-            f"answers come from weights {served}",
+            f"answers come from weights {', '.join(versions)}",
             where="SGLang",
             limit=version,
             remedy="see sglang.log and train.log",
         )
-    say(
-        f"smoke: {len(responses)} answers"
-        + ("" if version == "before" else " from the weights that were synced last")
-    )
+    say(f"smoke: {len(responses)} answers from the weights that were synced last")
 
 
 if __name__ == "__main__":

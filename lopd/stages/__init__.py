@@ -1,16 +1,5 @@
-"""The stages of the method, one file each, in the order of the pipeline."""
+"""The stages of the method, one file each. `lopd.pipeline` runs them in order.
 
-from lopd.stages import demonstrate, distill, evaluate, export, rollout, score, sft
-from lopd.stages.context import Stage, StageContext
-
-STAGES: tuple[Stage, ...] = (
-    demonstrate.STAGE,
-    sft.STAGE,
-    rollout.STAGE,
-    score.STAGE,
-    distill.STAGE,
-    evaluate.STAGE,
-    export.STAGE,
-)
-
-__all__ = ["STAGES", "Stage", "StageContext"]
+This file imports none of them: a rank of SFT or of distillation starts its stage's file as a
+program (``python -m lopd.stages.sft JOB.json``), and imports no other stage.
+"""

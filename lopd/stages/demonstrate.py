@@ -5,19 +5,23 @@ from __future__ import annotations
 from lopd.artifacts.lineage import demonstrated_by
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import demonstrate_by_domain
-from lopd.stages.sampling import sample_stage
+from lopd.stages.sample_shards import sample_stage
 
 
 def run(context: StageContext) -> None:
-    if context.config.models.teachers:
+    """Publish the demonstrations."""
+    config = context.config
+    if config.models.teachers:
+        # Each domain's prompts have shards and a teacher of their own.
         demonstrate_by_domain(context)
         return
-    config, teacher = context.config, context.config.models.teacher
-    identity = context.identity("teacher")
+    # By content: a teacher in another folder is the same teacher, an updated one is not.
+    teacher = context.identity("teacher")
     writer = context.writer(
-        models={"teacher": identity},
+        models={"teacher": teacher},
         sampling=context.sampling_record(config.demonstrate),
-        lineage=demonstrated_by(identity),
+        # Every later artifact carries this on, so that the score stage knows the teacher.
+        lineage=demonstrated_by(teacher),
         shard_size=config.demonstrate.shard_size,
     )
     sample_stage(
@@ -26,7 +30,7 @@ def run(context: StageContext) -> None:
         config.demonstrate,
         prompt_set="sft",
         role="teacher",
-        model=teacher,
+        model=config.models.teacher,
         title="demonstrations",
     )
     writer.finish(served=context.served)

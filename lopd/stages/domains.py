@@ -1,10 +1,12 @@
-"""Several teachers, one a domain: models.teachers names the teacher of each domain of prompts,
-models.teacher that of every other domain.
+"""Several teachers, one for each domain of prompts.
 
-The prompts of a domain are a *part*: its own range of shards in demonstrations, rollouts and cache,
-and its own teacher, whose consistency is checked on its own: the teacher that scores a domain's
-rollouts must be the one that made that domain's demonstrations. In every row of the demonstrations
-and the cache ``teacher`` is the fingerprint of its teacher's weights.
+``models.teachers`` names the teacher of a domain, ``models.teacher`` that of every other domain.
+
+The prompts of a domain are a *part* of the prompt set. A part has its own range of shards in the
+demonstrations, the rollouts and the cache, and its own teacher. Each teacher's consistency is
+checked by itself: the one that scores a domain's rollouts must be the one that made that domain's
+demonstrations. In the demonstrations and in the cache the column ``teacher`` of a row is the
+fingerprint of its teacher's weights.
 """
 
 from __future__ import annotations
@@ -22,45 +24,49 @@ from lopd.artifacts.lineage import demonstrated_by, lineage_in
 from lopd.config import Config, Sampling
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
-from lopd.stages.sampling import sample_into, sampling_params
+from lopd.stages.sample_shards import sample_into, sampling_params
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
 
-OTHERS = ""  # the domain that stands for all that models.teachers does not name
-PARTS = "parts"  # in the manifest's extra: [{"domain", "first", "shards"}]
+# The domain that stands for all domains that models.teachers does not name.
+OTHER_DOMAINS = ""
+# The key in a manifest's extra: [{"domain", "first", "shards"}].
+PARTS = "parts"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A domain's prompts, by their places in the prompt set, and its shards [first, first +
-    num_shards).
-    """
+    """The prompts of one domain and their shards."""
 
+    # The domain, or OTHER_DOMAINS.
     domain: str
+    # The places of its prompts in the prompt set. Empty where the part comes from a manifest, which
+    # knows only its shards.
     places: tuple[int, ...]
+    # Its first shard in the whole artifact.
     first: int
     num_shards: int
 
     def context(self, whole: StageContext) -> StageContext:
-        """The stage as if this domain's teacher were the only one."""
-        models = whole.config.models
-        alone = models.model_copy(
-            update={"teacher": teacher_of(whole.config, self.domain), "teachers": {}}
-        )
-        known = {**whole.identities, "teacher": whole.identity(role_of(whole.config, self.domain))}
+        """Return the stage as if this domain's teacher were the only one."""
+        # So a stage with one teacher needs no second form: it runs once for each part. The part
+        # publishes through a PartWriter and logs to the same stage.
+        config = whole.config
+        teacher = {"teacher": teacher_of(config, self.domain), "teachers": {}}
+        models = config.models.model_copy(update=teacher)
+        identity = whole.identity(role_of(config, self.domain))
         return dataclasses.replace(
-            whole, config=whole.config.model_copy(update={"models": alone}), identities=known
+            whole,
+            config=config.model_copy(update={"models": models}),
+            identities={**whole.identities, "teacher": identity},
         )
 
     def rollouts(self, whole: Manifest) -> Manifest:
-        """The part of a manifest of rollouts: its shards, its rows, and what is known of its
-        domain's teacher.
-        """
-        names = {
-            f"shard-{index:05d}.parquet"
-            for index in range(self.first, self.first + self.num_shards)
-        }
+        """Return the part of a manifest of rollouts that belongs to this domain."""
+        # By name: the manifest of the rollouts lists the shards of all parts.
+        indices = range(self.first, self.first + self.num_shards)
+        names = {f"shard-{index:05d}.parquet" for index in indices}
         shards = tuple(shard for shard in whole.shards if shard.name in names)
         return dataclasses.replace(
             whole,
@@ -75,23 +81,27 @@ def teacher_of(config: Config, domain: str) -> Path:
 
 
 def role_of(config: Config, domain: str) -> str:
-    """What StageContext.identity calls its teacher; also the role in manifests."""
+    """Return the role of a domain's teacher, for StageContext.identity and in manifests."""
     return f"teachers.{domain}" if domain in config.models.teachers else "teacher"
 
 
 def domain_of(config: Config, prompt: Prompt) -> str:
-    return prompt.domain if prompt.domain in config.models.teachers else OTHERS
+    return prompt.domain if prompt.domain in config.models.teachers else OTHER_DOMAINS
 
 
 def parts_of(
     config: Config, prompts: Sequence[Prompt], samples_per_prompt: int, shard_size: int
 ) -> list[Part]:
-    """Domains in the order of their names, those without prompts left out."""
+    """Return the parts of a prompt set, sorted by domain. A domain without prompts has none."""
     places: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
         places.setdefault(domain_of(config, prompt), []).append(place)
-    parts, first = [], 0
+    # The same prompts and knobs must give the same parts in each stage and after a kill. So they
+    # are sorted by name and not by the order in which domains occur.
+    parts: list[Part] = []
+    first = 0
     for domain in sorted(places):
+        # A part begins with a new shard, so that no shard has rows of two teachers.
         num_shards = -(-len(places[domain]) * samples_per_prompt // shard_size)
         parts.append(Part(domain, tuple(places[domain]), first, num_shards))
         first += num_shards
@@ -99,28 +109,34 @@ def parts_of(
 
 
 def described(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return the parts for a manifest."""
     return [
         {"domain": part.domain, "first": part.first, "shards": part.num_shards} for part in parts
     ]
 
 
 def parts_in(rollouts: Manifest) -> list[Part]:
-    """The parts that the rollout stage wrote down."""
+    """Return the parts that the rollout stage has described in its manifest."""
     return [
         Part(part["domain"], (), part["first"], part["shards"]) for part in rollouts.extra[PARTS]
     ]
 
 
 class PartWriter(ArtifactWriter):
-    """Publishes a part's shards 0, 1, .. as the shards first, first + 1, .. of the whole. teacher:
-    goes into the column of that name, where it is given.
-    """
+    """Publishes the shards 0, 1, .. of a part as the shards first, first + 1, .. of the whole."""
 
+    # It has no manifest of its own, so it does not call the constructor of ArtifactWriter. The
+    # whole writer knows what is published and completes the artifact.
     def __init__(self, whole: ArtifactWriter, part: Part, teacher: str = "") -> None:
-        self.folder, self._whole, self._part, self._teacher = whole.folder, whole, part, teacher
+        """Write a part. Every row gets ``teacher`` in that column; "" for no such column."""
+        self.folder = whole.folder
+        self._whole = whole
+        self._part = part
+        self._teacher = teacher
 
     @property
     def published(self) -> frozenset[int]:
+        # Shards of other parts have indices below 0 or beyond the part. Nobody asks for them.
         return frozenset(index - self._part.first for index in self._whole.published)
 
     def is_mine(self, index: int) -> bool:
@@ -131,66 +147,65 @@ class PartWriter(ArtifactWriter):
         return self._whole.shard_size
 
     def publish_shard(self, index: int, table: pa.Table) -> None:
+        # Rollouts have no such column: their parts name no teacher.
         if self._teacher:
-            table = table.append_column(
-                "teacher", pa.array([self._teacher] * table.num_rows, pa.string())
-            )
+            column = pa.array([self._teacher] * table.num_rows, pa.string())
+            table = table.append_column("teacher", column)
         self._whole.publish_shard(self._part.first + index, table)
 
     def finish(self, **extra: Any) -> Manifest:
-        raise AssertionError("only the whole is finished")
+        raise AssertionError("only the writer of the whole artifact completes it")
 
 
 def demonstrate_by_domain(context: StageContext) -> None:
-    """The demonstrations of every domain by its own teacher, one server after the other."""
-    config, section = context.config, context.config.demonstrate
+    """Publish the demonstrations of every domain by its own teacher, one server after the other."""
+    config = context.config
+    section = config.demonstrate
+    # One tokenizer for all prompts: the teachers' tokenizers must be the same.
     prompts, prompt_ids = context.prompts("sft", config.models.teacher)
     domains = sorted({domain_of(config, prompt) for prompt in prompts})
     identities = {domain: context.identity(role_of(config, domain)) for domain in domains}
+    by_domain = {domain: demonstrated_by(identity) for domain, identity in identities.items()}
     writer = context.writer(
         models={role_of(config, domain): identity for domain, identity in identities.items()},
         sampling=context.sampling_record(section),
-        lineage={
-            "by_domain": {
-                domain: demonstrated_by(identity) for domain, identity in identities.items()
-            }
-        },
+        lineage={"by_domain": by_domain},
         shard_size=section.shard_size,
     )
+    # The writer's shard size, which a stage that goes on keeps even if the knob has changed.
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
     for part in parts:
         own = part.context(context)
-        mine = PartWriter(writer, part, identities[part.domain].weights)
-        if not mine.missing(part.num_shards):
+        part_writer = PartWriter(writer, part, identities[part.domain].weights)
+        if not part_writer.missing(part.num_shards):
+            # A killed command has published this domain. Its teacher need not be started.
             continue
         with own.serve("teacher", own.config.models.teacher) as engine:
-            _sample_part(
-                context, mine, engine, section, part, prompts, prompt_ids, title="demonstrations"
-            )
+            title = "demonstrations"
+            _sample_part(context, part_writer, engine, section, part, prompts, prompt_ids, title)
     writer.finish(served=context.served, parts=described(parts))
 
 
 def roll_out_by_domain(
     context: StageContext, writer: ArtifactWriter, student: Path
 ) -> list[dict[str, Any]]:
-    """The student's responses, domain by domain, from one server; which shards are whose, for the
-    manifest.
+    """Sample the student's responses, domain by domain, from one server.
+
+    Returns:
+        Which shards belong to which domain, for the manifest.
     """
-    config, section = context.config, context.config.rollout
+    config = context.config
+    section = config.rollout
     prompts, prompt_ids = context.prompts("opd", student)
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
+    # The student answers all domains, so one server serves for all parts.
     if writer.missing(sum(part.num_shards for part in parts)):
         with context.serve("student", student) as engine:
             for part in parts:
+                part_writer = PartWriter(writer, part)
+                title = "rollouts"
                 _sample_part(
-                    context,
-                    PartWriter(writer, part),
-                    engine,
-                    section,
-                    part,
-                    prompts,
-                    prompt_ids,
-                    title="rollouts",
+                    context, part_writer, engine, section, part, prompts, prompt_ids, title
                 )
     return described(parts)
 
@@ -203,10 +218,9 @@ def _sample_part(
     part: Part,
     prompts: Sequence[Prompt],
     prompt_ids: Sequence[Ints],
-    *,
     title: str,
 ) -> None:
-    """The responses of one domain, into that domain's shards."""
+    """Sample the responses of one domain into that domain's shards."""
     sample_into(
         writer,
         engine,

@@ -1,151 +1,82 @@
-"""Evaluate: pass@1 (the mean over k samples, avg@k) on held-out prompts, and reverse KL per token
-to the teacher, for every model of the run.
+"""Evaluate: accuracy on held-out prompts, and reverse KL to the teacher, for every model of a run.
 
-Reverse KL: E_{a ~ pi_theta}[log pi_theta(a|s) - log pi_T(a|s)], the mean over the tokens of
-responses sampled at temperature 1 from the model itself, with its standard error over responses.
-The equal-compute baseline goes on with SFT for as many tokens as distill processed.
+Accuracy is pass@1, as the mean over k samples (avg@k). The reverse KL per token is
+E_{a ~ pi_theta}[log pi_theta(a|s) - log pi_T(a|s)], in nats: the mean over the tokens of responses
+that the model itself sampled at temperature 1, with its standard error over responses. The
+equal-compute baseline goes on with SFT for as many tokens as distill has processed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lopd import cache
-from lopd.records import Manifest
+from lopd.config import EvaluateSection
+from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import Stage, StageContext
-from lopd.stages.sampling import sample_into, sampling_params, score_into
+from lopd.stages.sample_shards import sample_into, sampling_params
+from lopd.stages.score_shards import score_into
 from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
-from lopd.stages.training import MODEL, TrainingJob, train
+from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
 from lopd.tasks import get_task
 from lopd.tasks.accuracy import accuracy_figures
 from lopd.tasks.tokenizer import decode, load_tokenizer
 from lopd.tasks.verdicts import Judged, judge_all
 
-LONGER = "sft_longer"  # the equal-compute baseline: its name and its folder
-ORDER = (
-    "base",
-    "sft",
-    "sft_longer",
-    "distilled",
-    "teacher",
-)  # the teacher last: it then scores all the others
+if TYPE_CHECKING:
+    from sglang_rollout.requests.client import SGLangEngine
 
-
-def models_of(context: StageContext) -> dict[str, Path]:
-    """Name -> Hugging Face folder, in the order of evaluation."""
-    folders = {
-        "base": context.config.models.student,
-        "sft": context.folder_of("sft") / MODEL,
-        "sft_longer": context.folder / "sft_longer" / MODEL,
-        "distilled": context.folder_of("distill") / MODEL,
-        "teacher": context.config.models.teacher,
-    }
-    return {
-        name: folders[name]
-        for name in ORDER
-        if name != "sft_longer" or context.config.evaluate.equal_compute_baseline
-    }
-
-
-def train_longer(context: StageContext) -> dict[str, Any]:
-    """SFT gone on from the SFT student, with a fresh optimizer and another order, for as many
-    tokens as distill processed (rounded up to a step).
-    """
-    sft, distilled = context.manifest_of("sft").extra, context.manifest_of("distill").extra
-    tokens_per_step = sft["num_tokens"] / sft["num_steps"]
-    demonstrations, _ = demonstrations_of(context)
-    job = TrainingJob(
-        objective="sft",
-        config=context.config,
-        folder=context.folder / LONGER,
-        data=demonstrations,
-        initial=context.folder_of("sft") / MODEL,
-        init="checkpoint",
-        num_steps=math.ceil(distilled["num_tokens"] / tokens_per_step),
-        order_seed=context.config.run.seed + 1,
-    )
-    return train(job)
+# The equal-compute baseline: its name and its folder.
+LONGER = "sft_longer"
 
 
 def run(context: StageContext) -> None:
+    """Publish answers, scores, accuracy and reverse KL of each model."""
     config = context.config
-    longer = train_longer(context) if config.evaluate.equal_compute_baseline else None
-    models = models_of(context)
+    # Before the servers: training and serving need the same GPUs.
+    longer = _train_longer(context) if config.evaluate.equal_compute_baseline else None
     prompts, prompt_ids = context.prompts("eval", config.models.student)
-    policy_sampling = (
-        config.evaluate.temperature == 1.0
-        and config.evaluate.top_p == 1.0
-        and config.evaluate.top_k == -1
-        and config.evaluate.min_p == 0.0
-    )
+    held_out = _HeldOut(context, prompts, prompt_ids)
     writer = context.writer(
         models={"teacher": context.identity("teacher")},
         lineage=context.manifest_of("distill").lineage,
     )
+    # Where the answers are sampled from the policy as it is, the reverse KL needs no others.
+    policy_purpose = "answers" if _samples_policy(config.evaluate) else "policy"
     answers: dict[str, Manifest] = {}
     policies: dict[str, Manifest] = {}
-    scored: dict[str, Manifest] = {}
+    scores: dict[str, Manifest] = {}
     with ModelServer(context) as server:
-        for name, model in models.items():
+        for name, model in models_of(context).items():
             engine = server.use(model, version=name)
-
-            def sample(
-                purpose: str,
-                samples_per_prompt: int,
-                name: str = name,
-                engine: Any = engine,
-                **changes: Any,
-            ) -> Manifest:
-                part = context.writer(
-                    folder=context.folder / f"{purpose}-{name}",
-                    kind="evaluation",
-                    shard_size=len(prompts),
-                )
-                sample_into(
-                    part,
-                    engine,
-                    prompts,
-                    prompt_ids,
-                    sampling_params(config.evaluate, context.end_models, **changes),
-                    samples_per_prompt=samples_per_prompt,
-                    seed=config.run.seed,
-                    purpose=purpose,
-                    title=f"{purpose} {name}",
-                )
-                return part.finish()
-
-            answers[name] = sample("answers", config.evaluate.samples_per_prompt)
-            policies[name] = (
-                answers[name]
-                if policy_sampling
-                else sample("policy", 1, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0)
-            )
-        kind = "answers" if policy_sampling else "policy"
-        for name in models:  # the server holds the teacher now
+            # All that a model has to answer is asked while the server holds it.
+            answers[name] = held_out.sample(engine, name, "answers")
+            policies[name] = answers[name]
+            if policy_purpose == "policy":
+                policies[name] = held_out.sample(engine, name, "policy")
+        # The teacher came last, so the server holds it now and can score all models' responses.
+        for name, policy in policies.items():
             part = context.writer(
                 folder=context.folder / f"scores-{name}", kind="evaluation_scores"
             )
-            score_into(
-                part,
-                engine,
-                context.folder / f"{kind}-{name}",
-                policies[name],
-                title=f"teacher on {name}",
-            )
-            scored[name] = part.finish()
+            source = context.folder / f"{policy_purpose}-{name}"
+            score_into(part, engine, source, policy, title=f"teacher on {name}")
+            scores[name] = part.finish()
+    # No server is needed any more. Verdicts take CPU time only.
     accuracy = {
-        name: accuracy_of(context, context.folder / f"answers-{name}", manifest)
+        name: _accuracy(context, context.folder / f"answers-{name}", manifest)
         for name, manifest in answers.items()
     }
     divergence = {
-        name: reverse_kl(context.folder / f"scores-{name}", manifest)
-        for name, manifest in scored.items()
+        name: _reverse_kl(context.folder / f"scores-{name}", manifest)
+        for name, manifest in scores.items()
     }
     writer.finish(
         accuracy=accuracy,
@@ -156,58 +87,155 @@ def run(context: StageContext) -> None:
     )
 
 
-def accuracy_of(context: StageContext, folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """See lopd.tasks.accuracy.accuracy_figures: avg@k with its spread over prompts, pass@k,
-    lengths, share of truncated responses.
-    """
-    task, tokenizer = (
-        get_task(context.config.task.name, context.config.task.options),
-        load_tokenizer(context.config.models.student),
-    )
-    by_id = {
-        prompt.prompt_id: prompt
-        for prompt in context.prompts("eval", context.config.models.student)[0]
+def models_of(context: StageContext) -> dict[str, Path]:
+    """Return the Hugging Face folder of each model by its name, in the order of evaluation."""
+    models = {
+        "base": context.config.models.student,
+        "sft": context.folder_of("sft") / MODEL,
+        LONGER: context.folder / LONGER / MODEL,
+        "distilled": context.folder_of("distill") / MODEL,
+        # Last, because it then scores the responses of all the others.
+        "teacher": context.config.models.teacher,
     }
-    keys: list[str] = []
-    lengths, truncated = [], []
+    if not context.config.evaluate.equal_compute_baseline:
+        del models[LONGER]
+    return models
+
+
+def _train_longer(context: StageContext) -> dict[str, Any]:
+    """Go on with SFT from the SFT student for as many tokens as distill has processed."""
+    # Without this baseline it could be said that distill only gains by training longer. Tokens are
+    # prompt and response tokens that go through the model, which is what a training costs.
+    sft = context.manifest_of("sft").extra
+    distilled = context.manifest_of("distill").extra
+    tokens_per_step = sft["num_tokens"] / sft["num_steps"]
+    demonstrations, _ = demonstrations_of(context)
+    job = TrainingJob(
+        objective="sft",
+        config=context.config,
+        folder=context.folder / LONGER,
+        data=demonstrations,
+        initial=context.folder_of("sft") / MODEL,
+        init="checkpoint",
+        # Rounded up: the baseline never gets less compute than distill had.
+        num_steps=math.ceil(distilled["num_tokens"] / tokens_per_step),
+        # With the same seed it would begin with the responses that the first SFT began with.
+        order_seed=context.config.run.seed + 1,
+    )
+    return train_on_ranks(job)
+
+
+def _samples_policy(section: EvaluateSection) -> bool:
+    """Return whether these sampling parameters leave the policy as it is."""
+    # The reverse KL is an expectation under pi_theta. A response at another temperature, or with
+    # the unlikely tokens cut off, comes from another distribution.
+    is_whole = section.top_p == 1.0 and section.top_k == -1 and section.min_p == 0.0
+    return is_whole and section.temperature == 1.0
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Samples the held-out prompts of this run."""
+
+    context: StageContext
+    prompts: Sequence[Prompt]
+    prompt_ids: Sequence[Ints]
+
+    def sample(self, engine: SGLangEngine, name: str, purpose: str) -> Manifest:
+        """Publish a model's responses to all prompts.
+
+        Args:
+            engine: Serves the model.
+            name: The model's name.
+            purpose: "answers" with the knobs of evaluate, or "policy": one response a prompt,
+                sampled from the policy as it is.
+        """
+        section = self.context.config.evaluate
+        samples_per_prompt = section.samples_per_prompt
+        changes: dict[str, Any] = {}
+        if purpose == "policy":
+            samples_per_prompt = 1
+            changes = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+        part = self.context.writer(
+            folder=self.context.folder / f"{purpose}-{name}",
+            kind="evaluation",
+            # A shard holds as many responses as there are prompts. It is what a kill loses.
+            shard_size=len(self.prompts),
+        )
+        sample_into(
+            part,
+            engine,
+            self.prompts,
+            self.prompt_ids,
+            sampling_params(section, self.context.end_models, **changes),
+            samples_per_prompt=samples_per_prompt,
+            seed=self.context.config.run.seed,
+            # It is part of a request's seed: the policy's responses are not the answers again.
+            purpose=purpose,
+            title=f"{purpose} {name}",
+        )
+        return part.finish()
+
+
+def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Judge a model's answers. The figures are those of lopd.tasks.accuracy.accuracy_figures."""
+    config = context.config
+    task = get_task(config.task.name, config.task.options)
+    tokenizer = load_tokenizer(config.models.student)
+    prompts, _ = context.prompts("eval", config.models.student)
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    prompt_ids: list[str] = []
+    lengths: list[int] = []
+    truncated: list[bool] = []
 
     def responses() -> Iterator[Judged]:
+        # The verifier's workers judge earlier responses while later ones are read.
         for response, _ in cache.read_rows(folder, manifest):
-            keys.append(response.prompt_id)
+            prompt_ids.append(response.prompt_id)
             lengths.append(len(response.token_ids))
             truncated.append(response.finish_reason == "length")
-            yield (
-                by_id[response.prompt_id],
-                decode(tokenizer, response.token_ids),
-                response.finish_reason,
-            )
+            text = decode(tokenizer, response.token_ids)
+            yield by_id[response.prompt_id], text, response.finish_reason
 
+    # Verdicts come in the order of the responses.
     verdicts = [verdict.right for verdict in judge_all(task, responses())]
+    # By prompt: avg@k and pass@k are means over prompts, whose samples belong together.
     right: dict[str, list[bool]] = {}
-    for prompt_id, verdict in zip(keys, verdicts, strict=True):
+    for prompt_id, verdict in zip(prompt_ids, verdicts, strict=True):
         right.setdefault(prompt_id, []).append(verdict)
     return accuracy_figures([*right.values()], lengths, truncated)
 
 
-def reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
-    """Mean over tokens of log pi_theta - log pi_T on responses of pi_theta, in nats, and its
-    standard error (responses are the independent units).
+def _reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
+    """Return mean and standard error of the reverse KL per token, in nats.
+
+    The mean over tokens of log pi_theta - log pi_T, on responses of pi_theta.
     """
-    sums, counts = [], []
+    sums: list[float] = []
+    counts: list[int] = []
     for response, teacher_logprobs in cache.read_rows(folder, manifest):
         assert teacher_logprobs is not None, "scored shards carry teacher log-probabilities"
-        sums.append(float(np.sum(response.sampling_logprobs - teacher_logprobs, dtype=np.float64)))
+        # The sampling log-probabilities are at temperature 1, as the teacher's are.
+        difference = response.sampling_logprobs - teacher_logprobs  # [R]
+        sums.append(float(np.sum(difference, dtype=np.float64)))
         counts.append(len(response.token_ids))
-    total, tokens, number = sum(sums), sum(counts), len(sums)
-    mean = total / tokens
-    residuals = np.array(sums) - mean * np.array(counts)  # of a ratio estimator
-    error = math.sqrt(float(residuals @ residuals) * number / max(1, number - 1)) / tokens
+    num_tokens = sum(counts)
+    num_responses = len(sums)
+    mean = sum(sums) / num_tokens
+    # The mean is a ratio of two sums over responses, which are the independent units: tokens of a
+    # response depend on each other. This is the ratio estimator's standard error.
+    residuals = np.array(sums) - mean * np.array(counts)
+    squares = float(residuals @ residuals)
+    error = math.sqrt(squares * num_responses / max(1, num_responses - 1)) / num_tokens
     return {"mean": mean, "standard_error": error}
 
 
 STAGE = Stage(
     name="evaluate",
-    summary="pass@1 on held-out prompts and reverse KL to the teacher, for teacher, base, SFT, longer SFT and distilled student.",
+    summary=(
+        "pass@1 on held-out prompts and reverse KL to the teacher, "
+        "for teacher, base, SFT, longer SFT and distilled student."
+    ),
     kind="evaluation",
     knobs=("task", "sglang", "evaluate"),
     models=("teacher", "student"),

@@ -1,9 +1,13 @@
-"""Evaluates one checkpoint on one prompt set, apart from a pipeline: samples, judges, and writes
-down figures, problems and transcripts. Resumable.
+"""Evaluate one checkpoint on one prompt set, without a run: sample, judge, and write the figures.
 
-OUT/answers/       the responses, an artifact like any other (Parquet shards, manifest)
-OUT/transcripts/   one JSONL file a shard: prompt, response, verdict; made again when the verifier's options change, without sampling again
-OUT/problems.jsonl one line a problem; OUT/summary.json all figures
+A killed command goes on where it was. It publishes:
+
+OUT/answers/         the responses, as an artifact like any other (Parquet shards, manifest)
+OUT/transcripts/     a JSONL file for each shard: prompt, response, verdict
+OUT/problems.jsonl   a line for each problem
+OUT/summary.json     all figures
+
+Other options of the verifier make the transcripts again, without sampling.
 """
 
 from __future__ import annotations
@@ -29,24 +33,28 @@ from lopd.artifacts import (
 from lopd.config import Config
 from lopd.config.secrets import scrubbed
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.records import Manifest, Prompt, Response, ShardInfo
+from lopd.records import Ints, Manifest, Prompt, Response, ShardInfo
 from lopd.report.console import progress, say
 from lopd.stages.context import Stage, StageContext
-from lopd.stages.sampling import sample_into, sampling_params
+from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.tasks import Task, get_task
 from lopd.tasks.accuracy import accuracy_figures, ks_of, pass_at
 from lopd.tasks.prompts import load_prompts
 from lopd.tasks.tokenizer import decode, load_tokenizer
-from lopd.tasks.verdicts import Verdict, judge_all
+from lopd.tasks.verdicts import Judged, Verdict, judge_all
 
-SUMMARY, PROBLEMS, TRANSCRIPTS = "summary.json", "problems.jsonl", "transcripts"
-_SECONDS_PER_TOKEN = (
-    0.25  # of one response among many on a busy server: more is taken for a failure
-)
-_JUDGED = "judged.json"  # transcript file -> hash of the shard and the verifier it is made from
+SUMMARY = "summary.json"
+PROBLEMS = "problems.jsonl"
+TRANSCRIPTS = "transcripts"
+# In the folder of the transcripts: for each file the hash of the shard and of the verifier that it
+# was made from.
+_JUDGED = "judged.json"
+# How long a token of one response may take on a busy server. A request that takes longer than that
+# for its longest response has failed.
+_SECONDS_PER_TOKEN = 0.25
 
-# what decides the responses; the verifier's options are not among it, so that judging anew needs no
-# sampling
+# Its inputs are what decides the responses. The verifier's options are not among them, so judging
+# again needs no sampling.
 ANSWERS = Stage(
     name="answers",
     summary="Responses of one checkpoint to one prompt set.",
@@ -69,21 +77,78 @@ class _Row:
 
 
 def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dict[str, Any]:
-    """Evaluates models.student on prompts.eval into run.dir; returns what is in summary.json.
+    """Evaluate models.student on prompts.eval into run.dir.
 
-    fit_context: set sglang.context_length to what the longest prompt and evaluate.max_new_tokens
-    need, at most what the model has.
+    Args:
+        config: The configuration.
+        fit_context: Set sglang.context_length to what the longest prompt and
+            evaluate.max_new_tokens need, but to no more than the model has.
+        shard_size: Responses in a shard.
+
+    Returns:
+        What is published in summary.json.
+
+    Raises:
+        LopdError: The folder holds answers of other inputs, or something cannot be used.
     """
+    # Checked first: a verifier that cannot work here must be known before hours of sampling.
     task = get_task(config.task.name, config.task.options)
-    machine = check_machine(task)
-    if machine:
-        say(machine)
+    sandbox = _check_machine(task)
+    if sandbox:
+        # It says how this machine isolates the programs of a code task.
+        say(sandbox)
     if fit_context:
-        config = fitted(config, task)
+        config = _fit_context(config, task)
+    # Not a stage of the pipeline, but made of the same parts: inputs that decide what is reused,
+    # shards that a killed command goes on with, and servers.
     context = StageContext(config, ANSWERS)
     prompts, prompt_ids = context.prompts("eval", config.models.student)
-    samples = config.evaluate.samples_per_prompt
-    writer = ArtifactWriter(  # refuses a folder with answers of other inputs
+    manifest = _sample(context, prompts, prompt_ids, shard_size)
+    rows = _judge_answers(context, manifest, prompts, task)
+    summary = {**_figures(rows, prompts), **_about(context, manifest, sandbox)}
+    publish_json(config.run.dir / SUMMARY, summary)
+    # Made again each time: it takes seconds, and follows from the transcripts.
+    lines = [json.dumps(line, ensure_ascii=False) for line in _problem_lines(rows, prompts)]
+    publish_bytes(config.run.dir / PROBLEMS, ("\n".join(lines) + "\n").encode())
+    return summary
+
+
+def _check_machine(task: Task) -> str:
+    """Return what the verifier says of this machine. ConfigError: It cannot verify here."""
+    # Only tasks that run programs have such a check.
+    check = getattr(task, "check_machine", None)
+    return "" if check is None else str(check())
+
+
+def _fit_context(config: Config, task: Task) -> Config:
+    """Return the configuration with the context, and the timeout, that long responses need."""
+    # Prompts are loaded here against the model's own limit, and once more with the fitted one.
+    longest = read_architecture(config.models.student).max_position_embeddings
+    tokenizer = load_tokenizer(config.models.student)
+    _, prompt_ids = load_prompts(
+        config.prompts.eval, task, tokenizer, context_length=longest, need_answers=True
+    )
+    longest_prompt = max(len(ids) for ids in prompt_ids)
+    needed = longest_prompt + config.evaluate.max_new_tokens
+    if needed > longest:
+        # Some responses may be cut off then. The figures count them, so it is no error.
+        say(
+            f"the model has {longest} positions: the longest prompt leaves "
+            f"{longest - longest_prompt} tokens for its response"
+        )
+    # A long response on a busy server takes long, and must not be taken for a server that hangs.
+    sglang = config.sglang
+    timeout_s = max(sglang.request_timeout_s, _SECONDS_PER_TOKEN * config.evaluate.max_new_tokens)
+    changes = {"context_length": min(needed, longest), "request_timeout_s": timeout_s}
+    return config.model_copy(update={"sglang": sglang.model_copy(update=changes)})
+
+
+def _sample(
+    context: StageContext, prompts: Sequence[Prompt], prompt_ids: Sequence[Ints], shard_size: int
+) -> Manifest:
+    """Publish the answers. A folder with answers of other inputs is refused by the writer."""
+    config = context.config
+    writer = ArtifactWriter(
         context.folder,
         kind=ANSWERS.kind,
         inputs=context.inputs,
@@ -91,109 +156,73 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
         sampling=context.sampling_record(config.evaluate),
         shard_size=shard_size,
     )
-    if writer.missing(-(-len(prompts) * samples // writer.shard_size)):
+    # The number of shards follows from the shard size that the folder was begun with.
+    samples_per_prompt = config.evaluate.samples_per_prompt
+    num_shards = -(-len(prompts) * samples_per_prompt // writer.shard_size)
+    # Where all answers are there, and only the verifier has changed, no server is started.
+    if writer.missing(num_shards):
         with context.serve("model", config.models.student) as engine:
-            params = sampling_params(config.evaluate, [config.models.student])
             sample_into(
                 writer,
                 engine,
                 prompts,
                 prompt_ids,
-                params,
-                samples_per_prompt=samples,
+                sampling_params(config.evaluate, [config.models.student]),
+                samples_per_prompt=samples_per_prompt,
                 seed=config.run.seed,
                 purpose="answers",
                 title="responses",
             )
-    manifest = writer.finish()
-    rows = judge_answers(context, manifest, prompts, task)
-    summary = {**figures_of(rows, prompts), **about(context, manifest, machine)}
-    publish_json(config.run.dir / SUMMARY, summary)
-    lines = [json.dumps(line, ensure_ascii=False) for line in problem_lines(rows, prompts)]
-    publish_bytes(config.run.dir / PROBLEMS, ("\n".join(lines) + "\n").encode())
-    return summary
+    return writer.finish()
 
 
-def check_machine(task: Task) -> str:
-    """What the task's verifier says of this machine, before anything is sampled. ConfigError: it
-    cannot verify here.
-    """
-    check = getattr(task, "check_machine", None)
-    return "" if check is None else str(check())
-
-
-def fitted(config: Config, task: Task) -> Config:
-    """The configuration with a context as long as needed and possible, and patience for responses
-    of that length.
-    """
-    most = read_architecture(config.models.student).max_position_embeddings
-    tokenizer = load_tokenizer(config.models.student)
-    _, ids = load_prompts(
-        config.prompts.eval, task, tokenizer, context_length=most, need_answers=True
-    )
-    needed = max(len(one) for one in ids) + config.evaluate.max_new_tokens
-    if needed > most:
-        say(
-            f"the model has {most} positions: the longest prompt leaves {most - max(len(one) for one in ids)} tokens for its response"
-        )
-    patience = max(
-        config.sglang.request_timeout_s, _SECONDS_PER_TOKEN * config.evaluate.max_new_tokens
-    )
-    return config.model_copy(
-        update={
-            "sglang": config.sglang.model_copy(
-                update={"context_length": min(needed, most), "request_timeout_s": patience}
-            )
-        }
-    )
-
-
-# ---- verdicts and transcripts ---------------------------------------------------------------------------------------------------------------------
-
-
-def judge_answers(
+def _judge_answers(
     context: StageContext, manifest: Manifest, prompts: Sequence[Prompt], task: Task
 ) -> list[_Row]:
-    """The verdict of every response; a shard's transcripts are written when all of it is judged,
-    and read where they stand.
+    """Return the verdict of every response.
+
+    The transcripts of a shard are written when all of it is judged. Where they are there already,
+    made by the same verifier, the verdicts are read from them.
     """
-    config, tokenizer = context.config, load_tokenizer(context.config.models.student)
+    config = context.config
+    tokenizer = load_tokenizer(config.models.student)
     folder = config.run.dir / TRANSCRIPTS
-    judged = (
-        json.loads((folder / _JUDGED).read_text(encoding="utf-8"))
-        if (folder / _JUDGED).is_file()
-        else {}
-    )
+    judged_file = folder / _JUDGED
+    judged = json.loads(judged_file.read_text(encoding="utf-8")) if judged_file.is_file() else {}
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     rows: list[_Row] = []
     with progress("verdicts", total=manifest.rows, unit="responses") as bar:
         for shard in manifest.shards:
             name = shard.name.removesuffix(".parquet") + ".jsonl"
+            # Another verifier, or other options of it, may give another verdict.
             source = sha256_json([shard.sha256, task.name, config.task.options])
-            responses = [
-                response
-                for response, _ in cache.from_table(
-                    read_shard(context.folder, shard), where=shard.name
-                )
-            ]
+            table = read_shard(context.folder, shard)
+            # Decoded also where the verdicts are known. The figures need the responses anyway.
+            responses = [response for response, _ in cache.from_table(table, where=shard.name)]
             texts = [decode(tokenizer, response.token_ids) for response in responses]
+            # Both are asked: the record is useless where somebody has removed the transcripts.
             if judged.get(name) == source and (folder / name).is_file():
                 verdicts = _read_verdicts(folder / name)
                 bar.advance(len(verdicts))
             else:
-                pieces = (
-                    (by_id[one.prompt_id], text, one.finish_reason)
-                    for one, text in zip(responses, texts, strict=True)
-                )
+                # One by one, so that the bar moves: a verdict of code may take seconds.
                 verdicts = []
-                for verdict in judge_all(task, pieces):
+                for verdict in judge_all(task, _to_judge(responses, texts, by_id)):
                     verdicts.append(verdict)
                     bar.advance(1)
                 _write_transcripts(folder / name, responses, texts, verdicts, by_id)
+                # After the transcripts: a kill in between has them judged again.
                 judged[name] = source
-                publish_json(folder / _JUDGED, judged)
+                publish_json(judged_file, judged)
             rows += [_Row(*row) for row in zip(responses, texts, verdicts, strict=True)]
     return rows
+
+
+def _to_judge(
+    responses: Sequence[Response], texts: Sequence[str], prompts: dict[str, Prompt]
+) -> Iterator[Judged]:
+    for response, text in zip(responses, texts, strict=True):
+        yield prompts[response.prompt_id], text, response.finish_reason
 
 
 def _write_transcripts(
@@ -203,7 +232,8 @@ def _write_transcripts(
     verdicts: Sequence[Verdict],
     prompts: dict[str, Prompt],
 ) -> None:
-    lines = []
+    # Everything that a person needs to see why an answer counts as right or wrong.
+    lines: list[str] = []
     for response, text, verdict in zip(responses, texts, verdicts, strict=True):
         prompt = prompts[response.prompt_id]
         line = {
@@ -218,6 +248,7 @@ def _write_transcripts(
             "response": text,
         }
         lines.append(json.dumps(line, ensure_ascii=False))
+    # A prompt may hold half of a surrogate pair, which plain UTF-8 refuses.
     publish_bytes(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass"))
 
 
@@ -226,67 +257,71 @@ def _read_verdicts(path: Path) -> list[Verdict]:
     return [Verdict(row["right"], row["reason"], row["found"]) for row in map(json.loads, lines)]
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------------------------------------
-
-
-def figures_of(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """See lopd.tasks.accuracy.accuracy_figures; besides, how often responses are wrong for which
-    reason, and the same figures by domain where there are several.
-    """
+def _figures(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return the figures of all prompts, and of each domain where there are several domains."""
     by_domain: dict[str, set[str]] = {}
     for prompt in prompts:
         by_domain.setdefault(prompt.domain, set()).add(prompt.prompt_id)
-    figures = _figures(rows)
+    figures = _figures_of(rows)
+    # With one domain its figures would be those of all prompts.
     if len(by_domain) > 1:
         figures["by_domain"] = {
-            domain: _figures([row for row in rows if row.response.prompt_id in ids])
+            domain: _figures_of([row for row in rows if row.response.prompt_id in ids])
             for domain, ids in sorted(by_domain.items())
         }
     return figures
 
 
-def _figures(rows: Sequence[_Row]) -> dict[str, Any]:
+def _figures_of(rows: Sequence[_Row]) -> dict[str, Any]:
+    """Return lopd.tasks.accuracy.accuracy_figures, and how often answers are wrong for what."""
     right: dict[str, list[bool]] = {}
     for row in rows:
         right.setdefault(row.response.prompt_id, []).append(row.verdict.right)
     lengths = [len(row.response.token_ids) for row in rows]
+    truncated = [row.response.finish_reason == "length" for row in rows]
+    # "No answer found" and "wrong answer" call for different remedies.
     reasons = Counter(row.verdict.reason for row in rows if not row.verdict.right)
     return {
         "num_problems": len(right),
-        **accuracy_figures(
-            [*right.values()], lengths, [row.response.finish_reason == "length" for row in rows]
-        ),
+        **accuracy_figures([*right.values()], lengths, truncated),
         "reasons": dict(reasons.most_common()),
     }
 
 
-def problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-    """One line a problem, in the order of the prompts."""
-    of: dict[str, list[_Row]] = {}
+def _problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
+    """Yield a line for each problem, in the order of the prompts."""
+    # Rows come shard by shard. A prompt's samples may lie in two shards.
+    by_prompt: dict[str, list[_Row]] = {}
     for row in rows:
-        of.setdefault(row.response.prompt_id, []).append(row)
+        by_prompt.setdefault(row.response.prompt_id, []).append(row)
     for prompt in prompts:
-        mine = of[prompt.prompt_id]
-        num_right = sum(row.verdict.right for row in mine)
-        answer = prompt.answer or ""
+        answers = by_prompt[prompt.prompt_id]
+        count = len(answers)
+        num_right = sum(row.verdict.right for row in answers)
+        # The answer of a code task is all of its tests.
+        expected = prompt.answer or ""
+        if len(expected) > 200:
+            expected = f"{expected[:200]}..."
         yield {
             "prompt_id": prompt.prompt_id,
             "domain": prompt.domain,
-            "answer": answer if len(answer) <= 200 else f"{answer[:200]}...",
-            "num_samples": len(mine),
+            "answer": expected,
+            "num_samples": count,
             "num_right": num_right,
-            "pass_at": {str(k): pass_at(len(mine), num_right, k) for k in ks_of(len(mine))},
-            "found": [row.verdict.found for row in mine],
-            "reasons": dict(Counter(row.verdict.reason for row in mine if not row.verdict.right)),
-            "response_len": float(np.mean([len(row.response.token_ids) for row in mine])),
-            "truncated": sum(row.response.finish_reason == "length" for row in mine),
+            "pass_at": {str(k): pass_at(count, num_right, k) for k in ks_of(count)},
+            "found": [row.verdict.found for row in answers],
+            "reasons": dict(
+                Counter(row.verdict.reason for row in answers if not row.verdict.right)
+            ),
+            "response_len": float(np.mean([len(row.response.token_ids) for row in answers])),
+            "truncated": sum(row.response.finish_reason == "length" for row in answers),
         }
 
 
-def about(context: StageContext, manifest: Manifest, machine: str) -> dict[str, Any]:
-    """What the figures are of."""
+def _about(context: StageContext, manifest: Manifest, sandbox: str) -> dict[str, Any]:
+    """Return what the figures were made from."""
+    # With these fields two summaries can be compared, or it can be seen that they cannot.
     config = context.config
-    prompt_set = config.prompts.eval.model_dump(mode="json", exclude_defaults=True)
     shards: tuple[ShardInfo, ...] = manifest.shards
     return {
         "samples_per_problem": config.evaluate.samples_per_prompt,
@@ -296,11 +331,11 @@ def about(context: StageContext, manifest: Manifest, machine: str) -> dict[str, 
             "weights": context.identity("student").weights,
         },
         "task": {"name": config.task.name, "options": scrubbed(config.task.options)},
-        "prompts": prompt_set,
+        "prompts": config.prompts.eval.model_dump(mode="json", exclude_defaults=True),
         "sampling": dict(manifest.sampling),
         "context_length": config.sglang.context_length,
         "seed": config.run.seed,
-        "sandbox": machine,
+        "sandbox": sandbox,
         "answers": manifest.fingerprint,
         "versions": {**software_versions()},
     }

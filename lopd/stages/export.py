@@ -1,5 +1,6 @@
-"""Export: the distilled student as a Hugging Face folder that transformers and SGLang load as it
-is, with a model card that says how it was made.
+"""Export: the distilled student as a Hugging Face folder, with a card that says how it was made.
+
+transformers and SGLang load the folder as it is.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from lopd.stages.training import MODEL
 
 
 def run(context: StageContext) -> None:
+    """Publish the exported student."""
     source = context.folder_of("distill") / MODEL
     target = context.config.export.dir or context.folder / MODEL
     lineage = context.manifest_of("distill").lineage
     writer = context.writer(models={"student": context.identity("student")}, lineage=lineage)
+    # export.dir may be any folder of the user's. Only a former export is ever replaced.
     check_replaceable(target, EXPORT_MARK)
+    # All of it is made beside the target and renamed at the end, so that nobody who uses the folder
+    # sees half of a model.
     partial = target.with_name(target.name + ".copying")
     remove_folder(partial)
     with storage_errors(target):
@@ -37,33 +42,33 @@ def run(context: StageContext) -> None:
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
     publish_bytes(partial / "README.md", _card(context).encode())
-    publish_json(
-        partial / EXPORT_MARK,
-        {
-            "lineage": dict(lineage),
-            "parents": context.parents,
-            "config": scrubbed(context.config.model_dump(mode="json")),
-        },
-    )
-    check_loads(partial)
+    # This file marks the folder as an export of lopd, which a later export may replace.
+    record = {
+        "lineage": dict(lineage),
+        "parents": context.parents,
+        "config": scrubbed(context.config.model_dump(mode="json")),
+    }
+    publish_json(partial / EXPORT_MARK, record)
+    # Before the former export is removed: a folder that does not load must not take its place.
+    _check_loads(partial)
     remove_folder(target)
     partial.rename(target)
     fsync_folder(target.parent)
+    # Files outside of the run directory are listed by their whole path.
     writer.finish(files=(path for path in target.iterdir() if path.is_file()), model=str(target))
 
 
-def check_loads(folder: Path) -> None:
-    """ArtifactError unless transformers loads the folder with no weight missing, unexpected or of
-    another shape.
-    """
+def _check_loads(folder: Path) -> None:
+    """Raise ArtifactError unless transformers loads every weight of the folder as it is."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
+    # From this folder alone and without its code: as a user without network would load it.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
     )
+    # The second value names the weights that are missing, unexpected or of another shape.
     report: dict[str, Any] = loaded[1]
     problems: dict[str, Any] = {
         name: sorted(map(str, found))
@@ -72,34 +77,43 @@ def check_loads(folder: Path) -> None:
     }
     if problems:
         raise ArtifactError(
-            f"transformers does not load the exported weights as they are: {json.dumps(problems)[:300]}",
+            "transformers does not load the exported weights as they are: "
+            f"{json.dumps(problems)[:300]}",
             where=str(folder),
         )
 
 
 def _card(context: StageContext) -> str:
-    distilled, lineage = context.manifest_of("distill"), context.manifest_of("distill").lineage
-    same = (
-        "the teacher of the demonstrations"
-        if lineage.get("consistent")
-        else "NOT shown to be the teacher of the demonstrations"
-    )
+    """Return the README of the exported folder."""
+    config = context.config
+    distilled = context.manifest_of("distill")
+    figures = distilled.extra
+    evidence = distilled.lineage.get("evidence")
+    # A card must not claim what the lineage does not show.
+    same = "NOT shown to be the teacher of the demonstrations"
+    if distilled.lineage.get("consistent"):
+        same = "the teacher of the demonstrations"
+    first_loss = f"{figures['first_loss']:.4g}"
+    last_loss = f"{figures['last_loss']:.4g}"
     return f"""---
 library_name: transformers
 tags: [lightning-opd, distillation]
 ---
 Distilled by Lightning OPD (offline on-policy distillation, arXiv 2604.13010) with lopd.
 
-- base student: `{context.config.models.student.name}`
-- teacher: `{context.config.models.teacher.name}` ({same}; evidence: {lineage.get("evidence")})
-- {distilled.extra["num_steps"]} steps, {distilled.extra["num_tokens"]} tokens, loss {distilled.extra["first_loss"]:.4g} to {distilled.extra["last_loss"]:.4g}
+- base student: `{config.models.student.name}`
+- teacher: `{config.models.teacher.name}` ({same}; evidence: {evidence})
+- {figures["num_steps"]} steps, {figures["num_tokens"]} tokens, loss {first_loss} to {last_loss}
 - artifact fingerprint: `{distilled.fingerprint}`
 """
 
 
 STAGE = Stage(
     name="export",
-    summary="The distilled student as a Hugging Face checkpoint, checked by loading it with transformers.",
+    summary=(
+        "The distilled student as a Hugging Face checkpoint, "
+        "checked by loading it with transformers."
+    ),
     kind="exported_student",
     knobs=("export",),
     models=("student",),

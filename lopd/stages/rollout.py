@@ -1,5 +1,6 @@
-"""Rollout: the SFT student answers each OPD prompt, once. a ~ pi_ref(. | q); these responses stay
-frozen while distill learns from them.
+"""Rollout: the SFT student answers each OPD prompt once. a ~ pi_ref(. | q).
+
+Lightning OPD keeps these responses as they are while distill learns from them.
 """
 
 from __future__ import annotations
@@ -7,19 +8,25 @@ from __future__ import annotations
 from lopd.artifacts import identify_model
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import roll_out_by_domain
-from lopd.stages.sampling import sample_stage
+from lopd.stages.sample_shards import sample_stage
 from lopd.stages.training import MODEL
 
 
 def run(context: StageContext) -> None:
-    config, student = context.config, context.folder_of("sft") / MODEL
+    """Publish the rollouts."""
+    # The SFT student, not the base student: its policy pi_ref is what the method starts from.
+    config = context.config
+    student = context.folder_of("sft") / MODEL
     writer = context.writer(
         models={"base_student": context.identity("student"), "student": identify_model(student)},
         sampling=context.sampling_record(config.rollout),
+        # The score stage compares its teacher with the one that is named here.
         lineage=context.manifest_of("sft").lineage,
         shard_size=config.rollout.shard_size,
     )
     if config.models.teachers:
+        # A domain's responses go into shards of their own, so that its teacher can score them
+        # alone.
         parts = roll_out_by_domain(context, writer, student)
         writer.finish(served=context.served, parts=parts)
         return

@@ -1,5 +1,6 @@
-"""Score: log pi_T(a_t | s_t) of every response token, by the SAME teacher that demonstrated, once,
-into the cache. After this no teacher is needed.
+"""Score: log pi_T(a_t | s_t) of every response token goes into the cache, once.
+
+The teacher must be the SAME one that made the demonstrations. Afterwards no teacher is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from lopd.megatron.weights.architecture import read_architecture
 from lopd.records import Manifest, ModelIdentity
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import PartWriter, described, parts_in, role_of
-from lopd.stages.sampling import end_token_ids, score_into
+from lopd.stages.sample_shards import end_token_ids
+from lopd.stages.score_shards import score_into
 from lopd.stages.teacher import serve_teacher
 
 if TYPE_CHECKING:
@@ -23,15 +25,19 @@ if TYPE_CHECKING:
 
 
 def run(context: StageContext) -> None:
+    """Publish the teacher cache."""
     rollouts = context.manifest_of("rollout")
     if context.config.models.teachers:
-        score_by_domain(context, rollouts)
+        # The shards of each domain have a teacher of their own.
+        _score_by_domain(context, rollouts)
         return
+    # Before the teacher is started, which may take minutes.
     lineage = check_teacher(context, rollouts)
-    models = {"teacher": context.identity("teacher"), **sampler_of(rollouts)}
+    models = {"teacher": context.identity("teacher"), **_sampler_of(rollouts)}
     writer = context.writer(models=models, sampling=rollouts.sampling, lineage=lineage)
-    needed = writer.missing(len(rollouts.shards))  # none: workers have published all
-    with serve_teacher(context) if needed else nullcontext() as engine:
+    # Workers may have published all shards. Then no teacher is started.
+    needs_teacher = bool(writer.missing(len(rollouts.shards)))
+    with serve_teacher(context) if needs_teacher else nullcontext() as engine:
         score_responses(
             context,
             writer,
@@ -42,23 +48,22 @@ def run(context: StageContext) -> None:
         )
 
 
-def sampler_of(rollouts: Manifest) -> dict[str, ModelIdentity]:
-    """The student whose responses these are, where that is known."""
-    return {"student": rollouts.models["student"]} if "student" in rollouts.models else {}
-
-
 def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
-    """The lineage to record with the scores. ConsistencyError: another teacher, by content, than
-    made the student's demonstrations; DataError: tokenizers.
+    """Check the teacher by its content, and return the lineage to record with the scores.
+
+    Raises:
+        ConsistencyError: It is not the teacher that made the student's demonstrations.
+        DataError: Its tokenizer is not the student's.
     """
     teacher = context.identity("teacher")
-    lineage = check_scoring_teacher(
-        rollouts.lineage, teacher, allow_foreign=context.config.score.allow_foreign_teacher
-    )
+    allow_foreign = context.config.score.allow_foreign_teacher
+    lineage = check_scoring_teacher(rollouts.lineage, teacher, allow_foreign=allow_foreign)
     if not lineage["consistent"]:
         context.log(
-            "WARNING: the scoring teacher did not make the student's demonstrations (score.allow_foreign_teacher is set)"
+            "WARNING: the scoring teacher did not make the student's demonstrations "
+            "(score.allow_foreign_teacher is set)"
         )
+    # The teacher scores token ids, not text. The same ids must mean the same to both models.
     check_same_tokenizer(teacher, context.identity("student"))
     return lineage
 
@@ -73,8 +78,16 @@ def score_responses(
     title: str,
     **extra: Any,
 ) -> Manifest:
-    """Scores what is not scored yet (where nothing is, it needs no engine), and completes the
-    cache. source: folder of the rollouts. extra: figures for the manifest.
+    """Score the responses that are not scored yet, and complete the cache.
+
+    Args:
+        context: The stage.
+        writer: The writer of the cache.
+        engine: The teacher. It may be None where nothing is missing.
+        source: The folder of the responses.
+        rollouts: The manifest of the responses.
+        title: The text at the progress bar.
+        extra: More figures for the manifest.
     """
     config = context.config
     score_into(
@@ -86,66 +99,70 @@ def score_responses(
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
     )
-    return complete(
-        context,
-        writer,
-        rollouts,
-        vocab_size=read_architecture(config.models.teacher).vocab_size,
-        **extra,
-    )
+    # The reader of a cache checks that no token id is larger than what the teacher knows.
+    vocab_size = read_architecture(config.models.teacher).vocab_size
+    return _complete(context, writer, rollouts, vocab_size=vocab_size, **extra)
 
 
-def score_by_domain(context: StageContext, rollouts: Manifest) -> None:
-    """Each domain's rollouts by the teacher that made that domain's demonstrations; every row names
-    its teacher. All teachers are checked before any scores.
+def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
+    """Score each domain's responses by the teacher that made that domain's demonstrations.
+
+    Every row of the cache names its teacher.
     """
     config = context.config
+    # The parts are those of the rollout stage, whose shards the cache repeats one by one.
     parts = {part: part.context(context) for part in parts_in(rollouts)}
+    # All teachers are checked before the first one is started.
     lineages = {
         part.domain: check_teacher(own, part.rollouts(rollouts)) for part, own in parts.items()
     }
-    foreign = any(lineage["allow_foreign_teacher"] for lineage in lineages.values())
+    teachers = {
+        role_of(config, part.domain): own.identity("teacher") for part, own in parts.items()
+    }
+    # The cache is as consistent as its least consistent domain.
     writer = context.writer(
-        models={
-            **{
-                role_of(config, part.domain): own.identity("teacher") for part, own in parts.items()
-            },
-            **sampler_of(rollouts),
-        },
+        models={**teachers, **_sampler_of(rollouts)},
         sampling=rollouts.sampling,
         lineage={
             "by_domain": lineages,
             "consistent": all(lineage["consistent"] for lineage in lineages.values()),
-            "allow_foreign_teacher": foreign,
+            "allow_foreign_teacher": any(
+                lineage["allow_foreign_teacher"] for lineage in lineages.values()
+            ),
         },
     )
     for part, own in parts.items():
-        mine = PartWriter(writer, part, own.identity("teacher").weights)
-        if mine.missing(part.num_shards):
-            title, score = (
-                f"teacher log-probabilities, {part.domain or 'other domains'}",
-                config.score,
+        part_writer = PartWriter(writer, part, own.identity("teacher").weights)
+        if not part_writer.missing(part.num_shards):
+            continue
+        # One teacher at a time: several of them need not fit on the GPUs together.
+        with serve_teacher(own) as engine:
+            score_into(
+                part_writer,
+                engine,
+                context.folder_of("rollout"),
+                part.rollouts(rollouts),
+                title=f"teacher log-probabilities, {part.domain or 'other domains'}",
+                logprob_bits=config.score.logprob_bits,
+                top_k=config.score.top_k,
             )
-            with serve_teacher(own) as engine:
-                source = context.folder_of("rollout")
-                score_into(
-                    mine,
-                    engine,
-                    source,
-                    part.rollouts(rollouts),
-                    title=title,
-                    logprob_bits=score.logprob_bits,
-                    top_k=score.top_k,
-                )
+    # A token id of the cache must be one that every teacher knows.
     sizes = {read_architecture(own.config.models.teacher).vocab_size for own in parts.values()}
-    complete(context, writer, rollouts, vocab_size=min(sizes), parts=described(list(parts)))
+    _complete(context, writer, rollouts, vocab_size=min(sizes), parts=described(list(parts)))
 
 
-def complete(
+def _sampler_of(rollouts: Manifest) -> dict[str, ModelIdentity]:
+    """Return the student that sampled the responses, where it is on record."""
+    # distill.cache compares it with the student of another run.
+    return {"student": rollouts.models["student"]} if "student" in rollouts.models else {}
+
+
+def _complete(
     context: StageContext, writer: ArtifactWriter, rollouts: Manifest, **extra: Any
 ) -> Manifest:
-    """Publishes the manifest of a cache whose shards are all there."""
+    """Publish the manifest of a cache whose shards are all there."""
     config = context.config
+    # The bytes of a token are a figure that users compare. All columns count, prompts included.
     tokens = sum(shard.tokens for shard in rollouts.shards)
     num_bytes = sum(path.stat().st_size for path in writer.folder.glob("shard-*.parquet"))
     return writer.finish(
@@ -154,9 +171,9 @@ def complete(
         bytes_per_token=num_bytes / max(1, tokens),
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
-        logprob_loss=logprob_loss(
-            writer.folder
-        ),  # of a 16-bit cache: how far values moved, in nats
+        # How far the log-probabilities of a 16-bit cache have moved, in nats.
+        logprob_loss=logprob_loss(writer.folder),
+        # Whoever reads the cache elsewhere must know which sampled tokens ended a response.
         end_token_ids=end_token_ids(context.end_models),
         served=context.served,
         **extra,

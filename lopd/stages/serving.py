@@ -1,6 +1,4 @@
-"""One server that serves several models in turn: weights are exchanged in place where the
-architecture is the same, otherwise it is started anew.
-"""
+"""One server that serves several models, one after the other."""
 
 from __future__ import annotations
 
@@ -13,13 +11,12 @@ if TYPE_CHECKING:
     from lopd.stages.context import StageContext
     from sglang_rollout.requests.client import SGLangEngine
 
+# Keys of config.json that say who wrote the file, or how it is stored, and not what the model is.
 _NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 class ModelServer:
-    """Use as a context manager; use(model) gives an engine that answers with that model until the
-    next use.
-    """
+    """A context manager. ``use(model)`` gives an engine for that model until the next ``use``."""
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
@@ -34,13 +31,25 @@ class ModelServer:
         self._open.close()
 
     def use(self, model: Path, *, version: str) -> SGLangEngine:
-        """EngineError: the server does not start or refuses the weights."""
+        """Return an engine that answers with this model.
+
+        Args:
+            model: The Hugging Face folder.
+            version: The weight version that responses carry after an exchange.
+
+        Raises:
+            EngineError: The server does not start, or refuses the weights.
+        """
+        # The files of a trained model differ from its base in names and versions, not in what
+        # SGLang builds from them.
         architecture = _architecture(model)
         if self._engine is not None and architecture == self._architecture:
             from sglang_rollout.weight_sync import update_weights_from_disk
 
+            # A start takes tens of seconds, an exchange of weights in a running server much less.
             update_weights_from_disk(self._engine, model, version=version)
             return self._engine
+        # The old server goes first: two of them may not fit on the GPUs.
         self._open.close()
         self._engine = self._open.enter_context(self._context.serve("evaluated", model))
         self._architecture = architecture

@@ -1,155 +1,135 @@
-"""The student's servers as the trainer's ranks see them: weights in, held-out prompts answered, and
-whose turn it is where they share the GPUs.
-"""
+"""The student's servers as a rank sees them: they take weights, and may share the GPUs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lopd.errors import EngineError
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.first_rank import by_first_rank
-from lopd.stages.batches import MOST_SENDS
-from lopd.stages.sync import StudentWeights, SyncEvaluation
-from lopd.stages.training import SERVER_KEY, TrainingJob
-from sglang_rollout.requests.client import OtherWeights, SGLangEngine
+from lopd.stages.between_steps import StepHook
+from lopd.stages.sync import StudentWeights
+from lopd.stages.training import SERVER_KEY, StudentAddresses, TrainingJob
+from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.fleet import fleet_of
 from sglang_rollout.servers.shared_gpus import training_settings
-from sglang_rollout.weight_sync import Apart, Colocation
+from sglang_rollout.weight_sync import Colocation, SeparateMemory
 from sglang_rollout.weight_sync.interface import await_servers
 
 if TYPE_CHECKING:
-    from lopd.megatron.training.trainer import Trainer
-    from lopd.records import Sample
-    from lopd.report.metrics import MetricsLog
+    from lopd.stages.training_rank import Training
 
 
-class StudentServer:
-    """The running servers that get the student's weights. Every rank has one and calls it together;
-    rank 0's alone talks to the servers.
+class StudentServer(StepHook):
+    """The running servers that get the student's weights.
 
-    With sync.colocate they and the trainer take turns with the GPUs. It is the trainer's from the
-    start and after train, the servers' after push and evaluate: who needs the same weights next
-    finds them there.
+    Every rank has one and calls it together with the other ranks. Rank 0 alone talks to the
+    servers. With ``sync.colocate`` the servers and the trainer share the GPUs: the trainer holds
+    them at the start and during a step, the servers hold them after ``push``.
     """
 
-    def __init__(
-        self, job: TrainingJob, servers: Mapping[str, Any], say: Callable[[str], None]
-    ) -> None:
-        """Before the trainer is built, which needs the GPUs. They serve the weights that the
-        training begins with. servers: of servers_json. say: a line on screen.
-        """
-        self._job, self._weights_file, self._say = job, servers["weights_file"], say
-        settings, key = training_settings(job.config), os.environ.get(SERVER_KEY, "")
-        file = None if self._weights_file is None else Path(self._weights_file)
-        self._engine = (
-            fleet_of(
-                [SGLangEngine(url, key, settings, weights_file=file) for url in servers["urls"]]
-            )
-            if parallel.rank() == 0
-            else None
-        )
-        self.shares = job.config.sync.colocate
-        self._turns = Apart()
-        if self.shares:
-            engines = self._engine.engines if self._engine is not None else ()
-            self._turns = Colocation(
-                engines, barrier=parallel.barrier, timeout_s=job.config.sync.timeout_s
-            )
-        self._turns.to_trainer()
-        self._served: int | None = (
-            None if self.shares else 0
-        )  # the weights that they have, by steps
-        self._version = ""
-        if self._engine is not None and not self.shares:
-            await_servers(self._engine.engines, job.config.sync.timeout_s)
-            self._version = str(self._engine.model_info()["weight_version"])
+    # Weights that were pushed stay in the servers until the GPUs go back. So an evaluation and a
+    # refresh before the same step share one sync, and the GPUs go back after both (GpusToTrainer).
 
-    def learn_from(
-        self, trainer: Trainer, samples: Sequence[Sample], metrics: MetricsLog | None
-    ) -> None:
-        """Whose weights they get. samples: some are scored where syncs are verified by scores.
-        metrics: of rank 0.
+    def __init__(self, job: TrainingJob, addresses: StudentAddresses) -> None:
+        """Connect to the servers, before the trainer is built.
+
+        The servers hold the weights that the training begins with. Where they share the GPUs they
+        give their memory back here, because the trainer needs it.
         """
-        self._turns.admit(trainer.memory)
-        sync, folder, template = self._job.config.sync, self._job.folder / "sync", self._job.initial
+        self._job = job
+        self._weights_file = addresses.weights_file
+        # The servers, on rank 0 alone: two ranks must not send at the same time.
+        self.engine = _connect(job, addresses) if parallel.rank() == 0 else None
+        # The weight version that was pushed last.
+        self.version = ""
+        self.shares_gpus = job.config.sync.colocate
+        self._colocation = self._colocate()
+        self._colocation.to_trainer()
+        # After how many steps the trainer had the weights that the servers hold; None: no weights.
+        self._served_step: int | None = None if self.shares_gpus else 0
+        # A server that has given its memory back cannot answer, so only others are asked.
+        if self.engine is not None and not self.shares_gpus:
+            await_servers(self.engine.engines, job.config.sync.timeout_s)
+            self.version = str(self.engine.model_info()["weight_version"])
+
+    def _colocate(self) -> SeparateMemory:
+        if not self.shares_gpus:
+            return SeparateMemory()
+        engines = self.engine.engines if self.engine is not None else ()
+        timeout_s = self._job.config.sync.timeout_s
+        return Colocation(engines, barrier=parallel.barrier, timeout_s=timeout_s)
+
+    def begin(self, training: Training) -> None:
+        """Send this training's weights from now on."""
+        # From now on the trainer's memory leaves the GPUs when a server needs them.
+        self._colocation.attach_trainer(training.trainer.memory)
         self._weights = StudentWeights(
-            trainer,
-            samples,
-            sync,
-            self._engine,
-            folder=folder,
-            template=template,
+            training.trainer,
+            training.samples,
+            self._job.config.sync,
+            self.engine,
+            folder=self._job.folder / "sync",
+            template=self._job.initial,
             weights_file=self._weights_file,
-            turns=self._turns,
-            say=self._say,
-        )
-        self._metrics = metrics
-        self._evaluation = (
-            SyncEvaluation(self._job.config, template, self._engine)
-            if self._engine is not None
-            else None
+            colocation=self._colocation,
+            print_line=self._job.print_line,
         )
 
     def push(self, step: int, *, again: bool = False) -> None:
-        """Puts the weights after so many steps into it, as version ``step-N``, unless it has them;
-        again: because a server has lost them. It then answers.
+        """Send the weights after ``step`` steps as version ``step-N``. Then the servers can answer.
+
+        Args:
+            step: How many steps the trainer has done.
+            again: Send them even to servers that have had them, because a server has lost them.
         """
-        if step == self._served and not again:
+        if step == self._served_step and not again:
             return
-        self._turns.to_trainer()
-        self._version = f"step-{step}"
-        report = self._weights.push(self._version)
+        # The trainer's weights must be on the GPUs, because they are sent from there.
+        self._colocation.to_trainer()
+        # Every response carries the version, so it tells which weights gave it.
+        self.version = f"step-{step}"
+        report = self._weights.push(self.version)
+        # None on the ranks that only took part in gathering: one rank prints the line.
         if report is not None:
-            self._say(f"step {step}/{self._job.num_steps}: weights synced, {report.line()}")
-        self._served = step
+            num_steps = self._job.num_steps
+            self._job.print_line(f"step {step}/{num_steps}: weights synced, {report.line()}")
+        self._served_step = step
 
-    def evaluate(self, step: int) -> None:
-        """Answers to held-out prompts by the weights after so many steps, which it gets where it
-        has others. EngineError: it loses them again and again.
-        """
-        for attempt in range(MOST_SENDS):
-            self.push(step, again=attempt > 0)
-            figures, lost = by_first_rank(self._evaluated)
-            if not lost:
-                break
-            if self._metrics is not None:
-                self._say(f"step {step}/{self._job.num_steps}: {lost}; the weights are sent again")
-        else:
-            raise EngineError(
-                f"the student's server lost its weights {MOST_SENDS} times: {lost}",
-                where=f"step {step}",
-                remedy="read its log",
-            )
-        if self._metrics is not None and figures is not None:
-            self._metrics.eval(self._job.stage, step, figures)
-            accuracy, count = figures["accuracy"], figures["num_prompts"]
-            self._say(
-                f"step {step}/{self._job.num_steps}: synced weights, accuracy {accuracy:.3f} on {count} prompts"
-            )
+    def free_gpus(self) -> None:
+        """Take shared GPUs from the servers and from the trainer, for the teacher."""
+        self._colocation.to_nobody()
+        self._forget_weights()
 
-    def _evaluated(self) -> tuple[dict[str, Any] | None, str]:
-        """Rank 0's figures, or what other weights answered."""
-        if self._evaluation is None:
-            return None, ""
-        try:
-            return self._evaluation.run(self._version), ""
-        except OtherWeights as error:
-            return None, error.what
+    def gpus_to_trainer(self) -> None:
+        """Give shared GPUs back to the trainer."""
+        self._colocation.to_trainer()
+        self._forget_weights()
 
-    def leave(self) -> None:
-        """Sharing GPUs: neither it nor the trainer holds them, for the teacher."""
-        self._turns.to_nobody()
-        self._forget()
+    def _forget_weights(self) -> None:
+        if self.shares_gpus:
+            # A server that gives its memory back loses the weights in it.
+            self._served_step = None
 
-    def train(self) -> None:
-        """Sharing GPUs: they are the trainer's again."""
-        self._turns.to_trainer()
-        self._forget()
 
-    def _forget(self) -> None:
-        if self.shares:  # memory that was given back has lost its contents
-            self._served = None
+class GpusToTrainer(StepHook):
+    """Gives shared GPUs back to the trainer, after the hooks that needed the servers."""
+
+    def __init__(self, student: StudentServer) -> None:
+        self._student = student
+
+    def before_step(self, step: int) -> None:
+        self._student.gpus_to_trainer()
+
+    def end(self) -> None:
+        self._student.gpus_to_trainer()
+
+
+def _connect(job: TrainingJob, addresses: StudentAddresses) -> SGLangEngine:
+    # The settings that the parent has started them with.
+    settings = training_settings(job.config)
+    key = os.environ.get(SERVER_KEY, "")
+    engines = [
+        SGLangEngine(url, key, settings, weights_file=addresses.weights_file)
+        for url in addresses.urls
+    ]
+    return fleet_of(engines)

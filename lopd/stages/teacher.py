@@ -1,4 +1,4 @@
-"""The engine that scores: an SGLang server, or ranks of Megatron-Core, as score.engine says."""
+"""The teacher as an engine that scores: an SGLang server, or ranks of Megatron-Core."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from lopd.stages.context import StageContext
 
 @contextlib.contextmanager
 def serve_teacher(context: StageContext) -> Iterator[Any]:
-    """Something with SGLangEngine's ``score``, as long as the block lasts. LopdError: it does not
-    start.
+    """Serve the teacher as long as the block lasts, in the way that ``score.engine`` names.
+
+    Yields:
+        An object with the method ``score`` of SGLangEngine.
+
+    Raises:
+        LopdError: The teacher does not start.
     """
     config = context.config
     if config.score.engine == "sglang":
         with context.serve("teacher", config.models.teacher) as server:
             yield server
         return
-    parallel = config.score.forward.parallel
-    context.log(f"starting {parallel.ranks} ranks of Megatron-Core with {config.models.teacher}")
-    name = (
-        "teacher" if context.share is None else f"teacher-{context.share.index}"
-    )  # of several workers each has a log of its own
+    # The same forward pass as the trainer's, for a model that SGLang cannot serve, or for scores
+    # without the difference between the two engines.
+    num_ranks = config.score.forward.parallel.ranks
+    context.log(f"starting {num_ranks} ranks of Megatron-Core with {config.models.teacher}")
+    # Several workers share a folder, so each has a log of its own.
+    name = "teacher" if context.share is None else f"teacher-{context.share.index}"
     with MegatronScorer(
         config.models.teacher,
         config.score.forward,

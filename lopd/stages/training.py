@@ -1,11 +1,15 @@
-"""Starts the trainer's ranks for sft and distill and reads back what they publish. The ranks
-themselves run lopd.stages.train_worker.
+"""A training as the parent process sees it: it starts the ranks and reads what they publish.
+
+The ranks run the file of their stage: ``python -m lopd.stages.sft JOB.json``, or ``.distill``.
+This file imports no Megatron-Core, because the parent needs none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,31 +25,63 @@ from lopd.report.console import say
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
 
-MODEL = "model"  # the Hugging Face checkpoint inside the folder of sft, distill and export
-CHECKPOINTS, RESULT = "checkpoints", "result.json"
-SERVER_KEY = (
-    "LOPD_SERVER_KEY"  # environment variable: the key never stands in a file or a command line
-)
+# The Hugging Face checkpoint inside the folder of sft, distill and export.
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
+RESULT = "result.json"
+JOB = "job.json"
+# The environment variable with the servers' key, which never stands in a file or a command line.
+SERVER_KEY = "LOPD_SERVER_KEY"
+
+# The two trainings of the method. Each is the name of a section of the configuration, too.
+Objective = Literal["sft", "distill"]
+
+
+@dataclass(frozen=True)
+class StudentAddresses:
+    """How a rank reaches the servers that the parent started."""
+
+    # One for each server. The key is not here: it comes in the environment (SERVER_KEY).
+    urls: tuple[str, ...]
+    # Where the parent reads what a restarted server must serve. None where the servers are the
+    # user's own, which lopd never restarts.
+    weights_file: Path | None
+
+    @classmethod
+    def of(cls, engine: SGLangEngine) -> StudentAddresses:
+        server = engine.server
+        weights_file = None if server is None else server.weights_file.resolve()
+        return cls(tuple(one.url for one in engine.engines), weights_file)
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training: an objective, where it starts, what it learns from, and the folder it publishes
-    into.
-    """
+    """One training: its objective, its data, where it starts, and the folder it publishes into."""
 
-    objective: Literal["sft", "distill"]
+    # It also names the file with the loop: lopd/stages/OBJECTIVE.py.
+    objective: Objective
     config: Config
+    # Where everything of this training is published.
     folder: Path
-    data: Path  # artifact with responses, for distill with teacher_logprobs
-    initial: Path  # Hugging Face folder
+    # The artifact with the responses. Those of distill have teacher_logprobs.
+    data: Path
+    # The Hugging Face folder that the training starts from. With init "random" only its
+    # architecture is taken.
+    initial: Path
     init: Literal["checkpoint", "random"]
+    # The length of the training in optimizer steps. The longer SFT of evaluate has another one than
+    # its section of the configuration.
     num_steps: int
+    # Decides the order of the responses.
     order_seed: int
+    # The student's servers; None where the training needs none.
+    student: StudentAddresses | None = None
 
     @property
     def settings(self) -> TrainSection:
-        section: TrainSection = self.config.sft if self.objective == "sft" else self.config.distill
+        """The section of the configuration, with this job's number of steps."""
+        # The learning-rate schedule follows the length of this training.
+        section: TrainSection = getattr(self.config, self.objective)
         return section.model_copy(update={"num_steps": self.num_steps})
 
     @property
@@ -58,120 +94,150 @@ class TrainingJob:
 
     @property
     def result(self) -> Path:
-        """JSON with the training's figures, published after the model."""
+        """JSON with the training's figures. It is published after the model."""
         return self.folder / RESULT
 
     @property
     def stage(self) -> str:
-        """Name under which metrics are logged."""
+        """The name under which metrics are logged."""
         return self.folder.name
 
+    def print_line(self, text: str) -> None:
+        """Print a line on a rank. The parent shows it on its screen (``train_on_ranks``)."""
+        sys.stdout.write(f"{self.stage} {text}\n")
+        # The parent acts on lines, so a line must not wait in a buffer.
+        sys.stdout.flush()
+
     def to_json(self) -> dict[str, Any]:
-        """For the ranks, which start no server: without the secrets of sglang.extra_args and
-        launch.env. Those of task.options may be needed to judge.
+        """Return the job as JSON for the ranks, without secrets that only a server's start needs.
+
+        Those of task.options stay: a rank may need them to judge answers.
         """
+        # The ranks start no server and no other machine, so they do not need the secrets in the
+        # arguments for that.
         config = self.config.model_dump(mode="json")
         config["sglang"]["extra_args"] = scrubbed(config["sglang"]["extra_args"])
         config["launch"] = scrubbed(config["launch"])
-        fields = {
-            name: getattr(self, name)
-            for name in (
-                "objective",
-                "folder",
-                "data",
-                "initial",
-                "init",
-                "num_steps",
-                "order_seed",
-            )
-        }
-        return {
-            **{
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in fields.items()
-            },
-            "config": config,
-        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["config"] = config
+        if self.student is not None:
+            fields["student"] = dataclasses.asdict(self.student)
+        # Paths become text here; from_json makes paths of them again.
+        plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
+        return plain
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> TrainingJob:
-        paths = {name: Path(raw[name]) for name in ("folder", "data", "initial")}
-        return cls(**{**raw, **paths, "config": Config.model_validate(raw["config"])})
+        # The configuration is validated again: a rank trusts a file no more than the parent does.
+        fields = {**raw, "config": Config.model_validate(raw["config"])}
+        for name in ("folder", "data", "initial"):
+            fields[name] = Path(raw[name])
+        if raw["student"] is not None:
+            file = raw["student"]["weights_file"]
+            weights_file = None if file is None else Path(file)
+            fields["student"] = StudentAddresses(tuple(raw["student"]["urls"]), weights_file)
+        return cls(**fields)
 
 
-def servers_json(engine: SGLangEngine) -> dict[str, Any]:
-    """How another process reaches an engine's servers: their URLs, and where it says what a
-    restarted one must serve (None: they are not ours).
-    """
-    weights_file = None if engine.server is None else str(engine.server.weights_file.resolve())
-    return {"urls": [one.url for one in engine.engines], "weights_file": weights_file}
-
-
-def train(
+def train_on_ranks(
     job: TrainingJob,
+    student: SGLangEngine | None = None,
     *,
-    engine: SGLangEngine | None = None,
-    attend: Callable[[], None] | None = None,
+    serve_requests: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Trains, or goes on from the newest checkpoint, or only reads the result that is already
-    published. engine: gets the weights at every sync.
+    """Train, or go on from the newest checkpoint, or only read the result that is published.
 
-    attend: called whenever the ranks have said something, to do what they may have asked for; what
-    it raises ends them. Returns num_steps, num_tokens (prompt and response tokens processed),
-    first_loss, last_loss, weight_syncs, and of refreshes what lopd.stages.batches keeps.
-    TrainingError: a rank failed.
+    Args:
+        job: What to train. Its ``student`` is filled in here.
+        student: The servers that the ranks send their weights to.
+        serve_requests: Does what the ranks have asked for, if anything. It is called after each
+            line that a rank prints. If it raises, the ranks are ended.
+
+    Returns:
+        num_steps, num_tokens (prompt and response tokens), first_loss, last_loss, weight_syncs;
+        of a training with refreshes also what lopd.stages.refresh_requester keeps.
+
+    Raises:
+        TrainingError: A rank failed.
     """
+    # The result is published last. Where it is, a killed command has finished the training.
     if not job.result.exists():
-        job_file = job.folder / "job.json"
-        publish_json(
-            job_file,
-            {**job.to_json(), "servers": None if engine is None else servers_json(engine)},
-            private=True,
-        )
-        environment = dict(os.environ)
-
-        def show_own_lines(line: str) -> None:
-            if line.startswith(f"{job.stage} "):  # the rest, warnings of libraries, is in the log
-                say(line)
-            if (
-                attend is not None
-            ):  # after any line: another rank's half of one may stand before the one that asks
-                attend()
-
-        if engine is not None:
-            environment[SERVER_KEY] = engine.api_key
-        run_ranks(
-            "lopd.stages.train_worker",
-            [str(job_file)],
-            ranks=job.settings.parallel.ranks,
-            threads_per_rank=threads_of(job.settings),
-            log=job.folder / "train.log",
-            timeout_s=job.settings.timeout_s,
-            env=environment,
-            on_line=show_own_lines,
-            node=this_node(job.settings.parallel.nodes),
-        )
+        _start_ranks(job, student, serve_requests)
+    # Folders with weights for the servers are of no use after the training.
     remove_folder(job.folder / "sync")
     result: dict[str, Any] = json.loads(job.result.read_text(encoding="utf-8"))
     return result
 
 
-def follow(
-    folder: Path, settings: TrainSection, index: int, count: int, *, done: Callable[[], bool]
-) -> int:
-    """This machine's part of the trainings in a stage's folder that the first machine drives: its
-    ranks, for each training that is announced until done().
+def _start_ranks(
+    job: TrainingJob, student: SGLangEngine | None, serve_requests: Callable[[], None]
+) -> None:
+    # The servers are started before the ranks, so only here is it known where they listen.
+    environment = dict(os.environ)
+    if student is not None:
+        job = dataclasses.replace(job, student=StudentAddresses.of(student))
+        environment[SERVER_KEY] = student.api_key
+    job_file = job.folder / JOB
+    publish_json(job_file, job.to_json(), private=True)
 
-    Returns how many were joined. TrainingError: a rank here failed, or the first machine was lost.
+    def on_line(line: str) -> None:
+        # Other lines are warnings of libraries. They are in the log.
+        if line.startswith(f"{job.stage} "):
+            say(line)
+        # After any line: half a line of another rank may stand before the one that asks.
+        serve_requests()
+
+    # Returns when all ranks have ended. No rank is restarted: after an error the same command goes
+    # on from the newest checkpoint.
+    run_ranks(
+        f"lopd.stages.{job.objective}",
+        [str(job_file)],
+        ranks=job.settings.parallel.ranks,
+        threads_per_rank=threads_of(job.settings),
+        log=job.folder / "train.log",
+        timeout_s=job.settings.timeout_s,
+        env=environment,
+        on_line=on_line,
+        node=this_node(job.settings.parallel.nodes),
+    )
+
+
+def follow_trainings(
+    folder: Path,
+    objective: Objective,
+    settings: TrainSection,
+    *,
+    index: int,
+    count: int,
+    is_done: Callable[[], bool],
+) -> int:
+    """Run this machine's ranks of every training that the first machine starts in a folder.
+
+    Args:
+        folder: The folder of the trainings.
+        objective: Names the loop that the ranks run.
+        settings: The training's section of the configuration.
+        index: Which machine this is, from 1. The first one has 0.
+        count: How many machines there are.
+        is_done: Whether the first machine has finished the stage.
+
+    Returns:
+        How many trainings this machine took part in.
+
+    Raises:
+        TrainingError: A rank on this machine failed, or the first machine was lost.
     """
-    joined, node = 0, Node(index, count)
+    joined = 0
+    node = Node(index, count)
     while True:
-        join = await_announcement(folder / ANNOUNCEMENT_FILE, done=done)
+        # The first machine announces an address for each training, also after a restart.
+        join = await_announcement(folder / ANNOUNCEMENT_FILE, done=is_done)
         if join is None:
             return joined
+        # The first machine has written the job into the shared folder before it announced itself.
         run_ranks(
-            "lopd.stages.train_worker",
-            [str(folder / "job.json")],
+            f"lopd.stages.{objective}",
+            [str(folder / JOB)],
             ranks=settings.parallel.ranks,
             threads_per_rank=threads_of(settings),
             log=folder / f"train-node{node.index}.log",

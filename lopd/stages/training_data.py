@@ -1,4 +1,4 @@
-"""What a training learns from: the frozen responses of an artifact as samples, and the objective."""
+"""What a training learns from: the responses of an artifact as samples, and the objective."""
 
 from __future__ import annotations
 
@@ -9,42 +9,48 @@ from typing import overload
 import numpy as np
 
 from lopd.batching import make_sample
+from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
-from lopd.cache.table import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.errors import DataError
-from lopd.objective import Objective, Supervised, needs_top_k, objective_from_config
+from lopd.objective import Objective, needs_top_k, objective_from_config
 from lopd.objective.registry import AVAILABLE, TOP_K
 from lopd.records import Sample
 from lopd.stages.training import TrainingJob
 
-MEMORY_TOKENS = (
-    2**23
-)  # response tokens that are held as samples, about 25 bytes each; a larger artifact stays on disk and is read by index
+# How many response tokens are held as samples in memory, at about 25 bytes each. A larger artifact
+# stays on the disk and is read by index. lopd.planning.memory counts with the same number.
+MEMORY_TOKENS = 2**23
 
 
 def load_samples(job: TrainingJob) -> Sequence[Sample]:
-    """The frozen responses in shard order: a list where they are few, else read from disk as they
-    are asked for, in memory that does not grow with them.
+    """Return the responses of a job's artifact in the order of its shards.
 
-    DataError: none, or no teacher log-probabilities where distill needs them; ArtifactError:
-    damaged, or a response twice.
+    A list where they are few. Otherwise they are read from the disk when they are used, and memory
+    does not grow with their number.
+
+    Raises:
+        DataError: There are no responses, or distill finds no teacher log-probabilities.
+        ArtifactError: A shard is damaged, or a response is there twice.
     """
+    # The bound counts response tokens. A list is faster: a step reads its batch without decoding.
     samples = CachedSamples(job)
     return samples if samples.num_tokens > MEMORY_TOKENS else samples.all()
 
 
 class CachedSamples(Sequence[Sample]):
-    """Samples of an artifact by index; see load_samples for the errors."""
+    """The samples of an artifact by index. See load_samples for the errors."""
 
     def __init__(self, job: TrainingJob) -> None:
         distill = job.objective == "distill"
         self._with_top = distill and needs_top_k(job.config.distill)
-        unread = {"routed_experts", ENTROPY} | (
-            set() if self._with_top else {TOP_IDS, TOP_LOGPROBS, TAIL}
-        )
+        # Columns that the objective does not look at are not even decoded.
+        unread = {"routed_experts", ENTROPY}
+        if not self._with_top:
+            unread |= {TOP_IDS, TOP_LOGPROBS, TAIL}
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)
         columns = self._reader.columns
         self._sampled = "sampling_logprobs" in columns
+        # The errors are found here, before the first step, and not when a response is first used.
         if len(self._reader) == 0:
             raise DataError(
                 "no responses to learn from",
@@ -58,10 +64,12 @@ class CachedSamples(Sequence[Sample]):
                 remedy="run the score stage",
             )
         self._reader.require_unique()
+        # The weights of each teacher, where the cache has several; a sample has an index into it.
         self._teachers = [*teachers_in(self._reader)] if distill else []
 
     @property
     def num_tokens(self) -> int:
+        """Response tokens of all samples."""
         return self._reader.num_tokens
 
     def __len__(self) -> int:
@@ -72,62 +80,74 @@ class CachedSamples(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> list[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        # A slice is read in one go: neighbours lie in the same row group of a shard.
         if isinstance(index, slice):
-            return [
-                self._sample(row) for row in self._reader.fetch_scored(np.arange(len(self))[index])
-            ]
+            rows = self._reader.fetch_scored(np.arange(len(self))[index])
+            return [self._sample(row) for row in rows]
         return self._sample(self._reader.fetch_scored([index])[0])
 
     def all(self) -> list[Sample]:
+        """Return all samples, for an artifact that fits into memory."""
         return [self._sample(row) for row in self._reader.scored_rows()]
 
     def _sample(self, row: ScoredRow) -> Sample:
-        sample = make_sample(*row, with_top=self._with_top)
+        response, scores = row
+        sample = make_sample(response, scores, with_top=self._with_top)
         if not self._sampled:
+            # The reader fills a missing column with NaN. The objective must see that there is none.
             sample = replace(sample, sampling_logprobs=None)
-        if self._teachers and row[1] is not None:
-            if row[1].teacher not in self._teachers:
-                limit = "one of the teachers that the manifest names"
+        if self._teachers and scores is not None:
+            if scores.teacher not in self._teachers:
                 raise DataError(
-                    f"response {row[0].key}: teacher {row[1].teacher[:12] or 'none'}",
+                    f"response {response.key}: teacher {scores.teacher[:12] or 'none'}",
                     where=str(self._reader.folder),
-                    limit=limit,
+                    limit="one of the teachers that the manifest names",
                 )
-            sample = replace(sample, teacher_index=self._teachers.index(row[1].teacher))
+            sample = replace(sample, teacher_index=self._teachers.index(scores.teacher))
         return sample
 
 
 def teachers_in(reader: CacheReader) -> dict[str, str]:
-    """Weights -> name (its domains, where they are known) of each teacher of a cache that has
-    several; empty where it has one.
+    """Return the teachers of a cache that has several; empty where it has one.
 
-    DataError: several, and no column that says which response is whose.
+    Returns:
+        The weights' fingerprint of each teacher, and its name: the domains that it scored, where
+        they are known.
+
+    Raises:
+        DataError: There are several, and no column says which response is whose.
     """
+    # Teachers are told apart by content. A cache that was merged may name one under several roles.
     names: dict[str, str] = {}
     for role, identity in reader.manifest.models.items():
         if role.startswith("teacher"):
             name = "other" if role == "teacher" else role.removeprefix("teachers.")
-            names[identity.weights] = (
-                f"{names[identity.weights]}+{name}" if identity.weights in names else name
-            )
+            # One teacher may serve several domains.
+            known = names.get(identity.weights)
+            names[identity.weights] = name if known is None else f"{known}+{name}"
     if len(names) > 1 and "teacher" not in reader.columns:
-        limit = "a column teacher: each response names its own"
         raise DataError(
             f"{len(names)} teachers",
             where=str(reader.folder),
-            limit=limit,
+            limit="a column teacher: each response names its own",
             remedy="merge the caches again with --teacher-column",
         )
     return names if len(names) > 1 else {}
 
 
-def objective_of(job: TrainingJob) -> Objective:
-    """ConfigError: a piece needs what the artifact has not, a top-K say."""
-    if job.objective != "distill":
-        return Supervised()
+def distillation_objective(job: TrainingJob) -> Objective:
+    """Return the loss of a distillation, from the sections distill and distill.objective.
+
+    Raises:
+        ConfigError: The loss needs what the artifact does not have, such as the teacher's top-K.
+    """
+    # Only the manifest and the columns are looked at. Whether a knob can be used is known from
+    # them, before any response is read.
     reader = CacheReader(job.data)
-    lacking = (
-        frozenset() if "sampling_logprobs" in reader.columns else frozenset({"sampling_logprobs"})
-    )
-    available = (AVAILABLE | TOP_K if "teacher_top_ids" in reader.columns else AVAILABLE) - lacking
+    available = AVAILABLE
+    if "teacher_top_ids" in reader.columns:
+        available |= TOP_K
+    if "sampling_logprobs" not in reader.columns:
+        # A cache that was imported from elsewhere may lack them.
+        available -= {"sampling_logprobs"}
     return objective_from_config(job.config.distill, available, tuple(teachers_in(reader).values()))

@@ -1,7 +1,8 @@
-"""Figures of an evaluation from which samples were right: avg@k, pass@k, intervals. Pure numpy.
+"""Computes the figures of an evaluation: avg@k, pass@k and their intervals. Pure numpy.
 
-``right`` is a list with one entry a problem, each a list of booleans, one a sample. Problems are
-the independent units: every spread is over problems.
+The input ``right`` has one entry per problem: a list of booleans, one per sample, true if the
+sample is right. Problems are the independent units, so every spread is over problems. Samples of
+one problem depend on each other.
 """
 
 from __future__ import annotations
@@ -13,49 +14,62 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Each end of a 95% interval rests on the outer 2.5% of the resamples, which are 250 of these.
 RESAMPLES = 10_000
+# Numbers of one block of resamples in memory: 16 MB of float64.
+_BLOCK_NUMBERS = 2_000_000
 
 
 def shares(right: Sequence[Sequence[bool]]) -> NDArray[np.float64]:
-    """[N] share of right samples of each problem; its mean is avg@k (pass@1), k the number of
-    samples.
+    """Return the share of right samples of each problem, float64 [N].
+
+    Its mean is avg@k, also called pass@1, where k is the number of samples of a problem.
     """
+    # A mean per problem first: problems with more samples must not count more.
     return np.array([np.mean(np.asarray(samples, bool)) for samples in right], dtype=np.float64)
 
 
 def pass_at(num_samples: int, num_right: int, k: int) -> float:
-    """Chance that at least one of k samples, drawn from these without putting back, is right: 1 -
-    C(n - c, k) / C(n, k).
+    """Return the chance that at least one of k samples is right.
 
-    Unbiased for the chance that one of k fresh samples is right (Chen et al. 2021, arXiv
-    2107.03374, section 2.1). ValueError: k outside 1..num_samples.
+    The k samples are drawn from the given ones without replacement:
+    1 - C(n - c, k) / C(n, k). This is unbiased for the chance that one of k new samples is right
+    (Chen et al. 2021, arXiv 2107.03374, section 2.1).
+
+    Args:
+        num_samples: The number n of samples of the problem.
+        num_right: The number c of right ones.
+        k: The number of samples that are drawn, from 1 to ``num_samples``.
+
+    Raises:
+        ValueError: k is outside of its bounds.
     """
+    # More draws than samples have no meaning without replacement.
     if not 1 <= k <= num_samples:
         raise ValueError(f"k = {k} of {num_samples} samples")
+    # There are fewer wrong samples than draws, so at least one draw is right.
     if num_samples - num_right < k:
         return 1.0
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def pass_shares(right: Sequence[Sequence[bool]], k: int) -> NDArray[np.float64]:
-    """[N] pass@k of each problem; their mean is pass@k."""
+    """Return the pass@k of each problem, float64 [N]. Its mean is pass@k."""
     return np.array(
         [pass_at(len(samples), int(np.sum(samples)), k) for samples in right], dtype=np.float64
     )
 
 
 def ks_of(num_samples: int) -> list[int]:
-    """Powers of two up to the number of samples, and that number."""
-    return sorted(
-        {
-            *(2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples),
-            num_samples,
-        }
-    )
+    """Return the values of k that are reported: powers of two, and the number of samples."""
+    # A number of b bits is at least 2^(b-1), so all these powers are within the samples.
+    powers = {2**power for power in range(num_samples.bit_length())}
+    return sorted({*powers, num_samples})
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean; nan for a single value."""
+    """Return the standard error of the mean. It is nan for a single value."""
+    # ddof=1: the spread around the mean of the same values is too small by one degree of freedom.
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
@@ -66,17 +80,32 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over problems, which are drawn with putting back. The same
-    values, seed and numpy give the same interval.
+    """Return the percentile interval of the mean over problems.
+
+    The problems are drawn with replacement. The same values, seed and version of numpy give the
+    same interval.
+
+    Args:
+        values: One number per problem, float64 [N].
+        confidence: The share of the resampled means inside the interval.
+        resamples: The number of resamples.
+        seed: The seed of the draws.
+
+    Returns:
+        The lower and the upper end.
     """
+    # A generator of its own: the interval must not depend on what else draws random numbers.
     rng = np.random.default_rng(seed)
+    # The unit that is drawn is a problem, with all its samples: they are not independent of each
+    # other.
     means = np.empty(resamples)
-    block = max(1, 2_000_000 // max(1, len(values)))  # numbers in memory at once
+    # One block of resamples at a time: all of them together need gigabytes for many problems.
+    block = max(1, _BLOCK_NUMBERS // max(1, len(values)))
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
-        means[start : start + count] = values[
-            rng.integers(0, len(values), (count, len(values)))
-        ].mean(axis=1)
+        drawn = rng.integers(0, len(values), (count, len(values)))
+        means[start : start + count] = values[drawn].mean(axis=1)
+    # The same share is cut off at both ends.
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -84,22 +113,28 @@ def bootstrap_interval(
 def accuracy_figures(
     right: Sequence[Sequence[bool]], lengths: Sequence[int], truncated: Sequence[bool]
 ) -> dict[str, Any]:
-    """mean (avg@k), standard_error, interval (95%, bootstrap over problems), pass_at {k: share},
-    response_len, response_len_quantiles, truncated_share.
+    """Return all figures of one evaluation of one model.
 
-    lengths, truncated: of every response, in tokens. Needs at least one problem with a sample.
+    Args:
+        right: See the module. At least one problem with at least one sample.
+        lengths: The length of every response, in tokens.
+        truncated: Whether each response was cut off at its limit.
+
+    Returns:
+        mean (avg@k), standard_error, interval (95%, bootstrap over problems), pass_at {k: share},
+        response_len, response_len_quantiles {quantile: tokens}, truncated_share.
     """
     means = shares(right)
+    # pass@k needs k samples of every problem, so the problem with the fewest samples limits k.
     fewest = min(len(samples) for samples in right)
     quantiles = np.quantile(np.asarray(lengths), [0.1, 0.5, 0.9, 1.0])
+    named_quantiles = zip(("0.1", "0.5", "0.9", "1"), quantiles.tolist(), strict=True)
     return {
         "mean": float(means.mean()),
         "standard_error": standard_error(means),
         "interval": list(bootstrap_interval(means)),
         "pass_at": {str(k): float(pass_shares(right, k).mean()) for k in ks_of(fewest)},
         "response_len": float(np.mean(lengths)),
-        "response_len_quantiles": dict(
-            zip(("0.1", "0.5", "0.9", "1"), (float(value) for value in quantiles), strict=True)
-        ),
+        "response_len_quantiles": dict(named_quantiles),
         "truncated_share": float(np.mean(truncated)),
     }

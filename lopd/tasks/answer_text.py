@@ -1,36 +1,53 @@
-r"""Where the answer of a response stands: its last box, or its last line ``Answer: ...``."""
+"""Finds the answer in a response: its last box, or its last line ``Answer: ...``.
+
+All searches here take time linear in the text, because the text was written by a model and may be
+long and strange.
+"""
 
 from __future__ import annotations
 
 import re
 
+# A box with or without braces; \boxedtext is another command.
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BRACED_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# An escaped character is matched as a whole, so that \{ does not count as a brace.
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# not \) and \], which end the formula
+# What may follow in a box without braces. \) and \] are not in it, because they end the formula.
 _BARE_PIECE = re.compile(r"\\[A-Za-z]+|\\[{}%$,;!]|[^\s$\\{}]")
 _COMMAND = r"\\(?!boxed|fbox)[A-Za-z]"
+# How such a box begins: a number, a command, or one letter alone. A word means that the text only
+# speaks about boxes.
 _BARE_START = re.compile(rf"[-+.(]*(?:\\?\$)?(?:[0-9]|{_COMMAND})|[A-Za-z](?![A-Za-z0-9])")
+# Markdown around the word: emphasis, quotes, headings, list items.
 _MARKUP = r"[*_`\s]*"
 _LINE = re.compile(rf"[#>*_`\-\s]*(?:final\s+)?answer{_MARKUP}[:：]{_MARKUP}(.*)", re.IGNORECASE)
 _HEADING = re.compile(rf"[#>*_`\s]*(?:final\s+)?answer{_MARKUP}", re.IGNORECASE)
+# Many evaluations ask for "The final answer is ...", and some for "I hope it is correct." after it.
 _SENTENCE = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s+is\s*:?\s*(.*)", re.IGNORECASE)
 _HOPE = re.compile(r"\.?\s*I hope it is correct\.?\s*\Z")
 _ONLY_MARKUP = re.compile(r"(?:\$\$|\\\[|\\\]|\\\(|\\\)|[`*_=~\-\s])*")
-_TAIL = 10_000  # characters of a response that are searched for a line
+# The number of last characters of a response in which a line is searched.
+_TAIL = 10_000
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last ``\boxed`` or ``\fbox`` holds; None where there is none or it stays open.
+    r"""Return what the last ``\boxed`` or ``\fbox`` holds.
 
-    A box without braces (``\boxed 5``, ``\boxed\frac{1}{2}``) holds what follows up to the next
-    white space or the end of the formula. A ``\boxed`` that a sentence only mentions is no box.
+    A box without braces (``\boxed 5``, ``\boxed\frac{1}{2}``) holds what follows, up to the next
+    white space or the end of the formula. A ``\boxed`` that a sentence only mentions is not a box.
+
+    Returns:
+        The content without white space at its ends. None if there is no box, or if it is not
+        closed.
     """
     for match in reversed(list(_BOX.finditer(text))):
         position = match.end()
         while position < len(text) and text[position].isspace():
             position += 1
         if text[position : position + 1] == "{":
+            # An open box at the end means that the response broke off. An earlier box is not its
+            # answer.
             end = closing_brace(text, position)
             return None if end is None else text[position + 1 : end].strip()
         bare = _bare_content(text, position)
@@ -40,12 +57,12 @@ def last_box(text: str) -> str | None:
 
 
 def has_braced_box(text: str) -> bool:
-    """Whether a box is opened anywhere, be it closed or not."""
+    """Return whether a box is opened anywhere, closed or not."""
     return _BRACED_BOX.search(text) is not None
 
 
 def closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that opens at ``start`` is closed; None where it never is. One pass."""
+    """Return the position of the brace that closes the one at ``start``, or None. One pass."""
     depth = 0
     for match in _BRACE.finditer(text, start):
         if match[0] == "{":
@@ -58,16 +75,20 @@ def closing_brace(text: str, start: int) -> int | None:
 
 
 def _bare_content(text: str, start: int) -> str | None:
-    r"""The number, single letter or command at ``start``, with all that is attached to it.
+    r"""Return the number, letter or command at ``start``, with all that is attached to it.
 
-    TeX itself would box the first digit of ``\boxed 12`` alone, which nobody means. A word is no
-    answer here: it is a sentence about boxes that goes on. None where a brace is never closed.
+    TeX itself would put only the first digit of ``\boxed 12`` into the box, which nobody means. A
+    word is not an answer here: it belongs to a sentence about boxes.
+
+    Returns:
+        "" if no answer begins there. None if a brace is never closed.
     """
     first = _BARE_START.match(text, start)
     if first is None:
         return ""
     position = start
     while position < len(text):
+        # A group in braces belongs to the command before it, as in \frac{1}{2}.
         if text[position] == "{":
             end = closing_brace(text, position)
             if end is None:
@@ -78,17 +99,23 @@ def _bare_content(text: str, start: int) -> str | None:
         if piece is None:
             break
         position = piece.end()
+    # The punctuation belongs to the sentence around the formula.
     content = text[start:position].rstrip(".,;:!?*`")
+    # "\boxed a number": one letter with a word behind it is an article, not a variable.
     goes_on = re.match(r"[ \t]+[a-z]", text[position : position + 40])
     return "" if len(content) == 1 and content.isalpha() and goes_on else content
 
 
 def answer_line(text: str) -> str | None:
-    """What follows ``Answer:`` or ``Final answer:`` in the last line that begins so.
+    """Return what follows ``Answer:`` or ``Final answer:`` in the last line that begins so.
 
-    Markdown around it does not count. Where nothing follows on the line, the next line that holds
-    anything is the answer; a line that is nothing but the word is such a heading too.
+    Markdown around it does not count. If nothing follows on that line, the answer is the next line
+    that is not empty. A line with nothing but the word "answer" is such a heading too.
+
+    Returns:
+        The answer, or None if there is no such line.
     """
+    # From the end: a response may write several such lines, and the last one is its decision.
     lines = text[-_TAIL:].splitlines()
     for index in range(len(lines) - 1, -1, -1):
         match = _LINE.fullmatch(lines[index])
@@ -100,7 +127,8 @@ def answer_line(text: str) -> str | None:
 
 
 def _clean(value: str) -> str:
-    """Without markup, and without the sentence of a prompt that many evaluations share."""
+    """Remove the markup, and a sentence that the prompts of many evaluations ask for."""
+    # A line like "---" or "$$" holds nothing, so the next line is looked at.
     if _ONLY_MARKUP.fullmatch(value):
         return ""
     text = _HOPE.sub("", value.strip()).strip("*`").strip()

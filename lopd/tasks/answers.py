@@ -1,4 +1,4 @@
-"""Base of tasks whose prompts are read from files: mathematics, plain text, code."""
+"""The base of tasks whose prompts are read from files: mathematics, plain text and code."""
 
 from __future__ import annotations
 
@@ -11,27 +11,41 @@ from lopd.tasks.verdicts import Verdict, final_part
 
 
 class FileTask(TaskOptions):
-    """A task that makes no prompts. A subclass gives ``judge_answer``; what comes before it is the
-    same for all.
+    """A task that generates no prompts.
+
+    A subclass implements ``judge_answer``. What comes before it is the same for all.
     """
 
+    # Off, because a response without an end would be right by its first attempt at an answer.
     judge_truncated: bool = Field(
-        default=False, description="Also judge a response that was cut off; false: it is wrong."
+        default=False,
+        description="Also judge a response that was cut off. If false, such a response is wrong.",
     )
 
     def generate_prompts(self, num: int, seed: int) -> list[Prompt]:
-        """ConfigError: always."""
-        remedy = "give prompts.*.file, and prompts.*.format where the file is of a public data set"
-        raise ConfigError(f"task {self.name} makes no prompts", where="prompts", remedy=remedy)
+        """Refuse: this task reads its prompts.
+
+        Raises:
+            ConfigError: Always.
+        """
+        # The configuration asks for num_prompts without a file.
+        raise ConfigError(
+            f"task {self.name} makes no prompts",
+            where="prompts",
+            remedy="give prompts.*.file, and prompts.*.format if it is a file of a public data set",
+        )
 
     def verify(self, prompt: Prompt, text: str, finish_reason: str) -> bool:
         """See Task."""
+        # One rule for both: a verdict and a boolean can never contradict each other.
         return self.judge(prompt, text, finish_reason).right
 
     def judge(self, prompt: Prompt, text: str, finish_reason: str) -> Verdict:
-        """A response that was cut off, or never left its thinking, is wrong; of others the part
-        after the thinking is judged.
+        """Judge a response by the part after its thinking.
+
+        A response that was cut off is wrong, and so is one that never ended its thinking.
         """
+        # The cheap reasons come first: they need no worker and no sandbox.
         if finish_reason != "stop" and not self.judge_truncated:
             return Verdict(False, "cut off")
         part = final_part(text)
@@ -42,9 +56,18 @@ class FileTask(TaskOptions):
         return self.judge_answer(prompt, prompt.answer, part)
 
     def answer_fault(self, prompt: Prompt) -> str:
-        """Why the prompt's answer cannot be compared with, or cannot be met; "" where it can."""
+        """Return why the prompt's answer cannot be used, or "" if it can.
+
+        It cannot be used if no response can be compared with it, or if no response can meet it.
+        """
         return ""
 
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
-        """part: the response after its thinking, end tokens removed."""
+        """Judge the final part of a response.
+
+        Args:
+            prompt: The prompt.
+            gold: The prompt's answer.
+            part: The response after its thinking, without end tokens.
+        """
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""Code: the program of a response passes the prompt's tests, each run in a sandbox
-(lopd.tasks.sandbox).
+"""The task ``code``: the program of a response passes the prompt's tests.
 
-A program is judged from outside: it sees the inputs, never the expected outputs. docs/tasks.md has
-the forms of tests, and what the sandbox does not protect from.
+Every test runs in a sandbox (lopd.tasks.sandbox). A program is judged from outside: it sees the
+inputs, but never the expected outputs. docs/tasks.md describes the forms of tests, and what the
+sandbox does not protect from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from lopd.tasks.code_blocks import MODULES, STARRED, defines, last_function, pro
 from lopd.tasks.code_tests import Test, Tests, read_tests, same_result
 from lopd.tasks.verdicts import Verdict
 
-_ROUNDING = Decimal("1e-9")  # relative
+# The relative error that a printed decimal fraction may have.
+_ROUNDING = Decimal("1e-9")
+# A longer word is no number that a test prints; Decimal would spend much time on it.
+_MAX_NUMBER_CHARS = 400
+# Wall-clock seconds of a test beside its CPU seconds: a program may wait while others compute.
+_WALL_FACTOR = 2
+_WALL_EXTRA_S = 2
+# The output is held in memory, and it counts as a file.
+_MAX_FILE_MB = 16
+
+# Programs in the sandbox: every program runs after the prelude, which imports what many solutions
+# use without an import of their own.
 _STARS = "".join(f"from {name} import *\n" for name in STARRED)
 _PRELUDE = f"""\
 import {MODULES}
@@ -36,7 +47,8 @@ names = {"__name__": "__main__"}
 exec(compile(open("prelude.py").read(), "prelude.py", "exec"), names)
 exec(compile(open("program.py").read(), "program.py", "exec"), names)
 """
-# of a called function the program's own prints go nowhere, its result to the descriptor kept aside
+# Calls a function of the program. What the program prints goes to /dev/null. The result is written
+# to the descriptor "kept", so that a print cannot be taken for it.
 _CALLER = """\
 import json, os, sys
 job = json.loads(sys.stdin.read())
@@ -81,7 +93,7 @@ os.write(kept, json.dumps(result, default=listed).encode())
 
 
 class Code(FileTask):
-    """The task ``code``: Python programs."""
+    """The task ``code``: programs in Python."""
 
     name: ClassVar[str] = "code"
 
@@ -90,39 +102,72 @@ class Code(FileTask):
         gt=0,
         le=600,
         strict=False,
-        description="CPU seconds of one test; twice as many and 2 of the clock.",
+        description=(
+            "The CPU seconds of one test. It may take twice as many seconds of the clock, plus 2."
+        ),
     )
-    memory_mb: int = Field(default=2048, ge=64, description="Memory of a process of the program.")
-    processes: int = Field(default=16, ge=1, description="Processes and threads of the program.")
+
+    # The address space counts, which is more than what is used.
+    memory_mb: int = Field(
+        default=2048,
+        ge=64,
+        description="The memory of one process of the program, in MB.",
+    )
+
+    # Numpy and the interpreter itself start threads, which count too.
+    processes: int = Field(
+        default=16,
+        ge=1,
+        description="The most processes and threads that the program may have at once.",
+    )
+
     disk_mb: int = Field(
         default=64,
         ge=1,
-        description="All that the program may write (per file where the sandbox has no disk of its own).",
+        description=(
+            "The most MB that the program may write. If the sandbox cannot limit the sum, this is "
+            "the limit of one file."
+        ),
     )
+
+    # For quick evaluations while a model trains: some problems have a hundred tests.
     max_tests: int | None = Field(
-        default=None, ge=1, description="Run only the first tests of a problem; absent: all."
+        default=None,
+        ge=1,
+        description="Run only this number of first tests of a problem. If absent, all tests run.",
     )
+
     packages: bool = Field(
         default=False,
-        description="Programs may import what is installed in this environment (numpy).",
+        description="Programs may import the packages of this environment, for example numpy.",
     )
+
+    # Off, because the programs come from a model: nobody has read them.
     allow_weak_sandbox: bool = Field(
         default=False,
-        description="Run code also where it can reach the network or foreign files (docs/tasks.md).",
+        description=(
+            "Also run programs on a machine that cannot keep them from the network or from files "
+            "of others (docs/tasks.md)."
+        ),
     )
 
     def check_machine(self) -> str:
-        """One line on the protections here. ConfigError: too few, and allow_weak_sandbox is not
-        set.
+        """Return one line about the protections of this machine.
+
+        Raises:
+            ConfigError: There are too few, and ``allow_weak_sandbox`` is not set.
         """
         return sandbox.require(self.allow_weak_sandbox).describe()
 
     def judge_answer(self, prompt: Prompt, gold: str, part: str) -> Verdict:
-        """See FileTask. Tests run in order, up to the first that fails."""
+        """See FileTask. The tests run in order, up to the first that fails."""
         try:
+            # Cached, because many responses answer the same prompt.
             tests = read_tests(gold, self.packages)
         except DataError:
             return Verdict(False, "the prompt's tests cannot be read")
+        # Tests with "candidate" name no function. Then it is the function that the question begins,
+        # or else the last one of the program.
         asked = _asked_function(prompt) if tests.needs_candidate else ""
         program = program_of(part, tests.called | ({asked} if asked else set()))
         if program is None:
@@ -130,8 +175,11 @@ class Code(FileTask):
         if tests.needs_candidate:
             candidate = asked if defines(program, asked) else last_function(program)
             tests = replace(tests, function=candidate)
+        # Asked again here: a caller may judge without check_machine.
         held = sandbox.require(self.allow_weak_sandbox)
         chosen = tests.tests[: self.max_tests]
+        # A program passes if one reading of the expected results holds for all tests. A test may
+        # leave several readings, so the set becomes smaller from test to test.
         readings = set(range(tests.readings))
         for number, test in enumerate(chosen, start=1):
             reason, holding = self._run(program, test, tests, held)
@@ -156,67 +204,96 @@ class Code(FileTask):
         tests: Tests,
         held: sandbox.Protections,
     ) -> tuple[str, set[int]]:
-        """Why the program fails this test, or nothing, and the readings by which it passes."""
-        disk = min(16, self.disk_mb)
-        bounds = (self.limit_s, 2 * self.limit_s + 2, self.memory_mb, self.processes, self.disk_mb)
-        limits = sandbox.Limits(*bounds, disk)
+        """Run one test.
+
+        Returns:
+            The reason why the program fails, or "". And the readings by which it passes.
+        """
+        # A check returns this value if all its statements held. A program that only ends the
+        # process with code 0 does not return it.
         proof = secrets.token_hex(8)
-        every = set(range(tests.readings))
-        if test.kind == "stdin":
-            main, stdin = _PROGRAM, str(test.given).encode()
-        else:
-            job: dict[str, Any] = {"function": tests.function, "arguments": test.given}
-            if test.kind == "check":
-                candidate = tests.function if tests.needs_candidate else ""
-                job = {"check": test.given, "proof": proof, "candidate": candidate}
-            main, stdin = _CALLER, json.dumps(job).encode()
-        files = {"main.py": main, "prelude.py": _PRELUDE, "program.py": program}
-        outcome = sandbox.run(
-            self._command(held),
-            files=files,
-            stdin=stdin,
-            limits=limits,
-            packages=self.packages,
-            protections_used=held,
-        )
+        outcome = self._outcome(program, test, tests, proof, held)
+        # A program that is stopped at a limit has no meaningful output.
         if outcome.timed_out:
             return "time limit", set()
         if outcome.code != 0:
+            # Python ends with a MemoryError if RLIMIT_AS refuses memory.
             short = b"MemoryError" in outcome.stderr[-200:]
             return "memory limit" if short else "error", set()
         printed = outcome.stdout.decode("utf-8", "replace")
+        every = set(range(tests.readings))
         if test.kind == "stdin":
             return "", every if same_output(printed, str(test.expected)) else set()
         try:
             result = json.loads(printed)
         except ValueError:
+            # A function whose result is no JSON, or a program that has ended the process early.
             return "no result", set()
         if test.kind == "check":
             return "", every if result == proof else set()
         holding = (index for index in every if same_result(result, test.expected[index]))
         return "", set(holding)
 
+    def _outcome(
+        self, program: str, test: Test, tests: Tests, proof: str, held: sandbox.Protections
+    ) -> sandbox.Outcome:
+        if test.kind == "stdin":
+            # The program reads its input by itself. For the other two kinds the input is the job of
+            # the caller.
+            main = _PROGRAM
+            stdin = str(test.given).encode()
+        else:
+            job: dict[str, Any] = {"function": tests.function, "arguments": test.given}
+            if test.kind == "check":
+                candidate = tests.function if tests.needs_candidate else ""
+                job = {"check": test.given, "proof": proof, "candidate": candidate}
+            main = _CALLER
+            stdin = json.dumps(job).encode()
+        return sandbox.run(
+            self._command(held),
+            files={"main.py": main, "prelude.py": _PRELUDE, "program.py": program},
+            stdin=stdin,
+            limits=self._limits(),
+            packages=self.packages,
+            protections_used=held,
+        )
+
+    def _limits(self) -> sandbox.Limits:
+        return sandbox.Limits(
+            cpu_s=self.limit_s,
+            wall_s=_WALL_FACTOR * self.limit_s + _WALL_EXTRA_S,
+            memory_mb=self.memory_mb,
+            processes=self.processes,
+            disk_mb=self.disk_mb,
+            file_mb=min(_MAX_FILE_MB, self.disk_mb),
+        )
+
     def _command(self, held: sandbox.Protections) -> list[str]:
+        # Its standard library is readable in the sandbox (readonly_folders).
         python = sandbox.interpreter(held, packages=self.packages)
+        # -I: no folder and no variable of this user; -S: no site-packages.
         return [python, "-I", *([] if self.packages else ["-S"]), "main.py"]
 
 
 def _asked_function(prompt: Prompt) -> str:
-    """The last function that the question begins to write; "" where it writes none."""
+    """Return the last function that the question begins to write, or ""."""
+    # Starter code in a question may define helpers first.
     found = re.findall(r"^\s*def\s+(\w+)\s*\(", prompt.messages[-1]["content"], re.MULTILINE)
     return found[-1] if found else ""
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Line by line, white space at the ends of lines and empty lines at the end aside.
+    """Compare line by line.
 
-    Numbers may be written differently (1.0 and 1). Where a decimal fraction is expected, the
-    number may be off by a billionth of it, which is what arithmetic in double precision leaves.
+    White space at the ends of lines does not count, nor do empty lines at the end. A number may be
+    written differently (1.0 and 1). If a decimal fraction is expected, the number may be wrong by a
+    billionth of it, which is what arithmetic in double precision leaves.
     """
     texts = (printed, expected)
     mine, theirs = ([line.split() for line in text.rstrip().splitlines()] for text in texts)
     if mine == theirs:
         return True
+    # Pairs of words exist only if every line has the same number of words.
     if [len(line) for line in mine] != [len(line) for line in theirs]:
         return False
     pairs = zip(mine, theirs, strict=True)
@@ -227,12 +304,15 @@ def _same_word(one: str, expected: str) -> bool:
     if one == expected:
         return True
     try:
-        if len(one) >= 400 or len(expected) >= 400:
+        if max(len(one), len(expected)) >= _MAX_NUMBER_CHARS:
             return False
-        mine, theirs = Decimal(one), Decimal(expected)
+        mine = Decimal(one)
+        theirs = Decimal(expected)
         if mine == theirs:
             return True
+        # Whole numbers must be equal. The point in the expected text says that it is a fraction.
         fraction = "." in expected and mine.is_finite() and theirs.is_finite()
         return fraction and abs(mine - theirs) <= _ROUNDING * abs(theirs)
     except InvalidOperation:
+        # One of them is a word and no number.
         return False

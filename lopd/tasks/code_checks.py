@@ -1,7 +1,11 @@
-"""Tests of a code problem that are Python statements: do they check anything, and how are they run?
+"""Reads tests of a code problem that are Python statements.
 
-Known shapes: plain ``assert`` statements, functions ``test_...``, classes of ``unittest``, and a
-function ``check(candidate)`` to which the program's function is given.
+It finds out whether they check anything, and how they must be called. The known forms are plain
+``assert`` statements, functions ``test_...``, classes of ``unittest``, and a function
+``check(candidate)`` that gets the program's function.
+
+All decisions are made from the syntax tree. The tests do not run here, because they came from the
+internet like the programs.
 """
 
 from __future__ import annotations
@@ -15,22 +19,29 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+# Names of functions and methods that check something: assertEqual, assert_allclose, fail.
 _ASSERTS = re.compile(r"assert|fail\Z")
 _TEST_NAME = re.compile(r"test")
-_SOLUTION_MODULE = "solution"  # the name under which some data sets' tests import the program
+# The name by which the tests of some data sets import the program.
+_SOLUTION_MODULE = "solution"
+# Statements whose body does not run where they stand.
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _UNUSED = "the tests' text runs no assertion"
 
 
 class UnusableTextError(ValueError):
-    """Why a text of tests cannot tell a right program from a wrong one."""
+    """The text of the tests cannot tell a right program from a wrong one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Statements to run after the program. called: functions that a program must define.
+    """Statements that run after the program.
 
-    needs_candidate: ``candidate`` is to be the program's own last function, for want of a name.
+    Attributes:
+        code: The statements.
+        called: The functions that a program must define.
+        needs_candidate: ``candidate`` must be the program's last function, because the problem
+            names none.
     """
 
     code: str
@@ -39,16 +50,25 @@ class Check:
 
 
 def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> Check:
-    """The statements of a test, with calls of what the text defines and nobody calls.
+    """Return the statements of a test, with the calls that the text itself lacks.
 
-    entry_point: the function that ``check(candidate)`` is given. UnusableTextError: see there.
+    Args:
+        text: Python source.
+        entry_point: The name of the function that ``check(candidate)`` gets, or "".
+        packages: Whether the tests may import packages of this environment.
+
+    Raises:
+        UnusableTextError: The text is not Python, checks nothing, or needs what programs do not
+            have.
     """
     try:
         with warnings.catch_warnings():
+            # An invalid escape in a string gives a warning, which is of no interest here.
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UnusableTextError(f"the tests' text is no Python ({error})") from None
+        # The last two come from text that is nested too deeply for the parser.
+        raise UnusableTextError(f"the tests' text is not Python ({error})") from None
     try:
         return _check(tree, entry_point, packages)
     except RecursionError:
@@ -57,33 +77,48 @@ def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> C
 
 def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
     _importable(tree, packages)
+    # From here on only the statements that run.
     body = list(_statements(tree.body))
+    # Some data sets hide a test that they have lost behind this statement.
     if any(isinstance(one, ast.Assert) and ast.unparse(one.test) == "False" for one in body):
         raise UnusableTextError("the tests' text asserts False, which no program meets")
     calls, needs_candidate = _calls(body, entry_point)
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    # Without calls the assertions must stand on the top level, or in functions that run from there.
     if not calls and not _asserts(body, functions):
         raise UnusableTextError(_UNUSED)
+    # As text again, because the sandbox compiles it in another process.
     code = ast.unparse(ast.Module([*body, *ast.parse("\n".join(calls)).body], []))
+    # With an entry point the program must have it. Otherwise what the tests call by a bare name
+    # must come from the program.
     called = frozenset([entry_point]) if entry_point else _foreign_calls(ast.parse(code))
     return Check(code, called, needs_candidate)
 
 
 def _calls(body: Sequence[ast.stmt], entry_point: str) -> tuple[list[str], bool]:
-    """Calls of functions and classes of tests that nothing in the text calls itself."""
+    """Return calls of the test functions and test classes that the text itself does not call.
+
+    Returns:
+        The calls, and whether one of them needs the name ``candidate``.
+    """
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     called = _called_names(node for node in body if not isinstance(node, ast.FunctionDef))
     calls: list[str] = []
     needs_candidate = False
     for node in body:
+        # Only definitions have a name. The others run where they stand.
         name = getattr(node, "name", "")
+        # The text runs this function itself, perhaps with arguments.
         if name in called:
             continue
+        # What nobody can call must be refused by name: to leave it out would make a test that
+        # passes every program.
         if isinstance(node, ast.AsyncFunctionDef) and _TEST_NAME.match(name):
             raise UnusableTextError(f"{name} is asynchronous, and nothing here would run it")
         if isinstance(node, ast.ClassDef) and _asserts(ast.walk(node), functions):
             calls.append(_call_of_class(node))
         elif isinstance(node, ast.FunctionDef) and _asserts(node.body, functions):
+            # The number of arguments without a default.
             needed = len(node.args.posonlyargs + node.args.args) - len(node.args.defaults)
             if name == "check" and needed == 0:
                 calls.append("check()")
@@ -98,8 +133,13 @@ def _calls(body: Sequence[ast.stmt], entry_point: str) -> tuple[list[str], bool]
 
 
 def _call_of_class(node: ast.ClassDef) -> str:
-    """Runs the tests of a class, those of unittest by their own runner."""
+    """Return the statements that run the tests of a class.
+
+    Classes of unittest have their own runner.
+    """
+    # "unittest.TestCase" and "TestCase" are the same base.
     bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+    # Its event loop makes a pair of sockets, which the sandbox refuses.
     if "IsolatedAsyncioTestCase" in bases:
         raise UnusableTextError(f"{node.name} needs sockets, which programs do not have")
     methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
@@ -108,6 +148,8 @@ def _call_of_class(node: ast.ClassDef) -> str:
         raise UnusableTextError(f"the class {node.name} has no method that begins with test")
     if "TestCase" in bases:
         return f"_run_unittest({node.name})"
+    # A class without unittest is pytest's: each test has a new object and the argument self.
+    # Methods that prepare something, and further arguments, would need pytest itself.
     prepared = any(re.match("setup|teardown", one.name) for one in methods)
     if prepared or any(len(one.args.args) != 1 for one in methods if one.name in names):
         raise UnusableTextError(f"{node.name} needs arguments or fixtures that nobody gives")
@@ -115,7 +157,13 @@ def _call_of_class(node: ast.ClassDef) -> str:
 
 
 def _asserts(nodes: Iterable[ast.AST], functions: dict[str, ast.FunctionDef]) -> bool:
-    """Whether running these statements checks something, functions that they call included."""
+    """Return whether running these statements checks something, called functions included.
+
+    Args:
+        nodes: The statements.
+        functions: The text's own functions, by name.
+    """
+    # A stack instead of a recursion: functions may call each other in a circle.
     waiting = list(nodes)
     seen: set[str] = set()
     while waiting:
@@ -126,11 +174,13 @@ def _asserts(nodes: Iterable[ast.AST], functions: dict[str, ast.FunctionDef]) ->
             return True
         if isinstance(node, ast.Call):
             name = _name_of(node.func)
+            # An own function may be named assert_equal and check nothing: its body decides.
             if _ASSERTS.match(name) and name not in functions:
                 return True
             if name in functions and name not in seen:
                 seen.add(name)
                 waiting.extend(functions[name].body)
+        # The assertions of a "try" count only if its handlers let a failure through.
         if isinstance(node, ast.Try) and any(map(_swallows, node.handlers)):
             waiting += [*node.handlers, *node.orelse, *node.finalbody]
         elif not isinstance(node, _DEFINITIONS):
@@ -139,10 +189,12 @@ def _asserts(nodes: Iterable[ast.AST], functions: dict[str, ast.FunctionDef]) ->
 
 
 def _swallows(handler: ast.ExceptHandler) -> bool:
-    """Whether a failed assertion ends here, and the tests go on as if it had held."""
+    """Return whether a failed assertion ends here, and the tests continue as if it had held."""
+    # A bare except catches everything.
     caught = "BaseException" if handler.type is None else ast.unparse(handler.type)
     if not re.search(r"\b(AssertionError|Exception|BaseException)\b", caught):
         return False
+    # A handler that raises, asserts or ends the process passes the failure on.
     ends = (ast.Raise, ast.Assert)
     inside = [node for one in handler.body for node in ast.walk(one)]
     fails = {"fail", "exit", "_exit"} & _called_names(inside)
@@ -150,19 +202,22 @@ def _swallows(handler: ast.ExceptHandler) -> bool:
 
 
 def _depends(test: ast.expr) -> bool:
-    """False of ``assert True``, and of ``assert (f(1) == 2, "words")``, which is always true.
+    """Return whether the outcome of an assertion depends on the program.
 
+    ``assert True`` does not, nor does ``assert (f(1) == 2, "words")``, which is always true.
     ``assert False`` does: it stands where a right program does not come.
     """
     if isinstance(test, ast.Constant):
         return not test.value
     if isinstance(test, ast.Tuple):
         return False
+    # An expression of constants and built-in functions alone has always the same value.
     names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
     return bool(names - set(dir(builtins)))
 
 
 def _is_failure(node: ast.Raise) -> bool:
+    """Return whether a statement raises an AssertionError or something like it."""
     return node.exc is not None and "Assert" in ast.unparse(node.exc)
 
 
@@ -178,7 +233,8 @@ def _called_names(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def _foreign_calls(tree: ast.Module) -> frozenset[str]:
-    """What the statements call by a bare name that neither they nor Python define."""
+    """Return the bare names that the statements call, and that neither they nor Python define."""
+    # The first two are defined by the script that runs the tests (lopd.tasks.code).
     own = {"candidate", "_run_unittest", *dir(builtins)}
     called = set()
     for node in ast.walk(tree):
@@ -187,6 +243,7 @@ def _foreign_calls(tree: ast.Module) -> frozenset[str]:
                 own.add(name)
             case ast.Name(id=name, ctx=ast.Store()):
                 own.add(name)
+            # What comes from the program's own module is the program's to define.
             case ast.ImportFrom(module=module, names=aliases) if module != _SOLUTION_MODULE:
                 own.update(alias.asname or alias.name for alias in aliases)
             case ast.Call(func=ast.Name(id=name)):
@@ -195,19 +252,28 @@ def _foreign_calls(tree: ast.Module) -> frozenset[str]:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Also those meant for a script; without ``unittest.main()`` and ``pytest.main()``."""
+    """Return the statements, without ``unittest.main()`` and ``pytest.main()``.
+
+    Statements under ``if __name__ == "__main__"`` are part of them.
+    """
     for node in body:
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
             yield from _statements(node.body)
             continue
         value = node.value if isinstance(node, ast.Expr) else None
         runner = ast.unparse(value.func) if isinstance(value, ast.Call) else ""
+        # These runners would look for tests in a file that does not exist, and then end the
+        # process.
         if runner not in ("unittest.main", "pytest.main", "sys.exit"):
             yield node
 
 
 def _importable(tree: ast.Module, packages: bool) -> None:
-    """UnusableTextError: the tests import what programs do not have."""
+    """Check the imports of the tests.
+
+    Raises:
+        UnusableTextError: The tests import what programs do not have.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -215,6 +281,7 @@ def _importable(tree: ast.Module, packages: bool) -> None:
             modules = [node.module]
         else:
             continue
+        # Of a.b.c only the package a can be missing as a whole.
         for module in (name.split(".")[0] for name in modules):
             known = module in sys.stdlib_module_names or module == _SOLUTION_MODULE
             if not known and not (packages and importlib.util.find_spec(module) is not None):

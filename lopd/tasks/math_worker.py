@@ -1,5 +1,6 @@
-"""Are two mathematical answers equal? A worker (lopd.tasks.workers) around math-verify, whose
-parsing and simplification may take for ever.
+"""Compares two mathematical answers. This module is the program of a worker (lopd.tasks.workers).
+
+It runs math-verify, whose parsing and simplification may take forever.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from lopd.tasks.workers import serve
 
 
 def main() -> None:
+    """Answer jobs until the input ends.
+
+    A job is ``{"gold": ..., "answer": ...}``, both as LaTeX. The reply is ``{"right": true or
+    false}``, or ``{"failed": "gold"}`` or ``{"failed": "parse"}`` for a text that cannot be read.
+    With ``"gold_only": true`` the job only finds out whether ``gold`` can be read; the reply is
+    then ``{}``.
+    """
+    # math-verify logs every text that it cannot parse.
     logging.disable(logging.CRITICAL)
+    # These take seconds. Only a worker imports them.
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from sympy import Eq
 
@@ -22,50 +32,52 @@ def main() -> None:
     in_box = [LatexExtractionConfig(boxed_match_priority=0)]
     anywhere = [LatexExtractionConfig(), ExprExtractionConfig()]
 
+    # Many responses answer the same prompt, so its answer is parsed once.
     @lru_cache(maxsize=256)
     def gold_of(text: str) -> Any:
-        return parse(f"${text}$", anywhere, parsing_timeout=None) or parse(
-            text, anywhere, parsing_timeout=None
-        )
+        # As a formula first, because that is what most data sets write without the dollars.
+        as_formula = parse(f"${text}$", anywhere, parsing_timeout=None)
+        return as_formula or parse(text, anywhere, parsing_timeout=None)
 
     sample = parse("\\boxed{7}", in_box, parsing_timeout=None)
 
     def equal(gold: Any, answer: Any) -> bool:
-        return bool(
-            verify(gold, answer, timeout_seconds=None)
-        )  # the worker's own limit holds; math-verify's would need the alarm for itself
+        # math-verify's own timeout would use the alarm signal, which the worker's limit needs.
+        return bool(verify(gold, answer, timeout_seconds=None))
 
     def compute(job: dict[str, Any]) -> dict[str, Any]:
         gold = gold_of(job["gold"])
         if not gold:
             return {"failed": "gold"}
         if job.get("gold_only"):
-            equal(gold, sample)  # what any comparison costs, within the limits of one
+            # The comparison with a sample costs what any comparison costs, under the same limits.
+            equal(gold, sample)
             return {}
         answer = parse(f"\\boxed{{{job['answer']}}}", in_box, parsing_timeout=None)
         if not answer:
             return {"failed": "parse"}
+        # math-verify first, then what it accepts too easily.
         right = equal(gold, answer)
         if right and isinstance(answer[0], Eq) and not answer[0].lhs.free_symbols:
-            right = equal(
-                gold, [answer[0].lhs]
-            )  # math-verify looks at the right side of an equation alone: 205=204 would be right for 204
+            # math-verify looks only at the right side of an equation. Without this, 205=204 would
+            # be right for 204.
+            right = equal(gold, [answer[0].lhs])
         if right:
             right = not wrongly_right(gold[0], answer[0], job)
         return {"right": right}
 
     def wrongly_right(gold: Any, answer: Any, job: dict[str, Any]) -> bool:
-        """Whether math-verify is too kind: it rounds, and takes a set for a tuple."""
+        """Return whether math-verify accepts too much: it rounds, and takes a set for a tuple."""
         texts = (job["gold"], job["answer"])
+        # Without written braces the list 3,4 is parsed as a set too. Then only its members count.
         braces = any(is_braced_set(text) for text in texts)
         if (unlike if braces else unlike_members)(gold, answer):
             return True
-        # 50\% is both 0.5 and 50 (docs/tasks.md), so there is no one number to compare
+        # 50\% is both 0.5 and 50 (docs/tasks.md), so there is no one number to compare.
         return not any("%" in text for text in texts) and contradicts(gold, answer)
 
-    compute(
-        {"gold": "\\frac{1}{2}", "answer": "0.5"}
-    )  # what is built at the first use is built before the first limit runs
+    # What is built at the first use is built here, before the first limit runs.
+    compute({"gold": "\\frac{1}{2}", "answer": "0.5"})
     serve(compute)
 
 

@@ -1,5 +1,6 @@
-"""Rows of JSONL, JSON and Parquet files, and values in their nested columns. Local files and
-folders only; nothing is loaded into memory as a whole.
+"""Reads rows of JSONL, JSON and Parquet files, and values in their nested columns.
+
+It reads local files and folders only. No file is loaded into memory as a whole, except .json.
 """
 
 from __future__ import annotations
@@ -16,51 +17,62 @@ from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".parquet", ".json")
-_BATCH = 64  # Parquet rows decoded at a time: a row of reasoning data can be 100 KB
+# Parquet rows that are decoded at a time. A row of reasoning data can have 100 KB.
+_BATCH = 64
+# One step of a path: a name, or an index in brackets.
 _STEP = re.compile(r"([^.\[\]]+)|\[(-?\d+)\]")
-MISSING = object()  # of ``value_at``: the row has no such value
+# The result of value_at if the row has no such value. None would be a value of the row.
+MISSING = object()
 
 
 class Row:
-    """One row and where it stands. ``number`` counts lines of JSONL and rows of Parquet from 1."""
+    """One row and its place.
+
+    Attributes:
+        values: The row, usually a dict.
+        file: Its file.
+        number: The number of the line (JSONL) or of the row (Parquet), from 1.
+    """
 
     __slots__ = ("file", "number", "values")
 
     def __init__(self, values: Any, file: Path, number: int) -> None:
-        self.values, self.file, self.number = values, file, number
+        self.values = values
+        self.file = file
+        self.number = number
 
     @property
     def where(self) -> str:
+        """The place of the row, for messages."""
         return f"{self.file}:{self.number}"
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or a folder's files of one kind (.jsonl, .parquet, .json), also in folders
-    below it, sorted by path.
+    """Return the file itself, or a folder's files of one kind, sorted by path.
 
-    DataError: nothing there, no such file in the folder, or files of several kinds, of which one
-    set must be chosen.
+    The kinds are .jsonl, .parquet and .json. Files in folders below count too.
+
+    Raises:
+        DataError: The path or its files do not exist, or the folder holds several kinds.
     """
     if not path.is_dir():
         return [path]
     try:
-        found = {
-            suffix: sorted(
-                file
-                for file in path.rglob(f"*{suffix}")
-                if file.is_file() and not _hidden(file, path)
-            )
-            for suffix in SUFFIXES
-        }
+        found: dict[str, list[Path]] = {}
+        for suffix in SUFFIXES:
+            files = path.rglob(f"*{suffix}")
+            found[suffix] = sorted(file for file in files if _is_data(file, path))
     except OSError as error:
+        # A folder inside may be forbidden, or a file of the kernel's that cannot be listed.
         raise DataError(
             f"cannot be read ({error.strerror})",
             where=str(error.filename or path),
             remedy="give a folder that holds prompts alone",
         ) from None
-    kinds = [suffix for suffix in (".jsonl", ".parquet") if found[suffix]] or [
-        suffix for suffix in (".json",) if found[suffix]
-    ]
+    # Beside data there are often .json files about it (dataset_info.json), so .json counts only if
+    # it is alone.
+    kinds = [suffix for suffix in (".jsonl", ".parquet") if found[suffix]]
+    kinds = kinds or [suffix for suffix in (".json",) if found[suffix]]
     if not kinds:
         raise DataError(
             "no prompts in this folder",
@@ -68,28 +80,35 @@ def files_of(path: Path) -> list[Path]:
             limit=f"files ending in {', '.join(SUFFIXES)}",
             remedy="give the file with the prompts",
         )
+    # Often the same data twice, in two forms.
     if len(kinds) > 1:
         raise DataError(
-            f"files of several kinds in this folder ({', '.join(kinds)})",
+            f"this folder has files of several kinds ({', '.join(kinds)})",
             where=str(path),
             remedy="give one file, or a folder with one kind",
         )
     return found[kinds[0]]
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _is_data(file: Path, root: Path) -> bool:
+    # Downloads keep metadata and partial files in folders like .cache.
+    is_hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.is_file() and not is_hidden
 
 
 def content_hash(path: Path) -> str | None:
-    """sha256 of a file, or of a folder's prompt files with their names; None where there is none
-    yet (reading it says so).
+    """Return the sha256 of a file, or of a folder's prompt files with their names.
+
+    Returns:
+        None if the path does not exist yet. Reading it will say so.
     """
+    # Size and time of change are asked for now: the cache below must not answer for older content.
     if path.is_file():
         about = path.stat()
         return _file_hash(path, about.st_size, about.st_mtime_ns)
     if not path.is_dir():
         return None
+    # The names count, because the order of the files decides the order of the prompts.
     digest = hashlib.sha256()
     for file in files_of(path):
         digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\n".encode())
@@ -98,36 +117,42 @@ def content_hash(path: Path) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _file_hash(path: Path, size: int, changed_ns: int) -> str:
-    """Kept for this process: every stage asks, and a data set may have 30 GB. size, changed_ns:
-    another content is another question.
+    """Return the sha256 of a file. It is kept for this process.
+
+    Every stage asks for it, and a data set may have 30 GB. Size and time of the last change are
+    part of the key, so that a changed file is read again.
     """
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[Row]:
-    """Every row, in order. columns: the top-level columns that are needed, where they exist
-    (Parquet then reads no others); empty: all.
+    """Yield every row, in order.
 
-    DataError (with the file and the line): no such file, unreadable, not JSON, not Parquet, a row
-    that is no object.
+    Args:
+        path: A file or a folder.
+        columns: The top-level columns that are needed, if they exist. Parquet then reads no others.
+            Empty means all.
+
+    Raises:
+        DataError: The file is missing or unreadable, or a row is not JSON. The message has the file
+            and the line.
     """
     for file in files_of(path):
-        yield from (
-            _read_parquet(file, columns)
-            if file.suffix == ".parquet"
-            else _read_json(file)
-            if file.suffix == ".json"
-            else _read_jsonl(file)
-        )
+        if file.suffix == ".parquet":
+            yield from _read_parquet(file, columns)
+        elif file.suffix == ".json":
+            yield from _read_json(file)
+        else:
+            yield from _read_jsonl(file)
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
     try:
-        with file.open(
-            encoding="utf-8-sig", newline="\n"
-        ) as handle:  # newline: a line ends at \n alone; JSON may hold other separators
+        # A line ends at \n alone: text in JSON may hold other separators of lines.
+        with file.open(encoding="utf-8-sig", newline="\n") as handle:
             for number, line in enumerate(handle, start=1):
+                # Many files end with an empty line.
                 if line.strip():
                     yield Row(_parse(line, f"{file}:{number}"), file, number)
     except FileNotFoundError:
@@ -144,14 +169,16 @@ def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
+        # A RecursionError means thousands of nested brackets.
         raise DataError(
-            f"not valid JSON ({error})", where=where, remedy="one JSON object a line"
+            f"not valid JSON ({error})", where=where, remedy="write one JSON object per line"
         ) from None
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    """A list of objects, or JSONL under the name .json, as some data sets have it."""
+    """Yield the rows of a .json file: a list of objects, or JSONL under that name."""
     try:
+        # JSON has no rows that could be read one by one.
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise _absent(file) from None
@@ -167,13 +194,16 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 
 def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
+    # Imported here, because pyarrow takes long and most runs read JSONL.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(file) as table:
+            # Columns that the file lacks are no mistake here: a format names alternatives.
             chosen = [name for name in table.schema_arrow.names if not columns or name in columns]
+            # In order, and only one batch in memory.
             for batch in table.iter_batches(_BATCH, columns=chosen):
                 for values in batch.to_pylist():
                     number += 1
@@ -181,6 +211,7 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
     except FileNotFoundError:
         raise _absent(file) from None
     except (pa.ArrowException, OSError) as error:
+        # Arrow's messages have many lines, of which the first says what is wrong.
         raise DataError(
             f"cannot be read as Parquet ({str(error).splitlines()[0]})",
             where=str(file),
@@ -189,6 +220,7 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
 
 
 def _absent(file: Path) -> DataError:
+    # A name on the hub needs a download, and not another path.
     remedy = remedy_for(
         file,
         "give the path of a JSONL or Parquet file with prompts, or of a folder with such files",
@@ -196,12 +228,15 @@ def _absent(file: Path) -> DataError:
     return DataError("no such file", where=str(file), remedy=remedy)
 
 
-# ---- nested columns -------------------------------------------------------------------------------------------------------------------------------
-
-
 def parse_path(path: str, where: str) -> list[str | int]:
-    """``reward_model.ground_truth`` and ``prompt[0].content`` as steps. ConfigError: not of this
-    form.
+    """Return ``reward_model.ground_truth`` or ``prompt[0].content`` as steps.
+
+    Args:
+        path: Names with dots between them, and indices in brackets.
+        where: The key that holds the path, for a message.
+
+    Raises:
+        ConfigError: The path does not have this form.
     """
     steps: list[str | int] = []
     position = 0
@@ -213,9 +248,10 @@ def parse_path(path: str, where: str) -> list[str | int]:
             break
         steps.append(match[1] if match[1] is not None else int(match[2]))
         position = match.end()
+    # The loop stops early at a character that no step begins with.
     if position < len(path) or not steps or path.endswith("."):
         raise ConfigError(
-            f"{path!r:.80} is no path to a column",
+            f"{path!r:.80} is not a path to a column",
             where=where,
             remedy="write for example answer, reward_model.ground_truth, prompt[0].content",
         )
@@ -223,16 +259,21 @@ def parse_path(path: str, where: str) -> list[str | int]:
 
 
 def value_at(values: Any, steps: list[str | int]) -> Any:
-    """The value at the end of the steps, or MISSING. A JSON text on the way is read as JSON (some
-    data sets nest it as text).
+    """Return the value at the end of the steps, or MISSING.
+
+    JSON text on the way is read as JSON, because some data sets nest their columns as text.
     """
     for step in steps:
+        # Only text that begins like JSON, so that most columns are not parsed. "" is in every text,
+        # and then json.loads fails.
         if isinstance(values, str) and values[:1] in "{[":
             try:
                 values = json.loads(values)
             except ValueError:
                 return MISSING
+        # A path that does not fit a row is no mistake: the row has no such value.
         if isinstance(step, int):
+            # A negative index counts from the end, as in Python.
             if not isinstance(values, list) or not -len(values) <= step < len(values):
                 return MISSING
             values = values[step]

@@ -1,8 +1,8 @@
-"""Runs untrusted programs: without network, with their own files, and with limits on time, memory,
-processes and output. Linux only.
+"""Runs untrusted programs, with their own files and with limits. Linux only.
 
-Which protections hold depends on what this machine permits; ``protections()`` tries them out and
-says so. docs/tasks.md says what they do not protect from.
+A program has no network, and limits on time, memory, processes and output. Which protections hold
+depends on what this machine permits; ``protections()`` tries them and says so. docs/tasks.md says
+what they do not protect from.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from lopd.errors import ConfigError
+from lopd.tasks.system_calls import kernel_facts
 
+# A script that is started as a process of its own, not a module that is imported.
 _LAUNCHER = str(Path(__file__).with_name("sandbox_launcher.py"))
+# What programs of the system need: libraries, the linker's cache, and the clock's zone.
 _SYSTEM = (
     "/usr",
     "/bin",
@@ -36,21 +40,32 @@ _SYSTEM = (
     "/etc/alternatives",
     "/etc/localtime",
 )
-# of programs started by root: a number of its own each, that no account has; limits of processes
-# count per user
+# Programs that root starts get a user of their own, with a number that no account has: the kernel
+# counts processes per user, and one program must not use up the limit of another. Numbers from
+# 0x70000000 on are free on common systems.
 _FIRST_UID = 1_879_048_192
+_UIDS_PER_PROCESS = 512
 _slots = itertools.count()
-_START_S = 20.0  # the launcher's own time, added to the program's limit: a busy machine
+# Seconds that the launcher itself may take on a busy machine, beside the program's limit.
+_START_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one program. memory is per process; processes count threads; disk is all it may write,
-    file one file (and each of stdout and stderr).
+    """The limits of one program.
+
+    Attributes:
+        cpu_s: CPU seconds.
+        wall_s: Seconds of the clock.
+        memory_mb: MB of memory of each process.
+        processes: Processes and threads at once.
+        disk_mb: MB that it may write, all files together.
+        file_mb: MB of one file, and of each of stdout and stderr.
     """
 
     cpu_s: float = 10.0
     wall_s: float = 30.0
+    # Of each process, because the kernel has no limit of the sum for programs without cgroups.
     memory_mb: int = 1024
     processes: int = 16
     disk_mb: int = 64
@@ -59,41 +74,59 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Protections:
-    """What holds here. mode: namespaces, filters or none. missing: what was tried and why it does
-    not work.
+    """The protections that hold on this machine.
+
+    Attributes:
+        mode: namespaces, filters or none.
+        network: The program cannot reach the network.
+        files: It can reach only its own files and those of the system.
+        processes: No process that it starts outlives it, and it cannot see or signal other
+            processes.
+        seccomp: A filter refuses system calls.
+        landlock: Landlock limits the files.
+        missing: What was tried and does not work, with the reason.
     """
 
     mode: str
     network: bool
     files: bool
-    processes: bool  # nothing it starts outlives it, and it sees and signals no other process
+    processes: bool
     seccomp: bool
     landlock: bool
     missing: tuple[str, ...] = ()
 
     @property
     def sufficient(self) -> bool:
-        """No network, and no files but its own and the system's."""
+        """Whether a program has no network, and no files but its own and the system's."""
+        # Processes and the rest are good to have, but a program that reaches neither network nor
+        # files harms nobody.
         return self.network and self.files
 
     def describe(self) -> str:
-        """One line for a log."""
+        """Return one line for a log."""
         holds = {
             "no network": self.network,
             "files of its own": self.files,
             "processes of its own": self.processes,
             "seccomp": self.seccomp,
         }
+        # Without any of them, rlimits are all that holds.
         words = ", ".join(name for name, yes in holds.items() if yes) or "limits alone"
-        return f"sandbox ({self.mode}): {words}" + (
-            f"; not available: {'; '.join(self.missing)}" if self.missing else ""
-        )
+        absent = f"; not available: {'; '.join(self.missing)}" if self.missing else ""
+        return f"sandbox ({self.mode}): {words}{absent}"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """code: exit code, or minus the signal that ended the program; None where it was stopped at its
-    time limit. stdout, stderr: bytes, cut at file_mb.
+    """What happened to a program.
+
+    Attributes:
+        code: The exit code, or minus the signal that ended the program. None if it was stopped at
+            its time limit.
+        stdout: The output, cut at file_mb.
+        stderr: The error output, cut at file_mb.
+        cpu_s: The CPU seconds that it used.
+        timed_out: Whether it was stopped at its time limit.
     """
 
     code: int | None
@@ -112,40 +145,62 @@ def run(
     packages: bool = False,
     protections_used: Protections | None = None,
 ) -> Outcome:
-    """Runs argv with these files in its folder. packages: it may read what is installed in this
-    environment too.
+    """Run a program and wait for its end.
 
-    OSError: the sandbox itself could not be set up (never the program's doing).
+    Args:
+        argv: The program and its arguments.
+        files: Name and text of the files in its folder.
+        stdin: Its input.
+        limits: Its limits. None means the defaults.
+        packages: Whether it may read what is installed in this environment.
+        protections_used: The protections. None means the best ones of this machine.
+
+    Raises:
+        OSError: The sandbox could not be set up. The program cannot cause this.
     """
-    limits, held = limits or Limits(), protections_used or protections()
+    limits = limits or Limits()
+    held = protections_used or protections()
+    # A copy, because the list is cached.
+    readonly = list(readonly_folders())
+    if packages and sys.prefix not in readonly:
+        readonly.append(sys.prefix)
+    # The program may make files that only its own user can remove, hence ignore_cleanup_errors.
     with tempfile.TemporaryDirectory(prefix="lopd-run-", ignore_cleanup_errors=True) as folder:
-        uid = _FIRST_UID + os.getpid() * 512 + next(_slots) % 512 if os.getuid() == 0 else 0
+        uid = 0
+        if os.getuid() == 0:
+            slot = next(_slots) % _UIDS_PER_PROCESS
+            uid = _FIRST_UID + os.getpid() * _UIDS_PER_PROCESS + slot
         if held.mode != "namespaces" and uid:
+            # In a mount namespace the program has /box instead, so the folder stays the parent's.
             os.chown(folder, uid, uid)
         spec = {
             "mode": held.mode,
             "argv": list(argv),
             "files": dict(files),
             "limits": asdict(_for_this_user(limits, held)),
-            "readonly": [
-                *readonly_folders(),
-                *([sys.prefix] if packages and sys.prefix not in readonly_folders() else []),
-            ],
+            "readonly": readonly,
             "work": folder,
             "uid": uid,
             "seccomp": held.seccomp,
             "landlock": held.landlock,
+            "kernel": kernel_facts(platform.machine()),
         }
         return _launch(spec, stdin, limits)
 
 
 def _for_this_user(limits: Limits, held: Protections) -> Limits:
-    """Without a user of its own the limit of processes counts all that this user has already."""
+    """Return the limits with the number of processes that this user has already.
+
+    Without a user or a namespace of its own, the kernel counts those too.
+    """
+    # A user namespace has its own count, and so has a user that runs nothing else.
     if held.mode == "namespaces" or os.getuid() == 0:
         return limits
+    # RLIMIT_NPROC counts threads, and so does this sum.
     mine = 0
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
+            # A process may end while the list is read.
             with contextlib.suppress(OSError):
                 if entry.stat().st_uid == os.getuid():
                     mine += len(os.listdir(f"/proc/{entry.name}/task"))
@@ -154,14 +209,16 @@ def _for_this_user(limits: Limits, held: Protections) -> Limits:
 
 def _launch(spec: Mapping[str, Any], stdin: bytes, limits: Limits) -> Outcome:
     with contextlib.ExitStack() as opened:
-        fds = {
-            name: os.memfd_create(f"lopd-{name}")
-            for name in ("spec", "status", "stdin", "stdout", "stderr")
-        }  # the program's own limit bounds their size
+        # Files in memory instead of pipes: nobody has to read while the program runs, and its limit
+        # of one file bounds their size.
+        names = ("spec", "status", "stdin", "stdout", "stderr")
+        fds = {name: os.memfd_create(f"lopd-{name}") for name in names}
         for descriptor in fds.values():
             opened.callback(os.close, descriptor)
         _fill(fds["spec"], json.dumps(spec).encode("utf-8", "surrogatepass"))
         _fill(fds["stdin"], stdin)
+        # -I -S: no code of this user and no packages. An empty environment: it may hold keys. A
+        # session of its own: it can be ended as a group.
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", _LAUNCHER, str(fds["spec"]), str(fds["status"])],
             stdin=fds["stdin"],
@@ -171,51 +228,61 @@ def _launch(spec: Mapping[str, Any], stdin: bytes, limits: Limits) -> Outcome:
             env={},
             start_new_session=True,
         )
+        # The launcher itself keeps the limit of the clock. This one is for a launcher that hangs.
         stuck = not _ended(process, limits.wall_s + _START_S)
         status = os.pread(fds["status"], 65536, 0)
-        stdout, stderr = (
-            _content(fds[name], limits.file_mb << 20) for name in ("stdout", "stderr")
-        )
+        stdout = _content(fds["stdout"], limits.file_mb << 20)
+        stderr = _content(fds["stderr"], limits.file_mb << 20)
+    # A launcher that was killed has written nothing.
     about = json.loads(status) if status else {}
     if "failed" in about:
         raise OSError(f"the sandbox could not be set up: {about['failed']}")
     if not stuck and not status:
-        raise OSError(
-            f"the sandbox's launcher ended with {process.returncode}: {stderr[-300:].decode(errors='replace')}"
-        )
+        said = stderr[-300:].decode(errors="replace")
+        raise OSError(f"the sandbox's launcher ended with {process.returncode}: {said}")
     cpu = float(about.get("cpu_s", 0.0))
+    # These two signals are the kernel's way to say that the CPU seconds are used up.
     code = None if stuck or about["code"] in (-signal.SIGPROF, -signal.SIGXCPU) else about["code"]
     return Outcome(code, stdout, stderr, cpu, timed_out=code is None)
 
 
 def _ended(process: subprocess.Popen[bytes], patience_s: float) -> bool:
-    """False where the launcher did not end by itself, as it should soon after the limit; then
-    everything it started is gone too.
+    """Wait for the launcher's end.
+
+    Returns:
+        False if it did not end by itself, as it should soon after the limit. Then it was killed
+        with everything that it had started.
     """
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
         _kill(process)
         return False
-    except BaseException:  # interrupted
+    except BaseException:
+        # The user has interrupted lopd. The program must not stay behind.
         _kill(process)
         raise
     return True
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The launcher and, with it, the program: the kernel ends a process space with its first
-    process, and what stays is in the launcher's group.
+    """Kill the launcher and with it the program.
+
+    The kernel ends a namespace of processes together with its first process. Everything else is in
+    the launcher's group.
     """
     with contextlib.suppress(ProcessLookupError):
+        # The launcher leads a session, so its pid is that of its group.
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _fill(descriptor: int, content: bytes) -> None:
+    # One write may take only a part.
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
+    # The reader shares the position of this descriptor.
     os.lseek(descriptor, 0, os.SEEK_SET)
 
 
@@ -223,45 +290,48 @@ def _content(descriptor: int, limit: int) -> bytes:
     return os.pread(descriptor, min(limit, os.fstat(descriptor).st_size), 0)
 
 
-# ---- what holds here ------------------------------------------------------------------------------------------------------------------------------
-
-
 def interpreter(held: Protections, *, packages: bool = False) -> str:
-    """The Python that programs run with: the one behind this environment, with its standard library
-    and, without packages, nothing that was installed here.
+    """Return the Python that runs programs.
 
-    Where root starts programs without a root folder of their own and that Python lies where others
-    may not go (/root): the system's.
+    It is the one behind this environment, with its standard library. Without ``packages`` nothing
+    that was installed here is in its way.
+
+    Args:
+        held: The protections.
+        packages: Whether programs may import what is installed here. Then it is this environment's
+            own.
     """
+    # The packages of an environment work only with its own interpreter.
     if packages:
         return sys.executable
     own = Path(os.path.realpath(sys.executable))
-    if (
-        held.mode != "namespaces"
-        and os.getuid() == 0
-        and not all(folder.stat().st_mode & 0o001 for folder in own.parents)
-    ):
-        return shutil.which("python3", path="/usr/bin:/bin:/usr/local/bin") or str(own)
-    return str(own)
+    if held.mode == "namespaces" or os.getuid() != 0:
+        return str(own)
+    # Root gives the program another user. That user cannot reach a Python below /root, so the
+    # system's Python runs it.
+    if all(folder.stat().st_mode & 0o001 for folder in own.parents):
+        return str(own)
+    return shutil.which("python3", path="/usr/bin:/bin:/usr/local/bin") or str(own)
 
 
 @cache
 def readonly_folders() -> list[str]:
-    """What a program may read: the system's programs and libraries, and the Python it runs with."""
-    own = [
-        path
-        for path in dict.fromkeys([os.path.realpath(sys.base_prefix)])
-        if not path.startswith(("/usr/", "/lib")) and path != "/usr"
-    ]
-    return [path for path in (*_SYSTEM, *own) if os.path.lexists(path)]
+    """Return the folders that a program may read: the system's libraries, and its Python's."""
+    python = os.path.realpath(sys.base_prefix)
+    # A second bind inside /usr would need a folder there, which is read-only.
+    is_inside = python.startswith(("/usr/", "/lib")) or python == "/usr"
+    folders = _SYSTEM if is_inside else (*_SYSTEM, python)
+    return [path for path in folders if os.path.lexists(path)]
 
 
 @cache
 def protections() -> Protections:
-    """Tries what this machine permits, best first: a harmless program is run in each mode and must
-    find that it is cut off.
+    """Try what this machine permits, best first, and return the first that works.
+
+    In each mode a harmless program is run, and it must find that it is kept from network and files.
     """
     missing: list[str] = []
+    # The columns: mode, network, files, processes, seccomp, landlock.
     for candidate in (
         Protections("namespaces", True, True, True, True, False),
         Protections("namespaces", True, True, True, False, False),
@@ -271,12 +341,13 @@ def protections() -> Protections:
         reason = _try(candidate)
         if not reason:
             return replace(candidate, missing=tuple(missing))
-        missing.append(
-            f"{candidate.mode}{' with seccomp' if candidate.seccomp else ''}{' and Landlock' if candidate.landlock else ''} ({reason})"
-        )
+        seccomp = " with seccomp" if candidate.seccomp else ""
+        landlock = " and Landlock" if candidate.landlock else ""
+        missing.append(f"{candidate.mode}{seccomp}{landlock} ({reason})")
     return Protections("none", False, False, False, False, False, tuple(missing))
 
 
+# Prints 1 for each attempt that was refused: the network, a file of others, a file of the system.
 _PROBE = """
 import os, socket
 def refused(attempt):
@@ -286,61 +357,76 @@ def refused(attempt):
         return 1
     return 0
 open("mine", "w").close()
-print(refused(lambda: socket.create_connection(("127.0.0.1", int(PORT)), 2)), refused(lambda: open(SECRET)), refused(lambda: open("/usr/lopd-probe", "w")))
+print(
+    refused(lambda: socket.create_connection(("127.0.0.1", int(PORT)), 2)),
+    refused(lambda: open(SECRET)),
+    refused(lambda: open("/usr/lopd-probe", "w")),
+)
 """
 
 
 def _try(candidate: Protections) -> str:
-    """Why a mode does not work here, or nothing where it does."""
+    """Return why a mode does not work here, or "" if it works."""
     import socket
 
     folder = tempfile.mkdtemp(prefix="lopd-probe-")
     try:
+        # Every user of this machine may read this file. Only the sandbox can keep it closed.
         os.chmod(folder, 0o755)
         secret = Path(folder, "secret")
         secret.write_text("secret")
         secret.chmod(0o644)
+        # A server that listens: on an open network the connection would succeed.
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             server.listen(1)
-            code = _PROBE.replace("PORT", str(server.getsockname()[1])).replace(
-                "SECRET", repr(str(secret))
-            )
-            limits = Limits(cpu_s=10, wall_s=30)
+            port = server.getsockname()[1]
+            # The program has no arguments and no variables, so the values are written into it.
+            code = _PROBE.replace("PORT", str(port)).replace("SECRET", repr(str(secret)))
+            # A mode that sets itself up without an error may still protect from nothing, for
+            # example inside another container. Only an attempt tells.
             outcome = run(
                 [interpreter(candidate), "-I", "main.py"],
                 files={"main.py": code},
-                limits=limits,
+                limits=Limits(cpu_s=10, wall_s=30),
                 protections_used=candidate,
             )
     except OSError as error:
+        # The reason is part of a longer line.
         return str(error).replace("the sandbox could not be set up: ", "")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = outcome.stdout.split()
     if len(found) != 3:
-        return (
-            f"the probe ended with {outcome.code}: {outcome.stderr[-200:].decode(errors='replace')}"
-        )
-    open_doors = [
-        what
-        for what, shut, needed in zip(
-            ("network", "files"), found[:2], (candidate.network, candidate.files), strict=True
-        )
-        if needed and shut != b"1"
-    ]
-    return f"does not cut off {' and '.join(open_doors)}" if open_doors else ""
+        said = outcome.stderr[-200:].decode(errors="replace")
+        return f"the probe ended with {outcome.code}: {said}"
+    reachable = []
+    if candidate.network and found[0] != b"1":
+        reachable.append("network")
+    if candidate.files and found[1] != b"1":
+        reachable.append("files")
+    return f"does not cut off {' and '.join(reachable)}" if reachable else ""
 
 
 def require(allow_weak: bool) -> Protections:
-    """The protections here. ConfigError: too few to run code that a model wrote, unless allow_weak."""
+    """Return the protections of this machine.
+
+    Args:
+        allow_weak: Accept too few of them.
+
+    Raises:
+        ConfigError: They are too few to run code that a model wrote.
+    """
+    # Cached: the attempts take seconds, and what a machine permits does not change.
     held = protections()
     if not held.sufficient and not allow_weak:
-        remedy = "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, run in a container of its own, or set task.options.allow_weak_sandbox=true"
         raise ConfigError(
             f"code that a model wrote is not run here: {held.describe()}",
             where="task code",
             limit="no network, no foreign files",
-            remedy=remedy,
+            remedy=(
+                "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, run in a "
+                "container of its own, or set task.options.allow_weak_sandbox=true"
+            ),
         )
     return held

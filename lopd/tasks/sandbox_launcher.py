@@ -1,11 +1,15 @@
-"""Runs one untrusted program under protections; started by lopd.tasks.sandbox as a script, in a
-process of its own. Standard library only, Linux only.
+"""Runs one untrusted program under protections. lopd.tasks.sandbox starts it in its own process.
 
-``sandbox_launcher.py SPEC_FD STATUS_FD``: SPEC_FD holds JSON (``mode``, ``argv``, ``files``,
-``limits``, ``readonly``, ``work``, ``uid``); what became of the program goes to STATUS_FD as JSON.
-The program's input and output are this process's own. Modes: ``namespaces`` gives it network,
-process, mount, IPC and host name spaces of its own and a root of read-only binds and one tmpfs;
-``filters`` holds it by Landlock alone. Both add rlimits, no_new_privs and a seccomp filter.
+It is a script with the standard library only, because it must start fast and must not load code
+that the program could reach. Linux only.
+
+``sandbox_launcher.py SPEC_FD STATUS_FD``: SPEC_FD is a descriptor with JSON (see
+lopd.tasks.sandbox.run). What happened to the program is written to STATUS_FD as JSON. The program
+has the input and output of this process.
+
+There are two modes. ``namespaces`` gives the program its own network, processes, mounts, IPC and
+host name, and a root folder of read-only binds and one tmpfs. ``filters`` keeps it from files by
+Landlock alone. Both add rlimits, no_new_privs and a seccomp filter.
 """
 
 from __future__ import annotations
@@ -23,52 +27,48 @@ import sys
 import time
 from typing import Any, NoReturn
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
-    0x20000,
-    0x4000000,
-    0x8000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    32,
-    4096,
-    16384,
-    1 << 18,
-)
+# Constants of Linux's headers, which Python does not have.
+CLONE_NEWNS = 0x20000
+CLONE_NEWUTS = 0x4000000
+CLONE_NEWIPC = 0x8000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+_SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+PR_SET_PDEATHSIG = 1
+PR_SET_SECCOMP = 22
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+SECCOMP_MODE_FILTER = 2
+
+# System calls that libc may not offer. From 424 on, the numbers are the same on every processor.
+SYS_MOUNT_SETATTR = 442
+SYS_LANDLOCK_CREATE_RULESET = 444
+SYS_LANDLOCK_ADD_RULE = 445
+SYS_LANDLOCK_RESTRICT_SELF = 446
+
+# Rights of Landlock.
+_EXECUTE = 1
+_WRITE_FILE = 2
+_READ_FILE = 4
+_READ_FOLDER = 8
+
+# The exit code of a child that could not become the program. The reason is in STATUS_FD.
 SETUP_FAILED = 125
+# The user "nobody" of Linux.
 NOBODY = 65534
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# numbers of system calls: x86_64, aarch64. Only those that cut the program off from what it must
-# not touch
-_CALLS = {
-    "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "mount": (165, 40), "umount2": (166, 39),
-    "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97), "setns": (308, 268), "keyctl": (250, 219), "add_key": (248, 217),
-    "request_key": (249, 218), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "kexec_load": (246, 104), "init_module": (175, 105), "finit_module": (313, 273),
-    "delete_module": (176, 106), "open_by_handle_at": (304, 265), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "mount_setattr": (442, 442),
-    "quotactl": (179, 60), "swapon": (167, 224), "reboot": (169, 142), "personality": (135, 92), "kcmp": (312, 272), "shmget": (29, 194),
-    "msgget": (68, 186), "semget": (64, 190),
-}  # fmt: skip
-_CLONE, _CLONE3 = (56, 220), (435, 435)
-_NAMESPACE_FLAGS = (
-    CLONE_NEWNS
-    | CLONE_NEWUTS
-    | CLONE_NEWIPC
-    | CLONE_NEWUSER
-    | CLONE_NEWPID
-    | CLONE_NEWNET
-    | 0x02000000
-)
-_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
 def _check(result: int, what: str) -> int:
@@ -79,50 +79,47 @@ def _check(result: int, what: str) -> int:
 
 
 def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    _check(
-        _libc.mount(
-            source.encode(),
-            target.encode(),
-            kind.encode(),
-            ctypes.c_ulong(flags),
-            data.encode() or None,
-        ),
-        f"mount {target}",
+    # Without c_ulong, ctypes would pass the flags as a 32-bit int.
+    result = _libc.mount(
+        source.encode(),
+        target.encode(),
+        kind.encode(),
+        ctypes.c_ulong(flags),
+        data.encode() or None,
     )
-
-
-# ---- a root of its own ----------------------------------------------------------------------------------------------------------------------------
+    _check(result, f"mount {target}")
 
 
 def build_root(spec: dict[str, Any]) -> None:
-    """A tmpfs with the read-only folders, three devices and the writable folder /box of limited
-    size; the former root is gone afterwards.
+    """Make a root folder for the program, and enter it.
+
+    It is a tmpfs with the read-only folders, three devices, and the writable folder /box of
+    limited size. The former root cannot be reached afterwards.
     """
-    base = spec["work"]  # an empty folder outside, hidden by what is mounted over it here
+    # An empty folder of the parent. What is mounted over it is seen only in this mount namespace.
+    base = spec["work"]
+    # Private, or the mounts below would appear in the machine's own namespace.
     _mount("", "/", "", MS_REC | MS_PRIVATE)
     _mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in spec["readonly"]:
         _bind_readonly(path, base + path)
+    # Devices cannot be made in a user namespace, so those of the machine are bound.
     os.makedirs(base + "/dev")
     for name in ("null", "zero", "urandom"):
         with open(f"{base}/dev/{name}", "w"):
             pass
         _mount(f"/dev/{name}", f"{base}/dev/{name}", "", MS_BIND)
+    # The limit of inodes bounds what many empty files would take from the kernel's memory.
     os.makedirs(base + "/box")
-    _mount(
-        "tmpfs",
-        base + "/box",
-        "tmpfs",
-        MS_NOSUID | MS_NODEV,
-        f"size={spec['limits']['disk_mb']}m,nr_inodes=4096,mode=1777",
-    )
+    size = f"size={spec['limits']['disk_mb']}m,nr_inodes=4096,mode=1777"
+    _mount("tmpfs", base + "/box", "tmpfs", MS_NOSUID | MS_NODEV, size)
     if not os.path.lexists(base + "/tmp"):
         os.symlink("box", base + "/tmp")
-    os.makedirs(base + "/.former")
-    _check(
-        _libc.syscall((155, 41)[_architecture()[0]], base.encode(), (base + "/.former").encode()),
-        "pivot_root",
-    )
+    # pivot_root and not chroot: a program can leave a chroot, but not a root without a former one.
+    former = base + "/.former"
+    os.makedirs(former)
+    number = _kernel(spec)["pivot_root"]
+    _check(_libc.syscall(number, base.encode(), former.encode()), "pivot_root")
     os.chdir("/")
     _check(_libc.umount2(b"/.former", MNT_DETACH), "umount")
     os.rmdir("/.former")
@@ -130,10 +127,12 @@ def build_root(spec: dict[str, Any]) -> None:
 
 
 def _bind_readonly(source: str, target: str) -> None:
+    # /bin and /lib are links on many systems.
     if os.path.islink(source):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.symlink(os.readlink(source), target)
         return
+    # A bind needs a target of the same kind.
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
@@ -141,27 +140,31 @@ def _bind_readonly(source: str, target: str) -> None:
         with open(target, "w"):
             pass
     _mount(source, target, "", MS_BIND | MS_REC)
-    attributes = struct.pack(
-        "QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0
-    )  # struct mount_attr: to set, to clear, propagation, userns
-    at_recursive = 0x8000
-    if (
-        _libc.syscall(442, -100, target.encode(), at_recursive, attributes, len(attributes)) < 0
-    ):  # Linux before 5.12, or not permitted
+    # struct mount_attr: flags to set, flags to clear, propagation, user namespace. Only this call
+    # makes the mounts below the folder read-only too.
+    attributes = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
+    arguments = (AT_FDCWD, target.encode(), AT_RECURSIVE, attributes, len(attributes))
+    if _libc.syscall(SYS_MOUNT_SETATTR, *arguments) < 0:
+        # Linux before 5.12 does not have it, and it may be forbidden.
         _mount("", target, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
 def enter_namespaces(uid: int) -> None:
-    """Spaces of its own. As root directly; others through a user namespace, in which they are
-    ``nobody`` as soon as the program starts.
+    """Enter new namespaces.
+
+    Root enters them directly. Other users need a user namespace, in which they are ``nobody`` as
+    soon as the program starts.
+
+    Args:
+        uid: The user that the program will have, if root starts it. 0 means none.
     """
     outside = os.getuid()
-    spaces = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     if outside == 0 and uid:
-        _check(_libc.unshare(spaces), "unshare")
+        _check(_libc.unshare(_SPACES), "unshare")
         return
     group = os.getgid()
-    _check(_libc.unshare(CLONE_NEWUSER | spaces), "unshare")
+    _check(_libc.unshare(CLONE_NEWUSER | _SPACES), "unshare")
+    # The kernel accepts a map of groups only after setgroups is denied.
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{NOBODY} {outside} 1"),
@@ -171,99 +174,79 @@ def enter_namespaces(uid: int) -> None:
             handle.write(text)
 
 
-# ---- filters --------------------------------------------------------------------------------------------------------------------------------------
+def _kernel(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return what lopd.tasks.system_calls knows of this machine."""
+    if spec["kernel"] is None:
+        raise OSError(errno.ENOSYS, f"no table of system calls for {platform.machine()}")
+    numbers: dict[str, Any] = spec["kernel"]
+    return numbers
 
 
-def _architecture() -> tuple[int, int]:
-    """Column in _CALLS and the kernel's constant. OSError: system calls of this machine are not
-    known here.
-    """
-    try:
-        return _ARCHITECTURES[platform.machine()]
-    except KeyError:
-        raise OSError(errno.ENOSYS, f"no table of system calls for {platform.machine()}") from None
-
-
-def install_seccomp() -> None:
-    """Sockets, tracing, mounts, namespaces, keys and kernel interfaces answer EPERM; other word
-    sizes end the program.
-    """
-    column, audit = _architecture()
-    load, jump_equal, jump_any_bit, jump_ge, answer = 0x20, 0x15, 0x45, 0x35, 0x06
-    allow, kill, refuse, unknown = (
-        0x7FFF0000,
-        0x80000000,
-        0x00050000 | errno.EPERM,
-        0x00050000 | errno.ENOSYS,
-    )
-    program = [(load, 0, 0, 4), (jump_equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    if column == 0:
-        program += [(jump_ge, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # the x32 calls
-    for numbers in _CALLS.values():
-        program += [(jump_equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
-    program += [
-        (jump_equal, 0, 1, _CLONE3[column]),
-        (answer, 0, 0, unknown),
-    ]  # its flags cannot be seen; libc then uses clone
-    program += [
-        (jump_equal, 0, 4, _CLONE[column]),
-        (load, 0, 0, 16),
-        (jump_any_bit, 0, 1, _NAMESPACE_FLAGS),
-        (answer, 0, 0, refuse),
-        (answer, 0, 0, allow),
-    ]
-    program += [(answer, 0, 0, allow)]
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+def install_seccomp(instructions: list[list[int]]) -> None:
+    """Install the filter of system calls (lopd.tasks.system_calls.filter_program)."""
+    # struct sock_filter: the code, the distances of a jump if true and if false, a constant.
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
     buffer = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
-    _check(_libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
+    # struct sock_fprog: the number of instructions, six bytes of padding, a pointer to them.
+    header = struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(buffer))
+    _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
 
 
 def landlock_version() -> int:
-    """0 where the kernel has none."""
-    return max(0, int(_libc.syscall(444, None, ctypes.c_size_t(0), 1)))
+    """Return the version of the kernel's Landlock, or 0 if it has none."""
+    return max(0, int(_libc.syscall(SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
 
 
 def install_landlock(readonly: list[str], work: str) -> None:
-    """Files: read and run below ``readonly``, everything below ``work``, nothing elsewhere. From
-    version 4 also no TCP, from 6 no signals outwards.
+    """Limit the files that this process may use.
+
+    It may read and execute below ``readonly``, do everything below ``work``, and nothing
+    elsewhere. From version 4 of Landlock on it may not use TCP either, and from version 6 on it
+    may not send signals to other processes.
     """
     version = landlock_version()
     if version == 0:
         raise OSError(errno.ENOSYS, "Landlock is not there")
-    every = (1 << (13 if version == 1 else 14 if version == 2 else 15)) - 1
-    tcp = 3 if version >= 4 else 0
-    attributes = (
-        struct.pack("Q", every)
-        if version < 4
-        else struct.pack("QQ", every, tcp)
-        if version < 6
-        else struct.pack("QQQ", every, tcp, 3)
-    )
+    # Version 1 has 13 rights of files, version 2 one more, and version 3 again one more. All of
+    # them are taken away here; rules give some of them back.
+    num_rights = 13 if version == 1 else 14 if version == 2 else 15
+    every = (1 << num_rights) - 1
+    # struct landlock_ruleset_attr grew: files, then TCP (bind and connect), then the scopes of
+    # abstract sockets and signals.
+    fields = [every]
+    if version >= 4:
+        fields.append(3)
+    if version >= 6:
+        fields.append(3)
+    attributes = struct.pack(f"{len(fields)}Q", *fields)
+    size = ctypes.c_size_t(len(attributes))
     ruleset = _check(
-        _libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0),
-        "landlock_create_ruleset",
+        _libc.syscall(SYS_LANDLOCK_CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset"
     )
-    read, read_file = 1 | 4 | 8, 1 | 4  # execute, read file, read folder
-    device = ["/dev/null", "/dev/zero", "/dev/urandom"]
-    for path, access in [
-        *((path, read) for path in readonly),
-        *((path, read_file | 2) for path in device),
-        (work, every),
-    ]:
+    read = _EXECUTE | _READ_FILE | _READ_FOLDER
+    device = _EXECUTE | _READ_FILE | _WRITE_FILE
+    rules = [(path, read) for path in readonly]
+    rules += [(path, device) for path in ("/dev/null", "/dev/zero", "/dev/urandom")]
+    rules.append((work, every))
+    for path, access in rules:
         if os.path.exists(path):
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            kept = access if os.path.isdir(path) else access & (1 | 2 | 4)
+            # The kernel refuses a rule that gives a file the rights of a folder.
+            is_folder = os.path.isdir(path)
+            kept = access if is_folder else access & (_EXECUTE | _WRITE_FILE | _READ_FILE)
+            rule = struct.pack("=Qi", kept, descriptor)
             _check(
-                _libc.syscall(445, ruleset, 1, struct.pack("=Qi", kept, descriptor), 0),
+                _libc.syscall(SYS_LANDLOCK_ADD_RULE, ruleset, 1, rule, 0),
                 f"landlock rule of {path}",
             )
             os.close(descriptor)
-    _check(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
+    _check(_libc.syscall(SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
 
 
 def set_limits(limits: dict[str, Any]) -> None:
+    """Set the limits of this process and of all that it starts (lopd.tasks.sandbox.Limits)."""
+    # The kernel counts whole seconds here. This is the bound behind the timer below.
     cpu = int(limits["cpu_s"]) + 1
     wanted = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),
@@ -277,50 +260,61 @@ def set_limits(limits: dict[str, Any]) -> None:
     }
     for name, value in wanted.items():
         resource.setrlimit(name, value)
-    signal.setitimer(
-        signal.ITIMER_PROF, limits["cpu_s"]
-    )  # stays across exec and ends the program; finer than the whole seconds of RLIMIT_CPU
-
-
-# ---- running --------------------------------------------------------------------------------------------------------------------------------------
+    # This timer counts CPU time, stays across exec and ends the program. It knows parts of a
+    # second.
+    signal.setitimer(signal.ITIMER_PROF, limits["cpu_s"])
 
 
 def run_program(spec: dict[str, Any], status: int) -> NoReturn:
-    """Becomes the program. What fails before goes to ``status``."""
+    """Become the program. If something fails before that, the reason goes to ``status``."""
     try:
         home = "/box" if spec["mode"] == "namespaces" else spec["work"]
         os.chdir(home)
         for name, text in spec["files"].items():
             with open(name, "w", encoding="utf-8", errors="surrogatepass") as handle:
                 handle.write(text)
+        # Groups first: without root the process could not change them any more.
         if os.getuid() == 0 and spec["uid"]:
             os.setgroups([])
             os.setresgid(spec["uid"], spec["uid"], spec["uid"])
             os.setresuid(spec["uid"], spec["uid"], spec["uid"])
+        # Landlock and seccomp need no_new_privs, and so a setuid program has no effect.
         _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        # Again, because a change of the user clears it.
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         set_limits(spec["limits"])
+        # seccomp last: it refuses calls that the steps before need.
         if spec["landlock"]:
             install_landlock(spec["readonly"], spec["work"])
         if spec["seccomp"]:
-            install_seccomp()
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "HOME": home,
-            "TMPDIR": home,
-            "LANG": "C.UTF-8",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONHASHSEED": "0",
-        }
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        os.execve(spec["argv"][0], spec["argv"], environment)
-    except BaseException as error:  # nothing of ours may go on as if it were the program
+            install_seccomp(_kernel(spec)["filter"])
+        os.execve(spec["argv"][0], spec["argv"], _environment(home))
+    except BaseException as error:
+        # Nothing of ours may go on as if it were the program, whatever the error is.
         os.write(status, json.dumps({"failed": str(error) or type(error).__name__}).encode())
     os._exit(SETUP_FAILED)
 
 
+def _environment(home: str) -> dict[str, str]:
+    # None of the user's variables: they may hold keys. The fixed seed makes the order of sets the
+    # same in every run, and more threads would only count against the limit of processes.
+    return {
+        "PATH": "/usr/bin:/bin",
+        "HOME": home,
+        "TMPDIR": home,
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
 def wait_for(child: int) -> int:
-    """Exit code, or minus the signal; other children that turn up are reaped on the way."""
+    """Return the exit code of a child, or minus the signal that ended it.
+
+    Other children that end meanwhile are reaped.
+    """
     while True:
         found, status = os.wait()
         if found == child:
@@ -328,7 +322,9 @@ def wait_for(child: int) -> int:
 
 
 def end_descendants() -> None:
-    """Ends what the program left behind; this process is the reaper of all of it."""
+    """End all processes that the program has left. This process is their reaper."""
+    # A child may have started another one before it was killed, so this is repeated until no child
+    # is left. The bound is for a process that the kernel cannot end.
     for _ in range(1000):
         children = _children()
         if not children:
@@ -349,9 +345,12 @@ def _children() -> list[int]:
         if entry.isdigit():
             try:
                 with open(f"/proc/{entry}/stat") as handle:
-                    if int(handle.read().rpartition(")")[2].split()[1]) == mine:
+                    # The name in parentheses may hold anything. Behind it: state, parent.
+                    fields = handle.read().rpartition(")")[2].split()
+                    if int(fields[1]) == mine:
                         found.append(int(entry))
             except OSError:
+                # It has ended since the folder was listed.
                 pass
     return found
 
@@ -365,9 +364,7 @@ def _at_wall_limit(*_: object) -> NoReturn:
 
 
 def supervise(spec: dict[str, Any], status: int) -> None:
-    """Starts the program below this process, ends it at the limit of the clock, and tells how it
-    ended.
-    """
+    """Start the program, end it at the limit of the clock, and report how it ended."""
     program = os.fork()
     if program == 0:
         run_program(spec, status)
@@ -381,6 +378,7 @@ def supervise(spec: dict[str, Any], status: int) -> None:
         wait_for(program)
         code = None
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # In that case the child itself has written the reason.
     if code != SETUP_FAILED:
         text = {
             "code": code,
@@ -391,26 +389,23 @@ def supervise(spec: dict[str, Any], status: int) -> None:
 
 
 def main() -> int:
-    spec_fd, status = int(sys.argv[1]), int(sys.argv[2])
+    spec_fd = int(sys.argv[1])
+    status = int(sys.argv[2])
     with os.fdopen(spec_fd, "rb") as handle:
         spec = json.loads(handle.read())
+    # The program must not be able to write its own result.
     os.set_inheritable(status, False)
+    # If lopd is killed, this process ends, and the program with it.
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
         if spec["mode"] == "namespaces":
             enter_namespaces(spec["uid"])
             first = os.fork()
-            if first == 0:  # process 1 of its space: when it ends, the kernel ends all others in it
-                _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                try:
-                    build_root(spec)
-                except OSError as error:
-                    os.write(status, json.dumps({"failed": str(error)}).encode())
-                    os._exit(SETUP_FAILED)
-                supervise(spec, status)
-                os._exit(0)
+            if first == 0:
+                _run_first_process(spec, status)
             wait_for(first)
             return 0
+        # Without a namespace of processes, orphans of the program come to this process.
         _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
         supervise(spec, status)
         end_descendants()
@@ -418,6 +413,18 @@ def main() -> int:
     except OSError as error:
         os.write(status, json.dumps({"failed": str(error)}).encode())
         return SETUP_FAILED
+
+
+def _run_first_process(spec: dict[str, Any], status: int) -> NoReturn:
+    """Run as process 1 of the namespace. When it ends, the kernel ends all others in it."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    try:
+        build_root(spec)
+    except OSError as error:
+        os.write(status, json.dumps({"failed": str(error)}).encode())
+        os._exit(SETUP_FAILED)
+    supervise(spec, status)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Tokenizers from a Hugging Face folder: offline, without code from the checkpoint.
-``transformers`` is imported only when one is loaded.
+"""Loads tokenizers from a Hugging Face folder, offline and without code from the checkpoint.
+
+``transformers`` is imported only when a tokenizer is loaded, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -16,32 +17,37 @@ from lopd.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# The files of a fast tokenizer. Without them transformers would look for other forms.
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, from its files alone; code that the checkpoint names is not
-    run. DataError: a file is missing or damaged.
+    """Return the tokenizer of a checkpoint, from its files alone.
+
+    Code that the checkpoint names is not run.
+
+    Raises:
+        DataError: A file is missing or damaged.
     """
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"no {' and no '.join(missing)}",
+            f"no {' and no '.join(missing)} in this folder",
             where=str(folder),
             remedy="give a Hugging Face folder with a fast tokenizer",
         )
     from transformers import AutoTokenizer
 
     try:
-        # transformers lets any exception of the tokenizers library through, whose classes are plain
-        # Exception: hence the wide net
+        # Both arguments are about trust: nothing is downloaded, and no code of the checkpoint is
+        # run.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        remedy = (
-            "repair the tokenizer's files; one that needs code from the checkpoint cannot be used"
-        )
+        # Every class is caught: errors of the tokenizers library are plain Exceptions, and
+        # transformers passes them on.
+        remedy = "repair its files; a tokenizer that needs code from the checkpoint cannot be used"
         raise DataError(
             f"tokenizer cannot be loaded ({_first_line(error)})", where=str(folder), remedy=remedy
         ) from error
@@ -49,8 +55,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a response, ascending: eos of generation_config.json, of config.json and
-    of the tokenizer. DataError: none of them names one.
+    """Return the token ids that end a response, in ascending order.
+
+    They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of them
+    count, because checkpoints often name the end of a turn in one file and the end of a document in
+    another.
+
+    Raises:
+        DataError: None of them names one.
     """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
@@ -62,9 +74,11 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
                 raise DataError(
                     f"cannot be read as a JSON object ({_first_line(error)})", where=str(path)
                 ) from None
+            # One id, several, or none.
             found.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
+    # Without one every response would run to its limit.
     if not found:
         remedy = "add eos_token_id to generation_config.json, or eos_token to tokenizer_config.json"
         raise DataError("no token ends a response", where=str(folder), remedy=remedy)
@@ -72,7 +86,8 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArray[Any]) -> str:
-    """The text a verifier sees: special tokens and the end token included, no space tidied away."""
+    """Return the text that a verifier sees, with special tokens, the end token and every space."""
+    # The ids may be numpy integers, which some tokenizers refuse.
     text = tokenizer.decode(
         [int(token) for token in token_ids],
         skip_special_tokens=False,

@@ -1,4 +1,7 @@
-"""Values of a row as text: what counts as missing, and how numbers, dates, bytes and lists read."""
+"""Turns values of a row into text.
+
+It defines what counts as missing, and how numbers, dates, bytes and lists read.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,46 @@ from typing import Any
 from lopd.errors import DataError
 from lopd.tasks.rows import MISSING
 
-# a missing value that a data frame or Python has written as text; "none" may be an answer
+# A missing value that a data frame or Python has written as text. In small letters "none" may be an
+# answer, so it is not here.
 MISSING_TEXTS = ("None", "nan", "NaN", "null", "NULL", "<NA>", "NaT")
 
 
 def is_missing(value: Any) -> bool:
-    """None, not a number, blank text, and what holds nothing but such."""
+    """Return whether a value is None, not a number, or blank text, or holds nothing else."""
     if value is None or value is MISSING:
         return True
+    # A Decimal can be not-a-number too.
     if isinstance(value, float | Decimal):
         return math.isnan(value)
     if isinstance(value, str | bytes):
         return not value.strip()
     if isinstance(value, list | tuple):
         return all(map(is_missing, value))
+    # An empty object.
     return isinstance(value, Mapping) and not value
 
 
 def is_no_answer(value: Any) -> bool:
-    """Also the text that a missing value leaves: ``None``, ``nan``."""
+    """Return whether a value is missing, or is the text of a missing value (``None``, ``nan``)."""
     if isinstance(value, list | tuple):
         return all(map(is_no_answer, value))
     return is_missing(value) or (isinstance(value, str) and value.strip() in MISSING_TEXTS)
 
 
 def as_text(value: Any, where: str) -> str:
-    """A value as an answer: a list of one is that one, several are a JSON list.
+    """Return a value as an answer.
 
-    DataError: bytes that are no UTF-8.
+    A list of one value is that value. A longer list becomes a JSON list of texts.
+
+    Raises:
+        DataError: The value has bytes that are not UTF-8.
     """
     if isinstance(value, list | tuple) and len(value) == 1 and not isinstance(value[0], dict):
         return as_text(value[0], where)
     if isinstance(value, list | tuple) and not any(isinstance(one, list | dict) for one in value):
         return json.dumps([scalar_text(one, where) for one in value], ensure_ascii=False)
+    # Nested values stay JSON, for example the tests of a code problem.
     if isinstance(value, list | tuple | Mapping):
 
         def plain(inner: Any) -> str:
@@ -55,7 +65,10 @@ def as_text(value: Any, where: str) -> str:
 
 
 def scalar_text(value: Any, where: str) -> str:
-    """One value. A whole number that a column with gaps has turned into 18.0 is 18 again."""
+    """Return one value as text.
+
+    A whole number that a column with gaps has turned into 18.0 is "18" again.
+    """
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -63,12 +76,16 @@ def scalar_text(value: Any, where: str) -> str:
             remedy = "give the column as text, or another column in prompts.*.fields"
             what = f"bytes that are no UTF-8 ({error})"
             raise DataError(what, where=where, remedy=remedy) from None
+    # Before the numbers, because in Python a bool is an int.
     if isinstance(value, bool):
         return "true" if value else "false"
+    # Up to 2^53 a float holds every whole number exactly.
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
+    # Without an exponent: str() would write 1E+2.
     if isinstance(value, Decimal) and value.is_finite():
         return f"{value:f}"
+    # In ISO form, as a user would write it. A datetime is a date too.
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, timedelta | str | int | float | Decimal):
@@ -77,7 +94,11 @@ def scalar_text(value: Any, where: str) -> str:
 
 
 def list_in(text: str) -> list[str] | None:
-    """The texts of a JSON list of texts; None of anything else, the interval [1, 2] included."""
+    """Return the texts of a JSON list of texts.
+
+    Returns:
+        None for anything else, also for the interval [1, 2].
+    """
     if not text.lstrip().startswith("["):
         return None
     try:

@@ -1,5 +1,6 @@
-"""What a verifier says of a response, many at a time; and what all of them read first: the part of
-a response that is its answer.
+"""Defines the verdict of a verifier, and judges many responses at a time.
+
+It also finds the part of a response that all verifiers read first: what follows the thinking.
 """
 
 from __future__ import annotations
@@ -14,15 +15,26 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from lopd.records import Prompt
 from lopd.tasks.interface import Task
 
-Judged: TypeAlias = tuple[Prompt, str, str]  # prompt, decoded response, finish_reason
+# The prompt, the decoded response and its finish_reason.
+Judged: TypeAlias = tuple[Prompt, str, str]
+# The end tokens of the usual model families, at the very end of the text.
 _END_TOKENS = re.compile(r"(?:\s*(?:<\|[a-z_0-9]{1,32}\|>|</s>|<eos>|<end_of_turn>))+\s*\Z")
-THINK, THOUGHT = "<think>", "</think>"
+THINK = "<think>"
+THOUGHT = "</think>"
+# The number of last characters that are read. No answer is further from the end, and the length of
+# a response must not make its readers slow.
+_TAIL = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """right, and why not: one phrase of few kinds ("wrong answer", "no answer", "time limit"), so
-    that they can be counted. found: what was compared.
+    """Whether a response is right.
+
+    Attributes:
+        right: True if it is right.
+        reason: Why it is wrong, as one of few phrases ("wrong answer", "no answer", "time limit"),
+            so that they can be counted.
+        found: What was compared.
     """
 
     right: bool
@@ -35,7 +47,7 @@ RIGHT = Verdict(True)
 
 @runtime_checkable
 class Judge(Protocol):
-    """A task that says why a response is wrong. Calls may come from several threads at once."""
+    """A task that says why a response is wrong. Several threads may call it at once."""
 
     def judge(self, prompt: Prompt, text: str, finish_reason: str) -> Verdict: ...
 
@@ -43,12 +55,19 @@ class Judge(Protocol):
 def judge_all(
     task: Task, responses: Iterable[Judged], *, workers: int | None = None
 ) -> Iterator[Verdict]:
-    """The verdict of each response, in order, ``workers`` at a time (None: one per CPU core;
-    verifiers wait for processes of their own).
+    """Yield the verdict of each response, in order.
+
+    Args:
+        task: The task.
+        responses: What is judged.
+        workers: How many are judged at a time. None means one per CPU core. Threads are enough,
+            because verifiers wait for other processes.
     """
+    # A task with ``verify`` alone makes no promise about threads.
     if not isinstance(task, Judge):
         for prompt, text, finish_reason in responses:
             right = task.verify(prompt, text, finish_reason)
+            # Such a task gives no reason, so all wrong responses have the same one.
             yield RIGHT if right else Verdict(False, "wrong answer")
         return
     judge = task.judge
@@ -56,28 +75,24 @@ def judge_all(
     try:
         yield from threads.map(lambda response: judge(*response), responses)
     finally:
-        threads.shutdown(
-            cancel_futures=True
-        )  # an interrupt waits for the responses in hand, not for all
+        # After an interrupt only the responses that are being judged are waited for.
+        threads.shutdown(cancel_futures=True)
 
 
 def num_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    # cpu_count() would give those of the machine, also inside a container or a Slurm job.
     return len(os.sched_getaffinity(0))
 
 
 def final_part(text: str) -> str | None:
-    """What a response says after it has thought, end tokens removed; None where it began to think
-    and never ended.
+    """Return what a response says after its thinking, without end tokens.
 
-    A template may have put ``<think>`` into the prompt: then the response has the closing tag
-    alone.
+    Returns:
+        None if the response began to think and never ended it. A chat template may have put
+        ``<think>`` into the prompt; then the response has only the closing tag.
     """
     _, closed, rest = text.rpartition(THOUGHT)
     if not closed and THINK in text:
         return None
     return _END_TOKENS.sub("", rest[-_TAIL:] if closed else text[-_TAIL:])
-
-
-# characters: no answer stands further from the end, and what reads it must not be made slow by its
-# length
-_TAIL = 1_000_000

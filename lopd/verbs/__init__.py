@@ -1,3 +1,5 @@
-"""What a user types after `lopd`: one file for each family of verbs; lopd/cli.py joins them.
-Nothing but options, and calls into the rooms that do the work.
+"""The verbs of the command line: what a user types after `lopd`.
+
+Each file has one family of verbs. A verb reads its options, calls the package that does the work,
+and prints the result. lopd/cli.py joins the verbs.
 """

@@ -1,4 +1,4 @@
-"""``lopd cache``: look at a cache of teacher log-probabilities, check it, and make others from it."""
+"""``lopd cache``: look at a cache of teacher log-probabilities, check it, or derive another one."""
 
 from __future__ import annotations
 
@@ -9,64 +9,72 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lopd.errors import EXIT_CODE, LopdError
+from lopd.verbs.arguments import AsJson, VerbGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-app = typer.Typer(
-    help="Verify, inspect, merge, split, export, import caches of teacher log-probabilities. Format: docs/cache_format.md.",
+app = VerbGroup(
+    help=(
+        "Verify, inspect, merge, split, export and import caches of teacher log-probabilities.\n\n"
+        "docs/cache_format.md specifies the format."
+    ),
     no_args_is_help=True,
 )
+# The folder of a score stage, or an artifact that another command here has made.
 Cache = Annotated[
     Path,
     typer.Argument(
         metavar="CACHE",
-        help="Folder with manifest.json and shards: run.dir/score, for one.",
+        help="Folder with manifest.json and shards, for example run.dir/score.",
         show_default=False,
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder of the new artifact.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+# An artifact of other inputs that is there is not overwritten.
+Out = Annotated[
+    Path, typer.Option("--out", help="Folder of the new artifact to write.", show_default=False)
+]
+# Only for text on screen, and for the text that the reference code wants.
 Tokenizer = Annotated[
     Path | None,
     typer.Option(
-        help="Hugging Face folder with the tokenizer. Absent: the teacher's, where the manifest says it is."
+        help="Hugging Face folder with the tokenizer. If absent, the teacher's, in the folder that "
+        "the manifest names."
     ),
 ]
 
 
-def _print(value: Any) -> None:
+def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
-@app.command(
-    epilog="Exit code 2 if anything is wrong. Example:  lopd cache verify runs/tiny_moe/score"
-)
+@app.command(epilog="Example:  lopd cache verify runs/tiny_moe/score")
 def verify(
     cache: Cache,
+    # Without it, a token id beyond the vocabulary cannot be noticed.
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Size of the vocabulary, where neither manifest nor teacher says it."
+            min=1,
+            help="Size of the vocabulary, if neither the manifest nor the teacher's folder has it.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find everything that is wrong with a cache: files against their checksums, responses against
-    what they can be. Names the responses.
+    """Find everything that is wrong with a cache.
+
+    Reads the whole cache and writes nothing. The command compares files with their checksums, and
+    checks that each response has possible values. It names the responses that are wrong. It ends
+    with exit code 2 if anything is wrong.
     """
     from lopd.cache.checks import check_cache
     from lopd.report.cache_view import show_findings
 
+    # All findings are collected first: a user then repairs a cache once, not error by error.
     findings, figures = check_cache(cache, vocab_size=vocab_size)
     if as_json:
-        _print(
-            {
-                "ok": not len(findings),
-                **figures,
-                "findings": [finding.as_json() for finding in findings],
-            }
-        )
+        rows = [finding.as_json() for finding in findings]
+        _print_json({"ok": not len(findings), **figures, "findings": rows})
     else:
         show_findings(str(cache), findings, figures)
     if len(findings):
@@ -80,79 +88,97 @@ def inspect(
         int,
         typer.Option(
             min=0,
-            help="Also show so many responses, tokens coloured by teacher-student disagreement.",
+            help="Also show this number of responses. The colour of a token shows how far teacher "
+            "and student disagree.",
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Which ones.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the choice of responses.")] = 0,
     tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a cache holds, by whom, how long: sizes, histograms, advantages at the start,
-    endings, duplicates.
+    """Show what a cache holds, and which models made it.
+
+    Reads the cache and writes nothing. The command shows sizes, histograms of lengths, the
+    advantages at the start of training, how responses end, and duplicates.
     """
     from lopd.cache.statistics import inspect_cache
     from lopd.report.cache_view import show_inspection, show_responses
 
+    # One pass over the cache, whatever is shown of it.
     figures = inspect_cache(cache)
     if as_json:
-        _print(figures)
+        _print_json(figures)
         return
     show_inspection(figures)
+    # The responses come after the figures, which are too many to scroll back for.
     if sample:
-        show_responses(_sample(cache, sample, seed), _text_of(cache, tokenizer))
+        show_responses(_sample(cache, sample, seed), _token_text(cache, tokenizer))
 
 
 def _sample(folder: Path, count: int, seed: int) -> Any:
+    """Return random rows of a cache as pairs of a response and its teacher scores."""
     import numpy as np
 
     from lopd.artifacts import read_manifest
     from lopd.cache import read_rows
 
+    # The manifest knows the number of rows. Counting would read the whole cache.
     rows = read_manifest(folder).rows
     chosen = set(np.random.default_rng(seed).choice(rows, min(count, rows), replace=False).tolist())
+    # read_rows goes through the cache once and in order, so a cache of any size can be shown.
     found = [row for index, row in enumerate(read_rows(folder)) if index in chosen]
+    # Rows without scores (rollouts that are not scored yet) have no disagreement to show.
     return [(response, scores) for response, scores in found if scores is not None]
 
 
-def _text_of(folder: Path, tokenizer: Path | None) -> Callable[[int], str]:
-    """A token id as text where a tokenizer is at hand, else as a number."""
+def _token_text(folder: Path, tokenizer: Path | None) -> Callable[[int], str]:
+    """Return a function from a token id to its text, or to its number without a tokenizer."""
     from lopd.artifacts import read_manifest
     from lopd.tasks.tokenizer import decode, load_tokenizer
 
-    known = next(
-        (
-            identity
-            for role, identity in read_manifest(folder).models.items()
-            if role.startswith("teacher")
-        ),
-        None,
-    )
-    place = tokenizer or (Path(known.path) if known is not None else None)
-    if place is None or (tokenizer is None and not (place / "tokenizer.json").is_file()):
+    models = read_manifest(folder).models
+    # Teachers of one cache share one tokenizer, so the first one will do.
+    teachers = [identity for role, identity in models.items() if role.startswith("teacher")]
+    source = tokenizer or (Path(teachers[0].path) if teachers else None)
+    # The folder in the manifest may be on another machine. A folder that the user names must be
+    # right, so load_tokenizer reports its mistakes.
+    if source is None or (tokenizer is None and not (source / "tokenizer.json").is_file()):
         return lambda token: f"{token} "
-    loaded = load_tokenizer(place)
+    # Each token is decoded on its own, since each is coloured on its own.
+    loaded = load_tokenizer(source)
     return lambda token: decode(loaded, [token])
 
 
 @app.command(
-    epilog="Example:  lopd cache merge runs/math/score runs/code/score --out caches/both --teacher-column"
+    epilog="Example:  lopd cache merge runs/math/score runs/code/score --out caches/both "
+    "--teacher-column"
 )
 def merge(
-    caches: Annotated[list[Path], typer.Argument(metavar="CACHE CACHE...", show_default=False)],
+    caches: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CACHE CACHE...", help="Folders of the caches to join.", show_default=False
+        ),
+    ],
     out: Out,
+    # Off by default: mixed teachers are more often a mistake than a wish.
     teacher_column: Annotated[
         bool,
         typer.Option(
-            "--teacher-column", help="Caches of several teachers: each row names its own."
+            "--teacher-column",
+            help="Allow caches of several teachers. Each row then names its own teacher.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Join caches. Refuses duplicate keys, mixed temperatures, mixed tokenizers, and mixed teachers
-    without a teacher column.
-    """
-    from lopd.cache import tools
+    """Join several caches into one.
 
+    Reads the caches and writes a new one into --out. The command refuses duplicate keys, mixed
+    temperatures, mixed tokenizers, and mixed teachers without --teacher-column.
+    """
+    from lopd.cache import merging
+
+    # typer has no way to ask for two or more arguments.
     if len(caches) < 2:
         raise LopdError(
             "one cache",
@@ -160,8 +186,8 @@ def merge(
             limit="at least two",
             remedy="give the folders of the caches to join",
         )
-    manifest = tools.merge(caches, out, teacher_column=teacher_column)
-    _made(manifest, out, as_json)
+    manifest = merging.merge(caches, out, teacher_column=teacher_column)
+    _show_new_cache(manifest, out, as_json)
 
 
 @app.command(epilog="Example:  lopd cache split runs/tiny_moe/score --parts 2 --out caches/halves")
@@ -171,59 +197,72 @@ def split(
     parts: Annotated[int, typer.Option(min=2, help="Number of parts.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a cache into parts (OUT/part-00, ..); a prompt with all its responses goes into exactly
-    one.
+    """Cut a cache into parts.
+
+    Reads the cache and writes the parts into OUT/part-00, OUT/part-01 and so on. All responses to
+    one prompt are in the same part.
     """
-    from lopd.cache import tools
+    from lopd.cache import splitting
     from lopd.report.cache_view import show_line
 
-    manifests = tools.split(cache, out, parts)
+    # By a hash of the prompt, so that the parts are the same on every machine.
+    manifests = splitting.split(cache, out, parts)
+    folders = [out / f"part-{part:02d}" for part in range(len(manifests))]
     if as_json:
-        _print(
+        _print_json(
             [
-                _figures(manifest, out / f"part-{part:02d}")
-                for part, manifest in enumerate(manifests)
+                _figures(manifest, folder)
+                for manifest, folder in zip(manifests, folders, strict=True)
             ]
         )
-    for part, manifest in enumerate(manifests if not as_json else []):
-        show_line(
-            f"{out / f'part-{part:02d}'}: {manifest.rows:,} responses, fingerprint {manifest.fingerprint[:12]}"
-        )
+        return
+    for manifest, folder in zip(manifests, folders, strict=True):
+        # 12 of the 64 hexadecimal digits are enough to tell artifacts apart on a screen.
+        show_line(f"{folder}: {manifest.rows:,} responses, fingerprint {manifest.fingerprint[:12]}")
 
 
 @app.command(
-    epilog="Example:  lopd cache export runs/tiny_moe/score --out tiny-lightning-opd-precomputed.parquet"
+    epilog="Example:  lopd cache export runs/tiny_moe/score "
+    "--out tiny-lightning-opd-precomputed.parquet"
 )
 def export(
     cache: Cache,
-    out: Annotated[Path, typer.Option("--out", help="The parquet file.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", help="The Parquet file to write.", show_default=False)
+    ],
     tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the parquet file that the paper's reference code trains on; says what that format
-    cannot hold.
+    """Write the Parquet file that the paper's reference code trains on.
+
+    Reads the cache and the tokenizer. Writes one file. The command says what that format cannot
+    hold.
     """
-    from lopd.cache import tools
+    from lopd.cache import reference_export
     from lopd.report.cache_view import show_line
 
-    about = tools.export_reference(cache, out, tokenizer)
+    # That format has text and not token ids, so a tokenizer is needed for the prompts.
+    about = reference_export.export_reference(cache, out, tokenizer)
     if as_json:
-        _print(about)
+        _print_json(about)
         return
-    show_line(
-        f"{out}: {about['rows']:,} responses, {about['tokens']:,} tokens, {about['bytes_per_token']:.2f} bytes per token"
-    )
+    show_line(_size_line(out, about))
+    # What is lost is said every time: an exported cache looks complete.
     show_line(f"this format cannot hold: {'; '.join(about['loses'])}", "yellow")
+    # The reference code tokenises the text of prompts again. Where that gives other ids, it trains
+    # on other prompts than those that were sampled from.
     if about["prompts_changed"]:
         show_line(
-            f"{about['prompts_changed']:,} prompts get other ids when that code tokenises their text again",
+            f"{about['prompts_changed']:,} prompts get other ids "
+            "when that code tokenises their text again",
             "yellow",
         )
 
 
 @app.command(
     "import",
-    epilog="Example:  lopd cache import rollouts-lightning-opd-precomputed.parquet --tokenizer checkpoints/sft --out caches/imported",
+    epilog="Example:  lopd cache import rollouts-lightning-opd-precomputed.parquet "
+    "--tokenizer checkpoints/sft --out caches/imported",
 )
 def import_(
     file: Annotated[
@@ -238,21 +277,32 @@ def import_(
     tokenizer: Annotated[
         Path,
         typer.Option(
-            help="Hugging Face folder of the student: the prompts' text is tokenised with it.",
+            help="Hugging Face folder of the student. Its tokenizer reads the prompts' text.",
             show_default=False,
         ),
     ],
     teacher: Annotated[
-        Path | None, typer.Option(help="Hugging Face folder of the teacher, as you declare it.")
+        Path | None,
+        typer.Option(
+            help="Hugging Face folder of the teacher. The file does not name it, so the cache "
+            "records it as your own statement."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a cache from the parquet file of the paper's reference code; says what that lacks."""
-    from lopd.cache import tools
+    """Make a cache from the Parquet file of the paper's reference code.
+
+    Reads the file and the tokenizer. Writes a new cache into --out. The command says what the file
+    lacks.
+    """
+    from lopd.cache import reference_import
     from lopd.report.cache_view import show_line
 
-    manifest = tools.import_reference(file, out, tokenizer, teacher=teacher)
-    _made(manifest, out, as_json)
+    # The file has the text of the prompts and the ids of the responses.
+    manifest = reference_import.import_reference(file, out, tokenizer, teacher=teacher)
+    _show_new_cache(manifest, out, as_json)
+    # Later checks look for these: without sampling log-probabilities, for one, no importance
+    # weights.
     for reason in manifest.extra["lacks"] if not as_json else []:
         show_line(f"lacks {reason}", "yellow")
 
@@ -261,75 +311,104 @@ def import_(
 def residualise(
     cache: Cache,
     out: Out,
+    # Five folds, as in the paper. A token must not be corrected by its own response.
     folds: Annotated[
-        int, typer.Option(help="Folds, by prompt: a token's bias comes from the other folds.")
+        int,
+        typer.Option(
+            help="Number of folds. Prompts are divided into folds, and the bias of a token is "
+            "fitted on the other folds."
+        ),
     ] = 5,
-    position_bins: Annotated[int, typer.Option(help="Bins of the position in the response.")] = 10,
+    position_bins: Annotated[
+        int, typer.Option(help="Number of bins for the position in the response.")
+    ] = 10,
+    # Geometric steps: most tokens have a surprisal near 0, and few have a large one.
     surprisal_bins: Annotated[
-        int, typer.Option(help="Bins of the student's surprisal, geometric from 0.01 to 8 nats.")
+        int,
+        typer.Option(
+            help="Number of bins for the student's surprisal, in geometric steps from 0.01 to 8 "
+            "nats."
+        ),
     ] = 8,
+    # Cells with few tokens would otherwise fit noise.
     smoothing: Annotated[
-        float, typer.Option(help="How many responses speak for the mean in every cell.")
+        float,
+        typer.Option(help="Weight of the global mean in each cell, as a number of responses."),
     ] = 1.0,
     token_share: Annotated[
         float,
         typer.Option(
-            help="Share of the token table in the bias; the rest is of position and surprisal."
+            help="Share of the token table in the bias. The table of position and surprisal has "
+            "the rest."
         ),
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the folds.")] = 0,
-    show: Annotated[int, typer.Option(min=0, help="Tokens of the table to show.")] = 15,
+    seed: Annotated[int, typer.Option(help="Seed for the division into folds.")] = 0,
+    show: Annotated[
+        int, typer.Option(min=0, help="Number of tokens of the token table to show.")
+    ] = 15,
     tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
-    """Correct the scores of a teacher other than that of the demonstrations (Lightning OPD 2.0):
-    take away what its style alone predicts.
+    """Correct the scores of a teacher that did not make the demonstrations (Lightning OPD 2.0).
 
-    The bias of a token is fitted on responses to other prompts: by its id, and by its position and
-    surprisal. The result is a cache of its own.
+    Reads the cache and writes a new one into --out. The command subtracts from each score what the
+    style of the teacher alone predicts. The bias of a token is fitted on responses to other
+    prompts, from its id, its position and its surprisal.
     """
-    from lopd.cache.residualise import residualise as make
+    from lopd.cache.residualise import residualise as write_residualised
     from lopd.cache.style import Settings
     from lopd.report.cache_view import show_line, show_residualisation
 
-    manifest = make(
-        cache, out, Settings(folds, position_bins, surprisal_bins, smoothing, token_share, seed)
-    )
+    # The defaults are those of the method: 5 folds, and half of the bias from each table (arXiv
+    # 2607.28449). Bins and smoothing are choices of this project.
+    settings = Settings(folds, position_bins, surprisal_bins, smoothing, token_share, seed)
+    manifest = write_residualised(cache, out, settings)
     about = manifest.extra["residualisation"]
     if as_json:
-        _print({**_figures(manifest, out), **about})
+        _print_json({**_figures(manifest, out), **about})
         return
-    _made(manifest, out, as_json)
+    _show_new_cache(manifest, out, as_json)
+    # The correction is for a foreign teacher. With the own one it takes away what should be learnt.
     if manifest.lineage.get("consistent"):
         show_line(
-            "this teacher made the student's demonstrations itself: what is taken away here is not a foreign style but the lesson",
+            "this teacher made the student's demonstrations itself: "
+            "what is taken away here is not a foreign style but the lesson",
             "yellow",
         )
-    show_residualisation(about, _text_of(cache, tokenizer), show)
+    show_residualisation(about, _token_text(cache, tokenizer), show)
 
 
-def _made(manifest: Any, out: Path, as_json: bool) -> None:
+def _show_new_cache(manifest: Any, out: Path, as_json: bool) -> None:
     from lopd.report.cache_view import show_line
 
     figures = _figures(manifest, out)
     if as_json:
-        _print(figures)
+        _print_json(figures)
     else:
-        show_line(
-            f"{out}: {figures['rows']:,} responses, {figures['tokens']:,} tokens, {figures['bytes_per_token']:.2f} bytes per token"
-        )
+        show_line(_size_line(out, figures))
         show_line(f"fingerprint {figures['fingerprint']}")
 
 
+def _size_line(out: Path, figures: dict[str, Any]) -> str:
+    return (
+        f"{out}: {figures['rows']:,} responses, {figures['tokens']:,} tokens, "
+        f"{figures['bytes_per_token']:.2f} bytes per token"
+    )
+
+
 def _figures(manifest: Any, folder: Path) -> dict[str, Any]:
+    """Return what `--json` prints of a cache. All sizes are in bytes on disk."""
     from lopd.cache import column_bytes
 
-    tokens, size = (
-        sum(shard.tokens for shard in manifest.shards),
-        sum(column_bytes(folder).values()),
-    )
-    lacks = list(manifest.extra.get("lacks", []))
+    # Response tokens. Prompts are stored too, and are part of the bytes.
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    size = sum(column_bytes(folder).values())
     return {
-        "folder": str(folder), "fingerprint": manifest.fingerprint, "rows": manifest.rows, "tokens": tokens, "bytes": size,
-        "bytes_per_token": size / max(1, tokens), "lacks": lacks,
-    }  # fmt: skip
+        "folder": str(folder),
+        "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": size / max(1, tokens),
+        "lacks": list(manifest.extra.get("lacks", [])),
+    }

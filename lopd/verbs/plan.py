@@ -3,135 +3,185 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lopd.config import load_config
-from lopd.errors import EXIT_CODE, ConfigError
+from lopd.errors import EXIT_CODE, ConfigError, LopdError
+from lopd.verbs.arguments import AsJson, ConfigFile, Overrides
 
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="TOML file.", show_default=False)
+if TYPE_CHECKING:
+    from lopd.planning import Plan
+    from lopd.planning.layouts import Suggestion
+
+# Eight H100 are the machine of the paper, and of the recipes in examples/.
+NumGpus = Annotated[int, typer.Option(min=1, help="Number of GPUs of the node.")]
+# lopd.planning.hardware has all names. An unknown one is refused with the nearest.
+GpuName = Annotated[str, typer.Option(help="Kind of GPU: h100-80gb, h200-141gb, a100-80gb, ...")]
+# The host's memory matters if the optimizer is offloaded to it.
+HostGib = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        help="Memory of the machine in GiB. If absent, 256 GiB per GPU.",
+        show_default=False,
+    ),
 ]
-Overrides = Annotated[
+# Checkpoints to resume from take most of the disk.
+DiskGib = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        help="Disk for run.dir in GiB. If absent, 3.5 TiB per GPU.",
+        show_default=False,
+    ),
+]
+# A plan is often made before the models are downloaded. A config.json is small.
+StudentConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="config.json of the student, if its folder is not on this machine.",
+        show_default=False,
+    ),
+]
+TeacherConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="config.json of the teacher, if its folder is not on this machine.",
+        show_default=False,
+    ),
+]
+# The first guess of a rate is ours. After a first run, users know theirs.
+Assume = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides of knobs.", show_default=False),
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Replace an assumption, for example dense_utilisation=0.3. The plan lists all "
+        "assumptions. May be repeated.",
+        show_default=False,
+    ),
+]
+# The comparison shows what the stored scores save: no teacher shares the GPUs with training.
+Cohost = Annotated[
+    bool,
+    typer.Option(
+        "--cohost",
+        help="Plan standard OPD instead: servers of teacher and student run beside the trainer.",
+    ),
+]
+# The result is printed as overrides, ready to be pasted after `lopd run CONFIG`.
+Suggest = Annotated[
+    bool,
+    typer.Option("--suggest", help="Search for the nearest settings that fit, and show them."),
 ]
 
 
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the node.")] = 8,
-    gpu: Annotated[
-        str, typer.Option(help="Which: h100-80gb, h200-141gb, a100-80gb, ...")
-    ] = "h100-80gb",
-    host_gib: Annotated[
-        float | None,
-        typer.Option(
-            min=1, help="Memory of the machine; absent: 256 GiB per GPU.", show_default=False
-        ),
-    ] = None,
-    disk_gib: Annotated[
-        float | None,
-        typer.Option(min=1, help="Disk for run.dir; absent: 3.5 TiB per GPU.", show_default=False),
-    ] = None,
-    student_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="config.json of the student, where its folder is not there.", show_default=False
-        ),
-    ] = None,
-    teacher_config: Annotated[
-        Path | None, typer.Option(help="config.json of the teacher.", show_default=False)
-    ] = None,
-    assume: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="name=value: another assumption (the plan lists them).", show_default=False
-        ),
-    ] = None,
-    cohost: Annotated[
-        bool,
-        typer.Option(
-            "--cohost", help="Standard OPD: teacher and student are served live beside the trainer."
-        ),
-    ] = False,
-    suggest: Annotated[
-        bool, typer.Option("--suggest", help="Search layouts for the nearest that fits.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    gpus: NumGpus = 8,
+    gpu: GpuName = "h100-80gb",
+    host_gib: HostGib = None,
+    disk_gib: DiskGib = None,
+    student_config: StudentConfig = None,
+    teacher_config: TeacherConfig = None,
+    assume: Assume = None,
+    cohost: Cohost = False,
+    suggest: Suggest = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Tell what a run will need: parameters by rank, memory of GPUs and machine, disk, operations,
-    hours. Starts nothing, needs no GPU and no weights.
+    """Show what a run will need: memory of GPUs and machine, disk, operations, hours.
+
+    Reads CONFIG and the config.json of the models. Writes nothing and starts nothing. The command
+    needs no GPU and no weights.
 
     Parameters are counted on the model as Megatron-Core builds it, on torch's meta device, with the
-    layout of sft and of distill. Everything that cannot be known before is assumed, shown, and can
-    be set. Exit code 2 where the run does not fit, or where lopd check would refuse it on any
-    machine.
+    layouts of sft and distill. What cannot be known before the run is assumed. The plan shows every
+    assumption, and each can be set. The command ends with exit code 2 if the run does not fit, or
+    if lopd check would refuse the configuration on any machine.
     """
     loaded = load_config(config, overrides or [])
     from lopd import checks
-    from lopd.planning import Plan, make_plan, node_of
+    from lopd.planning import make_plan, node_of
     from lopd.planning.assumptions import read_assumptions
     from lopd.planning.layouts import nearest_that_fits
     from lopd.planning.models import planned_models
-    from lopd.planning.plan import as_json as plan_as_json
-    from lopd.planning.plan import given_stages
-    from lopd.planning.view import show_plan, show_refused, show_suggestion
-    from lopd.report.console import show_error
+    from lopd.planning.stages import given_stages
 
+    # The node need not be this machine, so nothing of this machine is looked at.
     node = node_of(gpu, gpus, host_gib=host_gib, disk_gib=disk_gib)
-    given = {
-        role: path
-        for role, path in (("student", student_config), ("teacher", teacher_config))
-        if path is not None
-    }
-    models = planned_models(loaded, given)
+    files = {"student": student_config, "teacher": teacher_config}
+    # A config.json that is given wins over the folder that the configuration names.
+    models = planned_models(
+        loaded, {role: path for role, path in files.items() if path is not None}
+    )
     assumed = read_assumptions(assume or [])
-    refused = [
-        *checks.check_anywhere(
-            loaded, {role: model.arch for role, model in models.items()}, given_stages(loaded)
-        )
-    ]
+    shapes = {role: model.arch for role, model in models.items()}
+    # A plan that fits is of no use if lopd check then refuses the configuration on the node.
+    refused = list(checks.check_anywhere(loaded, shapes, given_stages(loaded)))
+    made: Plan | ConfigError
     try:
-        made: Plan | ConfigError = make_plan(loaded, models, node, assumed, cohost=cohost)
-    except ConfigError as error:  # a layout that does not divide the model: others may
+        made = make_plan(loaded, models, node, assumed, cohost=cohost)
+    except ConfigError as error:
+        # The layout does not divide the model. With --suggest other layouts may.
         if not suggest:
             raise
         made = error
+    # The search makes hundreds of plans, so it runs only if it is asked for.
     found = nearest_that_fits(loaded, models, node, assumed, cohost=cohost) if suggest else None
     if as_json:
-        about: dict[str, Any] = (
-            {"fits": False, "problems": [{"stage": "layout", "what": str(made)}]}
-            if isinstance(made, ConfigError)
-            else plan_as_json(made)
-        )
-        if refused:
-            about |= {
-                "fits": False,
-                "problems": [
-                    *about["problems"],
-                    *({"stage": "configuration", "what": str(error)} for error in refused),
-                ],
-            }
-        typer.echo(
-            json.dumps(
-                {
-                    **about,
-                    **({"suggestion": found.as_json() if found else None} if suggest else {}),
-                },
-                indent=1,
-            )
-        )
-    else:
-        if isinstance(made, ConfigError):
-            show_error(made)
-        else:
-            show_plan(made)
-        show_refused(refused)
+        # One JSON value on stdout, whatever happens, so that a program can always read it.
+        table = _as_json(made, refused)
         if suggest:
-            show_suggestion(found)
+            table["suggestion"] = found.as_json() if found else None
+        typer.echo(json.dumps(table, indent=1))
+    else:
+        _show(made, refused, found, suggest=suggest)
+    # A script that starts a run can rely on the exit code alone.
     if isinstance(made, ConfigError) or not made.fits or refused:
         raise typer.Exit(EXIT_CODE)
+
+
+def _as_json(made: Plan | ConfigError, refused: Sequence[LopdError]) -> dict[str, Any]:
+    """Return the plan for programs. What is refused joins the problems, so `fits` says all."""
+    from lopd.planning.plan_json import as_json
+
+    if isinstance(made, ConfigError):
+        # No plan could be made. Programs still find the keys that they decide by.
+        table: dict[str, Any] = {
+            "fits": False,
+            "problems": [{"stage": "layout", "what": str(made)}],
+        }
+    else:
+        table = as_json(made)
+    # A plan can fit a node and still be refused, so both lists are joined.
+    if refused:
+        table["fits"] = False
+        table["problems"] = [
+            *table["problems"],
+            *({"stage": "configuration", "what": str(error)} for error in refused),
+        ]
+    return table
+
+
+def _show(
+    made: Plan | ConfigError,
+    refused: Sequence[LopdError],
+    found: Suggestion | None,
+    *,
+    suggest: bool,
+) -> None:
+    """Print the plan as tables, then what is refused, then the suggestion."""
+    from lopd.planning.view import show_plan, show_refused, show_suggestion
+    from lopd.report.console import show_error
+
+    if isinstance(made, ConfigError):
+        show_error(made)
+    else:
+        show_plan(made)
+    show_refused(refused)
+    if suggest:
+        show_suggestion(found)

@@ -1,5 +1,7 @@
-"""``lopd doctor`` and ``lopd fetch``: is the machine right for this run, and the models and prompts
-it names on the hub.
+"""``lopd doctor`` and ``lopd fetch``: what a machine needs before a run.
+
+doctor says whether the machine is right for the run. fetch downloads the models and prompts that
+the run names on the hub.
 """
 
 from __future__ import annotations
@@ -12,15 +14,7 @@ import typer
 
 from lopd.config import load_config
 from lopd.errors import EXIT_CODE, LopdError
-
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="TOML file.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides of knobs.", show_default=False),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+from lopd.verbs.arguments import AsJson, ConfigFile, Overrides
 
 
 def doctor(
@@ -30,24 +24,31 @@ def doctor(
         list[str] | None,
         typer.Option(
             metavar="hf://NAME",
-            help="Another name on the hub that will be needed; may be repeated.",
+            help="Another name on the hub that will be needed. May be repeated.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell everything that this machine lacks for a run, at once; exit code 2 if something is.
+    """Show everything that this machine lacks for a run, at once.
 
-    GPUs, their memory and the machine's against the plan, disk, driver, shared memory and limits,
-    ports, versions, and whether models and prompts are here or to be had from the hub. Starts,
-    downloads and changes nothing. lopd check looks at the configuration itself, once the models are
-    here.
+    Reads CONFIG and facts about the machine, and asks the hub whether it has what is missing here.
+    The command starts nothing, downloads nothing and changes nothing.
+
+    It looks at GPUs, at their memory and the machine's memory against the plan, at disk, driver,
+    shared memory and limits, at ports and versions, and at the models and prompts. It ends with
+    exit code 2 if something is missing. lopd check looks at the configuration itself, once the
+    models are here.
     """
+    # The configuration says which machine is needed. Without it nothing can be judged.
     loaded = load_config(config, overrides or [])
-    from lopd.machine import doctor as machine
-    from lopd.machine import hub
+    from lopd.machine import doctor as judge
+    from lopd.machine import facts, hub
 
+    # Recipes need evaluation sets that are not part of their configuration.
     others = [hub.named(name) for name in also or ()]
-    found = machine.findings(loaded, machine.gather(loaded, others), others)
+    # First all facts, then all verdicts: a fact that is slow to get is asked for once.
+    found = judge.findings(loaded, facts.gather(loaded, others), others)
+    # Findings that are right are shown too: a list without a subject says nothing about it.
     rows = [
         {"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)}
         for name, finding in found
@@ -56,13 +57,22 @@ def doctor(
 
 
 def show_findings(rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    """Rows of name, ok and finding as a table or JSON; exit code 2 where one is wrong."""
+    """Print findings as a table or as JSON.
+
+    Args:
+        rows: One dict for each finding, with the keys name, ok and finding.
+        as_json: Whether to print JSON.
+
+    Raises:
+        typer.Exit: A finding is wrong. The exit code is 2.
+    """
     from lopd.report.overview import check_table
 
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
         check_table(rows)
+    # The exit code comes last, so that the whole table is shown first.
     if not all(row["ok"] for row in rows):
         raise typer.Exit(EXIT_CODE)
 
@@ -78,33 +88,41 @@ def fetch(
     ],
     overrides: Overrides = None,
     only_path: Annotated[
-        bool, typer.Option("--path", help="Of one name: print nothing but where it lies.")
+        bool,
+        typer.Option(
+            "--path", help="For one name on the hub, print only the path of its folder or file."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Download the models and prompts that a configuration names on the Hugging Face hub
-    (hf://org/name@revision); what is here is left alone.
+    """Download the models and prompts that a configuration names on the Hugging Face hub.
 
-    Weights as safetensors, JSON, tokenizers, prompts as JSONL or Parquet: never code. Into
-    $LOPD_HUB, or lopd/hub in $XDG_CACHE_HOME or ~/.cache. HF_HUB_OFFLINE=1 forbids it. This and
-    lopd doctor are the only verbs that use the network.
+    Reads CONFIG, where such a name is hf://org/name@revision. Writes into $LOPD_HUB, or into
+    lopd/hub in $XDG_CACHE_HOME or ~/.cache. What is already there is left alone.
+
+    It downloads weights as safetensors, JSON files, tokenizers, and prompts as JSONL or Parquet. It
+    never downloads code. HF_HUB_OFFLINE=1 forbids downloads. Only this command and lopd doctor use
+    the network.
     """
     from lopd.config.hub import PREFIX
     from lopd.machine import hub
     from lopd.report.console import say
 
-    items = (
-        [hub.named(what)]
-        if what.startswith(PREFIX)
-        else [*hub.wanted(load_config(Path(what), overrides or []))]
-    )
+    if what.startswith(PREFIX):
+        # Useful for one evaluation set, or to fetch on a machine that has no configuration.
+        items = [hub.named(what)]
+    else:
+        items = list(hub.wanted(load_config(Path(what), overrides or [])))
+    # Programs read the output of these two forms, so progress lines must not be part of it.
     quiet = as_json or only_path
     rows = hub.fetch(items, (lambda line: None) if quiet else say)
+    # For shells: `--model "$(lopd fetch --path hf://...)"`.
     if only_path:
         typer.echo("\n".join(str(item.path) for item in items))
     elif as_json:
         typer.echo(json.dumps(rows, indent=1))
     elif not rows:
         say(
-            "nothing of this configuration is on the hub: all its models and prompts are local paths"
+            "nothing of this configuration is on the hub: all its models and prompts are local "
+            "paths"
         )

@@ -1,5 +1,7 @@
-"""``lopd prompts``: prompt files made ready: chosen, deduplicated, cut to length, and without what
-is in the evaluation sets.
+"""``lopd prompts``: prepare prompt files.
+
+A prepared file has chosen prompts, none of them twice, none too long, and none that is in an
+evaluation set.
 """
 
 from __future__ import annotations
@@ -12,109 +14,167 @@ from typing import Annotated, Any
 import typer
 
 from lopd.errors import ConfigError
+from lopd.verbs.arguments import HELP_OPTIONS, VerbGroup
 
-app = typer.Typer(
+app = VerbGroup(
     name="prompts",
-    help="Make prompt files ready, and list the data sets whose columns are known.",
+    help="Prepare prompt files, and list the data sets whose columns are known.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="The data set whose columns SOURCE has. lopd prompts formats lists them.",
+    ),
+]
+# For data sets whose columns are not known, or have changed since.
+Field = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=COLUMN",
+        help="The column that has the question, messages, answer, prompt_id or domain. May be "
+        "repeated.",
+    ),
+]
+# The boxed form asks for the answer in a box, where the verifier of math looks first.
+Instruction = Annotated[
+    str | None,
+    typer.Option(help="Text around {question}, or plain, or boxed. If absent, that of the format."),
+]
+# The report beside the file has the hashes of all inputs, by which a later call sees that nothing
+# changed.
+PreparedFile = Annotated[
+    Path,
+    typer.Option(
+        help="JSONL file to write, in the format of lopd. Its report is written beside it, as "
+        "NAME.report.json."
+    ),
+]
+# A student that has seen an evaluation problem while it was trained scores too well on it.
+Against = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:FORMAT]",
+        help="An evaluation set. Prompts that share words with it are left out. May be repeated.",
+    ),
+]
+# 13 words in a row are the usual bound of published decontaminations. Fewer find chance matches,
+# and more miss edited prompts.
+Ngram = Annotated[
+    int,
+    typer.Option(
+        min=5,
+        help="Number of words in a row. A prompt that shares them with an evaluation prompt is "
+        "left out.",
+    ),
+]
+# Long evaluation prompts may share a common formula with many others. A share above 0 asks for more
+# than one such group.
+MinCoverage = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of an evaluation prompt's groups of words that must be found. 0 means that "
+        "one group is enough.",
+    ),
+]
+# Data sets mix sources, levels and languages, which a column tells apart.
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="COLUMN=VALUE",
+        help="Take only rows with this value. VALUE may also be a list, or {min=..., max=...}. "
+        "May be repeated.",
+    ),
+]
+# A file in the format of lopd has been prepared already, so its repetitions are meant.
+Duplicates = Annotated[
+    str | None,
+    typer.Option(
+        help="keep or drop questions that come twice. If absent, they are dropped, but kept in "
+        "the format of lopd."
+    ),
+]
+NumPrompts = Annotated[
+    int | None, typer.Option(min=1, help="Take this number of the prompts that are left.")
+]
+# Files are often sorted by source or by level. The first prompts are then no fair sample.
+ShuffleSeed = Annotated[
+    int | None,
+    typer.Option(min=0, help="Take them at random with this seed. If absent, take the first ones."),
+]
+MaxChars = Annotated[
+    int | None, typer.Option(min=1, help="Leave out prompts with more characters.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Leave out prompts with more tokens. Needs --tokenizer.")
+]
+# Prompts are measured as a model sees them, so the template counts.
+LengthTokenizer = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a tokenizer with a chat template. It measures lengths in tokens."),
+]
+# A prompt whose answer no verifier can use would count as wrong for every model.
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="The task that must be able to use the answers. If absent, that of the domain."
+    ),
+]
+Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
 @app.command(
-    epilog="Example:  lopd prompts prepare dapo/ --format dapo_math_17k --against aime25.jsonl:aime_2025 --out opd.jsonl"
+    epilog="Example:  lopd prompts prepare dapo/ --format dapo_math_17k "
+    "--against aime25.jsonl:aime_2025 --out opd.jsonl"
 )
 def prepare(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="JSONL to write, in our own form; its report goes beside it, as NAME.report.json."
-        ),
-    ],
-    form: Annotated[
-        str, typer.Option("--format", help="Whose columns SOURCE has: lopd prompts formats.")
-    ] = "lopd",
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:FORMAT]", help="An evaluation set to keep clear of; may be repeated."
-        ),
-    ] = None,
-    ngram: Annotated[
-        int, typer.Option(min=5, help="Words in common that make a prompt one of the evaluation's.")
-    ] = 13,
-    min_coverage: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Share of an evaluation prompt's word groups that must be found; 0: one.",
-        ),
-    ] = 0.0,
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=COLUMN", help="Column of question, messages, answer, prompt_id or domain."
-        ),
-    ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN=VALUE", help="Only such rows; also a list, or {min=..., max=...}."
-        ),
-    ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(help="Text around {question}; or plain, boxed. Absent: the format's own."),
-    ] = None,
-    duplicates: Annotated[
-        str | None,
-        typer.Option(help="keep or drop repeated questions. Absent: drop, of our own form keep."),
-    ] = None,
-    num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="So many of those that are left.")
-    ] = None,
-    shuffle_seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Take them at random, by this seed. Absent: the first ones."),
-    ] = None,
-    max_chars: Annotated[
-        int | None, typer.Option(min=1, help="Leave out longer prompts, in characters.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Leave out longer prompts, in tokens; needs --tokenizer."),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a tokenizer with a chat template: lengths in tokens."),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="Task that must be able to use the answers. Absent: the domain's."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
+    source: Source,
+    out: PreparedFile,
+    form: Format = "lopd",
+    against: Against = None,
+    ngram: Ngram = 13,
+    min_coverage: MinCoverage = 0.0,
+    field: Field = None,
+    where: Where = None,
+    instruction: Instruction = None,
+    duplicates: Duplicates = None,
+    num_prompts: NumPrompts = None,
+    shuffle_seed: ShuffleSeed = None,
+    max_chars: MaxChars = None,
+    max_tokens: MaxTokens = None,
+    tokenizer: LengthTokenizer = None,
+    task: TaskName = None,
+    as_json: Report = False,
 ) -> None:
-    """Write a prompt set: read, choose, drop repeated questions, too long ones and those that share
-    words with evaluation prompts; report what was left out.
+    """Write a prompt set: read, choose, and leave out what must not be in it.
 
-    The same command does nothing where its inputs have not changed. It replaces only a file that it
-    has written itself.
+    Reads SOURCE and the evaluation sets. Writes --out and its report. It leaves out questions that
+    come twice, prompts that are too long, and prompts that share words with evaluation prompts. The
+    report says how many of each.
+
+    If its inputs have not changed, the command does nothing. It replaces only a file that it has
+    written itself.
     """
     from lopd.tasks import prompt_files
 
+    # Characters are no measure for tokens: a formula has far more tokens per character.
     if max_tokens is not None and tokenizer is None:
         raise ConfigError(
             "--max-tokens counts tokens",
             where="lopd prompts prepare",
             remedy="give --tokenizer FOLDER",
         )
+    # The same settings as those of prompts.* in a configuration, under the same names.
     settings = {
         "file": source.expanduser().absolute(),
         "format": form,
@@ -127,6 +187,7 @@ def prepare(
         "max_prompt_chars": max_chars,
         "max_prompt_tokens": max_tokens,
     }
+    # The report says what was left out, and why.
     report = prompt_files.prepare(
         prompt_files.prompt_set(settings),
         out,
@@ -144,21 +205,33 @@ def prepare(
 
 
 def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
-    """``name=value`` with the value in TOML syntax; a bare word is text."""
+    """Return NAME=VALUE words as a dict.
+
+    Args:
+        given: The words. A value is TOML. A value that is not TOML is text.
+        option: The name of the option, for error lines.
+
+    Raises:
+        ConfigError: A word has no name or no equals sign.
+    """
     pairs: dict[str, Any] = {}
-    for one in given or []:
-        name, equals, text = one.partition("=")
+    # The same option may be given several times, with one pair each.
+    for word in given or []:
+        name, equals, text = word.partition("=")
         if not equals or not name:
             raise ConfigError(
-                f"{one!r:.80} is not NAME=VALUE",
+                f"{word!r:.80} is not NAME=VALUE",
                 where=option,
                 remedy=f"write for example {option} domain=math",
             )
         try:
             parsed = tomllib.loads(f"value = {text}")
-            pairs[name] = parsed["value"] if len(parsed) == 1 else text
         except tomllib.TOMLDecodeError:
+            # A bare word, such as domain=math.
             pairs[name] = text
+        else:
+            # Text with line breaks may parse as several settings. It was meant as text.
+            pairs[name] = parsed["value"] if len(parsed) == 1 else text
     return pairs
 
 
@@ -166,35 +239,28 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
     epilog="Example:  lopd prompts show aime25.jsonl --format aime_2025 --tokenizer Qwen3-8B"
 )
 def show(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False
-        ),
-    ],
-    form: Annotated[
-        str, typer.Option("--format", help="Whose columns SOURCE has: lopd prompts formats.")
-    ] = "lopd",
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=COLUMN", help="Column of question, messages, answer, prompt_id or domain."
-        ),
-    ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(help="Text around {question}; or plain, boxed. Absent: the format's own."),
-    ] = None,
+    source: Source,
+    form: Format = "lopd",
+    field: Field = None,
+    instruction: Instruction = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a tokenizer: the text that a model sees, chat template included."
+            help="Folder of a tokenizer. With it, the text that a model sees is shown, with the "
+            "chat template."
         ),
     ] = None,
-    thinking: Annotated[bool, typer.Option(help="What the chat template is told.")] = True,
-    num_prompts: Annotated[int, typer.Option(min=1, help="So many, from the first.")] = 1,
+    thinking: Annotated[
+        bool, typer.Option(help="Whether the chat template lets the model think.")
+    ] = True,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Show this number of prompts, from the first on.")
+    ] = 1,
 ) -> None:
-    """Show prompts as a model sees them, with their answers."""
+    """Show prompts as a model sees them, with their answers.
+
+    Reads SOURCE and the tokenizer. Writes nothing.
+    """
     from lopd.tasks import prompt_files
 
     settings = {
@@ -204,21 +270,25 @@ def show(
         "instruction": instruction,
         "thinking": thinking,
     }
+    # The code that shows a prompt is the code that a run reads prompts with.
     for line in prompt_files.shown(prompt_files.prompt_set(settings), num_prompts, tokenizer):
         typer.echo(line)
 
 
-@app.command()
+@app.command(epilog="Example:  lopd prompts formats")
 def formats() -> None:
-    """List the data sets whose columns are known."""
+    """List the data sets whose columns are known, for --format. Reads and writes no file."""
     from lopd.tasks.formats import FORMATS
 
     for name, form in FORMATS.items():
-        columns = {
-            field: " or ".join(paths) for field, paths in form.columns.items()
-        } | dict.fromkeys(form.computed, "computed")
+        # Versions of a data set name a column differently. The first one that a row has counts.
+        columns = {field: " or ".join(paths) for field, paths in form.columns.items()}
+        # These fields are computed from a whole row, so no column is theirs.
+        columns |= dict.fromkeys(form.computed, "computed")
         typer.echo(f"{name}: {form.title}  ({form.source})")
+        # What a user should know before the set is used.
         if form.note:
             typer.echo(f"    {form.note}")
+        # The format of lopd itself has its columns under their own names.
         if columns and name != "lopd":
             typer.echo(f"    {', '.join(f'{field} = {path}' for field, path in columns.items())}")

@@ -1,8 +1,7 @@
-"""What a server's answer must be before anyone may learn from it. Pure functions; each names the
-response it refuses.
+"""What a server's answer must be before anyone may learn from it.
 
-Silent garbage in log-probabilities is the costliest failure of distillation: the run goes on and
-learns noise.
+These are pure functions. Each of them names the response that it refuses. Wrong log-probabilities
+are the costliest failure of distillation, because the run goes on and learns noise.
 """
 
 from __future__ import annotations
@@ -16,26 +15,33 @@ import numpy as np
 from lopd.errors import EngineError
 from lopd.records import FinishReason, Floats, Ints, Key
 
-POSITIVE_SLACK = (
-    1e-6  # nats: log_softmax in float32 rounds a probability of 1 to at most this much above 0
-)
-UNIFORM_TOLERANCE = 1e-3  # nats around -ln V; no trained model keeps a whole response that flat
-UNIFORM_MIN_TOKENS = 8  # fewer tokens may lie near -ln V by chance
+# In nats. log_softmax in float32 rounds a probability of 1 to at most this much above 0.
+POSITIVE_SLACK = 1e-6
+# In nats around -ln V. No trained model keeps a whole response that flat.
+UNIFORM_TOLERANCE = 1e-3
+# Fewer tokens may lie near -ln V by chance.
+UNIFORM_MIN_TOKENS = 8
 
 
 def response_name(key: Key) -> str:
-    """How errors name a response."""
+    """Return the name that errors give a response."""
     return f"response {key[0]}#{key[1]}"
 
 
 def check_returned_ids(
     key: Key, sent: Ints, returned: Ints, *, hidden_id: int | None = None
 ) -> None:
-    """EngineError unless the server answered for exactly the token ids it was sent. sent, returned:
-    [N].
+    """Check that the server answered for exactly the token ids that it was sent.
 
-    hidden_id: a sent id that the server may echo as 0 (see LAST_ID_ECHO in
-    sglang_rollout.requests.scoring).
+    Args:
+        key: The response.
+        sent: Token ids of shape [N].
+        returned: Token ids of shape [N], as the server gives them back.
+        hidden_id: A sent id that the server may return as 0 (LAST_ID_ECHO in
+            sglang_rollout.requests.scoring).
+
+    Raises:
+        EngineError: The number of ids or one of the ids differs.
     """
     if len(sent) != len(returned):
         raise EngineError(
@@ -43,32 +49,42 @@ def check_returned_ids(
             where=response_name(key),
             remedy="do not use these log-probabilities; check context_length and the server's log",
         )
-    hidden = (
-        (sent == hidden_id) & (returned == 0)
-        if hidden_id is not None
-        else np.zeros(len(sent), dtype=np.bool_)
-    )
+    if hidden_id is None:
+        hidden = np.zeros(len(sent), dtype=np.bool_)
+    else:
+        # Only this id may come back as 0. Any other difference is an error.
+        hidden = (sent == hidden_id) & (returned == 0)
     differing = np.flatnonzero((sent != returned) & ~hidden)
     if differing.size:
         first = int(differing[0])
         raise EngineError(
-            f"the server returned token {int(returned[first])} at position {first} where {int(sent[first])} was sent ({differing.size} of {len(sent)} differ)",
+            f"the server returned token {int(returned[first])} at position {first} where "
+            f"{int(sent[first])} was sent ({differing.size} of {len(sent)} differ)",
             where=response_name(key),
-            remedy="do not use these log-probabilities; the server's model or its tokenizer setting is not what it should be",
+            remedy="do not use these log-probabilities; the server has another model or another "
+            "tokenizer setting than it should have",
         )
 
 
 def check_logprobs(key: Key, logprobs: Floats) -> None:
-    """EngineError for NaN, +inf or a positive log-probability. -inf is a fact (a masked token), not
-    a fault. logprobs: [N].
+    """Check that every value can be a log-probability.
+
+    -inf is allowed: it is a fact about a masked token.
+
+    Args:
+        key: The response.
+        logprobs: Natural logarithms of shape [N].
+
+    Raises:
+        EngineError: A value is NaN, +inf or positive.
     """
-    wrong = np.flatnonzero(
-        np.isnan(logprobs) | (logprobs > POSITIVE_SLACK)
-    )  # +inf is above the slack too
+    # This comparison finds +inf as well.
+    wrong = np.flatnonzero(np.isnan(logprobs) | (logprobs > POSITIVE_SLACK))
     if wrong.size:
         first = int(wrong[0])
         raise EngineError(
-            f"log-probability {float(logprobs[first])} at token {first} ({wrong.size} of {len(logprobs)} are wrong)",
+            f"log-probability {float(logprobs[first])} at token {first} "
+            f"({wrong.size} of {len(logprobs)} are wrong)",
             where=response_name(key),
             limit="a log-probability is a number not above 0",
             remedy="look for overflow in the served dtype (sglang.dtype) or a damaged checkpoint",
@@ -76,14 +92,27 @@ def check_logprobs(key: Key, logprobs: Floats) -> None:
 
 
 def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
-    """EngineError where every token of a response of 8 or more has the probability of a uniform
-    guess, 1 / vocab_size. logprobs: [N].
+    """Check that the model does better than a uniform guess.
+
+    A response of fewer than 8 tokens is not checked.
+
+    Args:
+        key: The response.
+        logprobs: Natural logarithms of shape [N].
+        vocab_size: The number of tokens in the vocabulary.
+
+    Raises:
+        EngineError: Every token has a probability of about 1 / vocab_size. That happens when a
+            server has started without loading the weights of its output layer.
     """
-    if len(logprobs) >= UNIFORM_MIN_TOKENS and bool(
-        np.all(np.abs(logprobs + math.log(vocab_size)) < UNIFORM_TOLERANCE)
-    ):
+    if len(logprobs) < UNIFORM_MIN_TOKENS:
+        return
+    # Every token must be near -ln V. Single tokens of a good model are there by chance.
+    distances = np.abs(logprobs + math.log(vocab_size))
+    if bool(np.all(distances < UNIFORM_TOLERANCE)):
         raise EngineError(
-            f"all {len(logprobs)} log-probabilities are within {UNIFORM_TOLERANCE} of -ln {vocab_size}: the model knows nothing",
+            f"all {len(logprobs)} log-probabilities are within {UNIFORM_TOLERANCE} of "
+            f"-ln {vocab_size}: the model knows nothing",
             where=response_name(key),
             remedy="the weights were not loaded; check the checkpoint folder and the server's log",
         )
@@ -92,30 +121,45 @@ def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
 def check_ending(
     key: Key, token_ids: Ints, finish_reason: Mapping[str, Any], stop_token_ids: tuple[int, ...]
 ) -> FinishReason:
-    """The finish reason, once it agrees with the tokens. token_ids: [R]. finish_reason: SGLang's,
-    {"type": ..., "matched": ...}.
+    """Return the finish reason of a response, after checking it against the tokens.
 
-    "stop" must name a stop token, and end in it: the end token is part of the response. (Where the
-    logits are NaN, SGLang puts a stop token at the end and says "stop", matched "NaN happened".) A
-    response whose stop token happens to be the last that max_new_tokens allows is called "length"
-    by SGLang; it ended by itself, so it is "stop" here.
+    Args:
+        key: The response.
+        token_ids: The response's token ids of shape [R].
+        finish_reason: SGLang's record {"type": ..., "matched": ...}.
+        stop_token_ids: Every end token of the model.
+
+    Returns:
+        "stop" for a response that ended by itself, else "length".
+
+    Raises:
+        EngineError: The finish reason is unknown or contradicts the last token.
     """
-    kind, matched = finish_reason["type"], finish_reason.get("matched")
+    kind = finish_reason["type"]
+    matched = finish_reason.get("matched")
     last = int(token_ids[-1]) if len(token_ids) else None
     if kind == "length":
+        # SGLang also says "length" where the end token is the last one that max_new_tokens allows.
+        # Such a response ended by itself and must not count as truncated.
         return "stop" if last in stop_token_ids else "length"
     if kind != "stop":
         raise EngineError(f"finish reason {kind!r} is unknown", where=response_name(key))
+    # Where the logits are NaN, SGLang puts an end token at the end and says "stop" with the text
+    # "NaN happened". Without this test the garbage would count as a finished response.
     if isinstance(matched, str):
         raise EngineError(
-            f"it stopped for another reason than a token: {matched}",
+            f"the response stopped for another reason than a token: {matched}",
             where=response_name(key),
             remedy="look for overflow in the served dtype (sglang.dtype) or a damaged checkpoint",
         )
+    # The end token is part of the response and carries loss. A response without it would never
+    # teach the student to stop.
     if last not in stop_token_ids or matched != last:
         raise EngineError(
-            f"it stopped at token {last} (matched: {matched}), which is none of the stop tokens {stop_token_ids}",
+            f"the response stopped at token {last} (matched: {matched}), which is none of the stop "
+            f"tokens {stop_token_ids}",
             where=response_name(key),
-            remedy="give every end token of the model (eos_token_id of config.json and generation_config.json) as a stop token",
+            remedy="give every end token of the model (eos_token_id of config.json and "
+            "generation_config.json) as a stop token",
         )
     return "stop"

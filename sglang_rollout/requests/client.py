@@ -1,5 +1,6 @@
-"""SGLangEngine: sampling and scoring on one server, over HTTP. Synchronous generators outside,
-asyncio inside.
+"""SGLangEngine: sampling and scoring on one server, over HTTP.
+
+Callers see synchronous generators. Inside, asyncio keeps many requests open at once.
 """
 
 from __future__ import annotations
@@ -28,36 +29,42 @@ from sglang_rollout.requests.sampling import (
     read_response,
 )
 from sglang_rollout.requests.scoring import ScoreRequest
-from sglang_rollout.requests.streaming import Work, stream
+from sglang_rollout.requests.streaming import Handler, stream
 from sglang_rollout.servers.launch import KEY_VARIABLE
 from sglang_rollout.servers.server import SGLangServer
-from sglang_rollout.servers.supervision import check_not_given_up
+from sglang_rollout.servers.weights_file import check_not_given_up
 
-_REPEATABLE = frozenset(
-    {"/update_weights_from_disk", "/flush_cache"}
-)  # doing it twice is doing it once
-_POLL_S, _NOTICED_S = 0.05, 1.0  # a death is noticed by then
+# A second call has no further effect. /update_weights_from_tensor and the broadcasts are not among
+# them: a restarted server has other weights than the former buckets went into.
+_REPEATABLE = frozenset({"/update_weights_from_disk", "/flush_cache"})
+_POLL_S = 0.05
+# The watcher notices a death within this time.
+_NOTICED_S = 1.0
+_CONNECT_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 10.0
 
 Q = TypeVar("Q", SamplingRequest, ScoreRequest)
 A = TypeVar("A")
 
 
 class OtherWeights(EngineError):
-    """A server has other weights than it must answer with: it was started again. Send them again,
-    then ask again.
+    """A server has other weights than it should answer with, because it was started again.
+
+    The caller must send the weights again and then repeat its requests.
     """
 
 
 class Refused(EngineError):
-    """A server has answered, and the answer is no."""
+    """A server has answered a request with a refusal."""
 
 
 class SGLangEngine:
-    """Samples and scores on the server at url.
+    """Samples and scores on the server at one URL.
 
-    server: given where this process runs it, so that its death is noticed at once and explained.
-    weights_file: of a server that another process of lopd's runs, which says beside it that it will
-    not be started again. vocab_size: of its model; absent: asked where needed.
+    Attributes:
+        url: The base URL without a slash at its end.
+        headers: The HTTP headers of every request.
+        vocab_size: The vocabulary of the served model, or None before it was needed.
     """
 
     def __init__(
@@ -70,28 +77,36 @@ class SGLangEngine:
         weights_file: Path | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        self.url, self.api_key, self.settings, self.server = (
-            url.rstrip("/"),
-            api_key,
-            settings,
-            server,
-        )
+        """
+        Args:
+            url: The base URL of the server.
+            api_key: The server's key, or "" for a server without one.
+            settings: The section [sglang].
+            server: The server, where this process runs it. Its death is then noticed at once and
+                explained.
+            weights_file: The weights file of a server that another process of lopd runs. That
+                process records there that it will not start the server again.
+            vocab_size: The vocabulary of the served model. The default is to ask when needed.
+        """
+        self.url = url.rstrip("/")
+        self.api_key = api_key
+        self.settings = settings
+        self.server = server
         self._weights_file = weights_file
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.vocab_size = vocab_size
 
     @property
     def engines(self) -> tuple[SGLangEngine, ...]:
-        """One for each server."""
+        """One engine for each server."""
         return (self,)
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
+        # The search for a lost server opens a plain connection, which takes no URL.
         parts = urlsplit(self.url)
         return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-
-    # --- streams -----------------------------------------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -100,23 +115,33 @@ class SGLangEngine:
         *,
         version: str | None = None,
     ) -> Iterator[Response]:
-        """Sample every request; responses come as they finish, in any order. sampling_logprobs are
-        at temperature 1.
+        """Sample every request and yield the responses as they finish, in any order.
 
-        version: of the weights that must answer. OtherWeights: others did, as after a restart of a
-        server whose newest weights are in no folder. EngineError: the server died, refuses, or
-        answers what it must not. DataError: a prompt that fills the context.
+        The sampling_logprobs of a response are at temperature 1, whatever the sampling temperature.
+
+        Args:
+            requests: What to sample.
+            params: How to sample.
+            version: The weight version that the servers must have.
+
+        Raises:
+            OtherWeights: A response carries another weight version. This happens after a restart
+                of a server whose newest weights are in no folder.
+            EngineError: The server died, refuses, or gives an impossible answer.
+            DataError: A prompt fills the context.
         """
         if params.min_p > 0 and self.settings.deterministic:
             raise ConfigError(
-                f"min_p = {params.min_p} with sglang.deterministic: SGLang's seeded sampling cannot do it",
+                f"min_p = {params.min_p} with sglang.deterministic: SGLang's seeded sampling "
+                "cannot do it",
                 remedy="set min_p = 0 or sglang.deterministic = false",
             )
-
+        # A response does not tell which of the servers gave it, so an error names all of them.
         urls = ", ".join(engine.url for engine in self.engines)
-        rescore = (
-            params.temperature != 1 and self.server is None
-        )  # a server of ours gives log-probabilities at temperature 1 by itself
+        # A server without our environment gives log-probabilities of logits / temperature. SGLang
+        # computes those at temperature 1 only under SGLANG_RETURN_ORIGINAL_LOGPROB, which is set
+        # for the servers that lopd starts. The others are asked a second time.
+        rescore = params.temperature != 1 and self.server is None
         vocabulary = self._served_vocab_size() if rescore else 0
 
         async def sample(calls: Connections, request: SamplingRequest) -> Response:
@@ -125,113 +150,130 @@ class SGLangEngine:
                 request, lambda name: generate_payload(request, params, allowed, name)
             )
             response = read_response(request, params, allowed, answer)
+            # Checked for each response: the server may be restarted between any two of them.
             if version is not None and response.weight_version != version:
                 raise OtherWeights(
-                    f"a response of the weights {response.weight_version}, where {version} were asked",
+                    f"a response has the weight version {response.weight_version}, but {version} "
+                    "was requested",
                     where=urls,
                 )
-            return (
-                await self._at_temperature_one(calls, response, vocabulary) if rescore else response
-            )
+            if rescore:
+                return await self._at_temperature_one(calls, response, vocabulary)
+            return response
 
         yield from self._stream(requests, sample)
 
     def score(
         self, requests: Iterable[ScoreRequest], *, vocab_size: int | None = None, top_k: int = 0
     ) -> Iterator[TeacherScores]:
-        """Score every response; scores come as they finish, in any order. vocab_size: of the model;
-        absent: from its config.json.
+        """Score every response and yield the scores as they finish, in any order.
 
-        top_k: also give so many of the likeliest tokens at the place of each response token
-        (TeacherScores.top).
+        Args:
+            requests: The responses to score.
+            vocab_size: The vocabulary of the model. The default is that of its config.json.
+            top_k: The number of likeliest tokens to return for each response token
+                (TeacherScores.top), or 0 for none.
 
-        EngineError: the server died, returns other ids than it was sent, or values no model gives
-        (lopd's checks). DataError: too long, or empty.
+        Raises:
+            EngineError: The server died, returns other ids than it was sent, or returns values that
+                no model gives (sglang_rollout.requests.checks).
+            DataError: A sequence is too long, or its prompt or response is empty.
         """
+        # Two checks need the size: one for the id that SGLang returns as 0 (scoring.LAST_ID_ECHO),
+        # and one for a teacher that guesses uniformly.
         vocabulary = vocab_size if vocab_size is not None else self._served_vocab_size()
 
-        async def rate(calls: Connections, request: ScoreRequest) -> TeacherScores:
+        async def score_one(calls: Connections, request: ScoreRequest) -> TeacherScores:
             scoring.check_scorable(request, self.settings.context_length)
             answer = await calls.generate(
                 request, lambda name: scoring.score_payload(request, name, top_k)
             )
             return scoring.read_scores(request, answer, vocabulary, top_k)
 
-        yield from self._stream(requests, rate)
+        yield from self._stream(requests, score_one)
 
     async def _at_temperature_one(
         self, calls: Connections, response: Response, vocab_size: int
     ) -> Response:
-        """The response with log-probabilities at temperature 1, asked of the same server: those of
-        sampling are of logits / temperature.
-
-        Only for a server that others started: SGLANG_RETURN_ORIGINAL_LOGPROB, set for ours, makes
-        this second pass needless.
-        """
+        """Return the response with log-probabilities at temperature 1, from scoring it."""
         request = ScoreRequest(
             response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids
         )
+        # Any of the servers may answer: all of them have the same weights.
         answer = await calls.generate(request, lambda name: scoring.score_payload(request, name))
         return Response(
             prompt_id=response.prompt_id,
             sample_index=response.sample_index,
             prompt_ids=response.prompt_ids,
             token_ids=response.token_ids,
+            # Without the test for a uniform guess, which is for teachers: a student may know
+            # nothing.
             sampling_logprobs=scoring.read_logprobs(request, answer, vocab_size),
             finish_reason=response.finish_reason,
             weight_version=response.weight_version,
         )
 
     def _stream(
-        self, requests: Iterable[Q], work: Callable[[Connections, Q], Awaitable[A]]
+        self, requests: Iterable[Q], handle: Callable[[Connections, Q], Awaitable[A]]
     ) -> Iterator[A]:
         @asynccontextmanager
-        async def open_work() -> AsyncIterator[Work[Q, A]]:
+        async def open_handler() -> AsyncIterator[Handler[Q, A]]:
+            # One set of connections for the whole stream: a new connection for each request would
+            # cost a handshake each time.
             async with Connections(self.engines) as calls:
-                yield lambda request: work(calls, request)
+                yield lambda request: handle(calls, request)
 
         return stream(
             requests,
-            open_work,
+            open_handler,
+            # The limit is for each server, so that more servers get more requests.
             in_flight=self.settings.max_in_flight * len(self.engines),
             watch=self.check_alive,
         )
 
     def check_alive(self) -> None:
-        """EngineError where the server is one of lopd's, its process has ended, and it will not be
-        started again.
+        """Check that the server runs or will be started again.
+
+        A server that lopd did not start always passes.
+
+        Raises:
+            EngineError: Its process has ended for good.
         """
         if self.server is not None:
             self.server.check()
+        # The watcher of another process leaves its verdict beside the weights file.
         elif self._weights_file is not None:
             check_not_given_up(self._weights_file)
 
-    # --- single calls ------------------------------------------------------------------------------------------------------------------------------
-
     def model_info(self) -> dict[str, Any]:
-        """What the server says of its model: model_path, weight_version, architectures."""
+        """Return the server's own description of its model.
+
+        The keys are model_path, weight_version, architectures and more.
+        """
         return dict(self.call("GET", "/model_info"))
 
     def server_version(self) -> tuple[int, ...]:
-        """SGLang's version as numbers, asked of the server."""
+        """Return the version of the server's SGLang as numbers."""
         text = str(self.call("GET", "/server_info")["version"])
+        # (0, 5, 17) for 0.5.17.post1.
         return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
     def flush_cache(self) -> None:
-        """Forget every cached prefix. EngineError while requests are running."""
+        """Make the server forget every cached prefix.
+
+        Raises:
+            EngineError: Requests are running. SGLang refuses then.
+        """
         self.call("POST", "/flush_cache")
 
     def health(self) -> bool:
-        """True where the server generates a token within ten seconds."""
+        """Return whether the server generates a token within ten seconds."""
+        # SGLang's own health check is content with any sign of the scheduler. A token shows that
+        # the model computes.
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
         try:
-            with self._client(httpx.Timeout(10.0)) as client:
-                return (
-                    client.post(
-                        "/generate",
-                        json={"input_ids": [0], "sampling_params": {"max_new_tokens": 1}},
-                    ).status_code
-                    == 200
-                )
+            with self._client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
+                return client.post("/generate", json=body).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -243,22 +285,37 @@ class SGLangEngine:
         *,
         timeout_s: float | None = None,
     ) -> Any:
-        """One call: the parsed JSON of the answer, or its text. EngineError: no connection,
-        timeout, refusal, or a dead server.
+        """Make one call and return the parsed JSON of the answer, or its text.
 
-        Where this process runs the server and starts it again after a death, a call that can be
-        repeated waits for that and is.
+        If this process runs the server and starts it again after a death, a call that can be
+        repeated waits for the restart and is repeated.
+
+        Args:
+            method: "GET" or "POST".
+            path: The path on the server.
+            body: The JSON body.
+            timeout_s: The longest time in seconds. The default is sglang.request_timeout_s.
+
+        Raises:
+            EngineError: There is no connection, no answer in time, or a dead server.
+            Refused: The server answers with an HTTP error.
         """
+        timeout = httpx.Timeout(
+            timeout_s or self.settings.request_timeout_s, connect=_CONNECT_TIMEOUT_S
+        )
         while True:
             try:
-                with self._client(
-                    httpx.Timeout(timeout_s or self.settings.request_timeout_s, connect=5.0)
-                ) as client:
+                # A client for each attempt: after a restart its connections would be dead.
+                with self._client(timeout) as client:
                     reply = client.request(method, path, json=body)
                 break
             except httpx.TransportError as error:
+                # After a timeout the server may still be doing what it was asked, so the call is
+                # not repeated. After a lost connection _restarted() finds out whether the process
+                # that had the call is gone.
                 lost = not isinstance(error, httpx.TimeoutException)
-                if not (lost and (method == "GET" or path in _REPEATABLE) and self._restarted()):
+                repeatable = method == "GET" or path in _REPEATABLE
+                if not (lost and repeatable and self._restarted()):
                     self.check_alive()
                     raise EngineError(
                         f"{path}: {type(error).__name__} {error}".rstrip(),
@@ -270,27 +327,42 @@ class SGLangEngine:
         return parsed(reply.content)
 
     def _restarted(self) -> bool:
-        """True once a server of this process that was found dead is back; False where it is not
-        ours, or was never away. EngineError: it stays dead.
+        """Wait for the restart of a server that this process runs.
+
+        Returns:
+            True once the server is back. False if it is not ours or was never away.
         """
         if self.server is None:
             return False
         began = time.monotonic()
+        # The connection can be lost before the watcher has noticed the death. A server that stays
+        # ready for this long has lost only the connection.
         while self.server.ready():
             if time.monotonic() - began > _NOTICED_S:
                 return False
             time.sleep(_POLL_S)
         while not self.server.ready():
+            # Raises once the watcher has given up, so this loop ends.
             self.check_alive()
             time.sleep(_POLL_S)
         return True
 
     def refusal(self, path: str, status: int, content: bytes) -> EngineError:
-        """An HTTP error as something a user can act on."""
-        key = f"the key is not this server's (of one that lopd did not start it comes from the environment variable {KEY_VARIABLE})"
+        """Return an HTTP error as something that a user can act on.
+
+        Args:
+            path: The path that was called.
+            status: The HTTP status.
+            content: The body of the answer.
+        """
+        wrong_key = (
+            "the key is not this server's; the key of a server that lopd did not start comes from "
+            f"the environment variable {KEY_VARIABLE}"
+        )
+        # SGLang's message says what it refuses. Only for these does a user need to know more.
         remedies = {
-            401: key,
-            403: key,
+            401: wrong_key,
+            403: wrong_key,
             404: "is this an SGLang server of a supported version (0.5.17 and later)?",
         }
         return Refused(
@@ -300,21 +372,22 @@ class SGLangEngine:
         )
 
     def _client(self, timeout: httpx.Timeout) -> httpx.Client:
-        tls = self.url.startswith(
-            "https:"
-        )  # without it, loading all certificates would cost every call 50 ms for nothing
+        # With verify=True httpx loads all certificates, which costs every call 50 ms. Plain http
+        # needs none of them.
+        tls = self.url.startswith("https:")
         return httpx.Client(
             base_url=self.url, headers=self.headers, timeout=timeout, trust_env=False, verify=tls
         )
 
     def _served_vocab_size(self) -> int:
         if self.vocab_size is None:
+            # SGLang reports the folder of its model, but not the size of the vocabulary.
             config = Path(self.model_info()["model_path"]) / "config.json"
             try:
                 self.vocab_size = int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise EngineError(
-                    f"vocab_size is not to be read ({error})",
+                    f"vocab_size cannot be read ({error})",
                     where=str(config),
                     remedy="give score() the vocab_size",
                 ) from None

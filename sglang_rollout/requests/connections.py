@@ -1,10 +1,13 @@
-"""The asynchronous side of an engine for the life of one stream: connections to one or several
-servers, retries, outages, and the abort of what is cancelled.
+"""The asynchronous side of an engine, for the life of one stream.
 
-Three kinds of failure are told apart. The server cannot be reached (it is being restarted): wait
-for it, or ask another one; nothing is counted. The request failed (overload, timeout, abort, a lost
-connection to a server that is still there): repeat it, sglang.retries times. The server refuses: an
-error at once.
+It holds the connections to one or several servers, repeats requests, waits for servers that are
+away, and aborts what is cancelled. Three kinds of failure are different:
+
+- The server cannot be reached, because it is being restarted. The request waits for it or goes to
+  another server, and nothing is counted.
+- The request failed: overload, timeout, abort, or a lost connection to a server that is still
+  there. The request is repeated, sglang.retries times.
+- The server refuses. That is an error at once.
 """
 
 from __future__ import annotations
@@ -29,26 +32,28 @@ if TYPE_CHECKING:
     from lopd.config import SGLangSection
     from sglang_rollout.servers.server import SGLangServer
 
-_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 10.0
-_CONNECT_TIMEOUT_S, _ABORT_TIMEOUT_S = 5.0, 2.0
-_KEEP_ALIVE_S = (
-    3.0  # SGLang closes a connection that was idle for 5; a request must not meet that moment
-)
-_LOOK_EVERY_S, _MAX_LOOK_EVERY_S = 0.1, 1.0
-_RETRIED_STATUS = frozenset(
-    {408, 429, 499, 500, 502, 503, 504}
-)  # 499: aborted, for a weight sync say
-_MAX_OUTAGES = (
-    10  # that one request meets on servers that nobody here restarts: it may be what ends them
-)
-_SHARED_PREFIX_SLACK = (
-    4  # requests by which the server that has the prompt may be busier than the idlest one
-)
+# The pause before a repetition, in seconds. It doubles from time to time up to the maximum.
+_BACKOFF_S = 0.2
+_MAX_BACKOFF_S = 10.0
+_CONNECT_TIMEOUT_S = 5.0
+_ABORT_TIMEOUT_S = 2.0
+# SGLang closes a connection that was idle for 5 s. A request must not meet that moment.
+_KEEP_ALIVE_S = 3.0
+# The pause between two attempts to reach a server that is away.
+_PROBE_INTERVAL_S = 0.1
+_MAX_PROBE_INTERVAL_S = 1.0
+# 499: SGLang has aborted the request, for example for a weight sync.
+_RETRIED_STATUS = frozenset({408, 429, 499, 500, 502, 503, 504})
+# Outages that one request may meet on servers that this process does not restart. The request
+# itself may be what ends them, and nobody else counts these deaths.
+_MAX_OUTAGES = 10
+# The server that had a prompt last may have this many requests more open than the idlest one.
+_SHARED_PREFIX_SLACK = 4
 _PROMPTS_REMEMBERED = 4096
 
 
 class Endpoint(Protocol):
-    """What a connection needs to know of one server. SGLangEngine is one."""
+    """What a connection needs to know about one server. SGLangEngine is an endpoint."""
 
     url: str
     headers: dict[str, str]
@@ -70,168 +75,206 @@ class Connections:
     """Sends each request to one of the servers until it is answered."""
 
     def __init__(self, engines: Sequence[Endpoint]) -> None:
-        self._lines = [_Line(engine) for engine in engines]
+        self._servers = [_ServerConnection(engine) for engine in engines]
         self._retries = engines[0].settings.retries
+        # Random, because several streams and processes may use one server.
         self._stream_name = secrets.token_hex(6)
         self._numbers = itertools.count()
-        self._last: dict[int, _Line] = {}  # prompt -> where it went, the latest at the end
+        # Checksum of a prompt -> the server that had it last. The latest stands at the end.
+        self._last_server: dict[int, _ServerConnection] = {}
 
     async def __aenter__(self) -> Connections:
-        for line in self._lines:
-            line.open()
+        for server in self._servers:
+            server.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*(line.close() for line in self._lines))
+        await asyncio.gather(*(server.close() for server in self._servers))
 
     async def generate(
         self, request: SamplingRequest | ScoreRequest, payload: Callable[[str], dict[str, Any]]
     ) -> dict[str, Any]:
-        """POST /generate, repeated after outages, overload and aborts. payload: the body for a
-        request id. EngineError: given up, or refused.
+        """POST /generate, and repeat it after outages, overload and aborts.
+
+        Args:
+            request: What is asked.
+            payload: Makes the body for a request id.
+
+        Raises:
+            EngineError: The server refuses, or the request has failed too often.
         """
-        failures = outages = 0
+        failures = 0
+        outages = 0
+        # A checksum keeps the table of prompts small. Two prompts with the same one only lose a
+        # cached prefix.
         prompt = zlib.crc32(request.prompt_ids.tobytes())
         while True:
-            line = await self._choose(prompt)
-            name, outages_before = f"{self._stream_name}-{next(self._numbers)}", line.num_outages
+            server = await self._choose(prompt)
+            # Each attempt has a name of its own: SGLang refuses an id that it still knows, and the
+            # former attempt may still run there.
+            name = f"{self._stream_name}-{next(self._numbers)}"
+            outages_before = server.num_outages
             try:
-                return await line.generate(payload(name))
+                return await server.generate(payload(name))
             except asyncio.CancelledError:
-                await line.abort(name)
+                await server.abort(name)
                 raise
-            except _Failed as error:
+            except _RetryableError as error:
                 if error.lost:
-                    line.look_for_server()
+                    server.look_for_server()
                 await asyncio.sleep(min(_BACKOFF_S * 2**failures, _MAX_BACKOFF_S))
-                line.engine.check_alive()
-                if error.lost and (error.refused or line.num_outages > outages_before):
-                    failures, outages = 0, outages + 1
+                # After the pause, in which the watcher has had time to notice a death.
+                server.engine.check_alive()
+                # A lost connection is an outage only if the server was away afterwards. Where it
+                # still accepts connections, the request itself may be the cause, so it counts.
+                if error.lost and (error.refused or server.num_outages > outages_before):
+                    failures = 0
+                    outages += 1
                 else:
                     failures += 1
-                if failures > self._retries or (
-                    outages > _MAX_OUTAGES and line.engine.server is None
-                ):
+                # The watcher of our own servers counts deaths itself and gives up by itself.
+                too_many_outages = outages > _MAX_OUTAGES and server.engine.server is None
+                if failures > self._retries or too_many_outages:
                     raise EngineError(
-                        f"request {request.key} failed {max(failures, outages)} times; at last: {error}",
-                        where=line.engine.url,
+                        f"request {request.key} failed {max(failures, outages)} times; "
+                        f"at last: {error}",
+                        where=server.engine.url,
                         limit=f"sglang.retries = {self._retries}",
                         remedy="read the server's log",
                     ) from None
 
-    async def _choose(self, prompt: int) -> _Line:
-        """The server that had the prompt last and so has its prefix cached, where it is not much
-        busier than the idlest; else that one. Waits while none can be reached.
+    async def _choose(self, prompt: int) -> _ServerConnection:
+        """Return the server for a request, and wait while none can be reached.
+
+        It is the server that had the prompt last, unless that one is much busier than the idlest.
         """
         while True:
-            reachable = [line for line in self._lines if line.outage is None]
+            reachable = [server for server in self._servers if server.outage is None]
             if reachable:
-                least, last = (
-                    min(reachable, key=lambda line: line.num_open),
-                    self._last.pop(prompt, None),
-                )
-                line = (
-                    last
-                    if last in reachable and last.num_open <= least.num_open + _SHARED_PREFIX_SLACK
-                    else least
-                )
-                self._last[prompt] = line
-                if len(self._last) > _PROMPTS_REMEMBERED:
-                    del self._last[next(iter(self._last))]
-                return line
-            outages = [line.outage for line in self._lines if line.outage is not None]
+                idlest = min(reachable, key=lambda server: server.num_open)
+                # The server that had the prompt last has its prefix in the cache. But a queue in
+                # front of it costs more than another computation of the prefix.
+                chosen = idlest
+                last = self._last_server.pop(prompt, None)
+                if last in reachable and last.num_open <= idlest.num_open + _SHARED_PREFIX_SLACK:
+                    chosen = last
+                # pop() and this assignment put the prompt at the end, so the first entry of the
+                # table is the one that was used the longest time ago.
+                self._last_server[prompt] = chosen
+                if len(self._last_server) > _PROMPTS_REMEMBERED:
+                    del self._last_server[next(iter(self._last_server))]
+                return chosen
+            outages = [server.outage for server in self._servers if server.outage is not None]
             done, _ = await asyncio.wait(outages, return_when=asyncio.FIRST_COMPLETED)
             for outage in done:
-                outage.result()  # raises what ended the search
+                # result() raises what has ended the search for this server.
+                outage.result()
 
 
-class _Line:
-    """The connections to one server, and whether it can be reached."""
+class _ServerConnection:
+    """The connections to one server, and whether the server can be reached."""
 
     def __init__(self, engine: Endpoint) -> None:
         self.engine = engine
-        self.num_open = self.num_outages = 0
-        self.outage: asyncio.Task[None] | None = None  # while the server is looked for
+        self.num_open = 0
+        self.num_outages = 0
+        # The search for the server, while it cannot be reached.
+        self.outage: asyncio.Task[None] | None = None
 
     def open(self) -> None:
         settings = self.engine.settings
         self._session = aiohttp.ClientSession(
             headers={**self.engine.headers, "Content-Type": "application/json"},
-            connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=_KEEP_ALIVE_S
-            ),  # the stream bounds how many are open
+            # limit=0 means no limit. The stream bounds how many requests are open.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(
                 total=settings.request_timeout_s, sock_connect=_CONNECT_TIMEOUT_S
             ),
         )
 
     async def close(self) -> None:
+        # The search for a lost server may go on for outage_timeout_s, and nobody needs it any more.
         if self.outage is not None:
             self.outage.cancel()
             await asyncio.gather(self.outage, return_exceptions=True)
         await self._session.close()
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One POST /generate. _Failed: it may be worth another try. EngineError: it is not."""
-        answered, activity = (
-            False,
-            self.engine.server.activity if self.engine.server is not None else None,
-        )
+        """Make one POST /generate.
+
+        Raises:
+            _RetryableError: Another attempt may succeed.
+            EngineError: No other attempt would.
+        """
+        answered = False
+        server = self.engine.server
         self.num_open += 1
-        if activity is not None:
-            activity.begin()
+        # The watcher of our own server learns from this whether the server hangs.
+        if server is not None:
+            server.activity.begin()
         try:
-            status, content = await self._post("/generate", body)
-            if status in _RETRIED_STATUS:
-                raise _Failed(f"HTTP {status}: {message_of(content)}")
-            if status != 200:
-                raise self.engine.refusal("/generate", status, content)
-            answer = parsed(content)
-            if not isinstance(answer, dict) or "meta_info" not in answer:
-                raise EngineError(
-                    "/generate answered something that is no generation",
-                    where=self.engine.url,
-                    remedy="is this an SGLang server?",
-                )
-            if answer["meta_info"]["finish_reason"]["type"] == "abort":
-                raise _Failed(
-                    f"aborted: {answer['meta_info']['finish_reason'].get('message', 'no reason given')}"
-                )
+            answer = await self._generate(body)
             answered = True
             return answer
         finally:
+            # Also for a cancelled request. Otherwise a server without any request would seem to be
+            # silent for ever.
             self.num_open -= 1
-            if activity is not None:
-                activity.end(answered=answered)
+            if server is not None:
+                server.activity.end(answered=answered)
+
+    async def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        status, content = await self._post("/generate", body)
+        # The server works, but not on this request: it is overloaded, or has aborted it.
+        if status in _RETRIED_STATUS:
+            raise _RetryableError(f"HTTP {status}: {message_of(content)}")
+        if status != 200:
+            raise self.engine.refusal("/generate", status, content)
+        answer = parsed(content)
+        if not isinstance(answer, dict) or "meta_info" not in answer:
+            raise EngineError(
+                "/generate answered something that is no generation",
+                where=self.engine.url,
+                remedy="is this an SGLang server?",
+            )
+        # SGLang reports an abort with HTTP 200 as well, together with the tokens so far. They must
+        # not pass for a response.
+        finish_reason = answer["meta_info"]["finish_reason"]
+        if finish_reason["type"] == "abort":
+            raise _RetryableError(f"aborted: {finish_reason.get('message', 'no reason given')}")
+        return answer
 
     async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        # No spaces: a request of thousands of ids is shorter by one byte for each of them.
+        data = json.dumps(body, separators=(",", ":")).encode()
         try:
-            async with self._session.post(
-                self.engine.url + path, data=json.dumps(body, separators=(",", ":")).encode()
-            ) as reply:
+            async with self._session.post(self.engine.url + path, data=data) as reply:
                 return reply.status, await reply.read()
+        # The order matters: aiohttp's errors of a connection are subclasses of the later ones.
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise _Failed(f"no connection ({error})", lost=True, refused=True) from None
+            raise _RetryableError(f"no connection ({error})", lost=True, refused=True) from None
         except TimeoutError:
-            raise _Failed(
-                f"no answer within sglang.request_timeout_s = {self.engine.settings.request_timeout_s:g}"
+            timeout_s = self.engine.settings.request_timeout_s
+            raise _RetryableError(
+                f"no answer within sglang.request_timeout_s = {timeout_s:g}"
             ) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _Failed(
-                f"the connection was lost ({type(error).__name__} {error})", lost=True
-            ) from None
+            what = f"the connection was lost ({type(error).__name__} {error})"
+            raise _RetryableError(what, lost=True) from None
 
     async def abort(self, name: str) -> None:
-        """Tell the server to forget a request; by itself it looks for lost clients only every few
-        seconds.
-        """
-        with contextlib.suppress(_Failed, TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(self._post("/abort_request", {"rid": name}), _ABORT_TIMEOUT_S)
+        """Tell the server to forget a request.
 
-    # --- outages -----------------------------------------------------------------------------------------------------------------------------------
+        By itself SGLang looks for lost clients only every few seconds, and generates for nobody
+        until then.
+        """
+        # The stream is being closed. An abort that fails must not hide the reason.
+        with contextlib.suppress(_RetryableError, TimeoutError, asyncio.CancelledError):
+            await asyncio.wait_for(self._post("/abort_request", {"rid": name}), _ABORT_TIMEOUT_S)
 
     def look_for_server(self) -> None:
         """Hold further requests back until the server accepts a connection."""
+        # One search serves all requests that have lost the server.
         if self.outage is None:
             self.outage = asyncio.ensure_future(self._look())
             self.outage.add_done_callback(self._found)
@@ -239,25 +282,35 @@ class _Line:
     def _found(self, outage: asyncio.Task[None]) -> None:
         self.outage = None
         if not outage.cancelled():
-            # whoever waits has it; where nobody does, the next request finds out by itself
+            # This marks the error as seen, or asyncio would print a warning. A request that waits
+            # for the search gets the error. If none waits, the next request finds it by itself.
             outage.exception()
 
     async def _look(self) -> None:
-        began, pause = time.monotonic(), _LOOK_EVERY_S
+        began = time.monotonic()
+        pause = _PROBE_INTERVAL_S
         while not await self._accepts():
-            if pause == _LOOK_EVERY_S:
+            # Only the first failed attempt makes it an outage. Where the server accepts at once,
+            # only the connection was lost.
+            if pause == _PROBE_INTERVAL_S:
                 self.num_outages += 1
-            waited, limit = time.monotonic() - began, self.engine.settings.outage_timeout_s
+            waited = time.monotonic() - began
+            limit = self.engine.settings.outage_timeout_s
             if waited > limit:
                 raise EngineError(
-                    f"the server could not be reached for {waited:.0f} s", where=self.engine.url, limit=f"sglang.outage_timeout_s = {limit:g}",
-                    remedy="is the server running? where it takes longer to start, raise sglang.outage_timeout_s",
-                )  # fmt: skip
+                    f"the server could not be reached for {waited:.0f} s",
+                    where=self.engine.url,
+                    limit=f"sglang.outage_timeout_s = {limit:g}",
+                    remedy="is the server running? raise sglang.outage_timeout_s if it takes "
+                    "longer to start",
+                )
             await asyncio.sleep(pause)
-            pause = min(pause * 1.5, _MAX_LOOK_EVERY_S)
+            pause = min(pause * 1.5, _MAX_PROBE_INTERVAL_S)
 
     async def _accepts(self) -> bool:
         self.engine.check_alive()
+        # The port of a server may accept connections before the server is healthy. For our own
+        # server it is known when that is.
         if self.engine.server is not None and not self.engine.server.ready():
             return False
         try:
@@ -270,18 +323,22 @@ class _Line:
         return True
 
 
-class _Failed(Exception):
-    """A failure that the same request may not meet again. lost: the connection broke; refused:
-    there was none.
+class _RetryableError(Exception):
+    """A failure that the same request may not meet again.
+
+    Attributes:
+        lost: The connection broke, or there was none.
+        refused: There was no connection at all.
     """
 
     def __init__(self, what: str, *, lost: bool = False, refused: bool = False) -> None:
         super().__init__(what)
-        self.lost, self.refused = lost, refused
+        self.lost = lost
+        self.refused = refused
 
 
 def parsed(content: bytes) -> Any:
-    """JSON, or the text where it is none."""
+    """Return parsed JSON, or the text where it is no JSON."""
     try:
         return json.loads(content)
     except ValueError:
@@ -289,7 +346,10 @@ def parsed(content: bytes) -> Any:
 
 
 def message_of(content: bytes) -> str:
-    """SGLang's own words, from whichever of its shapes of error this is."""
+    """Return SGLang's own error message.
+
+    SGLang has several shapes: {"error": {"message": ...}}, {"error": ...}, {"message": ...}, text.
+    """
     answer = parsed(content)
     if isinstance(answer, dict):
         error = answer.get("error", answer)

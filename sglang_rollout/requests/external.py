@@ -1,10 +1,9 @@
-"""Servers that a user runs already: are they what the configuration says they are? Everything that
-can be asked over HTTP is, before anything is sampled.
+"""Servers that a user runs already: are they what the configuration says they are?
 
-What a server cannot prove from afar is its weights. Where its model folder can be read here too,
-its content decides. Where not, its log-probabilities of a fixed sequence (a probe) must be those
-that the same model gave before, where that is on record; else its word is taken, and that is what
-the record says.
+Everything that HTTP can tell is checked before anything is sampled. A server cannot prove its
+weights from afar. Where its model folder can be read here too, the folder's content decides. If it
+cannot, the server's log-probabilities of a fixed sequence (a probe) must be those on record for
+that model. Without a record the server is believed, and the manifest says so.
 """
 
 from __future__ import annotations
@@ -26,26 +25,29 @@ from sglang_rollout.requests.fleet import fleet_of
 from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.server_side.checkpoint import check_same_tensors, tensor_shapes
 from sglang_rollout.servers.arguments import check_urls
-from sglang_rollout.servers.launch import KEY_VARIABLE
+from sglang_rollout.servers.launch import CONTEXT_MARGIN, KEY_VARIABLE
 
 OLDEST_VERSION = (0, 5, 17)
-PROBE_LEN = 64  # tokens, the first of which has no log-probability
-_MEAN_TOLERANCE = {
-    "float32": 1e-3,
-    "bfloat16": 0.1,
-    "float16": 0.05,
-}  # nats a token, between layouts and versions of one model
-_NOT_THE_SAME = "start it with the model that the configuration names, or name the one it serves"
+# In tokens. The first of them has no log-probability.
+PROBE_LEN = 64
+# In nats per token, in the mean. One model differs this much between layouts and SGLang versions.
+_MEAN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
+_NOT_THE_SAME = (
+    "start the server with the model that the configuration names, or name the model that it serves"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the servers are to be.
+    """What the servers must be.
 
-    model_dir: the model by its files here. same_content: does a folder hold this very model?
-    loads_weights: the weights will be put into the servers, so only their architecture matters.
-    tokenized: text -> its ids, to be compared with a server's own tokenizer where it has one.
-    probe: log-probabilities [63] that this model gave before, where that is known.
+    Attributes:
+        model_dir: The folder of the model on this machine.
+        same_content: A function that returns whether a folder holds this very model.
+        loads_weights: Whether weights will be loaded into the servers. Only the architecture
+            matters then.
+        tokenized: Texts and their token ids. A server with a tokenizer must make the same ids.
+        probe: The log-probabilities [63] that this model gave to the probe before, or None.
     """
 
     model_dir: Path
@@ -56,25 +58,48 @@ class Expected:
 
 
 def connect(urls: Sequence[str], settings: SGLangSection, model_dir: Path) -> SGLangEngine:
-    """An engine for servers that run already; nothing is asked of them yet. Their key: environment
-    variable LOPD_SGLANG_KEY. ConfigError: no URLs.
+    """Return an engine for servers that run already.
+
+    Nothing is asked of the servers yet. Their key comes from the environment variable
+    LOPD_SGLANG_KEY.
+
+    Args:
+        urls: The base URLs of the servers.
+        settings: The section [sglang].
+        model_dir: The folder of the served model on this machine.
+
+    Raises:
+        ConfigError: A value is no URL.
     """
     check_urls(settings)
-    key, vocab_size = os.environ.get(KEY_VARIABLE, ""), vocab_size_of(model_dir)
+    key = os.environ.get(KEY_VARIABLE, "")
+    # From our copy of the model: the folder of a server on another machine may be unreadable.
+    vocab_size = vocab_size_of(model_dir)
     return fleet_of([SGLangEngine(url, key, settings, vocab_size=vocab_size) for url in urls])
 
 
 def check_external(engine: SGLangEngine, expected: Expected) -> dict[str, Any]:
-    """Checks each server; returns {url, version, model_path, dtype, weights, probe}, where weights
-    says how they are known: content, probe or declared.
+    """Check each server and return what the manifest records about them.
 
-    version: several, with commas, where the servers are not of one. weights is "to be loaded" for
-    loads_weights. EngineError, ConfigError: cannot be reached, wrong key, an older version, another
-    model, tokenizer, number format or context than expected, with the URL.
+    Args:
+        engine: The engine of one server or of a fleet.
+        expected: What the servers must be.
+
+    Returns:
+        {url, version, model_path, dtype, weights, probe}. The value of weights says how they are
+        known: "content", "probe" or "declared", or "to be loaded" with loads_weights. Several
+        versions are separated by commas.
+
+    Raises:
+        EngineError: A server cannot be reached, refuses the key, has an older version, or serves
+            another model or tokenizer. The message has its URL.
+        ConfigError: A server has another number format or a shorter context than configured.
     """
     config = _read_config(expected.model_dir / "config.json")
     found: dict[str, Any] = {}
     versions: list[str] = []
+    # After the checks all servers have the same model, dtype and weights. Only their versions may
+    # differ, so the record of the last one and all versions are kept.
     for one in engine.engines:
         found = _check_one(one, expected, config)
         versions.append(found["version"])
@@ -86,78 +111,56 @@ def check_external(engine: SGLangEngine, expected: Expected) -> dict[str, Any]:
 
 
 def probe_ids(vocab_size: int) -> list[int]:
-    """The ids of the probe: the same for every model of that vocabulary."""
-    return [
-        int(token)
-        for token in np.random.default_rng(vocab_size).integers(0, vocab_size - 1, PROBE_LEN)
-    ]
+    """Return the token ids of the probe. They depend on the size of the vocabulary alone."""
+    # Random ids: a text would become other ids with every tokenizer.
+    generator = np.random.default_rng(vocab_size)
+    # The last id of the vocabulary is left out: SGLang returns it as 0 (scoring.LAST_ID_ECHO).
+    return [int(token) for token in generator.integers(0, vocab_size - 1, PROBE_LEN)]
 
 
 def vocab_size_of(model_dir: Path) -> int:
-    """From config.json. EngineError: not to be read."""
+    """Return the vocab_size of a checkpoint's config.json.
+
+    Raises:
+        EngineError: The file cannot be read.
+    """
     return int(_read_config(model_dir / "config.json")["vocab_size"])
 
 
 def probe_logprobs(engine: SGLangEngine, vocab_size: int) -> list[float]:
-    """Natural logs, temperature 1, [63]; fewer where the context is shorter."""
+    """Return the log-probabilities that a server gives to the probe.
+
+    Returns:
+        63 natural logarithms at temperature 1, or fewer where the context is shorter.
+    """
     ids = int32(probe_ids(vocab_size)[: engine.settings.context_length])
-    [scores] = engine.score([ScoreRequest("probe", 0, ids[:1], ids[1:])], vocab_size=vocab_size)
+    request = ScoreRequest("probe", 0, ids[:1], ids[1:])
+    [scores] = engine.score([request], vocab_size=vocab_size)
     return [float(value) for value in scores.teacher_logprobs]
 
 
 def _check_one(
     engine: SGLangEngine, expected: Expected, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    settings, model, server = (
-        engine.settings,
-        engine.model_info(),
-        engine.call("GET", "/server_info"),
-    )
-    version = engine.server_version()
-    if version < OLDEST_VERSION:
+    """Check one server and return its part of the record."""
+    model = engine.model_info()
+    server = engine.call("GET", "/server_info")
+    # The version comes first: an older SGLang may answer the later questions in another form.
+    if engine.server_version() < OLDEST_VERSION:
         raise EngineError(
             f"SGLang {server['version']}",
             where=engine.url,
             limit="0.5.17 or later",
             remedy="update the server",
         )
-    for key in ("architectures", "model_type"):
-        if model.get(key) is not None and model[key] != config.get(key):
-            raise EngineError(
-                f"it serves {key} {model[key]}, where {expected.model_dir} has {config.get(key)}",
-                where=engine.url,
-                remedy=_NOT_THE_SAME,
-            )
-    dtype = server.get("dtype", "auto")
-    if dtype == "auto":
-        dtype = str(config.get("dtype", config.get("torch_dtype", "float32"))).removeprefix(
-            "torch."
-        )
-    if dtype != settings.dtype:
-        raise ConfigError(
-            f"it computes in {dtype}",
-            where=engine.url,
-            limit=f"sglang.dtype = {settings.dtype}",
-            remedy=f"set sglang.dtype={dtype}",
-        )
-    if settings.deterministic and not server.get("enable_deterministic_inference"):
-        remedy = "start it with --enable-deterministic-inference, or set sglang.deterministic=false: seeds then fix nothing"
-        raise ConfigError(
-            "it was started without deterministic inference",
-            where=engine.url,
-            limit="sglang.deterministic = true",
-            remedy=remedy,
-        )
-    longest = server.get("max_req_input_len")
-    if longest is not None and longest < settings.context_length:
-        raise ConfigError(
-            f"it takes {longest} tokens of prompt and response", where=engine.url, limit=f"sglang.context_length = {settings.context_length}",
-            remedy=f"start it with --context-length {settings.context_length + 8} or more, or lower sglang.context_length",
-        )  # fmt: skip
+    _check_architecture(engine, expected, model, config)
+    dtype = _check_dtype(engine, server, config)
+    _check_settings(engine, server)
     _check_tokenizer(engine, expected, server)
-    weights, probe = _check_weights(
-        engine, expected, Path(str(model["model_path"])), int(config["vocab_size"])
-    )
+    # The weights come last, because a comparison of them costs the most: the hash of a whole
+    # folder, or a request.
+    served = Path(str(model["model_path"]))
+    weights, probe = _check_weights(engine, expected, served, int(config["vocab_size"]))
     return {
         "version": server["version"],
         "model_path": model["model_path"],
@@ -167,58 +170,144 @@ def _check_one(
     }
 
 
+def _check_architecture(
+    engine: SGLangEngine, expected: Expected, model: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    for key in ("architectures", "model_type"):
+        # A server that does not report a key cannot be held against it.
+        if model.get(key) is not None and model[key] != config.get(key):
+            raise EngineError(
+                f"the served model has {key} {model[key]}, but {expected.model_dir} has "
+                f"{config.get(key)}",
+                where=engine.url,
+                remedy=_NOT_THE_SAME,
+            )
+
+
+def _check_dtype(engine: SGLangEngine, server: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return the number format in which the server computes."""
+    dtype = server.get("dtype", "auto")
+    # "auto" is the format of the checkpoint. transformers has renamed the key.
+    if dtype == "auto":
+        dtype = str(config.get("dtype", config.get("torch_dtype", "float32")))
+        dtype = dtype.removeprefix("torch.")
+    if dtype != engine.settings.dtype:
+        raise ConfigError(
+            f"the server computes in {dtype}",
+            where=engine.url,
+            limit=f"sglang.dtype = {engine.settings.dtype}",
+            remedy=f"set sglang.dtype={dtype}",
+        )
+    return str(dtype)
+
+
+def _check_settings(engine: SGLangEngine, server: Mapping[str, Any]) -> None:
+    settings = engine.settings
+    if settings.deterministic and not server.get("enable_deterministic_inference"):
+        raise ConfigError(
+            "the server was started without deterministic inference",
+            where=engine.url,
+            limit="sglang.deterministic = true",
+            remedy="start it with --enable-deterministic-inference, or set "
+            "sglang.deterministic=false: seeds then fix nothing",
+        )
+    # The server's own limit is a few tokens below its context_length (launch.CONTEXT_MARGIN).
+    longest = server.get("max_req_input_len")
+    needed = settings.context_length
+    if longest is not None and longest < needed:
+        raise ConfigError(
+            f"the server takes {longest} tokens of prompt and response",
+            where=engine.url,
+            limit=f"sglang.context_length = {needed}",
+            remedy=f"start it with --context-length {needed + CONTEXT_MARGIN} or more, or lower "
+            "sglang.context_length",
+        )
+
+
 def _check_tokenizer(engine: SGLangEngine, expected: Expected, server: Mapping[str, Any]) -> None:
-    """A server without a tokenizer only ever sees our ids; one that has another one was started for
-    another model.
+    """Compare the tokenizers, where the server has one.
+
+    lopd sends token ids, so the server's tokenizer is never used. But another tokenizer shows that
+    the server was started for another model.
     """
     if server.get("skip_tokenizer_init"):
         return
     for text, ids in expected.tokenized.items():
+        # A whole text and not the vocabulary: it also shows another normalization or other merges.
         answer = engine.call("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})
         if list(answer["tokens"]) != list(ids):
-            what = f"its tokenizer makes {answer['tokens']} of {text!r}, where that of {expected.model_dir} makes {list(ids)}"
-            raise EngineError(what, where=engine.url, remedy=_NOT_THE_SAME)
+            raise EngineError(
+                f"the server's tokenizer makes {answer['tokens']} of {text!r}, but that of "
+                f"{expected.model_dir} makes {list(ids)}",
+                where=engine.url,
+                remedy=_NOT_THE_SAME,
+            )
 
 
 def _check_weights(
     engine: SGLangEngine, expected: Expected, served: Path, vocab_size: int
 ) -> tuple[str, list[float] | None]:
+    """Return how the weights are known, and the log-probabilities of the probe if it was asked."""
     readable = (served / "config.json").is_file()
     if expected.loads_weights:
-        if not readable:
-            remedy = "weights go in by a folder that both sides read: give the server a model folder on a shared file system"
-            raise EngineError(
-                f"its model folder {served} cannot be read here", where=engine.url, remedy=remedy
-            )
-        check_same_tensors(tensor_shapes(served), expected.model_dir)
+        # These weights will be replaced, so it does not matter which they are.
+        _check_can_load(engine, expected, served, readable=readable)
         return "to be loaded", None
+    # The same hash that the manifest has. A finetune of the same architecture differs in it.
     same = readable and expected.same_content(served)
     if readable and not same:
         raise EngineError(
-            f"it serves {served}, which is not the model in {expected.model_dir}",
+            f"the server has loaded {served}, which is not the model in {expected.model_dir}",
             where=engine.url,
             remedy=_NOT_THE_SAME,
         )
+    # The probe is taken also where the content has decided: the manifest keeps it for a later
+    # stage, whose server may have a folder that cannot be read here.
     probe = probe_logprobs(engine, vocab_size)
     if expected.probe is not None:
-        common = min(
-            len(probe), len(expected.probe)
-        )  # a shorter one is the beginning of a longer one
-        distance = float(
-            np.mean(np.abs(np.array(probe[:common]) - np.array(expected.probe[:common])))
+        _compare_probes(engine, probe, expected.probe)
+    if same:
+        return "content", probe
+    return ("probe" if expected.probe is not None else "declared"), probe
+
+
+def _check_can_load(
+    engine: SGLangEngine, expected: Expected, served: Path, *, readable: bool
+) -> None:
+    if not readable:
+        raise EngineError(
+            f"the server's model folder {served} cannot be read here",
+            where=engine.url,
+            remedy="weights are loaded from a folder that both sides can read: start the server "
+            "with a model folder on a shared file system",
         )
-        limit = _MEAN_TOLERANCE[engine.settings.dtype]
-        if not distance <= limit:
-            raise EngineError(
-                f"its log-probabilities of the probe are {distance:.3g} nats a token away from those on record", where=engine.url, limit=f"{limit:g}",
-                remedy="it does not serve the weights that made the demonstrations",
-            )  # fmt: skip
-    return ("content" if same else "probe" if expected.probe is not None else "declared"), probe
+    # Now, and not at the first sync, which may come hours later.
+    check_same_tensors(tensor_shapes(served), expected.model_dir)
+
+
+def _compare_probes(
+    engine: SGLangEngine, probe: Sequence[float], on_record: Sequence[float]
+) -> None:
+    # A shorter probe is the beginning of a longer one.
+    common = min(len(probe), len(on_record))
+    differences = np.array(probe[:common]) - np.array(on_record[:common])
+    distance = float(np.mean(np.abs(differences)))
+    limit = _MEAN_TOLERANCE[engine.settings.dtype]
+    # Not "distance > limit": that is false for NaN.
+    if not distance <= limit:
+        raise EngineError(
+            f"the server's log-probabilities of the probe are {distance:.3g} nats a token away "
+            "from those on record",
+            where=engine.url,
+            limit=f"{limit:g}",
+            remedy="the server does not have the weights that made the demonstrations",
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # A configuration without the size must fail here, where the error can name the file.
         return {**config, "vocab_size": int(config["vocab_size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(

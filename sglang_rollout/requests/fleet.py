@@ -1,6 +1,4 @@
-"""Several servers of one model behind the interface of an engine, and the start of our own, at the
-same time.
-"""
+"""Several servers of one model behind the interface of one engine, and the start of our own."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ from sglang_rollout.servers.server import SGLangServer
 
 
 class SGLangFleet(SGLangEngine):
-    """Several servers of the same weights. Streams spread over them; a call that changes something
-    goes to each, one that asks, to the first.
+    """Several servers of the same weights.
 
-    url, api_key and server are those of the first; engines has one engine for each server.
+    Streams spread over all servers. A call that changes something goes to each server, and a call
+    that only asks goes to the first. The attributes url, api_key and server are those of the first.
     """
 
     def __init__(self, engines: Sequence[SGLangEngine]) -> None:
@@ -39,28 +37,39 @@ class SGLangFleet(SGLangEngine):
         return self._engines
 
     def check_alive(self) -> None:
-        """EngineError where one of them is ours, dead, and will not be started again."""
+        """Raise EngineError if a server of ours is dead and will not be started again."""
         for engine in self._engines:
             engine.check_alive()
 
     def model_info(self) -> dict[str, Any]:
-        """What the first says of its model. OtherWeights: another has another weight version."""
+        """Return the first server's description of its model.
+
+        Raises:
+            OtherWeights: Another server has another weight version.
+        """
+        # The caller takes the answer for all servers, so they must agree.
         first, *others = (engine.model_info() for engine in self._engines)
         for engine, info in zip(self._engines[1:], others, strict=True):
             if info["weight_version"] != first["weight_version"]:
                 raise OtherWeights(
-                    f"weight version {info['weight_version']!r}, where {self.url} has {first['weight_version']!r}",
+                    f"weight version {info['weight_version']!r}, but {self.url} has "
+                    f"{first['weight_version']!r}",
                     where=engine.url,
-                    remedy="put the same weights into all servers",
+                    remedy="load the same weights into all servers",
                 )
         return first
 
     def flush_cache(self) -> None:
-        """Forget every cached prefix, on each. EngineError while requests are running."""
+        """Make every server forget its cached prefixes.
+
+        Raises:
+            EngineError: Requests are running.
+        """
         self._on_each(lambda engine: engine.flush_cache())
 
     def health(self) -> bool:
-        """True where each generates a token within ten seconds."""
+        """Return whether each server generates a token within ten seconds."""
+        # Each of them must: a stream spreads over all servers, so one that is ill delays it.
         return all(engine.health() for engine in self._engines)
 
     def call(
@@ -71,21 +80,26 @@ class SGLangFleet(SGLangEngine):
         *,
         timeout_s: float | None = None,
     ) -> Any:
-        """GET: the first's answer. Else each is called, one after the other, and the last one's
-        answer returned.
+        """Call the first server with GET, or each server in turn with another method.
+
+        Returns:
+            The answer of the server that was called last.
         """
+        # One after the other: the URL in an error then tells up to which server the change has
+        # come.
         for engine in self._engines[:1] if method == "GET" else self._engines:
             answer = engine.call(method, path, body, timeout_s=timeout_s)
         return answer
 
-    def _on_each(self, work: Callable[[SGLangEngine], None]) -> None:
+    def _on_each(self, call: Callable[[SGLangEngine], None]) -> None:
         with ThreadPoolExecutor(len(self._engines)) as pool:
-            for done in [pool.submit(work, engine) for engine in self._engines]:
+            # All are started before the first is awaited.
+            for done in [pool.submit(call, engine) for engine in self._engines]:
                 done.result()
 
 
 def fleet_of(engines: Sequence[SGLangEngine]) -> SGLangEngine:
-    """One engine for all of these."""
+    """Return one engine for all of these."""
     return engines[0] if len(engines) == 1 else SGLangFleet(engines)
 
 
@@ -98,19 +112,29 @@ def serve(
     name: str,
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[SGLangEngine]:
-    """settings.replicas servers of a checkpoint, started at the same time, as long as the block
-    lasts. EngineError: one does not start.
+    """Run sglang.replicas servers of a checkpoint as long as the block lasts.
 
-    With several, their logs are numbered and key and weights_file are shared, so that whoever knows
-    the first can reach all.
+    Args:
+        model_dir: The folder of the Hugging Face checkpoint.
+        settings: The section [sglang].
+        log: The log of the server. Several servers have numbered logs beside it.
+        name: The name of the servers in errors and progress lines.
+        tell: A function that gets one line about each restart.
+
+    Yields:
+        One engine for all servers.
+
+    Raises:
+        EngineError: A server does not start.
     """
-    number, api_key = settings.replicas, secrets.token_urlsafe(32)
-    logs = (
-        [log]
-        if number == 1
-        else [log.with_name(f"{log.stem}-{replica}{log.suffix}") for replica in range(number)]
-    )
+    number = settings.replicas
+    # The key and the weights file are shared. A process that knows those of the first server, such
+    # as a rank of the trainer, can then reach all of them.
+    api_key = secrets.token_urlsafe(32)
     weights_file = log.with_name(f"{log.name}.weights.json")
+    logs = [log]
+    if number > 1:
+        logs = [log.with_name(f"{log.stem}-{replica}{log.suffix}") for replica in range(number)]
     servers = [
         SGLangServer(
             model_dir,
@@ -125,6 +149,7 @@ def serve(
         for replica, path in enumerate(logs)
     ]
     with ExitStack() as stack:
+        # Registered before the start, so that a failure of one server ends the others as well.
         for server in servers:
             stack.callback(server.stop)
         _start(servers)
@@ -134,13 +159,17 @@ def serve(
 
 
 def _start(servers: Sequence[SGLangServer]) -> None:
-    """Start them at the same time; where one fails, the others need not go on."""
+    """Start the servers at the same time."""
+    # At the same time: each start waits a minute and more for its model, most of it idle.
     with ThreadPoolExecutor(len(servers)) as pool:
         starts = [pool.submit(server.start) for server in servers]
         try:
+            # As they end, not in order: the first failure must be seen at once.
             for start in as_completed(starts):
                 start.result()
         except BaseException:
+            # The pool waits for all its threads. Without this the others would still go on loading
+            # for minutes before the error appears.
             for server in servers:
                 server.stop()
             raise

@@ -1,5 +1,6 @@
-"""Sampling: what is asked of /generate, and how its answer becomes a Response. Ids in, ids out; no
-text anywhere.
+"""Sampling: the body of a request to /generate, and the Response in its answer.
+
+Token ids go in and token ids come out. There is no text anywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from sglang_rollout.requests.checks import (
 
 @dataclass(frozen=True, slots=True)
 class SamplingRequest:
-    """One response to sample. seed fixes it where the server is deterministic."""
+    """One response to sample.
+
+    Attributes:
+        prompt_ids: The prompt's token ids of shape [P].
+        seed: A number that fixes the response where the server is deterministic.
+    """
 
     prompt_id: str
     sample_index: int
@@ -35,8 +41,10 @@ class SamplingRequest:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to sample: see lopd.config.Sampling for the meaning and bounds of each field.
-    stop_token_ids: every end token of the model.
+    """How to sample. lopd.config.Sampling has the meaning and the bounds of each field.
+
+    Attributes:
+        stop_token_ids: Every end token of the model.
     """
 
     temperature: float
@@ -48,21 +56,35 @@ class SamplingParams:
 
 
 def request_seed(run_seed: int, prompt_id: str, sample_index: int, purpose: str) -> int:
-    """A seed in 0..2^31-1 that depends on nothing but these four: the same in every run, order and
-    batch.
+    """Return a seed from 0 to 2^31 - 1 that depends on these four values alone.
 
-    purpose: the stage; a prompt that two stages sample from gets two independent responses.
+    It is the same in every run, order and batch. So a resumed stage gets the responses that the
+    killed one would have got.
+
+    Args:
+        run_seed: The seed of the run.
+        prompt_id: The prompt.
+        sample_index: The index of the response among those of the prompt.
+        purpose: The stage. Two stages that sample from one prompt get independent responses.
     """
+    # No prompt id contains \x1f (unit separator), so different values never make the same text.
     text = f"{run_seed}\x1f{purpose}\x1f{sample_index}\x1f{prompt_id}"
+    # Not hash(): Python's own hash of a text differs from process to process.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
 
 
 def new_tokens_allowed(
     request: SamplingRequest, params: SamplingParams, context_length: int
 ) -> int:
-    """max_new_tokens, reduced where prompt and response together would pass the context. DataError:
-    the prompt alone fills it.
+    """Return the number of tokens that the response may have.
+
+    It is max_new_tokens, or less where prompt and response together would exceed the context.
+
+    Raises:
+        DataError: The prompt is empty, or it leaves no room for a token.
     """
+    # SGLang would answer a prompt that is too long with an error of its own. This one names the
+    # prompt and the key to change.
     room = context_length - len(request.prompt_ids)
     if room < 1:
         raise DataError(
@@ -74,13 +96,22 @@ def new_tokens_allowed(
         raise DataError(
             f"prompt {request.prompt_id} has no tokens", remedy="check the chat template"
         )
+    # SGLang would cut at the context as well, but by its own limit, which differs by some tokens
+    # (launch.CONTEXT_MARGIN). With this number read_response() knows exactly what was allowed.
     return min(params.max_new_tokens, room)
 
 
 def generate_payload(
     request: SamplingRequest, params: SamplingParams, max_new_tokens: int, request_id: str
 ) -> dict[str, Any]:
-    """The body of POST /generate."""
+    """Return the body of POST /generate.
+
+    Args:
+        request: What to sample.
+        params: How to sample.
+        max_new_tokens: The number of tokens from new_tokens_allowed().
+        request_id: The name under which the request can be aborted.
+    """
     return {
         "rid": request_id,
         "input_ids": request.prompt_ids.tolist(),
@@ -90,9 +121,12 @@ def generate_payload(
             "top_k": params.top_k,
             "min_p": params.min_p,
             "max_new_tokens": max_new_tokens,
+            # A server without a tokenizer knows no end token by itself.
             "stop_token_ids": list(params.stop_token_ids),
+            # SGLang honours it only with enable_deterministic_inference.
             "sampling_seed": request.seed,
         },
+        # They are the sampling_logprobs of the training, and come without another pass.
         "return_logprob": True,
     }
 
@@ -100,22 +134,31 @@ def generate_payload(
 def read_response(
     request: SamplingRequest, params: SamplingParams, max_new_tokens: int, answer: Mapping[str, Any]
 ) -> Response:
-    """The Response in an answer of /generate; its log-probabilities are as the server gives them.
-    EngineError: the answer contradicts itself.
+    """Return the Response in an answer of /generate.
+
+    The log-probabilities are as the server gives them.
+
+    Raises:
+        EngineError: The answer contradicts itself, or the server cut the response too early.
     """
     meta = answer["meta_info"]
+    # Each entry is (log-probability, token id, text or None).
+    entries = meta["output_token_logprobs"]
     token_ids = int32(answer["output_ids"])
-    check_returned_ids(
-        request.key, token_ids, int32([entry[1] for entry in meta["output_token_logprobs"]])
-    )
-    logprobs = float32([entry[0] for entry in meta["output_token_logprobs"]])
+    # The answer has the ids twice. Where they differ, the log-probabilities belong to other tokens.
+    check_returned_ids(request.key, token_ids, int32([entry[1] for entry in entries]))
+    logprobs = float32([entry[0] for entry in entries])
+    # Before the ending: NaN logits spoil the ending too, and this message names the cause.
     check_logprobs(request.key, logprobs)
     finish_reason = check_ending(
         request.key, token_ids, meta["finish_reason"], params.stop_token_ids
     )
+    # SGLang also says "length" where its KV cache is too small for one request. The response would
+    # be shorter than the run asks for, and no figure would show it.
     if finish_reason == "length" and len(token_ids) != max_new_tokens:
         raise EngineError(
-            f"the server cut it after {len(token_ids)} tokens where {max_new_tokens} were allowed",
+            f"the server cut the response after {len(token_ids)} tokens, but {max_new_tokens} were "
+            "allowed",
             where=response_name(request.key),
             remedy="raise sglang.max_total_tokens: one request must fit into the KV cache",
         )

@@ -1,4 +1,4 @@
-"""Scoring: the log-probability a model gives to each token of a response that someone else sampled."""
+"""Scoring: the log-probability that a model gives to each token of an existing response."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ from sglang_rollout.requests.checks import (
     response_name,
 )
 
+# SGLang returns the last id of the vocabulary, vocab_size - 1, as 0. It replaces the ids that it
+# takes for the padding of images, and its comparison is off by one (``x < vocab_size - 1`` in
+# SchedulerLogprobResultProcessor, 0.5.17). The log-probability is that of the token that was sent.
 LAST_ID_ECHO = -1
-"""SGLang echoes the last id of the vocabulary, vocab_size - 1, as 0: it replaces what it takes for
-images' padding and is off by one (``x < vocab_size - 1`` in SchedulerLogprobResultProcessor,
-0.5.17). The log-probability beside it is that of the token that was sent.
-"""
 
-
-TOP_K_TOLERANCE = (
-    1e-3  # nats: a token's value among the top K against its own; the same number but for rounding
-)
+# In nats. The value of a token among the top K may differ this much from its own value. Both are
+# the same number but for rounding.
+TOP_K_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +52,18 @@ class ScoreRequest:
 
 
 def check_scorable(request: ScoreRequest, context_length: int) -> None:
-    """DataError where the sequence is empty on either side or does not fit the context."""
+    """Check that a server can score the response.
+
+    Raises:
+        DataError: The prompt or the response is empty, or both together exceed the context.
+    """
     if len(request.prompt_ids) == 0 or len(request.token_ids) == 0:
         raise DataError(
             f"{len(request.prompt_ids)} prompt tokens and {len(request.token_ids)} response tokens",
             where=response_name(request.key),
             limit="at least one of each: the first token of a sequence has no log-probability",
         )
+    # Nothing is cut, unlike in sampling: the score of a part would pass for that of the whole.
     length = len(request.prompt_ids) + len(request.token_ids)
     if length > context_length:
         raise DataError(
@@ -72,38 +75,51 @@ def check_scorable(request: ScoreRequest, context_length: int) -> None:
 
 
 def score_payload(request: ScoreRequest, request_id: str, top_k: int = 0) -> dict[str, Any]:
-    """The body of POST /generate that scores: no new token, log-probabilities from the last prompt
-    token on. top_k: also of so many likeliest tokens.
+    """Return the body of POST /generate that scores a response and samples nothing.
 
-    The last prompt token is included because SGLang gives none for the first position of the span.
-    SGLang matches its prefix cache only up to logprob_start_len, so a cached sequence still gets
-    all its values.
+    Args:
+        request: The response to score.
+        request_id: The name under which the request can be aborted.
+        top_k: The number of likeliest tokens to return for each token, or 0 for none.
     """
-    return {
+    body: dict[str, Any] = {
         "rid": request_id,
         "input_ids": np.concatenate([request.prompt_ids, request.token_ids]).tolist(),
+        # SGLang then computes the log-probabilities of the input and samples nothing.
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
+        # The span begins at the last prompt token, because SGLang gives no log-probability for its
+        # first position. SGLang uses its prefix cache only up to this position, so a sequence that
+        # is cached as a whole still gets all its values.
         "logprob_start_len": len(request.prompt_ids) - 1,
-        **({"top_logprobs_num": top_k} if top_k else {}),
     }
+    if top_k:
+        body["top_logprobs_num"] = top_k
+    return body
 
 
 def read_logprobs(request: ScoreRequest, answer: Mapping[str, Any], vocab_size: int) -> Floats:
-    """The checked log-probabilities [R] in an answer of /generate, at temperature 1. EngineError:
-    other ids than sent, or impossible values.
+    """Return the log-probabilities in an answer of /generate.
+
+    Args:
+        request: The response that was sent.
+        answer: The parsed answer.
+        vocab_size: The number of tokens in the vocabulary.
+
+    Returns:
+        Float32 array of shape [R]: natural logarithms at temperature 1.
+
+    Raises:
+        EngineError: The server answered for other ids, or a value is impossible.
     """
+    # Each entry is (log-probability, token id, text or None).
     entries = answer["meta_info"]["input_token_logprobs"]
     expected = np.concatenate([request.prompt_ids[-1:], request.token_ids])
-    check_returned_ids(
-        request.key,
-        expected,
-        int32([entry[1] for entry in entries]),
-        hidden_id=vocab_size + LAST_ID_ECHO,
-    )
-    logprobs = float32(
-        [entry[0] for entry in entries[1:]]
-    )  # JSON's null, which stands for NaN and infinities too, becomes NaN
+    returned = int32([entry[1] for entry in entries])
+    check_returned_ids(request.key, expected, returned, hidden_id=vocab_size + LAST_ID_ECHO)
+    # JSON has no NaN and no infinity: they come as null, and float32() makes NaN of it. The check
+    # below then refuses them.
+    logprobs = float32([entry[0] for entry in entries[1:]])
     check_logprobs(request.key, logprobs)
     return logprobs
 
@@ -111,48 +127,58 @@ def read_logprobs(request: ScoreRequest, answer: Mapping[str, Any], vocab_size: 
 def read_scores(
     request: ScoreRequest, answer: Mapping[str, Any], vocab_size: int, top_k: int = 0
 ) -> TeacherScores:
-    """The TeacherScores in an answer of /generate. EngineError as read_logprobs, for a uniform
-    teacher, and for a top-K that contradicts the rest.
+    """Return the TeacherScores in an answer of /generate.
+
+    Raises:
+        EngineError: As read_logprobs(), or the model guesses uniformly, or the top K contradict the
+            other values.
     """
     logprobs = read_logprobs(request, answer, vocab_size)
     check_not_uniform(request.key, logprobs, vocab_size)
     top = read_top_k(request, answer, logprobs, top_k) if top_k else None
-    return TeacherScores(
-        request.prompt_id,
-        request.sample_index,
-        token_hash(request.prompt_ids, request.token_ids),
-        logprobs,
-        top,
-    )
+    # The hash ties the scores to the very tokens they belong to, wherever they are stored.
+    tokens = token_hash(request.prompt_ids, request.token_ids)
+    return TeacherScores(request.prompt_id, request.sample_index, tokens, logprobs, top)
 
 
 def read_top_k(
     request: ScoreRequest, answer: Mapping[str, Any], logprobs: Floats, top_k: int
 ) -> TopK:
-    """The teacher's top_k likeliest tokens of every response token. EngineError: not so many of
-    each, or a token of the response has another value there.
+    """Return the teacher's top_k likeliest tokens at the place of every response token.
+
+    Args:
+        request: The response that was sent.
+        answer: The parsed answer.
+        logprobs: The log-probabilities of the response's own tokens, of shape [R].
+        top_k: The number of tokens for each place.
+
+    Raises:
+        EngineError: The server returned fewer tokens, or a value contradicts logprobs.
     """
     rows = answer["meta_info"].get("input_top_logprobs") or []
-    found = [
-        row for row in rows[1:] if row is not None and len(row) == top_k
-    ]  # the first belongs to the last prompt token
+    # The first row belongs to the last prompt token.
+    # A row is null where SGLang has none, and shorter where the vocabulary has fewer tokens.
+    found = [row for row in rows[1:] if row is not None and len(row) == top_k]
     if len(found) != len(request.token_ids):
-        what = f"the server gave the top {top_k} of {len(found)} of {len(request.token_ids)} tokens"
         raise EngineError(
-            what,
+            f"the server gave the top {top_k} of {len(found)} of {len(request.token_ids)} tokens",
             where=response_name(request.key),
             remedy="lower score.top_k: it cannot be above the vocabulary",
         )
-    ids = int32([entry[1] for row in found for entry in row]).reshape(-1, top_k)
-    values = float32([entry[0] for row in found for entry in row]).reshape(-1, top_k)
+    ids = int32([entry[1] for row in found for entry in row]).reshape(-1, top_k)  # [R, K]
+    values = float32([entry[0] for row in found for entry in row]).reshape(-1, top_k)  # [R, K]
     check_logprobs(request.key, values.reshape(-1))
+    # A response token that is among the top K has two values in the answer. They come from the same
+    # softmax, so a difference means that one of the lists belongs to other positions.
     same = ids == request.token_ids[:, None]  # [R, K]
-    differs = np.flatnonzero((same & (np.abs(values - logprobs[:, None]) > TOP_K_TOLERANCE)).any(1))
+    distances = np.abs(values - logprobs[:, None])  # [R, K]
+    differs = np.flatnonzero((same & (distances > TOP_K_TOLERANCE)).any(1))
+    # The likeliest token stands first. Another order means that the rows were read wrongly.
     if differs.size or (np.diff(values, axis=1) > 0).any():
         where = f"token {int(differs[0])}" if differs.size else "its order"
-        what = f"the top {top_k} of the server contradicts the log-probabilities of the same tokens ({where})"
         raise EngineError(
-            what,
+            f"the top {top_k} of the server contradicts the log-probabilities of the same tokens "
+            f"({where})",
             where=response_name(request.key),
             remedy="do not use these scores; is this an SGLang server of a supported version?",
         )

@@ -1,10 +1,8 @@
-"""Many requests at once behind a plain generator: bounded, lazily fed, results as they finish.
+"""Many requests at once behind a plain generator.
 
-The caller's thread pulls the input and receives the results; a second thread runs the event loop.
-Never more than ``in_flight`` items are worked on, and never more than twice as many are between
-being pulled and being yielded: memory does not grow with their number. The other half waits in the
-loop's thread, so that work begins at once where some has ended, also while the caller writes a
-shard. Leaving the generator, by close() or an error, cancels what is under way.
+The caller's thread pulls the input and receives the results as they finish. A second thread runs
+the event loop. At most ``in_flight`` items are worked on, and at most twice as many are between
+being pulled and being yielded. So memory does not grow with the number of items.
 """
 
 from __future__ import annotations
@@ -20,102 +18,142 @@ from typing import Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-Work: TypeAlias = Callable[[T], Awaitable[R]]
-OpenWork: TypeAlias = Callable[[], AbstractAsyncContextManager[Work[T, R]]]
+# Handles one item. The context manager around it holds what all items share: the connections.
+Handler: TypeAlias = Callable[[T], Awaitable[R]]
+OpenHandler: TypeAlias = Callable[[], AbstractAsyncContextManager[Handler[T, R]]]
 
-_WATCH_EVERY_S = 0.2
+# How long the caller's thread waits for a result before it calls watch().
+_WATCH_INTERVAL_S = 0.2
 
 
 def stream(
-    items: Iterable[T], open_work: OpenWork[T, R], *, in_flight: int, watch: Callable[[], None]
+    items: Iterable[T],
+    open_handler: OpenHandler[T, R],
+    *,
+    in_flight: int,
+    watch: Callable[[], None],
 ) -> Iterator[R]:
-    """Apply the opened work to every item, at most in_flight at once, and yield the results in
-    order of completion.
+    """Handle every item and yield the results in the order of completion.
 
-    open_work: entered once in the loop's thread (connections live there). watch: called while
-    nothing arrives; it raises to give up. The first error of an item, of the input or of watch ends
-    the stream and is raised.
+    To leave the generator, by close() or by an error, cancels everything that is under way.
+
+    Args:
+        items: The input. It is pulled as results are taken, and never all at once.
+        open_handler: Makes a context manager, which is entered once in the thread of the event
+            loop and gives the function that handles an item.
+        in_flight: The largest number of items that are handled at the same time.
+        watch: A function that is called while no result arrives. It raises to give up.
+
+    Raises:
+        Exception: The first error of an item, of the input or of watch() ends the stream.
     """
     assert in_flight >= 1
     remaining = iter(items)
-    crew, at_most = _Crew(open_work, in_flight), in_flight + pulled_ahead(in_flight)
-    outstanding, exhausted = 0, False
+    loop = _HandlerThread(open_handler, in_flight)
+    limit = in_flight + pulled_ahead(in_flight)
+    num_outstanding = 0
+    exhausted = False
     try:
         while True:
-            while outstanding < at_most and not exhausted:
+            # The input is refilled before every wait. Otherwise the event loop would run dry while
+            # the caller works on a result.
+            while num_outstanding < limit and not exhausted:
                 try:
                     item = next(remaining)
                 except StopIteration:
                     exhausted = True
                 else:
-                    crew.submit(item)
-                    outstanding += 1
-            if outstanding == 0:
+                    loop.submit(item)
+                    num_outstanding += 1
+            if num_outstanding == 0:
                 return
             try:
-                outcome = crew.results.get(timeout=_WATCH_EVERY_S)
+                outcome = loop.results.get(timeout=_WATCH_INTERVAL_S)
             except queue.Empty:
+                # A dead server that nobody restarts gives no results for ever. watch() finds that.
                 watch()
                 continue
-            outstanding -= 1
+            num_outstanding -= 1
+            # result() raises the error of a failed item here, in the caller's thread.
             yield outcome.result()
     finally:
-        crew.close()
+        # Also where the caller stops early: that raises GeneratorExit at the yield.
+        loop.close()
 
 
 def pulled_ahead(in_flight: int) -> int:
-    """Items that wait in the loop's thread beyond those that are worked on."""
+    """Return how many items wait in the thread of the event loop, beyond those in work.
+
+    With them a new item begins at once where one has ended, also while the caller's thread is busy,
+    for example with writing a shard.
+    """
     return in_flight
 
 
-class _Crew(Generic[T, R]):
-    """A thread with an event loop that works on what is submitted, in_flight items at a time."""
+class _HandlerThread(Generic[T, R]):
+    """A thread with an event loop that handles submitted items, in_flight of them at a time.
 
-    def __init__(self, open_work: OpenWork[T, R], in_flight: int) -> None:
+    The methods submit() and close() belong to the caller's thread. All others run in the loop, so
+    the tasks and the waiting items need no lock.
+    """
+
+    def __init__(self, open_handler: OpenHandler[T, R], in_flight: int) -> None:
+        # The way back to the caller's thread. A future carries a result or an error across.
         self.results: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
-        self._in_flight, self._waiting = in_flight, deque[T]()
+        self._in_flight = in_flight
+        self._waiting = deque[T]()
+        # The loop itself has only weak references to tasks. This set keeps them alive.
         self._tasks: set[asyncio.Task[R]] = set()
         started: Future[None] = Future()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._main(open_work, started)),
+            target=lambda: asyncio.run(self._main(open_handler, started)),
             name="sglang-requests",
             daemon=True,
         )
         self._thread.start()
+        # An error of open_handler is raised here. And submit() needs the loop, which exists then.
         started.result()
 
-    async def _main(self, open_work: OpenWork[T, R], started: Future[None]) -> None:
+    async def _main(self, open_handler: OpenHandler[T, R], started: Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         try:
-            async with open_work() as work:
-                self._work = work
+            async with open_handler() as handler:
+                self._handler = handler
                 started.set_result(None)
                 await self._stop.wait()
+                # The waiting items go first: a cancelled task would start the next of them.
                 self._waiting.clear()
                 for task in self._tasks:
                     task.cancel()
+                # A cancelled request still tells its server to forget it, for which it needs the
+                # connections. So they are closed only after all tasks have ended.
                 await asyncio.gather(*self._tasks, return_exceptions=True)
         except BaseException as error:
             if started.done():
                 raise
+            # Otherwise the caller would wait for ever in __init__.
             started.set_exception(error)
 
     def submit(self, item: T) -> None:
+        # asyncio allows this one call from another thread.
         self._loop.call_soon_threadsafe(self._begin, item)
 
     def _begin(self, item: T) -> None:
         if len(self._tasks) >= self._in_flight:
             self._waiting.append(item)
             return
-        task = asyncio.ensure_future(self._work(item))
+        task = asyncio.ensure_future(self._handler(item))
         self._tasks.add(task)
         task.add_done_callback(self._finish)
 
     def _finish(self, task: asyncio.Task[R]) -> None:
         self._tasks.discard(task)
+        # The next item begins before the result is handed over, so that the server is never idle
+        # because of the caller.
         if self._waiting:
             self._begin(self._waiting.popleft())
+        # Only close() cancels, and after it nobody takes results any more.
         if task.cancelled():
             return
         outcome: Future[R] = Future()
@@ -127,5 +165,7 @@ class _Crew(Generic[T, R]):
         self.results.put(outcome)
 
     def close(self) -> None:
+        # The thread is awaited, so that every abort has reached its server when the stream is
+        # closed.
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()

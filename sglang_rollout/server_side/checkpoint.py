@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, from the headers of its files."""
+"""The tensors of a checkpoint folder, from the headers of its files."""
 
 from __future__ import annotations
 
@@ -10,37 +10,45 @@ from lopd.errors import EngineError
 
 
 def tensor_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face folder, from the headers of its safetensors.
-    EngineError: none, or not readable.
+    """Return the shape of every tensor of a Hugging Face folder, by name.
+
+    Raises:
+        EngineError: The folder has no safetensors, or a file cannot be read.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         try:
+            # Only the header is read. A checkpoint of 60 GB takes no longer than a small one.
             with safe_open(path, framework="pt") as file:
-                names = file.keys()  # the file itself is no mapping
+                # The open file is no mapping, so it has no items().
+                names = file.keys()
                 shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
         except (OSError, SafetensorError) as error:
-            raise EngineError(f"cannot be read ({error})", where=str(path)) from None
+            raise EngineError(f"the file cannot be read ({error})", where=str(path)) from None
     if not shapes:
         raise EngineError(
-            "no safetensors there", where=str(model_dir), remedy="give a Hugging Face folder"
+            "there are no safetensors", where=str(model_dir), remedy="give a Hugging Face folder"
         )
     return shapes
 
 
 def check_same_tensors(expected: dict[str, tuple[int, ...]], model_dir: Path) -> None:
-    """EngineError unless model_dir has exactly these tensors.
+    """Check that a folder has exactly these tensors.
 
-    SGLang 0.5.17 does not look: an update with experts of another width answers "success" and
-    serves garbage, and a missing tensor keeps its old values.
+    Raises:
+        EngineError: A tensor is missing, comes in addition, or has another shape.
     """
+    # SGLang 0.5.17 does not check this. An update with experts of another width answers "success"
+    # and the server then serves garbage. A missing tensor keeps its old values.
     found = tensor_shapes(model_dir)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise EngineError(
-                f"tensor {name} has shape {_shape(found.get(name))}, in the served model {_shape(expected.get(name))}",
+                f"tensor {name} has shape {_shape(found.get(name))}, in the served model "
+                f"{_shape(expected.get(name))}",
                 where=str(model_dir),
-                remedy="only weights of the served architecture can be exchanged; start another server for this model",
+                remedy="only weights of the served architecture can be exchanged; start another "
+                "server for this model",
             )
 
 

@@ -1,10 +1,11 @@
-"""In a server's processes: SGLang's scheduler tells its load through a file
-``/dev/shm/sglang_loads_RANDOM`` that nobody ever removes. Ours goes into the server's TMPDIR, and
-goes with it (sglang_rollout.servers.scratch).
+"""In a server's processes: the files in which SGLang's scheduler writes its load.
 
-Upstream: sglang/srt/managers/load_snapshot.py, shm_path_for; writer and reader both ask it, in
-processes of one environment. Versions: 0.5.17 to 0.5.23. Only keeps the machine tidy: left out
-where upstream has no such function. Can go: when SGLang removes its file.
+SGLang writes ``/dev/shm/sglang_loads_RANDOM`` and never removes it. Here the file goes into the
+server's TMPDIR, and is removed with it (sglang_rollout.servers.scratch).
+
+Upstream: shm_path_for in sglang/srt/managers/load_snapshot.py. Versions: 0.5.17 to 0.5.23. This
+only keeps the machine tidy, so it is left out where upstream has no such function. It can go when
+SGLang removes its file.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from pathlib import Path
 
 
 def install() -> None:
+    """Replace SGLang's function that names the file, if there is one."""
     try:
         module = importlib.import_module("sglang.srt.managers.load_snapshot")
         original = module.shm_path_for
     except (ImportError, AttributeError):
         return
 
+    # The writer and the reader are different processes. Both ask this function, and both have the
+    # same environment, so they still find each other.
     def shm_path_for(ipc_name: str) -> str:
         return str(Path(os.environ["TMPDIR"]) / Path(original(ipc_name)).name)
 

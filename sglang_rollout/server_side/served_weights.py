@@ -1,16 +1,15 @@
-"""In a server's processes: fingerprints of the weights that it really uses, under the names and in
-the layout of the Hugging Face checkpoint.
+"""In a server's processes: fingerprints of the weights that the server really uses.
 
-SGLang fuses and splits what it loads (query, key and value in one matrix, all experts in another,
-each rank its share). Where the parts of a tensor end up is not written down here: SGLang's own
-loader is run once on tensors without data (device meta), and its copies are recorded instead of
-made. So this holds for every architecture whose loader copies slices, and for any tensor- and
-expert-parallel layout.
+They stand under the names and in the layout of the Hugging Face checkpoint. But SGLang fuses and
+splits what it loads: query, key and value in one matrix, all experts in another, each rank its
+share. Where the parts of a tensor end up is not written down here. SGLang's own loader is run once
+on tensors without data (device meta), and its copies are recorded instead of made. So this holds
+for every architecture whose loader copies slices, and for every tensor- and expert-parallel layout.
 
 What changes in SGLang: WeightChecker.handle (sglang/srt/utils/weight_checker.py), behind POST
-/weights_checker, learns one more action. SGLang's own checksum of the fused parameters cannot be
-compared with a trainer's tensors, and needs a GPU. Versions: 0.5.17 to 0.5.23. Can go: when SGLang
-tells checksums of checkpoint tensors.
+/weights_checker, learns one more action. SGLang's own checksums are of the fused parameters, which
+cannot be compared with a trainer's tensors, and need a GPU. Versions: 0.5.17 to 0.5.23. It can go
+when SGLang reports checksums of checkpoint tensors.
 """
 
 from __future__ import annotations
@@ -29,25 +28,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_rollout.server_side.checkpoint import tensor_shapes
 from sglang_rollout.server_side.fingerprints import part_fingerprint
 
-FINGERPRINTS, DTYPES = (
-    "lopd.fingerprints:",
-    "lopd.dtypes:",
-)  # actions, followed by the folder of a checkpoint with the tensors' names and shapes
-NOT_FED = ""  # in the place of a tensor's name
-_REMEMBERED = "_lopd_placements"  # attribute of a model
+# Actions of /weights_checker. The folder of a checkpoint with the tensors' names and shapes follows
+# the colon.
+FINGERPRINTS = "lopd.fingerprints:"
+DTYPES = "lopd.dtypes:"
+# In the place of a tensor's name: the parameters that no tensor goes into.
+NOT_FED = ""
+# The attribute of a model that remembers its placements.
+_REMEMBERED = "_lopd_placements"
+# Operations of a loader that move a tensor on its way into a parameter.
 _COPIES = ("aten::_to_copy", "aten::clone", "aten::contiguous")
 
 
 class Placement(NamedTuple):
-    """Where this rank holds a checkpoint tensor."""
+    """Where a rank holds a checkpoint tensor.
+
+    Attributes:
+        columns: The number of columns of the checkpoint tensor.
+        copies: Pairs of a part of a parameter and the part of the tensor (without data) in it.
+        copied_only: Whether the loader does nothing else to that parameter.
+    """
 
     columns: int
-    copies: list[tuple[Tensor, Tensor]]  # part of a parameter, part of a tensor without data
-    copied_only: bool  # the loader does nothing else to the parameter
+    copies: list[tuple[Tensor, Tensor]]
+    copied_only: bool
 
 
 def install() -> None:
-    """RuntimeError: upstream has moved."""
+    """Add the action to SGLang's weight checker.
+
+    Raises:
+        RuntimeError: The place upstream has moved.
+    """
     checker = importlib.import_module("sglang.srt.utils.weight_checker").WeightChecker
     original = checker.handle
     parameters = tuple(inspect.signature(original).parameters)
@@ -56,7 +68,8 @@ def install() -> None:
         ("self", "action", "allow_quant_error", "skip_tensor_list", "role"),
     ):
         raise RuntimeError(
-            f"sglang_rollout.server_side.served_weights: WeightChecker.handle takes {parameters}; this SGLang version needs another patch"
+            "sglang_rollout.server_side.served_weights: WeightChecker.handle takes "
+            f"{parameters}; this SGLang version needs another patch"
         )
 
     def handle(self: Any, action: str, *more: Any, **named: Any) -> dict[str, Any] | None:
@@ -64,12 +77,12 @@ def install() -> None:
         if kind + colon not in (FINGERPRINTS, DTYPES):
             result: dict[str, Any] | None = original(self, action, *more, **named)
             return result
-        told = _told(self, Path(folder), parts=kind + colon == FINGERPRINTS)
-        role = (
-            {"role": named["role"]} if "role" in parameters else {}
-        )  # from 0.5.21 on: the model or its draft
+        # Each rank answers for what it holds. SGLang collects the answers of all ranks.
+        answer = _answer(self, Path(folder), parts=kind + colon == FINGERPRINTS)
+        # From 0.5.21 on the role says whether the model or its draft is meant.
+        role = {"role": named["role"]} if "role" in parameters else {}
         return {
-            "checksums": told,
+            "checksums": answer,
             "per_gpu_checksum": "",
             "parallelism_info": self._parallelism_info(**role).model_dump(),
         }
@@ -78,16 +91,18 @@ def install() -> None:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Instead of a copy from a tensor without data into a parameter, remembers it; nothing else is
-    changed either.
+    """Records the copies of a loader and changes nothing.
+
+    A tensor of the device meta stands for a tensor of the checkpoint, and every other tensor for a
+    part of a parameter.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.copies: list[
-            tuple[Tensor, Tensor]
-        ] = []  # (part of a parameter, part of a meta tensor)
-        self.changed: set[int] = set()  # addresses of storages that something else is done to
+        # Pairs of a part of a parameter and a part of a meta tensor.
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        # Addresses of the storages that the loader does something else to.
+        self.changed: set[int] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -99,74 +114,84 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif not args[0].is_meta:
                 self.changed.add(args[0].untyped_storage().data_ptr())
             return args[0]
-        if name in _COPIES and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0].view_as(
-                args[0]
-            )  # to another device or dtype on its way into the parameter
-        if (
-            function._schema.is_mutable
-            and args
-            and isinstance(args[0], Tensor)
-            and not args[0].is_meta
-        ):
+        on_tensor = bool(args) and isinstance(args[0], Tensor)
+        # A real copy would have a storage of its own, and the tensor's name is found by its
+        # storage. A view keeps the storage, and the offset and strides of the part.
+        if name in _COPIES and on_tensor and args[0].is_meta:
+            return args[0].view_as(args[0])
+        # For example padding that is filled with zeros. It must not happen: the server is serving
+        # from these parameters.
+        if function._schema.is_mutable and on_tensor and not args[0].is_meta:
             if args[0].numel():
                 self.changed.add(args[0].untyped_storage().data_ptr())
-            return args[0]  # padding that is filled with zeros
+            return args[0]
         return function(*args, **(kwargs or {}))
 
 
-def _told(checker: Any, template_dir: Path, *, parts: bool) -> dict[str, str]:
-    """Tensor -> JSON of {"dtype", "parts": [[offset, shape, strides, fingerprint], ...]}: what this
-    rank holds of it, positions in elements.
+def _answer(checker: Any, template_dir: Path, *, parts: bool) -> dict[str, str]:
+    """Return what this rank holds of each tensor.
 
-    Under NOT_FED the JSON of a list: this rank's parameters that no tensor goes into.
+    Args:
+        checker: SGLang's weight checker.
+        template_dir: A checkpoint with the tensors' names and shapes.
+        parts: Whether to compute fingerprints, or only to report dtypes.
+
+    Returns:
+        Tensor -> JSON of {"dtype", "parts": [[offset, shape, strides, fingerprint], ...]}, with
+        positions in elements. Under NOT_FED stands the JSON of a list: this rank's parameters that
+        no tensor goes into.
     """
     model = checker._get_model()
     found = layout(model, tensor_shapes(template_dir))
+    answer = {NOT_FED: json.dumps(_not_fed(model, found))}
+    for name, (columns, copies, _) in found.items():
+        entry: dict[str, Any] = {"dtype": str(copies[0][0].dtype).removeprefix("torch.")}
+        if parts:
+            entry["parts"] = [_part(held, source, columns) for held, source in copies]
+        answer[name] = json.dumps(entry)
+    return answer
+
+
+def _not_fed(model: Any, found: Mapping[str, Placement]) -> list[str]:
+    """Return the names of the parameters that no tensor goes into."""
     fed = {
         held.untyped_storage().data_ptr()
         for placement in found.values()
         for held, _ in placement.copies
     }
-    parameters = (
-        model.named_parameters()
-    )  # scales of a cache in 8 bits are of one element, and not from a checkpoint
-    told = {
-        NOT_FED: json.dumps(
-            [
-                name
-                for name, held in parameters
-                if held.numel() > 1 and held.untyped_storage().data_ptr() not in fed
-            ]
-        )
-    }
-    for name, (columns, copies, _) in found.items():
-        entry: dict[str, Any] = {"dtype": str(copies[0][0].dtype).removeprefix("torch.")}
-        if parts:
-            entry["parts"] = []
-            for held, source in copies:
-                offset, strides = int(source.storage_offset()), list(source.stride())
-                entry["parts"].append(
-                    [
-                        offset,
-                        list(source.shape),
-                        strides,
-                        part_fingerprint(held, offset, strides, columns),
-                    ]
-                )
-        told[name] = json.dumps(entry)
-    return told
+    # The scales of a cache in 8 bits have one element and come from no checkpoint.
+    return [
+        name
+        for name, held in model.named_parameters()
+        if held.numel() > 1 and held.untyped_storage().data_ptr() not in fed
+    ]
+
+
+def _part(held: Tensor, source: Tensor, columns: int) -> list[Any]:
+    # The tensor without data still knows where its part lies in the whole.
+    offset = int(source.storage_offset())
+    strides = list(source.stride())
+    return [offset, list(source.shape), strides, part_fingerprint(held, offset, strides, columns)]
 
 
 def layout(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Placement]:
-    """Of these checkpoint tensors, those of which the model holds something. Remembered with the
-    model, as long as its parameters stay where they are.
+    """Return where the model holds these checkpoint tensors.
+
+    Args:
+        model: SGLang's model.
+        shapes: The shapes of checkpoint tensors by name.
+
+    Returns:
+        A placement for each tensor of which this rank holds something.
     """
+    # The answer is needed at every sync, and a run of the loader over a large model takes its time.
+    # It stays right as long as the parameters stay where they are.
     parameters = tuple(parameter.data_ptr() for parameter in model.parameters())
     known = getattr(model, _REMEMBERED, None)
     if known is None or known[0] != parameters:
         known = (parameters, {})
-        object.__setattr__(model, _REMEMBERED, known)  # past torch.nn.Module's own
+        # torch.nn.Module's own way of setting an attribute would look for parameters in it.
+        object.__setattr__(model, _REMEMBERED, known)
     placements: dict[tuple[str, tuple[int, ...]], Placement | None] = known[1]
     new = {name: shape for name, shape in shapes.items() if (name, shape) not in placements}
     if new:
@@ -177,19 +202,22 @@ def layout(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place
 
 
 def _recorded(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Placement]:
+    """Run the loader on tensors without data and return where it would copy them."""
     sources = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     recorder = _Recorder()
+    # Without gradients, as SGLang loads: a loader writes into parameters in place.
     with torch.no_grad(), recorder:
         model.load_weights(iter(sources.items()))
+    # Slices of a tensor are other objects, but have the storage of the tensor.
     names = {source.untyped_storage()._cdata: name for name, source in sources.items()}
     found: dict[str, Placement] = {}
     for held, source in recorder.copies:
         name = names[source.untyped_storage()._cdata]
+        # copy_() broadcasts, for example one value into a vector.
         if held.shape != source.shape:
             source = source.expand(held.shape)
         columns = shapes[name][-1] if shapes[name] else 1
         copied_only = held.untyped_storage().data_ptr() not in recorder.changed
-        found.setdefault(name, Placement(columns, [], copied_only)).copies.append(
-            (held.detach(), source)
-        )
+        placement = found.setdefault(name, Placement(columns, [], copied_only))
+        placement.copies.append((held.detach(), source))
     return found

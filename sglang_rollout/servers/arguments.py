@@ -1,9 +1,12 @@
-"""SGLang's ServerArgs from ours, and the check of what a user adds to them."""
+"""The fields of SGLang's ServerArgs that follow from our configuration, and the checks of [sglang]
+that need no server.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,27 +20,40 @@ from sglang_rollout.servers.extra_args import check_extra_args
 def server_arguments(
     model_dir: Path, settings: SGLangSection, port: int, *, version: str | None = None
 ) -> dict[str, Any]:
-    """Fields of ServerArgs for a server of this checkpoint, as JSON values; the key is not among
-    them. version: of its weights, where they have one.
+    """Return the fields of ServerArgs for a server of this checkpoint, as JSON values.
+
+    The key is not among them, because the command line is visible to every user of the machine.
+
+    Args:
+        model_dir: The folder of the Hugging Face checkpoint.
+        settings: The section [sglang].
+        port: The port that the server listens on.
+        version: The weight version that the server reports. Without it SGLang reports "default".
     """
     arguments: dict[str, Any] = {
         "model_path": str(model_dir),
         "host": settings.host,
         "port": port,
         "trust_remote_code": False,
-        "skip_tokenizer_init": True,  # token ids are the truth
-        # our own first request is the warm-up; SGLang's sleeps a second before it asks
+        # Prompts and responses are token ids. A second tokenization could change them.
+        "skip_tokenizer_init": True,
+        # Our own first request is the warm-up. SGLang's warm-up sleeps a second before it asks.
         "skip_server_warmup": True,
-        "log_level_http": "warning",  # else a line per request
+        # At "info" the HTTP server writes a line per request.
+        "log_level_http": "warning",
         "dtype": settings.dtype,
+        # The parallel sizes inside one server. sglang.replicas makes more servers instead.
         "tp_size": settings.tensor,
         "ep_size": settings.expert,
         "dp_size": settings.data,
+        # launch.main() adds a margin to it, because the limit of SGLang is not exact.
         "context_length": settings.context_length,
         "max_running_requests": settings.max_running_requests,
         "mem_fraction_static": settings.mem_fraction,
         "enable_deterministic_inference": settings.deterministic,
     }
+    # SGLang chooses by itself what is left out: the size of the KV cache from mem_fraction_static,
+    # and the weight version "default".
     if settings.max_total_tokens is not None:
         arguments["max_total_tokens"] = settings.max_total_tokens
     if version is not None:
@@ -46,7 +62,11 @@ def server_arguments(
 
 
 def check_settings(settings: SGLangSection, sync: SyncSection) -> None:
-    """ConfigError: what can be found wrong with the sections before a server is started or asked."""
+    """Check what can be found wrong in the sections before a server is started or asked.
+
+    Raises:
+        ConfigError: A setting cannot work.
+    """
     check_extra_args(settings.extra_args)
     check_host(settings.host)
     check_urls(settings)
@@ -55,74 +75,89 @@ def check_settings(settings: SGLangSection, sync: SyncSection) -> None:
 
 
 def check_urls(settings: SGLangSection) -> None:
-    """ConfigError for what is no URL in teacher_urls and student_urls, for a server named twice,
-    and for one that would serve both models.
+    """Check teacher_urls and student_urls.
+
+    Raises:
+        ConfigError: A value is no URL, a server is named twice, or one server would serve both
+            models.
     """
+    teachers = {_normalized(url) for url in settings.teacher_urls}
     for name in ("teacher_urls", "student_urls"):
         urls = [_checked_url(url, f"sglang.{name}") for url in getattr(settings, name)]
         for url in urls:
-            if [_same(other) for other in urls].count(_same(url)) > 1:
-                times = [_same(other) for other in urls].count(_same(url))
+            _check_named_once(url, urls, name)
+            # Every sync writes the student's weights into student_urls. A teacher at the same
+            # address would then score with the student's weights, without any error.
+            if name == "student_urls" and _normalized(url) in teachers:
                 raise ConfigError(
-                    f"{url!r} is there {times} times",
-                    where=f"sglang.{name}",
-                    limit="each server once",
-                    remedy="name it once",
-                )
-            if name == "student_urls" and _same(url) in {
-                _same(teacher) for teacher in settings.teacher_urls
-            }:
-                what, remedy = (
                     f"{url!r} is also in sglang.teacher_urls",
-                    "name another server: weights of the student would replace the teacher's",
-                )
-                raise ConfigError(
-                    what, where="sglang.student_urls", limit="one model a server", remedy=remedy
+                    where="sglang.student_urls",
+                    limit="one model per server",
+                    remedy="name another server: the student's weights would replace the teacher's",
                 )
 
 
-def _same(url: str) -> str:
-    """Equal for two names of one server on this machine."""
+def _check_named_once(url: str, urls: Sequence[str], name: str) -> None:
+    times = [_normalized(other) for other in urls].count(_normalized(url))
+    if times > 1:
+        raise ConfigError(
+            f"{url!r} is named {times} times",
+            where=f"sglang.{name}",
+            limit="each server once",
+            remedy="name it once",
+        )
+
+
+def _normalized(url: str) -> str:
+    """Return a form that is equal for two names of one server on this machine."""
+    # Only these two names are taken as equal. Another name may belong to another machine.
     return url.rstrip("/").replace("//localhost", "//127.0.0.1", 1)
 
 
 def _checked_url(url: str, where: str) -> str:
-    """Without a slash at its end."""
+    """Return the URL without a slash at its end, or raise ConfigError."""
     remedy = "give http://host:port"
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port  # a port out of bounds is a ValueError
+        host = parts.hostname or ""
+        # urlsplit() reads the port only here, and a port out of bounds is a ValueError.
+        _ = parts.port
     except ValueError as error:
         raise ConfigError(f"{url!r} is no URL ({error})", where=where, remedy=remedy) from None
-    if "@" in parts.netloc:  # not shown: it may hold a password
+    if "@" in parts.netloc:
+        # The message does not show the URL, because it may hold a password.
         raise ConfigError(
-            "a URL with a name or password in it",
+            "a URL has a user name or a password in it",
             where=where,
-            remedy=f"{remedy}, and the servers' key in LOPD_SGLANG_KEY",
+            remedy=f"{remedy}, and give the servers' key in LOPD_SGLANG_KEY",
         )
-    if (
-        parts.scheme not in ("http", "https")
-        or not re.fullmatch(r"[\w.:%-]+", host)
-        or parts.query
-        or parts.fragment
-    ):
+    is_http = parts.scheme in ("http", "https")
+    # Names and IPv4 addresses, and IPv6 addresses with their colons and zones.
+    is_host = re.fullmatch(r"[\w.:%-]+", host)
+    if not is_http or not is_host or parts.query or parts.fragment:
         raise ConfigError(f"{url!r} is no URL", where=where, remedy=remedy)
+    # SGLang has both interfaces on one port, and other programs want the address with /v1.
     if re.fullmatch(r".*/v1/*", parts.path):
-        what, limit = (
+        raise ConfigError(
             f"{url!r} is the address of the OpenAI interface",
-            "that of the server: lopd asks /generate, which takes and gives token ids",
+            where=where,
+            limit="the address of the server: lopd uses /generate, which takes and gives token ids",
+            remedy=f"{remedy}, without /v1",
         )
-        raise ConfigError(what, where=where, limit=limit, remedy=f"{remedy}, without /v1")
     return url.rstrip("/")
 
 
 def check_host(host: str) -> None:
-    """ConfigError unless it is an IP address."""
+    """Check that sglang.host is an IP address.
+
+    Raises:
+        ConfigError: It is a name or something else.
+    """
     try:
         ipaddress.ip_address(host)
     except ValueError:
         raise ConfigError(
             f"{host!r} is no IP address",
             where="sglang.host",
-            remedy="127.0.0.1 for this machine alone, or the address to listen on",
+            remedy="give 127.0.0.1 for this machine alone, or the address to listen on",
         ) from None

@@ -1,5 +1,7 @@
-"""An SGLang server as a context manager: started, watched, restarted and stopped with its whole
-process group, on loopback, with a key of its own.
+"""An SGLang server as a context manager.
+
+The server is started, watched, restarted and stopped with its whole process group. It listens on
+loopback unless the configuration says otherwise, and it has a key of its own.
 """
 
 from __future__ import annotations
@@ -7,9 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import re
 import secrets
-import shutil
 import sys
 import threading
 import time
@@ -22,34 +22,37 @@ import httpx
 from lopd.config import SGLangSection
 from lopd.config.secrets import holds_secret, scrubbed
 from lopd.errors import EngineError
-from lopd.processes import GuardedProcess, free_port, group_stopped, last_lines, port_taken
+from lopd.processes import GuardedProcess, group_stopped, last_lines
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
 from sglang_rollout.servers.addresses import interface_of
 from sglang_rollout.servers.arguments import check_host, server_arguments
 from sglang_rollout.servers.extra_args import check_extra_args
 from sglang_rollout.servers.launch import KEY_VARIABLE, SECRETS_VARIABLE
+from sglang_rollout.servers.log_summary import START_LINE, log_summary
+from sglang_rollout.servers.ports import AddressTaken, choose_port, reachable_host
 from sglang_rollout.servers.scratch import Scratch
-from sglang_rollout.servers.supervision import Activity, Watcher, remembered_weights
+from sglang_rollout.servers.supervision import Activity, Watcher
+from sglang_rollout.servers.weights_file import remembered_weights
 
-__all__ = ["SGLangServer", "check_extra_args"]
-
-_POLL_S, _PROBE_TIMEOUT_S = 0.05, 30.0
-_PORT_ATTEMPTS = (
-    3  # a free port can be taken by another program in the seconds until the server listens
-)
-_START_LINE = "--- starting"  # in the log, before what a server writes
-_ERROR_LINE = re.compile(
-    r"^(?:\[[^]]*\] )?(?:[\w.]*(?:Error|Exception|Interrupt)\b: ?.*|.*\bOut of memory\b.*)"
-)
+_POLL_S = 0.05
+_PROBE_TIMEOUT_S = 30.0
+# Another program can take a free port in the seconds until the server listens.
+_PORT_ATTEMPTS = 3
+# The server has nothing to save. On SIGTERM SGLang would wait 5 s for a GPU to settle.
+_STOP_GRACE_S = 0.5
 
 
 class SGLangServer:
-    """One server of one checkpoint. ``with SGLangServer(...) as server`` starts it, starts it again
-    when it dies (sglang.restarts), and always stops it.
+    """One server of one checkpoint.
 
-    log: where the server's output is appended. name: how errors and progress call it ("student",
-    "teacher"). replica: which of several it is; their logs and GPUs differ, their weights_file and
-    key are shared. tell: gets a line about every restart.
+    ``with SGLangServer(...) as server`` starts it, starts it again when it dies (sglang.restarts),
+    and always stops it.
+
+    Attributes:
+        weights_file: The file where the newest weights are recorded, by whichever process puts them
+            into the server (sglang_rollout.servers.weights_file).
+        activity: What the requests of this process show about the server.
+        port: The port that the server listens on, or 0 before the start.
     """
 
     def __init__(
@@ -64,24 +67,41 @@ class SGLangServer:
         api_key: str | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.model_dir, self.settings, self.log, self.name, self.replica = (
-            model_dir,
-            settings,
-            log,
-            name,
-            replica,
-        )
+        """
+        Args:
+            model_dir: The folder of the Hugging Face checkpoint.
+            settings: The section [sglang].
+            log: The file to which the server's output is appended.
+            name: The name of the server in errors and progress lines.
+            replica: The index of the server among several of one model. Replicas have their own
+                logs and GPUs. They share the weights file and the key.
+            weights_file: The default is a file beside the log.
+            api_key: The default is a new random key.
+            tell: A function that gets one line about each restart.
+        """
+        self.model_dir = model_dir
+        self.settings = settings
+        self.log = log
+        self.name = name
+        self.replica = replica
+        # relaunch() changes model_dir. A restart without newer weights in a folder goes back to
+        # this one.
         self._first_model_dir = model_dir
+        # Nothing is served without a key, not even on loopback: other users of the machine can
+        # connect to it too.
         self.api_key = api_key or secrets.token_urlsafe(32)
         self.weights_file = weights_file or log.with_name(f"{log.name}.weights.json")
-        """Where the newest weights are remembered (sglang_rollout.servers.supervision), by whichever process puts them into the server."""
         self.activity = Activity()
+        # Chosen by start(). A port that is chosen earlier could be taken until then.
         self.port = 0
-        self._version: str | None = None  # of weights that are not those of model_dir
+        # The version of weights that came after the start, or None for the weights of the start.
+        self._version: str | None = None
         self._process: GuardedProcess | None = None
         self._scratch: Scratch | None = None
         self._healthy = False
-        self._changing = threading.Lock()  # a process is begun or ended
+        # Held while a process is begun or ended. The watcher's thread and the owner's thread do
+        # both: without the lock, stop() could miss a process that a restart is just beginning.
+        self._changing = threading.Lock()
         self._watcher = Watcher(
             self, restarts=settings.restarts, hang_timeout_s=settings.hang_timeout_s, tell=tell
         )
@@ -93,27 +113,24 @@ class SGLangServer:
 
     @property
     def group_id(self) -> int:
-        """Process group of everything that belongs to the server."""
+        """The process group of everything that belongs to the server."""
         assert self._process is not None, "the server is not running"
         return self._process.pid
 
     @property
     def num_restarts(self) -> int:
-        """How often it was started again."""
+        """How often the server was started again."""
         return self._watcher.num_restarts
 
     @property
     def command(self) -> list[str]:
-        """The command line; the key and what may be a secret are in the environment, not here."""
-        return [
-            sys.executable,
-            "-m",
-            "sglang_rollout.servers.launch",
-            json.dumps(scrubbed(self.arguments)),
-        ]
+        """The command line. The key and what may be a secret stand in the environment instead."""
+        arguments = json.dumps(scrubbed(self.arguments))
+        return [sys.executable, "-m", "sglang_rollout.servers.launch", arguments]
 
     def _secrets(self) -> dict[str, object]:
-        """The arguments that the command line hides."""
+        """Return the arguments that the command line hides."""
+        # launch.main() puts them back: they travel in the environment, which only the user reads.
         hidden = scrubbed(self.arguments)
         return {name: value for name, value in self.arguments.items() if hidden[name] != value}
 
@@ -126,124 +143,135 @@ class SGLangServer:
         if not _has_gpu():
             arguments = cpu_arguments(arguments)
         elif self.replica:
+            # A server takes tensor * data GPUs from its first one on.
             arguments["base_gpu_id"] = self.replica * self.settings.tensor * self.settings.data
+        # The user's arguments come last. check_extra_args() has refused those that lopd sets
+        # itself.
         return {**arguments, **self.settings.extra_args}
 
-    # --- its life ----------------------------------------------------------------------------------------------------------------------------------
-
     def start(self, progress: Callable[[float], None] | None = None) -> SGLangServer:
-        """Start the server and wait until it has answered a request. progress: called with the
-        seconds waited so far.
+        """Start the server and wait until it has answered a request.
 
-        EngineError: no checkpoint there, the port is taken, the server died, or it was not healthy
-        within start_timeout_s. ConfigError: extra_args.
+        Args:
+            progress: A function that is called with the seconds waited so far.
+
+        Raises:
+            EngineError: The folder holds no checkpoint, the port is taken, the server died, or it
+                was not healthy within start_timeout_s.
+            ConfigError: An extra argument or the host is wrong.
         """
         assert self._process is None, "start() once"
         check_extra_args(self.settings.extra_args)
         check_host(self.settings.host)
         self._check_checkpoint()
         for attempt in range(_PORT_ATTEMPTS):
-            self.port = self._choose_port()
+            self.port = choose_port(self.settings, self.replica)
             try:
-                self.weights_file.unlink(missing_ok=True)  # of a former run
+                # A file of a former run would make a restart load that run's weights.
+                self.weights_file.unlink(missing_ok=True)
                 self._launch(progress)
+                # Only a server that was healthy once is watched. An error of the first start is the
+                # caller's: a restart would meet it again.
                 self._watcher.start()
                 return self
             except BaseException as error:
-                if (
-                    isinstance(error, _AddressTaken)
-                    and self.settings.port is None
-                    and attempt + 1 < _PORT_ATTEMPTS
-                ):
-                    self.end_process()
-                else:
+                last_attempt = attempt + 1 == _PORT_ATTEMPTS
+                taken = isinstance(error, AddressTaken) and self.settings.port is None
+                if not taken or last_attempt:
                     self.stop()
                     raise
+                self.end_process()
         raise AssertionError("unreachable")
 
     def stop(self) -> None:
-        """End the server's whole process group; it is not started again. Safe to call twice."""
+        """End the server's whole process group for good. A second call does nothing."""
+        # The order matters: a watcher that still runs would take the end for a death. Its restart
+        # may be waiting for a healthy server, and ending the process is what ends that wait.
         self._watcher.stop()
         self.end_process()
         self._watcher.join()
 
     def end_process(self) -> None:
-        """End the server's whole process group."""
+        """End the server's whole process group and remove its scratch folder."""
         with self._changing:
             self._healthy = False
             if self._process is not None:
-                self._process.stop(
-                    grace_s=0.5
-                )  # it has nothing to save; on SIGTERM it would wait 5 s for a GPU to settle
+                self._process.stop(grace_s=_STOP_GRACE_S)
                 self._process = None
             if self._scratch is not None:
                 self._scratch.remove()
                 self._scratch = None
 
     def relaunch(self) -> None:
-        """Start it again: same address and key, the newest weights that are in a folder. For the
-        watcher. EngineError as start().
+        """Start the server again at the same address, with the same key. The watcher calls it.
+
+        The server gets the newest weights that are in a folder.
+
+        Raises:
+            EngineError: As start().
         """
         self.end_process()
-        self.model_dir, self._version = remembered_weights(self.weights_file) or (
-            self._first_model_dir,
-            None,
-        )
+        # Weights of the first start have no version of their own, and SGLang calls them "default".
+        first = (self._first_model_dir, None)
+        self.model_dir, self._version = remembered_weights(self.weights_file) or first
         self._check_checkpoint()
         self._launch(None)
 
     def alive(self) -> bool:
-        """True while the server's process runs; says nothing about its health."""
+        """Return whether the server's process runs. It may still be unhealthy."""
         process = self._process
         return process is not None and process.poll() is None
 
     def ready(self) -> bool:
-        """True while the process runs and has been healthy since it was started."""
+        """Return whether the process runs and has been healthy since its start."""
         return self._healthy and self.alive()
 
     def check(self) -> None:
-        """EngineError where the server is dead and will not be started again."""
+        """Raise EngineError if the server is dead and will not be started again."""
         if self._watcher.failure is not None:
             raise self._watcher.failure
+        # A watcher that stops restarts nothing any more, and with restarts = 0 it never does.
         if (self._watcher.stopping or self.settings.restarts == 0) and not self.alive():
             raise self.death()
 
     def responds(self) -> bool:
-        """SGLang's own question of health: True where its scheduler has sent anything within 20
-        seconds, or less where hang_timeout_s is less.
+        """Return whether the scheduler shows life.
+
+        SGLang's health check is true where the scheduler has sent anything within 20 seconds. Our
+        limit is shorter where hang_timeout_s is.
         """
         return self._ok("/health_generate")
 
     def reachable(self) -> bool:
-        """True where its main process answers. Asks nothing of the scheduler, which may rightly be
-        paused, or without memory.
+        """Return whether the main process answers.
+
+        This asks nothing of the scheduler, which may rightly be paused or without memory.
         """
         return self._ok("/model_info")
 
     def _ok(self, path: str) -> bool:
+        # A probe that takes longer than hang_timeout_s would only delay the decision it is for.
+        timeout_s = min(_PROBE_TIMEOUT_S, self.settings.hang_timeout_s)
         try:
             with self._client() as client:
-                return (
-                    client.get(
-                        path, timeout=min(_PROBE_TIMEOUT_S, self.settings.hang_timeout_s)
-                    ).status_code
-                    == 200
-                )
+                return client.get(path, timeout=timeout_s).status_code == 200
         except httpx.TransportError:
             return False
 
     def death(self) -> EngineError:
-        """What to raise when the server is found dead."""
+        """Return the error for a server that was found dead."""
         return EngineError(
             f"the {self.name} server died; its log ends: {log_summary(self.log)}",
             where=str(self.log),
-            remedy="read the log; run the same command again to go on from what was published",
+            remedy="read the log; run the same command again to continue from what was published",
         )
 
     def record(self) -> dict[str, object]:
-        """How the server was started, for a manifest: no key, no value that looks like one, and not
-        the port, which is another every time.
+        """Return how the server was started, for a manifest.
+
+        The record has no key, no value that looks like a secret, and no port.
         """
+        # A port in it would make two runs with the same settings look different.
         arguments = {
             name: value for name, value in scrubbed(self.arguments).items() if name != "port"
         }
@@ -261,6 +289,7 @@ class SGLangServer:
         self.stop()
 
     def _check_checkpoint(self) -> None:
+        """Find now what SGLang would report after a minute of imports, deep in a traceback."""
         config = self.model_dir / "config.json"
         try:
             json.loads(config.read_text(encoding="utf-8"))
@@ -277,176 +306,137 @@ class SGLangServer:
                 remedy="give a Hugging Face folder",
             )
 
-    def _choose_port(self) -> int:
-        if self.settings.port is None:
-            return lasting_port()
-        port = self.settings.port + self.replica
-        if port_taken(port, self.settings.host):
-            raise EngineError(
-                f"port {port} is taken",
-                where="sglang.port",
-                remedy="end the program that listens there, or leave sglang.port out for a free one",
-            )
-        return port
-
     def _launch(self, progress: Callable[[float], None] | None) -> None:
         with self._changing:
+            # stop() may have come while a restart was on its way here. It has ended the old process
+            # and would never see a new one.
             if self._watcher.stopping:
                 raise EngineError(f"the {self.name} server was stopped", where=str(self.log))
+            # A new folder for each process: the former one may have left sockets behind.
             self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
+            # Appended: after a restart the log still has the end of the former process.
             with self.log.open("ab") as output:
                 if holds_secret(self.settings.extra_args):
-                    self.log.chmod(0o600)  # SGLang writes all its arguments into it
-                output.write(
-                    f"{_START_LINE} the {self.name} server on port {self.port}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode()
-                )
+                    # SGLang writes all its arguments into the log.
+                    self.log.chmod(0o600)
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                line = f"{START_LINE} the {self.name} server on port {self.port}, {now}\n"
+                output.write(line.encode())
+                # The server writes to the same file by itself, and this line must come first.
                 output.flush()
-                self._process = GuardedProcess(
-                    self.command, env=self._environment(self._scratch.path), output=output
-                )
+                environment = self._environment(self._scratch.path)
+                self._process = GuardedProcess(self.command, env=environment, output=output)
+        # Not under the lock: stop() must be able to end a server that starts.
         self._wait_until_healthy(progress)
         self._healthy = True
 
     def _client(self) -> httpx.Client:
-        return httpx.Client(
-            base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, trust_env=False
-        )
+        # trust_env=False: a proxy of the environment must not see requests to our own servers.
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        return httpx.Client(base_url=self.url, headers=headers, trust_env=False)
 
     def _environment(self, scratch: Path) -> Mapping[str, str]:
         environment = {
             **os.environ,
             KEY_VARIABLE: self.api_key,
             SECRETS_VARIABLE: json.dumps(self._secrets()),
-            "TMPDIR": str(scratch),  # SGLang leaves its sockets behind
-            # torch's own TCP rendezvous listens on every interface
+            # SGLang leaves its sockets behind. Here they are removed with the server.
+            "TMPDIR": str(scratch),
+            # torch's own TCP rendezvous listens on every interface.
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{scratch}/rendezvous",
+            # A server serves the folder that was checked, and never downloads anything.
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            # log-probabilities at temperature 1, whatever the sampling temperature
+            # Log-probabilities are at temperature 1, whatever the sampling temperature is.
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
         }
         if not _has_gpu():
-            # a trainer of another machine, which reaches the server there, also broadcasts its
-            # weights to it
+            # A trainer of another machine that reaches the server at its host also broadcasts
+            # weights to it, so the collectives must listen at that host too.
             host = self.settings.host
-            environment.update(
-                cpu_environment(
-                    self.settings.tensor,
-                    "lo" if ipaddress.ip_address(host).is_unspecified else interface_of(host),
-                )
-            )
+            everywhere = ipaddress.ip_address(host).is_unspecified
+            interface = "lo" if everywhere else interface_of(host)
+            environment.update(cpu_environment(self.settings.tensor, interface))
         return environment
 
     def _wait_until_healthy(self, progress: Callable[[float], None] | None) -> None:
-        began = ran = time.monotonic()
+        began = time.monotonic()
+        last_ran = began
         with self._client() as client:
             while True:
                 waited = time.monotonic() - began
                 process = self._process
+                # The process is None where stop() has just taken it. _check_start() then finds it
+                # dead.
                 if process is None or not group_stopped(process.pid):
-                    ran = time.monotonic()
-                elif (
-                    time.monotonic() - ran > self.settings.hang_timeout_s
-                ):  # as one that hangs once it is up; a long start may still end well, this one cannot
-                    what = f"the {self.name} server was stopped (SIGSTOP) while it started; its log ends: {log_summary(self.log)}"
-                    raise EngineError(
-                        what,
-                        where=str(self.log),
-                        limit=f"sglang.hang_timeout_s = {self.settings.hang_timeout_s:g}",
-                        remedy="let it run",
-                    )
-                if not self.alive():
-                    if "address already in use" in " ".join(last_lines(self.log, 40)):
-                        raise _AddressTaken(
-                            f"port {self.port} was taken while the {self.name} server started",
-                            where=str(self.log),
-                        )
-                    what = f"the {self.name} server did not start; its log ends: {log_summary(self.log)}"
-                    raise EngineError(
-                        what,
-                        where=str(self.log),
-                        remedy="mend what the log says, then run the same command again",
-                    )
-                if waited > self.settings.start_timeout_s:
-                    raise EngineError(
-                        f"the {self.name} server is not healthy after {waited:.0f} s; its log ends: {log_summary(self.log)}",
-                        where=str(self.log),
-                        limit=f"sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
-                        remedy="read the log; raise sglang.start_timeout_s where the machine is only slow",
-                    )
-                if self._answers(
-                    client,
-                    min(self.settings.start_timeout_s - waited, self.settings.hang_timeout_s),
-                ):
+                    last_ran = time.monotonic()
+                self._check_start(waited, time.monotonic() - last_ran)
+                # A server that accepts the request and then hangs must not hold this loop longer
+                # than it would hold the watcher.
+                left = self.settings.start_timeout_s - waited
+                if self._answers(client, min(left, self.settings.hang_timeout_s)):
                     return
                 if progress is not None:
                     progress(waited)
                 time.sleep(_POLL_S)
 
-    def _answers(self, client: httpx.Client, patience_s: float) -> bool:
-        """True once the server has generated a token; nothing listens until its workers have loaded
-        the model.
+    def _check_start(self, waited_s: float, stopped_s: float) -> None:
+        """Raise EngineError where the server will not become healthy any more.
+
+        Args:
+            waited_s: Seconds since the start.
+            stopped_s: Seconds for which the whole process group has been stopped (SIGSTOP).
         """
-        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-        try:
-            return (
-                client.post(
-                    "/generate", json=body, timeout=httpx.Timeout(max(patience_s, 1.0), connect=1.0)
-                ).status_code
-                == 200
+        hang_timeout_s = self.settings.hang_timeout_s
+        # A long start may still end well, so it gets start_timeout_s. A stopped one cannot end, so
+        # it gets only the patience for a server that hangs.
+        if stopped_s > hang_timeout_s:
+            raise self._not_started(
+                f"the {self.name} server was stopped (SIGSTOP) while it started",
+                limit=f"sglang.hang_timeout_s = {hang_timeout_s:g}",
+                remedy="let it run",
             )
+        if not self.alive():
+            # The HTTP server inside SGLang writes this line when its bind fails.
+            if "address already in use" in " ".join(last_lines(self.log, 40)):
+                raise AddressTaken(
+                    f"port {self.port} was taken while the {self.name} server started",
+                    where=str(self.log),
+                )
+            raise self._not_started(
+                f"the {self.name} server did not start",
+                remedy="repair what the log names, then run the same command again",
+            )
+        if waited_s > self.settings.start_timeout_s:
+            raise self._not_started(
+                f"the {self.name} server is not healthy after {waited_s:.0f} s",
+                limit=f"sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
+                remedy="read the log; raise sglang.start_timeout_s if the machine is only slow",
+            )
+
+    def _not_started(self, what: str, *, remedy: str, limit: str = "") -> EngineError:
+        what = f"{what}; its log ends: {log_summary(self.log)}"
+        return EngineError(what, where=str(self.log), limit=limit, remedy=remedy)
+
+    def _answers(self, client: httpx.Client, patience_s: float) -> bool:
+        """Return whether the server generates a token.
+
+        Nothing listens on the port until the workers have loaded the model.
+        """
+        # A token and not a health check: it shows that the model computes, and it is the warm-up.
+        # On this machine a connection comes at once or not at all.
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
+        timeout = httpx.Timeout(max(patience_s, 1.0), connect=1.0)
+        try:
+            return client.post("/generate", json=body, timeout=timeout).status_code == 200
         except httpx.TransportError:
             return False
 
 
 def _has_gpu() -> bool:
-    import torch  # here: `lopd check` needs this module and not the second it takes to import torch
+    # `lopd check` needs this module, but not the second that an import of torch takes.
+    import torch
 
     return torch.cuda.is_available()
-
-
-def lasting_port() -> int:
-    """A port that nothing listens on and that the kernel gives to no outgoing connection: it must
-    still be free when the server is started again.
-
-    A client that keeps asking for a port of the kernel's own range can even be connected to itself.
-    """
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = range(10_000, min(first, 65_000))
-    for _ in range(100 if candidates else 0):
-        port = secrets.choice(candidates)
-        if not port_taken(port):
-            return port
-    return free_port()
-
-
-def reachable_host(host: str) -> str:
-    """Where a client of this machine finds a server that listens on host."""
-    address = ipaddress.ip_address(host)
-    if address.is_unspecified:
-        return "127.0.0.1" if address.version == 4 else "[::1]"
-    return host if address.version == 4 else f"[{host}]"
-
-
-class _AddressTaken(EngineError):
-    """Another program took the port between our look and the server's bind."""
-
-
-def log_summary(log: Path) -> str:
-    """The last error that a server's log tells, or its last lines: tracebacks and shutdown messages
-    bury the cause.
-    """
-    lines = last_lines(log, 200)
-    begun = [index for index, line in enumerate(lines) if line.startswith(_START_LINE)]
-    if begun:  # what a former start left says nothing of this one
-        lines = lines[begun[-1] + 1 :] or ["(nothing)"]
-    lines = [line for line in lines if " batch, #" not in line] or lines[
-        -1:
-    ]  # what it decoded last is no cause
-    errors = [line for line in lines if _ERROR_LINE.match(line)]
-    full = (
-        ["the disk of this log is full"] if shutil.disk_usage(log.parent).free == 0 else []
-    )  # then the log lacks the cause
-    return " | ".join([*(line[:300] for line in (errors[-2:] or lines[-4:])), *full])

@@ -1,5 +1,6 @@
-"""Server and trainer on the same GPUs (sync.colocate): what that asks of the configuration. The
-turns themselves: sglang_rollout.weight_sync.colocation.
+"""What sync.colocate, server and trainer on the same GPUs, asks of the configuration.
+
+sglang_rollout.weight_sync.colocation moves the memory itself.
 """
 
 from __future__ import annotations
@@ -12,50 +13,61 @@ from lopd.errors import ConfigError
 
 
 def training_settings(config: Config) -> SGLangSection:
-    """How the student's servers are run while it is trained, and asked.
+    """Return the settings of the student's servers while the student is trained.
 
-    Where they share its GPUs they can give memory back. One that dies is then not started again,
-    because what it would need is the trainer's, and nobody waits for it: the same command goes on.
+    With sync.colocate the servers can give their memory back, and a server that dies is not started
+    again.
     """
     if not config.sync.colocate:
         return config.sglang
-    more = {**config.sglang.extra_args, "enable_memory_saver": True}
-    return config.sglang.model_copy(
-        update={"extra_args": more, "restarts": 0, "outage_timeout_s": 0.0}
-    )
+    extra_args = {**config.sglang.extra_args, "enable_memory_saver": True}
+    # A restarted server takes its memory at once, but at that moment the memory may be the
+    # trainer's. So there is no restart, and no client waits for one (outage_timeout_s = 0): the
+    # stage ends, and the same command continues from the newest checkpoint.
+    changes = {"extra_args": extra_args, "restarts": 0, "outage_timeout_s": 0.0}
+    return config.sglang.model_copy(update=changes)
 
 
 def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigError]:
-    """Why server and trainer cannot take turns as configured; nothing where they need not. on_gpu:
-    of this machine; None: it will be another.
+    """Yield the reasons why server and trainer cannot share GPUs as configured.
 
-    On a CPU they can, for a trial: sglang_rollout.cpu.memory stands for torch_memory_saver.
+    Nothing is yielded without sync.colocate. A CPU needs no extra package: there
+    sglang_rollout.cpu.memory replaces torch_memory_saver.
+
+    Args:
+        config: The whole configuration.
+        on_gpu: Whether this machine has a GPU. None means that the run is for another machine.
     """
     if not config.sync.colocate:
         return
-    away = "set sync.colocate=false"
+    off = "set sync.colocate=false"
+    # Only the machine that will run can be searched for the package.
     if on_gpu and importlib.util.find_spec("torch_memory_saver") is None:
         yield ConfigError(
             "torch_memory_saver is not installed",
             where="sync.colocate",
-            remedy=f"pip install torch-memory-saver, or {away}",
+            remedy=f"pip install torch-memory-saver, or {off}",
         )
     if config.sglang.student_urls:
-        what = "only servers that lopd starts, on this machine, make room for the trainer"
         yield ConfigError(
-            what,
+            "only servers that lopd starts on this machine make room for the trainer",
             where="sglang.student_urls",
-            limit="none, with sync.colocate",
-            remedy=f"leave them out, or {away}",
+            limit="no URL with sync.colocate",
+            remedy=f"leave the URLs out, or {off}",
         )
-    if config.distill.parallel.nodes > 1:
-        what = f"distill.parallel.nodes = {config.distill.parallel.nodes}: the servers are on the first machine alone"
-        yield ConfigError(what, where="sync.colocate", limit="1 node", remedy=away)
-    if config.distill.refresh.is_on and config.distill.refresh.keep_teacher:
-        what = "distill.refresh.keep_teacher keeps the teacher's server on the GPUs that student and trainer take turns with"
+    nodes = config.distill.parallel.nodes
+    if nodes > 1:
         yield ConfigError(
-            what,
+            f"distill.parallel.nodes = {nodes}: the servers are on the first machine alone",
+            where="sync.colocate",
+            limit="1 node",
+            remedy=off,
+        )
+    if config.distill.refresh.is_on and config.distill.refresh.keep_teacher:
+        yield ConfigError(
+            "distill.refresh.keep_teacher keeps the teacher's server on the GPUs that student and "
+            "trainer share",
             where="sync.colocate",
             limit="keep_teacher = false",
-            remedy=f"set distill.refresh.keep_teacher=false, or {away}",
+            remedy=f"set distill.refresh.keep_teacher=false, or {off}",
         )

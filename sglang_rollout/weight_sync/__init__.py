@@ -1,9 +1,9 @@
-"""New weights into running servers: one interface, three transports (docs/weight_sync.md)."""
+"""New weights for running servers: one interface and three transports (docs/weight_sync.md)."""
 
 from __future__ import annotations
 
 from sglang_rollout.weight_sync.building import build_receiver
-from sglang_rollout.weight_sync.colocation import Apart, Colocation
+from sglang_rollout.weight_sync.colocation import Colocation, SeparateMemory
 from sglang_rollout.weight_sync.disk import (
     DiskWeightReceiver,
     load_folder,
@@ -15,13 +15,13 @@ from sglang_rollout.weight_sync.tensor import TensorWeightReceiver
 from sglang_rollout.weight_sync.verification import Probe, ScoreVerification, TensorVerification
 
 __all__ = [
-    "Apart",
     "Bucket",
     "Colocation",
     "DiskWeightReceiver",
     "DistributedWeightReceiver",
     "Probe",
     "ScoreVerification",
+    "SeparateMemory",
     "SyncReport",
     "TensorVerification",
     "TensorWeightReceiver",

@@ -9,7 +9,7 @@ from pathlib import Path
 from lopd.config import SyncSection
 from lopd.errors import ConfigError
 from sglang_rollout.requests.client import SGLangEngine
-from sglang_rollout.servers.supervision import (
+from sglang_rollout.servers.weights_file import (
     ask_for_restart,
     remember_unsaved_weights,
     remember_weights,
@@ -30,34 +30,38 @@ def build_receiver(
     template_dir: Path,
     weights_file: Path | None = None,
 ) -> WeightReceiver:
-    """For the servers of these engines. folder: where a transport by disk may put versions.
-    template_dir: a checkpoint with the model's tensors.
+    """Return the receiver for the servers of these engines.
 
-    weights_file: of the servers (sglang_rollout.servers.supervision): where a disk sync remembers
-    what a restarted one must serve, and the others that the newest weights are in no folder, so
-    that a restarted one has its first ones, under their version. The others also have servers
-    started again that a failed sync has left with half of it.
+    Args:
+        settings: The section [sync].
+        engines: One engine for each server.
+        folder: The folder for the versions of a transport by disk.
+        template_dir: A checkpoint with the tensors of the model.
+        weights_file: The weights file of servers that lopd runs. A sync by disk records there what
+            a restarted server must serve. The other transports record that the newest weights are
+            in no folder, and use it to have servers restarted that a failed sync has left with half
+            of an update.
 
-    ConfigError: verify = "scores", which needs the trainer's own: a receiver sees tensors only
-    (sglang_rollout.weight_sync.verification.ScoreVerification, after the sync).
+    Raises:
+        ConfigError: sync.verify is "scores". A receiver sees tensors only, and that verification
+            needs the trainer's own scores (ScoreVerification, after the sync).
     """
     if settings.verify == "scores":
-        what, limit = (
-            'a receiver cannot verify by "scores": it has none of the trainer\'s',
-            "tensors, off",
-        )
         raise ConfigError(
-            what,
+            'a receiver cannot verify by "scores": it has no scores of the trainer',
             where="sync.verify",
-            limit=limit,
+            limit="tensors, off",
             remedy='set "off" and use ScoreVerification after each sync',
         )
-    verification = (
-        TensorVerification(timeout_s=settings.timeout_s)
-        if settings.verify in (None, "tensors")
-        else None
-    )
+    verification = None
+    # None is the default. Where it should be "scores", the caller has decided that already.
+    if settings.verify in (None, "tensors"):
+        verification = TensorVerification(timeout_s=settings.timeout_s)
+    # A folder is loaded by one call, so requests can finish with the old weights first. A folder
+    # must have all tensors, so there is no delta. And a call that fails leaves no half of an
+    # update, so nothing has to be restarted.
     if settings.transport == "disk":
+        remember_folder = partial(remember_weights, weights_file) if weights_file else None
         return DiskWeightReceiver(
             engines,
             folder,
@@ -65,24 +69,24 @@ def build_receiver(
             running_requests=settings.running_requests or "finish",
             timeout_s=settings.timeout_s,
             verification=verification,
-            remember=partial(remember_weights, weights_file) if weights_file is not None else None,
+            remember=remember_folder,
         )
-    in_place = (
+    # In place the weights change over many calls. Requests must be paused for all of them, and a
+    # failure in between leaves a server with a mixture, which only a restart or another sync mends.
+    restart = partial(ask_for_restart, weights_file) if weights_file else None
+    remember_version = partial(remember_unsaved_weights, weights_file) if weights_file else None
+    receiver = (
         TensorWeightReceiver
         if settings.transport == "tensor"
         else partial(DistributedWeightReceiver, host=settings.host)
     )
-    return in_place(
+    return receiver(
         engines,
         template_dir,
         running_requests=settings.running_requests or "pause",
         timeout_s=settings.timeout_s,
         verification=verification,
         unchanged=Unchanged() if settings.delta else None,
-        ask_for_restart=partial(ask_for_restart, weights_file)
-        if weights_file is not None
-        else None,
-        remember=partial(remember_unsaved_weights, weights_file)
-        if weights_file is not None
-        else None,
+        ask_for_restart=restart,
+        remember=remember_version,
     )

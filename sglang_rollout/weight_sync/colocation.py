@@ -1,14 +1,9 @@
-"""Server and trainer on the same GPUs, in turns: who holds the memory when, around every sync.
+"""Server and trainer on the same GPUs: who holds the memory when, around every sync.
 
 SGLang gives memory back by ``/release_memory_occupation`` and takes it again by
 ``/resume_memory_occupation``, by kind: weights, keys and values (kv_cache), CUDA graphs. It needs
-``enable_memory_saver``, and releases only while it has nothing to do. What has been released has
-lost its contents: weights must be sent again after a resume, so a release of weights without a sync
-afterwards serves garbage.
-
-The order keeps the peak at one side's all plus the other's weights: gradients and optimizer state
-leave before the server's weights come back, and the trainer's weights leave before the cache of
-keys and values does.
+``enable_memory_saver``. What has been released has lost its contents. So weights must be sent again
+after a resume: a server that is released and resumed without a sync serves garbage.
 """
 
 from __future__ import annotations
@@ -21,33 +16,40 @@ from lopd.errors import EngineError
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.weight_sync.interface import on_all
 
-_ALL = ["kv_cache", "weights", "cuda_graph"]
-Turn = Literal["server", "trainer", "nobody"]
+# SGLang's names of the kinds of memory.
+_ALL_TAGS = ["kv_cache", "weights", "cuda_graph"]
+# Seconds that SGLang waits for its last requests to end before it refuses to flush its cache.
+_FLUSH_PATIENCE_S = 10
+_ANSWER_MARGIN_S = 10
+Holder = Literal["server", "trainer", "nobody"]
 
 
 class Offloadable(Protocol):
-    """A trainer whose parts can leave the GPU for the host and come back; every rank calls these
-    together.
+    """A trainer whose parts can be moved from the GPU to the host and back.
+
+    All ranks call the same method at the same time.
     """
 
     def offload_optimizer(self) -> None:
-        """Gradients and optimizer state to the host."""
+        """Move the gradients and the optimizer state to the host."""
 
     def offload_weights(self) -> None:
-        """The model to the host; it has been exported by then."""
+        """Move the model to the host. It has been exported by then."""
 
     def reload(self) -> None:
-        """All of it back."""
+        """Move everything back to the GPU."""
 
 
-class Apart:
-    """Server and trainer do not make room for each other: each has devices of its own, or there is
-    room for both. The server keeps its weights.
+class SeparateMemory:
+    """Server and trainer keep their memory, because there is room for both.
+
+    Each has devices of its own, or both fit on the same devices. The methods do nothing, so that a
+    training loop is the same with and without sync.colocate.
     """
 
     shares = False
 
-    def admit(self, trainer: Offloadable) -> None: ...
+    def attach_trainer(self, trainer: Offloadable) -> None: ...
 
     def to_trainer(self) -> None: ...
 
@@ -58,13 +60,14 @@ class Apart:
         yield
 
 
-class Colocation(Apart):
-    """Whose turn it is; at first the server's, which has just been started. Every rank has one and
-    calls it together. EngineError: the server refuses, or a server that has its turn is given it
-    again.
+class Colocation(SeparateMemory):
+    """Hands the memory of shared GPUs over between server and trainer.
 
-    engines: on the rank that talks to the servers; empty on the others. barrier: all ranks wait for
-    each other: one rank's memory is not free because another's is.
+    At first the server holds it, because it has just been started. Every rank of the trainer has a
+    Colocation and calls the same method at the same time.
+
+    Attributes:
+        holder: Who holds the memory now.
     """
 
     shares = True
@@ -76,71 +79,100 @@ class Colocation(Apart):
         barrier: Callable[[], None],
         timeout_s: float = 300.0,
     ) -> None:
-        self._engines, self._barrier, self._timeout_s = tuple(engines), barrier, timeout_s
+        """
+        Args:
+            engines: The servers, on the rank that talks to them. Empty on the other ranks.
+            barrier: A function in which all ranks wait for each other.
+            timeout_s: The longest time in seconds that one call to a server may take.
+        """
+        self._engines = tuple(engines)
+        # One rank's memory is not free because another's is. Without a barrier after each step, the
+        # server could take memory on a GPU whose rank is still moving its parts.
+        self._barrier = barrier
+        self._timeout_s = timeout_s
         self._trainer: Offloadable | None = None
-        self.turn: Turn = "server"
+        self.holder: Holder = "server"
 
-    def admit(self, trainer: Offloadable) -> None:
-        """The trainer that was built in its turn, on what the server had left."""
-        assert self.turn == "trainer", "the server has the memory"
+    def attach_trainer(self, trainer: Offloadable) -> None:
+        """Name the trainer, which was built while it held the memory."""
+        assert self.holder == "trainer", "the server has the memory"
         self._trainer = trainer
 
     def to_trainer(self) -> None:
-        """After the last response has come: the server gives everything back, then the trainer
-        comes in.
+        """Give the memory to the trainer. The last response has come by then.
+
+        Raises:
+            EngineError: The server refuses to release its memory.
         """
-        if self.turn == "server":
-            self._release()
-        if self.turn != "trainer" and self._trainer is not None:
+        # The server releases first. In the other order both would hold everything at once.
+        if self.holder == "server":
+            self._release_server()
+        # Before attach_trainer() there is nothing to move back: the trainer is yet to be built.
+        if self.holder != "trainer" and self._trainer is not None:
             self._trainer.reload()
             self._barrier()
-        self.turn = "trainer"
+        self.holder = "trainer"
 
     def to_nobody(self) -> None:
-        """Room for a third program, such as the teacher's server."""
-        if self.turn == "server":
-            self._release()
-        elif self.turn == "trainer" and self._trainer is not None:
+        """Free the memory for a third program, such as the teacher's server.
+
+        Raises:
+            EngineError: The server refuses to release its memory.
+        """
+        if self.holder == "server":
+            self._release_server()
+        elif self.holder == "trainer" and self._trainer is not None:
             self._trainer.offload_optimizer()
             self._trainer.offload_weights()
             self._barrier()
-        self.turn = "nobody"
+        self.holder = "nobody"
 
     @contextlib.contextmanager
     def to_server(self) -> Iterator[None]:
-        """After the last training step. In the block, which sends the weights, both sides hold
-        theirs and little else; after it the server answers.
+        """Give the memory to the server. The block must send the weights.
+
+        In the block both sides hold their weights and little else. After the block the server can
+        answer.
+
+        Raises:
+            EngineError: The server holds the memory already, or it refuses.
         """
-        if self.turn == "server":
-            raise EngineError("it is the server's turn already", where="sync.colocate")
-        assert self.turn == "trainer", "only a trainer on the device has weights to send"
+        if self.holder == "server":
+            raise EngineError("the server already holds the GPU memory", where="sync.colocate")
+        assert self.holder == "trainer", "only a trainer on the device has weights to send"
         trainer = self._trainer
-        assert trainer is not None, "admit() first"
-        self.turn = "server"
+        assert trainer is not None, "attach_trainer() first"
+        # Set before the first step: if a step fails, the memory is neither side's alone, and the
+        # next to_trainer() must make the server release.
+        self.holder = "server"
+        # The order keeps the peak low, at one side's whole memory plus the other side's weights.
+        # Gradients and optimizer state leave before the server's weights come back. The trainer's
+        # weights leave before the server's keys and values come back.
         trainer.offload_optimizer()
         self._barrier()
-        self._post("/resume_memory_occupation", ["weights"])
+        self._resume(["weights"])
         self._barrier()
         yield
         trainer.offload_weights()
         self._barrier()
-        self._post("/resume_memory_occupation", ["kv_cache", "cuda_graph"])
+        self._resume(["kv_cache", "cuda_graph"])
         self._barrier()
 
-    def _release(self) -> None:
-        self._call(
-            "/flush_cache?timeout=10", None
-        )  # a release asserts that the server is idle, and ends it where it is not
-        self._post("/release_memory_occupation", _ALL)
+    def _release_server(self) -> None:
+        # SGLang asserts that it is idle when it releases, and the assertion ends the server. A
+        # flush is refused while requests run, so it finds that out without harm.
+        self._call(f"/flush_cache?timeout={_FLUSH_PATIENCE_S}", None)
+        self._call("/release_memory_occupation", {"tags": _ALL_TAGS})
         self._barrier()
 
-    def _post(self, path: str, tags: list[str]) -> None:
-        self._call(path, {"tags": tags})
+    def _resume(self, tags: list[str]) -> None:
+        self._call("/resume_memory_occupation", {"tags": tags})
 
     def _call(self, path: str, body: dict[str, list[str]] | None) -> None:
+        # Only the rank that talks to the servers has engines. The others wait in the barrier.
         if self._engines:
             on_all(
                 self._engines,
                 lambda engine: engine.call("POST", path, body, timeout_s=self._timeout_s),
-                self._timeout_s + 10,
+                self._timeout_s + _ANSWER_MARGIN_S,
             )

@@ -1,5 +1,7 @@
-"""Tensors that have not changed since the servers got them need not be sent again: frozen routers
-and embeddings, or whole models between close syncs.
+"""Which tensors have changed since the servers got them.
+
+Tensors that are the same need not be sent again: frozen routers and embeddings, or most of a model
+between two syncs with few steps between them.
 """
 
 from __future__ import annotations
@@ -12,36 +14,52 @@ from sglang_rollout.weight_sync.interface import Bucket, model_info
 
 
 class Unchanged:
-    """Remembers the fingerprint of every tensor that the servers have; changed() leaves out those
-    that are the same.
-
-    Everything is sent where a server reports another version than the one that was committed last:
-    it was restarted, or got its weights elsewhere.
-    """
+    """Remembers the fingerprint of every tensor that the servers have."""
 
     def __init__(self) -> None:
         self._version = ""
+        # Tensor -> fingerprint: of the last committed version, and of the version being sent.
         self._held: dict[str, int] = {}
         self._sent: dict[str, int] = {}
 
     def begin(self, engines: Sequence[SGLangEngine], timeout_s: float) -> None:
+        """Start a version.
+
+        Args:
+            engines: One engine for each server.
+            timeout_s: The longest time in seconds that a server may take to answer.
+        """
         self._sent = {}
+        # A server with another version was restarted or got its weights elsewhere. Nothing is known
+        # about its tensors, so all of them are sent.
         if any(
             model_info(engine, timeout_s)["weight_version"] != self._version for engine in engines
         ):
             self._held = {}
 
     def changed(self, bucket: Bucket, known: Mapping[str, int | None]) -> Bucket:
-        """What must be sent of the bucket. known: fingerprints that somebody has computed already."""
+        """Return the tensors of the bucket that must be sent.
+
+        Args:
+            bucket: Full tensors.
+            known: Fingerprints that the verification has computed already.
+        """
         result = []
         for name, tensor in bucket:
             now = known.get(name)
+            # Where the server rounds, the verification has the number of the rounded tensor. What
+            # is compared here is the tensor itself.
             if now is None:
                 now = fingerprint(tensor.detach())
+            # pop(), not get(): if this sync fails after the tensor was sent, the servers no longer
+            # have the old value, and the next sync must send the tensor again.
             if self._held.pop(name, None) != now:
                 result.append((name, tensor))
             self._sent[name] = now
         return result
 
     def commit(self, version: str) -> None:
-        self._held, self._version = self._sent, version
+        """Record that the servers have all tensors of this version."""
+        # Only now: until the commit it is not known whether the servers have what was sent.
+        self._held = self._sent
+        self._version = version

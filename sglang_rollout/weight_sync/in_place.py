@@ -1,5 +1,6 @@
-"""What the transports share that change a server's weights while it holds requests back, bucket by
-bucket.
+"""The part that the transports by tensor and by broadcast share.
+
+Both change a server's weights bucket by bucket, while the server holds requests back.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ from sglang_rollout.weight_sync.verification import TensorVerification
 
 
 class InPlaceReceiver:
-    """The servers' weights change from the first bucket on; requests are held back from begin until
-    commit.
+    """A WeightReceiver whose servers' weights change from the first bucket on.
 
-    template_dir: a checkpoint with the names and shapes of the tensors. ask_for_restart: of servers
-    that a failed sync has left with half of it. remember: told the version once the servers have
-    it, in no folder. A transport adds _send, and _join and _leave where it has something to open
-    and close.
+    A transport implements _send(). It also implements _open_transport() and _detach_transport()
+    where it has something to open and close, and _await_sent() where _send() leaves something under
+    way.
     """
 
     transport: ClassVar[str]
@@ -42,71 +41,112 @@ class InPlaceReceiver:
         ask_for_restart: Callable[[], None] | None = None,
         remember: Callable[[str], None] | None = None,
     ) -> None:
+        """
+        Args:
+            engines: One engine for each server.
+            template_dir: A checkpoint with the names and shapes of the tensors.
+            running_requests: What happens to requests under way.
+            timeout_s: The longest time in seconds that one call to a server may take.
+            verification: Compares the servers' weights with those that were sent.
+            unchanged: Leaves out tensors that the servers have already.
+            ask_for_restart: A function that has servers started again which a failed sync has left
+                with half of an update.
+            remember: A function that is told the version once the servers have it. The weights are
+                in no folder.
+        """
         assert running_requests != "finish", "between two buckets new requests would meet a mixture"
         self.report = SyncReport(self.transport)
-        self._engines, self._template_dir, self._timeout_s = tuple(engines), template_dir, timeout_s
+        self._engines = tuple(engines)
+        self._template_dir = template_dir
+        self._timeout_s = timeout_s
         self._inventory = Inventory(template_dir, f"weight sync ({self.transport})")
         self._session = UpdateSession(self._engines, running_requests, timeout_s)
-        self._verification, self._unchanged, self._ask_for_restart, self._remember = (
-            verification,
-            unchanged,
-            ask_for_restart,
-            remember,
-        )
+        self._verification = verification
+        self._unchanged = unchanged
+        self._ask_for_restart = ask_for_restart
+        self._remember = remember
         self._began = 0.0
-        self._left: Future[None] | None = None  # what the sync before had opened is being closed
+        # The end of what the former sync had opened. It runs beside the training.
+        self._closing: Future[None] | None = None
 
     def begin(self, version: str) -> None:
-        """Hold requests back. EngineError: a server refuses, or serves another architecture."""
-        self._began, self.report = time.perf_counter(), SyncReport(self.transport, version)
-        if self._left is not None:
-            self._left.result()
+        """Hold requests back and open the transport.
+
+        Raises:
+            EngineError: A server refuses, or serves another architecture.
+        """
+        self._began = time.perf_counter()
+        self.report = SyncReport(self.transport, version)
+        # Only one transport may be open at a time.
+        if self._closing is not None:
+            self._closing.result()
         self._inventory.begin(version)
+        # All that can refuse stands before the session. An error then leaves servers that have not
+        # been paused, and nothing has to be undone.
         self._inventory.check_served(self._engines, self._timeout_s)
         if self._verification is not None:
             self._verification.begin(self._engines, self._template_dir)
         if self._unchanged is not None:
             self._unchanged.begin(self._engines, self._timeout_s)
         self._session.open(version, in_place=True)
+        # The transport opens after the pause, when the schedulers have nothing else to do.
         try:
-            self._join()
+            self._open_transport()
         except EngineError:
             self.abandon()
             raise
 
     def receive(self, bucket: Bucket) -> None:
-        """Send a bucket; its tensors must stay as they are until the next receive or commit has
-        returned. EngineError: a tensor is not the model's, or a server fails, which may come out at
-        the next call.
+        """Send a bucket.
+
+        Its tensors must stay unchanged until the next receive() or commit() has returned.
+
+        Raises:
+            EngineError: A tensor is not the served model's, or a server fails. A failure of a
+                server may appear only at the next call.
         """
+        # First of all: a tensor of a wrong shape may end a server that gets it.
         self._inventory.take(bucket)
         self.report.num_tensors += len(bucket)
         self.report.num_bytes += nbytes(tensor for _, tensor in bucket)
-        changed, known = bucket, {}
+        changed = bucket
         if self._unchanged is not None:
+            # The fingerprints decide what is sent, so here they must be computed first.
             known = self._expect(bucket)
             changed = self._unchanged.changed(bucket, known)
         if changed:
+            # A server that dies during the send must already report that it is incomplete.
             self._session.weights_changed()
             self._send(changed)
             self.report.sent_tensors += len(changed)
             self.report.sent_bytes += nbytes(tensor for _, tensor in changed)
         if self._unchanged is None:
-            self._expect(bucket)  # while the servers take it
+            # _send() returns while the servers take the bucket. The fingerprints are computed in
+            # that time, and cost the sync next to nothing.
+            self._expect(bucket)
 
     def commit(self) -> None:
-        """Have the servers answer with the new weights. EngineError: tensors are missing, the
-        servers' differ from what was sent, or a server fails.
+        """Have the servers answer with the new weights.
+
+        Raises:
+            EngineError: Tensors are missing, the servers' weights differ from what was sent, or a
+                server fails.
         """
+        # A server would keep the old values of missing tensors without a message.
         self._inventory.check_complete()
-        self._settle()
-        self._left = started(self._leave(), at_exit=True)  # nobody waits for it but the next sync
-        # of a sync that had nothing to send the version is new all the same
+        self._await_sent()
+        # Only the next sync waits for the transport to close. The process must not end in the
+        # middle of it (at_exit), or a server could be left waiting in the group.
+        self._closing = started(self._detach_transport(), at_exit=True)
+        # If there was nothing to send (sync.delta), the version is new all the same.
         self._session.weights_changed()
         self._session.end_of_changes()
+        # Verified while the servers are still paused: nobody gets an answer of wrong weights.
         if self._verification is not None:
             self.report.verified_tensors = self._verification.check(self._engines)
         self._session.close()
+        # Both are told last. If they were told of a version that then fails, a restarted server
+        # would pass for one that has it, and the next delta would leave tensors out.
         if self._remember is not None:
             self._remember(self.report.version)
         if self._unchanged is not None:
@@ -114,30 +154,36 @@ class InPlaceReceiver:
         self.report.seconds = time.perf_counter() - self._began
 
     def abandon(self) -> None:
-        """Servers whose weights were not touched go on. The others hold a mixture: they stay paused
-        and report an incomplete version until a sync succeeds, or are started again where somebody
-        can.
+        """Give the sync up, without an error.
+
+        Servers whose weights are untouched go on. The others hold a mixture of two versions. They
+        stay paused and report an incomplete version until a sync succeeds, or they are started
+        again by ask_for_restart.
         """
-        self._leave()()
+        # The transport first: a server that waits in a broadcast hears no other call.
+        self._detach_transport()()
         if self._session.abandon() and self._ask_for_restart is not None:
             self._ask_for_restart()
 
-    def _join(self) -> None:
-        """Open what buckets go through."""
+    def _open_transport(self) -> None:
+        """Open what the buckets go through."""
 
     def _send(self, bucket: Bucket) -> None:
         raise NotImplementedError
 
-    def _settle(self) -> None:
-        """Wait for what _send may have left under way."""
+    def _await_sent(self) -> None:
+        """Wait for what _send() may have left under way."""
 
-    def _leave(self) -> Callable[[], None]:
-        """Give up what _join has opened: what this returns closes it, in any thread, within the
-        timeout, without an error. Called twice where commit fails.
+    def _detach_transport(self) -> Callable[[], None]:
+        """Give up what _open_transport() has opened, and return the function that closes it.
+
+        That function may run in any thread. It ends within the timeout and raises nothing. This
+        method is called twice where commit() fails.
         """
         return lambda: None
 
     def _expect(self, bucket: Bucket) -> dict[str, int | None]:
+        """Compute the fingerprints that the servers must have. None where there is none."""
         if self._verification is None:
             return {}
         return {name: self._verification.expect(name, tensor) for name, tensor in bucket}

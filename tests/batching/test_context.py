@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lopd.batching import build_microbatch, plan_step, refuse_too_long
-from lopd.batching.context import ContextPart, cut, multiples, padded_lengths
+from lopd.batching.context import ContextPart, context_part, padded_lengths, padding_multiples
 from lopd.errors import ConfigError, DataError
 from lopd.records import Microbatch, Sample
 
@@ -34,7 +34,9 @@ def microbatch_of(lengths: list[int], tensor: int = 1) -> Microbatch:
 
 def parts_of(microbatch: Microbatch, size: int, tensor: int = 1) -> list[ContextPart]:
     return [
-        cut(microbatch.cu_seqlens, microbatch.num_sequences, rank=rank, size=size, tensor=tensor)
+        context_part(
+            microbatch.cu_seqlens, microbatch.num_sequences, rank=rank, size=size, tensor=tensor
+        )
         for rank in range(size)
     ]
 
@@ -128,7 +130,7 @@ def test_one_rank_has_the_microbatch_as_it_stands() -> None:
     assert part.take(microbatch.token_ids).tolist() == microbatch.token_ids.tolist()
     assert part.cu_seqlens is microbatch.cu_seqlens
     assert part.max_seqlen == microbatch.max_seqlen
-    assert multiples(1, 4) == (1, 4)
+    assert padding_multiples(1, 4) == (1, 4)
 
 
 def test_the_example_of_the_module() -> None:

@@ -14,11 +14,12 @@ import pytest
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_manifest
 from lopd.cache.checks import check_cache
+from lopd.cache.merging import merge
 from lopd.cache.reader import CacheReader
 from lopd.cache.residualise import residualise
+from lopd.cache.splitting import split
 from lopd.cache.statistics import inspect_cache
 from lopd.cache.style import Settings
-from lopd.cache.tools import merge, split
 from lopd.errors import ArtifactError
 from lopd.records import Response, TeacherScores
 from tests.cache.rollouts import (

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from lopd import cache
-from lopd.cache.checks import RESIDUALISED, check_cache
+from lopd.cache.checks import check_cache
 from lopd.cache.residualise import fold_of, residualise
+from lopd.cache.row_checks import RESIDUALISED
 from lopd.cache.style import Settings, StyleTables, prepare, surprisal_edges
 from lopd.errors import ArtifactError, LopdError
 from lopd.records import Response, float32, int32

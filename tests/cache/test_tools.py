@@ -15,7 +15,10 @@ import pytest
 from lopd import cache
 from lopd.artifacts import read_manifest
 from lopd.cache.checks import check_cache
-from lopd.cache.tools import IMPORT_LACKS, export_reference, import_reference, merge, split
+from lopd.cache.merging import merge
+from lopd.cache.reference_export import export_reference
+from lopd.cache.reference_import import IMPORT_LACKS, import_reference
+from lopd.cache.splitting import split
 from lopd.errors import ArtifactError, ConsistencyError, DataError, LopdError
 from tests.cache.rollouts import SAMPLING, TEACHER, TINY_TEACHER, publish_cache, some_responses
 

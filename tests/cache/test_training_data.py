@@ -18,7 +18,7 @@ from lopd.objective import Distillation, TokenBatch
 from lopd.records import Microbatch, Sample
 from lopd.stages import training_data
 from lopd.stages.training import TrainingJob
-from lopd.stages.training_data import CachedSamples, load_samples, objective_of
+from lopd.stages.training_data import CachedSamples, distillation_objective, load_samples
 from tests.cache.rollouts import END, VOCABULARY, full_scores, publish_cache, some_responses
 from tests.stand_ins import write_project
 
@@ -96,7 +96,7 @@ def test_the_top_k_goes_where_a_loss_asks_for_it(tmp_path: Path) -> None:
     assert packed(tmp_path, data).teacher_top is None
     microbatch = packed(tmp_path, data, TOP_K)
     assert microbatch.teacher_top is not None
-    assert isinstance(objective_of(job(tmp_path, data, TOP_K)), Distillation)
+    assert isinstance(distillation_objective(job(tmp_path, data, TOP_K)), Distillation)
     scores = {score.key: score for score in full_scores(some_responses(20))[1]}
     for row, key in enumerate(microbatch.keys):
         start, stop = microbatch.cu_seqlens[row : row + 2]
@@ -119,4 +119,4 @@ def test_a_loss_that_needs_what_the_cache_has_not(tmp_path: Path) -> None:
         ConfigError,
         match=r"needs teacher_top_logprobs: the cache has none; with score\.top_k = 16, say",
     ):
-        objective_of(job(tmp_path, tmp_path / "a", TOP_K))
+        distillation_objective(job(tmp_path, tmp_path / "a", TOP_K))

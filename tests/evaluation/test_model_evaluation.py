@@ -14,7 +14,8 @@ import pytest
 from lopd.errors import EngineError
 from lopd.records import Response, float32, int32
 from lopd.tasks.accuracy import pass_at
-from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic, write_response
+from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic
+from lopd.tasks.register_responses import write_response
 from lopd.tasks.tokenizer import load_tokenizer
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
 from tests.stand_ins import (

@@ -74,7 +74,7 @@ def _described(folder: Path, layout: dict[str, int]) -> dict[str, Any]:
     from lopd.config import ParallelSection
     from lopd.megatron.model.build import build_model
     from lopd.megatron.ranks import parallel
-    from lopd.megatron.training.trainer import _mark_experts
+    from lopd.megatron.training.wrapping import mark_experts
     from lopd.megatron.weights.architecture import read_architecture
     from lopd.megatron.weights.transfer import export_hf, load_hf
 
@@ -83,7 +83,7 @@ def _described(folder: Path, layout: dict[str, int]) -> dict[str, Any]:
     arch = read_architecture(folder)
     model = build_model(arch, parallel=section, dtype="float32", recompute="none", moe_aux_loss=0.0)
     built = _marks(model)
-    _mark_experts(model)
+    mark_experts(model)
     load_hf(model, arch, folder)
     exported = dict(
         pair for bucket in export_hf(model, arch, bucket_bytes=1 << 20) for pair in bucket

@@ -109,7 +109,10 @@ def test_a_machine_follows_every_training_of_the_stage_until_it_is_done(
 
     driver = threading.Thread(target=first_machine, daemon=True)
     driver.start()
-    assert training.follow(tmp_path, settings, 1, 2, done=lambda: len(joined) == 2) == 2
+    count = training.follow_trainings(
+        tmp_path, "sft", settings, index=1, count=2, is_done=lambda: len(joined) == 2
+    )
+    assert count == 2
     driver.join()
     assert [about["join"] for about in joined] == [("10.0.0.1", 4000), ("10.0.0.1", 4001)]
     assert {(about["node"], about["ranks"]) for about in joined} == {(Node(1, 2), 4)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from lopd.config import TrainSection
 from lopd.megatron.checkpoints import optimizer_state, writing
-from lopd.megatron.checkpoints.checkpoint import _problem
+from lopd.megatron.checkpoints.integrity import problem_of
 from lopd.megatron.ranks import parallel
 from tests.megatron.trainer_cases import (
     microbatches_of,
@@ -195,9 +195,9 @@ def _damaged(model: str, folder: Path) -> dict[str, Any]:
     for path in sorted(newest.iterdir()):
         place, bit = generator.integers(path.stat().st_size), generator.integers(8)
         _flip(path, place, bit)
-        results["flips"][path.name] = _problem(newest)
+        results["flips"][path.name] = problem_of(newest)
         _flip(path, place, bit)
-    results["whole"] = _problem(newest)
+    results["whole"] = problem_of(newest)
     files = [
         next(iter(sorted((copy / step).glob("*.distcp"))))
         for step in ("step-000002", "step-000003")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lopd.batching import build_microbatch, plan_step
-from lopd.batching.context import ContextPart, cut
+from lopd.batching.context import ContextPart, context_part
 from lopd.megatron.model import engine
 from lopd.megatron.ranks import parallel
 from lopd.megatron.scoring.scorer_worker import answer
@@ -134,7 +134,8 @@ def contiguous(
     and everything goes back to its place.
     """
     parts = [
-        cut(cu_seqlens, num_sequences, rank=each, size=size, tensor=tensor) for each in range(size)
+        context_part(cu_seqlens, num_sequences, rank=each, size=size, tensor=tensor)
+        for each in range(size)
     ]
     bounds = parts[0].cu_seqlens // size
     rows = np.stack([part.index for part in parts])  # [size, P]

@@ -18,7 +18,7 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
 
     from lopd.megatron.model import engine
     from lopd.megatron.ranks import parallel
-    from lopd.megatron.training import trainer as trainer_module
+    from lopd.megatron.training import wrapping
     from megatron_patches import layer_spec
     from tests.megatron import context_cases
     from tests.megatron.parity_cases import Case, difference, load_model
@@ -53,9 +53,9 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
         trainer_of(moe, settings_of(both)).optimizer.megatron.chained_optimizers[0].optimizer
     ).__name__
     result["training"] = train(trainer_of(moe, settings_of(both)))
-    mark, trainer_module._mark_experts = trainer_module._mark_experts, _mark_for_reduction_alone
+    mark, wrapping.mark_experts = wrapping.mark_experts, _mark_for_reduction_alone
     result["experts unmarked"] = train(trainer_of(moe, settings_of(both)), 1)
-    trainer_module._mark_experts = mark
+    wrapping.mark_experts = mark
     result["pipeline"] = train(trainer_of(moe, settings_of({"pipeline": 2})))
     result["context"] = context_cases.two_ranks(moe)
     result["recomputed"] = train(trainer_of(moe, settings_of(both, recompute="full")))

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from lopd.errors import DataError
-from lopd.megatron.ranks.launch import ERROR_FILE, HEARTBEATS, reporting_errors
+from lopd.megatron.ranks.heartbeats import HEARTBEATS
+from lopd.megatron.ranks.rank_errors import ERROR_FILE, reporting_errors
 
 
 def train(case: str, timeout_s: float) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import lopd.megatron.training.trainer as trainer_module
 from lopd.batching import build_microbatch
 from lopd.megatron.ranks import parallel
+from lopd.megatron.training import wrapping
 from lopd.megatron.training.trainer import Trainer
 from lopd.records import Microbatch
 from tests.megatron.trainer_cases import NUM_STEPS, samples_of, settings_of, train, trainer_of
@@ -72,7 +72,7 @@ def four_ranks(model: str) -> dict[str, Any]:
         )
     for name, layout in FEW.items():
         results[f"few: {name}"] = train_few(trainer_of(model, settings_of(layout)))
-    marked, trainer_module._mark_experts = trainer_module._mark_experts, lambda module: None
+    marked, wrapping.mark_experts = wrapping.mark_experts, lambda module: None
     results["unmarked experts"] = train(trainer_of(model, settings_of({"tensor": 2})))
-    trainer_module._mark_experts = marked
+    wrapping.mark_experts = marked
     return results

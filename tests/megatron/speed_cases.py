@@ -14,7 +14,7 @@ from torch import Tensor
 from lopd.config import ParallelSection
 from lopd.megatron.model.fusions import fuse_weight_gradients
 from lopd.megatron.ranks import parallel
-from lopd.megatron.training.trainer import ddp_config
+from lopd.megatron.training.wrapping import ddp_config
 from tests.megatron.trainer_cases import settings_of, train, trainer_of
 
 LAYOUT = {"tensor": 2, "expert": 4, "expert_tensor": 1}  # two data ranks for all but the experts

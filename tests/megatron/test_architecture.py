@@ -241,10 +241,13 @@ def test_layouts_that_divide(tmp_path: Path, layout: dict[str, int]) -> None:
     ("layout", "message"),
     [
         ({"ranks": 8, "tensor": 8}, "key-value heads (4) does not divide by tensor (8)"),
-        ({"ranks": 6, "tensor": 4}, "ranks = 6 is no multiple of tensor * pipeline * context = 4"),
+        (
+            {"ranks": 6, "tensor": 4},
+            "ranks = 6 is not a multiple of tensor * pipeline * context = 4",
+        ),
         (
             {"ranks": 2, "expert": 4},
-            "ranks = 2 is no multiple of expert * expert_tensor * pipeline = 4",
+            "ranks = 2 is not a multiple of expert * expert_tensor * pipeline = 4",
         ),
         ({"ranks": 3, "expert": 3}, "number of experts (128) does not divide by expert (3)"),
         ({"ranks": 5, "pipeline": 5}, "number of layers (48) does not divide by pipeline (5)"),
@@ -252,7 +255,10 @@ def test_layouts_that_divide(tmp_path: Path, layout: dict[str, int]) -> None:
             {"ranks": 5, "expert_tensor": 5},
             "hidden size of an expert (768) does not divide by expert_tensor (5)",
         ),
-        ({"ranks": 6, "context": 4}, "ranks = 6 is no multiple of tensor * pipeline * context = 4"),
+        (
+            {"ranks": 6, "context": 4},
+            "ranks = 6 is not a multiple of tensor * pipeline * context = 4",
+        ),
     ],
     ids=str,
 )
@@ -333,9 +339,12 @@ def test_yarn_is_read_as_qwen_publishes_it(tmp_path: Path) -> None:
     ("knobs", "expected"),
     [
         ({}, ""),
-        ({"entropy": True}, "score.entropy is set, and SGLang gives none"),
+        ({"entropy": True}, "score.entropy is set, but SGLang returns no entropies"),
         ({"engine": "megatron", "entropy": True}, ""),
-        ({"engine": "megatron", "top_k": 8}, "score.top_k = 8, and this scorer gives none"),
+        (
+            {"engine": "megatron", "top_k": 8},
+            "score.top_k = 8, but this scorer returns no top-K scores",
+        ),
         ({"engine": "megatron", "forward": {"parallel": {"ranks": 2, "nodes": 2}}}, "nodes = 2"),
         (
             {"engine": "megatron", "forward": {"parallel": {"ranks": 8, "tensor": 8}}},

@@ -142,7 +142,7 @@ def test_another_layout_is_told(results: list[dict[str, Any]]) -> None:
     (note,) = results[0]["data -> tensor"]["notes"]
     assert (
         note
-        == "checkpoint step-000003 is of another layout (tensor 1 -> 2): weights and optimizer state go on, equal to rounding"
+        == "checkpoint step-000003 is of another layout (tensor 1 -> 2): weights and optimizer state continue, equal up to rounding"
     )
     assert results[1]["data -> tensor"]["notes"] == [], "once, on rank 0"
 
@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_set_aside_in_a_line_and_leftovers_are_removed(
     found = results[0]["damaged"]
     assert found["state"] == {"cursor": 2, "note": "data"}
     (note,) = found["notes"]
-    told = r"checkpoint step-000003 is damaged \((.+)\) and set aside as step-000003\.damaged; going on from step-000002"
+    told = r"checkpoint step-000003 is damaged \((.+)\) and set aside as step-000003\.damaged; the training continues from step-000002"
     assert re.fullmatch(told, note), note
     assert re.search(r"\(__\d_\d\.distcp: \d+ bytes instead of \d+\)", note)
     assert found["left"] == ["latest", "step-000002", "step-000003.damaged"]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from lopd.errors import DataError, TrainingError
-from lopd.megatron.ranks import launch
+from lopd.megatron.ranks import heartbeats
 from lopd.megatron.ranks.launch import run_ranks
 
 MODULE = "tests.megatron.launch_cases"
@@ -140,15 +140,17 @@ def test_what_passes_while_the_parent_itself_is_stopped_is_nobodys_silence(
     as long, but the parent was there and listened.
     """
     clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr(launch, "time", clock)
+    monkeypatch.setattr(heartbeats, "time", clock)
     for step_s, silent in ((100.0, False), (1.0, True)):
         now = 1000.0
-        watch = launch._Watch(tmp_path / "heartbeats", range(1), 10.0, tmp_path / "error")
-        (watch.folder / "0").write_text(str(os.getpid()))
-        assert not watch.finds_silence()
+        monitor = heartbeats.HeartbeatMonitor(
+            tmp_path / "heartbeats", range(1), 10.0, tmp_path / "error"
+        )
+        (monitor.folder / "0").write_text(str(os.getpid()))
+        assert not monitor.has_silent_rank()
         while now < 1100.0:
             now += step_s
-            found = watch.finds_silence()
+            found = monitor.has_silent_rank()
         assert found == silent
 
 

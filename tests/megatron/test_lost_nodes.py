@@ -13,10 +13,10 @@ import pytest
 
 from lopd.megatron.ranks.lost_nodes import (
     COLLECTIVE,
-    forget_others,
+    describe_other_nodes,
     log_of,
-    lost_peer,
-    state_of_others,
+    lost_peer_address,
+    remove_reports_of_others,
 )
 from lopd.megatron.ranks.nodes import Node
 
@@ -46,9 +46,9 @@ def test_each_machine_knows_the_others_logs(tmp_path: Path) -> None:
 def test_silent_alive_and_gone(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     error(tmp_path, "train-node2", COLLECTIVE, "waited")
-    assert state_of_others(log, FIRST, 0.2) == "machine 1 of 3 has no running ranks"
+    assert describe_other_nodes(log, FIRST, 0.2) == "machine 1 of 3 has no running ranks"
     beats = heartbeat(tmp_path, "train-node1")
-    assert state_of_others(log, FIRST, 0.2) == "machine 1 of 3 has no sign of life"
+    assert describe_other_nodes(log, FIRST, 0.2) == "machine 1 of 3 has no sign of life"
     ended = threading.Event()
 
     def beat() -> None:
@@ -61,7 +61,7 @@ def test_silent_alive_and_gone(tmp_path: Path) -> None:
     thread.start()
     try:
         assert (
-            state_of_others(log, FIRST, 60)
+            describe_other_nodes(log, FIRST, 60)
             == "machines 1, 2 of 3 have signs of life: see the network between them"
         )
     finally:
@@ -73,7 +73,7 @@ def test_the_machine_that_failed_for_a_reason_of_its_own_is_named(tmp_path: Path
     error(tmp_path, "train", "shard-00001.parquet", "damaged")
     error(tmp_path, "train-node2", COLLECTIVE, "waited")
     assert (
-        state_of_others(tmp_path / "train-node1.log", SECOND, 60)
+        describe_other_nodes(tmp_path / "train-node1.log", SECOND, 60)
         == "machine 0 of 3 ended first: damaged"
     )
 
@@ -82,7 +82,7 @@ def test_what_a_former_run_left_is_forgotten(tmp_path: Path) -> None:
     heartbeat(tmp_path, "train-node1")
     error(tmp_path, "train-node2", "x", "y")
     own = heartbeat(tmp_path, "train")
-    forget_others(tmp_path / "train.log", FIRST)
+    remove_reports_of_others(tmp_path / "train.log", FIRST)
     assert [path.name for path in tmp_path.iterdir()] == ["train.log.heartbeats"]
     assert own.exists()
 
@@ -103,4 +103,4 @@ def test_what_a_former_run_left_is_forgotten(tmp_path: Path) -> None:
     ],
 )
 def test_a_lost_connection_tells_whose(text: str, expected: str | None) -> None:
-    assert lost_peer(RuntimeError(text)) == expected
+    assert lost_peer_address(RuntimeError(text)) == expected

@@ -20,8 +20,9 @@ from lopd.config import OptimizerSection, load_config
 from lopd.errors import ConfigError, LopdError
 from lopd.megatron.model import overrides
 from lopd.megatron.model.overrides import read_overrides
+from lopd.megatron.model.reserved_fields import KNOBS, MODEL_SHAPE, TRAINER
 from lopd.megatron.training.optimizer import optimizer_config
-from lopd.megatron.training.trainer import ddp_config
+from lopd.megatron.training.wrapping import ddp_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny_moe.toml"
 
@@ -115,9 +116,9 @@ def test_every_owned_field_exists_and_every_owner_too() -> None:
         for kind in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
         for field in dataclasses.fields(kind)
     }
-    assert {*overrides._KNOBS, *overrides._SHAPE, *overrides._TRAINER} <= known
+    assert {*KNOBS, *MODEL_SHAPE, *TRAINER} <= known
     config = load_config(EXAMPLE)
-    for knob in overrides._KNOBS.values():
+    for knob in KNOBS.values():
         value: Any = config.sft
         for part in knob.split("."):
             value = getattr(value, part)

@@ -254,7 +254,7 @@ def test_sglang_is_asked_where_the_cache_is_of_megatron(run: Path) -> None:
 
 
 def test_several_teachers_are_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match="parity is of one teacher"):
+    with pytest.raises(ConfigError, match="parity compares one teacher"):
         compare(
             load_config(
                 EXAMPLE, [*knobs(run, run / "teacher"), f"models.teachers.math={run / 'teacher'}"]

@@ -22,7 +22,7 @@ from lopd.config import ForwardSection
 from lopd.errors import ArtifactError, ConfigError, DataError, EngineError, LopdError
 from lopd.megatron.scoring.scorer import AHEAD, CHUNK_MICROBATCHES, MegatronScorer
 from lopd.records import Response, TeacherScores, token_hash
-from lopd.stages.sampling import score_into
+from lopd.stages.score_shards import score_into
 from sglang_rollout.requests.scoring import ScoreRequest
 from tests.limits import apart, within
 from tests.models import write_qwen3_moe

@@ -17,12 +17,12 @@ import torch
 from lopd.config import ForwardSection, ParallelSection, TrainSection
 from lopd.errors import TrainingError
 from lopd.megatron.model import engine, fusions
-from lopd.megatron.model.build import selective_modules, transformer_config
 from lopd.megatron.model.fusions import engine_fusions, fuse_weight_gradients
+from lopd.megatron.model.transformer_config import selective_modules, transformer_config
 from lopd.megatron.ranks import launch
 from lopd.megatron.ranks.launch import device_environment, run_ranks, threads_of
 from lopd.megatron.training.optimizer import optimizer_config
-from lopd.megatron.training.trainer import ddp_config
+from lopd.megatron.training.wrapping import ddp_config
 from lopd.megatron.weights.architecture import Architecture, read_architecture
 from lopd.planning.known_models import KNOWN_MODELS
 from tests.megatron.launch import run_ranks as run_tests_ranks

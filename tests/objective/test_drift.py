@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from lopd.config.sections import DistillSection, RefreshSection
+from lopd.config import DistillSection, RefreshSection
 from lopd.errors import ConfigError, DataError
 from lopd.objective import Lightning, TokenBatch, reduce_metrics
 from lopd.objective.drift import RefreshRule

@@ -97,7 +97,7 @@ def test_the_registry_and_the_configuration_know_the_same_names() -> None:
     [
         (
             {"loss": "top_k_reverse_kl"},
-            "loss = top_k_reverse_kl; limit: needs teacher_top_logprobs: the cache has none; with score.top_k = 16, say,",
+            "loss = top_k_reverse_kl; limit: needs teacher_top_logprobs: the cache has none; with score.top_k = 16, for example,",
         ),
         ({"loss": "top_k_forward_kl"}, "needs teacher_top_logprobs: the cache has none"),
         (

@@ -12,10 +12,10 @@ command goes on: servers, heartbeats, what is in flight.
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,8 @@ def command() -> None:
     from lopd import cli
     from lopd.stages import training
 
-    def run_ranks(module: str, *arguments: Any, **about: Any) -> None:
-        assert module == "lopd.stages.train_worker"
-        start("tests.pipeline.holding", *arguments, **about)
+    def run_ranks(module: str, arguments: list[str], **about: Any) -> None:
+        start("tests.pipeline.holding", [module, *arguments], **about)
 
     start = training.run_ranks
     hold_after_shards()
@@ -76,9 +75,9 @@ def command() -> None:
     cli.main()
 
 
-def rank(job_file: Path) -> None:
+def rank() -> None:
+    """A rank of the module that is named first, which is a stage's file."""
     from lopd.report.metrics import MetricsLog
-    from lopd.stages import train_worker
 
     log = MetricsLog.train
 
@@ -90,8 +89,9 @@ def rank(job_file: Path) -> None:
 
     MetricsLog.train = log_and_hold  # type: ignore[method-assign]
     hold_before_buckets()
-    train_worker.main(job_file)
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    (partial(rank, Path(sys.argv[1])) if "RANK" in os.environ else command)()
+    (rank if "RANK" in os.environ else command)()

@@ -38,7 +38,7 @@ LEARNT = (
     "distill",
 )  # what is equal bit for bit; evaluate and export name folders
 RANK, HELD_RANK, SERVER = (
-    "-u -m lopd.stages.train_worker",
+    "-u -m lopd.stages.",
     "-u -m tests.pipeline.holding",
     "sglang::scheduler",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +21,16 @@ from lopd.artifacts import publish_json, read_manifest
 from lopd.cache import read_rows
 from lopd.config import Config, load_config
 from lopd.errors import EngineError
-from lopd.stages import batches, distill
-from lopd.stages.batches import Refreshes
+from lopd.records import Sample
+from lopd.stages import distill
 from lopd.stages.context import StageContext
-from lopd.stages.refresh import Refresher
-from lopd.stages.refreshed import LOST
+from lopd.stages.held_out import HeldOutEvaluation
+from lopd.stages.refresh_record import LOST
+from lopd.stages.refresh_requester import RefreshRequester
+from lopd.stages.refresh_service import RefreshService
 from lopd.stages.student import StudentServer
-from lopd.stages.training import SERVER_KEY, TrainingJob
+from lopd.stages.sync import MAX_SENDS
+from lopd.stages.training import SERVER_KEY, StudentAddresses, TrainingJob
 from sglang_rollout.requests.fleet import fleet_of
 from tests.sglang.fake_server import KEY
 from tests.sglang.weight_syncing import UpdatedFake
@@ -98,7 +101,7 @@ def test_a_refresh_asks_again(
     replicas: int, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of the servers loses the weights after three responses, and once more after two. The
-    other side of the request is the real Refresher.
+    other side of the request is the real RefreshService.
     """
     project = shutil.copytree(scored, tmp_path / "project")
     monkeypatch.setattr("lopd.megatron.ranks.parallel.barrier", lambda: None)
@@ -108,39 +111,44 @@ def test_a_refresh_asks_again(
     pushed: list[tuple[int, bool]] = []
 
     class Server:
-        shares = False
+        shares_gpus = False
 
         def push(self, step: int, *, again: bool = False) -> None:
             pushed.append((step, again))
             for fake in fakes:
                 fake.weight_version, fake.num_answers = f"step-{step}", 0
 
-        def leave(self) -> None: ...
+        def free_gpus(self) -> None: ...
 
-        def train(self) -> None: ...
+        def gpus_to_trainer(self) -> None: ...
+
+    class Batches:
+        def use_refreshed(self, samples: Sequence[Sample], start: int) -> None:
+            learnt_from.append((len(samples), start))
+
+    learnt_from: list[tuple[int, int]] = []
 
     with contextlib.ExitStack() as stack:
         for fake in fakes:
             stack.enter_context(fake).model_path = str(project / "run" / "sft" / "model")
         engine = fleet_of([fake.engine(max_in_flight=1) for fake in fakes])
-        with Refresher(context, engine, project / "run" / "sft" / "model") as refresher:
-            waiting = Refreshes(
-                job_of(project, context.folder), {"refresh_due": "2 steps"}, Server()
-            )
+        with RefreshService(context, engine, project / "run" / "sft" / "model") as service:
+            requester = RefreshRequester(job_of(project, context.folder), Server())
+            training: Any = SimpleNamespace(state={"refresh_due": "2 steps"}, batches=Batches())
+            requester.begin(training)
             with ThreadPoolExecutor(1) as pool:
-                learnt = pool.submit(waiting, 2, lambda line: None)
+                waiting = pool.submit(requester.before_step, 2)
                 try:
-                    while not learnt.done():
-                        refresher.attend()
+                    while not waiting.done():
+                        service.serve_requests()
                         time.sleep(0.02)
                 except BaseException:
-                    publish_json(
-                        context.folder / LOST, {}
-                    )  # for ever: so that the waiting side ends too
+                    # For ever, so that the waiting side ends too.
+                    publish_json(context.folder / LOST, {})
                     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
                     raise
-                samples = learnt.result()
-    assert len(samples) == 8
+                waiting.result()
+    assert learnt_from == [(8, 2)]
     assert pushed == [(2, False), (2, True), (2, True)]
     rollouts = context.folder / "refresh-0001" / "rollouts"
     assert {
@@ -169,18 +177,19 @@ class Log:
         self.evaluations.append((step, figures["num_prompts"]))
 
 
-def student_of(
+def evaluation_of(
     fake: Forgetful, scored: Path, folder: Path, transport: str
-) -> tuple[StudentServer, Trained, Log]:
+) -> tuple[HeldOutEvaluation, Trained, Log]:
     job = job_of(scored, folder, f"sync.transport={transport}", "sglang.max_in_flight=1")
     fake.model_path = str(job.initial)
-    student, trainer, log = (
-        StudentServer(job, {"urls": [fake.url], "weights_file": None}, print),
-        Trained(job.initial),
-        Log(),
-    )
-    student.learn_from(trainer, [], log)  # type: ignore[arg-type]
-    return student, trainer, log
+    trainer = Trained(job.initial)
+    log = Log()
+    training: Any = SimpleNamespace(trainer=trainer, samples=[], metrics=log, state={})
+    student = StudentServer(job, StudentAddresses((fake.url,), None))
+    evaluation = HeldOutEvaluation(job, student)
+    student.begin(training)
+    evaluation.begin(training)
+    return evaluation, trainer, log
 
 
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
@@ -193,19 +202,19 @@ def test_an_evaluation_asks_again(
 ) -> None:
     monkeypatch.setenv(SERVER_KEY, KEY)
     with Forgetful(4) as fake:
-        student, trainer, log = student_of(fake, scored, tmp_path, transport)
-        student.evaluate(0)  # by the weights of its start
+        evaluation, trainer, log = evaluation_of(fake, scored, tmp_path, transport)
+        evaluation.evaluate(0)  # by the weights of its start
         assert (fake.weight_version, trainer.num_exports) == ("default", 0)
-        student.evaluate(2)
+        evaluation.evaluate(2)
         assert trainer.num_exports == 2
         assert fake.answered[:10] == ["default"] * 6 + ["step-2"] * 4
         assert {*fake.answered[10:-6]} == {"default"}  # one, and what was under way beside it
         assert fake.answered[-6:] == ["step-2"] * 6
-        student.evaluate(2)
+        evaluation.evaluate(2)
         assert trainer.num_exports == 2, "it has them"
     assert log.evaluations == [(0, 6), (2, 6), (2, 6)]
     assert (
-        "a response of the weights default, where step-2 were asked; the weights are sent again"
+        "a response has the weight version default, but step-2 was requested; the weights are sent again"
         in capsys.readouterr().out
     )
 
@@ -215,11 +224,11 @@ def test_a_server_that_loses_them_again_and_again_is_an_error(
 ) -> None:
     monkeypatch.setenv(SERVER_KEY, KEY)
     with Forgetful(*[1] * 99) as fake:
-        student, trainer, log = student_of(fake, scored, tmp_path, "tensor")
+        evaluation, trainer, log = evaluation_of(fake, scored, tmp_path, "tensor")
         with pytest.raises(
             EngineError,
-            match=r"lost its weights 5 times: a response of the weights default, where step-2 were asked",
+            match=r"lost its weights 5 times: a response has the weight version default, but step-2 was requested",
         ):
-            student.evaluate(2)
-    assert trainer.num_exports == batches.MOST_SENDS == 5
+            evaluation.evaluate(2)
+    assert trainer.num_exports == MAX_SENDS == 5
     assert not log.evaluations

@@ -29,8 +29,8 @@ from lopd.megatron.ranks.launch import run_ranks
 from lopd.report.console import teacher_line
 from lopd.stages import distill
 from lopd.stages.context import StageContext
-from lopd.stages.refresh import Refresher, next_prompts, num_responses
-from lopd.stages.refreshed import REQUEST, Refresh
+from lopd.stages.refresh_record import REQUEST, RefreshRecord
+from lopd.stages.refresh_service import RefreshService, next_prompts, num_responses
 from lopd.stages.training import TrainingJob
 from sglang_rollout.requests.client import SGLangEngine
 from tests.pipeline.holding import HOLDS
@@ -145,7 +145,9 @@ class Distill:
                     )
                 except OSError:
                     continue
-        return [line for line in found if str(self._folder) in line and "train_worker" in line]
+        return [
+            line for line in found if str(self._folder) in line and "lopd.stages.distill" in line
+        ]
 
 
 def asked(folder: Path) -> list[dict[str, Any]]:
@@ -350,7 +352,8 @@ def test_ranks_wait_for_a_refresh_longer_than_a_collective_may_last(
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             on_line=hear,
         )
-    assert {"rank 0 learns from 4, due: False", "rank 1 learns from 4, due: False"} <= set(lines)
+    learns = "learns from 4, next refresh: None"
+    assert {f"rank 0 {learns}", f"rank 1 {learns}"} <= set(lines)
     assert {
         f"rank {rank} is told: a server: no, says rank 0; remedy: ask another" for rank in (0, 1)
     } <= set(lines)
@@ -382,12 +385,12 @@ def test_responses_that_last_for_longer_are_gone_through_again_in_another_order(
     assert batches.indices(3) == ResponseOrder(24, BATCH, seed=17).batch_indices(3).tolist(), (
         "before any refresh: Lightning OPD's order"
     )
-    batches.learn_from(samples[:8], 3)
+    batches.use_refreshed(samples[:8], 3)
     rounds = [batches.indices(3 + step) + batches.indices(4 + step) for step in (0, 2, 4)]
     assert rounds[0] == list(range(8)), "in the order in which they were sampled"
     assert all(sorted(once) == list(range(8)) for once in rounds)
     assert rounds[1] != rounds[0] != rounds[2] != rounds[1]
-    batches.learn_from(samples[:8], 5)
+    batches.use_refreshed(samples[:8], 5)
     assert batches.indices(5) == [0, 1, 2, 3], "the next refresh begins anew"
 
 
@@ -405,21 +408,21 @@ def test_responses_of_other_weights_are_not_learnt_from(scored: Path, tmp_path: 
     folder = copied(scored, tmp_path / "project")
     context = StageContext(config_of(folder), distill.STAGE)
     context.writer()
-    refresher = Refresher(
+    service = RefreshService(
         context, cast(SGLangEngine, engine := OneVersion()), folder / "run" / "sft" / "model"
     )
-    Refresh(1, 2, "2 steps", version="step-2").ask(context.folder)
+    RefreshRecord(1, 2, "2 steps", version="step-2").request(context.folder)
     with pytest.raises(
         EngineError, match="responses of the weights stand-in among those of step-2"
     ):
-        refresher.attend()
+        service.serve_requests()
     asked_for = engine.answered
-    Refresh(2, 4, "2 steps", version="step-4").ask(context.folder)
+    RefreshRecord(2, 4, "2 steps", version="step-4").request(context.folder)
     with pytest.raises(
         ArtifactError,
         match="responses of the weights step-4 are missing, and the server has step-2",
     ):
-        refresher.attend()
+        service.serve_requests()
     assert engine.answered == asked_for == 8
 
 

@@ -17,8 +17,8 @@ from lopd.errors import EngineError
 from lopd.records import Response, TeacherScores
 from lopd.stages import distill
 from lopd.stages.context import StageContext
-from lopd.stages.refresh import Refresher
-from lopd.stages.refreshed import Refresh
+from lopd.stages.refresh_record import RefreshRecord
+from lopd.stages.refresh_service import RefreshService
 from sglang_rollout.requests.fleet import fleet_of
 from tests.limits import apart, within
 from tests.megatron.test_scorer import of_transformers
@@ -157,11 +157,11 @@ def test_a_server_that_was_left_with_other_weights_is_not_sampled(
     context = StageContext(config_of(folder, *BY_MEGATRON), distill.STAGE)
     context.writer()
     with FakeServer() as current, FakeServer() as left:
-        refresher = Refresher(
+        service = RefreshService(
             context, fleet_of([current.engine(), left.engine()]), folder / "run" / "sft" / "model"
         )
         current.weight_version = "step-2"
-        Refresh(1, 2, "2 steps", version="step-2").ask(context.folder)
-        with pytest.raises(EngineError, match=r"weight version 'default', where .* has 'step-2'"):
-            refresher.attend()
+        RefreshRecord(1, 2, "2 steps", version="step-2").request(context.folder)
+        with pytest.raises(EngineError, match=r"weight version 'default', but .* has 'step-2'"):
+            service.serve_requests()
         assert not current.paths("/generate") + left.paths("/generate")

@@ -19,7 +19,8 @@ from lopd.planning.layouts import changed, nearest_that_fits
 from lopd.planning.memory import INDEX_BYTES, KEPT_TOKENS, MEMORY_TOKENS, SAMPLE_BYTES
 from lopd.planning.models import planned_models
 from lopd.planning.parameters import parameters_by_formula
-from lopd.planning.plan import STAGES, as_json, given_stages
+from lopd.planning.plan_json import as_json
+from lopd.planning.stages import STAGES, given_stages
 from lopd.stages import training_data
 from tests.planning.configs import PAPER_8B, REFERENCE_30B, config_of, plan_of
 
@@ -218,7 +219,7 @@ def test_nothing_fits_a_single_small_gpu(tmp_path: Path) -> None:
 
 def test_a_layout_larger_than_the_node(tmp_path: Path) -> None:
     assert any(
-        "wants 8 GPUs, the node has 4" in problem.what
+        "needs 8 GPUs, the node has 4" in problem.what
         for problem in plan_of(PAPER_8B, tmp_path, gpus=4).problems
     )
 
@@ -232,10 +233,10 @@ def test_a_training_over_two_nodes(tmp_path: Path) -> None:
     assert two.memory["distill"].host["optimizer"] == pytest.approx(
         one.memory["distill"].host["optimizer"] / 2, rel=0.05
     ), "each holds half of the moments"
-    assert two.work["distill"].seconds < 0.7 * one.work["distill"].seconds
+    assert two.times["distill"].seconds < 0.7 * one.times["distill"].seconds
     assert two.gpu_hours("distill") > one.gpu_hours("distill"), "two nodes are held"
     assert any(
-        "wants 16 GPUs" in problem.what
+        "needs 16 GPUs" in problem.what
         for problem in plan_of(REFERENCE_30B, tmp_path, ["distill.parallel.ranks=16"]).problems
     )
 
@@ -257,7 +258,7 @@ def test_a_teacher_that_megatron_scores_with(tmp_path: Path) -> None:
     assert ours.gpu_hours("score") == pytest.approx(served.gpu_hours("score")), (
         "the same forward pass on as many GPUs"
     )
-    with pytest.raises(ConfigError, match=r"score\.forward\.parallel: ranks = 3 is no multiple"):
+    with pytest.raises(ConfigError, match=r"score\.forward\.parallel: ranks = 3 is not a multiple"):
         plan_of(
             PAPER_8B,
             tmp_path,
@@ -313,7 +314,7 @@ REFUSED = [  # what is wrong on any node
         ["sft.checkpoint=absent", "evaluate.equal_compute_baseline=false"],
         "sft.checkpoint: no such folder",
     ),
-    (["sft.checkpoint=hf://org/it@main"], "the equal-compute baseline goes on with SFT"),
+    (["sft.checkpoint=hf://org/it@main"], "the equal-compute baseline continues SFT"),
     (
         ["rollout.max_new_tokens=8192"],
         "rollout.max_new_tokens = 8192; limit: sglang.context_length = 4096",

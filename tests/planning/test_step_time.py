@@ -172,10 +172,10 @@ def test_syncs_have_their_seconds(tmp_path: Path) -> None:
     apart = plan_of(REFERENCE_30B, tmp_path, ["distill.recompute=none"])
     plan = plan_of(REFERENCE_30B, tmp_path, SYNCED)
     assert apart.syncs.seconds == 0
-    assert plan.work["distill"].seconds == pytest.approx(
-        apart.work["distill"].seconds + plan.syncs.seconds
+    assert plan.times["distill"].seconds == pytest.approx(
+        apart.times["distill"].seconds + plan.syncs.seconds
     )
-    assert plan.work["distill"].utilisation == apart.work["distill"].utilisation, (
+    assert plan.times["distill"].utilisation == apart.times["distill"].utilisation, (
         "of the steps alone"
     )
     away = apart.memory["distill"].gpu["weights"]  # an offloaded optimizer is on the host already
@@ -237,8 +237,8 @@ def test_the_flagship_by_the_plan(flagship: Plan) -> None:
     """docs/plan.md has the whole; these are what its settings were chosen by."""
     assert flagship.memory["sft"].gpu_total < 74 * GIB
     assert flagship.memory["distill"].gpu_total < 74 * GIB
-    assert flagship.work["sft"].utilisation > 0.21
-    assert flagship.work["distill"].utilisation > 0.18
+    assert flagship.times["sft"].utilisation > 0.21
+    assert flagship.times["distill"].utilisation > 0.18
     assert sum(flagship.gpu_hours(stage) for stage in ("rollout", "score", "distill")) < 20
     assert "student's server: KV cache" in flagship.memory["distill"].gpu, (
         "the fullest is the servers' turn"
@@ -257,7 +257,7 @@ def test_every_other_memory_setting_is_slower_or_does_not_fit(
             changes = [f"sft.recompute={recompute}", *([f"sft.megatron={table}"] if table else [])]
             other = plan_of(text, tmp_path, changes)
             fits = other.memory["sft"].gpu_total <= 74 * GIB
-            assert not fits or other.work["sft"].seconds > flagship.work["sft"].seconds, (
+            assert not fits or other.times["sft"].seconds > flagship.times["sft"].seconds, (
                 name,
                 recompute,
             )

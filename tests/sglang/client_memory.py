@@ -20,7 +20,8 @@ from lopd import cache  # noqa: F401 - its libraries belong to the memory before
 from lopd.artifacts import ArtifactWriter, published_rows
 from lopd.config import SGLangSection
 from lopd.records import Ints, Prompt
-from lopd.stages.sampling import sample_into, score_into
+from lopd.stages.sample_shards import sample_into
+from lopd.stages.score_shards import score_into
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.sampling import SamplingParams
 from tests.sglang.answers import STOP_ID, VOCAB_SIZE

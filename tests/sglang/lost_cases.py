@@ -22,7 +22,7 @@ from lopd.megatron.ranks import parallel
 from lopd.stages.sync import StudentWeights
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.fleet import fleet_of
-from sglang_rollout.servers.supervision import num_starts
+from sglang_rollout.servers.weights_file import num_starts
 from tests.sglang.sync_cases import _trainer, samples
 
 LONG_S = 240.0
@@ -65,8 +65,8 @@ def push_while_servers_are_lost(
             engine,
             folder=Path(folder) / "sync",
             template=template,
-            weights_file=server["weights_file"],
-            say=said.append,
+            weights_file=Path(server["weights_file"]),
+            print_line=said.append,
         )
         if engine is not None:
             _lose(weights, engine, Path(server["weights_file"]), case)
@@ -103,7 +103,7 @@ def _lose(
             number is signal.SIGSTOP
         ):  # what comes late only tells of a server that is stopped, and not of a machine that is slow
             if case["transport"] != "disk":
-                to._settle()
+                to._await_sent()
             wait_at_most(1.0, 1.0)
         os.killpg(_group_at(engine.address[1]), number)
 

@@ -79,7 +79,7 @@ def fake(student_dir: Path) -> Iterator[Watched]:
 def turns_of(fake: Watched, trainer: Trainer) -> Colocation:
     turns = Colocation([fake.engine()], barrier=lambda: None)
     turns.to_trainer()  # the trainer is built in its own turn
-    turns.admit(trainer)
+    turns.attach_trainer(trainer)
     return turns
 
 
@@ -141,10 +141,13 @@ def test_room_for_a_third_program(fake: Watched, student_dir: Path, tmp_path: Pa
 
 def test_a_turn_is_not_taken_twice(fake: Watched) -> None:
     turns = Colocation([fake.engine()], barrier=lambda: None)
-    with pytest.raises(EngineError, match="server's turn already"), turns.to_server():
+    with (
+        pytest.raises(EngineError, match="the server already holds the GPU memory"),
+        turns.to_server(),
+    ):
         pass
     with pytest.raises(AssertionError, match="the server has the memory"):
-        turns.admit(Trainer(fake))
+        turns.attach_trainer(Trainer(fake))
 
 
 def test_a_server_that_does_not_release_keeps_the_trainer_out(
@@ -191,7 +194,7 @@ def test_a_real_server_takes_the_calls(
     recorded: list[str] = []
     turns = Colocation([giving], barrier=lambda: None)
     turns.to_trainer()
-    turns.admit(no_trainer(recorded))
+    turns.attach_trainer(no_trainer(recorded))
     to = receiver(transport, giving, tmp_path, student_dir)
     try:
         for version, folder in (("other", other_dir), ("again", student_dir)):
@@ -201,7 +204,7 @@ def test_a_real_server_takes_the_calls(
             turns.to_trainer()
         assert recorded == ["out", "in"] * 2
     finally:
-        if turns.turn == "trainer":
+        if turns.holder == "trainer":
             with turns.to_server():
                 send(
                     receiver(transport, giving, tmp_path, student_dir),
@@ -216,7 +219,7 @@ def test_weights_that_nobody_sends_again_are_lost(
     """The control of the test above: a server that kept its memory would answer as before."""
     turns = Colocation([giving], barrier=lambda: None)
     turns.to_trainer()
-    turns.admit(no_trainer([]))
+    turns.attach_trainer(no_trainer([]))
     with turns.to_server():
         pass
     with pytest.raises(EngineError, match="log-probability nan"):
@@ -269,7 +272,7 @@ def test_a_server_on_a_gpu_gives_its_memory_back(
         measure()
         turns.to_trainer()
         measure()
-        turns.admit(trainer)
+        turns.attach_trainer(trainer)
         with turns.to_server():
             send(receiver(transport, engine, tmp_path, student_dir), "other", tensors(other_dir))
         measure()

@@ -14,7 +14,8 @@ import pytest
 from lopd.artifacts import identify_model
 from lopd.config import Config
 from lopd.errors import ConfigError, EngineError
-from lopd.stages.context import Stage, StageContext, _tokenized
+from lopd.stages.context import Stage, StageContext
+from lopd.stages.user_servers import tokenized
 from lopd.tasks.tokenizer import load_tokenizer
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.external import PROBE_LEN, Expected, check_external, connect, probe_ids
@@ -80,7 +81,7 @@ def test_other_weights_in_that_folder_are_refused(
 ) -> None:
     with pytest.raises(
         EngineError,
-        match=f"{served.url}: it serves {student_dir}, which is not the model in {other_dir}",
+        match=f"{served.url}: the server has loaded {student_dir}, which is not the model in {other_dir}",
     ):
         check(served, expected(other_dir))
 
@@ -109,7 +110,7 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
             "model_info",
             {"architectures": ["LlamaForCausalLM"]},
             EngineError,
-            r"it serves architectures \['LlamaForCausalLM'\]",
+            r"the served model has architectures \['LlamaForCausalLM'\]",
         ),
         ("version", "0.4.9", EngineError, "SGLang 0.4.9; limit: 0.5.17"),
         (
@@ -134,7 +135,7 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
             "server_info",
             {"skip_tokenizer_init": False},
             EngineError,
-            r"its tokenizer makes \[4, 6\] of 'w4 w5'",
+            r"the server's tokenizer makes \[4, 6\] of 'w4 w5'",
         ),
     ],
 )
@@ -248,7 +249,7 @@ def test_a_stage_puts_the_students_weights_into_the_users_servers(
     )  # of a trainer that left them with half of a sync, paused
     killed.begin("step-4")
     killed.receive(tensors(student_dir)[:5])
-    killed._settle()  # type: ignore[attr-defined]
+    killed._await_sent()  # type: ignore[attr-defined]
     assert engine.model_info()["weight_version"] == "step-4 (incomplete)"
     try:
         with context.serve("student", other_dir):
@@ -265,5 +266,5 @@ def test_a_stage_puts_the_students_weights_into_the_users_servers(
 
 def test_a_tokenizer_without_the_words_of_the_text_is_not_compared() -> None:
     tiny = Path(__file__).parents[2] / "examples/tiny_models/student"
-    assert _tokenized(tiny, "What is 12 + 30?") == {}
-    assert _tokenized(tiny, "+") == {"+": [load_tokenizer(tiny).convert_tokens_to_ids("+")]}
+    assert tokenized(tiny, "What is 12 + 30?") == {}
+    assert tokenized(tiny, "+") == {"+": [load_tokenizer(tiny).convert_tokens_to_ids("+")]}

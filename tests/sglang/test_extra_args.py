@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lopd.errors import ConfigError, EngineError
-from sglang_rollout.servers import extra_args
-from sglang_rollout.servers.extra_args import check_extra_args, installed_fields, read_fields
+from sglang_rollout.servers import extra_args, server_fields
+from sglang_rollout.servers.extra_args import check_extra_args
+from sglang_rollout.servers.server_fields import installed_fields, read_fields
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ from sglang_rollout.servers.extra_args import check_extra_args, installed_fields
         ("schedule-policy", "lpm", "the nearest one is schedule_policy"),
         # what breaks a server of ours
         ("nnodes", 2, "nnodes = 2; limit: lopd starts a server on one machine"),
-        ("ssl_keyfile", "key.pem", "lopd asks its own servers over http"),
+        ("ssl_keyfile", "key.pem", "lopd sends requests to its own servers over http"),
         ("load_format", "dummy", "the weights would be random numbers"),
         (
             "delete_ckpt_after_loading",
@@ -95,7 +96,7 @@ def test_what_a_server_takes_passes(extra: dict[str, Any]) -> None:
 def test_choices_that_a_plugin_of_others_may_have_added_are_let_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(extra_args, "_others_plugins", lambda: True)
+    monkeypatch.setattr(extra_args, "_has_foreign_plugins", lambda: True)
     check_extra_args({"attention_backend": "abacus"})
     with pytest.raises(ConfigError, match="limit: text in quotes"):
         check_extra_args({"attention_backend": 5})
@@ -159,8 +160,10 @@ def test_a_version_that_has_them_nowhere_is_an_error_and_no_traceback(newer: Pat
 def test_every_argument_that_lopd_speaks_of_exists() -> None:
     """Else a rule would hold for a name that nobody has."""
     known = installed_fields().types
-    assert [name for name in (*extra_args._OURS, *extra_args._NEVER) if name not in known] == []
-    assert extra_args._admits(known["load_format"], "dummy")
+    assert [
+        name for name in (*extra_args._SET_BY_LOPD, *extra_args._ONLY_VALUE) if name not in known
+    ] == []
+    assert server_fields.accepts(known["load_format"], "dummy")
 
 
 def test_plugins_that_sglang_brings_are_not_a_users(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +173,10 @@ def test_plugins_that_sglang_brings_are_not_a_users(monkeypatch: pytest.MonkeyPa
     ours = SimpleNamespace(value="sglang_rollout.cpu.plugin:activate")
     servicer = SimpleNamespace(value="smg_grpc_servicer.sglang.plugin:register")
     monkeypatch.setattr(extra_args, "entry_points", lambda group: [ours, servicer])
-    assert not extra_args._others_plugins()
+    assert not extra_args._has_foreign_plugins()
     monkeypatch.setattr(
         extra_args,
         "entry_points",
         lambda group: [ours, servicer, SimpleNamespace(value="their_backend:register")],
     )
-    assert extra_args._others_plugins()
+    assert extra_args._has_foreign_plugins()

@@ -154,7 +154,7 @@ def test_weights_and_calls_go_to_each(
     until(
         "the other has them", lambda: fakes[0].weight_version == "step-4"
     )  # nobody waits for it once one has refused
-    with pytest.raises(EngineError, match=r"weight version 'step-3', where .* has 'step-4'"):
+    with pytest.raises(EngineError, match=r"weight version 'step-3', but .* has 'step-4'"):
         engine.model_info()
 
 

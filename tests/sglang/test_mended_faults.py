@@ -16,7 +16,7 @@ from lopd.artifacts import ArtifactWriter
 from lopd.config import SyncSection
 from lopd.errors import ConfigError, LopdError
 from lopd.records import Prompt, int32
-from lopd.stages.sampling import sample_into
+from lopd.stages.sample_shards import sample_into
 from sglang_rollout.requests.external import check_external, connect
 from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.server_side import served_weights

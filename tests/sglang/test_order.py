@@ -18,7 +18,9 @@ from lopd import cache
 from lopd.artifacts import ArtifactWriter
 from lopd.megatron.scoring.scorer import MegatronScorer
 from lopd.records import Key, Prompt, Response, TeacherScores, token_hash
-from lopd.stages.sampling import by_length, in_passes, sample_into, score_into
+from lopd.stages.request_order import by_length, in_passes
+from lopd.stages.sample_shards import sample_into
+from lopd.stages.score_shards import score_into
 from sglang_rollout.requests.sampling import SamplingRequest
 from sglang_rollout.requests.scoring import ScoreRequest
 from tests.sglang.answers import STOP_ID, VOCAB_SIZE

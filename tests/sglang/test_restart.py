@@ -19,9 +19,8 @@ from sglang_rollout.requests.client import OtherWeights, SGLangEngine
 from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.servers import supervision
 from sglang_rollout.servers.server import SGLangServer
-from sglang_rollout.servers.supervision import (
-    Activity,
-    Watcher,
+from sglang_rollout.servers.supervision import Activity, Watcher
+from sglang_rollout.servers.weights_file import (
     ask_for_restart,
     ask_to_end,
     num_starts,
@@ -273,7 +272,7 @@ def test_any_process_can_ask_for_a_restart(frail: Frail) -> None:
     time.sleep(0.3)
     assert (frail.num_starts, told) == (
         1,
-        ["a restart of the student server was asked for; starting it again"],
+        ["a restart of the student server was requested; starting it again"],
     )
     watcher.stop()
     watcher.join()
@@ -404,7 +403,7 @@ def test_a_server_that_hangs_is_started_again_and_weights_that_were_in_no_folder
     until("the restart is counted", lambda: restarted.num_restarts > restarts)
     assert (len(answers), restarted.num_restarts) == (4, restarts + 1)
     with pytest.raises(
-        OtherWeights, match="a response of the weights default, where step-9 were asked"
+        OtherWeights, match="a response has the weight version default, but step-9 was requested"
     ):
         list(engine.generate(sampling_requests(4), params, version="step-9"))
     send(to, "step-9", tensors(other_dir))

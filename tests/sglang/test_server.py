@@ -25,10 +25,13 @@ import torch
 from lopd.errors import ConfigError, EngineError
 from lopd.processes import group_alive
 from sglang_rollout.requests.client import SGLangEngine
-from sglang_rollout.servers.extra_args import known_fields
+from sglang_rollout.servers.extra_args import check_extra_args
 from sglang_rollout.servers.launch import SECRETS_VARIABLE
+from sglang_rollout.servers.log_summary import log_summary
+from sglang_rollout.servers.ports import lasting_port
 from sglang_rollout.servers.scratch import remove_orphans
-from sglang_rollout.servers.server import SGLangServer, check_extra_args, lasting_port, log_summary
+from sglang_rollout.servers.server import SGLangServer
+from sglang_rollout.servers.server_fields import known_fields
 from tests.models import EOS_ID
 from tests.sglang.conftest import sampling, sampling_requests, settings
 
@@ -251,7 +254,8 @@ def test_the_cause_is_found_under_a_traceback_and_shutdown_messages(tmp_path: Pa
     log.write_text("one\ntwo\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "sglang_rollout.servers.server.shutil.disk_usage", lambda _: SimpleNamespace(free=0)
+            "sglang_rollout.servers.log_summary.shutil.disk_usage",
+            lambda _: SimpleNamespace(free=0),
         )
         assert log_summary(log) == "one | two | the disk of this log is full"
     assert log_summary(log) == "one | two"

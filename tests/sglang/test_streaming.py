@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from sglang_rollout.requests.streaming import OpenWork, pulled_ahead, stream
+from sglang_rollout.requests.streaming import OpenHandler, pulled_ahead, stream
 
 AT_ONCE_S = 30.0  # for what takes milliseconds, on a machine with much else to do
 
 
-def opened(work: Callable[[Any], Awaitable[Any]]) -> OpenWork[Any, Any]:
+def opened(work: Callable[[Any], Awaitable[Any]]) -> OpenHandler[Any, Any]:
     @asynccontextmanager
-    async def open_work() -> AsyncIterator[Callable[[Any], Awaitable[Any]]]:
+    async def open_handler() -> AsyncIterator[Callable[[Any], Awaitable[Any]]]:
         yield work
 
-    return open_work
+    return open_handler
 
 
 def never() -> None:
@@ -204,9 +204,9 @@ def test_watch_ends_a_stream_in_which_nothing_arrives() -> None:
 
 def test_work_that_cannot_be_opened_raises_at_once() -> None:
     @asynccontextmanager
-    async def open_work() -> AsyncIterator[Any]:
+    async def open_handler() -> AsyncIterator[Any]:
         raise OSError("no connections")
         yield
 
     with pytest.raises(OSError, match="no connections"):
-        list(stream(range(3), open_work, in_flight=2, watch=never))
+        list(stream(range(3), open_handler, in_flight=2, watch=never))

@@ -15,8 +15,8 @@ import pytest
 from lopd.config import SGLangSection, SyncSection
 from lopd.errors import EngineError
 from lopd.stages import sync
-from lopd.stages.batches import MOST_SENDS
-from sglang_rollout.servers.supervision import remember_weights, remembered_weights
+from lopd.stages.sync import MAX_SENDS
+from sglang_rollout.servers.weights_file import remember_weights, remembered_weights
 from sglang_rollout.weight_sync.interface import await_servers
 from tests.sglang.fake_server import FakeServer
 from tests.sglang.weight_syncing import Named, UpdatedFake, buckets, tensors
@@ -48,7 +48,7 @@ def push(
         engine,
         folder=file.parent / "sync",
         template=file.parent,
-        weights_file=str(file),
+        weights_file=file,
     )
     weights.push("step-4")
 
@@ -111,7 +111,7 @@ def trained(
     said: list[str] = []
     trainer: Any = Trained(model, fake, folder / "weights.json", restarts)
     settings, engine = SyncSection(transport="tensor", verify="off"), fake.engine()
-    file = str(folder / "weights.json")
+    file = folder / "weights.json"
     weights = sync.StudentWeights(
         trainer,
         [],
@@ -120,7 +120,7 @@ def trained(
         folder=folder / "sync",
         template=model,
         weights_file=file,
-        say=said.append,
+        print_line=said.append,
     )
     return trainer, weights, said
 
@@ -146,7 +146,7 @@ def test_a_server_that_never_takes_it_whole_is_an_error(
     trainer, weights, said = trained(fake, student_dir, tmp_path, restarts=99)
     with pytest.raises(EngineError, match=r"a sync of step-4 has lost the server .*, 5 times"):
         weights.push("step-4")
-    assert (trainer.num_exports, len(said)) == (MOST_SENDS, MOST_SENDS - 1)
+    assert (trainer.num_exports, len(said)) == (MAX_SENDS, MAX_SENDS - 1)
 
 
 def test_a_refusal_is_not_repeated(fake: UpdatedFake, student_dir: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_server_hears_of_a_bucket_only_when_it_is_at_the_one_before(
     assert not second.is_alive()  # the second bucket is under way still
     server.answer.release()
     broadcasts.end.release()
-    to._settle()
+    to._await_sent()
     assert broadcasts.begun == [0, 1]
 
 
@@ -136,7 +136,7 @@ def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(
     with pytest.raises(EngineError, match="not today"):
         to._send(bucket(1))
     assert server.asked == ["tensor-0"]
-    to._leave()()
+    to._detach_transport()()
     assert server.asked == [
         "tensor-0",
         "/destroy_weights_update_group",
@@ -151,7 +151,7 @@ def test_a_bucket_under_way_is_answered_before_the_group_goes(
     server, broadcasts = Server(), Broadcasts(monkeypatch)
     to = joined([server], student_dir)
     to._send(bucket(0))
-    leaving = in_thread(to._leave())
+    leaving = in_thread(to._detach_transport())
     leaving.join(MOMENT_S)
     assert server.asked in ([], ["tensor-0"])
     broadcasts.end.release()
@@ -173,7 +173,7 @@ def test_a_server_whose_answer_timed_out_is_not_asked_to_leave_the_group(
     server.answer.release()
     with pytest.raises(EngineError, match="not today"):
         to._send(bucket(1))
-    to._leave()()
+    to._detach_transport()()
     assert server.asked == ["tensor-0"]
     broadcasts.end.release()
 
@@ -185,43 +185,43 @@ def test_a_silent_server_is_not_asked_to_leave_the_group(
     group alive.
     """
     server = Server()
-    monkeypatch.setattr(distributed, "_LEAVING_TIMEOUT_S", MOMENT_S)
+    monkeypatch.setattr(distributed, "_CLOSING_TIMEOUT_S", MOMENT_S)
     broadcasts = Broadcasts(monkeypatch)
     to = joined([server], student_dir)
     group = to._group
     to._send(bucket(0))
-    to._leave()()
+    to._detach_transport()()
     assert "/destroy_weights_update_group" not in server.asked
     assert group == []
     broadcasts.end.release()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "pieces"),
+    ("sizes", "chunks"),
     [
         (
             (50, 50, 50, 60, 90, 90, 90, 90, 80, 75),
             ["01", "234", "56789"],
         ),  # of about 100, 200 and 400 bytes
         ((60, 45, 50, 1), ["01", "23"]),
-        ((60, 45, 40, 1), ["0123"]),  # the rest would be less than half a piece
-        ((40, 60, 1, 500, 90, 120), ["01", "2", "3", "45"]),  # a large tensor is a piece of its own
+        ((60, 45, 40, 1), ["0123"]),  # the rest would be less than half a chunk
+        ((40, 60, 1, 500, 90, 120), ["01", "2", "3", "45"]),  # a large tensor is a chunk of its own
         ((10, 20, 30), ["012"]),
         ((0, 0), ["01"]),
     ],
 )
-def test_a_bucket_goes_through_shared_memory_in_pieces_of_whole_tensors(
-    sizes: tuple[int, ...], pieces: list[str]
+def test_a_bucket_goes_through_shared_memory_in_chunks_of_whole_tensors(
+    sizes: tuple[int, ...], chunks: list[str]
 ) -> None:
     named = [(str(index), torch.zeros(size, dtype=torch.uint8)) for index, size in enumerate(sizes)]
     assert [
-        "".join(name for name, _ in piece)
-        for piece in tensor._pieces(named, iter((100, 200, 400, 400)))
-    ] == pieces
+        "".join(name for name, _ in chunk)
+        for chunk in tensor._chunks(named, iter((100, 200, 400, 400)))
+    ] == chunks
 
 
-def test_pieces_grow_over_the_buckets_of_a_sync() -> None:
-    assert [size // 2**20 for size, _ in zip(tensor._piece_sizes(), range(4), strict=False)] == [
+def test_chunks_grow_over_the_buckets_of_a_sync() -> None:
+    assert [size // 2**20 for size, _ in zip(tensor._chunk_sizes(), range(4), strict=False)] == [
         64,
         128,
         256,
@@ -232,8 +232,8 @@ def test_pieces_grow_over_the_buckets_of_a_sync() -> None:
 def test_two_shared_buffers_are_used_in_turns(
     student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor, "_FIRST_PIECE_BYTES", 512)
-    monkeypatch.setattr(tensor, "_MOST_PIECE_BYTES", 512)
+    monkeypatch.setattr(tensor, "_FIRST_CHUNK_BYTES", 512)
+    monkeypatch.setattr(tensor, "_MAX_CHUNK_BYTES", 512)
     server = Server()
     to: Any = receiver("tensor", server, tmp_path, student_dir)  # type: ignore[arg-type]
     to._session._infos = [{"tp_size": 1}]
@@ -260,7 +260,7 @@ def test_two_shared_buffers_are_used_in_turns(
         done[index - 1].set()
     done[3].set()
     sending.join(PATIENCE_S)
-    to._settle()
+    to._await_sent()
     assert len({shared[0][1].data_ptr() for shared in posted.values()}) == 2
     assert to.report.extra_bytes == 1024
 

@@ -16,7 +16,7 @@ import torch
 from lopd.config import SyncSection
 from lopd.errors import EngineError
 from sglang_rollout.server_side.checkpoint import tensor_shapes
-from sglang_rollout.servers.supervision import remember_weights, remembered_weights
+from sglang_rollout.servers.weights_file import remember_weights, remembered_weights
 from sglang_rollout.weight_sync import build_receiver, load_folder
 from tests.models import write_qwen3_moe
 from tests.sglang.weight_syncing import Named, UpdatedFake, receiver, send, tensors
@@ -168,17 +168,17 @@ def test_a_sync_does_not_wait_until_its_group_is_closed_but_the_next_one_does(
     fake: UpdatedFake, student_dir: Path, tmp_path: Path
 ) -> None:
     to = receiver("tensor", fake.engine(), tmp_path, student_dir, verify="off")
-    leave, may_end, closed = to._leave, threading.Event(), list[str]()
+    detach, may_end, closed = to._detach_transport, threading.Event(), list[str]()
 
     def close() -> None:
         assert may_end.wait(60.0)
         closed.append(fake.weight_version)
 
-    to._leave = lambda: close
+    to._detach_transport = lambda: close
     send(to, "v1", tensors(student_dir))
     assert fake.weight_version == "v1"
     assert not fake.paused
-    to._leave = leave
+    to._detach_transport = detach
     begins = threading.Thread(target=lambda: send(to, "v2", tensors(student_dir)))
     begins.start()
     begins.join(0.3)

@@ -47,7 +47,7 @@ def receiver(
 def lose_patience(to: Any, timeout_s: float) -> None:
     """What was sent has arrived; from now on this receiver waits no longer than so for any answer."""
     if not isinstance(to, DiskWeightReceiver):
-        to._settle()
+        to._await_sent()
     for group in list(distributed_c10d._world.pg_group_ranks):  # of a transport by broadcast
         distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
     to._timeout_s = to._session._timeout_s = timeout_s

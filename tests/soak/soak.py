@@ -39,12 +39,13 @@ from lopd.artifacts import MANIFEST, ArtifactWriter, read_manifest
 from lopd.config import SGLangSection
 from lopd.errors import EngineError
 from lopd.records import Ints, Prompt
-from lopd.stages.sampling import sample_into, score_into
+from lopd.stages.sample_shards import sample_into
+from lopd.stages.score_shards import score_into
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.fleet import serve
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
 from sglang_rollout.servers.server import SGLangServer
-from sglang_rollout.servers.supervision import ask_for_restart
+from sglang_rollout.servers.weights_file import ask_for_restart
 from sglang_rollout.weight_sync import update_weights_from_disk
 from tests.models import EOS_ID, VOCAB_SIZE, write_qwen3_moe
 

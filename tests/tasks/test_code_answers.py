@@ -153,31 +153,32 @@ PROGRAMS = [
 ]  # fmt: skip
 CASES = [*STATEMENTS, *CALLS, *PROGRAMS]
 
+NO_TEST = "there is no test|is not a test"
 UNUSABLE = {
-    "[]": "no test", "null": "no test", "": "runs no assertion", "  \n": "runs no assertion",
-    "# only a comment": "runs no assertion", "word": "runs no assertion", "{}": "no test",
-    "None": "no test", "NaN": "no test",
+    "[]": NO_TEST, "null": NO_TEST, "": "runs no assertion", "  \n": "runs no assertion",
+    "# only a comment": "runs no assertion", "word": "runs no assertion", "{}": NO_TEST,
+    "None": NO_TEST, "NaN": NO_TEST,
     "def check(candidate):\n    pass": "runs no assertion", "print(add(1, 2))": "runs no assertion",
     "try:\n    assert add(1, 2) == 3\nexcept AssertionError:\n    pass": "runs no assertion",
     "try:\n    assert add(1, 2) == 3\nexcept:\n    print('no')": "runs no assertion",
     "assert False": "no program meets", "assert add(1, 2) == 3\nassert False": "no program meets",
     "assert True": "runs no assertion", "assert (add(1, 2) == 3, 'words')": "runs no assertion",
-    "def helper():\n    assert add(1, 2) == 3": "runs no assertion", "assert add(": "no Python",
+    "def helper():\n    assert add(1, 2) == 3": "runs no assertion", "assert add(": "not Python",
     "def test_add(tmp_path):\n    assert add(1, 2) == 3": "fixtures",
     "async def test_add():\n    assert add(1, 2) == 3": "asynchronous",
     "import pytest\ndef test_add():\n    assert add(1, 2) == 3": "import pytest",
     "from other import add\nassert add(1, 2) == 3": "import other",
     "class Tests:\n    def add(self):\n        assert add(1, 2) == 3": "begins with test",
-    "assert add" + "()" * 20_000: "nested too deeply|no Python",
-    '{"assertions": []}': "no test", '{"assertions": ["x = 1"]}': "runs no assertion",
-    '{"tests": [{"input": "1"}]}': "without input or output", "3": "runs no assertion",
-    '{"inputs": ["1"], "outputs": []}': "1 inputs and 0 outputs", '{"tests": []}': "no test",
+    "assert add" + "()" * 20_000: "nested too deeply|not Python",
+    '{"assertions": []}': NO_TEST, '{"assertions": ["x = 1"]}': "runs no assertion",
+    '{"tests": [{"input": "1"}]}': "no input or no output", "3": "runs no assertion",
+    '{"inputs": ["1"], "outputs": []}': "1 inputs and 0 outputs", '{"tests": []}': NO_TEST,
     '{"language": "cpp", "tests": [{"input": "1", "output": "2"}]}': "programs in cpp",
-    '{"tests": [{"input": "1", "output": "2", "testtype": "interactive"}]}': "of the type",
-    '{"tests": [{"input": "1", "output": null}]}': "without an expected output",
+    '{"tests": [{"input": "1", "output": "2", "testtype": "interactive"}]}': "the unknown type",
+    '{"tests": [{"input": "1", "output": null}]}': "no expected output",
     '{"fn_name": "f", "inputs": ["a b"], "outputs": ["2"]}': "neither JSON nor Python",
-    '{"tests": [{"input": "1", "output": "2", "testtype": "functional"}]}': "function's name",
-    '{"inputs": {"a": 1}, "outputs": [1]}': "no list",
+    '{"tests": [{"input": "1", "output": "2", "testtype": "functional"}]}': "nothing names it",
+    '{"inputs": {"a": 1}, "outputs": [1]}': "not a list",
 }  # fmt: skip
 
 

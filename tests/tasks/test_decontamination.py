@@ -149,12 +149,14 @@ def test_prepare_writes_reports_and_repeats(lopd: Lopd, tmp_path: Path) -> None:
 def test_prepare_replaces_nothing_that_is_not_its_own(lopd: Lopd, tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "train.jsonl", [{"prompt_id": "a", "question": "Q"}])
     lopd("prompts", "prepare", source, "--out", source).refused(
-        "is there already", "give another --out"
+        "the file exists", "give another --out"
     )
     out = tmp_path / "out.jsonl"
     lopd("prompts", "prepare", source, "--out", out).succeeded()
     out.write_text(out.read_text() + "\n")
-    lopd("prompts", "prepare", source, "--out", out).refused("is not as lopd prompts has left it")
+    lopd("prompts", "prepare", source, "--out", out).refused(
+        "it is not as lopd prompts has written it"
+    )
 
 
 @pytest.mark.parametrize(

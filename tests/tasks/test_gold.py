@@ -178,7 +178,7 @@ def test_text_that_only_looks_like_messages_is_a_question(tmp_path: Path) -> Non
         ([{"role": 3, "content": "5"}], "the role 3 is none of"),
         ([{"content": "5"}], "it has no role"), ([{"role": "user"}], "it has no content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
-        ([{"role": "user", "content": 5}], r"its content is no text \(int\)"),
+        ([{"role": "user", "content": 5}], r"its content is not text \(int\)"),
         (["text"], "it is no message"), ('[{"role": "user", "content": "cut', "cannot be read"),
     ],
 )  # fmt: skip
@@ -261,7 +261,7 @@ def test_lopd_check_names_the_row(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert "held_out/b.jsonl:4: the answer of prompt" in lines[0]
     assert "(field gold.a) cannot be used: digits stand side by side in '2 3'" in lines[0]
-    assert "remedy: mend this answer" in lines[0]
+    assert "remedy: correct this answer" in lines[0]
     rows[2]["gold"] = {"a": "5"}
     write(folder / "b.jsonl", rows)
     assert not [line for line in wrong(config, *overrides, chosen) if "prompts.eval" in line]
@@ -283,7 +283,7 @@ def test_lopd_prompts_prepare_names_the_row_and_leaves_it_out(lopd: Lopd, tmp_pa
     output = lopd(*wanted).succeeded().out
     assert "1 with an answer that cannot be used" in output
     assert "g.jsonl:2: field answer: digits stand side by side in '2 3'" in output
-    assert "remedy: mend this answer" in output
+    assert "remedy: correct this answer" in output
     assert len(out.read_text().splitlines()) == 2, "a prompt without an answer is of use"
     report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
     (about,) = report["unusable_answers"]

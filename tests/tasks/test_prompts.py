@@ -78,7 +78,7 @@ def test_without_a_file_the_task_generates() -> None:
     ("lines", "message"),
     [
         ([GOOD, "{not json"], r":2: not valid JSON"),
-        ([GOOD, "", [1, 2]], r":3: a JSON object is needed, found list"),
+        ([GOOD, "", [1, 2]], r":3: a JSON object is needed, but the row is a list"),
         ([{"question": "q"}], r":1: prompt_id is missing"),
         ([{"prompt_id": 7, "question": "q"}], r":1: prompt_id is 7; it must be a non-empty string"),
         ([{"prompt_id": "a"}], r":1: prompt 'a' needs either messages or question"),

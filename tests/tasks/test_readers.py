@@ -205,12 +205,12 @@ def test_messages_end_with_the_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"format": "fields"}, ConfigError, "no column of questions is named"),
-        ({"format": "fields", "fields": {"question": "a..b"}}, ConfigError, "'a..b' is no path"),
+        ({"format": "fields"}, ConfigError, "nothing says which column has the questions"),
+        ({"format": "fields", "fields": {"question": "a..b"}}, ConfigError, "'a..b' is not a path"),
         (
             {"format": "fields", "fields": {"query": "a"}},
             ConfigError,
-            "query = 'a'; limit: names question",
+            "query = 'a'; limit: the names question",
         ),
         ({"format": "fields", "fields": {"question": 3}}, ConfigError, "question = 3"),
         (
@@ -222,7 +222,7 @@ def test_messages_end_with_the_user(tmp_path: Path) -> None:
         (
             {"format": "gsm8k", "instruction": "solve it"},
             ConfigError,
-            "has no place for the question",
+            "does not contain",
         ),
         (
             {"format": "fields", "fields": {"question": "a"}, "where": {"c": {"least": 1}}},
@@ -351,7 +351,7 @@ def test_a_folder_is_read_in_order_of_its_files(tmp_path: Path) -> None:
     assert content_hash(tmp_path) != before
     write(tmp_path, rows, "extra.jsonl")
     with pytest.raises(
-        DataError, match=r"files of several kinds in this folder \(.jsonl, .parquet\)"
+        DataError, match=r"this folder has files of several kinds \(.jsonl, .parquet\)"
     ):
         read(tmp_path, **FIELDS)
 
@@ -382,5 +382,5 @@ def test_a_list_in_json_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prompts in this folder"):
         read(tmp_path / "empty", **FIELDS)
     (tmp_path / "list.jsonl").write_text("[1]\n")
-    with pytest.raises(DataError, match=r":1: a JSON object is needed, found list"):
+    with pytest.raises(DataError, match=r":1: a JSON object is needed, but the row is a list"):
         read(tmp_path / "list.jsonl", **FIELDS)

@@ -12,14 +12,8 @@ import pytest
 
 from lopd.errors import ConfigError
 from lopd.tasks import Task, get_task
-from lopd.tasks.register_arithmetic import (
-    NUM_PARTITIONS,
-    Corruption,
-    Problem,
-    RegisterArithmetic,
-    write_corrupted,
-    write_response,
-)
+from lopd.tasks.register_arithmetic import NUM_PARTITIONS, Problem, RegisterArithmetic
+from lopd.tasks.register_responses import Corruption, write_corrupted, write_response
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 PROBLEM = Problem(81, (("+", 6), ("+", 2), ("+", 7), ("+", 3), ("-", 10)))
@@ -102,7 +96,8 @@ def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> Non
     ):
         RegisterArithmetic().generate_prompts(1, seed=NUM_PARTITIONS)
     with pytest.raises(
-        ConfigError, match=r"100 prompts asked for, seed 0 has only [1-9][0-9]?;.*num_operations"
+        ConfigError,
+        match=r"100 prompts were asked for, but seed 0 has only [1-9][0-9]?;.*num_operations",
     ):
         RegisterArithmetic(num_operations=1).generate_prompts(100, seed=0)
 

@@ -18,6 +18,7 @@ from lopd.errors import ConfigError
 from lopd.processes import group_alive
 from lopd.tasks import get_task, sandbox
 from lopd.tasks.sandbox import Limits, Outcome, Protections
+from lopd.tasks.system_calls import filter_program, kernel_facts
 
 MODES = {
     "namespaces": Protections("namespaces", True, True, True, True, False),
@@ -47,6 +48,45 @@ def run(held: Protections, code: str, stdin: bytes = b"", limits: Limits = SMALL
         limits=limits,
         protections_used=held,
     )
+
+
+def answer_of(program: list[tuple[int, int, int, int]], call: dict[int, int]) -> int:
+    """What the filter answers to a call: {offset in seccomp_data: word}."""
+    word = 0
+    position = 0
+    while True:
+        code, if_true, if_false, constant = program[position]
+        position += 1
+        if code == 0x06:
+            return constant
+        if code == 0x20:
+            word = call[constant]
+        else:
+            holds = {0x15: word == constant, 0x45: word & constant, 0x35: word >= constant}[code]
+            position += if_true if holds else if_false
+
+
+@pytest.mark.parametrize(
+    ("machine", "audit", "socket", "read", "clone", "clone3"),
+    [("x86_64", 0xC000003E, 41, 0, 56, 435), ("aarch64", 0xC00000B7, 198, 63, 220, 435)],
+)
+def test_the_filter_refuses_by_number_and_flags(
+    machine: str, audit: int, socket: int, read: int, clone: int, clone3: int
+) -> None:
+    program = filter_program(machine)
+    assert program is not None
+    allow, kill, refuse, unknown = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+    threads, namespace = 0x100, 0x20000000
+    for number, flags, expected in (
+        (read, 0, allow),
+        (socket, 0, refuse),
+        (clone, threads, allow),
+        (clone, threads | namespace, refuse),
+        (clone3, 0, unknown),
+    ):
+        assert answer_of(program, {0: number, 4: audit, 16: flags}) == expected, (number, flags)
+    assert answer_of(program, {0: read, 4: audit + 1, 16: 0}) == kill, "of another architecture"
+    assert kernel_facts("riscv64") is None
 
 
 def test_a_program_reads_computes_writes_and_starts_others(mode: Protections) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lopd.objective import Distillation, Lightning, TokenBatch
-from lopd.objective.aggregation import on_tokens as spread
+from lopd.objective.aggregation import expand_to_tokens as spread
 from lopd.objective.weighting import Weighting
 
 VOCAB_SIZE, MAX_LEN, END = 3, 3, 0

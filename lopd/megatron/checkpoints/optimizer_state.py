@@ -1,18 +1,20 @@
-"""AdamW's state and float32 weights in a form that no layout owns, so that a training can go on
-under another one.
+"""AdamW's state and float32 weights in a form that belongs to no layout.
 
-What Megatron-Core offers is bound to the layout (``dp_reshardable``: its own buckets; other sizes
-of tensor, pipeline or expert fail) or gathers the whole state on every data rank first
-(``fully_reshardable``). Here each rank writes just what it holds, without any exchange: a tensor
-``optimizer.KIND.NAME`` of the checkpoint is one parameter of the whole model, flat, its
-tensor-parallel shards one after the other:
+So a training can continue under another layout. What Megatron-Core offers is bound to the layout
+(``dp_reshardable`` has its own buckets; other sizes of tensor, pipeline or expert fail), or gathers
+the whole state on every data rank first (``fully_reshardable``).
 
-    optimizer.exp_avg.decoder.layers.3.mlp.experts.local_experts.17.linear_fc1.weight      float32 [shards * elements of a shard]
+Here each rank writes just what it holds, without any exchange. A tensor ``optimizer.KIND.NAME`` of
+the checkpoint is one parameter of the whole model, flat, with its tensor-parallel shards one after
+the other:
 
-NAME counts layers and experts over all ranks (lopd.megatron.weights.hf_mapping), and a data rank's
-part is a range; so pipeline, expert and data sizes leave no trace in the file. Only the number of
-tensor shards does: where it differs, the shards are put together and cut anew by the table that
-reads Hugging Face weights.
+    optimizer.exp_avg.decoder.layers.3.mlp.experts.local_experts.17.linear_fc1.weight
+                                                    float32 [shards * elements of a shard]
+
+NAME counts layers and experts over all ranks (lopd.megatron.weights.hf_mapping), and the part of a
+data rank is a range. So the sizes of pipeline, expert and data leave no trace in the file. Only the
+number of tensor shards does. Where it differs, the shards are put together and split anew, by the
+table that reads Hugging Face weights.
 """
 
 from __future__ import annotations
@@ -36,79 +38,109 @@ from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.hf_mapping import Weight, weights
 from lopd.megatron.weights.transfer import local_parameters
 
-CHUNK_BYTES = 4 * 2**30  # read at once, per rank
+# How many bytes a rank reads at once.
+CHUNK_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """The elements [start, stop) of a rank's flattened parameter, for which this rank keeps
-    optimizer state.
-    """
+class HeldRange:
+    """The elements [start, stop) of a flat parameter, of which this rank keeps optimizer state."""
 
+    # The parameter of the whole model.
     weight: Weight
-    parameter: Tensor
+    # Counted within this rank's tensor shard of the parameter.
     start: int
     stop: int
     state: ParameterState
-    replica: tuple[int, ...]  # all zeros on the one rank that writes it
+    # All zeros on the one rank that writes the state.
+    replica: tuple[int, ...]
 
 
 def sharded(module: Any, arch: Architecture, optimizer: Any) -> dict[str, ShardedTensor]:
-    """What dist_checkpointing.save is to write of this rank's optimizer state. The state must exist
-    (lopd.megatron.training.optimizer).
+    """Return this rank's optimizer state as dist_checkpointing.save takes it.
+
+    Args:
+        module: The model.
+        arch: The model's sizes.
+        optimizer: Megatron-Core's optimizer. Its state must exist (see Optimizer.create_state).
     """
+    # The tensors are the state itself where that is possible, and no copies: a copy of all state
+    # would need two to three times the memory of the float32 weights.
     kinds = _kinds(module)
-    found = {}
-    for number, piece in enumerate(_pieces(module, arch, optimizer)):
-        shard, num_shards = _shard(piece.weight)
-        for kind, tensor in piece.state.read(kinds).items():
-            offset = shard * math.prod(piece.weight.local_shape(num_shards)) + piece.start
-            found[f"{number}.{kind}"] = _stored(piece.weight, kind, tensor, offset, piece.replica)
-    return found
+    tensors = {}
+    for number, held in enumerate(_held_ranges(module, arch, optimizer)):
+        # Where the range begins in the parameter of the whole model.
+        shard, num_shards = _shard(held.weight)
+        offset = shard * math.prod(held.weight.local_shape(num_shards)) + held.start
+        for kind, tensor in held.state.read(kinds).items():
+            # The key only has to be unique on this rank. The name in the file is that of the
+            # ShardedTensor.
+            key = f"{number}.{kind}"
+            tensors[key] = _stored(held.weight, kind, tensor, offset, held.replica)
+    return tensors
 
 
 @torch.no_grad()
 def load(
     module: Any, arch: Architecture, optimizer: Any, path: Path, *, tensor: int, expert_tensor: int
 ) -> None:
-    """Reads a checkpoint's optimizer state into this rank's. Collective. tensor, expert_tensor:
-    sizes of the layout that wrote it.
+    """Read a checkpoint's optimizer state into this rank's. Collective.
 
-    The model's weights must be in place. Extra memory: CHUNK_BYTES, or twice the largest parameter
-    of the whole model. What dist_checkpointing raises where files are damaged or state is missing
-    is not translated here.
+    It needs CHUNK_BYTES of memory, or twice the largest parameter of the whole model if that is
+    more. Errors of dist_checkpointing about damaged files or missing state are not translated.
+
+    Args:
+        module: The model. Its weights must be in place.
+        arch: The model's sizes.
+        optimizer: Megatron-Core's optimizer. Its state must exist.
+        path: The folder of the checkpoint.
+        tensor: The number of tensor ranks of the layout that wrote it.
+        expert_tensor: The number of tensor ranks inside an expert of that layout.
     """
     kinds = _kinds(module)
     if MAIN not in kinds:
+        # The file has no weights of the optimizer. It takes those of the model, which are loaded.
         optimizer.reload_model_params()
-    chunks = list(_chunks(_pieces(module, arch, optimizer), len(kinds), tensor, expert_tensor))
+    ranges = _held_ranges(module, arch, optimizer)
+    chunks = list(_chunks(ranges, len(kinds), tensor, expert_tensor))
+    # dist_checkpointing.load is collective. A rank with fewer chunks takes part with nothing.
     most = torch.tensor([len(chunks)], device=parallel.device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     for index in range(int(most.item())):
         chunk = chunks[index] if index < len(chunks) else []
-        wanted: dict[str, ShardedTensor] = {}
-        for number, piece in enumerate(chunk):
-            saved_shards = _saved_shards(piece.weight, tensor, expert_tensor)
-            start, stop = _range(piece, saved_shards)
-            for kind in kinds:
-                buffer = torch.empty(stop - start, dtype=torch.float32, device=piece.state.device)
-                wanted[f"{number}.{kind}"] = _stored(piece.weight, kind, buffer, start, ())
-        found = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
-        for number, piece in enumerate(chunk):
-            saved_shards = _saved_shards(piece.weight, tensor, expert_tensor)
-            piece.state.write(
-                {kind: _cut(piece, found[f"{number}.{kind}"], saved_shards) for kind in kinds}
-            )
+        _load_chunk(chunk, kinds, path, tensor, expert_tensor)
+
+
+def _load_chunk(
+    chunk: list[HeldRange], kinds: tuple[str, ...], path: Path, tensor: int, expert_tensor: int
+) -> None:
+    wanted: dict[str, ShardedTensor] = {}
+    for number, held in enumerate(chunk):
+        start, stop = _range_to_read(held, _saved_shards(held.weight, tensor, expert_tensor))
+        for kind in kinds:
+            buffer = torch.empty(stop - start, dtype=torch.float32, device=held.state.device)
+            wanted[f"{number}.{kind}"] = _stored(held.weight, kind, buffer, start, ())
+    # Its check of integrity asks that the ranks together read every element exactly once. Here
+    # several ranks may read the same one, and a chunk is only a part of the whole.
+    read = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+    for number, held in enumerate(chunk):
+        saved_shards = _saved_shards(held.weight, tensor, expert_tensor)
+        held.state.write(
+            {kind: _own_elements(held, read[f"{number}.{kind}"], saved_shards) for kind in kinds}
+        )
 
 
 def _kinds(module: Any) -> tuple[str, ...]:
-    """In float32 the optimizer's weights are the model's."""
+    # In float32 the optimizer's weights are the model's, which the checkpoint has already.
     return MOMENTS if module.config.params_dtype == torch.float32 else (*MOMENTS, MAIN)
 
 
 def _stored(
     weight: Weight, kind: str, tensor: Tensor, offset: int, replica: tuple[int, ...]
 ) -> ShardedTensor:
+    """Describe a range of the tensor that the file has of a parameter."""
+    # A parameter may hold several Hugging Face tensors, for example query, key and value. The file
+    # has all of them in one tensor.
     size = sum(math.prod(shape) for shape in weight.shapes)
     return ShardedTensor(
         f"optimizer.{kind}.{weight.megatron}",
@@ -117,52 +149,53 @@ def _stored(
         tuple(tensor.shape),
         global_shape=(size,),
         global_offset=(offset,),
-        axis_fragmentations=None,  # ranges of unequal length
+        # None, because the ranges have unequal lengths.
+        axis_fragmentations=None,
         replica_id=replica or (0,),
     )
 
 
-# ---- what a rank holds ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _pieces(module: Any, arch: Architecture, optimizer: Any) -> Iterator[Piece]:
-    """In an order that is the same in every run of this layout. The second holder of a tied
-    embedding takes the first one's state.
-    """
+def _held_ranges(module: Any, arch: Architecture, optimizer: Any) -> Iterator[HeldRange]:
+    """Yield what this rank holds, in an order that is the same in every run of this layout."""
+    # Both directions of a name: from this rank's tensors to the name in the whole model, and from
+    # there to how the parameter is laid out.
     table = {weight.megatron: weight for weight in weights(arch)}
     originals = {weight.hf: weight for weight in table.values() if not weight.copy}
     names = {parameter: name for name, parameter in local_parameters(module, arch).items()}
     for chained in optimizer.chained_optimizers:
+        # A rank may have nothing to update, for example no expert.
         if getattr(chained, "is_stub_optimizer", False) or chained.optimizer is None:
             continue
-        held = (
-            _distributed(chained)
-            if isinstance(chained, DistributedOptimizer)
-            else _replicated(chained)
-        )
+        if isinstance(chained, DistributedOptimizer):
+            held = _distributed(chained)
+        else:
+            held = _replicated(chained)
         for parameter, start, stop, main in held:
             weight = table[names[parameter]]
-            replica = _replica(weight, chained)
-            stored = originals[weight.hf] if weight.copy else weight
+            # The second holder of a tied embedding is on the last pipeline stage. It stores and
+            # takes the state of the first, so that a layout without pipeline stages can read it.
+            original = originals[weight.hf] if weight.copy else weight
             state = state_of(chained.optimizer, main)
-            yield Piece(stored, parameter, start, stop, state, replica)
+            yield HeldRange(original, start, stop, state, _replica(weight, chained))
 
 
 def _distributed(chained: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int, Tensor]]:
+    """Yield (parameter, start, stop, the float32 weights of that range) of a sharded optimizer."""
+    # The optimizer divides buffers among the data ranks, and not parameters. So a rank's range may
+    # begin and end in the middle of a parameter.
     for ranges_of_types in chained.gbuf_ranges:
         for buckets in ranges_of_types.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
                     group, order = chained.model_param_group_index_map[parameter]
-                    yield (
-                        parameter,
-                        ranges["param"].start,
-                        ranges["param"].end,
-                        chained.optimizer.param_groups[group]["params"][order],
-                    )
+                    main = chained.optimizer.param_groups[group]["params"][order]
+                    yield parameter, ranges["param"].start, ranges["param"].end, main
 
 
 def _replicated(chained: Any) -> Iterator[tuple[Tensor, int, int, Tensor]]:
+    """Yield the same of an optimizer that every data rank has whole."""
+    # The optimizer of a bfloat16 model updates float32 copies of its weights, but a weight that is
+    # float32 in the model it updates in place. That of a float32 model updates all in place.
     if hasattr(chained, "fp32_from_float16_groups"):
         copies = zip(chained.float16_groups, chained.fp32_from_float16_groups, strict=True)
         pairs = [pair for models, mains in copies for pair in zip(models, mains, strict=True)]
@@ -176,31 +209,26 @@ def _replicated(chained: Any) -> Iterator[tuple[Tensor, int, int, Tensor]]:
 
 
 def _replica(weight: Weight, chained: Any) -> tuple[int, ...]:
-    """Of the ranks that hold the same state one writes it: the first tensor rank of what is not
-    split, the first data rank of what is not distributed.
-    """
+    """Return zeros on one of the ranks that hold the same state, which writes it."""
+    # What is not split has the same state on all tensor ranks.
     tensor = parallel.tensor_rank() if weight.layout == "whole" else 0
+    # What is not distributed has the same state on all data ranks. Experts have other data ranks.
     if isinstance(chained, DistributedOptimizer):
         data = int(chained.distributed_optimizer_instance_id)
+    elif weight.expert:
+        data = parallel.expert_data_rank()
     else:
-        data = (
-            parallel.expert_data_rank()
-            if weight.expert
-            else dist.get_rank(parallel.data_context_group())
-        )
+        data = dist.get_rank(parallel.data_context_group())
     return (int(weight.copy), tensor, data)
 
 
 def _shard(weight: Weight) -> tuple[int, int]:
-    """(number of this rank's shard of the parameter, number of shards)."""
+    """Return the number of this rank's shard of a parameter, and the number of shards."""
     if weight.layout == "whole":
         return 0, 1
     if weight.expert:
         return parallel.expert_tensor_rank(), parallel.expert_tensor_size()
     return parallel.tensor_rank(), parallel.tensor_size()
-
-
-# ---- from the shards that were saved to those that are needed ---------------------------------------------------------------------------------------
 
 
 def _saved_shards(weight: Weight, tensor: int, expert_tensor: int) -> int:
@@ -209,46 +237,48 @@ def _saved_shards(weight: Weight, tensor: int, expert_tensor: int) -> int:
     return expert_tensor if weight.expert else tensor
 
 
-def _range(piece: Piece, saved_shards: int) -> tuple[int, int]:
-    """Which elements of the stored tensor are read: those of the piece where shards are the same,
-    else all.
-    """
-    shard, num_shards = _shard(piece.weight)
+def _range_to_read(held: HeldRange, saved_shards: int) -> tuple[int, int]:
+    """Return which elements of the stored tensor this rank reads."""
+    shard, num_shards = _shard(held.weight)
     if num_shards == saved_shards:
-        first = shard * math.prod(piece.weight.local_shape(num_shards))
-        return first + piece.start, first + piece.stop
-    return 0, sum(math.prod(shape) for shape in piece.weight.shapes)
+        first = shard * math.prod(held.weight.local_shape(num_shards))
+        return first + held.start, first + held.stop
+    # With other shards the elements of a range lie scattered in the stored tensor: a shard by
+    # columns has a part of every row, and a shard of queries, keys and values a part of each.
+    return 0, sum(math.prod(shape) for shape in held.weight.shapes)
 
 
 def _chunks(
-    pieces: Iterator[Piece], num_kinds: int, tensor: int, expert_tensor: int
-) -> Iterator[list[Piece]]:
-    chunk: list[Piece] = []
+    ranges: Iterator[HeldRange], num_kinds: int, tensor: int, expert_tensor: int
+) -> Iterator[list[HeldRange]]:
+    """Group the ranges so that a group reads about CHUNK_BYTES."""
+    chunk: list[HeldRange] = []
     size = 0
-    for piece in pieces:
-        chunk.append(piece)
-        start, stop = _range(piece, _saved_shards(piece.weight, tensor, expert_tensor))
+    for held in ranges:
+        chunk.append(held)
+        start, stop = _range_to_read(held, _saved_shards(held.weight, tensor, expert_tensor))
+        # 4 bytes per element: the file has float32.
         size += (stop - start) * num_kinds * 4
         if size >= CHUNK_BYTES:
             yield chunk
-            chunk, size = [], 0
+            chunk = []
+            size = 0
     if chunk:
         yield chunk
 
 
-def _cut(piece: Piece, stored: Tensor, saved_shards: int) -> Tensor:
-    """The piece's elements from what was read."""
-    weight = piece.weight
+def _own_elements(held: HeldRange, stored: Tensor, saved_shards: int) -> Tensor:
+    """Return the elements of a range from what was read for it."""
+    weight = held.weight
     shard, num_shards = _shard(weight)
     if num_shards == saved_shards:
         return stored
+    # From the saved shards to the full Hugging Face tensors, and from these to this rank's shard.
     full = [torch.empty(shape, dtype=stored.dtype, device=stored.device) for shape in weight.shapes]
-    for index, held in enumerate(stored.view(saved_shards, *weight.local_shape(saved_shards))):
-        for tensor, part, source in zip(
-            full, weight.parts(index, saved_shards), weight.split(held), strict=True
-        ):
+    for index, saved in enumerate(stored.view(saved_shards, *weight.local_shape(saved_shards))):
+        parts = weight.parts(index, saved_shards)
+        for tensor, part, source in zip(full, parts, weight.split(saved), strict=True):
             tensor[part] = source
-    mine = weight.join(
-        [tensor[part] for tensor, part in zip(full, weight.parts(shard, num_shards), strict=True)]
-    )
-    return mine.reshape(-1)[piece.start : piece.stop]
+    own_parts = weight.parts(shard, num_shards)
+    own = weight.join([tensor[part] for tensor, part in zip(full, own_parts, strict=True)])
+    return own.reshape(-1)[held.start : held.stop]

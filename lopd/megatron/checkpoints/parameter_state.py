@@ -1,17 +1,16 @@
-"""What Megatron-Core's optimizers keep of one parameter: float32 weights and Adam's two moments.
+"""What the optimizers of Megatron-Core keep of one parameter: float32 weights and Adam's moments.
 
-Where they are depends on the optimizer that Megatron-Core was asked for:
+Where they are depends on the optimizer that Megatron-Core was configured with:
 
-    torch's AdamW, Transformer Engine's FusedAdam   Megatron keeps the float32 weights, the optimizer
-                                                    the moments (MegatronState)
-    use_precision_aware_optimizer                   FusedAdam keeps all of it, in the types that were
-                                                    asked for (FusedState)
+    torch's AdamW, Transformer Engine's FusedAdam   Megatron-Core keeps the float32 weights, the
+                                                    optimizer the moments (MegatronState)
+    use_precision_aware_optimizer                   FusedAdam keeps all of it, in the configured
+                                                    types (FusedState)
     optimizer_cpu_offload                           HybridDeviceOptimizer has an AdamW of its own on
                                                     the CPU, with copies of its own (HybridState)
 
-Each class gives the same flat float32 tensors and takes them back, so that a checkpoint says
-nothing
-of the optimizer that wrote it.
+Each class gives the same flat float32 tensors and takes them back. So a checkpoint says nothing
+about the optimizer that wrote it.
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAIN = "param"  # the optimizer's float32 weights, where the model's are of another type
-_MASTER = "master_param"  # FusedAdam's name for them
+# The optimizer's float32 weights, where the model's are of another type.
+MAIN = "param"
+# FusedAdam's name for them.
+_MASTER = "master_param"
 
 
 class ParameterState(Protocol):
@@ -33,21 +34,25 @@ class ParameterState(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the state is kept, and so where loaded tensors are wanted."""
+        """Where the state is kept. Loaded tensors are wanted there."""
 
     def read(self, kinds: tuple[str, ...]) -> dict[str, Tensor]:
-        """Flat float32 tensors by kind (of MOMENTS and MAIN). They may be the state itself."""
+        """Return flat float32 tensors by kind. They may be the state itself.
+
+        Args:
+            kinds: Some of MOMENTS and MAIN.
+        """
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over flat float32 tensors by kind. Without MAIN the model's weights are taken."""
+        """Take over flat float32 tensors by kind. Without MAIN the model's weights are taken."""
 
 
 def state_of(optimizer: Any, main: Tensor) -> ParameterState:
-    """The state of ``main``, a parameter in one of optimizer's groups.
+    """Return the state of a parameter.
 
     Args:
         optimizer: The optimizer inside one of Megatron-Core's chained optimizers.
-        main: The tensor that it updates.
+        main: The tensor in one of its groups that it updates.
     """
     if is_hybrid(optimizer):
         return HybridState(optimizer, main)
@@ -57,18 +62,18 @@ def state_of(optimizer: Any, main: Tensor) -> ParameterState:
 
 
 def is_hybrid(optimizer: Any) -> bool:
-    """Whether this is Megatron-Core's HybridDeviceOptimizer."""
+    """Return whether this is Megatron-Core's HybridDeviceOptimizer."""
     return hasattr(optimizer, "sub_optimizers")
 
 
 def keeps_weights(optimizer: Any) -> bool:
-    """Whether this is a FusedAdam that keeps the float32 weights itself."""
+    """Return whether this is a FusedAdam that keeps the float32 weights itself."""
     return bool(getattr(optimizer, "master_weights", False))
 
 
 @dataclass(frozen=True, slots=True)
 class MegatronState:
-    """Of torch's AdamW, and of FusedAdam where Megatron-Core keeps the float32 weights."""
+    """The state of torch's AdamW, or of a FusedAdam without float32 weights of its own."""
 
     optimizer: Any
     main: Tensor
@@ -78,21 +83,22 @@ class MegatronState:
         return self.main.device
 
     def read(self, kinds: tuple[str, ...]) -> dict[str, Tensor]:
-        found = {MAIN: self.main, **self.optimizer.state[self.main]}
-        return {kind: found[kind].detach().reshape(-1) for kind in kinds}
+        state = {MAIN: self.main, **self.optimizer.state[self.main]}
+        return {kind: state[kind].detach().reshape(-1) for kind in kinds}
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
+        # In place: what read returns are views of the state.
         for kind, held in self.read(tuple(tensors)).items():
             held.copy_(tensors[kind])
 
 
 @dataclass(frozen=True, slots=True)
 class FusedState:
-    """Of Transformer Engine's FusedAdam with use_precision_aware_optimizer.
+    """The state of Transformer Engine's FusedAdam with use_precision_aware_optimizer.
 
     Moments of fewer bits are read as float32. bfloat16 comes back to the bit. float16 and float8
-    have a scale that is chosen anew when they are written, so these come back to rounding.
+    have a scale that is chosen anew when they are written, so they come back up to rounding.
     """
 
     optimizer: Any
@@ -108,6 +114,7 @@ class FusedState:
     def _read(self, kind: str) -> Tensor:
         name = _MASTER if kind == MAIN else kind
         held: Tensor = self.optimizer.get_unscaled_state(self.main, name)
+        # With store_param_remainders FusedAdam keeps only the lower halves of the float32 weights.
         if kind == MAIN and held.dtype == torch.int16:
             held = joined(self.main, held)
         if held.data_ptr() == self.optimizer.state[self.main][name].data_ptr():
@@ -122,20 +129,18 @@ class FusedState:
             name = _MASTER if kind == MAIN else kind
             value = tensor.view_as(self.main)
             if kind == MAIN and self.optimizer.state[self.main][name].dtype == torch.int16:
+                # The upper half is the model's weight, which is loaded already.
                 _, value = split(value)
             self.optimizer.set_scaled_state(self.main, name, value)
         if MAIN not in tensors and _MASTER in self.optimizer.state[self.main]:
-            # float32 weights are not stored twice: its copy would be that of before the load
+            # In float32 the file has no MAIN, but FusedAdam has a copy of the weights. It is the
+            # copy from before the load, and the next step would write it over the loaded weights.
             self.optimizer.set_scaled_state(self.main, _MASTER, self.main.detach().clone())
 
 
 @dataclass(frozen=True, slots=True)
 class HybridState:
-    """Of Megatron-Core's HybridDeviceOptimizer, which updates copies of the parameters on the CPU.
-
-    Its own attribute ``state`` follows the optimizers inside it only at the end of a step, so what
-    is read and written here is theirs.
-    """
+    """The state of Megatron-Core's HybridDeviceOptimizer, which updates copies on the CPU."""
 
     optimizer: Any
     main: Tensor
@@ -145,9 +150,11 @@ class HybridState:
         return self._inner().device
 
     def read(self, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+        # The hybrid optimizer's own attribute `state` follows the optimizers inside it only at the
+        # end of a step. So their state is read and written here, and not its own.
         inner = self._inner()
-        found = {MAIN: inner, **self._owner(inner).state[inner]}
-        return {kind: found[kind].detach().reshape(-1) for kind in kinds}
+        state = {MAIN: inner, **self._owner(inner).state[inner]}
+        return {kind: state[kind].detach().reshape(-1) for kind in kinds}
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -156,38 +163,44 @@ class HybridState:
             held.copy_(tensors[kind])
         if inner is self.main:
             return
+        # Two copies of the weights must agree: the one on the CPU, and the one on the device.
         if MAIN in tensors:
-            self.main.data.copy_(inner)  # as the optimizer does after a step
+            # The optimizer does the same after a step.
+            self.main.data.copy_(inner)
         else:
-            inner.data.copy_(self.main)  # else the copy would go on from the former weights
+            # Otherwise the copy on the CPU would continue from the former weights.
+            inner.data.copy_(self.main)
 
     def _inner(self) -> Tensor:
-        """The float32 tensor that an optimizer inside updates in place of the parameter."""
+        """Return the float32 tensor that an optimizer inside updates instead of the parameter."""
         inner: Tensor = self.optimizer.param_to_inner_param[self.main]
         return inner
 
     def _owner(self, inner: Tensor) -> Any:
+        # One optimizer inside has the parameters on the CPU, another those on the device.
         return next(each for each in self.optimizer.sub_optimizers if inner in each.state)
 
 
 def joined(rounded: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights of which FusedAdam keeps bfloat16 and the lower 16 bits.
+    """Return the float32 weights of which FusedAdam keeps bfloat16 and the lower 16 bits.
 
     Args:
         rounded: bfloat16, the weights rounded to the nearest (halves away from zero).
         remainder: int16 of the same shape, the lower bits of the float32 weights.
 
     Returns:
-        float32 of the same shape. Where the remainder is negative, its highest bit is set: the
-        rounding added one to the upper half, which is taken back.
+        float32 of the same shape.
     """
+    # A remainder with its highest bit set is a negative int16. There the rounding has added one to
+    # the upper half, which is taken back.
     upper = rounded.contiguous().view(torch.int16).to(torch.int32) - (remainder < 0).to(torch.int32)
+    # The conversion to int32 extends the sign. The mask keeps the 16 bits alone.
     lower = remainder.to(torch.int32) & 0xFFFF
     return ((upper << 16) | lower).view(torch.float32)
 
 
 def split(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The bfloat16 weights and int16 remainders of float32 weights. The inverse of joined."""
+    """Return bfloat16 weights and int16 remainders of float32 weights. The inverse of joined."""
     bits = weights.contiguous().view(torch.int32)
     remainder = (bits & 0xFFFF).to(torch.int16)
     upper = (bits >> 16) + (remainder < 0).to(torch.int32)
@@ -195,15 +208,21 @@ def split(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adamw_parameters(optimizer: Any) -> Iterator[tuple[torch.optim.AdamW, Tensor]]:
-    """Every torch AdamW in an optimizer of Megatron-Core's, with each parameter it updates."""
-    for inner in optimizer.sub_optimizers if is_hybrid(optimizer) else [optimizer]:
+    """Yield every torch AdamW inside an optimizer, with each parameter that it updates."""
+    # torch's AdamW counts its updates in the state of every parameter. All others count in their
+    # groups (fused_optimizers), so the two are told apart.
+    for inner in _inside(optimizer):
         if isinstance(inner, torch.optim.AdamW):
             for group in inner.param_groups:
                 yield from ((inner, parameter) for parameter in group["params"])
 
 
 def fused_optimizers(optimizer: Any) -> Iterator[Any]:
-    """Every optimizer in one of Megatron-Core's that counts its updates in its groups."""
-    for inner in optimizer.sub_optimizers if is_hybrid(optimizer) else [optimizer]:
+    """Yield every optimizer inside an optimizer that counts its updates in its groups."""
+    for inner in _inside(optimizer):
         if not isinstance(inner, torch.optim.AdamW):
             yield inner
+
+
+def _inside(optimizer: Any) -> list[Any]:
+    return list(optimizer.sub_optimizers) if is_hybrid(optimizer) else [optimizer]

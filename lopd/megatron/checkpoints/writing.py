@@ -1,12 +1,8 @@
-"""Writing one rank's part of a checkpoint, in the foreground or by a thread while the training goes
-on.
+"""Writing one rank's part of a checkpoint, in the foreground or by a thread.
 
-Megatron-Core plans a save, with collectives, and gives back what is left to do: a function that
-writes this rank's files, and functions that complete the checkpoint, with collectives again. Its
-own asynchronous callers run the first in a forked process; a fork of a rank with gloo's and CUDA's
-threads is a gamble, and the process outlives a killed rank. Here a thread does it, which mostly
-waits for the disk or copies outside of the interpreter's lock. What it writes is a copy in host
-memory, because the next step changes the weights in place.
+Megatron-Core plans a save with collectives and returns what is left to do: a function that writes
+the files of this rank, and functions that complete the checkpoint, with collectives again. In the
+background a thread runs the first function, on a copy in host memory.
 """
 
 from __future__ import annotations
@@ -27,23 +23,28 @@ from lopd.megatron.ranks import parallel
 
 
 class Writing:
-    """A save that is planned, and being written from the moment this is made."""
+    """A planned save. It is being written from the moment that this object is made."""
 
     def __init__(self, folder: Path, request: Any, *, background: bool) -> None:
-        """request: Megatron-Core's AsyncRequest of a save into folder. Foreground: returns when
-        this rank's files are written.
+        """Write this rank's files, or begin to.
+
+        Args:
+            folder: The folder of the checkpoint.
+            request: Megatron-Core's AsyncRequest of a save into it.
+            background: Whether a thread writes. Otherwise this returns when the files are written.
         """
-        self.folder, self._request = folder, request
+        self.folder = folder
+        self._request = request
         self._sums: dict[str, list[int]] = {}
         self._error: Exception | None = None
-        write: Callable[[], None] | None = None
-        if request.async_fn is not None:  # None: nothing to write on this rank
-            arguments = list(request.async_fn_args)
-            staged = request.preload_fn() if request.preload_fn is not None else arguments[1]
-            arguments[1] = own_copies(staged, arguments[1]) if background else staged
-            write = partial(request.async_fn, *arguments, **request.async_fn_kwargs)
+        write = _write_function(request, background=background)
         self._thread: threading.Thread | None = None
         if background:
+            # Megatron-Core's own asynchronous callers use a forked process. A fork of a rank with
+            # the threads of gloo and CUDA is a gamble, and the process outlives a killed rank. A
+            # thread does not slow the training down: it waits for the disk, or copies outside of
+            # the interpreter's lock.
+            # A daemon: a training that ends with an error must not wait for the disk.
             self._thread = threading.Thread(
                 target=self._write, args=(write,), name="checkpoint", daemon=True
             )
@@ -54,56 +55,70 @@ class Writing:
     def _write(self, write: Callable[[], None] | None) -> None:
         try:
             if write is not None:
-                write()  # reports what goes wrong to the functions that complete the checkpoint
+                # It reports its own errors to the functions that complete the checkpoint.
+                write()
+            # The sums are made here too, so that the training does not wait for them.
             for path in self.folder.glob(f"__{parallel.rank()}_*.distcp"):
                 self._sums[path.name] = fsync_and_sum(path)
-        except Exception as error:  # belongs to the thread that waits: complete() raises it
+        # An exception would end the thread unseen. complete() raises it where somebody waits.
+        except Exception as error:
             self._error = error
 
     def is_written_everywhere(self) -> bool:
-        """Collective: one number from each rank."""
-        done = torch.tensor(
-            [int(self._thread is None or not self._thread.is_alive())], device=parallel.device()
-        )
+        """Return whether every rank has written its part. Collective, with one number each."""
+        is_done = self._thread is None or not self._thread.is_alive()
+        done = torch.tensor([int(is_done)], device=parallel.device())
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return bool(done.item())
 
     def complete(self) -> dict[str, list[int]]:
-        """Waits for all ranks and writes what describes the whole; {name: [size, CRC-32]} of this
-        rank's files. Collective.
+        """Wait for all ranks, and write what describes the whole. Collective.
 
-        OSError, or Megatron-Core's and torch's own exceptions: a file of this or of another rank
-        cannot be written.
+        Returns:
+            {name: [size in bytes, CRC-32]} of this rank's files.
+
+        Raises:
+            OSError: A file of this rank cannot be written. Megatron-Core and torch raise their own
+                exceptions too, for files of any rank.
         """
         if self._thread is not None:
             self._thread.join()
-        failed = [
-            problem
-            for problem in parallel.gather_objects(
-                None if self._error is None else str(self._error)
-            )
-            if problem is not None
-        ]
+        # The ranks tell each other first. The functions below are collective: a rank that raised
+        # alone would leave the others waiting in them.
+        own = None if self._error is None else str(self._error)
+        problems = [problem for problem in parallel.gather_objects(own) if problem is not None]
         if self._error is not None:
             raise self._error
-        if failed:
-            raise CheckpointingException(f"on another rank: {failed[0]}")
-        for act in self._request.finalize_fns:
-            act()
+        if problems:
+            raise CheckpointingException(f"on another rank: {problems[0]}")
+        # They write .metadata, which makes the files of all ranks one checkpoint.
+        for finalize in self._request.finalize_fns:
+            finalize()
         return self._sums
 
 
-def own_copies(staged: list[Any], sources: list[Any]) -> list[Any]:
-    """Megatron-Core's write buckets with copies of the tensors that its staging did not copy.
+def _write_function(request: Any, *, background: bool) -> Callable[[], None] | None:
+    """Return the function that writes this rank's files, or None if there is nothing to write."""
+    if request.async_fn is None:
+        return None
+    # The second argument holds the tensors. preload_fn copies them from the device to the host.
+    # That happens here, before the next step changes them.
+    arguments = list(request.async_fn_args)
+    staged = request.preload_fn() if request.preload_fn is not None else arguments[1]
+    arguments[1] = own_copies(staged, arguments[1]) if background else staged
+    return partial(request.async_fn, *arguments, **request.async_fn_kwargs)
 
-    Staging takes tensors to the host. One that is there already is its own copy: all of them on a
-    CPU, and the state of an optimizer that is offloaded to the CPU. The next step changes it while
-    it is written, and the checksum, taken from the file, would not notice.
+
+def own_copies(staged: list[Any], sources: list[Any]) -> list[Any]:
+    """Return Megatron-Core's write buckets with copies of what its staging did not copy.
 
     Args:
         staged: The buckets after staging: (file, key, (data, [(item, tensor)])).
         sources: The same buckets before staging.
     """
+    # Staging takes tensors to the host. A tensor that is there already is its own copy: every one
+    # on a CPU, and the state of an optimizer that is offloaded to the CPU. The next step would
+    # change it while it is written. The checksum, taken from the file, would not notice.
     kept = {
         tensor.untyped_storage().data_ptr()
         for _, _, (_, tensors) in sources
@@ -120,15 +135,17 @@ def _own(tensor: torch.Tensor, kept: set[int]) -> torch.Tensor:
 
 
 def fsync_and_sum(path: Path) -> list[int]:
-    """Makes a file durable and reads it back: [size, CRC-32]."""
+    """Make a file durable, and return [size in bytes, CRC-32] of what is read back."""
+    # A descriptor for reading is enough: fsync writes all of the file's data that is in the cache.
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
     return [path.stat().st_size, crc32(path)]
 
 
 def crc32(path: Path) -> int:
-    """Of a file, in blocks."""
-    value, block = 0, bytearray(2**22)
+    """Return the CRC-32 of a file. It is read in blocks of 4 MiB."""
+    value = 0
+    block = bytearray(2**22)
     with path.open("rb", buffering=0) as handle:
         while count := handle.readinto(block):
             value = zlib.crc32(memoryview(block)[:count], value)

@@ -1,57 +1,44 @@
-"""Starts the trainer's ranks on this machine, watches over them, and brings back the one error that
-stopped them. Imports no torch.
+"""Start the trainer's ranks on this machine, watch them, and raise the one error that stopped them.
 
-A rank that is lost without dying (stopped, swapped out, stuck in a driver) would leave the others
-waiting in a collective. Two things bound the wait: the collective's own timeout, and a heartbeat. A
-thread of each rank touches a file every second; the parent looks at the files, ends everything when
-one has not changed for ``timeout_s``, and says which. The thread shares nothing with the training
-but the interpreter, so it costs a step nothing.
+The ranks run under torchrun. This process watches their heartbeats (heartbeats.py), copies their
+lines into the log, and ends all of them when one is lost. This module imports no torch, so that
+the parent of the ranks stays small.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import select
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from lopd import errors
 from lopd.artifacts import remove_folder
 from lopd.config import ForwardSection, TrainSection
-from lopd.errors import EXIT_CODE, LopdError, TrainingError
+from lopd.errors import LopdError, TrainingError
+from lopd.megatron.ranks.heartbeats import BEAT_S, HEARTBEATS, MISSED_BEATS, HeartbeatMonitor
 from lopd.megatron.ranks.lost_nodes import (
     COLLECTIVE,
     ERROR_SUFFIX,
     HEARTBEATS_SUFFIX,
-    forget_others,
-    lost_peer,
-    state_of_others,
+    RESUMES,
+    describe_other_nodes,
+    remove_reports_of_others,
 )
 from lopd.megatron.ranks.nodes import ANNOUNCEMENT, NODE, Node, interface_towards, own_address
+from lopd.megatron.ranks.rank_errors import ERROR_FILE, read_report
 from lopd.processes import GuardedProcess, die_with_parent, last_lines
 
-# environment variable: where a rank leaves the LopdError that ends it, as JSON
-ERROR_FILE = "LOPD_ERROR_FILE"
-# environment variable: folder in which each rank keeps a file with its process id, touched every
-# BEAT_S
-HEARTBEATS = "LOPD_HEARTBEATS"
-ANNOUNCEMENT_FILE = "first_node.json"  # beside the log: where the first of several machines is
-# how long machines wait for each other before the first step: imports from a busy file system take
-# minutes
+# A file beside the log. It tells the other machines where the first one is.
+ANNOUNCEMENT_FILE = "first_node.json"
+# Seconds that machines wait for each other before the first step. Imports from a busy file system
+# take minutes.
 JOIN_S = 600.0
-BEAT_S = 1.0
-MISSED_BEATS = (
-    5  # where another rank has given up, so many missing ones name the rank that it waited for
-)
-_GPUS = ("/dev/nvidiactl", "/dev/kfd")  # NVIDIA's and AMD's drivers
-_AGAIN = "the same command goes on from the newest checkpoint"
+# The device files of NVIDIA's and AMD's drivers. They are looked up because this module imports no
+# torch that could be asked for a GPU.
+_GPUS = ("/dev/nvidiactl", "/dev/kfd")
 
 
 def run_ranks(
@@ -68,342 +55,249 @@ def run_ranks(
     node: Node | None = None,
     join: tuple[str, int] | None = None,
 ) -> None:
-    """Runs ``python -m module args`` on this many ranks under torchrun until they end; all of them
-    end with this process, whatever ends it.
+    """Run ``python -m module args`` on this many ranks under torchrun until they end.
 
-    What they write to stdout and stderr goes to the log (appended) and line by line to on_line.
-    env: instead of this process's environment. A rank that fails takes the others with it, and so
-    does one that gives no sign of life for timeout_s; nothing is restarted: the caller runs again
-    from the newest checkpoint. stop: once it is set, from another thread, all ranks are ended.
-    Raises the LopdError that a rank reported (see reporting_errors), else TrainingError: which rank
-    fell silent, or the last lines of the log.
+    All ranks end with this process, whatever ends it. A rank that fails takes the others with it.
+    So does a rank that gives no sign of life for timeout_s. Nothing is restarted: the caller runs
+    the ranks again from the newest checkpoint.
 
-    node: this machine of several (lopd.megatron.ranks.nodes), each with an equal part of the ranks;
-    the first one announces itself beside the log, another one joins the address and port in join.
+    Args:
+        module: The module that each rank runs.
+        args: The command line of the module.
+        ranks: The number of ranks, over all machines.
+        threads_per_rank: The CPU threads of each rank.
+        log: What the ranks write to stdout and stderr is appended to this file.
+        timeout_s: The seconds without a heartbeat after which a rank counts as lost.
+        env: The environment of the ranks. None: the environment of this process.
+        on_line: It is called with each line of the ranks' output.
+        stop: Another thread sets this event to end all ranks.
+        node: This machine, if the training takes several (lopd.megatron.ranks.nodes). Each machine
+            runs an equal part of the ranks. The first one announces itself beside the log.
+        join: The address and port of the first machine. Every other machine needs them.
+
+    Raises:
+        LopdError: The error that a rank reported (see rank_errors.reporting_errors).
+        TrainingError: No rank reported an error. The message names the rank that fell silent, or
+            quotes the last lines of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     error_file = log.with_name(log.name + ERROR_SUFFIX)
+    # A former run may have left its error. It must not be taken for the error of this run.
     error_file.unlink(missing_ok=True)
-    here = (
-        range(ranks)
-        if node is None
-        else range(ranks // node.count * node.index, ranks // node.count * (node.index + 1))
-    )
-    watch = _Watch(log.with_name(log.name + HEARTBEATS_SUFFIX), here, timeout_s, error_file)
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "lopd.megatron.ranks.torchrun",
-            f"--nproc-per-node={len(here)}",
-            "--max-restarts=0",
-        ),
-        *(() if node is None else (f"--rdzv-conf=timeout={math.ceil(max(timeout_s, JOIN_S))}",)),
-        *(() if join is None else (f"--master-addr={join[0]}", f"--master-port={join[1]}")),
-        *("--module", __name__, module, *args),
-    ]
+    local_ranks = _local_ranks(ranks, node)
+    heartbeats = log.with_name(log.name + HEARTBEATS_SUFFIX)
+    monitor = HeartbeatMonitor(heartbeats, local_ranks, timeout_s, error_file)
+    command = _torchrun_command(module, args, len(local_ranks), timeout_s, node, join)
+    environment = _rank_environment(env, threads_per_rank, error_file, monitor.folder)
+    if node is not None:
+        environment |= _node_environment(environment, log, node, join)
+        # The first machine removes what a former run left, before the others can join this one.
+        if join is None:
+            remove_reports_of_others(log, node)
+    code = _run_to_end(command, environment, log, monitor, on_line, stop or threading.Event())
+    if code != 0:
+        raise _failure(code, log, error_file, monitor, node)
+
+
+def _local_ranks(ranks: int, node: Node | None) -> range:
+    """Return the global ranks of this machine. torchrun numbers them machine by machine."""
+    if node is None:
+        return range(ranks)
+    ranks_per_node = ranks // node.count
+    return range(ranks_per_node * node.index, ranks_per_node * (node.index + 1))
+
+
+def _torchrun_command(
+    module: str,
+    args: Sequence[str],
+    num_local_ranks: int,
+    timeout_s: float,
+    node: Node | None,
+    join: tuple[str, int] | None,
+) -> list[str]:
+    command = [sys.executable, "-m", "lopd.megatron.ranks.torchrun"]
+    # torchrun must not restart ranks by itself. They would begin from the same checkpoint, without
+    # a line to the user.
+    command += [f"--nproc-per-node={num_local_ranks}", "--max-restarts=0"]
+    if node is not None:
+        command.append(f"--rdzv-conf=timeout={math.ceil(max(timeout_s, JOIN_S))}")
+    if join is not None:
+        address, port = join
+        command += [f"--master-addr={address}", f"--master-port={port}"]
+    # Each rank first runs this module, which becomes the wanted module (see _become_rank).
+    return [*command, "--module", __name__, module, *args]
+
+
+def _rank_environment(
+    env: Mapping[str, str] | None, threads_per_rank: int, error_file: Path, heartbeats: Path
+) -> dict[str, str]:
     environment = dict(os.environ if env is None else env)
     environment |= {
         "OMP_NUM_THREADS": str(threads_per_rank),
-        # ranks of one machine need no other interface, and must not listen on one
+        # Ranks of one machine need no other interface, and must not listen on one.
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONUNBUFFERED": "1",  # a line is on screen when it is written
-        "PYTHONWARNINGS": environment.get(
-            "PYTHONWARNINGS", "ignore"
-        ),  # a hundred lines of Megatron's and torch's would bury what the ranks say
+        # A line is on screen as soon as it is written.
+        "PYTHONUNBUFFERED": "1",
         ERROR_FILE: str(error_file),
-        HEARTBEATS: str(watch.folder),
+        HEARTBEATS: str(heartbeats),
     }
-    environment = {
-        **device_environment(on_gpu=any(Path(device).exists() for device in _GPUS)),
-        **environment,
+    # Megatron and torch write about a hundred lines of warnings. The ranks' own lines would be
+    # lost among them.
+    environment.setdefault("PYTHONWARNINGS", "ignore")
+    on_gpu = any(Path(device).exists() for device in _GPUS)
+    return {**device_environment(on_gpu=on_gpu), **environment}
+
+
+def _node_environment(
+    environment: Mapping[str, str], log: Path, node: Node, join: tuple[str, int] | None
+) -> dict[str, str]:
+    """Return the variables that ranks need in addition where there are several machines."""
+    # gloo and NCCL must use the interface by which the machines reach each other. Their own choice
+    # may be another one, for example a bridge of Docker.
+    interface = interface_towards(own_address(environment) if join is None else join[0])
+    return {
+        NODE: node.text,
+        ANNOUNCEMENT: str(log.with_name(ANNOUNCEMENT_FILE)),
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": environment.get("NCCL_SOCKET_IFNAME", interface),
     }
-    if node is not None:
-        interface = interface_towards(own_address(environment) if join is None else join[0])
-        environment |= {
-            NODE: node.text,
-            ANNOUNCEMENT: str(log.with_name(ANNOUNCEMENT_FILE)),
-            "GLOO_SOCKET_IFNAME": interface,
-        }
-        environment.setdefault("NCCL_SOCKET_IFNAME", interface)
-        if join is None:
-            forget_others(log, node)
+
+
+def device_environment(*, on_gpu: bool) -> dict[str, str]:
+    """Return the variables of a rank that depend on the device. Values set by the user win."""
+    # Megatron-Core starts an exchange between tensor ranks and then a product that is to run at
+    # the same time. With one connection a GPU runs kernels in the order in which they are called.
+    # With more the product may take the GPU first, and nothing overlaps. GPUs newer than Hopper do
+    # not need this. Only Megatron's FSDP wants another value, and lopd.megatron.model.overrides
+    # refuses FSDP.
+    if on_gpu:
+        return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    # On a CPU nothing of Megatron's is compiled. To import the compiler takes a second a rank.
+    return {"TORCHDYNAMO_DISABLE": "1"}
+
+
+def threads_of(settings: TrainSection | ForwardSection) -> int:
+    """Return the CPU threads of a rank.
+
+    The knob threads_per_rank wins. Without it a rank has one thread. If the CPU updates the weights
+    (optimizer_cpu_offload), a rank has its share of the cores of this machine.
+    """
+    if settings.threads_per_rank is not None:
+        return settings.threads_per_rank
+    if not (isinstance(settings, TrainSection) and settings.megatron.get("optimizer_cpu_offload")):
+        return 1
+    # One thread updates about 2.7e8 weights a second (docs/plan.md). With one thread a step of a
+    # large model would wait for the update.
+    ranks_per_node = settings.parallel.ranks // settings.parallel.nodes
+    return max(1, len(os.sched_getaffinity(0)) // ranks_per_node)
+
+
+def _run_to_end(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    monitor: HeartbeatMonitor,
+    on_line: Callable[[str], None] | None,
+    stop: threading.Event,
+) -> int:
+    """Run the command, copy its lines to the log and to on_line, and return its exit code."""
     read_end, write_end = os.pipe()
     try:
         with log.open("ab") as log_file:
             try:
                 process = GuardedProcess(command, env=environment, output=write_end)
             finally:
+                # The child has a copy. The pipe ends only when nobody holds this end any more.
                 os.close(write_end)
             try:
-                for line in _lines(read_end, process, watch, stop or threading.Event()):
+                for line in _output_lines(read_end, process, monitor, stop):
                     log_file.write(line)
+                    # Flushed at once, because the log is read when this process is killed.
                     log_file.flush()
                     if on_line is not None:
                         on_line(line.decode("utf-8", "replace").rstrip())
-                code = process.wait()
+                return process.wait()
             finally:
+                # on_line may raise, and so does a KeyboardInterrupt: no rank may stay behind.
                 process.stop()
     finally:
         os.close(read_end)
-        remove_folder(watch.folder)
-    if code != 0:
-        reported = _reported(error_file)
-        if reported is not None and reported.where != COLLECTIVE:
-            raise reported
-        unexplained = TrainingError(
-            f"the trainer ended with code {code}: {' | '.join(_telling_lines(log))}",
-            where=str(log),
-            remedy=f"see the log; {_AGAIN}",
-        )
-        found = watch.error(log) or reported or unexplained
-        if node is not None:
-            what = f"{found.what}; {state_of_others(log, node, MISSED_BEATS * BEAT_S)}"
-            found = TrainingError(what, where=found.where, limit=found.limit, remedy=found.remedy)
-        raise found
+        remove_folder(monitor.folder)
 
 
-def device_environment(*, on_gpu: bool) -> dict[str, str]:
-    """Variables of a rank that follow the device; those that the user has set win.
-
-    On a GPU kernels run in the order in which they are called (CUDA_DEVICE_MAX_CONNECTIONS):
-    Megatron-Core starts an exchange between tensor ranks and then a product that is to run
-    meanwhile, which otherwise may take the GPU first. Newer GPUs than Hopper do not need it. Only
-    Megatron's FSDP wants another value, and that is refused (lopd.megatron.model.overrides). On a
-    CPU
-    nothing of Megatron's is compiled, and to import the compiler takes a rank a second.
-    """
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {"TORCHDYNAMO_DISABLE": "1"}
-
-
-def threads_of(settings: TrainSection | ForwardSection) -> int:
-    """CPU threads of a rank: those of threads_per_rank, else one; but where the CPU updates the
-    weights, this rank's share of the cores.
-
-    One thread updates about 2.7e8 weights a second (docs/plan.md), so with one a step of a large
-    model would wait for it.
-    """
-    if settings.threads_per_rank is not None:
-        return settings.threads_per_rank
-    if not (isinstance(settings, TrainSection) and settings.megatron.get("optimizer_cpu_offload")):
-        return 1
-    here = settings.parallel.ranks // settings.parallel.nodes
-    return max(1, len(os.sched_getaffinity(0)) // here)
-
-
-class _Watch:
-    """The parent's view of the ranks' heartbeats. Reads no clock but its own, and notices a beat by
-    a file's change.
-    """
-
-    def __init__(
-        self, folder: Path, ranks: Sequence[int], timeout_s: float, error_file: Path
-    ) -> None:
-        self.folder, self._ranks, self._timeout_s, self._error_file = (
-            folder,
-            ranks,
-            timeout_s,
-            error_file,
-        )
-        self._beats: dict[
-            int, tuple[int, float]
-        ] = {}  # rank: time of the file, and our time when we saw it
-        self._looked = 0.0
-        self._silent: dict[int, str] = {}  # rank: for how long, and what its process does
-        remove_folder(folder)
-        folder.mkdir(parents=True)
-
-    def finds_silence(self) -> bool:
-        """Whether a rank has given no sign of life for timeout_s; for a few beats, once another has
-        given up. Looks at most once per beat.
-        """
-        now = time.monotonic()
-        if now - self._looked < BEAT_S or self._silent:
-            return bool(self._silent)
-        unseen_s = now - self._looked - 2 * BEAT_S
-        if (
-            unseen_s > 0
-        ):  # this process was stopped, or busy: silence that nobody listened to is nobody's, least of all that of a machine that slept
-            self._beats = {
-                rank: (changed, seen + unseen_s) for rank, (changed, seen) in self._beats.items()
-            }
-        self._looked = now
-        bound_s = MISSED_BEATS * BEAT_S if self._error_file.exists() else self._timeout_s
-        for rank in self._ranks:
-            heartbeat = self.folder / str(rank)
-            try:
-                changed, doing = heartbeat.stat().st_mtime_ns, _doing(heartbeat.read_text())
-            except FileNotFoundError:
-                doing = None
-            if doing is None:  # not begun, at its end, or dead, which is torchrun's to notice
-                self._beats.pop(rank, None)
-                continue
-            before, seen = self._beats.get(rank, (0, now))
-            if changed != before:
-                self._beats[rank] = (changed, now)
-            elif now - seen > bound_s:
-                self._silent[rank] = (
-                    f"rank {rank} gave no sign of life for {now - seen:.0f} s ({doing})"
-                )
-        return bool(self._silent)
-
-    def error(self, log: Path) -> TrainingError | None:
-        if not self._silent:
-            return None
-        what = "; ".join(self._silent[rank] for rank in sorted(self._silent))
-        return TrainingError(
-            f"{what}; all ranks were ended",
-            where=str(log),
-            limit=f"timeout_s = {self._timeout_s:g}",
-            remedy=f"see what held it; {_AGAIN}",
-        )
-
-
-def _doing(process_id: str) -> str | None:
-    """What the kernel says of a process; None: there is no such process any more."""
-    try:
-        letter = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return None
-    if letter in "ZX":
-        return None
-    doing = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a device or disk"}.get(
-        letter, "running"
-    )
-    return f"process {process_id} is {doing}"
-
-
-def _lines(
-    pipe: int, process: GuardedProcess, watch: _Watch, stop: threading.Event
+def _output_lines(
+    pipe: int, process: GuardedProcess, monitor: HeartbeatMonitor, stop: threading.Event
 ) -> Iterator[bytes]:
-    """What the ranks write, line by line, until nobody holds the other end of the pipe, or only a
-    process outside the ranks' group does: torch's torch_shm_manager has a session of its own, keeps
-    the ranks' stderr, and lives as long as a server has tensors of theirs mapped.
+    """Yield the lines that the ranks write, until the ranks have ended.
 
-    Ends what is left of the group once the command has ended, and all of it when a rank has fallen
-    silent or stop is set.
+    All ranks are ended when one has fallen silent, or when stop is set.
     """
-    rest, ended = b"", False
+    rest = b""
+    has_ended = False
     while True:
+        # At most half a second, so that silence and stop are noticed while nothing is written.
         if select.select([pipe], [], [], 0.5)[0]:
             chunk = os.read(pipe, 65536)
             *lines, rest = (rest + chunk).split(b"\n")
             yield from (line + b"\n" for line in lines)
+            # An empty chunk is the end of the pipe: nobody holds the other end.
             if not chunk:
                 break
-        elif ended:
+        elif has_ended:
+            # The ranks have ended, but a process outside their group still holds the pipe: torch's
+            # torch_shm_manager has a session of its own and keeps the ranks' stderr. It lives as
+            # long as a server has mapped tensors of the ranks, so nobody can wait for it.
             break
         elif process.poll() is not None:
+            # torchrun has ended. What is left of its group is ended too. One more round reads what
+            # these processes wrote last.
             process.stop()
-            ended = True
-        if watch.finds_silence() or stop.is_set():
-            process.stop(grace_s=1.0)  # waiting for a collective, no rank can end by itself
+            has_ended = True
+        if monitor.has_silent_rank() or stop.is_set():
+            # A rank that waits for a collective cannot end by itself, so a long grace is useless.
+            process.stop(grace_s=1.0)
+    # The last line may have no end.
     if rest:
         yield rest + b"\n"
 
 
-def _telling_lines(log: Path, count: int = 3) -> list[str]:
-    """The last lines of a rank's own words, without what torchrun says after a failure."""
+def _failure(
+    code: int, log: Path, error_file: Path, monitor: HeartbeatMonitor, node: Node | None
+) -> LopdError:
+    """Return the error that says best why the ranks ended with this exit code."""
+    report = read_report(error_file)
+    # The rank knows the reason.
+    if report is not None and report.where != COLLECTIVE:
+        return report
+    # Otherwise a rank has only waited for others in vain. The heartbeats tell which one was lost.
+    # Where they do not, the report of the waiting rank is better than the end of the log.
+    unexplained = TrainingError(
+        f"the trainer ended with code {code}: {' | '.join(_last_words(log))}",
+        where=str(log),
+        remedy=f"see the log; {RESUMES}",
+    )
+    found = monitor.error(log) or report or unexplained
+    if node is None:
+        return found
+    what = f"{found.what}; {describe_other_nodes(log, node, MISSED_BEATS * BEAT_S)}"
+    return TrainingError(what, where=found.where, limit=found.limit, remedy=found.remedy)
+
+
+def _last_words(log: Path, count: int = 3) -> list[str]:
+    """Return the last lines of a log that the ranks wrote themselves."""
     lines = last_lines(log, 200)
     for index, line in enumerate(lines):
+        # After a failure torchrun adds a long summary. It begins with a line from this file.
         if "torch/distributed/elastic/multiprocessing/api.py" in line:
             lines = lines[:index] or lines
             break
     return lines[-count:]
 
 
-@contextlib.contextmanager
-def reporting_errors() -> Iterator[None]:
-    """Around a rank's work: gives signs of life, and ends with one line for run_ranks (of several
-    ranks' errors the first counts) and exit code 2, without a traceback, where a LopdError comes
-    out or a collective has waited longer than its timeout.
-    """
-    heartbeat = _start_heartbeat()
-    try:
-        yield
-    except LopdError as error:
-        _report(error)
-    except RuntimeError as error:
-        lost = lost_peer(error) if NODE in os.environ else None
-        if lost is None and not _is_timeout(error):
-            raise
-        did = (
-            "waited too long for the other ranks"
-            if lost is None
-            else f"lost its connection to {lost}"
-        )
-        what = f"rank {os.environ.get('RANK')} {did} ({str(error).strip().splitlines()[0][:200]})"
-        _report(
-            TrainingError(
-                what,
-                where=COLLECTIVE,
-                limit="timeout_s" if lost is None else "",
-                remedy=f"see in the log what the others did; {_AGAIN}",
-            )
-        )
-    if heartbeat is not None:
-        heartbeat.unlink(missing_ok=True)
-
-
-def _start_heartbeat() -> Path | None:
-    """None: nobody watches."""
-    folder = os.environ.get(HEARTBEATS)
-    if folder is None:
-        return None
-    path = Path(folder, os.environ["RANK"])
-    path.write_text(str(os.getpid()))
-
-    def beat() -> None:
-        with contextlib.suppress(FileNotFoundError):  # the work is done, or the parent gone
-            while True:
-                os.utime(path)
-                time.sleep(BEAT_S)
-
-    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
-    return path
-
-
-def _is_timeout(error: RuntimeError) -> bool:
-    """gloo's and the store's timeouts are RuntimeErrors that only their text tells from others.
-    NCCL's watchdog ends the process itself.
-    """
-    text = str(error).lower()
-    return "timed out" in text or "timeout" in text
-
-
-def _report(error: LopdError) -> NoReturn:
-    path = os.environ.get(ERROR_FILE)
-    if path is None:
-        raise error
-    fields = {
-        "type": type(error).__name__,
-        "what": error.what,
-        "where": error.where,
-        "limit": error.limit,
-        "remedy": error.remedy,
-    }
-    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as handle:
-        json.dump(fields, handle)
-    sys.stderr.write(f"{error}\n")
-    sys.stderr.flush()
-    os._exit(EXIT_CODE)  # a normal exit would wait for collectives that the other ranks never join
-
-
-def _reported(error_file: Path) -> LopdError | None:
-    try:
-        fields = json.loads(error_file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    kind = getattr(errors, fields.pop("type"), None)
-    if not (isinstance(kind, type) and issubclass(kind, LopdError)):
-        kind = TrainingError
-    return kind(fields.pop("what"), **fields)
-
-
 def _become_rank(module: str, args: Sequence[str]) -> None:
-    """Turns this process into ``python -m module args``, to end when torchrun does: torchrun puts
-    every rank into a session of its own, out of reach of the guard that ends torchrun's group.
-    """
+    """Turn this process into ``python -m module args``."""
+    # torchrun puts every rank into a session of its own. The guard ends torchrun's group, and so
+    # it does not reach the ranks. The kernel ends them when torchrun ends.
     die_with_parent()
     os.execv(sys.executable, [sys.executable, "-u", "-m", module, *args])
 

@@ -1,10 +1,12 @@
-"""Ranks and process groups. The only file that asks megatron.core.parallel_state.
+"""Ranks and process groups. No other file of lopd asks megatron.core.parallel_state.
 
-tp, pp, cp, ep, etp, dp: tensor, pipeline, context, expert, tensor inside an expert, data. Every
-rank of a tensor, pipeline and context group is given the same microbatches; ranks with different
-data_rank() are given different ones. Of a microbatch each context rank computes a part
-(lopd.megatron.model.context). Experts are spread over all ranks of a pipeline stage, across context
-and data ranks too.
+The names tp, pp, cp, ep, etp and dp mean tensor, pipeline, context, expert, tensor inside an
+expert, and data.
+
+All ranks of a tensor, pipeline and context group are given the same microbatches. Ranks with
+different data_rank() are given different ones. Each context rank computes a part of a microbatch
+(lopd.megatron.model.context). The experts are spread over all ranks of a pipeline stage, so an
+expert group reaches across context and data ranks.
 """
 
 from __future__ import annotations
@@ -26,35 +28,46 @@ from lopd.errors import TrainingError
 
 
 def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> None:
-    """Join the process group that torchrun's environment describes (NCCL with CUDA, else gloo),
-    form Megatron's groups, seed every generator.
+    """Join the process group, form Megatron's groups, and seed every random generator.
 
-    Installs megatron_patches first, so that nothing of Megatron-Core runs without them. timeout_s:
-    a collective that waits longer for a lost rank fails.
-    May be called again with another layout of the same ranks (tests do).
-    TrainingError: not started by torchrun, or with another number of ranks than parallel.ranks.
+    torchrun's environment describes the process group. It uses NCCL where CUDA is available, else
+    gloo. The function may be called again with another layout of the same ranks.
+
+    Args:
+        parallel: The layout of the ranks.
+        seed: The seed of the generators of Python, NumPy, torch and Megatron-Core.
+        timeout_s: A collective that waits longer than this for a rank fails.
+
+    Raises:
+        TrainingError: torchrun did not start this process, or it started another number of ranks
+            than parallel.ranks.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise TrainingError(
-            "RANK and WORLD_SIZE are not set",
+            "the variables RANK and WORLD_SIZE are not set",
             where="trainer",
-            remedy="start it with torchrun (lopd does)",
+            remedy="start the trainer with torchrun, as lopd does",
         )
+    # Megatron-Core would take the ranks that exist, and make more or fewer data ranks of them. Then
+    # a step would not have the batch that the configuration says.
     started = int(os.environ["WORLD_SIZE"])
     if started != parallel.ranks:
         raise TrainingError(
-            f"{started} ranks were started, parallel.ranks is {parallel.ranks}",
+            f"{started} ranks were started, but parallel.ranks is {parallel.ranks}",
             where="trainer",
             remedy="start as many ranks as configured",
         )
+    # First, so that nothing of Megatron-Core runs without the patches.
     megatron_patches.apply()
     cuda = torch.cuda.is_available()
+    # Before any collective: NCCL uses the current device. Without this all ranks of a machine would
+    # use its first GPU.
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
-        )
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    # Groups of a former layout. Megatron-Core refuses to form them twice.
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -63,16 +76,23 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        # The groups of Megatron-Core have a timeout of their own.
         distributed_timeout_minutes=timeout_s / 60,
     )
     python_random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    # Megatron-Core keeps one state for what is the same on all tensor ranks and another for what
+    # differs. Forced, because a former layout had its own states.
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def shutdown() -> None:
-    """Leave all groups. Safe to call twice, and when initialize was never called."""
+    """Leave all process groups.
+
+    It may be called twice, and also when initialize was never called.
+    """
+    # Megatron's groups first: they are built on the process group.
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -80,20 +100,24 @@ def shutdown() -> None:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Return the device that holds the tensors of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def barrier() -> None:
+    """Wait until every rank has come here."""
     dist.barrier()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value (small, plain), by rank, on every rank. Collective."""
+    """Return the values of all ranks, in the order of the ranks, on every rank. Collective.
+
+    Args:
+        value: The value of this rank. It is sent to all ranks, so it must be small and plain.
+    """
+    # A single rank needs no process group, so tools may run without torchrun.
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -101,11 +125,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def rank() -> int:
-    """Global rank; 0 outside of a process group."""
+    """Return the global rank. It is 0 outside of a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of ranks. It is 1 outside of a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -118,14 +143,16 @@ def data_size() -> int:
 
 
 def data_group() -> Any:
-    """Ranks that hold the same dense weights and see different microbatches; one such group for
-    each context rank.
+    """Return the ranks that hold the same dense weights and are given different microbatches.
+
+    Each context rank has a group of its own.
     """
     return parallel_state.get_data_parallel_group()
 
 
 def data_context_group() -> Any:
-    """data_group() and the context ranks: over which dense gradients are summed."""
+    """Return data_group() together with the context ranks. Dense gradients are summed over it."""
+    # Context ranks hold the same dense weights and see other tokens, as data ranks do.
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -133,9 +160,11 @@ def data_context_size() -> int:
     return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
-def speaks_for_data_rank() -> bool:
-    """True on one of the ranks that are given the same microbatches, on the last pipeline stage:
-    what belongs to a microbatch is counted there, once.
+def reports_for_data_rank() -> bool:
+    """Return whether this rank counts what belongs to a microbatch.
+
+    Exactly one of the ranks that are given the same microbatches does so. It is on the last
+    pipeline stage, where the losses are.
     """
     return is_last_stage() and tensor_rank() == 0 and context_rank() == 0
 
@@ -149,12 +178,13 @@ def context_size() -> int:
 
 
 def context_group() -> Any:
-    """Ranks that share the tokens of one microbatch."""
+    """Return the ranks that share the tokens of one microbatch."""
     return parallel_state.get_context_parallel_group()
 
 
 def expert_data_group() -> Any:
-    """Ranks that hold the same experts."""
+    """Return the ranks that hold the same experts."""
+    # Expert gradients are summed over these ranks only. Other ranks hold other experts.
     return parallel_state.get_expert_data_parallel_group()
 
 
@@ -187,7 +217,7 @@ def pipeline_group() -> Any:
 
 
 def model_group() -> Any:
-    """All ranks that together hold one copy of the dense weights (tensor and pipeline)."""
+    """Return the ranks that together hold one copy of the dense weights (tensor and pipeline)."""
     return parallel_state.get_model_parallel_group()
 
 
@@ -196,12 +226,12 @@ def is_first_stage() -> bool:
 
 
 def is_last_stage() -> bool:
-    """True where logits and losses are."""
+    """Return whether this rank computes logits and losses."""
     return bool(parallel_state.is_pipeline_last_stage())
 
 
 def last_stage_rank() -> int:
-    """Global rank of the last pipeline stage of this rank's pipeline."""
+    """Return the global rank of the last stage in the pipeline of this rank."""
     return int(parallel_state.get_pipeline_model_parallel_last_rank())
 
 

@@ -1,21 +1,21 @@
-"""A second scorer: the log-probability, and where asked for the entropy, of given responses by a
-model that runs in Megatron-Core, forward only.
+"""A second scorer: log-probabilities of given responses by a model in Megatron-Core.
+
+It runs forward passes alone. On request it gives the entropy at every token too.
 
     with MegatronScorer(folder_of_model, settings, folder=work) as engine:
-        for score in engine.score(requests):            # as SGLangEngine.score: in any order, each request once
+        # As SGLangEngine.score: each request once, in any order.
+        for score in engine.score(requests):
             ...
 
-For users who want teacher and student from one engine: the same kernels, layout rules and dtype as
-the trainer. The ranks are started by lopd.megatron.ranks.launch and run
-lopd.megatron.scoring.scorer_worker. Requests and answers cross as files of plain numbers (.npz) in
-a folder: a few chunks ahead, so the memory of this process does not grow with the number of
-responses, and ranks that wait for a chunk wait in no collective.
+It is for users who want teacher and student from one engine, with the same kernels, layout rules
+and dtype as the trainer. lopd.megatron.ranks.launch starts the ranks, which run
+lopd.megatron.scoring.scorer_worker. Requests and answers cross as files
+(lopd.megatron.scoring.exchange), a few chunks ahead. So the memory of this process does not grow
+with the number of responses, and ranks that wait for a chunk wait in no collective.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import secrets
 import tempfile
@@ -29,23 +29,33 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from lopd.artifacts import publish_json, remove_folder
+from lopd.artifacts import remove_folder
 from lopd.batching import refuse_too_long
 from lopd.config import ForwardSection
 from lopd.errors import ConfigError, DataError, EngineError, LopdError
 from lopd.megatron.ranks.launch import run_ranks, threads_of
+from lopd.megatron.scoring.exchange import (
+    END,
+    POLL_S,
+    answers_path,
+    read_numbers,
+    requests_path,
+    write_job,
+    write_numbers,
+)
 from lopd.megatron.weights.architecture import read_architecture, validate_layout
 from lopd.records import Ints, TeacherScores, token_hash
 
-AHEAD = 2  # chunks that are written while another is scored
-CHUNK_MICROBATCHES = (
-    8  # of each data rank: enough to balance them, few enough that the first answers come soon
-)
-POLL_S = 0.02
-MAX_LOGPROB = 1e-4  # a probability of 1 may come out as a hair more
-END = "end"
+# Chunks that are written while another is scored. They keep the ranks busy.
+AHEAD = 2
+# Microbatches of each data rank in a chunk: enough to balance their lengths, and few enough that
+# the first answers come soon.
+CHUNK_MICROBATCHES = 8
+# Nats. Rounding can bring the log-probability of a certain token a little above 0.
+MAX_LOGPROB = 1e-4
 
 
+# A protocol, because the Megatron side of lopd imports nothing of the SGLang side.
 class Scorable(Protocol):
     """A response to score: sglang_rollout.requests.scoring.ScoreRequest, or anything like it."""
 
@@ -66,8 +76,9 @@ class _Chunk:
 
 
 class MegatronScorer:
-    """Ranks with a model, as long as the ``with`` block lasts; they end with this process, whatever
-    ends it.
+    """Ranks with a model, for as long as the ``with`` block lasts.
+
+    The ranks end with this process, however it ends.
     """
 
     def __init__(
@@ -79,46 +90,71 @@ class MegatronScorer:
         name: str = "teacher",
         entropy: bool = False,
     ) -> None:
-        """folder: for the ranks' log, megatron-NAME.log, of which no other scorer may write.
-        LopdError: the model, or the layout does not divide it.
+        """Check the model and the layout. Nothing starts yet.
+
+        Args:
+            model: The Hugging Face folder of the model.
+            settings: The [score.forward] section.
+            folder: The folder of the ranks' log, megatron-NAME.log. No other scorer may write to
+                the same log.
+            name: The name of the model, for the log and for messages.
+            entropy: Whether the scores have the entropy at every token.
+
+        Raises:
+            LopdError: The model cannot be read, or the layout does not divide it.
         """
-        self._model, self._settings, self._entropy = model, settings, entropy
+        self._model = model
+        self._settings = settings
+        self._entropy = entropy
+        # Here, before the ranks start: a layout that does not fit is then an error in a second, and
+        # not after the model was read.
         validate_layout(
             read_architecture(model), settings.parallel, where=f"parallel of the {name}"
         )
         self._log = folder / f"megatron-{name}.log"
+        # The name is unique: a process may have several scorers, and a machine several users.
         self._spool = Path(
             tempfile.gettempdir(), f"lopd-megatron-{name}-{os.getpid()}-{secrets.token_hex(4)}"
         )
+        # The number of the newest chunk, from 1.
         self._number = 0
         self._stop = threading.Event()
         self._error: LopdError | None = None
         self._thread = threading.Thread(target=self._run, name=f"megatron-{name}", daemon=True)
 
     def __enter__(self) -> Self:
+        # For its owner alone: other users of the machine must not read prompts and responses.
         self._spool.mkdir(mode=0o700)
-        settings = self._settings.model_dump(mode="json")
-        publish_json(
-            self._spool / "job.json",
-            {"model": str(self._model), "settings": settings, "entropy": self._entropy},
-        )
+        write_job(self._spool, self._model, self._settings, entropy=self._entropy)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
+            # The ranks finish by themselves, and close their process groups in order.
             (self._spool / END).touch()
         else:
+            # Nobody wants the rest of the answers.
             self._stop.set()
+        # The ranks read and write in the spool. It goes when they have ended.
         self._thread.join()
         remove_folder(self._spool)
 
     def score(self, requests: Iterable[Scorable], *, top_k: int = 0) -> Iterator[TeacherScores]:
-        """Score every response; scores come in chunks as these are done. Natural log, temperature
-        1.
+        """Score every response. Scores come in chunks, as soon as a chunk is done.
 
-        ConfigError: top_k, which this engine cannot give. DataError: empty, or longer than a
-        microbatch. LopdError: what stopped the ranks. EngineError: a value that no model gives.
+        Args:
+            requests: The responses. They are read as they are needed.
+            top_k: Must be 0. This scorer gives no top-K.
+
+        Yields:
+            Natural logarithms at temperature 1.
+
+        Raises:
+            ConfigError: top_k is not 0.
+            DataError: A response is empty, or longer than a microbatch.
+            EngineError: A value is no log-probability.
+            LopdError: What has ended the ranks.
         """
         if top_k:
             raise ConfigError(
@@ -126,6 +162,8 @@ class MegatronScorer:
                 where="score.engine = 'megatron'",
                 remedy="set score.engine = 'sglang'",
             )
+        # The bound on chunks ahead is also the bound on memory: requests are kept until their
+        # answers come, and are read only when a chunk is to be filled.
         waiting: deque[_Chunk] = deque()
         for chunk in self._chunks(requests):
             self._send(chunk)
@@ -137,6 +175,8 @@ class MegatronScorer:
 
     def _chunks(self, requests: Iterable[Scorable]) -> Iterator[_Chunk]:
         settings = self._settings
+        # In tokens. A chunk closes before the request that would exceed the budget, so no request
+        # is divided.
         budget = CHUNK_MICROBATCHES * settings.parallel.data * settings.max_tokens_per_microbatch
         pending: list[Scorable] = []
         num_tokens = 0
@@ -144,26 +184,34 @@ class MegatronScorer:
             length = self._length(request)
             if pending and num_tokens + length > budget:
                 yield self._numbered(pending)
-                pending, num_tokens = [], 0
+                pending = []
+                num_tokens = 0
             pending.append(request)
             num_tokens += length
         if pending:
             yield self._numbered(pending)
 
     def _numbered(self, requests: list[Scorable]) -> _Chunk:
+        # One count for all calls of score: the ranks take chunks in the order of their numbers.
         self._number += 1
         return _Chunk(self._number, requests)
 
     def _length(self, request: Scorable) -> int:
+        """Return the number of tokens of a request that can be scored.
+
+        Raises:
+            DataError: It is empty, or longer than a microbatch.
+        """
         name = f"response {request.prompt_id}/{request.sample_index}"
-        if len(request.prompt_ids) == 0 or len(request.token_ids) == 0:
-            what = f"{len(request.prompt_ids)} prompt tokens and {len(request.token_ids)} response tokens"
+        prompt_len = len(request.prompt_ids)
+        response_len = len(request.token_ids)
+        if prompt_len == 0 or response_len == 0:
             raise DataError(
-                what,
+                f"{prompt_len} prompt tokens and {response_len} response tokens",
                 where=name,
                 limit="at least one of each: the first token of a sequence has no log-probability",
             )
-        length = len(request.prompt_ids) + len(request.token_ids)
+        length = prompt_len + response_len
         parallel = self._settings.parallel
         refuse_too_long(
             [length],
@@ -175,62 +223,64 @@ class MegatronScorer:
         return length
 
     def _send(self, chunk: _Chunk) -> None:
-        prompts, responses = (
-            [request.prompt_ids for request in chunk.requests],
-            [request.token_ids for request in chunk.requests],
-        )
-        tokens = np.concatenate(
-            [part for pair in zip(prompts, responses, strict=True) for part in pair]
-        )
+        # All sequences end to end, each prompt followed by its response.
+        parts: list[Ints] = []
+        for request in chunk.requests:
+            parts += [request.prompt_ids, request.token_ids]
         write_numbers(
-            self._spool / f"in-{chunk.number:06d}.npz",
-            tokens=tokens,
-            prompt_lens=[*map(len, prompts)],
-            response_lens=[*map(len, responses)],
+            requests_path(self._spool, chunk.number),
+            tokens=np.concatenate(parts),
+            prompt_lens=[len(request.prompt_ids) for request in chunk.requests],
+            response_lens=[len(request.token_ids) for request in chunk.requests],
         )
 
     def _receive(self, chunk: _Chunk) -> Iterator[TeacherScores]:
-        answered = 0
+        num_answered = 0
         for data_rank in range(self._settings.parallel.data):
-            path = self._spool / f"out-{chunk.number:06d}-{data_rank:04d}.npz"
-            while not path.exists():
-                if not self._thread.is_alive():
-                    raise self._error or EngineError(
-                        "the ranks ended before they had answered", where=str(self._log)
-                    )
-                time.sleep(POLL_S)
+            path = answers_path(self._spool, chunk.number, data_rank)
+            self._wait_for(path)
             answer = read_numbers(path)
             bounds = np.cumsum([0, *answer["lengths"]])
             for place, index in enumerate(answer["index"].tolist()):
                 rows = slice(bounds[place], bounds[place + 1])
-                yield self._scores(
-                    chunk.requests[index],
-                    answer["logprobs"][rows],
-                    answer["entropy"][rows] if self._entropy else None,
-                )
-                answered += 1
+                entropy = answer["entropy"][rows] if self._entropy else None
+                yield self._scores(chunk.requests[index], answer["logprobs"][rows], entropy)
+                num_answered += 1
+            # The spool holds only chunks that are under way, so it does not grow with the data.
             path.unlink()
-        assert answered == len(chunk.requests), (
-            f"{answered} answers to {len(chunk.requests)} requests"
+        assert num_answered == len(chunk.requests), (
+            f"{num_answered} answers to {len(chunk.requests)} requests"
         )
-        (self._spool / f"in-{chunk.number:06d}.npz").unlink()
+        # Not before the last answer: a data rank that is behind still has to read the requests.
+        requests_path(self._spool, chunk.number).unlink()
+
+    def _wait_for(self, path: Path) -> None:
+        # No limit of time here: run_ranks ends ranks that hang, and then the thread ends.
+        while not path.exists():
+            if not self._thread.is_alive():
+                raise self._error or EngineError(
+                    "the ranks ended before they had answered", where=str(self._log)
+                )
+            time.sleep(POLL_S)
 
     def _scores(self, request: Scorable, logprobs: Any, entropy: Any) -> TeacherScores:
         assert len(logprobs) == len(request.token_ids)
-        if not np.isfinite(logprobs).all() or logprobs.max() > MAX_LOGPROB:
-            bad = int(np.flatnonzero(~np.isfinite(logprobs) | (logprobs > MAX_LOGPROB))[0])
-            where = f"response {request.prompt_id}/{request.sample_index}, token {bad}"
+        # A broken model gives nan or values above 0. In a cache they would end a training much
+        # later, far from their cause.
+        bad = np.flatnonzero(~np.isfinite(logprobs) | (logprobs > MAX_LOGPROB))
+        if len(bad):
+            first = int(bad[0])
             raise EngineError(
-                f"log-probability {logprobs[bad]}",
-                where=where,
+                f"log-probability {logprobs[first]}",
+                where=f"response {request.prompt_id}/{request.sample_index}, token {first}",
                 limit="finite and at most 0",
-                remedy=f"look at the weights of {self._model}",
+                remedy=f"check the weights of {self._model}",
             )
-        hashed = token_hash(request.prompt_ids, request.token_ids)
         return TeacherScores(
             request.prompt_id,
             request.sample_index,
-            hashed,
+            token_hash(request.prompt_ids, request.token_ids),
+            # What is above 0 by rounding is the log-probability of a certain token.
             np.minimum(logprobs, 0),
             entropy=entropy,
         )
@@ -247,26 +297,6 @@ class MegatronScorer:
                 timeout_s=settings.timeout_s,
                 stop=self._stop,
             )
-        except LopdError as error:  # raised where somebody waits for an answer
+        # An exception would end this thread unseen. It is raised where an answer is waited for.
+        except LopdError as error:
             self._error = error
-
-
-def write_numbers(path: Path, **arrays: Any) -> None:
-    """Arrays of numbers by name, as a file that appears at once and complete."""
-    buffer = io.BytesIO()
-    columns: dict[str, Any] = {name: np.asarray(values) for name, values in arrays.items()}
-    np.savez(buffer, **columns)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.rename(path)
-
-
-def read_numbers(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
-
-
-def read_job(spool: Path) -> tuple[Path, ForwardSection, bool]:
-    """What a rank is told: model, settings, whether entropy is asked for."""
-    job = json.loads((spool / "job.json").read_text(encoding="utf-8"))
-    return Path(job["model"]), ForwardSection.model_validate(job["settings"]), bool(job["entropy"])

@@ -1,15 +1,18 @@
-"""The trainer on Megatron-Core: per microbatch one forward and one backward pass, per step one
-division by the global number of items and one update.
+"""The trainer on Megatron-Core.
+
+Each microbatch takes one forward and one backward pass. Each step takes one division by the global
+number of items, and one update.
 
     parallel.initialize(settings.parallel, seed=17, timeout_s=settings.timeout_s)
     trainer = Trainer(settings, model_dir=..., init="checkpoint", init_std=0.02, seed=17,
-    objective=..., checkpoint_dir=...)
+                      objective=..., checkpoint_dir=...)
     state = trainer.resume() or {}
     for step in range(trainer.step, settings.num_steps):
-        metrics = trainer.train_step(microbatches_of(step))       # the same number on every data rank
+        # Every data rank gives the same number of microbatches.
+        metrics = trainer.train_step(microbatches_of(step))
 
-Gradients are sums over tokens or responses (``calculate_per_token_loss``) and are divided once, by
-the count over all microbatches and ranks, so neither packing nor layout changes them.
+Gradients are sums over tokens or responses (``calculate_per_token_loss``). They are divided once,
+by the count over all microbatches and ranks. So neither the packing nor the layout changes them.
 """
 
 from __future__ import annotations
@@ -23,57 +26,56 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lopd.config import TrainSection
-from lopd.errors import TrainingError
 from lopd.megatron.checkpoints.checkpoint import Checkpoints, Trained
 from lopd.megatron.model import engine
-from lopd.megatron.model.build import DTYPES, build_model, init_random
-from lopd.megatron.model.context import num_computed
+from lopd.megatron.model.build import build_model, init_random
 from lopd.megatron.model.inference import forward_microbatch, score_microbatches
-from lopd.megatron.model.overrides import build, read_overrides
+from lopd.megatron.model.overrides import read_overrides
+from lopd.megatron.model.transformer_config import DTYPES
 from lopd.megatron.ranks import parallel
+from lopd.megatron.training.balancing import balancing_coefficient
 from lopd.megatron.training.health import StepHealth
+from lopd.megatron.training.not_finite import has_bad_gradient, loss_suspects, not_finite_error
 from lopd.megatron.training.offload import DeviceMemory
 from lopd.megatron.training.optimizer import Optimizer
+from lopd.megatron.training.reduction import StepSums, require_equal_counts
+from lopd.megatron.training.wrapping import wrap_for_training
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.transfer import export_hf, load_hf
-from lopd.objective import LossOutput, Objective, TokenBatch, reduce_metrics
+from lopd.objective import Objective, TokenBatch, reduce_metrics
 from lopd.records import Microbatch
 
+# The size of an exported bucket of weights: large enough that the cost of a transfer's start does
+# not count, small enough to fit beside a training.
 BUCKET_BYTES = 512 * 2**20
-NAMED_RESPONSES = 8  # in the message of a step that is not finite
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimizer step, the same on every rank. step: updates done, this one included.
-    num_tokens: tokens that carry loss. seconds: wall clock.
+    """The figures of one optimizer step. They are the same on every rank."""
 
-    tokens_per_s: tokens of all sequences, prompts included, over all ranks. metrics: what the
-    objective reports (lopd.objective.reduce_metrics).
-    """
-
+    # The number of updates made, this one included.
     step: int
     loss: float
-    grad_norm: float  # before clipping
+    # The global L2 norm of the gradients before clipping.
+    grad_norm: float
     lr: float
+    # The number of tokens that carry loss.
     num_tokens: int
+    # Wall-clock time of the step.
     seconds: float
+    # Tokens of all sequences, prompts included, over all ranks.
     tokens_per_s: float
+    # What the objective reports (lopd.objective.reduce_metrics), and the figures of StepHealth.
     metrics: Mapping[str, float]
 
     def as_dict(self) -> dict[str, float]:
-        """Flat, for a line of JSON."""
+        """Return all figures without nesting, for a line of JSON."""
         own = asdict(self)
         return {**own.pop("metrics"), **own}
 
@@ -94,16 +96,30 @@ class Trainer:
         num_steps: int | None = None,
         entropy: bool = False,
     ) -> None:
-        """After parallel.initialize(settings.parallel). num_steps: length of the training, for the
-        learning rate; absent: settings.num_steps.
+        """Build the model and its optimizer. Call parallel.initialize(settings.parallel) first.
 
-        entropy: give the objective the student's entropy of every token
-        (TokenBatch.student_entropy), without gradient. model_dir: Hugging Face folder; with init
-        "random" only its config.json is read. checkpoint_dir: None where nothing is to be saved or
-        resumed. LopdError: the model cannot be read; ConfigError: the layout does not divide it.
+        Args:
+            settings: The [sft] or [distill] section.
+            model_dir: A Hugging Face folder. With init "random" only its config.json is read.
+            init: Where the first weights come from.
+            init_std: The standard deviation of random weights.
+            seed: The seed of random weights.
+            objective: The loss.
+            checkpoint_dir: The folder of the checkpoints. None saves and resumes nothing.
+            num_steps: The length of the training, for the learning rate. None takes that of the
+                settings.
+            entropy: Whether the objective gets the student's entropy of every token
+                (TokenBatch.student_entropy), without gradient.
+
+        Raises:
+            LopdError: The model cannot be read.
+            ConfigError: The layout does not divide the model, or Megatron-Core refuses a field.
         """
-        self.settings, self.objective, self._entropy = settings, objective, entropy
+        self.settings = settings
+        self.objective = objective
+        self._entropy = entropy
         self.architecture = read_architecture(model_dir)
+        # Before the model is built: a field that does not exist is an error at once.
         overrides = read_overrides(settings.megatron)
         self.module = build_model(
             self.architecture,
@@ -113,21 +129,17 @@ class Trainer:
             moe_aux_loss=settings.moe_aux_loss,
             overrides=overrides.transformer,
         )
+        # The weights come before the optimizer, which copies them as float32 when it is made.
         if init == "random":
             init_random(self.module, self.architecture, std=init_std, seed=seed)
         else:
             load_hf(self.module, self.architecture, model_dir)
-        _mark_experts(self.module)
-        if settings.optimizer.freeze_router:
-            _freeze_routers(self.module)
         distributed = settings.parallel.distributed_optimizer
-        overlap = (
-            torch.cuda.is_available() and parallel.data_context_size() > 1
-        )  # on a CPU there is no second queue of work to overlap with
-        self.model = DistributedDataParallel(
-            self.module.config,
-            ddp_config(distributed, overrides.distributed, overlap=overlap),
+        self.model = wrap_for_training(
             self.module,
+            distributed=distributed,
+            freeze_router=settings.optimizer.freeze_router,
+            overrides=overrides.distributed,
         )
         self.optimizer = Optimizer(
             settings.optimizer,
@@ -137,344 +149,273 @@ class Trainer:
             distributed=distributed,
             overrides=overrides.optimizer,
         )
-        self.memory = DeviceMemory(
-            self.model, self.optimizer.megatron
-        )  # a server on the same device takes turns with it
+        # A server on the same device may have this memory between two steps.
+        self.memory = DeviceMemory(self.model, self.optimizer.megatron)
         self._health = StepHealth(self.module, self.architecture, settings.dtype)
+        self._sums = StepSums()
         self._config = self.module.config
+        # Megatron-Core calls it after the last backward pass of a step. It adds up gradients over
+        # ranks and divides them by the global number of items.
         self._config.finalize_model_grads_func = finalize_model_grads
-        # with overlap_grad_reduce: gradients are reduced after the last microbatch, not after each
+        # With overlap_grad_reduce, gradients are reduced after the last microbatch. Without this
+        # line they would be reduced after each one.
         self._config.no_sync_func = self.model.no_sync
-        self.step = 0  # optimizer steps done
-        self._metric_names: list[str] = []
+        # The number of updates made.
+        self.step = 0
+        self._checkpoints = None if checkpoint_dir is None else self._checkpoints_in(checkpoint_dir)
+
+    def _checkpoints_in(self, folder: Path) -> Checkpoints:
+        settings = self.settings
+        uses_engine = engine.uses_engine(settings.dtype)
         layout = {
             **settings.parallel.model_dump(),
             "dtype": settings.dtype,
-            "layers": "transformer_engine" if engine.uses_engine(settings.dtype) else "local",
+            "layers": "transformer_engine" if uses_engine else "local",
         }
-        self._checkpoints: Checkpoints | None = None
-        if checkpoint_dir is not None:
-            background = settings.checkpoint_in_background
-            self._checkpoints = Checkpoints(
-                checkpoint_dir, keep=settings.keep_checkpoints, layout=layout, background=background
-            )
-
-    # ---- one step ---------------------------------------------------------------------------------------------------------------------------------
+        return Checkpoints(
+            folder,
+            keep=settings.keep_checkpoints,
+            layout=layout,
+            background=settings.checkpoint_in_background,
+        )
 
     def train_step(self, microbatches: Sequence[Microbatch]) -> StepMetrics:
-        """One optimizer step on this data rank's microbatches; ranks with the same data_rank give
-        the same ones, and every data rank the same number.
+        """Make one optimizer step.
 
-        TrainingError: the numbers differ, or loss or gradient norm is not finite; then nothing was
-        updated. DataError: no token carries loss.
+        Args:
+            microbatches: The microbatches of this data rank. Ranks with the same data_rank give the
+                same ones. Every data rank gives the same number.
+
+        Returns:
+            The figures of the step.
+
+        Raises:
+            TrainingError: The numbers of microbatches differ, or the loss or the gradient norm is
+                not finite. Nothing was updated.
+            DataError: No token carries loss.
         """
         start = time.perf_counter()
+        # Memory that was given to a server has no content. A kernel that reads it ends the process.
         self.memory.require()
         if self._checkpoints is not None:
+            # Publishing is collective. Here all ranks are at the same place.
             self._checkpoints.publish_written()
-        self._check_count(len(microbatches))
+        # Before any pass: ranks with unequal numbers would wait for each other until the timeout.
+        require_equal_counts(len(microbatches), step=self.step + 1)
+        # Scoring between two steps leaves the model in evaluation mode.
         self.model.train()
         self._health.begin()
+        # The passes add to the buffer of the gradients, so it must be zero. The optimizer's own
+        # gradients, of its float32 weights, are released: the passes need the memory.
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        # Before the forward pass, in which the routers use the coefficient.
         self._scale_balancing_loss(microbatches)
-        outputs = get_forward_backward_func()(
+        outputs = self._forward_backward(microbatches)
+
+        # The gradients are now those of the whole step: finalize_model_grads has summed and divided
+        # them. The loss is still this rank's sum, and is divided by the same global count.
+        sums, health = self._sums.reduce(outputs, self._health.vector(microbatches))
+        # reduce_metrics refuses a step without items. The bound avoids a division by 0 before that.
+        loss = sums.pop("loss") / max(sums.pop("num_items"), 1.0)
+        metrics = reduce_metrics(sums)
+
+        # Both checks look at global values, so all ranks raise together. A rank that raised alone
+        # would leave the others in a collective. They come before the update: a nan in Adam's
+        # moments stays there, and no later step recovers from it. The loss comes first, because it
+        # tells which microbatch was at fault; the gradients are those of all microbatches.
+        self._require_finite_loss(loss, outputs, microbatches)
+        grad_norm = self.optimizer.grad_norm()
+        self._require_finite_norm(grad_norm, microbatches)
+
+        # The rate is a function of the step's number, read before the number rises.
+        learning_rate = self.optimizer.learning_rate(self.step)
+        self.optimizer.update(self.step)
+        self.step += 1
+
+        seconds = time.perf_counter() - start
+        figures = self._health.figures(health, seconds)
+        num_processed = figures.pop("num_processed")
+        return StepMetrics(
+            step=self.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=learning_rate,
+            num_tokens=int(sums["num_tokens"]),
+            seconds=seconds,
+            tokens_per_s=num_processed / seconds,
+            metrics=metrics | figures,
+        )
+
+    def _forward_backward(self, microbatches: Sequence[Microbatch]) -> list[dict[str, Tensor]]:
+        """Run all passes of a step and return the sums of each microbatch.
+
+        The sums are there on the last pipeline stage; elsewhere the list is empty.
+        """
+        outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iter(microbatches),
             model=[self.model],
             num_microbatches=len(microbatches),
-            seq_length=len(
-                microbatches[0].token_ids
-            ),  # ignored: stages tell each other the length of each microbatch
+            # Megatron-Core asks for the length but does not use it here: with variable lengths the
+            # pipeline stages tell each other the length of each microbatch.
+            seq_length=len(microbatches[0].token_ids),
             micro_batch_size=1,
             forward_only=False,
         )
-        sums, health = self._reduce(outputs, self._health.vector(microbatches))
-        loss = sums.pop("loss") / max(sums.pop("num_items"), 1.0)
-        metrics = reduce_metrics(sums)
-        if not math.isfinite(loss):
-            bad = [not math.isfinite(output["loss"].item()) for output in outputs]
-            suspects = (
-                [microbatch for microbatch, is_bad in zip(microbatches, bad, strict=True) if is_bad]
-                if bad
-                else []
-            )
-            raise self._not_finite(f"loss is {loss}", any(bad), suspects)
-        grad_norm = self.optimizer.grad_norm()
-        if not math.isfinite(grad_norm):
-            raise self._not_finite(
-                f"gradient norm is {grad_norm}", self._has_bad_gradient(), microbatches
-            )
-        learning_rate = self.optimizer.learning_rate(self.step)
-        self.optimizer.update(self.step)
-        self.step += 1
-        seconds = time.perf_counter() - start
-        figures = self._health.figures(health, seconds)
-        num_processed = figures.pop("num_processed")
-        metrics |= figures
-        return StepMetrics(
-            self.step,
-            loss,
-            grad_norm,
-            learning_rate,
-            int(sums["num_tokens"]),
-            seconds,
-            num_processed / seconds,
-            metrics,
-        )
+        return outputs
 
     def _forward_step(self, microbatches: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
-        """Megatron's forward_step_func: the stage's output, and the function that makes the loss of
-        the last stage's.
+        """Run one forward pass: Megatron-Core's forward_step_func.
+
+        Returns the output of the stage, and the function that makes the loss of the last stage's
+        output.
         """
         microbatch = next(microbatches)
         with self._health.counting(microbatch):
             output, entropy = forward_microbatch(model, microbatch, entropy=self._entropy)
+        # The loss function is bound to its microbatch: Megatron-Core gives it the output alone.
         return output, partial(self._loss, microbatch, entropy)
 
     def _loss(
         self, microbatch: Microbatch, entropy: Tensor | None, logprobs: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's loss function: sum of losses, number of items, and what is summed for the
-        metrics (float64).
+        """Compute the loss of one microbatch: Megatron-Core's loss function.
 
-        Every context rank has all log-probabilities and the same loss, but gradients of its own
-        part alone; so only the first of them counts the items.
+        Returns the sum of losses, the number of items, and the sums for the metrics (float64).
         """
+        # The entropy is a figure, and no part of the loss. So it has no gradient.
         batch = replace(
             TokenBatch.from_microbatch(microbatch, parallel.device()),
             student_entropy=None if entropy is None else entropy.detach(),
         )
         if microbatch.teacher_top is not None:
-            batch, logprobs = replace(batch, student_top_logprobs=logprobs[:, 1:]), logprobs[:, 0]
-        result: LossOutput = self.objective(logprobs, batch)
+            # The model gave [T, 1 + K]: first the label, then the teacher's K tokens.
+            batch = replace(batch, student_top_logprobs=logprobs[:, 1:])
+            logprobs = logprobs[:, 0]
+        result = self.objective(logprobs, batch)
         sums = {
             "loss": result.loss_sum.detach().double(),
             "num_items": result.num_items.double(),
             **result.metric_sums,
         }
-        return result.loss_sum, result.num_items * (parallel.context_rank() == 0), sums
-
-    def _check_count(self, count: int) -> None:
-        """Ranks with unequal numbers would wait for each other until the timeout."""
-        if parallel.data_size() > 1:
-            bounds = torch.tensor([count, -count], device=parallel.device())
-            dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=parallel.data_group())
-            if bounds[0] != -bounds[1]:
-                what = f"data ranks have between {-bounds[1].item()} and {bounds[0].item()} microbatches; rank {parallel.rank()} has {count}"
-                raise TrainingError(
-                    what, where=f"step {self.step + 1}", limit="the same number on every data rank"
-                )
-        if count == 0:
-            raise TrainingError("no microbatches", where=f"step {self.step + 1}")
-
-    def _reduce(
-        self, outputs: Sequence[Mapping[str, Tensor]], health: Tensor
-    ) -> tuple[dict[str, float], list[float]]:
-        """Sums over microbatches and data ranks, and of every rank's health vector, on every rank:
-        one all-reduce.
-
-        To the former one rank of each data rank contributes.
-        """
-        if not self._metric_names:
-            names = [[*outputs[0]] if outputs else None]
-            if parallel.pipeline_size() > 1:
-                dist.broadcast_object_list(
-                    names, src=parallel.last_stage_rank(), group=parallel.pipeline_group()
-                )
-            assert names[0] is not None
-            self._metric_names = names[0]
-        num_metrics = len(self._metric_names)
-        total = torch.cat(
-            [torch.zeros(num_metrics, dtype=torch.float64, device=parallel.device()), health]
-        )
-        if parallel.speaks_for_data_rank():
-            for output in outputs:
-                assert [*output] == self._metric_names, (
-                    "an objective reports the same metrics for every microbatch"
-                )
-                total[:num_metrics] += torch.stack([*output.values()])
-        dist.all_reduce(total)
-        summed = total.tolist()
-        return dict(zip(self._metric_names, summed[:num_metrics], strict=True)), summed[
-            num_metrics:
-        ]
+        # Every context rank has all log-probabilities and the same loss, but the gradients of its
+        # own part alone. finalize_model_grads adds up the items of all context ranks, so only the
+        # first of them counts items.
+        num_items = result.num_items * (parallel.context_rank() == 0)
+        return result.loss_sum, num_items, sums
 
     def _scale_balancing_loss(self, microbatches: Sequence[Microbatch]) -> None:
-        """Makes the experts' load-balancing loss a mean over the step's microbatches, weighted by
-        their tokens, whatever the layout and the objective.
+        # The routers read the coefficient from the config at every forward pass.
+        coefficient = self.settings.moe_aux_loss
+        if coefficient != 0 and self.architecture.num_experts:
+            self._config.moe_aux_loss_coeff = balancing_coefficient(
+                coefficient, self.objective, microbatches
+            )
 
-        Megatron's router multiplies the loss of a microbatch by the tokens on its rank, a share of
-        the microbatch for each tensor and context rank, and at the end everything is divided by the
-        number of items, which may be responses. The first would change the coefficient by 1 / (tp
-        cp), the second by tokens per item.
-        """
-        if self.settings.moe_aux_loss == 0 or not self.architecture.num_experts:
-            return
-        counts = torch.zeros(2, dtype=torch.float64, device=parallel.device())
-        for microbatch in microbatches:
-            batch = TokenBatch.from_microbatch(microbatch, parallel.device())
-            batch = replace(batch, student_top_logprobs=batch.teacher_top_logprobs)
-            # How many items there are depends on masks alone; any log-probabilities will do.
-            counts[0] += self.objective(
-                torch.zeros(len(microbatch.token_ids), device=parallel.device()), batch
-            ).num_items
-            counts[1] += num_computed(microbatch)
-        dist.all_reduce(counts, group=parallel.data_group())
-        shares = parallel.tensor_size() * parallel.context_size()
-        self._config.moe_aux_loss_coeff = (
-            self.settings.moe_aux_loss * shares * (counts[0] / counts[1]).item()
-        )
+    def _require_finite_loss(
+        self,
+        loss: float,
+        outputs: Sequence[Mapping[str, Tensor]],
+        microbatches: Sequence[Microbatch],
+    ) -> None:
+        if not math.isfinite(loss):
+            suspects = loss_suspects(outputs, microbatches)
+            raise not_finite_error(
+                f"loss is {loss}",
+                is_here=bool(suspects),
+                suspects=suspects,
+                step=self.step + 1,
+                checkpoints=self._checkpoints,
+            )
 
-    def _not_finite(self, what: str, here: bool, suspects: Sequence[Microbatch]) -> TrainingError:
-        """Collective, on the way out: names the ranks where it came from, the responses of their
-        suspect microbatches, and the checkpoint to go on from.
-        """
-        own = (
-            [
-                f"{prompt_id}/{sample_index}"
-                for microbatch in suspects
-                for prompt_id, sample_index in microbatch.keys
-            ]
-            if here
-            else []
-        )
-        found: list[tuple[bool, list[str]]] = [(here, own)] * parallel.world_size()
-        dist.all_gather_object(found, (here, own))
-        ranks = ", ".join(str(rank) for rank, (bad, _) in enumerate(found) if bad) or "unknown"
-        responses = [
-            *dict.fromkeys(name for _, names in found for name in names)
-        ]  # tensor ranks name the same ones
-        more = (
-            f" and {len(responses) - NAMED_RESPONSES} more"
-            if len(responses) > NAMED_RESPONSES
-            else ""
-        )
-        learned = (
-            f", learning from the responses {', '.join(responses[:NAMED_RESPONSES])}{more}"
-            if responses
-            else ""
-        )
-        newest = None
-        if self._checkpoints is not None:
-            self._checkpoints.finish()
-            newest = self._checkpoints.newest()
-        return TrainingError(
-            f"{what}, on rank {ranks}{learned}; the weights were not updated",
-            where=f"step {self.step + 1}",
-            remedy=f"lower the learning rate or look at the data; the last good checkpoint is {newest if newest is not None else 'the initial model'}",
-        )
-
-    def _has_bad_gradient(self) -> bool:
-        return any(
-            not torch.isfinite(parameter.main_grad).all()
-            for parameter in self.model.parameters()
-            if parameter.requires_grad
-        )
-
-    # ---- without training -------------------------------------------------------------------------------------------------------------------------
+    def _require_finite_norm(self, grad_norm: float, microbatches: Sequence[Microbatch]) -> None:
+        if not math.isfinite(grad_norm):
+            raise not_finite_error(
+                f"gradient norm is {grad_norm}",
+                is_here=has_bad_gradient(self.model),
+                suspects=microbatches,
+                step=self.step + 1,
+                checkpoints=self._checkpoints,
+            )
 
     def logprobs(self, microbatch: Microbatch) -> Tensor:
-        """Log-probability of every label, float32 [T], by a forward pass alone; on every rank of a
-        data rank's pipeline.
+        """Return the log-probability of every label of a microbatch, float32 [T].
+
+        It takes a forward pass alone. Every rank of a data rank's pipeline gets the result.
         """
         return self.logprobs_of([microbatch])[0]
 
     def logprobs_of(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-        """The same of several microbatches, which follow each other through the pipeline. Every
-        data rank must give the same number.
+        """Return logprobs of several microbatches, which follow each other through the pipeline.
+
+        Every data rank must give the same number.
         """
+        # A forward pass needs the weights alone. The optimizer's memory may be with a server.
         self.memory.require_weights()
         return [logprobs for logprobs, _ in score_microbatches(self.model, microbatches)]
 
     def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights under their Hugging Face names, bucket by bucket; see
-        lopd.megatron.weights.transfer.export_hf.
+        """Yield the weights under their Hugging Face names, bucket by bucket.
+
+        See lopd.megatron.weights.transfer.export_hf.
         """
         self.memory.require_weights()
         return export_hf(self.module, self.architecture, bucket_bytes=bucket_bytes)
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------------------------------------
-
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Publishes a checkpoint of this step with the caller's state (anything JSON can hold).
-        ArtifactError, TrainingError: it cannot be written.
+        """Publish a checkpoint of this step.
 
-        With settings.checkpoint_in_background it returns once the state is copied; a later step,
-        the next save or finish_checkpoint publishes it.
+        With settings.checkpoint_in_background it returns once the state is copied. A later step,
+        the next save, or finish_checkpoint publishes the checkpoint.
+
+        Args:
+            state: The caller's state: anything that JSON can hold.
+
+        Raises:
+            ArtifactError: The checkpoint cannot be written.
+            TrainingError: The checkpoint cannot be written.
         """
         assert self._checkpoints is not None, "the trainer has no checkpoint_dir"
         self._checkpoints.save(self.step, self._trained(), state)
 
     def finish_checkpoint(self) -> None:
-        """Waits for a checkpoint that is being written in the background and publishes it."""
+        """Wait for a checkpoint that is being written in the background, and publish it."""
         if self._checkpoints is not None:
             self._checkpoints.finish()
 
     def resume(self, note: Callable[[str], None] | None = None) -> dict[str, Any] | None:
-        """Goes on from the newest undamaged checkpoint, of this layout or another, and returns the
-        caller's state; None: there is none.
+        """Continue from the newest undamaged checkpoint, of this layout or another.
 
-        note: told on rank 0, in a line, that a damaged checkpoint was passed over or the layout is
-        another; absent: stderr. TrainingError: it does not fit or cannot be read, or all are
-        damaged.
+        Args:
+            note: Called on rank 0 with a line, if a damaged checkpoint was passed over or the
+                layout is another. None writes the line to stderr.
+
+        Returns:
+            The caller's state, or None if there is no checkpoint.
+
+        Raises:
+            TrainingError: The checkpoint does not fit or cannot be read, or all are damaged.
         """
         if self._checkpoints is None:
             return None
-        found = self._checkpoints.load_newest(self._trained(), note or _to_stderr)
-        if found is None:
+        newest = self._checkpoints.load_newest(self._trained(), note or _write_to_stderr)
+        if newest is None:
             return None
-        self.step, state = found
+        self.step, state = newest
+        # Adam's bias correction depends on it. The checkpoint keeps it as its step alone.
         self.optimizer.set_num_updates(self.step)
         return state
 
     def _trained(self) -> Trained:
+        """Return what a checkpoint holds, with everything on the device."""
         self.memory.require()
+        # Before the first update the optimizer has no moments. Megatron-Core can neither save nor
+        # load state that is not there.
         self.optimizer.create_state()
         return Trained(self.module, self.architecture, self.optimizer.megatron)
 
 
-def ddp_config(
-    distributed: bool, overrides: Mapping[str, Any], *, overlap: bool = False
-) -> DistributedDataParallelConfig:
-    """Gradients are added up in float32, unless the overrides say otherwise. overlap: those of
-    layers that are done are exchanged between data ranks while the backward pass goes on.
-    ConfigError where Megatron-Core refuses it.
-    """
-    ours = {
-        "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": distributed,
-        "overlap_grad_reduce": overlap,
-    }
-    return build(DistributedDataParallelConfig, {**ours, **overrides})
-
-
-def _freeze_routers(module: Any) -> None:
-    """Before gradient buffers are laid out, which then have no room for them."""
-    for name, parameter in module.named_parameters():
-        if name.endswith(".router.weight"):
-            parameter.requires_grad_(False)
-
-
-def _mark_experts(module: Any) -> None:
-    """Tells Megatron-Core what an expert's weights are, in every layout and with every layer.
-
-    allreduce: Its gradient is summed over the ranks that hold the same expert. Megatron gives
-    experts this mark only where expert > 1. With expert = expert_tensor = 1 and tensor > 1 each
-    tensor rank holds all experts and sees its own part of the tokens; unmarked, no gradient would
-    cross tensor ranks, and their experts would drift apart.
-
-    tensor_model_parallel: It counts in the gradient norm on every rank, because the norm of experts
-    is summed over ranks that hold different ones. Transformer Engine since 2.13 leaves grouped
-    weights unmarked where expert > 1, and Megatron counts an unmarked weight on the first tensor
-    rank alone: with four tensor ranks three quarters of the experts would be left out.
-    """
-    for name, parameter in module.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False
-            parameter.tensor_model_parallel = True
-
-
-def _to_stderr(text: str) -> None:
+def _write_to_stderr(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

@@ -1,5 +1,6 @@
-"""A model's shape, read from a Hugging Face config.json, and whether a layout of ranks divides it.
-No torch and no megatron.
+"""The shape of a model, read from a Hugging Face config.json, and the layouts that divide it.
+
+This module imports neither torch nor megatron, so that checks run before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -8,29 +9,32 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lopd.config import ParallelSection, ScoreSection
 from lopd.errors import ConfigError, LopdError
 from lopd.megatron.weights.families import FAMILIES
 from lopd.megatron.weights.families.fields import Yarn
 
-# The vocabulary is padded to a multiple of it, so that it divides by up to 8 tensor ranks, and a
-# checkpoint fits every one of these layouts.
+# The vocabulary is padded to a multiple of this number. So it divides by up to 8 tensor ranks, and
+# a checkpoint of the trainer fits every one of these layouts.
 VOCAB_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What is needed to build a decoder-only transformer and to name its weights. Sizes in
-    elements.
+    """What is needed to build a decoder-only transformer and to name its weights.
 
-    num_experts 0: dense, with MLPs of ffn_hidden_size. Otherwise every layer has that many experts
-    of moe_ffn_hidden_size.
+    All sizes are numbers of elements. With num_experts 0 the model is dense, and its MLPs have
+    ffn_hidden_size. Otherwise every layer has num_experts experts of moe_ffn_hidden_size.
     """
 
-    family: str  # model_type of config.json
+    # The model_type of config.json.
+    family: str
+    # Every layer is alike. Models with several kinds of layers are refused when they are read.
     num_layers: int
     hidden_size: int
+    # Query heads and key-value heads.
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -42,39 +46,36 @@ class Architecture:
     tied_embeddings: bool
     qk_norm: bool
     qkv_bias: bool
-    rope_factor: float = 1.0  # Llama 3's scaling of rotary frequencies; 1: none
-    yarn: Yarn | None = None  # YaRN's
+    # Llama 3's scaling of the rotary frequencies. 1 means that there is none.
+    rope_factor: float = 1.0
+    # YaRN's scaling. None means that there is none.
+    yarn: Yarn | None = None
     num_experts: int = 0
     experts_per_token: int = 0
     moe_ffn_hidden_size: int = 0
-    norm_topk_prob: bool = False  # router weights of the chosen experts sum to 1
+    # The router weights of the chosen experts sum to 1.
+    norm_topk_prob: bool = False
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the output layer, over all tensor ranks. Those past
-        vocab_size are zeros; checkpoints do not have them.
+        """The rows of the embedding and of the output layer, over all tensor ranks.
+
+        The rows past vocab_size are zeros. Hugging Face checkpoints do not have them.
         """
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The architecture of a Hugging Face checkpoint folder.
+    """Return the architecture of a Hugging Face checkpoint folder.
 
-    LopdError: no readable config.json, an unknown model_type, or a feature that is not supported
-    here (named, with its value).
+    Raises:
+        LopdError: config.json cannot be read, its model_type is unknown, or it asks for a feature
+            that is not supported here. The message names the feature and its value.
     """
     path = folder / "config.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LopdError(
-            "no such file", where=str(path), remedy="give the folder of a Hugging Face checkpoint"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise LopdError(f"cannot be read ({error})", where=str(path)) from None
-    if not isinstance(table, dict):
-        raise LopdError("holds no JSON object", where=str(path))
+    table = _read_table(path)
     family = table.get("model_type")
+    # The value may be of any JSON type, and a list cannot be looked up in a dictionary.
     if not isinstance(family, str) or family not in FAMILIES:
         raise LopdError(
             f"model_type {family!r} is not supported",
@@ -84,10 +85,29 @@ def read_architecture(folder: Path) -> Architecture:
     return Architecture(**FAMILIES[family](table, str(path)))
 
 
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LopdError(
+            "no such file", where=str(path), remedy="give the folder of a Hugging Face checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise LopdError(f"cannot be read ({error})", where=str(path)) from None
+    if not isinstance(table, dict):
+        raise LopdError("the file does not hold a JSON object", where=str(path))
+    return table
+
+
 def validate_layout(
     arch: Architecture, parallel: ParallelSection, *, where: str = "parallel"
 ) -> None:
-    """ConfigError, the first of layout_problems, where the layout does not divide the model."""
+    """Raise the first of layout_problems.
+
+    Raises:
+        ConfigError: The layout does not divide the model.
+    """
+    # Checks show all problems. To build a model the first one is enough.
     for problem in layout_problems(arch, parallel, where=where):
         raise problem
 
@@ -95,52 +115,42 @@ def validate_layout(
 def layout_problems(
     arch: Architecture, parallel: ParallelSection, *, where: str = "parallel"
 ) -> Iterator[ConfigError]:
-    """Everything of ranks, heads, experts, layers, vocabulary and hidden sizes that does not divide
-    by the layout.
+    """Yield an error for everything of the model that the layout does not divide.
+
+    Args:
+        arch: The model.
+        parallel: The layout of the ranks.
+        where: The name of the section, for the messages.
     """
-    tp, pp, cp, ep, etp, ranks = (
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        parallel.expert,
-        parallel.expert_tensor,
-        parallel.ranks,
-    )
-    if arch.num_experts == 0 and (ep > 1 or etp > 1):
+    ranks = parallel.ranks
+    if arch.num_experts == 0 and (parallel.expert > 1 or parallel.expert_tensor > 1):
+        sizes = f"expert = {parallel.expert}, expert_tensor = {parallel.expert_tensor}"
         yield ConfigError(
-            f"expert = {ep}, expert_tensor = {etp}, but {arch.family} has no experts",
+            f"{sizes}, but {arch.family} has no experts",
             where=where,
             limit="1 and 1",
             remedy="set both to 1",
         )
-    dense, sparse = tp * pp * cp, ep * etp * pp
+    # Dense layers and experts have grids of their own over the same ranks. What remains of each
+    # grid is data parallelism, so the ranks must be a multiple of both products.
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
     if ranks % dense:
         yield ConfigError(
-            f"ranks = {ranks} is no multiple of tensor * pipeline * context = {dense}",
+            f"ranks = {ranks} is not a multiple of tensor * pipeline * context = {dense}",
             where=where,
             remedy=_ranks_remedy(ranks, dense),
         )
     if arch.num_experts and ranks % sparse:
         yield ConfigError(
-            f"ranks = {ranks} is no multiple of expert * expert_tensor * pipeline = {sparse}",
+            f"ranks = {ranks} is not a multiple of expert * expert_tensor * pipeline = {sparse}",
             where=where,
             remedy=_ranks_remedy(ranks, sparse),
         )
-    divisions = [
-        (arch.num_heads, tp, "number of attention heads", "tensor"),
-        (arch.num_kv_heads, tp, "number of key-value heads", "tensor"),
-        (arch.padded_vocab_size, tp, "vocabulary size, padded", "tensor"),
-        (arch.num_layers, pp, "number of layers", "pipeline"),
-    ]
-    if arch.num_experts:
-        divisions.append((arch.num_experts, ep, "number of experts", "expert"))
-        divisions.append(
-            (arch.moe_ffn_hidden_size, etp, "hidden size of an expert", "expert_tensor")
-        )
-    else:
-        divisions.append((arch.ffn_hidden_size, tp, "hidden size of the MLP", "tensor"))
-    for number, divisor, what, by in divisions:
+    # All problems are reported at once, so that the user does not repair one after the other.
+    for number, divisor, what, by in _divisions(arch, parallel):
         if number % divisor:
+            # The smaller sizes that would do. There is always 1.
             fitting = [str(size) for size in range(1, divisor) if number % size == 0]
             yield ConfigError(
                 f"{what} ({number}) does not divide by {by} ({divisor})",
@@ -149,33 +159,56 @@ def layout_problems(
             )
 
 
+def _divisions(
+    arch: Architecture, parallel: ParallelSection
+) -> Iterator[tuple[int, int, str, str]]:
+    """Yield (number, divisor, name of the number, knob of the divisor)."""
+    tensor = parallel.tensor
+    yield arch.num_heads, tensor, "number of attention heads", "tensor"
+    # Models have fewer key-value heads than query heads, so this is mostly what bounds tensor.
+    yield arch.num_kv_heads, tensor, "number of key-value heads", "tensor"
+    yield arch.padded_vocab_size, tensor, "vocabulary size, padded", "tensor"
+    yield arch.num_layers, parallel.pipeline, "number of layers", "pipeline"
+    # A model with experts has no dense MLP, so ffn_hidden_size does not matter there.
+    if arch.num_experts:
+        yield arch.num_experts, parallel.expert, "number of experts", "expert"
+        width = arch.moe_ffn_hidden_size
+        yield width, parallel.expert_tensor, "hidden size of an expert", "expert_tensor"
+    else:
+        yield arch.ffn_hidden_size, tensor, "hidden size of the MLP", "tensor"
+
+
 def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[ConfigError]:
-    """What the chosen scoring engine cannot give, and where the teacher (None: not known) does not
-    divide by the layout of Megatron-Core's ranks.
+    """Yield an error for everything that the chosen scoring engine cannot give.
+
+    Args:
+        score: The section of the scoring stage.
+        arch: The teacher. None means that it is not known yet, and what depends on it is not
+            checked.
     """
+    # SGLang divides the teacher in its own way, so no layout of ours is checked here.
     if score.engine == "sglang":
         if score.entropy:
-            remedy = "set score.engine = 'megatron' or score.entropy = false"
             yield ConfigError(
-                "score.entropy is set, and SGLang gives none",
+                "score.entropy is set, but SGLang returns no entropies",
                 where="score.engine = 'sglang'",
-                remedy=remedy,
+                remedy="set score.engine = 'megatron' or score.entropy = false",
             )
         if arch is not None and score.top_k > arch.vocab_size:
-            limit = f"the teacher's vocabulary: {arch.vocab_size}"
             yield ConfigError(
                 f"score.top_k = {score.top_k}",
                 where="score",
-                limit=limit,
+                limit=f"the teacher's vocabulary: {arch.vocab_size}",
                 remedy="lower score.top_k",
             )
         return
+    # The scorer computes the log-probabilities of given tokens in blocks. It never holds a whole
+    # row of logits in which it could look for the K largest.
     if score.top_k:
-        remedy = "set score.engine = 'sglang' or score.top_k = 0"
         yield ConfigError(
-            f"score.top_k = {score.top_k}, and this scorer gives none",
+            f"score.top_k = {score.top_k}, but this scorer returns no top-K scores",
             where="score.engine = 'megatron'",
-            remedy=remedy,
+            remedy="set score.engine = 'sglang' or score.top_k = 0",
         )
     if score.forward.parallel.nodes > 1:
         yield ConfigError(
@@ -188,4 +221,5 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
 
 
 def _ranks_remedy(ranks: int, product: int) -> str:
-    return f"set ranks to a multiple of {product}, or lower the sizes so that their product divides {ranks}"
+    lower = f"lower the sizes so that their product divides {ranks}"
+    return f"set ranks to a multiple of {product}, or {lower}"

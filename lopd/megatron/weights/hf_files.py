@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders on disk: reading slices, writing shards."""
+"""Hugging Face checkpoint folders on disk: reading slices of tensors, writing shards."""
 
 from __future__ import annotations
 
@@ -21,54 +21,71 @@ from lopd.megatron.weights.hf_mapping import hf_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What is copied beside the weights: data only, never code.
-COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-# files of a checkpoint that are mapped at a time: pages that were read count as memory of the
-# process until the file is closed
+# Files that are copied beside the weights. They are data only, never code.
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Files of a checkpoint that are mapped into memory at a time. The pages that were read count as
+# memory of the process until the file is closed.
 MAX_OPEN = 2
-IGNORED = (
-    "rotary_emb.inv_freq",
-)  # buffers that old checkpoints carry; they follow from the config
+# Buffers that old checkpoints carry. They follow from the config.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 class CheckpointReader:
-    """Tensors of a checkpoint, read slice by slice: ``reader.tensor(name)[0:4, :]``.
-
-    ArtifactError when opened: files missing or damaged, tensors that the architecture wants and the
-    checkpoint lacks, or the other way round, other shapes.
-    """
+    """The tensors of a checkpoint, read slice by slice: ``reader.tensor(name)[0:4, :]``."""
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
+        """Open a checkpoint and compare the names and shapes of its tensors with the architecture.
+
+        Raises:
+            ArtifactError: A file is missing or damaged, a tensor is missing or unknown, or a tensor
+                has another shape.
+        """
         self._folder = folder
-        self._files: dict[str, Any] = {}  # open ones, the newest last
-        self._place = self._index()
+        # The open files, the newest last.
+        self._files: dict[str, Any] = {}
+        self._file_of = self._read_index()
         wanted = hf_shapes(arch)
-        missing = [name for name in wanted if name not in self._place]
-        unknown = [
-            name for name in self._place if name not in wanted and not name.endswith(IGNORED)
-        ]
-        if arch.tied_embeddings:
-            unknown = [name for name in unknown if name != "lm_head.weight"]
-        if missing or unknown:
-            what = "; ".join(
-                f"{len(names)} tensors {verb}, e.g. {names[0]}"
-                for names, verb in ((missing, "missing"), (unknown, "unknown"))
-                if names
-            )
-            raise ArtifactError(
-                what,
-                where=str(folder),
-                remedy=f"give a complete {arch.family} checkpoint of the shape its config.json says",
-            )
+        self._check_names(wanted, arch)
+        # The headers of the files hold the shapes, so no tensor is read for this.
         for name, shape in wanted.items():
             found = tuple(self.tensor(name).get_shape())
             if found != shape:
-                raise ArtifactError(
-                    f"{name} has shape {found}, config.json says {shape}", where=str(folder)
-                )
+                what = f"{name} has shape {found}, config.json says {shape}"
+                raise ArtifactError(what, where=str(folder))
+
+    def _check_names(self, wanted: dict[str, tuple[int, ...]], arch: Architecture) -> None:
+        missing = [name for name in wanted if name not in self._file_of]
+        unknown = [
+            name
+            for name in self._file_of
+            if name not in wanted and not name.endswith(IGNORED_SUFFIXES)
+        ]
+        # Some checkpoints with tied embeddings store the shared tensor twice.
+        if arch.tied_embeddings:
+            unknown = [name for name in unknown if name != "lm_head.weight"]
+        problems = [
+            f"{len(names)} tensors {verb}, e.g. {names[0]}"
+            for names, verb in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
+        if problems:
+            # One example of each is enough: a wrong folder lacks hundreds.
+            raise ArtifactError(
+                "; ".join(problems),
+                where=str(self._folder),
+                remedy=f"give a complete {arch.family} checkpoint that fits its config.json",
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -78,17 +95,18 @@ class CheckpointReader:
             self._close_oldest()
 
     def tensor(self, name: str) -> Any:
-        """A tensor that is read where it is sliced."""
-        return self._open(self._place[name]).get_slice(name)
+        """Return a tensor that is read when it is sliced, and only where it is sliced."""
+        return self._open(self._file_of[name]).get_slice(name)
 
-    def _index(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+    def _read_index(self) -> dict[str, str]:
+        """Return the file name of each tensor."""
         path = self._folder / INDEX
         if path.exists():
             try:
                 return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ArtifactError(f"cannot be read ({error})", where=str(path)) from None
+        # Small checkpoints are one file and have no index.
         return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
 
     def _open(self, file: str) -> Any:
@@ -100,10 +118,13 @@ class CheckpointReader:
                     where=str(path),
                     remedy="give the folder of a Hugging Face checkpoint with safetensors",
                 )
+            # The tensors are read in the order of the layers, and shards follow that order. So a
+            # file that was closed is rarely opened again.
             while len(self._files) >= MAX_OPEN:
                 self._close_oldest()
             try:
-                self._files[file] = safe_open(path, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+                opened: Any = safe_open(path, framework="pt")
+                self._files[file] = opened.__enter__()
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(
                     f"damaged ({error})", where=str(path), remedy="copy it again from where it came"
@@ -111,27 +132,44 @@ class CheckpointReader:
         return self._files[file]
 
     def _close_oldest(self) -> None:
-        self._files.pop(next(iter(self._files))).__exit__(None, None, None)
+        # A dictionary keeps the order of insertion.
+        oldest = next(iter(self._files))
+        self._files.pop(oldest).__exit__(None, None, None)
 
 
 class CheckpointWriter:
-    """Writes a checkpoint folder that appears at once and complete, or not at all.
+    """Writes a checkpoint folder that appears complete, or not at all.
 
-    Tensors are added in order and written shard by shard; leaving the context without an error
-    publishes. ArtifactError where something cannot be written.
+    Tensors are added in order and written shard by shard. The folder is published when the context
+    is left without an error.
     """
 
     def __init__(self, folder: Path, *, source: Path, shard_bytes: int) -> None:
-        self._folder, self._source, self._shard_bytes = folder, source, shard_bytes
+        """Prepare a writer. Nothing is written before the context is entered.
+
+        Args:
+            folder: Where the checkpoint goes. An older folder of that name is replaced.
+            source: The Hugging Face folder from which the configuration and the tokenizer come.
+            shard_bytes: The size of a safetensors file at most. A single tensor may be larger.
+        """
+        self._folder = folder
+        self._source = source
+        self._shard_bytes = shard_bytes
+        # Beside the target, so that a rename publishes it. Hidden, so that nobody takes it for a
+        # checkpoint.
         self._partial = folder.with_name(f".{folder.name}.partial")
+        # The tensors of the shard that is being collected.
         self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        # The names of the tensors in each shard that has been written.
         self._shards: list[list[str]] = []
         self._dtypes: set[str] = set()
 
     def __enter__(self) -> Self:
-        with self._writing():
-            shutil.rmtree(self._partial, ignore_errors=True)  # left by a process that was killed
+        with self._reporting_failures():
+            # A process that was killed may have left a part.
+            shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
         return self
 
@@ -142,26 +180,36 @@ class CheckpointWriter:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            with self._writing():
+            with self._reporting_failures():
                 self._publish()
         else:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor. A shard is written as soon as the tensor does not fit into it any more.
+
+        Raises:
+            ArtifactError: The shard cannot be written.
+        """
         num_bytes = tensor.numel() * tensor.element_size()
+        # A shard ends before it becomes too large. A tensor that is larger than a shard has one of
+        # its own.
         if self._pending and self._pending_bytes + num_bytes > self._shard_bytes:
-            with self._writing():
+            with self._reporting_failures():
                 self._write_shard()
+        # On the CPU, so that a shard that is being collected takes no memory of the GPU.
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += num_bytes
         self._total_bytes += num_bytes
         self._dtypes.add(str(tensor.dtype).removeprefix("torch."))
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _reporting_failures(self) -> Iterator[None]:
         try:
             yield
+        # safetensors has an error of its own for a full disk.
         except (OSError, SafetensorError) as error:
+            # The part is removed at once, because a full disk needs the space.
             shutil.rmtree(self._partial, ignore_errors=True)
             raise ArtifactError(
                 f"cannot be written ({error})",
@@ -170,23 +218,40 @@ class CheckpointWriter:
             ) from error
 
     def _write_shard(self) -> None:
+        # The final names hold the number of shards, which is known only at the end.
         path = self._partial / f"shard-{len(self._shards)}"
         save_file(self._pending, path, metadata={"format": "pt"})
         _sync(path)
         self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        self._pending = {}
+        self._pending_bytes = 0
 
     def _publish(self) -> None:
+        """Name the shards, write what stands beside them, and put the folder in its place."""
         if self._pending:
             self._write_shard()
+        self._name_shards()
+        config = json.loads((self._source / "config.json").read_text(encoding="utf-8"))
+        # The base model may have been stored in another format than the student was trained in.
+        for key in {"dtype", "torch_dtype"} & config.keys():
+            (config[key],) = self._dtypes
+        self._write_json("config.json", config)
+        for name in COPIED_FILES:
+            # No model has all of them.
+            if (self._source / name).is_file():
+                shutil.copyfile(self._source / name, self._partial / name)
+                _sync(self._partial / name)
+        # The names of the files are part of the folder, so it is forced to disk as well.
+        _sync(self._partial)
+        self._replace()
+
+    def _name_shards(self) -> None:
+        """Give the shards the names that transformers looks for, with an index if needed."""
         count = len(self._shards)
-        names = (
-            [SINGLE]
-            if count == 1
-            else [
-                f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
-            ]
-        )
+        names = [SINGLE]
+        if count != 1:
+            numbers = range(1, count + 1)
+            names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in numbers]
         for number, name in enumerate(names):
             (self._partial / f"shard-{number}").rename(self._partial / name)
         if count > 1:
@@ -195,23 +260,13 @@ class CheckpointWriter:
                 for name, tensors in zip(names, self._shards, strict=True)
                 for tensor in tensors
             }
-            self._write_json(
-                INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            )
-        config = json.loads((self._source / "config.json").read_text(encoding="utf-8"))
-        for key in (
-            {"dtype", "torch_dtype"} & config.keys()
-        ):  # the base may have been stored in another format than the student was trained in
-            (config[key],) = self._dtypes
-        self._write_json("config.json", config)
-        for name in COPIED:
-            if (self._source / name).is_file():
-                shutil.copyfile(self._source / name, self._partial / name)
-                _sync(self._partial / name)
-        _sync(self._partial)
-        self._replace()
+            metadata = {"total_size": self._total_bytes}
+            self._write_json(INDEX, {"metadata": metadata, "weight_map": weight_map})
 
     def _replace(self) -> None:
+        """Put the finished folder into the place of an older one."""
+        # A folder that has content cannot be replaced by one rename. The older one is moved aside
+        # first, and removed only when the new one stands in its place.
         old = self._folder.with_name(f".{self._folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self._folder.exists():
@@ -227,7 +282,8 @@ class CheckpointWriter:
 
 
 def _sync(path: Path) -> None:
-    """Force a file or folder to disk."""
+    """Force a file or a folder to disk."""
+    # A folder cannot be opened for writing, and fsync does not need that.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

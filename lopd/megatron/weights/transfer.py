@@ -14,60 +14,82 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lopd.megatron.ranks import parallel
-from lopd.megatron.ranks.first_rank import by_first_rank
+from lopd.megatron.ranks.first_rank import run_on_first_rank
 from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.hf_files import CheckpointReader, CheckpointWriter
 from lopd.megatron.weights.hf_mapping import Weight, global_name, weights
 
 
 def load_hf(model: Any, arch: Architecture, folder: Path) -> None:
-    """Read this rank's part of a Hugging Face checkpoint (safetensors) into the model; the rest is
-    not read.
+    """Read this rank's part of a Hugging Face checkpoint (safetensors) into the model.
 
-    ArtifactError: the checkpoint is incomplete, damaged, or not of this architecture.
+    The parts of other ranks are not read.
+
+    Raises:
+        ArtifactError: The checkpoint is incomplete, damaged, or not of this architecture.
     """
+    # The reader has checked all names and shapes before the first parameter is changed.
     with CheckpointReader(folder, arch) as reader:
         load_tensors(model, arch, reader.tensor)
 
 
 @torch.no_grad()
 def load_tensors(model: Any, arch: Architecture, tensor: Callable[[str], Any]) -> None:
-    """Fill every parameter of this rank. tensor(name): the full Hugging Face tensor, or something
-    that is sliced like it.
+    """Fill every parameter of this rank.
+
+    Args:
+        model: This rank's part of the model.
+        arch: The architecture of the whole model.
+        tensor: It returns the full Hugging Face tensor of a name, or an object that is sliced like
+            that tensor.
     """
     table = {weight.megatron: weight for weight in weights(arch)}
     for name, parameter in local_parameters(model, arch).items():
         assert name in table, f"no rule for parameter {name}"
         weight = table[name]
         value = weight.read([tensor(source) for source in weight.hf], *_shard(weight))
+        # copy_ would broadcast a wrong shape without an error.
         assert value.shape == parameter.shape, (
             f"{name}: {tuple(value.shape)} for {tuple(parameter.shape)}"
         )
+        # The parameter keeps its memory, because optimizer and gradient buffers refer to it.
         parameter.copy_(value)
 
 
 def export_hf(
     model: Any, arch: Architecture, *, bucket_bytes: int
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """The full Hugging Face tensors (name, tensor), in checkpoint order, in buckets of about
-    bucket_bytes.
+    """Yield the full Hugging Face tensors in buckets, in the order of the checkpoint. Collective.
 
-    Collective: every rank iterates to the end. Global rank 0 gets the tensors, as copies in the
-    model's dtype on its device; the other ranks get as many empty buckets. Extra memory on rank 0:
-    one bucket and one tensor. Disk export, weight sync and tests read this one iterator.
+    Every rank iterates to the end. Global rank 0 gets the tensors, as copies in the model's dtype
+    on its device. The other ranks get as many empty buckets. Disk export, weight sync and tests
+    read this one iterator. It takes the memory of one bucket and one tensor on rank 0.
+
+    Args:
+        model: This rank's part of the model.
+        arch: The architecture of the whole model.
+        bucket_bytes: The size of a bucket. A bucket ends with the tensor that reaches it.
+
+    Yields:
+        A list of (Hugging Face name, tensor).
     """
     mine = local_parameters(model, arch)
+    # A copy is left out: another parameter exports the same tensor.
     table = [weight for weight in weights(arch) if not weight.copy]
+    # All parameters of a model have one dtype.
     dtype = next(iter(mine.values())).dtype
     owners = _owners(table, mine)
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for weight in table:
         bucket += _collect(weight, mine.get(weight.megatron), owners, dtype)
+        # The size is counted on every rank, so that all of them end a bucket at the same place. A
+        # reader may run a collective of its own between two buckets.
         size += sum(math.prod(shape) for shape in weight.shapes) * dtype.itemsize
         if size >= bucket_bytes:
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
     if size:
         yield bucket
 
@@ -75,12 +97,9 @@ def export_hf(
 def save_hf(
     buckets: Iterable[list[tuple[str, Tensor]]], folder: Path, *, source: Path, shard_bytes: int
 ) -> None:
-    """Writes buckets of export_hf as a Hugging Face checkpoint. Collective where the buckets are.
+    """Write buckets of export_hf as a Hugging Face checkpoint. Collective where the buckets are.
 
-    Global rank 0 writes. The other ranks wait for it as long as the disk takes: 61 GB may take
-    longer
-    than a collective may last. All ranks return when the folder is published (fsync, rename); an
-    older
+    Global rank 0 writes. All ranks return when the folder is published (fsync, rename). An older
     folder of that name is replaced. Configuration, tokenizer and chat template come from source.
 
     Args:
@@ -92,12 +111,17 @@ def save_hf(
     Raises:
         ArtifactError: It cannot be written, for example because the disk is full. On every rank.
     """
+    # Every step goes through run_on_first_rank, so that the other ranks wait for the disk as long
+    # as it takes. In a plain collective they would give up: to write 61 GB may take longer than a
+    # collective may last.
     with contextlib.ExitStack() as stack:
         writer = CheckpointWriter(folder, source=source, shard_bytes=shard_bytes)
-        by_first_rank(lambda: stack.enter_context(writer) and None)
+        # `and None`: the writer itself cannot be sent to the other ranks.
+        run_on_first_rank(lambda: stack.enter_context(writer) and None)
         for bucket in buckets:
-            by_first_rank(partial(_add, writer, bucket))
-        by_first_rank(stack.close)  # publishes
+            run_on_first_rank(partial(_add, writer, bucket))
+        # This publishes the folder. On the other ranks the stack is empty.
+        run_on_first_rank(stack.close)
 
 
 def _add(writer: CheckpointWriter, bucket: list[tuple[str, Tensor]]) -> None:
@@ -106,13 +130,18 @@ def _add(writer: CheckpointWriter, bucket: list[tuple[str, Tensor]]) -> None:
 
 
 def local_parameters(model: Any, arch: Architecture) -> dict[str, Tensor]:
-    """This rank's parameters by the table's names; wrappers (DistributedDataParallel,
-    Float16Module) are looked through.
+    """Return this rank's parameters by the table's names.
+
+    Args:
+        model: The model, also inside of DistributedDataParallel or Float16Module.
+        arch: The architecture of the whole model.
     """
     while hasattr(model, "module"):
         model = model.module
     layers = model.decoder.layers
+    # layer_number counts over all pipeline stages, from 1. A stage may have no layers.
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    # Each expert rank holds the experts of one range.
     first_expert = parallel.expert_rank() * (arch.num_experts // parallel.expert_size())
     return {
         global_name(name, first_layer=first_layer, first_expert=first_expert): parameter
@@ -121,14 +150,17 @@ def local_parameters(model: Any, arch: Architecture) -> dict[str, Tensor]:
 
 
 def _shard(weight: Weight) -> tuple[int, int]:
-    """(rank, size) of this rank in the group over which the parameter is split."""
+    """Return (rank, size) of this rank in the group over which the parameter is split."""
+    # Experts have a tensor group of their own, of another size.
     if weight.expert:
         return parallel.expert_tensor_rank(), parallel.expert_tensor_size()
     return parallel.tensor_rank(), parallel.tensor_size()
 
 
 def _owners(table: list[Weight], mine: dict[str, Tensor]) -> dict[tuple[str, int], int]:
-    """(parameter, shard) -> the lowest global rank that holds it. Collective."""
+    """Return for each (parameter, shard) the lowest global rank that holds it. Collective."""
+    # Data ranks hold the same shards, and tensor ranks hold the same whole parameters. One holder
+    # is enough. All ranks choose from the same list, so they agree without a further message.
     held = [
         (weight.megatron, 0 if weight.layout == "whole" else _shard(weight)[0])
         for weight in table
@@ -149,17 +181,18 @@ def _owners(table: list[Weight], mine: dict[str, Tensor]) -> dict[tuple[str, int
 def _collect(
     weight: Weight, parameter: Tensor | None, owners: dict[tuple[str, int], int], dtype: torch.dtype
 ) -> list[tuple[str, Tensor]]:
-    """The full tensors of one parameter on rank 0, [] elsewhere. Each shard goes from its owner
-    straight to rank 0.
-    """
+    """Return the full tensors of one parameter on rank 0, and nothing on the other ranks."""
     num_shards = 1 if weight.layout == "whole" else _shard(weight)[1]
     me = parallel.rank()
+    # Each shard goes from its owner straight to rank 0. A gather over the groups would give the
+    # whole tensor to ranks that do not need it.
     if me != 0:
         for shard in range(num_shards):
             if owners[weight.megatron, shard] == me:
                 assert parameter is not None
                 dist.send(parameter.detach().contiguous(), dst=0)
         return []
+    # Rank 0 puts the shards together, in the order of the ranks.
     device = parallel.device()
     full = [torch.empty(shape, dtype=dtype, device=device) for shape in weight.shapes]
     for shard in range(num_shards):
@@ -171,6 +204,7 @@ def _collect(
         else:
             held = torch.empty(weight.local_shape(num_shards), dtype=dtype, device=device)
             dist.recv(held, src=owner)
-        for tensor, part, piece in zip(full, parts, weight.split(held), strict=True):
-            tensor[part] = piece
+        # The pieces are copied, so the reader of a bucket never sees a later training step.
+        for tensor, part, values in zip(full, parts, weight.split(held), strict=True):
+            tensor[part] = values
     return list(zip(weight.hf, weight.unpad(full), strict=True))

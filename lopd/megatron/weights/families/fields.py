@@ -1,5 +1,6 @@
-"""Reading fields of a config.json: what all families share, and refusals that name the field and
-its value.
+"""Reading the fields of a config.json that all families share.
+
+A refusal names the field and its value.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from lopd.errors import LopdError
 
 # Megatron-Core's rotary embedding (models/common/embeddings/rotary_pos_embedding.py:_apply_scaling)
-# has these built in; all published Llamas have them.
+# has these values built in. All published Llamas have them.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -21,13 +22,22 @@ _LLAMA3 = {
 
 
 def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields that all families share. LopdError: one is missing, is no sensible number, or asks for
-    what none of them may have.
+    """Return the fields that all families share.
+
+    Args:
+        table: The parsed config.json.
+        where: The path of the file, for the messages.
+
+    Raises:
+        LopdError: A field is missing, is not a sensible number, or asks for a feature that no
+            family may have here.
     """
+    # Each of these would change the forward pass in a way that the trainer's model does not have.
     refuse(table, where, "hidden_act", "silu")
     refuse(table, where, "use_sliding_window", False, None)
     refuse(table, where, "attention_dropout", 0, 0.0, None)
     refuse(table, where, "partial_rotary_factor", 1, 1.0, None)
+    # Newer files name the kind of each layer in addition.
     for kind in table.get("layer_types") or ():
         if kind != "full_attention":
             raise LopdError(
@@ -35,28 +45,32 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
                 where=where,
                 limit="every layer must be 'full_attention'",
             )
-    hidden_size, num_heads = (
-        number(table, where, "hidden_size"),
-        number(table, where, "num_attention_heads"),
-    )
+    hidden_size = number(table, where, "hidden_size")
+    num_heads = number(table, where, "num_attention_heads")
+    # A file without this field means that every query head has its own key and value.
     num_kv_heads = number(table, where, "num_key_value_heads", "num_attention_heads")
     if num_heads % num_kv_heads:
         raise LopdError(
-            f"num_attention_heads ({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads})",
+            f"num_attention_heads = {num_heads}",
             where=where,
+            limit=f"a multiple of num_key_value_heads, {num_kv_heads}",
         )
+    # It has no default here. A wrong one would change every log-probability a little, without an
+    # error.
     norm_eps = table.get("rms_norm_eps")
     if not isinstance(norm_eps, float) or norm_eps <= 0:
-        raise LopdError(f"rms_norm_eps = {norm_eps!r} is no positive number", where=where)
+        raise LopdError(f"rms_norm_eps = {norm_eps!r} is not a positive number", where=where)
+    # Without a field of its own the size of a head follows from the hidden size.
+    head_dim = hidden_size // num_heads
+    if table.get("head_dim") is not None:
+        head_dim = number(table, where, "head_dim")
     return {
         "family": table["model_type"],
         "num_layers": number(table, where, "num_hidden_layers"),
         "hidden_size": hidden_size,
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": number(table, where, "head_dim")
-        if table.get("head_dim") is not None
-        else hidden_size // num_heads,
+        "head_dim": head_dim,
         "ffn_hidden_size": number(table, where, "intermediate_size"),
         "vocab_size": number(table, where, "vocab_size"),
         "max_position_embeddings": number(table, where, "max_position_embeddings"),
@@ -67,7 +81,17 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def refuse(table: Mapping[str, Any], where: str, key: str, *allowed: Any) -> None:
-    """LopdError where table[key] (None: not there) is none of the allowed values."""
+    """Refuse a field that has none of the allowed values.
+
+    Args:
+        table: The parsed config.json.
+        where: The path of the file, for the message.
+        key: The name of the field.
+        allowed: The values that are supported. None stands for a field that is not there.
+
+    Raises:
+        LopdError: The field has another value.
+    """
     value = table.get(key)
     if value not in allowed:
         raise LopdError(
@@ -78,25 +102,34 @@ def refuse(table: Mapping[str, Any], where: str, key: str, *allowed: Any) -> Non
 
 
 def number(table: Mapping[str, Any], where: str, *keys: str) -> int:
-    """The positive whole number under the first of these keys that is there."""
+    """Return the positive whole number under the first of these keys that is there.
+
+    Raises:
+        LopdError: None of the keys is there, or the value is not such a number.
+    """
     for key in keys:
         if table.get(key) is not None:
             value = table[key]
+            # JSON's true would pass as the number 1.
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise LopdError(f"{key} = {value!r} is no positive whole number", where=where)
+                raise LopdError(f"{key} = {value!r} is not a positive whole number", where=where)
             return value
     raise LopdError(f"{keys[0]} is missing", where=where)
 
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """Rotary frequencies scaled by parts (Peng et al., "YaRN: Efficient Context Window Extension of
-    Large Language Models", arXiv 2309.00071).
+    """Rotary frequencies that are scaled by parts.
 
-    factor: by which slow frequencies are divided. original_len: longest sequence before. beta_fast,
-    beta_slow: rotations over original_len above which a frequency stays, and below which it is
-    divided in full. truncate: bounds between are rounded to whole dimensions. Queries and keys are
-    multiplied by 0.1 ln(factor) + 1.
+    Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models",
+    arXiv 2309.00071. Queries and keys are multiplied by 0.1 ln(factor) + 1.
+
+    Attributes:
+        factor: Slow frequencies are divided by this number.
+        original_len: The longest sequence, in tokens, before the extension.
+        beta_fast: A frequency with more rotations than this over original_len stays as it is.
+        beta_slow: A frequency with fewer rotations than this is divided by the whole factor.
+        truncate: The bounds between both are rounded to whole dimensions.
     """
 
     factor: float
@@ -107,15 +140,17 @@ class Yarn:
 
 
 def _rope(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """From rope_parameters (transformers 5) or rope_theta and rope_scaling (before). Of scalings
-    Llama 3's and YaRN are known.
-    """
+    """Return the fields of the rotary embedding. Of the scalings Llama 3's and YaRN are known."""
+    # transformers 5 writes everything into rope_parameters. Before, rope_theta stood beside
+    # rope_scaling, and the kind of scaling was called type.
     rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
     refuse(rope, where, "partial_rotary_factor", 1, 1.0, None)
     theta = rope.get("rope_theta", table.get("rope_theta"))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    factor, yarn = 1.0, None
+    factor = 1.0
+    yarn = None
     if kind == "llama3":
+        # The other three numbers cannot be given to Megatron-Core.
         for key, value in _LLAMA3.items():
             refuse(rope, where, key, value)
         factor = _factor(rope, where)
@@ -127,8 +162,9 @@ def _rope(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             where=where,
             limit="rope_type must be 'default', 'llama3' or 'yarn'",
         )
+    # JSON often has it as a whole number.
     if not isinstance(theta, int | float) or theta <= 0:
-        raise LopdError(f"rope_theta = {theta!r} is no positive number", where=where)
+        raise LopdError(f"rope_theta = {theta!r} is not a positive number", where=where)
     return {"rope_theta": float(theta), "rope_factor": factor, "yarn": yarn}
 
 
@@ -136,37 +172,41 @@ def _factor(rope: Mapping[str, Any], where: str) -> float:
     factor = rope.get("factor")
     if not isinstance(factor, int | float) or factor < 1:
         raise LopdError(
-            f"factor = {factor!r} of the rope scaling is no number of at least 1", where=where
+            f"factor = {factor!r} of the rope scaling", where=where, limit="a number of at least 1"
         )
     return float(factor)
 
 
 def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
-    """As transformers reads it; what Megatron-Core's would make otherwise is refused: another
-    attention factor than the paper's, DeepSeek's mscale.
-    """
+    """Return YaRN's scaling, read in the way of transformers."""
+    # These two fields are DeepSeek's. Megatron-Core would read them in another way.
     refuse(rope, where, "mscale", None)
     refuse(rope, where, "mscale_all_dim", None)
     factor = _factor(rope, where)
-    attention, usual = rope.get("attention_factor"), 0.1 * math.log(factor) + 1.0
+    # Megatron-Core computes the paper's factor itself. Another one cannot be given to it.
+    usual = 0.1 * math.log(factor) + 1.0
+    attention = rope.get("attention_factor")
     if attention is not None and not (
         isinstance(attention, int | float) and math.isclose(attention, usual, rel_tol=1e-6)
     ):
         raise LopdError(
             f"attention_factor = {attention!r} of the rope scaling is not supported",
             where=where,
-            limit=f"0.1 ln(factor) + 1 = {usual:.6f}, or none",
+            limit=f"0.1 ln(factor) + 1 = {usual:.6f}, or no such field",
         )
-    betas = [
-        rope.get(name) or usual_beta
-        for name, usual_beta in (("beta_fast", 32.0), ("beta_slow", 1.0))
-    ]
+    # The defaults are those of the paper. transformers uses them for 0 and null too.
+    betas = [rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0]
+    # A string would pass through float() below.
     if not all(isinstance(beta, int | float) and beta > 0 for beta in betas):
         raise LopdError(
-            f"beta_fast, beta_slow = {betas} of the rope scaling are no positive numbers",
+            f"beta_fast, beta_slow = {betas} of the rope scaling",
             where=where,
+            limit="two positive numbers",
         )
-    original_len = number(rope, where, "original_max_position_embeddings")
     return Yarn(
-        factor, original_len, float(betas[0]), float(betas[1]), bool(rope.get("truncate", True))
+        factor=factor,
+        original_len=number(rope, where, "original_max_position_embeddings"),
+        beta_fast=float(betas[0]),
+        beta_slow=float(betas[1]),
+        truncate=bool(rope.get("truncate", True)),
     )

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense: biases on queries, keys and values, no norms on them."""
+"""Qwen2 and Qwen2.5, dense. Queries, keys and values have biases and no norms."""
 
 from __future__ import annotations
 
@@ -9,5 +9,7 @@ from lopd.megatron.weights.families.fields import decoder, refuse
 
 
 def qwen2(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    refuse(table, where, "attention_bias", True, None)  # not in the file: it cannot be switched off
+    """Return the fields of a dense Qwen2 or Qwen2.5."""
+    # The published files do not have this field, because the bias cannot be switched off.
+    refuse(table, where, "attention_bias", True, None)
     return {**decoder(table, where), "qk_norm": False, "qkv_bias": True}

@@ -1,4 +1,4 @@
-"""Qwen3, dense and with experts: norms on queries and keys, no biases."""
+"""Qwen3, dense and with experts. Queries and keys have norms and no biases."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from lopd.megatron.weights.families.fields import decoder, number, refuse
 
 
 def qwen3(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of a dense Qwen3."""
     refuse(table, where, "attention_bias", False, None)
     return {**decoder(table, where), "qk_norm": True, "qkv_bias": False}
 
 
 def qwen3_moe(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of a Qwen3 with experts in every layer."""
+    # Both fields would make some layers dense. The architecture has one kind of layer only.
     refuse(table, where, "mlp_only_layers", [], None)
     refuse(table, where, "decoder_sparse_step", 1, None)
+    # transformers 5 writes num_local_experts.
     num_experts = number(table, where, "num_experts", "num_local_experts")
     experts_per_token = number(table, where, "num_experts_per_tok")
     if experts_per_token > num_experts:
         raise LopdError(
-            f"num_experts_per_tok ({experts_per_token}) is more than the number of experts ({num_experts})",
+            f"num_experts_per_tok = {experts_per_token}",
             where=where,
+            limit=f"at most the number of experts, {num_experts}",
         )
     return {
         **qwen3(table, where),

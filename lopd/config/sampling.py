@@ -1,0 +1,167 @@
+"""Knobs of the stages that generate responses or score them: demonstrate, rollout and score."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lopd.config.base import SPEED_ONLY, Contradiction, Section
+from lopd.config.training import ForwardSection
+
+
+class Sampling(Section):
+    """How an SGLang server samples a response. Three stages share these knobs."""
+
+    # 1 is the policy itself, so that the sampled tokens are an unbiased sample of it.
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        le=10,
+        description="The sampling temperature.",
+    )
+
+    # The next three leave tokens out. Log-probabilities are still those of all tokens.
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description=(
+            "Sample from the most likely tokens that together have this probability. "
+            "1 means all tokens."
+        ),
+    )
+
+    top_k: int = Field(
+        default=-1,
+        ge=-1,
+        description="Sample from this number of most likely tokens. -1 means all tokens.",
+    )
+
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "Sample only tokens with at least this share of the probability of the most likely "
+            "token. 0 means all tokens."
+        ),
+    )
+
+    # The paper's length of rollouts. Evaluations need more.
+    max_new_tokens: int = Field(
+        default=4096,
+        ge=1,
+        description=(
+            "The longest response, in tokens. A longer one is cut off (finish_reason length)."
+        ),
+    )
+
+    # One in the paper's rollouts.
+    samples_per_prompt: int = Field(
+        default=1,
+        ge=1,
+        description="The number of responses to each prompt.",
+    )
+
+    @model_validator(mode="after")
+    def _some_candidate(self) -> Sampling:
+        # A server would refuse this too, but only at the first request, after it has started.
+        if self.top_k == 0:
+            raise Contradiction(
+                "top_k = 0",
+                limit="-1 (all tokens are candidates), or 1 and more",
+                remedy="set it to -1 for no such bound",
+            )
+        return self
+
+
+class DemonstrateSection(Sampling):
+    """The table [demonstrate]: the teacher answers the SFT prompts."""
+
+    # A published shard is never written again, so this is also what a kill can lose.
+    shard_size: int = Field(
+        default=256,
+        ge=1,
+        description=(
+            "The number of responses in a Parquet shard. A shard is published as a whole: "
+            "a killed stage loses the shards that it has not published."
+        ),
+        json_schema_extra=SPEED_ONLY,
+    )
+
+
+class RolloutSection(Sampling):
+    """The table [rollout]: the SFT student answers the OPD prompts."""
+
+    temperature: float = Field(
+        default=0.8,
+        gt=0,
+        le=10,
+        description="The sampling temperature (0.8 in the paper).",
+    )
+
+    shard_size: int = Field(
+        default=256,
+        ge=1,
+        description=(
+            "The number of responses in a Parquet shard. A shard is published as a whole: "
+            "a killed stage loses the shards that it has not published."
+        ),
+        json_schema_extra=SPEED_ONLY,
+    )
+
+
+class ScoreSection(Section):
+    """The table [score]: the teacher's log-probabilities of the rollouts' tokens."""
+
+    # Who scores, and by which engine.
+
+    # With another teacher the gradient keeps an error that no training removes.
+    allow_foreign_teacher: bool = Field(
+        default=False,
+        description=(
+            "Score with a teacher that did not make the demonstrations. "
+            "The manifest records it, and every summary prints it."
+        ),
+    )
+
+    # Megatron-Core computes like the trainer, and it can give entropies.
+    engine: Literal["sglang", "megatron"] = Field(
+        default="sglang",
+        description=(
+            "The engine of the teacher: sglang means an SGLang server; megatron means "
+            "Megatron-Core, forward only, on the ranks of score.forward."
+        ),
+    )
+
+    forward: ForwardSection = Field(default_factory=ForwardSection)
+
+    # What the cache keeps of a response token, besides the log-probability of the token itself.
+
+    # A cache has a token id and two log-probabilities per token, all of 32 bits by default.
+    logprob_bits: Literal[32, 16] = Field(
+        default=32,
+        description=(
+            "The bits of a log-probability in the cache. 16 (float16) loses up to 1 part in "
+            "2,048; the manifest records the loss."
+        ),
+    )
+
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Also keep this number of the teacher's most likely tokens at every response token. "
+            "The top-K losses need them. 0 means none."
+        ),
+    )
+
+    # SGLang does not return it.
+    entropy: bool = Field(
+        default=False,
+        description=(
+            "Also keep the entropy of the teacher's distribution at every response token, "
+            'in nats. It needs score.engine = "megatron".'
+        ),
+    )

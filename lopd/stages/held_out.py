@@ -1,0 +1,179 @@
+"""Held-out evaluation between steps: the student's servers get the newest weights and answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lopd.config import Config
+from lopd.errors import EngineError
+from lopd.megatron.ranks import parallel
+from lopd.megatron.ranks.first_rank import run_on_first_rank
+from lopd.report.metrics import read_metrics
+from lopd.stages.between_steps import StepHook
+from lopd.stages.sample_shards import sampling_params
+from lopd.stages.student import StudentServer
+from lopd.stages.sync import MAX_SENDS
+from lopd.stages.training import TrainingJob
+from lopd.tasks import get_task
+from lopd.tasks.prompts import load_prompts
+from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.verdicts import Judged, judge_all
+from sglang_rollout.requests.client import OtherWeights, SGLangEngine
+from sglang_rollout.requests.sampling import SamplingRequest, request_seed
+
+if TYPE_CHECKING:
+    from lopd.stages.training_rank import Training
+
+
+class HeldOutEvaluation(StepHook):
+    """Every ``distill.sync_every`` steps: a weight sync, then answers to held-out prompts."""
+
+    def __init__(self, job: TrainingJob, student: StudentServer) -> None:
+        self._job = job
+        self._student = student
+        self._every = job.config.distill.sync_every
+
+    def begin(self, training: Training) -> None:
+        """Load the held-out prompts, and find the evaluations of a command that was killed."""
+        self._state = training.state
+        self._metrics = training.metrics
+        # Rank 0 alone talks to the servers, so only it needs the prompts and a tokenizer.
+        self._answers: HeldOutAnswers | None = None
+        if self._student.engine is not None:
+            model = self._job.initial
+            self._answers = HeldOutAnswers(self._job.config, model, self._student.engine)
+        self._evaluated = self._evaluated_before()
+
+    def _evaluated_before(self) -> set[int]:
+        """Return the steps whose evaluation is in the metrics already. Collective."""
+        # A command may have been killed after the evaluation of a step and after its checkpoint.
+        # Rank 0 alone owns the metrics, and all ranks must skip the same evaluations.
+        steps: list[int] = []
+        if parallel.rank() == 0:
+            rows = read_metrics(self._job.config.run.dir, kind="eval", stage=self._job.stage)
+            steps = [row["step"] for row in rows]
+        return set(parallel.gather_objects(steps)[0])
+
+    def before_step(self, step: int) -> None:
+        if step % self._every != 0:
+            return
+        # An evaluation that is skipped sends no weights. A refresh before this step does it then.
+        if step not in self._evaluated:
+            self.evaluate(step)
+        # The servers were started with the weights of step 0, so there it is no sync that counts.
+        self._state["weight_syncs"] += step > 0
+
+    def end(self) -> None:
+        # The result of the training is always evaluated: a killed command may have logged this step
+        # and yet not have published the result.
+        self.evaluate(self._job.num_steps)
+        self._state["weight_syncs"] += 1
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the weights after ``step`` steps and write the figures to the metrics.
+
+        Raises:
+            EngineError: A server has lost the weights MAX_SENDS times.
+        """
+        progress = f"step {step}/{self._job.num_steps}"
+        # All ranks go through this loop together, because a weight sync is collective.
+        for attempt in range(MAX_SENDS):
+            self._student.push(step, again=attempt > 0)
+            # Answers may take longer than a collective may last; run_on_first_rank bounds no wait.
+            figures, lost = run_on_first_rank(self._answer)
+            if not lost:
+                break
+            if self._metrics is not None:
+                self._job.print_line(f"{progress}: {lost}; the weights are sent again")
+        else:
+            raise EngineError(
+                f"the student's server lost its weights {MAX_SENDS} times: {lost}",
+                where=f"step {step}",
+                remedy="read its log",
+            )
+        # Only rank 0 has a log. The other ranks got the same figures from it.
+        if self._metrics is not None and figures is not None:
+            self._metrics.eval(self._job.stage, step, figures)
+            accuracy = figures["accuracy"]
+            num_prompts = figures["num_prompts"]
+            self._job.print_line(
+                f"{progress}: synced weights, accuracy {accuracy:.3f} on {num_prompts} prompts"
+            )
+
+    def _answer(self) -> tuple[dict[str, Any] | None, str]:
+        """Return rank 0's figures and "", or None and which weights answered instead."""
+        if self._answers is None:
+            return None, ""
+        try:
+            return self._answers.figures(self._student.version), ""
+        except OtherWeights as error:
+            # Caught on rank 0: all ranks must decide together to send the weights again.
+            return None, error.what
+
+
+class HeldOutAnswers:
+    """Answers to the same held-out prompts, with the same seeds, at every evaluation."""
+
+    def __init__(self, config: Config, model: Path, engine: SGLangEngine) -> None:
+        """Load the prompts. ``model`` is a folder with the tokenizer."""
+        self._seed = config.run.seed
+        self._engine = engine
+        self._task = get_task(config.task.name, config.task.options)
+        self._tokenizer = load_tokenizer(model)
+        prompts, prompt_ids = load_prompts(
+            config.prompts.eval,
+            self._task,
+            self._tokenizer,
+            context_length=config.sglang.context_length,
+            need_answers=True,
+        )
+        # The same first prompts at each evaluation, so that its figures are those of a curve.
+        count = config.distill.sync_num_prompts
+        self._prompts = prompts[:count]
+        self._prompt_ids = prompt_ids[:count]
+        # The knobs of evaluate, so that the curve and the final figure can be compared.
+        self._params = sampling_params(
+            config.evaluate, (config.models.teacher, config.models.student)
+        )
+
+    def figures(self, version: str) -> dict[str, Any]:
+        """Sample one answer to every prompt and judge it.
+
+        Args:
+            version: The weight version that the servers must have.
+
+        Returns:
+            accuracy, num_prompts, response_len (mean, in tokens), and truncated_share.
+
+        Raises:
+            OtherWeights: A response carries another weight version.
+        """
+        # Collected on the way: the responses themselves are not kept.
+        lengths: list[int] = []
+        truncated: list[bool] = []
+        by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
+
+        def judged() -> Iterator[Judged]:
+            for response in self._engine.generate(self._requests(), self._params, version=version):
+                lengths.append(len(response.token_ids))
+                truncated.append(response.finish_reason == "length")
+                text = decode(self._tokenizer, response.token_ids)
+                yield by_id[response.prompt_id], text, response.finish_reason
+
+        # Verdicts are made while later responses are still being sampled.
+        num_right = sum(verdict.right for verdict in judge_all(self._task, judged()))
+        count = len(self._prompts)
+        return {
+            "accuracy": num_right / count,
+            "num_prompts": count,
+            "response_len": sum(lengths) / count,
+            "truncated_share": sum(truncated) / count,
+        }
+
+    def _requests(self) -> Iterator[SamplingRequest]:
+        for prompt, ids in zip(self._prompts, self._prompt_ids, strict=True):
+            # The seed does not depend on the step. Answers differ by the weights alone.
+            seed = request_seed(self._seed, prompt.prompt_id, 0, "sync")
+            yield SamplingRequest(prompt.prompt_id, 0, ids, seed)

@@ -1,0 +1,185 @@
+"""Sampling into an artifact. Each response is published exactly once, in a fixed shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lopd import cache
+from lopd.artifacts import ArtifactWriter
+from lopd.config import Sampling
+from lopd.records import Ints, Key, Prompt, Response
+from lopd.report.console import progress
+from lopd.stages.open_shards import OpenShards
+from lopd.stages.request_order import in_passes
+from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
+from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
+
+if TYPE_CHECKING:
+    from lopd.stages.context import StageContext
+    from sglang_rollout.requests.client import SGLangEngine
+
+
+def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -> SamplingParams:
+    """Return the engine's sampling parameters.
+
+    Args:
+        section: The section of the configuration.
+        models: The models whose files name the tokens that end a response.
+        changes: Values of temperature, top_p, top_k or min_p in place of the section's.
+    """
+    return SamplingParams(
+        temperature=changes.get("temperature", section.temperature),
+        top_p=changes.get("top_p", section.top_p),
+        top_k=changes.get("top_k", section.top_k),
+        min_p=changes.get("min_p", section.min_p),
+        max_new_tokens=section.max_new_tokens,
+        stop_token_ids=end_token_ids(models),
+    )
+
+
+def end_token_ids(models: Iterable[Path]) -> tuple[int, ...]:
+    """Return the ids that end a response according to any of the models' files, ascending."""
+    # Teacher and student both count. The files of a base student may name only <|endoftext|>,
+    # although the student has learnt to end a response as its teacher does.
+    ids = {token for model in models for token in stop_token_ids(model, load_tokenizer(model))}
+    return tuple(sorted(ids))
+
+
+def sample_stage(
+    context: StageContext,
+    writer: ArtifactWriter,
+    section: Sampling,
+    *,
+    prompt_set: str,
+    role: str,
+    model: Path,
+    title: str,
+) -> None:
+    """Serve a model and sample a prompt set into a stage's artifact.
+
+    Args:
+        context: The stage.
+        writer: The writer of its artifact.
+        section: The sampling parameters.
+        prompt_set: "sft", "opd" or "eval".
+        role: "teacher" or "student", for the servers' log and record.
+        model: The Hugging Face folder.
+        title: The text at the progress bar.
+    """
+    # The writer's shard size counts: a stage that goes on keeps the one that it was begun with.
+    prompts, prompt_ids = context.prompts(prompt_set, model)
+    num_shards = -(-len(prompts) * section.samples_per_prompt // writer.shard_size)
+    if not writer.missing(num_shards):
+        # Workers may have published all shards. Then no server is started.
+        return
+    with context.serve(role, model) as engine:
+        sample_into(
+            writer,
+            engine,
+            prompts,
+            prompt_ids,
+            sampling_params(section, context.end_models),
+            samples_per_prompt=section.samples_per_prompt,
+            seed=context.config.run.seed,
+            purpose=context.stage.name,
+            title=title,
+        )
+
+
+def sample_into(
+    writer: ArtifactWriter,
+    engine: SGLangEngine,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[Ints],
+    params: SamplingParams,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+    purpose: str,
+    title: str,
+    version: str | None = None,
+) -> None:
+    """Sample the responses that are not published yet.
+
+    Args:
+        writer: The writer of the artifact.
+        engine: The servers of the model.
+        prompts: The prompts.
+        prompt_ids: The token ids of each prompt, int32 [P].
+        params: The sampling parameters.
+        samples_per_prompt: How many responses each prompt gets.
+        seed: The run's seed.
+        purpose: Tells apart requests for the same prompt, for example "rollout".
+        title: The text at the progress bar.
+        version: The weight version that the servers must have. None: the one that they have now.
+
+    Raises:
+        OtherWeights: A server has another version, because it was started again.
+    """
+    shards = _Shards(prompts, prompt_ids, samples_per_prompt, writer.shard_size)
+    missing = writer.missing(shards.count)
+    if not missing:
+        # The engine is not even asked for its version: it may have other weights by now.
+        return
+    open_shards: OpenShards[Response] = OpenShards()
+
+    def requests() -> Iterator[SamplingRequest]:
+        # The engine takes the next request when one is finished, so later shards are not begun
+        # before there is room for them.
+        for index in missing:
+            members = [*shards.members(index)]
+            open_shards.begin(index, [key for key, _ in members])
+            by_prompt: dict[str, list[tuple[Key, Ints]]] = {}
+            for key, ids in members:
+                by_prompt.setdefault(key[0], []).append((key, ids))
+            # One sample of every prompt, then a second one: the server has the prompt's prefix by
+            # then.
+            for key, ids in in_passes([*by_prompt.values()], len(by_prompt)):
+                # A request's own seed derives from the run's seed, the prompt, the sample index and
+                # the purpose. So a killed stage asks for the same responses again.
+                yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
+
+    # One version for the whole call: a server that is restarted in the middle must not mix two.
+    version = version or str(engine.model_info()["weight_version"])
+    total = sum(shards.size(index) for index in range(shards.count) if writer.is_mine(index))
+    already = total - sum(map(shards.size, missing))
+    with progress(title, total=total, done=already, unit="responses") as bar:
+        # Responses come in the order in which they are finished.
+        for response in engine.generate(requests(), params, version=version):
+            bar.advance(1)
+            complete = open_shards.add(response.key, response)
+            if complete is not None:
+                index, responses = complete
+                writer.publish_shard(index, cache.to_table(responses))
+
+
+class _Shards:
+    """Which responses a shard holds. This never changes, so a killed stage can go on."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Ints],
+        samples_per_prompt: int,
+        shard_size: int,
+    ) -> None:
+        self._prompts = prompts
+        self._prompt_ids = prompt_ids
+        self._samples_per_prompt = samples_per_prompt
+        self._shard_size = shard_size
+        # Positions count all samples of the first prompt, then those of the second, and so on.
+        self._total = len(prompts) * samples_per_prompt
+        self.count = -(-self._total // shard_size)
+
+    def size(self, index: int) -> int:
+        """Return the rows of a shard. Only the last one may have fewer than the shard size."""
+        return min(self._shard_size, self._total - index * self._shard_size)
+
+    def members(self, index: int) -> Iterator[tuple[Key, Ints]]:
+        """Yield key and prompt ids of a shard's responses, in order."""
+        first = index * self._shard_size
+        for position in range(first, first + self.size(index)):
+            prompt, sample_index = divmod(position, self._samples_per_prompt)
+            yield (self._prompts[prompt].prompt_id, sample_index), self._prompt_ids[prompt]

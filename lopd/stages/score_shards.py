@@ -1,0 +1,89 @@
+"""Scoring into an artifact: the teacher's log-probabilities, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lopd import cache
+from lopd.artifacts import ArtifactWriter, read_shard
+from lopd.megatron.scoring.scorer import MegatronScorer
+from lopd.records import Manifest, Response, ShardInfo, TeacherScores
+from lopd.report.console import progress
+from lopd.stages.open_shards import OpenShards
+from lopd.stages.request_order import by_length
+from sglang_rollout.requests.scoring import ScoreRequest
+
+if TYPE_CHECKING:
+    from sglang_rollout.requests.client import SGLangEngine
+
+
+def score_into(
+    writer: ArtifactWriter,
+    engine: SGLangEngine | None,
+    source: Path,
+    rollouts: Manifest,
+    *,
+    title: str,
+    logprob_bits: int = 32,
+    top_k: int = 0,
+) -> None:
+    """Score the responses of an artifact that are not scored yet.
+
+    Shard i of the result holds the responses of shard i of the source, in the same order.
+
+    Args:
+        writer: The writer of the result.
+        engine: The teacher. It may be None where nothing is missing.
+        source: The folder of the responses.
+        rollouts: Its manifest.
+        title: The text at the progress bar.
+        logprob_bits: 32, or 16 for a smaller cache.
+        top_k: How many of the teacher's likeliest tokens are kept at each position as well.
+    """
+    missing = writer.missing(len(rollouts.shards))
+    if not missing:
+        return
+    assert engine is not None, "an engine is needed, because shards are missing"
+    is_megatron = isinstance(engine, MegatronScorer)
+    # The responses of the shards in flight; their scores are collected beside them.
+    responses: dict[int, list[Response]] = {}
+    open_shards: OpenShards[TeacherScores] = OpenShards()
+    # Megatron-Core has no prefix cache, so passes over several prompts gain nothing there.
+    prompts_at_once = 1 if is_megatron else requests_in_flight(engine)
+
+    def requests(indices: Sequence[int]) -> Iterator[ScoreRequest]:
+        for index in indices:
+            # The checksum of the source is verified here, when the shard is read.
+            responses[index] = _responses_in(source, rollouts.shards[index])
+            open_shards.begin(index, [response.key for response in responses[index]])
+            for one in by_length(responses[index], prompts_at_once):
+                yield ScoreRequest(one.prompt_id, one.sample_index, one.prompt_ids, one.token_ids)
+
+    # Megatron-Core packs the responses of a stream together, and what a response is packed with
+    # decides its last bits. With one stream for each shard they do not depend on which shards are
+    # missing.
+    streams = [[index] for index in missing] if is_megatron else [missing]
+    total = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
+    already = total - sum(rollouts.shards[index].rows for index in missing)
+    with progress(title, total=total, done=already, unit="responses") as bar:
+        for indices in streams:
+            for score in engine.score(requests(indices), top_k=top_k):
+                bar.advance(1)
+                complete = open_shards.add(score.key, score)
+                if complete is not None:
+                    index, scores = complete
+                    rows = responses.pop(index)
+                    table = cache.to_table(rows, scores, logprob_bits=logprob_bits)
+                    writer.publish_shard(index, table)
+
+
+def _responses_in(source: Path, shard: ShardInfo) -> list[Response]:
+    rows = cache.from_table(read_shard(source, shard), where=str(source / shard.name))
+    return [response for response, _ in rows]
+
+
+def requests_in_flight(engine: SGLangEngine) -> int:
+    """Return how many requests all servers of an engine work on at the same time."""
+    return engine.settings.max_in_flight * len(engine.engines)

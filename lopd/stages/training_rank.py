@@ -1,0 +1,149 @@
+"""What SFT and distillation share on a rank. Their loops are in lopd.stages.sft and .distill."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lopd.artifacts import publish_json
+from lopd.megatron.ranks import parallel
+from lopd.megatron.ranks.rank_errors import reporting_errors
+from lopd.megatron.training.trainer import StepMetrics, Trainer
+from lopd.megatron.weights.transfer import save_hf
+from lopd.objective import Objective
+from lopd.records import Sample
+from lopd.report.console import training_line
+from lopd.report.metrics import MetricsLog
+from lopd.stages.batches import Batches
+from lopd.stages.training import TrainingJob
+
+# How many bytes of weights a rank gathers at a time to write the model.
+_BUCKET_BYTES = 512 * 2**20
+
+
+def run_rank(train: Callable[[TrainingJob], None]) -> None:
+    """Run the loop of sft or distill as one of the ranks that lopd.stages.training starts."""
+    # The only argument of the program is the job file.
+    raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    job = TrainingJob.from_json(raw)
+    # An error outside of this block would reach the parent as a traceback and not as one line.
+    with reporting_errors():
+        seed = job.config.run.seed
+        parallel.initialize(job.settings.parallel, seed=seed, timeout_s=job.settings.timeout_s)
+        train(job)
+        # After an error the process ends at once instead: the other ranks join no collective then.
+        parallel.shutdown()
+
+
+class Training:
+    """The trainer of a job, its running figures, its batches, and what it publishes.
+
+    Every rank has one. All ranks call its methods together.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        samples: Sequence[Sample],
+        objective: Objective,
+        *,
+        entropy: bool = False,
+    ) -> None:
+        """Build the trainer and go on from the newest checkpoint.
+
+        Args:
+            job: What to train.
+            samples: The responses to learn from.
+            objective: The loss.
+            entropy: Whether the objective gets the student's entropy at every token.
+        """
+        self.job = job
+        # The responses that the training starts with. A refresh replaces those in the batches.
+        self.samples = samples
+        self.trainer = Trainer(
+            job.settings,
+            model_dir=job.initial,
+            init=job.init,
+            init_std=job.config.sft.init_std,
+            seed=job.config.run.seed,
+            objective=objective,
+            entropy=entropy,
+            checkpoint_dir=job.checkpoints,
+        )
+        # The running figures. A checkpoint keeps them beside the weights, so a training that was
+        # killed ends with the figures of one that was not. Hooks add keys of their own.
+        self.state: dict[str, Any] = self.trainer.resume(job.print_line) or {
+            "num_tokens": 0,
+            "first_loss": None,
+            "last_loss": None,
+            "weight_syncs": 0,
+        }
+        # One process writes the metrics, because a line must not be written twice.
+        self.metrics = MetricsLog(job.config.run.dir) if parallel.rank() == 0 else None
+        if self.metrics is not None:
+            # A killed command may have logged steps after its newest checkpoint. They are trained
+            # again now and must not be in the log twice.
+            self.metrics.truncate_after(job.stage, self.trainer.step)
+        self.batches = Batches(samples, job)
+
+    def remaining_steps(self) -> range:
+        """Return the steps that are still to do, counted from 0."""
+        return range(self.trainer.step, self.job.num_steps)
+
+    def record(
+        self, result: StepMetrics, num_tokens: int, hook_figures: Mapping[str, int] | None = None
+    ) -> None:
+        """Add a step to the running figures and to the metrics.
+
+        Args:
+            result: What the trainer returned for the step.
+            num_tokens: Prompt and response tokens of the step, over all ranks.
+            hook_figures: More figures for the step's line of the metrics.
+        """
+        # These figures are of all ranks together, so every rank keeps the same state.
+        self.state["num_tokens"] += num_tokens
+        if self.state["first_loss"] is None:
+            self.state["first_loss"] = result.loss
+        self.state["last_loss"] = result.loss
+        if self.metrics is None:
+            return
+        figures = {
+            **result.as_dict(),
+            "processed_tokens": num_tokens,
+            "processed_tokens_per_s": num_tokens / max(result.seconds, 1e-9),
+            **(hook_figures or {}),
+        }
+        # Every step is in the metrics, and only some are on the screen.
+        job = self.job
+        self.metrics.train(job.stage, result.step, figures)
+        if result.step % job.settings.log_every == 0 or result.step in (1, job.num_steps):
+            # The parent shows every line that begins with the stage's name, as this one does.
+            sys.stdout.write(training_line(job.stage, result.step, job.num_steps, figures) + "\n")
+            sys.stdout.flush()
+
+    def save_checkpoint_if_needed(self) -> None:
+        """Save a checkpoint every ``checkpoint_every`` steps."""
+        done = self.trainer.step
+        # After the last step the model itself is published, so a checkpoint would be of no use.
+        if done % self.job.settings.checkpoint_every == 0 and done < self.job.num_steps:
+            self.trainer.save_checkpoint(self.state)
+
+    def publish_model(self) -> None:
+        """Write the trained model as a Hugging Face folder, and then the result of the training."""
+        job = self.job
+        # All ranks gather the weights, bucket by bucket. Rank 0 alone writes the files.
+        save_hf(
+            self.trainer.export(bucket_bytes=_BUCKET_BYTES),
+            job.model,
+            source=job.initial,
+            shard_bytes=job.config.export.shard_bytes,
+        )
+        if self.metrics is not None:
+            # The result comes last. Where this file is, the model beside it is whole.
+            publish_json(job.result, {"num_steps": job.num_steps, **self.state})
+            self.metrics.close()
+        # No rank leaves the process group while rank 0 still writes.
+        parallel.barrier()

@@ -1,0 +1,55 @@
+"""What several verbs share: their arguments and options, and how their help is laid out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+# Both -h and --help show the help of a group of verbs, and with it of each verb in the group.
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+# The first argument of nearly every verb. It is a path to read, so typer must not create it.
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="TOML file. Relative paths in it, and in overrides, are relative to its folder.",
+        show_default=False,
+    ),
+]
+# All further words. They have no dashes, so that they look like lines of the TOML file.
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Knobs that replace those of CONFIG, in TOML syntax: distill.num_steps=8",
+        show_default=False,
+    ),
+]
+# With this option nothing but JSON goes to stdout, and the exit code stays the same.
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")
+]
+
+
+class VerbGroup(typer.Typer):
+    """A group of verbs whose help fits any width of the terminal."""
+
+    def command(self, *arguments: Any, **named: Any) -> Callable[[Verb], Verb]:
+        """Return a decorator that adds a verb, as typer's own method does."""
+        add = super().command(*arguments, **named)
+
+        def add_verb(verb: Verb) -> Verb:
+            # typer keeps the line breaks of a docstring, which are made for 100 columns. On a
+            # narrower terminal every second line would have one or two words.
+            paragraphs = inspect.cleandoc(verb.__doc__ or "").split("\n\n")
+            verb.__doc__ = "\n\n".join(" ".join(text.split()) for text in paragraphs)
+            return add(verb)
+
+        return add_verb
