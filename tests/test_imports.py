@@ -5,6 +5,8 @@ name.
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,26 @@ def test_the_rule_notices_a_wrong_direction() -> None:
     assert "stages" not in ALLOWED["objective"]
     assert room_of("lopd.stages.sft") == "stages"
     assert room_of("numpy.random") is None
+
+
+def test_only_a_rank_imports_megatron_core() -> None:
+    """The files of sft and distill are imported by the parent process too, and run by the ranks.
+
+    The package imports no stage. Otherwise a rank would import its own file twice.
+    """
+    code = """
+import sys
+import lopd.stages
+print("lopd.stages.distill" in sys.modules)
+import lopd.pipeline
+print("megatron.core" in sys.modules)
+import lopd.stages.training_rank
+print("megatron.core" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=True
+    )
+    assert done.stdout.split() == ["False", "False", "True"]
 
 
 def test_one_file_alone_knows_parallel_state() -> None:

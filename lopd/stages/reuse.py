@@ -129,9 +129,10 @@ def supersede(context: StageContext) -> None:
 def _set_aside_training_without_manifest(context: StageContext, superseded: Path) -> None:
     """Keep hours of training whose manifest is lost. Nothing says from what it was made."""
     folder = context.folder
+    if (folder / MANIFEST).exists():
+        return
     # Also in folders below: the training of evaluate has one of its own.
-    trained = any(next(folder.rglob(name), None) for name in (RESULT, CHECKPOINTS))
-    if (folder / MANIFEST).exists() or not trained:
+    if not any(next(folder.rglob(name), None) for name in (RESULT, CHECKPOINTS)):
         return
     context.log(
         f"has checkpoints or a result, but no {MANIFEST} that says from what they were made; "
