@@ -27,7 +27,7 @@ from lopd.config import Config, result_keys
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
 from lopd.records import ModelIdentity
-from lopd.report.console import say
+from lopd.report.console import print_line
 from lopd.stages.context import StageContext
 from lopd.stages.evaluate import LONGER
 from lopd.stages.order import STAGES, is_needed, stage_named
@@ -122,7 +122,7 @@ def follow(config: Config, name: str, index: int, count: int) -> None:
     # The only training of evaluate is the equal-compute baseline, which is an SFT.
     folder = context.folder / LONGER if name == "evaluate" else context.folder
     # No lock here: machine 0 holds it for all of them.
-    say(f"{name}: machine {index} of {count} follows the first one")
+    print_line(f"{name}: machine {index} of {count} follows the first one")
     follow_trainings(
         folder,
         "distill" if name == "distill" else "sft",
@@ -237,7 +237,7 @@ def _run_stage(context: StageContext, verified: Collection[str]) -> Outcome:
     if manifest is not None:
         # A reused artifact is only as good as its files. A changed one is named with the remedy.
         verify(context.folder, manifest)
-        say(f"{context.stage.name}: reused", context.folder / "log.txt")
+        print_line(f"{context.stage.name}: reused", context.folder / "log.txt")
         return Outcome(context.stage.name, "reused", time.monotonic() - start)
     with storage_errors(context.folder):
         context.folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +314,7 @@ def report_changes(config: Config) -> None:
     if changed:
         shown = "; ".join(f"{key}: {former.get(key)} -> {current.get(key)}" for key in changed[:12])
         more = " ..." if len(changed) > 12 else ""
-        say(
+        print_line(
             f"this run directory was made from another config: {shown}{more}",
             config.run.dir / "log.txt",
         )

@@ -12,7 +12,7 @@ from lopd.artifacts import publish_json, read_manifest
 from lopd.config import Config
 from lopd.errors import DataError
 from lopd.records import Manifest
-from lopd.report.console import say
+from lopd.report.console import print_line
 
 FILE = "summary.json"
 
@@ -79,7 +79,7 @@ def draw(config: Config) -> None:
         draw_learning_curve(config.run.dir)
     except DataError as error:
         # A run without a curve is still a run.
-        say(f"no learning curve: {error}", config.run.dir / "log.txt")
+        print_line(f"no learning curve: {error}", config.run.dir / "log.txt")
 
 
 def _score_figures(score: Manifest) -> dict[str, Any]:

@@ -221,7 +221,10 @@ def test_buffers_of_nccl_cannot_be_given_back(project: Path) -> None:
         load_config(project, ["sync.colocate=true", SYNCED, "distill.megatron={nccl_ub=true}"]),
         on_gpu=None,
     )
-    assert "distill.megatron.nccl_ub with sync.colocate; limit: only buffers that torch allocates" in line
+    assert (
+        "distill.megatron.nccl_ub with sync.colocate; limit: only buffers that torch allocates"
+        in line
+    )
     for good in (
         ["sync.colocate=true", "distill.megatron={nccl_ub=false}"],
         ["distill.megatron={nccl_ub=true}"],

@@ -54,7 +54,7 @@ _STEP_FIGURES = (
 )
 
 
-def say(line: str, log: Path | None = None) -> None:
+def print_line(line: str, log: Path | None = None) -> None:
     """Print a line, and append it to a log file with the time (UTC) before it.
 
     Args:
@@ -184,14 +184,14 @@ class _PlainBar:
             self._last_line = now
             speed = self._speed(now)
             left = f", {duration((self._total - self._done) / speed)} left" if speed else ""
-            say(f"{self._title}: {self._count()}, {_rate(speed)}/s{left}")
+            print_line(f"{self._title}: {self._count()}, {_rate(speed)}/s{left}")
 
     def close(self) -> None:
         now = time.monotonic()
         # An error ends the body before everything is done.
         state = "" if self._done >= self._total else "stopped at "
         took = duration(now - self._start)
-        say(f"{self._title}: {state}{self._count()}, {_rate(self._speed(now))}/s, {took}")
+        print_line(f"{self._title}: {state}{self._count()}, {_rate(self._speed(now))}/s, {took}")
 
     def _count(self) -> str:
         return f"{self._done:,}/{self._total:,} {self._unit}"
@@ -217,10 +217,10 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     if summary.get("stages"):
         _console.print(stage_table(summary))
     if summary.get("teacher_work"):
-        say(teacher_line(summary["teacher_work"]))
+        print_line(teacher_line(summary["teacher_work"]))
     # For example that a foreign teacher was accepted. Notes come last, where they are read.
     for note in summary.get("notes", ()):
-        say(str(note))
+        print_line(str(note))
 
 
 def teacher_line(work: Mapping[str, float]) -> str:

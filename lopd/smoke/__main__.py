@@ -19,7 +19,7 @@ import numpy as np
 
 from lopd.errors import EXIT_CODE, ConfigError, EngineError, LopdError
 from lopd.megatron.ranks.launch import run_ranks
-from lopd.report.console import say, show_error
+from lopd.report.console import print_line, show_error
 from lopd.smoke.forms import FORMS, Form, write_model
 from lopd.stages.training import SERVER_KEY
 from sglang_rollout.requests.client import SGLangEngine
@@ -52,7 +52,7 @@ def main() -> None:
     except LopdError as error:
         show_error(error)
         sys.exit(EXIT_CODE)
-    say(f"smoke: all of it works, {time.perf_counter() - start:.0f} s")
+    print_line(f"smoke: all of it works, {time.perf_counter() - start:.0f} s")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +89,7 @@ def smoke(name: str, folder: Path, tokenizer: Path) -> None:
         LopdError: The first thing that does not work.
     """
     form = FORMS[name]
-    say(f"smoke: {form.name}")
+    print_line(f"smoke: {form.name}")
     # The cheapest check first: a missing package would otherwise show after minutes.
     _check_imports(form)
     model = folder / "model"
@@ -103,11 +103,11 @@ def smoke(name: str, folder: Path, tokenizer: Path) -> None:
     # The checkpoint is in the format that both the server and the trainer read.
     architecture = write_model(form, model, tokenizer)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    say(f"smoke: model of {architecture.num_layers} layers and {size / 1e9:.2f} GB written")
+    print_line(f"smoke: model of {architecture.num_layers} layers and {size / 1e9:.2f} GB written")
     start = time.perf_counter()
     with SGLangServer(model, form.server, log=folder / "sglang.log") as server:
         engine = SGLangEngine(server.url, server.api_key, form.server, server=server)
-        say(f"smoke: SGLang serves it after {time.perf_counter() - start:.1f} s")
+        print_line(f"smoke: SGLang serves it after {time.perf_counter() - start:.1f} s")
         # Once before any sync: if the server itself is wrong, no transport is to blame.
         _check_answers(engine, version=None)
         _run_trainer(name, model, server, folder)
@@ -131,7 +131,7 @@ def _run_trainer(name: str, model: Path, server: SGLangServer, folder: Path) -> 
         # The key goes through the environment. A command line and a file could be read by others.
         env={**os.environ, SERVER_KEY: server.api_key},
         # The ranks write much else, which is in the log.
-        on_line=lambda line: say(line) if line.startswith("smoke: ") else None,
+        on_line=lambda line: print_line(line) if line.startswith("smoke: ") else None,
     )
 
 
@@ -159,7 +159,7 @@ def _check_imports(form: Form) -> None:
                 where="imports",
                 remedy="use the image (docker/)",
             ) from None
-    say(f"smoke: imports; {torch.cuda.device_count()} GPUs, torch {torch.__version__}")
+    print_line(f"smoke: imports; {torch.cuda.device_count()} GPUs, torch {torch.__version__}")
 
 
 def _check_answers(engine: SGLangEngine, version: str | None) -> None:
@@ -195,7 +195,7 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
             "no answer with finite log-probabilities", where="SGLang", remedy="see sglang.log"
         )
     if version is None:
-        say(f"smoke: {len(responses)} answers")
+        print_line(f"smoke: {len(responses)} answers")
         return
     # All answers must be from one version: a server in between would be a torn update.
     versions = sorted({response.weight_version for response in responses})
@@ -206,7 +206,7 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
             limit=version,
             remedy="see sglang.log and train.log",
         )
-    say(f"smoke: {len(responses)} answers from the weights that were synced last")
+    print_line(f"smoke: {len(responses)} answers from the weights that were synced last")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lopd.artifacts import MANIFEST, ArtifactWriter, Share, identify_model, read
 from lopd.config import Config, SGLangSection, result_keys
 from lopd.config.secrets import scrubbed_inputs
 from lopd.records import Manifest, ModelIdentity, Prompt
-from lopd.report.console import say
+from lopd.report.console import print_line
 from lopd.tasks.rows import content_hash
 
 if TYPE_CHECKING:
@@ -250,4 +250,4 @@ class StageContext:
 
     def log(self, line: str) -> None:
         """Show a line on the screen and write it to the stage's log."""
-        say(f"{self.stage.name}: {line}", self.folder / "log.txt")
+        print_line(f"{self.stage.name}: {line}", self.folder / "log.txt")

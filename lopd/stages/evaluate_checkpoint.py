@@ -34,7 +34,7 @@ from lopd.config import Config
 from lopd.config.secrets import scrubbed
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.records import Ints, Manifest, Prompt, Response, ShardInfo
-from lopd.report.console import progress, say
+from lopd.report.console import print_line, progress
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.tasks import Task, get_task
@@ -96,7 +96,7 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
     sandbox = _check_machine(task)
     if sandbox:
         # It says how this machine isolates the programs of a code task.
-        say(sandbox)
+        print_line(sandbox)
     if fit_context:
         config = _fit_context(config, task)
     # Not a stage of the pipeline, but made of the same parts: inputs that decide what is reused,
@@ -132,7 +132,7 @@ def _fit_context(config: Config, task: Task) -> Config:
     needed = longest_prompt + config.evaluate.max_new_tokens
     if needed > longest:
         # Some responses may be cut off then. The figures count them, so it is no error.
-        say(
+        print_line(
             f"the model has {longest} positions: the longest prompt leaves "
             f"{longest - longest_prompt} tokens for its response"
         )

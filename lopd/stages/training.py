@@ -20,7 +20,7 @@ from lopd.config import Config, TrainSection
 from lopd.config.secrets import scrubbed
 from lopd.megatron.ranks.launch import ANNOUNCEMENT_FILE, run_ranks, threads_of
 from lopd.megatron.ranks.nodes import Node, await_announcement, this_node
-from lopd.report.console import say
+from lopd.report.console import print_line
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
@@ -183,7 +183,7 @@ def _start_ranks(
     def on_line(line: str) -> None:
         # Other lines are warnings of libraries. They are in the log.
         if line.startswith(f"{job.stage} "):
-            say(line)
+            print_line(line)
         # After any line: half a line of another rank may stand before the one that asks.
         serve_requests()
 

@@ -160,7 +160,7 @@ def launch(
     loaded = load_config(config, overrides or [])
     from lopd.launching import TARGETS, make_plan
     from lopd.launching import launch as start
-    from lopd.report.console import say
+    from lopd.report.console import print_line
 
     # typer could check the choice, but its message is a box and not one of our error lines.
     target = next((name for name in TARGETS if name == on), None)
@@ -183,15 +183,15 @@ def launch(
     if not as_json:
         # The list comes before the submission, which may take minutes on a cluster.
         for job in plan.jobs:
-            say(_job_line(job))
+            print_line(_job_line(job))
     # An absolute path: nemo-run runs in a process of its own.
     result = start(plan, render_to=render.resolve() if render is not None else None)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     elif render is not None:
-        say(f"launch: written to {render}")
+        print_line(f"launch: written to {render}")
     else:
-        say("launch: submitted; lopd status tells how far it is")
+        print_line("launch: submitted; lopd status tells how far it is")
 
 
 def _job_line(job: Job) -> str:

@@ -29,10 +29,10 @@ def run_stages(config: Config, stage: str | None = None) -> None:
 
 def _show_result(config: Config) -> None:
     """Print the accuracies and the seconds of each stage, and where the files are."""
-    from lopd.report.console import say, show_summary
+    from lopd.report.console import print_line, show_summary
     from lopd.summary import FILE
 
     # The summary is read from its file, not passed on in memory: what the user sees here is
     # exactly what a program reads later.
     show_summary(json.loads((config.run.dir / FILE).read_text(encoding="utf-8")))
-    say(f"everything is in {config.run.dir}")
+    print_line(f"everything is in {config.run.dir}")

@@ -106,7 +106,7 @@ def fetch(
     """
     from lopd.config.hub import PREFIX
     from lopd.machine import hub
-    from lopd.report.console import say
+    from lopd.report.console import print_line
 
     if what.startswith(PREFIX):
         # Useful for one evaluation set, or to fetch on a machine that has no configuration.
@@ -115,14 +115,14 @@ def fetch(
         items = list(hub.wanted(load_config(Path(what), overrides or [])))
     # Programs read the output of these two forms, so progress lines must not be part of it.
     quiet = as_json or only_path
-    rows = hub.fetch(items, (lambda line: None) if quiet else say)
+    rows = hub.fetch(items, (lambda line: None) if quiet else print_line)
     # For shells: `--model "$(lopd fetch --path hf://...)"`.
     if only_path:
         typer.echo("\n".join(str(item.path) for item in items))
     elif as_json:
         typer.echo(json.dumps(rows, indent=1))
     elif not rows:
-        say(
+        print_line(
             "nothing of this configuration is on the hub: all its models and prompts are local "
             "paths"
         )

@@ -14,8 +14,8 @@ from lopd.report import console
 from lopd.report.console import (
     duration,
     model_table,
+    print_line,
     progress,
-    say,
     show_error,
     show_summary,
     stage_table,
@@ -138,13 +138,13 @@ def test_error_is_one_line_on_stderr_however_long(capsys: pytest.CaptureFixture[
     assert err.endswith("remedy: do that\n")
 
 
-def test_say_writes_the_line_to_screen_and_log(
+def test_print_line_writes_the_line_to_screen_and_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "stage" / "log.txt"
-    say("sft: first [1/2]", log)
-    say("sft: second", log)
-    say("screen only")
+    print_line("sft: first [1/2]", log)
+    print_line("sft: second", log)
+    print_line("screen only")
     assert capsys.readouterr().out == "sft: first [1/2]\nsft: second\nscreen only\n"
     assert [line.partition("Z ")[2] for line in log.read_text().splitlines()] == [
         "sft: first [1/2]",
@@ -205,7 +205,7 @@ def test_bar_on_a_terminal_shows_count_unit_and_rate_below_other_lines(
     monkeypatch.setattr(console, "_console", screen)
     with progress("rollout", total=20, unit="responses") as bar:
         bar.advance(5)
-        say("a line meanwhile")
+        print_line("a line meanwhile")
         bar.advance(15)
     assert isinstance(screen.file, io.StringIO)
     text = screen.file.getvalue()
