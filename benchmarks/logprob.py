@@ -294,8 +294,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     lines = [
-        f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, "
-        f"hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"
+        (
+            f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, "
+            f"hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"
+        )
     ]
     lines.append(
         f"{'':<20}{'memory':>12}{'of dense':>10}{'time':>12}{'of dense':>10}"

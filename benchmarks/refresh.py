@@ -169,8 +169,10 @@ def table(figures: dict[str, list[dict[str, Any]]]) -> str:
     seed's. figures: variant -> of each seed.
     """
     lines = [
-        "| refresh | refreshes | accuracy, % | reverse KL, nats per token | least effective share "
-        "| distill, s (load) | teacher tokens |"
+        (
+            "| refresh | refreshes | accuracy, % | reverse KL, nats per token "
+            "| least effective share | distill, s (load) | teacher tokens |"
+        )
     ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, of_seeds in figures.items():

@@ -160,8 +160,10 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         (
             {"tensor": 2, "ranks": 1},
             [
-                "ranks = 1 is not a multiple of tensor * pipeline * context = 2; "
-                "remedy: set ranks to a multiple of 2"
+                (
+                    "ranks = 1 is not a multiple of tensor * pipeline * context = 2; "
+                    "remedy: set ranks to a multiple of 2"
+                )
             ],
         ),
         (
@@ -171,8 +173,10 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         (
             {"context": 2, "ranks": 2},
             [
-                "context = 2 needs Transformer Engine, which does not import here; "
-                "limit: context = 1 without it"
+                (
+                    "context = 2 needs Transformer Engine, which does not import here; "
+                    "limit: context = 1 without it"
+                )
             ],
         ),
         (
@@ -469,8 +473,10 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         (
             ["sync.host=auto"],
             [
-                'sync.host = "auto" with sync.transport = "disk"; '
-                "limit: only the transport distributed uses it; remedy: leave sync.host out"
+                (
+                    'sync.host = "auto" with sync.transport = "disk"; '
+                    "limit: only the transport distributed uses it; remedy: leave sync.host out"
+                )
             ],
         ),
         (
@@ -480,8 +486,10 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         (
             [f"sglang.replicas={2 * CORES}"],
             [
-                f"sglang.replicas = {2 * CORES}; limit: {CORES} CPU cores; "
-                f"remedy: set sglang.replicas={CORES} or fewer"
+                (
+                    f"sglang.replicas = {2 * CORES}; limit: {CORES} CPU cores; "
+                    f"remedy: set sglang.replicas={CORES} or fewer"
+                )
             ],
         ),
         (

@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,10 +290,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
     residualise(tmp_path / "a", tmp_path / "b", Settings())
     with pytest.raises(ArtifactError, match="is of kind residualised_cache"):
         residualise(tmp_path / "b", tmp_path / "c", Settings())
-    for change in ({"folds": 1}, {"smoothing": -1.0}, {"token_share": 1.5}, {"position_bins": 0}):
+    changes: list[dict[str, Any]] = [
+        {"folds": 1},
+        {"smoothing": -1.0},
+        {"token_share": 1.5},
+        {"position_bins": 0},
+    ]
+    for change in changes:
         with pytest.raises(LopdError, match=next(iter(change))):
-            settings = dataclasses.replace(Settings(), **change)  # type: ignore[arg-type]
-            residualise(tmp_path / "a", tmp_path / "d", settings)
+            residualise(tmp_path / "a", tmp_path / "d", dataclasses.replace(Settings(), **change))
     publish_cache(tmp_path / "one", some_responses(3, samples_per_prompt=3))
     with pytest.raises(LopdError, match="1 folds"):
         residualise(tmp_path / "one", tmp_path / "e", Settings())

@@ -19,8 +19,8 @@ FILES = [
 ]
 # A file of the repository that a page names, and possibly a test inside of it.
 PATH = re.compile(
-    r"(?<![\w/.~-])(?P<file>(?:lopd|sglang_rollout|megatron_patches|tests|benchmarks|examples|docker"
-    r"|docs|requirements|findings)/[\w./-]+\.(?:py|sh|toml|md|lock|env|in|txt|json|svg))"
+    r"(?<![\w/.~-])(?P<file>(?:lopd|sglang_rollout|megatron_patches|tests|benchmarks|examples"
+    r"|docker|docs|requirements|findings)/[\w./-]+\.(?:py|sh|toml|md|lock|env|in|txt|json|svg))"
     r"(?:::(?P<test>\w+))?"
 )
 

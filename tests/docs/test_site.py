@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, lists every knob and verb, and is offline."""
+"""The documentation site: it builds without a warning, lists every knob and verb, is offline."""
 
 from __future__ import annotations
 

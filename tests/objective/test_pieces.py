@@ -353,7 +353,7 @@ class TestComposition:
             )
 
     def test_packing_changes_nothing(self, model: TableModel, samples: list[Sample]) -> None:
-        """A microbatch for each response gives the same loss, gradient and metrics as one for all."""
+        """One microbatch a response gives the same loss, gradient and metrics as one for all."""
         objective = replace(EVERYTHING, teachers=())
         whole = packed_output(model, samples, objective)
         parts = [packed_output(model, [sample], objective) for sample in samples]

@@ -214,8 +214,8 @@ def test_clients_of_other_processes_are_told_that_it_is_the_end(frail: Frail) ->
     with pytest.raises(
         EngineError,
         match=(
-            "log: the student server died 2 times in a row .* its log ends: the last line; "
-            "limit: sglang.restarts = 1"
+            r"log: the student server died 2 times in a row .* its log ends: the last line; "
+            r"limit: sglang.restarts = 1"
         ),
     ):
         list(elsewhere.generate(sampling_requests(2), sampling()))
