@@ -42,7 +42,7 @@ def run(context: StageContext) -> None:
     config = context.config
     # Before the servers: training and serving need the same GPUs.
     longer = _train_longer(context) if config.evaluate.equal_compute_baseline else None
-    prompts, prompt_ids = context.prompts("eval", config.models.student)
+    prompts, prompt_ids = context.prompts("eval")
     held_out = _HeldOut(context, prompts, prompt_ids)
     writer = context.writer(
         models={"teacher": context.identity("teacher")},
@@ -182,7 +182,7 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
     config = context.config
     task = get_task(config.task.name, config.task.options)
     tokenizer = load_tokenizer(config.models.student)
-    prompts, _ = context.prompts("eval", config.models.student)
+    prompts, _ = context.prompts("eval")
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     prompt_ids: list[str] = []
     lengths: list[int] = []

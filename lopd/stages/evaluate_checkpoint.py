@@ -102,7 +102,7 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
     # Not a stage of the pipeline, but made of the same parts: inputs that decide what is reused,
     # shards that a killed command goes on with, and servers.
     context = StageContext(config, ANSWERS)
-    prompts, prompt_ids = context.prompts("eval", config.models.student)
+    prompts, prompt_ids = context.prompts("eval")
     manifest = _sample(context, prompts, prompt_ids, shard_size)
     rows = _judge_answers(context, manifest, prompts, task)
     summary = {**_figures(rows, prompts), **_about(context, manifest, sandbox)}
