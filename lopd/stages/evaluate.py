@@ -27,7 +27,7 @@ from lopd.stages.sft import demonstrations_of
 from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
 from lopd.tasks import get_task
 from lopd.tasks.accuracy import accuracy_figures
-from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.tokenizer import load_tokenizer, response_text
 from lopd.tasks.verdicts import Judged, judge_all
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
             prompt_ids.append(response.prompt_id)
             lengths.append(len(response.token_ids))
             truncated.append(response.finish_reason == "length")
-            text = decode(tokenizer, response.token_ids)
+            text = response_text(tokenizer, response.token_ids, response.finish_reason)
             yield by_id[response.prompt_id], text, response.finish_reason
 
     # Verdicts come in the order of the responses.

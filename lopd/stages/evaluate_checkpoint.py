@@ -40,7 +40,7 @@ from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.tasks import Task, get_task
 from lopd.tasks.accuracy import accuracy_figures, ks_of, pass_at
 from lopd.tasks.prompts import load_prompts
-from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.tokenizer import load_tokenizer, response_text
 from lopd.tasks.verdicts import Judged, Verdict, judge_all
 
 SUMMARY = "summary.json"
@@ -199,7 +199,10 @@ def _judge_answers(
             table = read_shard(context.folder, shard)
             # Decoded also where the verdicts are known. The figures need the responses anyway.
             responses = [response for response, _ in cache.from_table(table, where=shard.name)]
-            texts = [decode(tokenizer, response.token_ids) for response in responses]
+            texts = [
+                response_text(tokenizer, response.token_ids, response.finish_reason)
+                for response in responses
+            ]
             # Both are asked: the record is useless where somebody has removed the transcripts.
             if judged.get(name) == source and (folder / name).is_file():
                 verdicts = _read_verdicts(folder / name)

@@ -19,7 +19,7 @@ from lopd.stages.training import TrainingJob
 from lopd.tasks import get_task
 from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.prompts import load_prompts
-from lopd.tasks.tokenizer import decode
+from lopd.tasks.tokenizer import response_text
 from lopd.tasks.verdicts import Judged, judge_all
 from sglang_rollout.requests.client import OtherWeights, SGLangEngine
 from sglang_rollout.requests.sampling import SamplingRequest, request_seed
@@ -161,7 +161,7 @@ class HeldOutAnswers:
             for response in self._engine.generate(self._requests(), self._params, version=version):
                 lengths.append(len(response.token_ids))
                 truncated.append(response.finish_reason == "length")
-                text = decode(self._tokenizer, response.token_ids)
+                text = response_text(self._tokenizer, response.token_ids, response.finish_reason)
                 yield by_id[response.prompt_id], text, response.finish_reason
 
         # Verdicts are made while later responses are still being sampled.
