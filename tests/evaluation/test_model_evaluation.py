@@ -146,7 +146,9 @@ def test_figures_and_files(
         for line in path.read_text().splitlines()
     ]
     assert len(transcripts) == 24
-    assert transcripts[4]["response"] == write_response(PROBLEMS[1], "careful")
+    assert transcripts[4]["response"] == write_response(PROBLEMS[1], "careful").removesuffix(
+        "<|im_end|>"
+    )
     assert transcripts[4]["messages"] == [{"role": "user", "content": f"{PROBLEMS[1].text}=?"}]
     assert summary["context_length"] == summary_context(out)
     assert stand_ins.served == ["model"]

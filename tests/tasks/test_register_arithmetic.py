@@ -17,7 +17,7 @@ from lopd.tasks.register_responses import Corruption, write_corrupted, write_res
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 PROBLEM = Problem(81, (("+", 6), ("+", 2), ("+", 7), ("+", 3), ("-", 10)))
-CAREFUL = "<think>\n81+06=87\n87+02=89\n89+07=96\n96+03=99\n99-10=89\n</think>\n89<|im_end|>"
+CAREFUL = "<think>\n81+06=87\n87+02=89\n89+07=96\n96+03=99\n99-10=89\n</think>\n89"
 FIRST_OF_SEED_2 = ["19+36+41-20-59+25", "84+15-57-36-06+97"]
 
 
@@ -106,11 +106,10 @@ def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> Non
     ("text", "finish_reason", "right"),
     [
         (CAREFUL, "stop", True),
-        ("<think>\n</think>\n89<|im_end|>", "stop", True),  # the answer counts, not the way to it
-        (CAREFUL.replace("\n89<|im_end|>", "\n88<|im_end|>"), "stop", False),
+        ("<think>\n</think>\n89", "stop", True),  # the answer counts, not the way to it
+        (CAREFUL.removesuffix("89") + "88", "stop", False),
         (CAREFUL, "length", False),
         (CAREFUL, "abort", False),
-        (CAREFUL.removesuffix("<|im_end|>"), "stop", False),
         (CAREFUL.replace("</think>\n89", "</think>89"), "stop", False),
         (CAREFUL.replace("</think>\n89", "</think>\n889"), "stop", False),
         (CAREFUL.replace("</think>\n89", "</think>\n8"), "stop", False),
@@ -121,7 +120,7 @@ def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> Non
         (CAREFUL + CAREFUL, "stop", False),
         (CAREFUL + "<|im_end|>", "stop", False),
         (CAREFUL + "\n", "stop", False),
-        ("89<|im_end|>", "stop", False),
+        ("89", "stop", False),
         ("", "stop", False),
     ],
 )
@@ -131,7 +130,7 @@ def test_verifier(text: str, finish_reason: str, right: bool) -> None:
 
 
 def test_written_responses() -> None:
-    assert write_response(PROBLEM, "careful") == CAREFUL
+    assert write_response(PROBLEM, "careful") == f"{CAREFUL}<|im_end|>"
     assert write_response(PROBLEM, "skip") == "<think>\n</think>\n89<|im_end|>"
 
 
@@ -168,7 +167,7 @@ def test_corruption_rates_of_zero_give_the_careful_response() -> None:
     text, mask = write_corrupted(
         PROBLEM, np.random.default_rng(0), Corruption(operator=0, operand=0, value=0)
     )
-    assert text == CAREFUL
+    assert text == f"{CAREFUL}<|im_end|>"
     assert mask.all()
 
 

@@ -39,7 +39,6 @@ TASKS = {
     "code": get_task("code", {"limit_s": LIMIT_S, "memory_mb": 512, "disk_mb": 8}),
     "code_numpy": get_task("code", {"limit_s": 5.0, "packages": True}),
 }
-END = "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def boxed(gold: str, answer: str, reason: str = "") -> Case:
     return Case(
         "math",
         gold,
-        f"<think>\nhm\n</think>\n\nSo the answer is $\\boxed{{{answer}}}$.{END}",
+        f"<think>\nhm\n</think>\n\nSo the answer is $\\boxed{{{answer}}}$.",
         reason,
     )
 
@@ -69,6 +68,7 @@ def boxed(gold: str, answer: str, reason: str = "") -> Case:
 WRONG = "wrong answer"
 MATH = [
     # right, in many forms
+<<<<<<< HEAD
     boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"),
     boxed("1000", "1,000"), boxed("1000", "1{,}000"),
     boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"),
@@ -85,11 +85,23 @@ MATH = [
     boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
     Case("math", "7", f"first \\boxed{{8}}, no: \\boxed{{7}}{END}"),  # the last box
     Case("math", "7", f"no thinking at all \\boxed{{7}}{END}"),
+=======
+    boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"), boxed("1000", "1,000"), boxed("1000", "1{,}000"),
+    boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"), boxed("2\\sqrt{3}", "\\sqrt{12}"), boxed("2", "x=2"),
+    boxed("18", "\\$18"), boxed("50", "50\\%"), boxed("90", "90^\\circ"), boxed("10", "10\\text{ cm}"), boxed("x^2+1", "1+x^2"), boxed("17", "17."),
+    boxed("1,2", "2,1"), boxed("(3,4)", "(3, 4)"), boxed("\\text{Evelyn}", "\\text{evelyn}"), boxed("21", "7\\cdot 3=21"), boxed("2", "\\boxed{2}"),
+    boxed("\\frac{9\\sqrt{23}}{23}", "\\frac{9}{\\sqrt{23}}"), boxed("1+2i", "2i+1"), boxed("$5$", "5"), boxed("2^{99}", "2^{99}"),
+    boxed("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\frac{-1 \\pm \\sqrt{17}}{2}"), boxed("\\pm 5", "5, -5"), boxed("5", "\\pm 5", WRONG),
+    boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"), boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
+    Case("math", "7", "first \\boxed{8}, no: \\boxed{7}"),  # the last box
+    Case("math", "7", "no thinking at all \\boxed{7}"),
+>>>>>>> template
     # the template opened the thinking
-    Case("math", "7", f"thought before </think> \\boxed {{7}}{END}"),
-    Case("math", "34", f"</think>We add.\n\n**Answer: 34**{END}"),
-    Case("math", "34", f"</think>We add.\nAnswer: $34$\n{END}"),
+    Case("math", "7", "thought before </think> \\boxed {7}"),
+    Case("math", "34", "</think>We add.\n\n**Answer: 34**"),
+    Case("math", "34", "</think>We add.\nAnswer: $34$\n"),
     # wrong
+<<<<<<< HEAD
     boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG),
     boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
     boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG),
@@ -98,26 +110,39 @@ MATH = [
     boxed("7", "7^{2}", WRONG),
     Case("math", "7", f"\\boxed{{7}} or rather \\boxed{{8}}{END}", WRONG),
     Case("math", "7", f"<think>\\boxed{{7}}</think>\\boxed{{8}}{END}", WRONG),
+=======
+    boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG), boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
+    boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG), boxed("\\frac13", "0.333", WRONG), boxed("(3,4)", "(4,3)", WRONG), boxed("2", "2x", WRONG),
+    boxed("3", "\\infty", WRONG), boxed("A", "B", WRONG), boxed("0", "\\text{None}", WRONG), boxed("7", "7^{2}", WRONG),
+    Case("math", "7", "\\boxed{7} or rather \\boxed{8}", WRONG),
+    Case("math", "7", "<think>\\boxed{7}</think>\\boxed{8}", WRONG),
+>>>>>>> template
     # malformed
     boxed("7", "", "no answer"),
-    Case("math", "7", f"the answer is 7{END}", "no answer"),
-    Case("math", "7", f"\\boxed{{7{END}", "no answer"),
+    Case("math", "7", "the answer is 7", "no answer"),
+    Case("math", "7", "\\boxed{7", "no answer"),
     # the last box is not closed
-    Case("math", "7", f"\\boxed{{7}} and \\boxed{{8{END}", "no answer"),
-    Case("math", "7", f"<think>\\boxed{{7}}</think> so it is{END}", "no answer"),
-    Case("math", "7", f"<think>it is \\boxed{{7}}{END}", "never ended its thinking"),
+    Case("math", "7", "\\boxed{7} and \\boxed{8", "no answer"),
+    Case("math", "7", "<think>\\boxed{7}</think> so it is", "no answer"),
+    Case("math", "7", "<think>it is \\boxed{7}", "never ended its thinking"),
     Case("math", "7", "so \\boxed{7}", "cut off", finish_reason="length"),
     Case("math", "7", "", "no answer"),
-    Case("math", "", f"\\boxed{{}}{END}", "no answer"),
+    Case("math", "", "\\boxed{}", "no answer"),
     # hostile
     boxed("7", "9^{9^{9^{9}}}", "time limit"), boxed("7", "99999999!", "time limit"),
     boxed("7", "7" * 200_000, "answer too long"), boxed("7", "\\frac{" * 60_000, "no answer"),
+<<<<<<< HEAD
     boxed("7", "__import__('os').system('touch proof')", WRONG),
     boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
     Case("math", "7", "\\boxed{" * 100_000 + END, "no answer"),
     Case("math", "7", "\\boxed{8}" * 50_000 + f"\\boxed{{7}}{END}"),
     Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}{END}"),
     Case("math", "7", f"\\boxed{{\x00\ud800}}{END}", WRONG),
+=======
+    boxed("7", "__import__('os').system('touch proof')", WRONG), boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
+    Case("math", "7", "\\boxed{" * 100_000, "no answer"), Case("math", "7", "\\boxed{8}" * 50_000 + "\\boxed{7}"),
+    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}"), Case("math", "7", "\\boxed{\x00\ud800}", WRONG),
+>>>>>>> template
 ]  # fmt: skip
 
 ADD = json.dumps(
@@ -133,6 +158,7 @@ def python(tests: str, program: str, reason: str = "") -> Case:
     return Case(
         "code",
         tests,
+<<<<<<< HEAD
         (
             "<think>\n"
             "```python\n"
@@ -144,6 +170,9 @@ def python(tests: str, program: str, reason: str = "") -> Case:
             f"{program}\n"
             f"```{END}"
         ),
+=======
+        f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```",
+>>>>>>> template
         reason,
     )
 
@@ -169,6 +198,7 @@ CODE = [
     python(CALL, "def join(a, b):\n    return [*a, b]"),
     python(CHECK, "def square(x):\n    return x * x"),
     python("assert square(2) == 4", "def square(x):\n    return x ** 2"),
+<<<<<<< HEAD
     Case(
         "code",
         ADD,
@@ -203,6 +233,18 @@ CODE = [
     Case("code", ADD, f"```python\nprint(3){END}", "no code block"),
     Case("code", ADD, f"```cpp\nint main() {{}}\n```{END}", "no code block"),
     Case("code", "{}", f"```python\nprint(3)\n```{END}", "the prompt's tests cannot be read"),
+=======
+    Case("code", ADD, "one\n```python\nprint(1)\n```\nbetter\n```\nprint(sum(map(int, input().split())))\n```\n```text\n3\n```"),
+    # wrong
+    python(ADD, "print(3)", WRONG), python(ADD, "a, b = map(int, input().split())\nprint(a - b)", WRONG), python(ADD, "print(3, 11)", WRONG),
+    python(CALL, "def join(a, b):\n    return [1, 2, 3]", WRONG), python(CHECK, "def square(x):\n    return 4", "error"), python(ADD, "pass", WRONG),
+    python(ADD, NUMPY, "error"), Case("code_numpy", ADD, f"```python\n{NUMPY}\n```"),
+    # malformed
+    python(ADD, "print(", "error"), python(CALL, "def other(): pass", "error"), python(CALL, "def join(a, b): return object()", "error"),
+    Case("code", ADD, "no code", "no code block"), Case("code", ADD, "```python\nprint(3)", "no code block"),
+    Case("code", ADD, "```cpp\nint main() {}\n```", "no code block"),
+    Case("code", "{}", "```python\nprint(3)\n```", "the prompt's tests cannot be read"),
+>>>>>>> template
     # hostile
     python(ADD, "while True: pass", "time limit"),
     python(ADD, "import time\ntime.sleep(60)", "time limit"),
@@ -235,6 +277,7 @@ CODE = [
 ]
 
 PLAIN = [
+<<<<<<< HEAD
     Case("plain", "Paris", f"<think>France</think>\n  Paris\n{END}"),
     Case("plain", "New York", f"New   York{END}"),
     Case("plain", "Paris", f"paris{END}", WRONG),
@@ -244,6 +287,13 @@ PLAIN = [
     Case("plain_line", "Paris\nLutetia", f"Long ago:\nlutetia\n{END}"),
     Case("plain_line", "Paris", f"Paris\nno, Rome{END}", WRONG),
 ]
+=======
+    Case("plain", "Paris", "<think>France</think>\n  Paris\n"), Case("plain", "New York", "New   York"),
+    Case("plain", "Paris", "paris", WRONG),
+    Case("plain", "Paris", "It is Paris", WRONG), Case("plain", "Paris", "", "no answer"), Case("plain", "Paris", "x" * 200_000, WRONG),
+    Case("plain_line", "Paris\nLutetia", "Long ago:\nlutetia\n"), Case("plain_line", "Paris", "Paris\nno, Rome", WRONG),
+]  # fmt: skip
+>>>>>>> template
 CASES = [*MATH, *PLAIN, *CODE]
 
 
@@ -361,7 +411,8 @@ def test_boxes_and_lines() -> None:
     assert last_box("\\boxed7") == "7"
     assert answer_line("ANSWER: 5\nmore") == "5"
     assert answer_line("the answer: 5") is None
-    assert final_part("a</think>b</think>c<|im_end|>\n") == "c"
+    assert final_part("a</think>b</think>c") == "c"
+    assert final_part("<|im_end|> ends a message") == "<|im_end|> ends a message"
 
 
 def test_output_is_compared_up_to_rounding_in_double_precision() -> None:
