@@ -1,7 +1,7 @@
 """One chat template renders the prompts of every stage, and the student's files say what is true.
 
-The pair that is published: a thinking teacher, whose template opens the answer with ``<think>``, and
-a base student, whose template does not and whose files name another end token.
+The pair that is published: a thinking teacher, whose template opens the answer with ``<think>``,
+and a base student, whose template does not and whose files name another end token.
 """
 
 from __future__ import annotations

@@ -68,7 +68,6 @@ def boxed(gold: str, answer: str, reason: str = "") -> Case:
 WRONG = "wrong answer"
 MATH = [
     # right, in many forms
-<<<<<<< HEAD
     boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"),
     boxed("1000", "1,000"), boxed("1000", "1{,}000"),
     boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"),
@@ -83,40 +82,21 @@ MATH = [
     boxed("\\pm 5", "5, -5"), boxed("5", "\\pm 5", WRONG),
     boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"),
     boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
-    Case("math", "7", f"first \\boxed{{8}}, no: \\boxed{{7}}{END}"),  # the last box
-    Case("math", "7", f"no thinking at all \\boxed{{7}}{END}"),
-=======
-    boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"), boxed("1000", "1,000"), boxed("1000", "1{,}000"),
-    boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"), boxed("2\\sqrt{3}", "\\sqrt{12}"), boxed("2", "x=2"),
-    boxed("18", "\\$18"), boxed("50", "50\\%"), boxed("90", "90^\\circ"), boxed("10", "10\\text{ cm}"), boxed("x^2+1", "1+x^2"), boxed("17", "17."),
-    boxed("1,2", "2,1"), boxed("(3,4)", "(3, 4)"), boxed("\\text{Evelyn}", "\\text{evelyn}"), boxed("21", "7\\cdot 3=21"), boxed("2", "\\boxed{2}"),
-    boxed("\\frac{9\\sqrt{23}}{23}", "\\frac{9}{\\sqrt{23}}"), boxed("1+2i", "2i+1"), boxed("$5$", "5"), boxed("2^{99}", "2^{99}"),
-    boxed("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\frac{-1 \\pm \\sqrt{17}}{2}"), boxed("\\pm 5", "5, -5"), boxed("5", "\\pm 5", WRONG),
-    boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"), boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
     Case("math", "7", "first \\boxed{8}, no: \\boxed{7}"),  # the last box
     Case("math", "7", "no thinking at all \\boxed{7}"),
->>>>>>> template
     # the template opened the thinking
     Case("math", "7", "thought before </think> \\boxed {7}"),
     Case("math", "34", "</think>We add.\n\n**Answer: 34**"),
     Case("math", "34", "</think>We add.\nAnswer: $34$\n"),
     # wrong
-<<<<<<< HEAD
     boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG),
     boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
     boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG),
     boxed("\\frac13", "0.333", WRONG), boxed("(3,4)", "(4,3)", WRONG), boxed("2", "2x", WRONG),
     boxed("3", "\\infty", WRONG), boxed("A", "B", WRONG), boxed("0", "\\text{None}", WRONG),
     boxed("7", "7^{2}", WRONG),
-    Case("math", "7", f"\\boxed{{7}} or rather \\boxed{{8}}{END}", WRONG),
-    Case("math", "7", f"<think>\\boxed{{7}}</think>\\boxed{{8}}{END}", WRONG),
-=======
-    boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG), boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
-    boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG), boxed("\\frac13", "0.333", WRONG), boxed("(3,4)", "(4,3)", WRONG), boxed("2", "2x", WRONG),
-    boxed("3", "\\infty", WRONG), boxed("A", "B", WRONG), boxed("0", "\\text{None}", WRONG), boxed("7", "7^{2}", WRONG),
     Case("math", "7", "\\boxed{7} or rather \\boxed{8}", WRONG),
     Case("math", "7", "<think>\\boxed{7}</think>\\boxed{8}", WRONG),
->>>>>>> template
     # malformed
     boxed("7", "", "no answer"),
     Case("math", "7", "the answer is 7", "no answer"),
@@ -131,18 +111,12 @@ MATH = [
     # hostile
     boxed("7", "9^{9^{9^{9}}}", "time limit"), boxed("7", "99999999!", "time limit"),
     boxed("7", "7" * 200_000, "answer too long"), boxed("7", "\\frac{" * 60_000, "no answer"),
-<<<<<<< HEAD
     boxed("7", "__import__('os').system('touch proof')", WRONG),
     boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
-    Case("math", "7", "\\boxed{" * 100_000 + END, "no answer"),
-    Case("math", "7", "\\boxed{8}" * 50_000 + f"\\boxed{{7}}{END}"),
-    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}{END}"),
-    Case("math", "7", f"\\boxed{{\x00\ud800}}{END}", WRONG),
-=======
-    boxed("7", "__import__('os').system('touch proof')", WRONG), boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
-    Case("math", "7", "\\boxed{" * 100_000, "no answer"), Case("math", "7", "\\boxed{8}" * 50_000 + "\\boxed{7}"),
-    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}"), Case("math", "7", "\\boxed{\x00\ud800}", WRONG),
->>>>>>> template
+    Case("math", "7", "\\boxed{" * 100_000, "no answer"),
+    Case("math", "7", "\\boxed{8}" * 50_000 + "\\boxed{7}"),
+    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}"),
+    Case("math", "7", "\\boxed{\x00\ud800}", WRONG),
 ]  # fmt: skip
 
 ADD = json.dumps(
@@ -158,21 +132,7 @@ def python(tests: str, program: str, reason: str = "") -> Case:
     return Case(
         "code",
         tests,
-<<<<<<< HEAD
-        (
-            "<think>\n"
-            "```python\n"
-            "print('not this')\n"
-            "```\n"
-            "</think>\n"
-            "Here:\n"
-            "```python\n"
-            f"{program}\n"
-            f"```{END}"
-        ),
-=======
-        f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```",
->>>>>>> template
+        (f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```"),
         reason,
     )
 
@@ -198,7 +158,6 @@ CODE = [
     python(CALL, "def join(a, b):\n    return [*a, b]"),
     python(CHECK, "def square(x):\n    return x * x"),
     python("assert square(2) == 4", "def square(x):\n    return x ** 2"),
-<<<<<<< HEAD
     Case(
         "code",
         ADD,
@@ -213,7 +172,7 @@ CODE = [
             "```\n"
             "```text\n"
             "3\n"
-            f"```{END}"
+            "```"
         ),
     ),
     # wrong
@@ -224,27 +183,15 @@ CODE = [
     python(CHECK, "def square(x):\n    return 4", "error"),
     python(ADD, "pass", WRONG),
     python(ADD, NUMPY, "error"),
-    Case("code_numpy", ADD, f"```python\n{NUMPY}\n```{END}"),
+    Case("code_numpy", ADD, f"```python\n{NUMPY}\n```"),
     # malformed
     python(ADD, "print(", "error"),
     python(CALL, "def other(): pass", "error"),
     python(CALL, "def join(a, b): return object()", "error"),
-    Case("code", ADD, f"no code{END}", "no code block"),
-    Case("code", ADD, f"```python\nprint(3){END}", "no code block"),
-    Case("code", ADD, f"```cpp\nint main() {{}}\n```{END}", "no code block"),
-    Case("code", "{}", f"```python\nprint(3)\n```{END}", "the prompt's tests cannot be read"),
-=======
-    Case("code", ADD, "one\n```python\nprint(1)\n```\nbetter\n```\nprint(sum(map(int, input().split())))\n```\n```text\n3\n```"),
-    # wrong
-    python(ADD, "print(3)", WRONG), python(ADD, "a, b = map(int, input().split())\nprint(a - b)", WRONG), python(ADD, "print(3, 11)", WRONG),
-    python(CALL, "def join(a, b):\n    return [1, 2, 3]", WRONG), python(CHECK, "def square(x):\n    return 4", "error"), python(ADD, "pass", WRONG),
-    python(ADD, NUMPY, "error"), Case("code_numpy", ADD, f"```python\n{NUMPY}\n```"),
-    # malformed
-    python(ADD, "print(", "error"), python(CALL, "def other(): pass", "error"), python(CALL, "def join(a, b): return object()", "error"),
-    Case("code", ADD, "no code", "no code block"), Case("code", ADD, "```python\nprint(3)", "no code block"),
+    Case("code", ADD, "no code", "no code block"),
+    Case("code", ADD, "```python\nprint(3)", "no code block"),
     Case("code", ADD, "```cpp\nint main() {}\n```", "no code block"),
     Case("code", "{}", "```python\nprint(3)\n```", "the prompt's tests cannot be read"),
->>>>>>> template
     # hostile
     python(ADD, "while True: pass", "time limit"),
     python(ADD, "import time\ntime.sleep(60)", "time limit"),
@@ -277,23 +224,15 @@ CODE = [
 ]
 
 PLAIN = [
-<<<<<<< HEAD
-    Case("plain", "Paris", f"<think>France</think>\n  Paris\n{END}"),
-    Case("plain", "New York", f"New   York{END}"),
-    Case("plain", "Paris", f"paris{END}", WRONG),
-    Case("plain", "Paris", f"It is Paris{END}", WRONG),
-    Case("plain", "Paris", END, "no answer"),
-    Case("plain", "Paris", "x" * 200_000 + END, WRONG),
-    Case("plain_line", "Paris\nLutetia", f"Long ago:\nlutetia\n{END}"),
-    Case("plain_line", "Paris", f"Paris\nno, Rome{END}", WRONG),
-]
-=======
-    Case("plain", "Paris", "<think>France</think>\n  Paris\n"), Case("plain", "New York", "New   York"),
+    Case("plain", "Paris", "<think>France</think>\n  Paris\n"),
+    Case("plain", "New York", "New   York"),
     Case("plain", "Paris", "paris", WRONG),
-    Case("plain", "Paris", "It is Paris", WRONG), Case("plain", "Paris", "", "no answer"), Case("plain", "Paris", "x" * 200_000, WRONG),
-    Case("plain_line", "Paris\nLutetia", "Long ago:\nlutetia\n"), Case("plain_line", "Paris", "Paris\nno, Rome", WRONG),
-]  # fmt: skip
->>>>>>> template
+    Case("plain", "Paris", "It is Paris", WRONG),
+    Case("plain", "Paris", "", "no answer"),
+    Case("plain", "Paris", "x" * 200_000, WRONG),
+    Case("plain_line", "Paris\nLutetia", "Long ago:\nlutetia\n"),
+    Case("plain_line", "Paris", "Paris\nno, Rome", WRONG),
+]
 CASES = [*MATH, *PLAIN, *CODE]
 
 
