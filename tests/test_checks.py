@@ -403,7 +403,7 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
         ),
         (
             "prompts.sft.num_prompts=10000001",
-            "10000001 prompts asked for; limit: 10,000,000; remedy: ask for fewer",
+            "10000001 prompts were asked for; limit: 10,000,000; remedy: ask for fewer",
         ),
     ],
 )

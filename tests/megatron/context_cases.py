@@ -116,7 +116,7 @@ def two_ranks(model: str, dtype: str = "float32") -> dict[str, Any]:
 def broken(name: str) -> Iterator[None]:
     """Context parallelism with a fault, or "right" without one."""
     faults = {
-        "contiguous chunks": ("lopd.megatron.model.context.cut", contiguous),
+        "contiguous chunks": ("lopd.megatron.model.context.context_part", contiguous),
         "positions of each part from 0": (
             "megatron.core.models.common.embeddings.rope_utils._get_thd_freqs_on_this_cp_rank",
             from_zero,

@@ -60,7 +60,7 @@ def test_auto_is_loopback_for_servers_of_this_machine(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "node-1", "", "::1"])
 def test_an_address_that_says_nothing_to_servers_is_refused(host: str) -> None:
-    with pytest.raises(ValidationError, match="no IPv4 address"):
+    with pytest.raises(ValidationError, match="is not an IPv4 address"):
         SyncSection(host=host)
 
 
