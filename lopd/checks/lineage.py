@@ -34,7 +34,7 @@ def teachers(config: Config) -> Iterator[Finding]:
                 remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
             )
         # Opening reads the headers, which name every tensor.
-        with CheckpointReader(folder, read_architecture(folder)):
+        with CheckpointReader(folder, read_architecture(folder), only_headers=True):
             pass
         # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))
@@ -84,7 +84,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
             remedy="give its own base model",
         )
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
-    with CheckpointReader(folder, other):
+    with CheckpointReader(folder, other, only_headers=True):
         pass
     consistency.check_same_tokenizer(identify_model(config.models.student), identify_model(folder))
     # A checkpoint does not say who taught it. Only the user can.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from lopd.artifacts import identify_model
+from lopd.artifacts import identify_tokenizer
 from lopd.artifacts import lineage as consistency
 from lopd.checks.findings import ROLES, Finding, Shapes, architecture_of, attempt, shapes_of
 from lopd.config import Config
@@ -14,7 +14,8 @@ from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.hf_files import CheckpointReader
-from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
+from lopd.tasks.light_tokenizer import light_tokenizer
+from lopd.tasks.tokenizer import stop_token_ids
 
 
 def teacher(config: Config) -> Iterator[Finding]:
@@ -42,7 +43,7 @@ def _check_model(config: Config, role: str) -> str:
     needs_weights = role == "teacher" or config.sft.init != "random"
     if needs_weights:
         # Opening reads the headers, which name every tensor and its shape. No weight is read.
-        with CheckpointReader(folder, architecture):
+        with CheckpointReader(folder, architecture, only_headers=True):
             pass
     return (
         f"{architecture.family}, {architecture.num_layers} layers, "
@@ -95,13 +96,13 @@ def tokenizers(config: Config) -> Iterator[Finding]:
         yield attempt(partial(_check_tokenizer, role, folder))
     # The teacher scores the token ids that the student sampled, so both must mean the same text.
     if len(readable) == len(ROLES):
-        consistency.check_same_tokenizer(*(identify_model(folder) for folder in readable.values()))
+        consistency.check_same_tokenizer(*map(identify_tokenizer, readable.values()))
         yield "teacher and student share one tokenizer"
 
 
 def _check_tokenizer(role: str, folder: Path) -> str:
     """Check that all tokens, the end tokens too, have a row in the model's embedding."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = light_tokenizer(folder)
     size = read_architecture(folder).vocab_size
     # A vocabulary may be larger than the tokenizer (it is padded), never smaller.
     if len(tokenizer) > size:

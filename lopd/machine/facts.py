@@ -18,6 +18,7 @@ from pathlib import Path
 from lopd import processes
 from lopd.config import Config
 from lopd.config.hub import HubName, hub_folder
+from lopd.devices import torch_cuda
 from lopd.machine.hub import Wanted, offline, wanted
 from lopd.machine.versions import PACKAGES
 
@@ -110,7 +111,7 @@ def gather(config: Config, also: Sequence[Wanted] = ()) -> Facts:
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         disks={folder: _disk(folder) for folder in (config.run.dir, hub_folder())},
         versions={name: _version(name) for name in PACKAGES},
-        cuda=_torch_cuda(),
+        cuda=torch_cuda(),
         ports_taken=tuple(port for port in ports if processes.port_taken(port)),
         hub={} if offline() else {name: _ask_hub(name) for name in sorted(missing, key=str)},
     )
@@ -180,13 +181,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _torch_cuda() -> str | None:
-    # torch knows with which CUDA it was built even if no driver is there.
-    import torch
-
-    return torch.version.cuda
 
 
 def _ask_hub(name: HubName) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -16,6 +16,13 @@ from lopd.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+class KnowsItsEnd(Protocol):
+    """A tokenizer, as far as its end token is asked for."""
+
+    @property
+    def eos_token_id(self) -> Any: ...
+
 
 # The files of a fast tokenizer. Without them transformers would look for other forms.
 _FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -54,7 +61,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_token_ids(folder: Path, tokenizer: KnowsItsEnd) -> tuple[int, ...]:
     """Return the token ids that end a response, in ascending order.
 
     They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of them

@@ -9,15 +9,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lopd.errors import ArtifactError
 from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.hf_mapping import hf_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,14 +45,21 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 class CheckpointReader:
     """The tensors of a checkpoint, read slice by slice: ``reader.tensor(name)[0:4, :]``."""
 
-    def __init__(self, folder: Path, arch: Architecture) -> None:
+    def __init__(self, folder: Path, arch: Architecture, *, only_headers: bool = False) -> None:
         """Open a checkpoint and compare the names and shapes of its tensors with the architecture.
+
+        Args:
+            folder: The folder of the checkpoint.
+            arch: What its config.json says.
+            only_headers: Whether no tensor will be read. Then torch is not imported.
 
         Raises:
             ArtifactError: A file is missing or damaged, a tensor is missing or unknown, or a tensor
                 has another shape.
         """
         self._folder = folder
+        # safetensors imports the framework as soon as it opens a file.
+        self._framework = "numpy" if only_headers else "pt"
         # The open files, the newest last.
         self._files: dict[str, Any] = {}
         self._file_of = self._read_index()
@@ -123,7 +131,7 @@ class CheckpointReader:
             while len(self._files) >= MAX_OPEN:
                 self._close_oldest()
             try:
-                opened: Any = safe_open(path, framework="pt")
+                opened: Any = safe_open(path, framework=self._framework)
                 self._files[file] = opened.__enter__()
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(
@@ -220,6 +228,9 @@ class CheckpointWriter:
     def _write_shard(self) -> None:
         # The final names hold the number of shards, which is known only at the end.
         path = self._partial / f"shard-{len(self._shards)}"
+        # Imported here, because it imports torch, and the reader above does not need it.
+        from safetensors.torch import save_file
+
         save_file(self._pending, path, metadata={"format": "pt"})
         _sync(path)
         self._shards.append(list(self._pending))
