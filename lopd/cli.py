@@ -17,13 +17,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lopd import __version__
-from lopd.config import InvalidConfig, known_keys, load_config, nearest_key
-from lopd.errors import EXIT_CODE, ConfigError, LopdError
+from lopd.config import InvalidConfig, known_keys, load_config
+from lopd.errors import EXIT_CODE, LopdError
 from lopd.verbs.arguments import HELP_OPTIONS, AsJson, ConfigFile, Overrides, VerbGroup
 from lopd.verbs.audit import audit
 from lopd.verbs.cache import app as cache_app
 from lopd.verbs.evaluate import EPILOG as EVALUATE_EPILOG
 from lopd.verbs.evaluate import evaluate
+from lopd.verbs.knobs import knobs
 from lopd.verbs.launch import launch, with_place
 from lopd.verbs.parity import parity
 from lopd.verbs.pipeline import run_stages
@@ -213,32 +214,10 @@ def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fal
     show_findings(rows, as_json=as_json)
 
 
-@app.command(epilog="Example:  lopd knobs distill.optimizer")
-def knobs(
-    prefix: Annotated[
-        str,
-        typer.Argument(
-            metavar="PREFIX", help="Show only keys that start with this.", show_default=False
-        ),
-    ] = "",
-) -> None:
-    """List every knob of a configuration: key, default, type, bounds and meaning.
-
-    The command reads no file and writes none.
-    """
-    from lopd.report.knobs import knob_lines
-
-    # A prefix, not a pattern: distill.optimizer shows the knobs of one table.
-    chosen = {key: field for key, field in known_keys().items() if key.startswith(prefix)}
-    if not chosen:
-        raise ConfigError(
-            f"no knob starts with {prefix!r:.80}",
-            where="lopd knobs",
-            # A mistyped key is the usual reason, so the line ends with what was probably meant.
-            remedy=f"the nearest known key is {nearest_key(prefix)}",
-        )
-    for line in knob_lines(chosen):
-        typer.echo(line)
+app.command(
+    epilog="Example:  lopd knobs distill.optimizer   lopd knobs --search checkpoint   "
+    "lopd knobs --changed examples/tiny_moe.toml"
+)(knobs)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lopd.artifacts import identify_model, read_manifest, verify
+from lopd.artifacts import identify_model, identify_tokenizer, read_manifest, verify
 from lopd.artifacts import lineage as consistency
 from lopd.checks.findings import Finding
 from lopd.config import Config
@@ -37,7 +37,7 @@ def teachers(config: Config) -> Iterator[Finding]:
         with CheckpointReader(folder, read_architecture(folder), only_headers=True):
             pass
         # A teacher scores the student's token ids, so the ids must mean the same text.
-        consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))
+        consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, models.student)))
         yield f"{domain}: {folder}"
     if not models.teachers:
         return
@@ -86,7 +86,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
     with CheckpointReader(folder, other, only_headers=True):
         pass
-    consistency.check_same_tokenizer(identify_model(config.models.student), identify_model(folder))
+    consistency.check_same_tokenizer(*map(identify_tokenizer, (config.models.student, folder)))
     # A checkpoint does not say who taught it. Only the user can.
     found = consistency.check_scoring_teacher(
         consistency.declared(_declared_teacher(config)),
@@ -219,6 +219,6 @@ def demonstrations(config: Config) -> Iterator[Finding]:
     verify(folder, manifest)
     if "teacher" in manifest.models and (config.models.student / "config.json").is_file():
         consistency.check_same_tokenizer(
-            manifest.models["teacher"], identify_model(config.models.student)
+            manifest.models["teacher"], identify_tokenizer(config.models.student)
         )
     yield f"{manifest.rows} from {folder}"

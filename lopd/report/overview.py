@@ -26,7 +26,8 @@ def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
     """Print one line per stage.
 
     Args:
-        rows: ``name``, ``state``, ``rows``, ``seconds`` (of the command that finished the stage, or
+        rows: ``name``, ``state``, ``progress``, ``rows``,
+            ``seconds`` (of the command that finished the stage, or
             None), ``fingerprint`` and ``note`` of each stage.
     """
     table = Table()
@@ -40,13 +41,19 @@ def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
         # A stage that never finished has no duration, and one of a model has no rows.
         seconds = duration(row["seconds"]) if row["seconds"] is not None else ""
         count = f"{row['rows']:,}" if row["rows"] else ""
-        cells = (row["name"], row["state"], count, seconds, row["fingerprint"], row["note"])
+        cells = (row["name"], shown_state(row), count, seconds, row["fingerprint"], row["note"])
         # As Text: a path may hold [brackets], which rich would take for markup.
         table.add_row(*(Text(cell) for cell in cells), style=_STATE_STYLE[row["state"]])
     console = Console(highlight=False)
     # Not as the title of the table, which would break a long path.
     console.print(Text(f"run {run_dir}"), soft_wrap=True)
     console.print(table)
+
+
+def shown_state(row: Mapping[str, Any]) -> str:
+    """Return how far a stage is, or its state where nothing says how far."""
+    progress = row.get("progress")
+    return row["state"] if progress is None else str(progress["text"])
 
 
 def check_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -86,7 +86,8 @@ class LightTokenizer:
         **named: Any,
     ) -> list[int]:
         """Return the token ids of messages under the chat template."""
-        assert tokenize and not return_dict, "the checks ask for token ids alone"
+        assert tokenize, "the checks ask for token ids"
+        assert not return_dict, "the checks ask for token ids alone"
         values = {"tools": None, "documents": None, **self._special, **named}
         text = self._compiled.render(
             messages=messages, add_generation_prompt=add_generation_prompt, **values

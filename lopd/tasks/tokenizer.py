@@ -17,6 +17,7 @@ from lopd.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 class KnowsItsEnd(Protocol):
     """A tokenizer, as far as its end token is asked for."""
 

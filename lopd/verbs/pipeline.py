@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from lopd.artifacts.file_hashes import HASHES
 from lopd.config import Config
 
 
@@ -20,6 +19,7 @@ def run_stages(config: Config, stage: str | None = None) -> None:
     """
     # The stages import torch, so this import waits until the configuration is known to be right.
     from lopd import checks, pipeline
+    from lopd.artifacts.file_hashes import HASHES
 
     # Once per command: the checks and the stages then read each file once.
     if config.run.rehash:
