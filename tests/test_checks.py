@@ -543,11 +543,12 @@ def test_what_can_be_downloaded_is_said_to_be(
         "prompts.opd={file='hf://datasets/a/b@main/c.jsonl'}",
     )
     assert any(
-        line.endswith("remedy: download hf://Qwen/Qwen3-8B@49e3418: lopd fetch CONFIG")
+        line.endswith("remedy: lopd fetch CONFIG, or lopd fetch hf://Qwen/Qwen3-8B@49e3418")
         for line in found
     ), found
     assert any(
-        "no such file; remedy: download hf://datasets/a/b@main: lopd fetch CONFIG" in line
+        "hf://datasets/a/b@main is not downloaded yet; remedy: lopd fetch CONFIG, or lopd fetch "
+        "hf://datasets/a/b@main" in line
         for line in found
     ), found
     assert not any(

@@ -256,6 +256,7 @@ class ArtifactWriter:
             complete=True,
             extra={**self._manifest.extra, **as_json(extra)},
         )
+        (self.folder / EXPECTED).unlink(missing_ok=True)
         # The fingerprint is of the manifest with all its shards, so it is put in last.
         manifest = dataclasses.replace(manifest, fingerprint=fingerprint(manifest))
         write_manifest(self.folder, manifest)

@@ -11,7 +11,7 @@ from lopd.artifacts import identify_model, identify_tokenizer, read_manifest, ve
 from lopd.artifacts import lineage as consistency
 from lopd.checks.findings import Finding
 from lopd.config import Config
-from lopd.config.hub import hub_name, remedy_for
+from lopd.config.hub import absent, hub_name
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.hf_files import CheckpointReader
@@ -28,10 +28,10 @@ def teachers(config: Config) -> Iterator[Finding]:
     models = config.models
     for domain, folder in models.teachers.items():
         if not folder.is_dir():
-            raise ConfigError(
+            raise absent(
+                folder,
                 f"models.teachers.{domain}: no such folder",
-                where=str(folder),
-                remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
+                otherwise="give the folder of a Hugging Face checkpoint",
             )
         # Opening reads the headers, which name every tensor.
         with CheckpointReader(folder, read_architecture(folder), only_headers=True):
@@ -139,10 +139,10 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
         )
     # lopd plan is used before lopd fetch, so for it a name on the hub is enough.
     if not folder.is_dir() and not (to_fetch and hub_name(folder) is not None):
-        raise ConfigError(
+        raise absent(
+            folder,
             "sft.checkpoint: no such folder",
-            where=str(folder),
-            remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
+            otherwise="give the folder of a Hugging Face checkpoint",
         )
 
 

@@ -10,7 +10,7 @@ from lopd.artifacts import identify_tokenizer
 from lopd.artifacts import lineage as consistency
 from lopd.checks.findings import ROLES, Finding, Shapes, architecture_of, attempt, shapes_of
 from lopd.config import Config
-from lopd.config.hub import remedy_for
+from lopd.config.hub import absent
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.hf_files import CheckpointReader
@@ -33,10 +33,10 @@ def _check_model(config: Config, role: str) -> str:
     folder: Path = getattr(config.models, role)
     # A name on the hub has become a path by now, and the remedy says how to fetch it.
     if not folder.is_dir():
-        raise ConfigError(
+        raise absent(
+            folder,
             f"models.{role}: no such folder",
-            where=str(folder),
-            remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
+            otherwise="give the folder of a Hugging Face checkpoint",
         )
     architecture = read_architecture(folder)
     # A student with random weights needs no files of weights.

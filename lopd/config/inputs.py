@@ -95,7 +95,7 @@ class TaskSection(Section):
 
 
 class PromptSet(Section):
-    """The tables [prompts.sft], [prompts.opd] and [prompts.eval]: prompts, and how they are read."""
+    """The tables [prompts.sft], [prompts.opd], [prompts.eval]: prompts, and how they are read."""
 
     # Where the rows come from, and what their columns mean.
 

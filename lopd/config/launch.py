@@ -128,7 +128,7 @@ class LaunchSection(Section):
         default="gpu",
         description=(
             "What a job asks for: gpu, or cpu for cores alone. With cpu, lopd doctor looks for no "
-            "GPU, and ranks may share cores, which suits a trial."
+            "GPU, lopd plan estimates no hours, and ranks may share cores, which suits a trial."
         ),
         json_schema_extra=SPEED_ONLY,
     )

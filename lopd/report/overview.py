@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lopd.errors import LopdError, NotFetched
 from lopd.report.console import duration
 
 # The colour of a stage's state.
@@ -22,13 +23,15 @@ _STATE_STYLE = {
 }
 
 
+_FINDING_STYLE = {"ok": "green", "fetch": "bold yellow", "wrong": "bold red"}
+
+
 def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
     """Print one line per stage.
 
     Args:
-        rows: ``name``, ``state``, ``progress``, ``rows``,
-            ``seconds`` (of the command that finished the stage, or
-            None), ``fingerprint`` and ``note`` of each stage.
+        rows: ``name``, ``state``, ``progress``, ``rows``, ``seconds`` (of the command that
+            finished the stage, or None), ``fingerprint`` and ``note`` of each stage.
     """
     table = Table()
     for title in ("stage", "state", "rows", "seconds", "fingerprint", "note"):
@@ -56,16 +59,24 @@ def shown_state(row: Mapping[str, Any]) -> str:
     return row["state"] if progress is None else str(progress["text"])
 
 
-def check_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print one line per check.
+def finding_row(name: str, finding: str | LopdError) -> dict[str, Any]:
+    """Return a finding of ``lopd check`` or ``lopd doctor`` as a row.
 
-    Args:
-        rows: ``ok``, ``name`` and ``finding`` of each check. The finding is what was found right,
-            or an error line.
+    Returns:
+        ``name``, ``ok``, ``state`` ("ok", "fetch" or "wrong") and ``finding``, a line.
     """
-    console = Console(highlight=False)
-    for row in rows:
-        mark = ("ok   ", "green") if row["ok"] else ("wrong", "bold red")
-        # An error of another program may have several lines.
-        finding = " ".join(row["finding"].split())
-        console.print(Text.assemble(mark, f" {row['name']:14} ", finding), soft_wrap=True)
+    state = "wrong" if isinstance(finding, LopdError) else "ok"
+    # A download that is still to come is no mistake.
+    if isinstance(finding, NotFetched):
+        state = "fetch"
+    return {"name": name, "ok": state == "ok", "state": state, "finding": str(finding)}
+
+
+def print_finding(row: Mapping[str, Any]) -> None:
+    """Print the row of a finding as one line."""
+    # An error of another program may have several lines.
+    finding = " ".join(row["finding"].split())
+    mark = (f"{row['state']:5}", _FINDING_STYLE[row["state"]])
+    Console(highlight=False).print(
+        Text.assemble(mark, f" {row['name']:14} ", finding), soft_wrap=True
+    )
