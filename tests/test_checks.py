@@ -605,7 +605,7 @@ def test_too_little_room(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # type: ignore[attr-defined]
     (line,) = wrong(config)
     assert line.startswith("disk | ")
-    assert "0.00 GiB free; limit: about 0.0" in line
+    assert "1 MiB free; limit: about 11 MiB" in line
 
 
 def test_every_check_belongs_to_stages_that_exist() -> None:

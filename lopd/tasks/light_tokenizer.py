@@ -150,16 +150,20 @@ def _special_tokens(folder: Path, about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _add_tokens(tokenizer: Tokenizer, about: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Add the tokens that tokenizer_config.json has and tokenizer.json has not."""
+    """Add the tokens that tokenizer_config.json has and tokenizer.json does not add.
+
+    An added token is found in text as a whole. A token that is only in the vocabulary is not.
+    """
     from tokenizers import AddedToken
 
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     # Their order decides their ids.
     named = sorted(about.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    for _, table in named:
-        if tokenizer.token_to_id(table["content"]) is None:
-            tokenizer.add_tokens([AddedToken(**table)])
-    missing = [text for text in special.values() if tokenizer.token_to_id(text) is None]
-    tokenizer.add_special_tokens(missing)
+    tokenizer.add_tokens(
+        [AddedToken(**table) for _, table in named if table["content"] not in added]
+    )
+    added |= {table["content"] for _, table in named}
+    tokenizer.add_special_tokens([text for text in special.values() if text not in added])
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
