@@ -60,6 +60,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_project(tmp_path_factory.mktemp("project"))
 
 
+TEACHER = Path(__file__).resolve().parents[1] / "examples/tiny_models/teacher"
+
 # ---- help ----
 
 
@@ -207,6 +209,65 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+# ---- options that become knobs, and what is not downloaded yet ----
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "knob"),
+    [
+        (("--model", "absent"), "--model: no such folder", "models."),
+        (("--out", "/dev/null"), "--out: a file is in the way; remedy: give another --out", "run."),
+        (("--format", "bogus"), "--format = 'bogus'", "prompts.eval"),
+        (("--preset", "bogus"), "--preset = 'bogus'", "evaluate.preset"),
+        (("--task", "bogus"), "--task: unknown task 'bogus'", "task.name"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_error_names_the_option_and_not_the_knob(
+    here: Callable[..., Result], tmp_path: Path, given: tuple[str, str], option: str, knob: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt_id": "1", "prompt": "1+1", "answer": "2"}\n', encoding="utf-8")
+    options = {"--model": str(TEACHER), "--prompts": str(prompts), "--out": str(tmp_path / "out")}
+    words = [word for pair in {**options, given[0]: given[1]}.items() for word in pair]
+    refused = here("evaluate", *words)
+    refused.refused(option)
+    assert knob not in refused.err
+
+
+def test_a_knob_that_was_typed_is_named_as_it_was(here: Callable[..., Result]) -> None:
+    """The control: an override stays what it is."""
+    words = ("--model", str(TEACHER), "--prompts", "p.jsonl", "--out", "out")
+    here("evaluate", *words, "evaluate.temperature=-1").refused("evaluate.temperature = -1")
+
+
+def test_prompts_prepare_names_its_options(here: Callable[..., Result], tmp_path: Path) -> None:
+    words = ("prompts", "prepare", "x.jsonl", "--out", str(tmp_path / "y.jsonl"))
+    refused = here(*words, "--format", "bogus")
+    refused.refused("--format = 'bogus'", "gsm8k")
+    assert "Input should be" not in refused.err
+
+
+def test_what_is_not_downloaded_has_its_own_word_and_exit_code(
+    here: Callable[..., Result],
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOPD_HUB", str(tmp_path / "hub"))
+    absent = "models.teacher=hf://someone/tiny@main"
+    shown = here("check", project, absent)
+    assert shown.code == 3
+    assert re.search(r"(?m)^fetch teacher .*someone/tiny@main is not downloaded yet", shown.out)
+    assert "wrong" not in shown.out
+    assert shown.out.endswith(f"not downloaded yet: lopd fetch {project}\n")
+    assert here("run", project, absent).code == 3
+    # The control: a mistake beside it, and a path that no download can fill.
+    assert here("check", project, absent, "sglang.context_length=99999999").code == 2
+    other = here("check", project, "models.student=absent")
+    assert (other.code, "wrong student" in other.out) == (2, True)
 
 
 # ---- typed wrongly ----

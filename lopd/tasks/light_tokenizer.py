@@ -10,7 +10,9 @@ form is not an ordinary one is read by transformers here too.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,13 @@ _PLAIN_CLASSES = frozenset(
         "GPT2Tokenizer",
         "GPT2TokenizerFast",
     }
+)
+# The files that decide what is read here.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
 )
 # The special tokens that a template finds under their names.
 _SPECIAL = (
@@ -106,11 +115,24 @@ def light_tokenizer(folder: Path) -> LightTokenizer | PreTrainedTokenizerBase:
         DataError: See load_tokenizer.
     """
     # transformers says best what is wrong with a folder, so that every failure ends there.
-    return _read(folder) or load_tokenizer(folder)
+    return _read(folder, _stamp(folder)) or load_tokenizer(folder)
 
 
-def _read(folder: Path) -> LightTokenizer | None:
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what the files of a tokenizer are known by: name, size and time of change."""
+    found = []
+    for name in _FILES:
+        with contextlib.suppress(OSError):
+            state = (folder / name).stat()
+            found.append((name, state.st_size, state.st_mtime_ns))
+    return tuple(found)
+
+
+# Several checks ask for one tokenizer, and a large one takes half a second to read.
+@functools.lru_cache(maxsize=8)
+def _read(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> LightTokenizer | None:
     """Return the tokenizer of a folder of ordinary form, or None."""
+    del stamp  # It is part of the key of the cache: a changed file is read again.
     from jinja2 import TemplateError
     from tokenizers import Tokenizer
 
