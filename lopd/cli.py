@@ -362,8 +362,7 @@ def main() -> None:
         what = error.strerror or type(error).__name__
         where = str(error.filename or "operating system")
         remedy = (
-            "correct this, then run the same command again: "
-            "what is published stays and is not repeated"
+            "correct this, then run the same command again: finished work is kept"
         )
         _fail(LopdError(what, where=where, remedy=remedy))
     except Interrupted:

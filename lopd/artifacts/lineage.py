@@ -86,8 +86,9 @@ def check_scoring_teacher(
         # use.
         what, limit = _difference(lineage, teacher)
         remedy = (
-            "score with that teacher, make demonstrations with this one, or set "
-            "score.allow_foreign_teacher=true (recorded, and printed in every summary)"
+            "set models.teacher to the teacher of the demonstrations, make the "
+"demonstrations with this teacher, or set score.allow_foreign_teacher=true "
+"(lopd records this and prints it in every summary)"
         )
         raise ConsistencyError(what, where="models.teacher", limit=limit, remedy=remedy)
     # The override is recorded only where it was needed, so that a summary does not warn of it where
@@ -109,8 +110,8 @@ def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str
             entry.get("sft_teacher_path") or "unknown" for entry in lineage["by_domain"].values()
         }
         return (
-            f"teacher {teacher.path} is to score every domain",
-            f"each domain's demonstrations were made by its own: {', '.join(sorted(makers))}",
+            f"teacher {teacher.path} would score every domain, but each domain has its own teacher",
+            f"one of the teachers that made the demonstrations: {', '.join(sorted(makers))}",
         )
     if known:
         # The path is only for people. Two paths may hold the same weights, and then the check has
@@ -121,8 +122,8 @@ def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str
             f"{maker} (weights {known[:12]})",
         )
     return (
-        f"nobody knows whether teacher {teacher.path} made the student's demonstrations",
-        "a known teacher",
+        f"it is not recorded whether teacher {teacher.path} made the student's demonstrations",
+        "the teacher that made the demonstrations must be recorded",
     )
 
 
@@ -150,12 +151,12 @@ def check_given_cache(
     """
     if manifest.kind not in CACHES or not manifest.complete:
         # More shards may still be added to an artifact that is not complete.
-        state = "" if manifest.complete else ", not complete"
+        state = "" if manifest.complete else " and is not complete"
         raise ArtifactError(
-            f"is of kind {manifest.kind}{state}",
+            f"this artifact is of kind {manifest.kind}{state}",
             where=str(folder),
             limit=f"a complete {' or '.join(CACHES)}",
-            remedy="see: lopd cache --help",
+            remedy="give the folder of a finished cache: see lopd cache --help",
         )
     # Not even allow_foreign helps here: with another tokenizer the ids mean other text.
     for identity in manifest.models.values():
@@ -165,8 +166,8 @@ def check_given_cache(
     if wrong and not allow_foreign:
         limit = f"responses of {_named(student)}, scored by the teacher of its demonstrations"
         remedy = (
-            "give a cache of this student, or set distill.allow_foreign_cache=true "
-            "(recorded, and printed in every summary)"
+            "give a cache of this student, or set distill.allow_foreign_cache=true (lopd "
+"records this and prints it in every summary)"
         )
         raise ConsistencyError("; ".join(wrong), where=str(folder), limit=limit, remedy=remedy)
     # The note goes into the summary of the run, so that no table is shown without it.
@@ -240,8 +241,10 @@ def check_same_tokenizer(teacher: ModelIdentity, student: ModelIdentity) -> None
         theirs = teacher.tokenizer[:12] or "missing"
         ours = student.tokenizer[:12] or "missing"
         raise DataError(
-            f"tokenizer of the student ({student.path}) differs from the teacher's",
+            f"the tokenizer of the student ({student.path}) differs from the tokenizer of "
+"the teacher",
             where=teacher.path,
-            limit=f"sha256 of tokenizer.json {theirs} against {ours}",
-            remedy="use a teacher and a student of one family, with the very same tokenizer.json",
+            limit=f"the same sha256 of tokenizer.json: the teacher has {theirs}, the student "
+f"has {ours}",
+            remedy="use a teacher and a student of one model family, with the same tokenizer.json",
         )

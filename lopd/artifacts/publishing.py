@@ -49,11 +49,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         if isinstance(error, PermissionError) or error.errno in _STORAGE_ERRORS:
             reason = _STORAGE_ERRORS.get(error.errno or 0, "permission denied")
             remedy = (
-                "free space or permit writing, then run the same command again: "
-                "what is published stays and is not repeated"
+                "free disk space or permit writing, then run the same command again: "
+"finished work is kept"
             )
             raise ArtifactError(
-                f"cannot publish: {reason}", where=str(error.filename or path), remedy=remedy
+                f"the file or folder cannot be written: {reason}", where=str(error.filename or path), remedy=remedy
             ) from error
         raise
 
@@ -123,12 +123,12 @@ def check_replaceable(folder: Path, mark: str) -> None:
     # An empty folder has nothing to lose. The mark decides and not the name of the folder, because
     # export.dir may name any folder of the user.
     if folder.is_dir() and not (folder / mark).is_file() and any(folder.iterdir()):
-        what = f"holds files that are not ours (no {mark}) and would be replaced"
+        what = f"the folder has no {mark}, so lopd did not make its files and does not replace them"
         raise ArtifactError(
             what,
             where=str(folder),
-            limit="a new or empty folder, or a former export",
-            remedy="give another export.dir",
+            limit="a new folder, an empty folder, or the folder of an earlier export",
+            remedy="set export.dir to another folder",
         )
 
 

@@ -107,7 +107,7 @@ def import_reference(
         # The rows are checked before they are published: nothing unsound gets into a cache.
         checks.add(table, file.name)
         for finding in findings:
-            remedy = "leave these responses out or score them again"
+            remedy = "remove these rows, or score them again"
             raise DataError(str(finding), where=str(file), remedy=remedy)
         num_rows += len(rows)
         num_ended += sum(response.finish_reason == "stop" for response, _ in rows)
@@ -129,7 +129,7 @@ def _open(file: Path) -> pq.ParquetFile:
         source = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"cannot be read as Parquet ({reason})", where=str(file)) from None
+        raise DataError(f"cannot be read as Parquet ({reason})", where=str(file), remedy="copy the file again from its source") from None
     schema = source.schema_arrow
     fields: set[str] = set()
     # Files of other projects may have a column of this name and another type.
@@ -141,14 +141,13 @@ def _open(file: Path) -> pq.ParquetFile:
         missing.append("metadata.response_tokens")
     if missing:
         raise DataError(
-            f"{' and '.join(missing)} missing",
+            f"the file lacks the columns {' and '.join(missing)}",
             where=str(file),
-            limit="the columns of the reference code: prompt, label, metadata",
-        )
+            limit="the columns of the reference code: prompt, label, metadata", remedy="give the file that ends in -precomputed.parquet")
     # The reference code writes two files with nearly the same name and form.
     if "teacher_log_probs" not in fields:
         raise DataError(
-            "no metadata.teacher_log_probs: this is the intermediate file",
+            "the file has no metadata.teacher_log_probs, so it is the intermediate file",
             where=str(file),
             remedy="give the file that ends in -precomputed.parquet",
         )
@@ -185,9 +184,9 @@ def _check_lengths(file: Path, number: int, about: Mapping[str, Any]) -> None:
     for name, values in columns.items():
         if values is not None and len(values) != num_tokens:
             raise DataError(
-                f"row {number}: {len(values)} {name} for {num_tokens} response_tokens",
+                f"row {number} has {len(values)} {name} for {num_tokens} response_tokens",
                 where=str(file),
-                remedy="leave this row out",
+                remedy="remove this row",
             )
 
 

@@ -37,7 +37,7 @@ class InvalidConfig(ConfigError):
         if len(mistakes) > 1:
             # Five further keys are enough for one line on a screen.
             others = ", ".join(keys[1:6])
-            more = f" (and {len(mistakes) - 1} more: {others}; lopd check tells all)"
+            more = f" (and {len(mistakes) - 1} more: {others}; lopd check shows all)"
         super().__init__(
             first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
         )
@@ -91,9 +91,9 @@ def config_from(
     except OSError as error:
         # resolve() of a relative path asks for the current folder, which may have been removed.
         raise ConfigError(
-            f"the current folder is gone ({error.strerror})",
+            f"the current folder does not exist any more ({error.strerror})",
             where=where,
-            remedy="go to a folder that exists",
+            remedy="change to a folder that exists, then run the command again",
         ) from None
     return cast(Config, _absolute(config, folder))
 
@@ -106,26 +106,26 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if "=" in path.name:
             remedy = "give the TOML file first, then the overrides"
             raise ConfigError(
-                f"{str(path)!r} is an override, where a TOML file is needed",
+                f"{str(path)!r} is an override, but a TOML file is needed here",
                 where="command line",
                 remedy=f"{remedy}: lopd VERB CONFIG section.key=value",
             ) from None
         raise ConfigError(
-            "no such file",
+            "the file does not exist",
             where=str(path),
             remedy="give the path of a TOML file, for example examples/tiny_moe.toml",
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"not UTF-8 text (byte {error.start})", where=str(path), remedy="save it as UTF-8"
+            f"the file is not UTF-8 text (byte {error.start})", where=str(path), remedy="save the file as UTF-8"
         ) from None
     except (OSError, ValueError) as error:
         # A ValueError means that the text is not TOML, or that the path has a null byte.
-        what = f"not valid TOML: {error}"
+        what = f"the file is not valid TOML: {error}"
         if isinstance(error, OSError):
             what = f"cannot be read ({error.strerror})"
         raise ConfigError(
-            what, where=str(path), remedy="give a TOML file, for example examples/tiny_moe.toml"
+            what, where=str(path), remedy="correct the file, or give another TOML file, for example examples/tiny_moe.toml"
         ) from None
 
 
@@ -137,7 +137,7 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
     # "a..b=1" has an empty part.
     if not equals or not all(parts):
         raise ConfigError(
-            f"override {override!r:.120} is not section.key=value",
+            f"the override {override!r:.120} is not of the form section.key=value",
             where="command line",
             remedy="write for example distill.num_steps=8",
         )
@@ -265,17 +265,17 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
     meaning = (field.description or "").removesuffix(".")
     meaning = meaning or f"a section with the keys {', '.join(_children(key))}"
     if kind == "missing":
-        return ConfigError(f"{key} is missing", where=where, remedy=f"add it: {meaning}")
+        return ConfigError(f"{key} is missing", where=where, remedy=f"add this key: {meaning}")
     # A value stands where a section is needed, for example sft.optimizer = 3.
     if kind == "model_type":
         remedy = f"set its keys one by one, for example {key}.{_children(key)[0]}"
         return ConfigError(
             f"{key} = {value} is not a section", where=where, limit=meaning, remedy=remedy
         )
-    remedy = f"change it ({meaning})"
+    remedy = f"change {key} ({meaning})"
     # A validator of one knob says what the value is ("an empty path"), not what is right.
     if kind == "value_error":
-        what = f"{key} = {value} is not allowed: it is {context['error']}"
+        what = f"{key} = {value} is not allowed: {context['error']}"
         return ConfigError(what, where=where, remedy=remedy)
     if kind in _BOUNDS:
         sign, bound = _BOUNDS[kind]

@@ -69,9 +69,9 @@ class Sampling(Section):
         # A server would refuse this too, but only at the first request, after it has started.
         if self.top_k == 0:
             raise Contradiction(
-                "top_k = 0",
-                limit="-1 (all tokens are candidates), or 1 and more",
-                remedy="set it to -1 for no such bound",
+                "top_k = 0 is not allowed",
+                limit="exactly -1 (all tokens are candidates), or at least 1",
+                remedy="set top_k to -1 to make all tokens candidates",
             )
         return self
 
