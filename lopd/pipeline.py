@@ -191,15 +191,15 @@ def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode() or "unknown"
             raise ArtifactError(
-                f"in use by process {holder.strip()}",
+                f"process {holder.strip()} uses this run directory",
                 where=str(run_dir),
-                remedy="wait for it to end, or use another run.dir",
+                remedy="wait until that process ends, or set run.dir to another folder",
             ) from None
         except OSError as error:
             raise ArtifactError(
-                f"cannot be locked ({error.strerror})",
+                f"the run directory cannot be locked ({error.strerror})",
                 where=str(run_dir),
-                remedy="use a run.dir on a file system with locks",
+                remedy="set run.dir to a folder on a file system that has locks",
             ) from None
         # For the message of the next process that finds it locked.
         os.ftruncate(handle, 0)
@@ -267,11 +267,11 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
             _refuse_another_teacher(context, parent)
             reason = f"is {state}"
             if differs:
-                reason = f"was made from other knobs ({', '.join(differs)})"
+                reason = f"was made with other settings ({', '.join(differs)})"
             raise ArtifactError(
                 f"{context.stage.name} needs {name}, which {reason}",
                 where=str(parent.folder),
-                remedy=f"run: lopd {name} CONFIG, or lopd run CONFIG",
+                remedy=f"run lopd {name} CONFIG, or lopd run CONFIG",
             )
         if name not in verified:
             verify(parent.folder, read_manifest(parent.folder))
@@ -293,11 +293,12 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
     only_teacher = differs and all(key.startswith("models.teacher") for key in differs)
     if "teacher" in context.stage.models and only_teacher:
         raise ConsistencyError(
-            f"{context.config.models.teacher} is not the teacher of {cause.stage.name}, "
-            f"which {parent.stage.name} goes back to",
+            f"{context.config.models.teacher} is not the teacher that made the artifact "
+f"of {cause.stage.name}, from which {parent.stage.name} was made",
             where="models.teacher",
             limit=str(read_manifest(cause.folder).models["teacher"].path),
-            remedy="use that teacher, or make all stages with this one: lopd run CONFIG",
+            remedy="set models.teacher to that teacher, or run lopd run CONFIG to make all "
+"stages with this teacher",
         )
 
 

@@ -41,9 +41,10 @@ def launch_python() -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise LopdError(
-            "nemo-run's environment is missing",
+            "the Python environment of nemo-run is missing",
             where=" or ".join(map(str, places)),
-            remedy=f"make it: bash requirements/install_launch.sh, or name its python in {PYTHON}",
+            remedy=f"run bash requirements/install_launch.sh, or set {PYTHON} to the python of "
+"this environment",
         )
     return found
 
@@ -85,9 +86,9 @@ def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]
     ]
     if failed:
         raise LopdError(
-            f"job {failed[0]} failed (of {len(failed)}: {', '.join(failed)})",
+            f"job {failed[0]} failed (failed jobs: {', '.join(failed)})",
             where=_log_of(result, failed[0]),
-            remedy="see its log; the same command goes on from what is published",
+            remedy="read the log of the job, then run the same command again: finished work is kept",
         )
     return result
 
@@ -146,7 +147,7 @@ def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> di
         raise LopdError(
             f"nemo-run ended with code {code}: {' | '.join(last_lines(log, 2))[:400]}",
             where=str(log),
-            remedy="see the log",
+            remedy="read the log",
         )
     return cast(dict[str, Any], json.loads(result_file.read_text(encoding="utf-8")))
 

@@ -77,7 +77,7 @@ def judge_versions(
             yield ConfigError(
                 f"{name} {version}" if version else f"{name} is not installed",
                 where="python environment",
-                limit=f"{oldest} or newer",
+                limit=f"at least {oldest}",
                 remedy=_USE_THE_IMAGE,
             )
         # A newer version may work. It is refused, because a wrong figure costs more than a new
@@ -86,7 +86,7 @@ def judge_versions(
             yield ConfigError(
                 f"{name} {version}",
                 where="python environment",
-                limit=f"below {TOO_NEW[name]}: nothing newer has been tried",
+                limit=f"below {TOO_NEW[name]}",
                 remedy=_USE_THE_IMAGE,
             )
     yield from _judge_pairs(versions)
@@ -104,10 +104,10 @@ def _judge_pairs(versions: Mapping[str, str | None]) -> Iterator[LopdError]:
         is_concerned = numbers_of(version) >= numbers_of(rule.since)
         if is_concerned and numbers_of(other) < numbers_of(rule.below):
             yield ConfigError(
-                f"{rule.name} {version} beside {rule.other} {other}: {rule.why}",
+                f"{rule.name} {version} does not work with {rule.other} {other}: {rule.why}",
                 where="python environment",
-                limit=f"{rule.other} {rule.below} or newer",
-                remedy=f"pip install '{rule.other}>={rule.below}', or {_USE_THE_IMAGE}",
+                limit=f"{rule.other} at least {rule.below}",
+                remedy=f"run pip install '{rule.other}>={rule.below}', or {_USE_THE_IMAGE}",
             )
 
 

@@ -112,7 +112,7 @@ class HeartbeatMonitor:
         return TrainingError(
             f"{what}; all ranks were ended",
             where=str(log),
-            limit=f"timeout_s = {self._timeout_s:g}",
+            limit=f"at most timeout_s = {self._timeout_s:g} without a sign of life",
             remedy=f"find out what stopped the rank; {RESUMES}",
         )
 

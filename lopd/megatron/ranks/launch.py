@@ -274,7 +274,7 @@ def _failure(
     unexplained = TrainingError(
         f"the trainer ended with code {code}: {' | '.join(_last_words(log))}",
         where=str(log),
-        remedy=f"see the log; {RESUMES}",
+        remedy=f"read the log; {RESUMES}",
     )
     found = monitor.error(log) or report or unexplained
     if node is None:

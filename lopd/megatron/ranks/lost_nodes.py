@@ -28,7 +28,7 @@ HEARTBEATS_SUFFIX = ".heartbeats"
 # The `where` of an error that only says that a rank waited in vain. Its cause is on another rank.
 COLLECTIVE = "collective"
 # The end of the remedies for a training that was interrupted.
-RESUMES = "the same command resumes from the newest checkpoint"
+RESUMES = "run the same command again: it continues from the newest checkpoint"
 # gloo's words for a lost connection, with the address of the other side in brackets.
 _PEER = re.compile(
     r"(?:[Cc]onnection closed by peer|[Rr]ead error|writev) \[(?:::ffff:)?([0-9a-fA-F.:]+)\]"
