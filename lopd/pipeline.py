@@ -294,11 +294,11 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
     if "teacher" in context.stage.models and only_teacher:
         raise ConsistencyError(
             f"{context.config.models.teacher} is not the teacher that made the artifact "
-f"of {cause.stage.name}, from which {parent.stage.name} was made",
+            f"of {cause.stage.name}, from which {parent.stage.name} was made",
             where="models.teacher",
             limit=str(read_manifest(cause.folder).models["teacher"].path),
             remedy="set models.teacher to that teacher, or run lopd run CONFIG to make all "
-"stages with this teacher",
+            "stages with this teacher",
         )
 
 

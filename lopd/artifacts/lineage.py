@@ -87,8 +87,8 @@ def check_scoring_teacher(
         what, limit = _difference(lineage, teacher)
         remedy = (
             "set models.teacher to the teacher of the demonstrations, make the "
-"demonstrations with this teacher, or set score.allow_foreign_teacher=true "
-"(lopd records this and prints it in every summary)"
+            "demonstrations with this teacher, or set score.allow_foreign_teacher=true "
+            "(lopd records this and prints it in every summary)"
         )
         raise ConsistencyError(what, where="models.teacher", limit=limit, remedy=remedy)
     # The override is recorded only where it was needed, so that a summary does not warn of it where
@@ -167,7 +167,7 @@ def check_given_cache(
         limit = f"responses of {_named(student)}, scored by the teacher of its demonstrations"
         remedy = (
             "give a cache of this student, or set distill.allow_foreign_cache=true (lopd "
-"records this and prints it in every summary)"
+            "records this and prints it in every summary)"
         )
         raise ConsistencyError("; ".join(wrong), where=str(folder), limit=limit, remedy=remedy)
     # The note goes into the summary of the run, so that no table is shown without it.
@@ -242,9 +242,9 @@ def check_same_tokenizer(teacher: ModelIdentity, student: ModelIdentity) -> None
         ours = student.tokenizer[:12] or "missing"
         raise DataError(
             f"the tokenizer of the student ({student.path}) differs from the tokenizer of "
-"the teacher",
+            "the teacher",
             where=teacher.path,
             limit=f"the same sha256 of tokenizer.json: the teacher has {theirs}, the student "
-f"has {ours}",
+            f"has {ours}",
             remedy="use a teacher and a student of one model family, with the same tokenizer.json",
         )

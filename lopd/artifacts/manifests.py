@@ -37,7 +37,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         # NotADirectoryError: the user has given a file where a folder is expected.
         raise ArtifactError(
-            f"there is no {MANIFEST} in this folder", where=str(folder), remedy="run the stage that makes it"
+            f"there is no {MANIFEST} in this folder",
+            where=str(folder),
+            remedy="run the stage that makes it",
         ) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(
@@ -74,7 +76,11 @@ def read_complete(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     if not manifest.complete:
-        raise ArtifactError("the artifact is not complete", where=str(folder), remedy="run the stage that makes it again, until it is complete")
+        raise ArtifactError(
+            "the artifact is not complete",
+            where=str(folder),
+            remedy="run the stage that makes it again, until it is complete",
+        )
     return manifest
 
 

@@ -50,10 +50,12 @@ def storage_errors(path: Path) -> Iterator[None]:
             reason = _STORAGE_ERRORS.get(error.errno or 0, "permission denied")
             remedy = (
                 "free disk space or permit writing, then run the same command again: "
-"finished work is kept"
+                "finished work is kept"
             )
             raise ArtifactError(
-                f"the file or folder cannot be written: {reason}", where=str(error.filename or path), remedy=remedy
+                f"the file or folder cannot be written: {reason}",
+                where=str(error.filename or path),
+                remedy=remedy,
             ) from error
         raise
 

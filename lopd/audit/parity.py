@@ -78,8 +78,10 @@ def agreement(pairs: Iterable[Pair]) -> Agreement:
     # The pairs may come from a stream, so they are gone through once.
     for key, first, second in pairs:
         if len(first) != len(second):
-            raise ValueError(f"response {key} has {len(first)} log-probabilities in one table and "
-f"{len(second)} in the other")
+            raise ValueError(
+                f"response {key} has {len(first)} log-probabilities in one table and "
+                f"{len(second)} in the other"
+            )
         # In float64, because both values are float32 and nearly equal.
         difference = second.astype(np.float64) - first.astype(np.float64)
         parts.append(difference)

@@ -112,7 +112,9 @@ def _check_vocabulary(folder: Path, responses: Sequence[Response], vocab_size: i
                 f"response {response.prompt_id}/{response.sample_index} has token id {largest}",
                 where=str(folder),
                 limit=f"at most {vocab_size - 1}: the vocabulary of the model has {vocab_size} "
-"tokens", remedy="give the model that belongs to these responses")
+                "tokens",
+                remedy="give the model that belongs to these responses",
+            )
 
 
 def _batches(responses: Sequence[Response]) -> list[list[int]]:

@@ -71,11 +71,15 @@ class Scores:
         for name in ("entropy", "variance", "token_kinds"):
             column = getattr(self, name)
             if column is not None and len(column) != len(self.logprobs):
-                raise ValueError(f"audit: {name} has {len(column)} values for {len(self.logprobs)} tokens")
+                raise ValueError(
+                    f"audit: {name} has {len(column)} values for {len(self.logprobs)} tokens"
+                )
         # The curves by position need to know where each response begins.
         total = int(self.lengths.sum())
         if total != len(self.logprobs):
-            raise ValueError(f"audit: the lengths sum to {total}, but there are {len(self.logprobs)} tokens")
+            raise ValueError(
+                f"audit: the lengths sum to {total}, but there are {len(self.logprobs)} tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def make_sample(
     if teacher_logprobs is not None and len(teacher_logprobs) != response_len:
         raise DataError(
             f"there are {len(teacher_logprobs)} teacher log-probabilities for "
-f"{response_len} tokens",
+            f"{response_len} tokens",
             where=f"response {response.key}",
             remedy="run the score stage again: this cache belongs to other responses",
         )

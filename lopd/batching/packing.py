@@ -50,7 +50,7 @@ def microbatch_capacity(max_tokens: int, pad_multiple: int) -> int:
         raise ConfigError(
             f"max_tokens_per_microbatch = {max_tokens} is too small",
             limit=f"at least {pad_multiple}: with these parallel sizes each microbatch is "
-f"padded to a multiple of {pad_multiple} tokens",
+            f"padded to a multiple of {pad_multiple} tokens",
             remedy="raise max_tokens_per_microbatch",
         )
     return capacity
@@ -97,9 +97,9 @@ def refuse_too_long(
         f"prompt and response have {lengths[first]} tokens, which is too many{others}",
         where=f"sample {first if names is None else names[first]}",
         limit=f"at most {capacity} tokens (max_tokens_per_microbatch = {max_tokens}, rounded "
-f"down to a multiple of {pad_multiple})",
+        f"down to a multiple of {pad_multiple})",
         remedy=f"set max_tokens_per_microbatch to at least {needed}, or lower max_new_tokens and "
-"sample again",
+        "sample again",
     )
 
 

@@ -88,7 +88,9 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
         raise ArtifactError(
             f"this artifact is of kind {manifest.kind}",
             where=str(folder),
-            limit=f"the kind {first.kind}, which {first_folder} has", remedy="give caches of one kind")
+            limit=f"the kind {first.kind}, which {first_folder} has",
+            remedy="give caches of one kind",
+        )
     # The length limit may differ: it cuts responses and does not change how their tokens are drawn.
     mixed = [name for name in _SAMPLING if manifest.sampling.get(name) != first.sampling.get(name)]
     if mixed:
@@ -122,7 +124,7 @@ def _check_models(
         if (teacher and teacher.weights) != (known and known.weights):
             raise ConsistencyError(
                 f"teacher {_named(teacher)} scored these responses, but {_named(known)} "
-f"scored those of {first_folder}",
+                f"scored those of {first_folder}",
                 where=str(folder),
                 limit="exactly one teacher in a cache without a teacher column",
                 remedy="add --teacher-column: each row then names its teacher",
@@ -139,7 +141,7 @@ f"scored those of {first_folder}",
     if student is not None and other is not None and student.weights != other.weights:
         raise ConsistencyError(
             f"student {_named(student)} sampled these responses, but {_named(other)} "
-f"sampled those of {first_folder}",
+            f"sampled those of {first_folder}",
             where=str(folder),
             limit="exactly one student in a cache",
             remedy="train on one of these caches",
@@ -160,7 +162,9 @@ def _check_columns(folder: Path, manifest: Manifest, first_folder: Path, first: 
         raise ArtifactError(
             f"these columns are not in both caches: {', '.join(sorted(differing))}",
             where=str(folder),
-            limit=f"those of {first_folder}", remedy="score again with the same settings, so that all caches have the same columns")
+            limit=f"those of {first_folder}",
+            remedy="score again with the same settings, so that all caches have the same columns",
+        )
 
 
 def _check_unique(sources: Sequence[Path], manifests: Sequence[Manifest]) -> None:

@@ -129,7 +129,11 @@ def _open(file: Path) -> pq.ParquetFile:
         source = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"cannot be read as Parquet ({reason})", where=str(file), remedy="copy the file again from its source") from None
+        raise DataError(
+            f"cannot be read as Parquet ({reason})",
+            where=str(file),
+            remedy="copy the file again from its source",
+        ) from None
     schema = source.schema_arrow
     fields: set[str] = set()
     # Files of other projects may have a column of this name and another type.
@@ -143,7 +147,9 @@ def _open(file: Path) -> pq.ParquetFile:
         raise DataError(
             f"the file lacks the columns {' and '.join(missing)}",
             where=str(file),
-            limit="the columns of the reference code: prompt, label, metadata", remedy="give the file that ends in -precomputed.parquet")
+            limit="the columns of the reference code: prompt, label, metadata",
+            remedy="give the file that ends in -precomputed.parquet",
+        )
     # The reference code writes two files with nearly the same name and form.
     if "teacher_log_probs" not in fields:
         raise DataError(

@@ -102,8 +102,10 @@ def _check_source(source: Path, manifest: Manifest) -> None:
         )
     # One table for two styles would fit neither of them.
     if sum(role.startswith("teacher") for role in manifest.models) > 1:
-        remedy = ("residualise the cache of each teacher alone, then merge the caches with "
-"--teacher-column")
+        remedy = (
+            "residualise the cache of each teacher alone, then merge the caches with "
+            "--teacher-column"
+        )
         raise ArtifactError(
             "this cache holds scores of several teachers, and each teacher has its own style",
             where=str(source),
@@ -145,7 +147,11 @@ def _check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if not low <= value <= high:
             raise LopdError(
-                f"{name} {value} is out of range", where="lopd cache residualise", limit=f"at least {low} and at most {high}", remedy=f"correct --{name.replace('_', '-')}")
+                f"{name} {value} is out of range",
+                where="lopd cache residualise",
+                limit=f"at least {low} and at most {high}",
+                remedy=f"correct --{name.replace('_', '-')}",
+            )
 
 
 def _vocab_size(folder: Path, manifest: Manifest) -> int:
@@ -174,7 +180,7 @@ def _batches(
                     f"the shard has no column {name}",
                     where=str(folder / shard.name),
                     remedy="make the cache again with the student's and the teacher's "
-"log-probabilities: the correction needs both",
+                    "log-probabilities: the correction needs both",
                 )
         ids, rows = flat(table, "token_ids")
         # By the name of the prompt, so a prompt that is spread over shards stays in one fold.

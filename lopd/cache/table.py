@@ -245,7 +245,7 @@ def _scores_of(
     if len(logprobs) != length:
         raise ValueError(
             f"response {response.key} has {len(logprobs)} teacher log-probabilities for "
-f"{length} tokens"
+            f"{length} tokens"
         )
     top = None
     if TOP_IDS in lists:
@@ -255,7 +255,7 @@ f"{length} tokens"
         if length and (len(ids) % length or len(ids) != len(values)):
             raise ValueError(
                 f"response {response.key} has {len(ids)} rows of top-K ids and "
-f"{len(values)} of top-K values for {length} tokens"
+                f"{len(values)} of top-K values for {length} tokens"
             )
         top = TopK(ids.reshape(length, -1), values.reshape(length, -1), lists[TAIL])
     return TeacherScores(

@@ -61,7 +61,7 @@ def _stage_sampling_problems(config: Config, stage: str) -> Iterator[ConfigError
     if section.min_p > 0 and config.sglang.deterministic:
         yield ConfigError(
             f"{stage}.min_p = {section.min_p} cannot be used with sglang.deterministic: "
-"SGLang's seeded sampling has no min_p",
+            "SGLang's seeded sampling has no min_p",
             where="sglang.deterministic",
             limit="exactly 0",
             remedy=f"set {stage}.min_p=0 or sglang.deterministic=false",
@@ -80,7 +80,7 @@ def _queue_problems(config: Config) -> Iterator[ConfigError]:
     if held < settings.max_in_flight:
         yield ConfigError(
             f"sglang.extra_args.max_queued_requests = {queue} is too small: the server "
-f"would refuse requests beyond {held}",
+            f"would refuse requests beyond {held}",
             where="sglang.max_in_flight",
             limit=f"at least sglang.max_in_flight = {settings.max_in_flight}",
             remedy="lower sglang.max_in_flight, or remove max_queued_requests",
@@ -128,9 +128,8 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
         if settings.colocate and config.distill.megatron.get(name):
             yield ConfigError(
                 f"distill.megatron.{name} cannot be used with sync.colocate: only memory "
-"that torch allocates can be given back and taken again",
+                "that torch allocates can be given back and taken again",
                 where="distill.megatron",
-                
                 remedy=f"remove {name}, or {no_colocation}",
             )
     # gloo, which replaces NCCL on a CPU, has no such limit.
@@ -164,18 +163,16 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
             yield ConfigError(
                 "refresh.keep_teacher has no effect without a refresh: no teacher is needed",
                 where="distill.refresh",
-                
                 remedy="set refresh.every, or set a bound of the drift, or remove "
-"refresh.keep_teacher",
+                "refresh.keep_teacher",
             )
         return
     # A refresh adds to the rollouts of the run, and a given cache is not the run's.
     if config.distill.cache is not None:
         yield ConfigError(
             "distill.refresh and distill.cache cannot be used together: fresh rollouts "
-"are added to those of the score stage",
+            "are added to those of the score stage",
             where="distill",
-            
             remedy="remove distill.refresh or distill.cache",
         )
     # A refresh starts the servers of one teacher only.

@@ -89,11 +89,15 @@ def _check_writable(folder: Path, key: str) -> None:
     except OSError as error:
         # The name is too long, or a folder on the way may not be entered.
         raise ConfigError(
-            f"{key}: {error.strerror}", where=f"{folder!s:.200}", remedy=f"set {key} to another folder"
+            f"{key}: {error.strerror}",
+            where=f"{folder!s:.200}",
+            remedy=f"set {key} to another folder",
         ) from None
     if not parent.is_dir():
         raise ConfigError(
-            f"{key} cannot be created: a file has this path", where=str(parent), remedy=f"set {key} to another folder"
+            f"{key} cannot be created: a file has this path",
+            where=str(parent),
+            remedy=f"set {key} to another folder",
         )
     # Making files in a folder needs both permissions.
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -48,7 +48,7 @@ def teachers(config: Config) -> Iterator[Finding]:
             where="sglang.teacher_urls",
             limit="sglang.teacher_urls are servers of exactly one teacher",
             remedy="remove sglang.teacher_urls: lopd then starts a server for each teacher, one "
-"after the other",
+            "after the other",
         )
     task = get_task(config.task.name, config.task.options)
     domains = {prompt.domain for prompt in read_prompts(config.prompts.opd, task)}
@@ -124,19 +124,17 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
     # Random weights are for a student that SFT trains, and with a checkpoint SFT trains nothing.
     if sft.init == "random":
         yield ConfigError(
-            "sft.init = \"random\" and sft.checkpoint cannot be used together: nothing is "
-"trained from a given checkpoint",
+            'sft.init = "random" and sft.checkpoint cannot be used together: nothing is '
+            "trained from a given checkpoint",
             where="sft",
-            
             remedy="remove the one that you do not want",
         )
     # The baseline continues SFT, so it needs the demonstrations, which a given student lacks.
     if config.evaluate.equal_compute_baseline:
         yield ConfigError(
             "the equal-compute baseline continues SFT, but a given student has no "
-"demonstrations to continue with",
+            "demonstrations to continue with",
             where="sft.checkpoint",
-            
             remedy="set evaluate.equal_compute_baseline = false",
         )
     # lopd plan is used before lopd fetch, so for it a name on the hub is enough.

@@ -48,7 +48,7 @@ def prompts(config: Config) -> Iterator[Finding]:
         if shared:
             yield DataError(
                 f"{len(shared)} prompts are also held-out prompts of prompts.eval, for "
-f"example {shared[0]!r}",
+                f"example {shared[0]!r}",
                 where=f"prompts.{name}",
                 limit="exactly 0",
                 remedy="remove these prompts, or give the two prompt sets different seeds",

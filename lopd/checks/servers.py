@@ -69,7 +69,7 @@ def _port_problems(config: Config) -> Iterator[ConfigError]:
             what,
             where="127.0.0.1",
             remedy="remove sglang.port (lopd then uses a free port), or end the program that "
-"listens on this port",
+            "listens on this port",
         )
         return
 
@@ -109,8 +109,8 @@ def server_problems(config: Config, shapes: Shapes) -> Iterator[LopdError]:
             f"sglang.max_total_tokens = {settings.max_total_tokens} is too small",
             where="sglang",
             limit="at least one full sequence: sglang.context_length = "
-f"{settings.context_length}, plus {CONTEXT_MARGIN} tokens that SGLang "
-"reserves",
+            f"{settings.context_length}, plus {CONTEXT_MARGIN} tokens that SGLang "
+            "reserves",
             remedy=f"set sglang.max_total_tokens to {needed} or more, or remove it",
         )
 
@@ -208,11 +208,11 @@ def _fingerprint_problems(config: Config) -> Iterator[ConfigError]:
             if "Unsupported action" in error.what:
                 yield ConfigError(
                     "this server cannot report fingerprints of its weights, because lopd "
-"did not start it",
+                    "did not start it",
                     where=engine.url,
-                    limit="only servers that lopd starts, with sync.verify = \"tensors\"",
-                    remedy="remove sync.verify (its value is then \"scores\"), or set "
-"sync.verify to \"off\"",
+                    limit='only servers that lopd starts, with sync.verify = "tensors"',
+                    remedy='remove sync.verify (its value is then "scores"), or set '
+                    'sync.verify to "off"',
                 )
         except EngineError:
             # A server that does not answer yet may be loading. That is no problem yet.

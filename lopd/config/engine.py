@@ -339,35 +339,30 @@ class SyncSection(Section):
         _require_address(self.host)
         if self.transport != "disk" and self.running_requests == "finish":
             raise Contradiction(
-                "running_requests = \"finish\" cannot be used with transport = "
-f"\"{self.transport}\": new requests would meet a mixture of weight "
-"versions between two buckets",
-                limit=(
-                    "only with transport = \"disk\""
-                ),
+                'running_requests = "finish" cannot be used with transport = '
+                f'"{self.transport}": new requests would meet a mixture of weight '
+                "versions between two buckets",
+                limit=('only with transport = "disk"'),
                 remedy="set sync.running_requests to pause, keep or abort, or remove it",
             )
         if self.colocate and self.transport == "distributed":
             raise Contradiction(
-                "colocate = true cannot be used with transport = \"distributed\": NCCL "
-"does not broadcast between two processes of one GPU",
-                limit=(
-                    "only with transport = \"tensor\" or \"disk\""
-                ),
+                'colocate = true cannot be used with transport = "distributed": NCCL '
+                "does not broadcast between two processes of one GPU",
+                limit=('only with transport = "tensor" or "disk"'),
                 remedy='set sync.transport = "tensor"',
             )
         if self.colocate and self.delta:
             raise Contradiction(
                 "delta = true cannot be used with colocate = true: a server that has "
-"given back its memory has no weights, so every tensor must be sent",
-                
+                "given back its memory has no weights, so every tensor must be sent",
                 remedy="set sync.delta = false",
             )
         if self.transport == "disk" and self.delta:
             raise Contradiction(
-                "delta = true cannot be used with transport = \"disk\": a folder must "
-"hold every tensor",
-                limit="only with transport = \"tensor\" or \"distributed\"",
+                'delta = true cannot be used with transport = "disk": a folder must '
+                "hold every tensor",
+                limit='only with transport = "tensor" or "distributed"',
                 remedy="set sync.delta = false, or set sync.transport to tensor or distributed",
             )
         return self
@@ -385,5 +380,5 @@ def _require_address(host: str) -> None:
         raise Contradiction(
             f'host = "{host}" is not an IPv4 address',
             limit="an IPv4 address of this machine, or auto",
-            remedy="set sync.host to an address of this machine, or to \"auto\"",
+            remedy='set sync.host to an address of this machine, or to "auto"',
         )

@@ -95,7 +95,7 @@ def local_path(text: str) -> Path:
     if found is None or "--" in found["owner"] or escapes:
         raise ValueError(
             "this is not a name on the hub: write hf://org/name@revision, or "
-"hf://datasets/org/name@revision/file"
+            "hf://datasets/org/name@revision/file"
         )
     revision = found["revision"] or "main"
     is_dataset = found["datasets"] is not None

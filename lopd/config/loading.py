@@ -117,7 +117,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"the file is not UTF-8 text (byte {error.start})", where=str(path), remedy="save the file as UTF-8"
+            f"the file is not UTF-8 text (byte {error.start})",
+            where=str(path),
+            remedy="save the file as UTF-8",
         ) from None
     except (OSError, ValueError) as error:
         # A ValueError means that the text is not TOML, or that the path has a null byte.
@@ -125,7 +127,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if isinstance(error, OSError):
             what = f"cannot be read ({error.strerror})"
         raise ConfigError(
-            what, where=str(path), remedy="correct the file, or give another TOML file, for example examples/tiny_moe.toml"
+            what,
+            where=str(path),
+            remedy="correct the file, or give another TOML file, for example examples/tiny_moe.toml",
         ) from None
 
 

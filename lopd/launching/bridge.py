@@ -44,7 +44,7 @@ def launch_python() -> Path:
             "the Python environment of nemo-run is missing",
             where=" or ".join(map(str, places)),
             remedy=f"run bash requirements/install_launch.sh, or set {PYTHON} to the python of "
-"this environment",
+            "this environment",
         )
     return found
 

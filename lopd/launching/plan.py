@@ -188,7 +188,7 @@ def _check_target(config: Config, target: Target) -> None:
     if "/nemo_run" in str(config.run.dir):
         raise ConfigError(
             f"run.dir {config.run.dir} contains /nemo_run, and nemo-run replaces this "
-"text everywhere in a job",
+            "text everywhere in a job",
             where="run.dir",
             remedy="set run.dir to another folder",
         )
@@ -198,7 +198,7 @@ def _check_target(config: Config, target: Target) -> None:
             "launch.image is missing",
             where=f"--on {target}",
             remedy="build the image (docs/image.md), then set its name, for example "
-"launch.image=lopd:0.1",
+            "launch.image=lopd:0.1",
         )
 
 
@@ -218,10 +218,10 @@ def _check_no_secret(overrides: Sequence[str]) -> None:
         if holds_secret({key.strip(): value}):
             raise ConfigError(
                 f"{key.strip()} may hold a secret, which lopd would write into the "
-"scripts of the jobs",
+                "scripts of the jobs",
                 where="command line",
                 remedy="put this key into the TOML file, which the jobs read, or into the secret "
-"store of the cluster",
+                "store of the cluster",
             )
 
 

@@ -106,7 +106,7 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
             where="this machine",
             limit=f"at least {needed}, the largest number of ranks or servers that run at once",
             remedy="use a machine with more GPUs, or run lopd plan CONFIG --gpus N --suggest to "
-"find a layout",
+            "find a layout",
         )
     # A MIG instance looks like a GPU to torch, and the error would come only from NCCL.
     if any(gpu.mig for gpu in gpus):
@@ -302,7 +302,7 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
             f"{key}: {item.name} is not on this machine, and downloads are switched off",
             where=str(item.path),
             remedy="unset HF_HUB_OFFLINE and run lopd fetch CONFIG, or copy the files there by "
-"other means",
+            "other means",
         )
     if facts.hub[item.name] is not None:
         return ConfigError(

@@ -174,7 +174,7 @@ def _snapshot_download() -> Snapshot:
             "HF_HUB_OFFLINE forbids downloads",
             where="lopd fetch",
             remedy=f"unset HF_HUB_OFFLINE, or copy the files there by other means, with a {NOTE} "
-"(docs/recipes.md)",
+            "(docs/recipes.md)",
         )
     from huggingface_hub import snapshot_download
 
@@ -204,8 +204,8 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
             f"{item.key}: cannot fetch {name}: {reason}",
             where=str(partial),
             remedy="check the name, the revision, the network, the free disk space and (for "
-"gated repositories) hf auth login, then run the same command again: it "
-"continues",
+            "gated repositories) hf auth login, then run the same command again: it "
+            "continues",
         ) from error
     commit = _commit(partial)
     note = json.dumps({"source": str(name), "commit": commit}, indent=1)

@@ -76,9 +76,8 @@ class Distillation:
             names = ", ".join(type(weighting).__name__ for weighting in self.weightings)
             raise ConfigError(
                 f"{names} cannot be used with a top-K KL: token weights are functions of "
-"the sampled token, but a top-K KL is a sum over the teacher's tokens",
+                "the sampled token, but a top-K KL is a sum over the teacher's tokens",
                 where="objective",
-                
                 remedy="set loss = lightning, or remove the token weights",
             )
 

@@ -50,7 +50,7 @@ class RefreshRule:
                 "refresh.num_responses has no effect without a refresh",
                 where="distill.refresh",
                 remedy="set refresh.every, or set a bound of the drift, or remove "
-"refresh.num_responses",
+                "refresh.num_responses",
             )
         # With a bound of the drift besides, a refresh can still come before the training ends.
         has_only_every = rule == cls(rule.every)

@@ -177,7 +177,7 @@ def _refuse_contradictions(objective: ObjectiveSection) -> None:
         if is_on(objective, knob) and objective.loss not in _TOKEN_WEIGHTED:
             reason = (
                 f"loss = {objective.loss} is a sum over the teacher's tokens and does not "
-"use the sampled token"
+                "use the sampled token"
             )
             raise _refused(objective, knob, reason, f"set loss = lightning, or remove {knob}")
 
@@ -188,7 +188,11 @@ def _refuse_missing(
     missing = [name for name in component.needs if name not in available]
     if missing:
         reason = "; ".join(f"it needs {name}: {_ORIGIN[name]}" for name in missing)
-        remedy = "set loss = lightning, or make a cache that has the missing data" if knob == "loss" else f"remove {knob}"
+        remedy = (
+            "set loss = lightning, or make a cache that has the missing data"
+            if knob == "loss"
+            else f"remove {knob}"
+        )
         raise _refused(objective, knob, reason, remedy)
 
 

@@ -216,7 +216,10 @@ def _check_bounds(name: str, value: float, meaning: str) -> None:
     if is_share:
         limit += ", at most 1"
     raise ConfigError(
-        f"{name} = {value:g} is out of range", where="--assume", limit=limit, remedy=f"correct this assumption. It means: {meaning}"
+        f"{name} = {value:g} is out of range",
+        where="--assume",
+        limit=limit,
+        remedy=f"correct this assumption. It means: {meaning}",
     )
 
 
@@ -257,7 +260,9 @@ def _number(name: str, text: str) -> float:
         value = None
     # In Python True is an int. In a plan it is no number.
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name} = {text!r:.60} is not a number", where="--assume", limit="a number")
+        raise ConfigError(
+            f"{name} = {text!r:.60} is not a number", where="--assume", limit="a number"
+        )
     return float(value)
 
 

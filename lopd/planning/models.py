@@ -82,7 +82,9 @@ def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
             f"run lopd plan CONFIG --{role}-config FILE with its config.json, or lopd fetch CONFIG"
         )
     raise ConfigError(
-        f"models.{role}: this folder does not exist, so the shape of the model is not known", where=str(folder), remedy=remedy
+        f"models.{role}: this folder does not exist, so the shape of the model is not known",
+        where=str(folder),
+        remedy=remedy,
     )
 
 

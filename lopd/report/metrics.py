@@ -49,7 +49,9 @@ def read_metrics(
             matches = kind in (None, row["kind"]) and stage in (None, row["stage"])
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
-                f"not a metrics line ({error})", where=f"{path}:{number}", remedy="remove this line"
+                f"this is not a line of metrics ({error})",
+                where=f"{path}:{number}",
+                remedy="remove this line",
             ) from None
         if matches:
             rows.append(row)

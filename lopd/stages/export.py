@@ -77,7 +77,7 @@ def _check_loads(folder: Path) -> None:
     }
     if problems:
         raise ArtifactError(
-            "transformers does not load the exported weights as they are: "
+            "transformers cannot load the exported weights without changes: "
             f"{json.dumps(problems)[:300]}",
             where=str(folder),
         )

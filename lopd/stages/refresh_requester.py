@@ -123,7 +123,7 @@ class RefreshRequester(StepHook):
                 return
         raise EngineError(
             f"the student's server lost its weights {MAX_SENDS} times in refresh {refresh.number}",
-            remedy="read its log",
+            remedy="read the log of the server",
         )
 
     def _request(self, refresh: RefreshRecord, until: str, *, can_send: bool = False) -> None:

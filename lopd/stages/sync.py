@@ -139,7 +139,7 @@ class StudentWeights:
         raise EngineError(
             f"{lost}, {MAX_SENDS} times",
             where=f"weight version {version}",
-            remedy="read the servers' logs",
+            remedy="read the logs of the servers",
         )
 
     def _await_servers(self) -> None:

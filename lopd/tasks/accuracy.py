@@ -46,7 +46,7 @@ def pass_at(num_samples: int, num_right: int, k: int) -> float:
     """
     # More draws than samples have no meaning without replacement.
     if not 1 <= k <= num_samples:
-        raise ValueError(f"k = {k} of {num_samples} samples")
+        raise ValueError(f"k = {k} is not between 1 and {num_samples}, the number of samples")
     # There are fewer wrong samples than draws, so at least one draw is right.
     if num_samples - num_right < k:
         return 1.0

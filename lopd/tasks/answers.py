@@ -32,7 +32,7 @@ class FileTask(TaskOptions):
         raise ConfigError(
             f"task {self.name} makes no prompts",
             where="prompts",
-            remedy="give prompts.*.file, and prompts.*.format if it is a file of a public data set",
+            remedy="set prompts.*.file, and for a file of a public data set also prompts.*.format",
         )
 
     def verify(self, prompt: Prompt, text: str, finish_reason: str) -> bool:

@@ -414,12 +414,14 @@ def _only_string(content: bytes) -> str:
             found.append(str(argument))
         elif operation.name not in _HARMLESS:
             # For example GLOBAL or REDUCE, which name and call a function.
-            raise ValueError(f"a pickle that does more than hold a string ({operation.name})")
+            raise ValueError(f"the pickle does more than hold a string ({operation.name})")
     if len(found) != 1:
-        raise ValueError(f"a pickle of {len(found)} strings")
+        raise ValueError(f"the pickle holds {len(found)} strings")
     return found[0]
 
 
 def _unreadable(what: str) -> DataError:
-    remedy = "see docs/tasks.md for the forms of tests"
-    return DataError(f"tests of a problem: {what}", where="the prompt's answer", remedy=remedy)
+    remedy = "write the tests in one of the forms of docs/tasks.md"
+    return DataError(
+        f"the tests of a problem cannot be used: {what}", where="the prompt's answer", remedy=remedy
+    )

@@ -15,7 +15,7 @@ from lopd.tasks.verdicts import num_cores
 
 # The number of rows that one message names.
 _SHOWN = 5
-REMEDY = "correct this answer, choose another column with prompts.*.fields, or leave the row out"
+REMEDY = "correct this answer, choose another column with prompts.*.fields, or remove the row"
 # The options of the task that judges prompts of a domain, if the user names no task. Tests of code
 # may import packages here: whether they can is known only when the run's options are.
 _OF_DOMAIN: dict[str, dict[str, Any]] = {"math": {}, "code": {"packages": True}}
@@ -94,7 +94,7 @@ def refuse(task: object, prompts: Sequence[Prompt], counts: ReadCounts) -> None:
     what = f"{named} cannot be used: {first.what}"
     # All rows are of one file or folder, so the number behind the file's name is enough.
     others = ", ".join(one.where.rpartition(":")[2] for one in found[1:_SHOWN])
-    more = f"; {len(found)} such rows, next {others}" if others else ""
+    more = f"; there are {len(found)} such rows, the next are {others}" if others else ""
     raise DataError(what + more, where=first.where, remedy=REMEDY)
 
 

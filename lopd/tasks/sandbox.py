@@ -421,12 +421,13 @@ def require(allow_weak: bool) -> Protections:
     held = protections()
     if not held.sufficient and not allow_weak:
         raise ConfigError(
-            f"code that a model wrote is not run here: {held.describe()}",
+            f"this machine cannot run the code of a model safely: {held.describe()}",
             where="task code",
-            limit="no network, no foreign files",
+            limit="the code must have no network and no access to other files",
             remedy=(
-                "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, run in a "
-                "container of its own, or set task.options.allow_weak_sandbox=true"
+                "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, "
+                "run lopd in a separate container, or set "
+                "task.options.allow_weak_sandbox=true"
             ),
         )
     return held

@@ -47,7 +47,8 @@ def check_returned_ids(
         raise EngineError(
             f"the server returned {len(returned)} tokens for the {len(sent)} it was sent",
             where=response_name(key),
-            remedy="do not use these log-probabilities; check context_length and the server's log",
+            remedy="do not use these log-probabilities; check context_length and the log of the "
+            "server",
         )
     if hidden_id is None:
         hidden = np.zeros(len(sent), dtype=np.bool_)
@@ -61,8 +62,8 @@ def check_returned_ids(
             f"the server returned token {int(returned[first])} at position {first} where "
             f"{int(sent[first])} was sent ({differing.size} of {len(sent)} differ)",
             where=response_name(key),
-            remedy="do not use these log-probabilities; the server has another model or another "
-            "tokenizer setting than it should have",
+            remedy="do not use these log-probabilities; start the server with the right model "
+            "and the right tokenizer settings",
         )
 
 
@@ -86,8 +87,9 @@ def check_logprobs(key: Key, logprobs: Floats) -> None:
             f"log-probability {float(logprobs[first])} at token {first} "
             f"({wrong.size} of {len(logprobs)} are wrong)",
             where=response_name(key),
-            limit="a log-probability is a number not above 0",
-            remedy="look for overflow in the served dtype (sglang.dtype) or a damaged checkpoint",
+            limit="a number that is at most 0",
+            remedy="set sglang.dtype to a dtype with a larger range, or check whether the "
+            "checkpoint is damaged",
         )
 
 
@@ -111,10 +113,11 @@ def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
     distances = np.abs(logprobs + math.log(vocab_size))
     if bool(np.all(distances < UNIFORM_TOLERANCE)):
         raise EngineError(
-            f"all {len(logprobs)} log-probabilities are within {UNIFORM_TOLERANCE} of "
-            f"-ln {vocab_size}: the model knows nothing",
+            f"all {len(logprobs)} log-probabilities are within {UNIFORM_TOLERANCE} of -ln "
+            f"{vocab_size}, as if the model had no weights",
             where=response_name(key),
-            remedy="the weights were not loaded; check the checkpoint folder and the server's log",
+            remedy="check the folder of the checkpoint and the log of the server: the weights "
+            "were not loaded",
         )
 
 
@@ -143,23 +146,27 @@ def check_ending(
         # Such a response ended by itself and must not count as truncated.
         return "stop" if last in stop_token_ids else "length"
     if kind != "stop":
-        raise EngineError(f"finish reason {kind!r} is unknown", where=response_name(key))
+        raise EngineError(
+            f"the finish reason {kind!r} is unknown",
+            where=response_name(key),
+            remedy="use a supported version of SGLang",
+        )
     # Where the logits are NaN, SGLang puts an end token at the end and says "stop" with the text
     # "NaN happened". Without this test the garbage would count as a finished response.
     if isinstance(matched, str):
         raise EngineError(
-            f"the response stopped for another reason than a token: {matched}",
+            f"the response did not stop at a token, but for this reason: {matched}",
             where=response_name(key),
-            remedy="look for overflow in the served dtype (sglang.dtype) or a damaged checkpoint",
+            remedy="set sglang.dtype to a dtype with a larger range, or check whether the "
+            "checkpoint is damaged",
         )
     # The end token is part of the response and carries loss. A response without it would never
     # teach the student to stop.
     if last not in stop_token_ids or matched != last:
         raise EngineError(
-            f"the response stopped at token {last} (matched: {matched}), which is none of the stop "
-            f"tokens {stop_token_ids}",
+            f"the response stopped at token {last} (matched: {matched}), which is not one "
+            f"of the stop tokens {stop_token_ids}",
             where=response_name(key),
-            remedy="give every end token of the model (eos_token_id of config.json and "
-            "generation_config.json) as a stop token",
+            remedy="add every end token of the model to eos_token_id in generation_config.json",
         )
     return "stop"

@@ -132,8 +132,8 @@ class SGLangEngine:
         """
         if params.min_p > 0 and self.settings.deterministic:
             raise ConfigError(
-                f"min_p = {params.min_p} with sglang.deterministic: SGLang's seeded sampling "
-                "cannot do it",
+                f"min_p = {params.min_p} cannot be used with sglang.deterministic: "
+                "SGLang's seeded sampling has no min_p",
                 remedy="set min_p = 0 or sglang.deterministic = false",
             )
         # A response does not tell which of the servers gave it, so an error names all of them.
@@ -320,7 +320,7 @@ class SGLangEngine:
                     raise EngineError(
                         f"{path}: {type(error).__name__} {error}".rstrip(),
                         where=self.url,
-                        remedy="is the server running?",
+                        remedy="check whether the server is running",
                     ) from None
         if reply.status_code != 200:
             raise self.refusal(path, reply.status_code, reply.content)
@@ -389,6 +389,6 @@ class SGLangEngine:
                 raise EngineError(
                     f"vocab_size cannot be read ({error})",
                     where=str(config),
-                    remedy="give score() the vocab_size",
+                    remedy="pass vocab_size to score()",
                 ) from None
         return self.vocab_size

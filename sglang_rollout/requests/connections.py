@@ -139,8 +139,8 @@ class Connections:
                         f"request {request.key} failed {max(failures, outages)} times; "
                         f"at last: {error}",
                         where=server.engine.url,
-                        limit=f"sglang.retries = {self._retries}",
-                        remedy="read the server's log",
+                        limit=f"at most sglang.retries = {self._retries} retries",
+                        remedy="read the log of the server",
                     ) from None
 
     async def _choose(self, prompt: int) -> _ServerConnection:
@@ -233,9 +233,9 @@ class _ServerConnection:
         answer = parsed(content)
         if not isinstance(answer, dict) or "meta_info" not in answer:
             raise EngineError(
-                "/generate answered something that is no generation",
+                "the answer of /generate is not a generation",
                 where=self.engine.url,
-                remedy="is this an SGLang server?",
+                remedy="check whether this is the address of an SGLang server",
             )
         # SGLang reports an abort with HTTP 200 as well, together with the tokens so far. They must
         # not pass for a response.
@@ -300,9 +300,9 @@ class _ServerConnection:
                 raise EngineError(
                     f"the server could not be reached for {waited:.0f} s",
                     where=self.engine.url,
-                    limit=f"sglang.outage_timeout_s = {limit:g}",
-                    remedy="is the server running? raise sglang.outage_timeout_s if it takes "
-                    "longer to start",
+                    limit=f"at most sglang.outage_timeout_s = {limit:g}",
+                    remedy="check whether the server is running; raise sglang.outage_timeout_s "
+                    "if the server needs more time to start",
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _MAX_PROBE_INTERVAL_S)

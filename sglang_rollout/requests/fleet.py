@@ -52,8 +52,8 @@ class SGLangFleet(SGLangEngine):
         for engine, info in zip(self._engines[1:], others, strict=True):
             if info["weight_version"] != first["weight_version"]:
                 raise OtherWeights(
-                    f"weight version {info['weight_version']!r}, but {self.url} has "
-                    f"{first['weight_version']!r}",
+                    f"this server has weight version {info['weight_version']!r}, but "
+                    f"{self.url} has {first['weight_version']!r}",
                     where=engine.url,
                     remedy="load the same weights into all servers",
                 )

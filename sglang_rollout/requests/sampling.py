@@ -88,13 +88,15 @@ def new_tokens_allowed(
     room = context_length - len(request.prompt_ids)
     if room < 1:
         raise DataError(
-            f"prompt {request.prompt_id} has {len(request.prompt_ids)} tokens",
-            limit=f"below sglang.context_length = {context_length}: a response needs a token",
-            remedy="raise sglang.context_length or drop the prompt",
+            f"prompt {request.prompt_id} has {len(request.prompt_ids)} tokens, so no "
+            "token is left for a response",
+            limit=f"below sglang.context_length = {context_length}",
+            remedy="raise sglang.context_length, or remove the prompt",
         )
     if len(request.prompt_ids) == 0:
         raise DataError(
-            f"prompt {request.prompt_id} has no tokens", remedy="check the chat template"
+            f"prompt {request.prompt_id} has no tokens",
+            remedy="check the chat template of the model",
         )
     # SGLang would cut at the context as well, but by its own limit, which differs by some tokens
     # (launch.CONTEXT_MARGIN). With this number read_response() knows exactly what was allowed.
@@ -157,8 +159,8 @@ def read_response(
     # be shorter than the run asks for, and no figure would show it.
     if finish_reason == "length" and len(token_ids) != max_new_tokens:
         raise EngineError(
-            f"the server cut the response after {len(token_ids)} tokens, but {max_new_tokens} were "
-            "allowed",
+            f"the server ended the response after {len(token_ids)} tokens, but "
+            f"{max_new_tokens} were allowed",
             where=response_name(request.key),
             remedy="raise sglang.max_total_tokens: one request must fit into the KV cache",
         )

@@ -261,9 +261,9 @@ class SGLangServer:
     def death(self) -> EngineError:
         """Return the error for a server that was found dead."""
         return EngineError(
-            f"the {self.name} server died; its log ends: {log_summary(self.log)}",
+            f"the {self.name} server ended; the end of its log: {log_summary(self.log)}",
             where=str(self.log),
-            remedy="read the log; run the same command again to continue from what was published",
+            remedy="read the log, then run the same command again: finished work is kept",
         )
 
     def record(self) -> dict[str, object]:
@@ -297,13 +297,13 @@ class SGLangServer:
             raise EngineError(
                 f"the {self.name} checkpoint has no readable config.json ({error})",
                 where=str(self.model_dir),
-                remedy="give a Hugging Face folder",
+                remedy="give the folder of a Hugging Face checkpoint",
             ) from None
         if not any(self.model_dir.glob("*.safetensors")):
             raise EngineError(
-                f"the {self.name} checkpoint has no safetensors",
+                f"the {self.name} checkpoint has no safetensors files",
                 where=str(self.model_dir),
-                remedy="give a Hugging Face folder",
+                remedy="give the folder of a Hugging Face checkpoint",
             )
 
     def _launch(self, progress: Callable[[float], None] | None) -> None:
@@ -395,8 +395,8 @@ class SGLangServer:
         if stopped_s > hang_timeout_s:
             raise self._not_started(
                 f"the {self.name} server was stopped (SIGSTOP) while it started",
-                limit=f"sglang.hang_timeout_s = {hang_timeout_s:g}",
-                remedy="let it run",
+                limit=f"at most sglang.hang_timeout_s = {hang_timeout_s:g}",
+                remedy="do not stop the server while it starts",
             )
         if not self.alive():
             # The HTTP server inside SGLang writes this line when its bind fails.
@@ -407,17 +407,17 @@ class SGLangServer:
                 )
             raise self._not_started(
                 f"the {self.name} server did not start",
-                remedy="repair what the log names, then run the same command again",
+                remedy="read the log and correct its error, then run the same command again",
             )
         if waited_s > self.settings.start_timeout_s:
             raise self._not_started(
                 f"the {self.name} server is not healthy after {waited_s:.0f} s",
-                limit=f"sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
-                remedy="read the log; raise sglang.start_timeout_s if the machine is only slow",
+                limit=f"at most sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
+                remedy="read the log; if the log has no error, raise sglang.start_timeout_s",
             )
 
     def _not_started(self, what: str, *, remedy: str, limit: str = "") -> EngineError:
-        what = f"{what}; its log ends: {log_summary(self.log)}"
+        what = f"{what}; the end of its log: {log_summary(self.log)}"
         return EngineError(what, where=str(self.log), limit=limit, remedy=remedy)
 
     def _answers(self, client: httpx.Client, patience_s: float) -> bool:

@@ -205,10 +205,10 @@ class Watcher:
         if self._failed_probes < _FAILED_PROBES:
             return None
         return EngineError(
-            f"the {server.name} server hangs: it did not answer {_FAILED_PROBES} health checks "
-            "in a row",
+            f"the {server.name} server does not react: it did not answer {_FAILED_PROBES} "
+            "health checks in a row",
             where=str(server.log),
-            limit=f"sglang.hang_timeout_s = {self._hang_timeout_s:g}",
+            limit=f"at most sglang.hang_timeout_s = {self._hang_timeout_s:g}",
             remedy="read the log",
         )
 
@@ -283,7 +283,7 @@ class Watcher:
             return EngineError(
                 f"the {server.name} server cannot be started again ({error})",
                 where=str(server.log),
-                remedy="free space there",
+                remedy="delete files in the folder of this log, or set run.dir to another disk",
             )
         self._reset_probes()
         self.num_restarts += 1
@@ -312,10 +312,10 @@ class Watcher:
         if self._restarts == 0:
             return last
         return EngineError(
-            f"the {self._server.name} server died {self._deaths_in_a_row} times in a row without "
-            f"answering a request; at last: {last.what}",
+            f"the {self._server.name} server ended {self._deaths_in_a_row} times in a row "
+            f"without answering a request; the last error: {last.what}",
             where=last.where,
-            limit=f"sglang.restarts = {self._restarts}",
+            limit=f"at most sglang.restarts = {self._restarts} restarts",
             remedy=last.remedy,
         )
 

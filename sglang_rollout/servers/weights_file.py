@@ -168,7 +168,7 @@ def publish(file: Path, text: str) -> None:
         raise EngineError(
             f"{file.name} cannot be written ({error})",
             where=str(file.parent),
-            remedy="free space there",
+            remedy="delete files in this folder, or set run.dir to another disk",
         ) from None
 
 

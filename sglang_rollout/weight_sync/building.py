@@ -48,10 +48,10 @@ def build_receiver(
     """
     if settings.verify == "scores":
         raise ConfigError(
-            'a receiver cannot verify by "scores": it has no scores of the trainer',
+            'a receiver cannot verify with "scores": it has no scores of the trainer',
             where="sync.verify",
-            limit="tensors, off",
-            remedy='set "off" and use ScoreVerification after each sync',
+            limit='"tensors" or "off"',
+            remedy='set sync.verify = "off" and use ScoreVerification after each sync',
         )
     verification = None
     # None is the default. Where it should be "scores", the caller has decided that already.

@@ -216,7 +216,7 @@ class DiskWeightReceiver:
         return EngineError(
             f"weight version {self._version} cannot be written ({error})",
             where=str(self._folder),
-            remedy="free space there, or use another folder",
+            remedy="delete files in this folder, or use a folder on another disk",
         )
 
 

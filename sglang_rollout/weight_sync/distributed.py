@@ -239,9 +239,9 @@ def _await_ranks(
                 future.result()
         if time.monotonic() - began > timeout_s:
             raise EngineError(
-                "the servers' ranks did not come to the group",
-                limit="sync.timeout_s",
-                remedy="see the servers' logs",
+                "the ranks of the servers did not connect to the trainer",
+                limit="at most sync.timeout_s seconds",
+                remedy="read the logs of the servers",
             )
         time.sleep(_POLL_S)
 
@@ -271,9 +271,10 @@ def _form_group(
             )
     except RuntimeError as error:
         raise EngineError(
-            f"the group of trainer and servers did not form ({_first_line(error)})",
-            limit="sync.timeout_s",
-            remedy="see the servers' logs",
+            "the trainer and the servers could not connect in one process group "
+            f"({_first_line(error)})",
+            limit="at most sync.timeout_s seconds",
+            remedy="read the logs of the servers",
         ) from None
     # Without this table dist.broadcast() does not know which rank src=0 is in the group.
     helper._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
@@ -289,9 +290,9 @@ def _broadcast(group: list[Any], tensors: list[Tensor]) -> None:
     broken = _broadcast_all(group, tensors)
     if broken:
         raise EngineError(
-            f"the broadcast to the servers broke off ({broken})",
-            limit="sync.timeout_s",
-            remedy="see the servers' logs",
+            f"the broadcast to the servers failed ({broken})",
+            limit="at most sync.timeout_s seconds",
+            remedy="read the logs of the servers",
         )
 
 

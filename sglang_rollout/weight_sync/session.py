@@ -142,10 +142,10 @@ class UpdateSession:
         # stages num_ranks would count too few ranks.
         if in_place and copies > 1:
             raise EngineError(
-                f"a server of {copies} data-parallel copies or pipeline stages takes weights from "
-                "a folder only",
+                f"a server with {copies} data-parallel copies or pipeline stages accepts "
+                "weights only from a folder",
                 where=self.engines[0].url,
-                limit="sglang.data = 1 for other transports",
+                limit="exactly sglang.data = 1 for other transports",
                 remedy='set sync.transport = "disk", or use sglang.replicas',
             )
 
@@ -197,6 +197,7 @@ class UpdateSession:
                     f"the server reports weight version {reported!r} after the update to "
                     f"{self._version!r}",
                     where=engine.url,
+                    remedy="read the log of the server, then sync again",
                 )
 
     def abandon(self) -> bool:
@@ -252,11 +253,11 @@ class UpdateSession:
                 engine.call("POST", f"/flush_cache?timeout={patience_s}", timeout_s=self._timeout_s)
             except EngineError as error:
                 raise EngineError(
-                    "cached prefixes of the old weights cannot be forgotten while requests are "
-                    f"under way ({error.what})",
+                    "the server cannot delete cached prefixes of the old weights while it "
+                    f"processes requests ({error.what})",
                     where=engine.url,
-                    limit=f"sync.running_requests = {self._running}",
-                    remedy='use "abort", or start the servers with '
+                    limit=f"sync.running_requests must not be {self._running} here",
+                    remedy='set sync.running_requests = "abort", or '
                     "sglang.extra_args.disable_radix_cache = true",
                 ) from None
 

@@ -348,7 +348,7 @@ def _require_same_format(
             where=str(path),
             limit=f"exactly {SCHEMA_VERSION}",
             remedy="use the version of lopd that wrote this checkpoint, or remove the folder of "
-"checkpoints",
+            "checkpoints",
         )
     # Another dtype has other optimizer state, and other layers have other names of weights.
     for key in ("dtype", "layers"):

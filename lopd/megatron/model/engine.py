@@ -47,5 +47,5 @@ def context_problems(
         where=where,
         limit="exactly 1 without Transformer Engine",
         remedy="set context to 1; for long sequences use tensor parallelism, which also divides "
-"the activations",
+        "the activations",
     )

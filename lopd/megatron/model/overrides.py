@@ -94,10 +94,12 @@ def read_overrides(table: Mapping[str, Any], *, where: str = "megatron") -> Over
     if table.get("cp_comm_type", "p2p") not in ("p2p", "a2a"):
         raise ConfigError(
             f"cp_comm_type = {table['cp_comm_type']!r} is not supported: all_gather "
-"accepts no packed sequences (Transformer Engine 2.16), and a2a+p2p needs "
-"process groups of two levels",
+            "accepts no packed sequences (Transformer Engine 2.16), and a2a+p2p needs "
+            "process groups of two levels",
             where=where,
-            limit="exactly p2p or a2a, for all layers", remedy="set cp_comm_type to p2p or a2a")
+            limit="exactly p2p or a2a, for all layers",
+            remedy="set cp_comm_type to p2p or a2a",
+        )
     return Overrides(**found)
 
 
@@ -138,7 +140,9 @@ def _refuse_reserved(name: str, where: str) -> None:
         section = where.removesuffix("megatron")
         knob = f"sft.{KNOBS[name]}" if KNOBS[name] == "init_std" else section + KNOBS[name]
         raise ConfigError(
-            f"{name} cannot be set here: the knob {knob} sets it", where=where, remedy=f"set {knob} instead"
+            f"{name} cannot be set here: the knob {knob} sets it",
+            where=where,
+            remedy=f"set {knob} instead",
         )
     setter = None
     if name in MODEL_SHAPE:
@@ -146,7 +150,9 @@ def _refuse_reserved(name: str, where: str) -> None:
     elif name in TRAINER:
         setter = f"the trainer ({TRAINER[name]})"
     if setter is not None:
-        raise ConfigError(f"{name} cannot be set here: {setter} sets it", where=where, remedy="remove this field")
+        raise ConfigError(
+            f"{name} cannot be set here: {setter} sets it", where=where, remedy="remove this field"
+        )
 
 
 def _value(name: str, value: Any, hint: Any, where: str) -> Any:
@@ -177,7 +183,9 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
             where=where,
             remedy="remove this field",
         )
-    misfit = ConfigError(f"{name} = {value!r} has a wrong type", where=where, limit=_type_text(hint))
+    misfit = ConfigError(
+        f"{name} = {value!r} has a wrong type", where=where, limit=_type_text(hint)
+    )
     if not written:
         raise misfit
     # Strict: pydantic would otherwise read "1" as a number and 1 as true. JSON, because only there
@@ -262,5 +270,5 @@ def _refuse_missing_hardware(table: Mapping[str, Any], where: str) -> None:
             f"{lower[0]} = {table[lower[0]]!r} needs use_precision_aware_optimizer",
             where=where,
             remedy="set use_precision_aware_optimizer = true (this needs Transformer Engine), or "
-"remove this field",
+            "remove this field",
         )

@@ -210,7 +210,9 @@ class MegatronScorer:
                 f"the sequence has {prompt_len} prompt tokens and {response_len} response tokens",
                 where=name,
                 limit="at least one of each, because the first token of a sequence has no "
-"log-probability", remedy="remove this response")
+                "log-probability",
+                remedy="remove this response",
+            )
         length = prompt_len + response_len
         parallel = self._settings.parallel
         refuse_too_long(
@@ -259,7 +261,10 @@ class MegatronScorer:
         while not path.exists():
             if not self._thread.is_alive():
                 raise self._error or EngineError(
-                    "the ranks ended before they had answered", where=str(self._log), remedy="read the log")
+                    "the ranks ended before they had answered",
+                    where=str(self._log),
+                    remedy="read the log",
+                )
             time.sleep(POLL_S)
 
     def _scores(self, request: Scorable, logprobs: Any, entropy: Any) -> TeacherScores:

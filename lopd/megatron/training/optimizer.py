@@ -72,7 +72,7 @@ def optimizer_config(
     if dtype == torch.float32 and (overrides or {}).get("optimizer_cpu_offload"):
         raise ConfigError(
             "optimizer_cpu_offload cannot be used with dtype = float32: Megatron-Core's "
-"HybridDeviceOptimizer does not support a part of a float32 weight",
+            "HybridDeviceOptimizer does not support a part of a float32 weight",
             where="megatron",
             limit="exactly bfloat16",
             remedy='set dtype = "bfloat16", or remove optimizer_cpu_offload',

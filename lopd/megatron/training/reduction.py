@@ -34,7 +34,7 @@ def require_equal_counts(count: int, *, step: int) -> None:
         if most != least:
             raise TrainingError(
                 f"data ranks have between {least} and {most} microbatches, and rank "
-f"{parallel.rank()} has {count}",
+                f"{parallel.rank()} has {count}",
                 where=where,
                 limit="exactly the same number on every data rank",
             )

@@ -90,7 +90,9 @@ def _read_table(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LopdError(
-            "the file does not exist", where=str(path), remedy="give the folder of a Hugging Face checkpoint"
+            "the file does not exist",
+            where=str(path),
+            remedy="give the folder of a Hugging Face checkpoint",
         ) from None
     except (OSError, ValueError) as error:
         raise LopdError(f"cannot be read ({error})", where=str(path)) from None
@@ -214,7 +216,9 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
         yield ConfigError(
             f"nodes = {score.forward.parallel.nodes} is too large",
             where="score.forward.parallel",
-            limit="exactly 1, because this scorer runs on one machine", remedy="set score.forward.parallel.nodes to 1")
+            limit="exactly 1, because this scorer runs on one machine",
+            remedy="set score.forward.parallel.nodes to 1",
+        )
     if arch is not None:
         yield from layout_problems(arch, score.forward.parallel, where="score.forward.parallel")
 

@@ -127,7 +127,9 @@ class CheckpointReader:
                 self._files[file] = opened.__enter__()
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(
-                    f"the file is damaged ({error})", where=str(path), remedy="copy the file again from its source"
+                    f"the file is damaged ({error})",
+                    where=str(path),
+                    remedy="copy the file again from its source",
                 ) from None
         return self._files[file]
 

@@ -172,7 +172,9 @@ def _factor(rope: Mapping[str, Any], where: str) -> float:
     factor = rope.get("factor")
     if not isinstance(factor, int | float) or factor < 1:
         raise LopdError(
-            f"factor = {factor!r} of the rope scaling is not supported", where=where, limit="at least 1"
+            f"factor = {factor!r} of the rope scaling is not supported",
+            where=where,
+            limit="at least 1",
         )
     return float(factor)
 
