@@ -235,12 +235,12 @@ _NEEDED = {
     "dict_type": "a table { key = value }",
     "list_type": 'a list ["...", "..."]',
 }
-# Pydantic's name of a crossed bound -> its sign, and where the error holds the bound.
+# Pydantic's name of a crossed bound -> the words for it, and where the error holds the bound.
 _BOUNDS = {
-    "greater_than_equal": (">=", "ge"),
-    "greater_than": (">", "gt"),
-    "less_than_equal": ("<=", "le"),
-    "less_than": ("<", "lt"),
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
 }
 
 
@@ -277,18 +277,19 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
             f"{key} = {value} is not a section", where=where, limit=meaning, remedy=remedy
         )
     remedy = f"change {key} ({meaning})"
-    # A validator of one knob says what the value is ("an empty path"), not what is right.
+    # A validator of one knob says what is wrong ("the path is empty"), not what is right.
     if kind == "value_error":
         what = f"{key} = {value} is not allowed: {context['error']}"
         return ConfigError(what, where=where, remedy=remedy)
     if kind in _BOUNDS:
-        sign, bound = _BOUNDS[kind]
-        limit = f"{sign} {context[bound]:g}"
+        words, bound = _BOUNDS[kind]
+        limit = f"{words} {context[bound]:g}"
     else:
         # "expected" lists the choices of a Literal. TOML writes false in small letters.
         told = str(context.get("expected") or context.get("error") or problem["msg"])
         limit = _NEEDED.get(kind) or told.replace("False", "false")
-    return ConfigError(f"{key} = {value}", where=where, limit=limit, remedy=remedy)
+    what = f"{key} = {value} is not allowed"
+    return ConfigError(what, where=where, limit=limit, remedy=remedy)
 
 
 def _shown(value: Any) -> str:

@@ -75,7 +75,7 @@ def judge_versions(
         version = versions.get(name)
         if version is None or numbers_of(version) < numbers_of(oldest):
             yield ConfigError(
-                f"{name} {version}" if version else f"{name} is not installed",
+                f"{name} {version} is too old" if version else f"{name} is not installed",
                 where="python environment",
                 limit=f"at least {oldest}",
                 remedy=_USE_THE_IMAGE,
@@ -84,7 +84,7 @@ def judge_versions(
         # image.
         elif name in TOO_NEW and numbers_of(version) >= numbers_of(TOO_NEW[name]):
             yield ConfigError(
-                f"{name} {version}",
+                f"{name} {version} is newer than the tested versions",
                 where="python environment",
                 limit=f"below {TOO_NEW[name]}",
                 remedy=_USE_THE_IMAGE,

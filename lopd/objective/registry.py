@@ -200,6 +200,5 @@ def _refused(objective: ObjectiveSection, knob: str, reason: str, remedy: str) -
     return ConfigError(
         f"{knob} = {getattr(objective, knob)} cannot be used: {reason}",
         where="[distill.objective]",
-        limit=reason,
         remedy=remedy,
     )

@@ -166,7 +166,7 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
     if torch.dtype in options:
         if value not in _DTYPES:
             limit = f"one of {', '.join(_DTYPES)}"
-            raise ConfigError(f"{name} = {value!r}", where=where, limit=limit)
+            raise ConfigError(f"{name} = {value!r} is not a dtype", where=where, limit=limit)
         return _DTYPES[value]
     enums = [
         option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)
