@@ -191,7 +191,7 @@ def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode() or "unknown"
             raise ArtifactError(
-                f"process {holder.strip()} uses this run directory",
+                f"in use by process {holder.strip()}",
                 where=str(run_dir),
                 remedy="wait until that process ends, or set run.dir to another folder",
             ) from None
@@ -296,7 +296,7 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
             f"{context.config.models.teacher} is not the teacher that made the artifact "
             f"of {cause.stage.name}, from which {parent.stage.name} was made",
             where="models.teacher",
-            limit=str(read_manifest(cause.folder).models["teacher"].path),
+            limit=f"exactly {read_manifest(cause.folder).models['teacher'].path}",
             remedy="set models.teacher to that teacher, or run lopd run CONFIG to make all "
             "stages with this teacher",
         )

@@ -115,7 +115,7 @@ def _check_models(
     known = first.models.get("teacher")
     if teacher is not None and known is not None and teacher.tokenizer != known.tokenizer:
         raise DataError(
-            "the tokenizers of the teachers differ, so the same token ids stand for different text",
+            "the teachers' tokenizers differ: the same token ids stand for different text",
             where=str(folder),
             limit=f"that of {first_folder}",
         )

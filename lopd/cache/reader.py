@@ -134,7 +134,7 @@ class CacheReader:
             if keys[0] == keys[1]:
                 where = self._path(int(np.searchsorted(self._starts, second, side="right")) - 1)
                 raise ArtifactError(
-                    f"response {keys[0]} is in the cache twice",
+                    f"response {keys[0]} occurs twice",
                     where=where,
                     remedy="remove one of the two shards and run the stage that makes it again",
                 )

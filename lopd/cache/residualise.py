@@ -97,7 +97,7 @@ def _check_source(source: Path, manifest: Manifest) -> None:
         raise ArtifactError(
             f"this artifact is of kind {manifest.kind}",
             where=str(source),
-            limit=TEACHER_CACHE,
+            limit=f"exactly {TEACHER_CACHE}",
             remedy="give the cache that the score stage made",
         )
     # One table for two styles would fit neither of them.

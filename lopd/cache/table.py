@@ -289,7 +289,7 @@ def read_rows(
             # A response that occurs twice would count double in every mean over responses.
             if response.key in seen:
                 raise ArtifactError(
-                    f"response {response.key} is in the cache twice",
+                    f"response {response.key} occurs twice",
                     where=where,
                     remedy="remove one of the two shards and run the stage that makes it again",
                 )

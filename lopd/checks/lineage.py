@@ -29,7 +29,7 @@ def teachers(config: Config) -> Iterator[Finding]:
     for domain, folder in models.teachers.items():
         if not folder.is_dir():
             raise ConfigError(
-                f"models.teachers.{domain}: this folder does not exist",
+                f"models.teachers.{domain}: no such folder",
                 where=str(folder),
                 remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
             )
@@ -80,7 +80,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
         raise ConfigError(
             "the model has another architecture than models.student",
             where=str(folder),
-            limit=str(config.models.student),
+            limit=f"the architecture of {config.models.student}",
             remedy="set models.student to the base model of this checkpoint",
         )
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
@@ -140,7 +140,7 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
     # lopd plan is used before lopd fetch, so for it a name on the hub is enough.
     if not folder.is_dir() and not (to_fetch and hub_name(folder) is not None):
         raise ConfigError(
-            "sft.checkpoint: this folder does not exist",
+            "sft.checkpoint: no such folder",
             where=str(folder),
             remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
         )

@@ -33,7 +33,7 @@ def _check_model(config: Config, role: str) -> str:
     # A name on the hub has become a path by now, and the remedy says how to fetch it.
     if not folder.is_dir():
         raise ConfigError(
-            f"models.{role}: this folder does not exist",
+            f"models.{role}: no such folder",
             where=str(folder),
             remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
         )

@@ -177,7 +177,7 @@ def _too_many_processes(config: Config, limit: int, unit: str) -> ConfigError:
     left = limit // math.prod(sizes[name] for name in several[:-1])
     name = several[-1] if left else several[0]
     return ConfigError(
-        " x ".join(f"sglang.{name} = {sizes[name]}" for name in several),
+        " x ".join(f"sglang.{name} = {sizes[name]}" for name in several) + " is too large",
         where="this machine",
         limit=f"at most {limit} {unit}",
         remedy=f"set sglang.{name}={left or limit} or fewer",

@@ -111,7 +111,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
                 remedy=f"{remedy}: lopd VERB CONFIG section.key=value",
             ) from None
         raise ConfigError(
-            "the file does not exist",
+            "no such file",
             where=str(path),
             remedy="give the path of a TOML file, for example examples/tiny_moe.toml",
         ) from None

@@ -143,7 +143,7 @@ def _chosen_stages(config: Config, stages: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"there is no stage {unknown[0]!r:.40}",
             where="lopd launch --stages",
-            limit=", ".join(STAGES),
+            limit=f"one of {', '.join(STAGES)}",
             remedy="give the names of stages, separated by commas",
         )
     # Nobody reads demonstrations of this run if others, or a student, are given.

@@ -240,7 +240,7 @@ def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
         yield ConfigError(
             f"a process may open only {facts.open_files} files",
             where="ulimit -n",
-            limit=str(OPEN_FILES),
+            limit=f"at least {OPEN_FILES}",
             remedy="raise the hard limit (ulimit -n)",
         )
     # Only pinned memory can be copied to a GPU while the GPU computes.

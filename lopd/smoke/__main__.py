@@ -146,7 +146,7 @@ def _check_imports(form: Form) -> None:
         raise ConfigError(
             f"this machine has only {torch.cuda.device_count()} GPUs",
             where="this machine",
-            limit=str(needed),
+            limit=f"at least {needed}",
             remedy="use a machine with more GPUs, or add --cpu to run the CPU form",
         )
     # One by one, so that the error names the package and not the file that wanted it.
@@ -205,7 +205,7 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
         raise EngineError(
             f"the answers come from the weights {', '.join(versions)}",
             where="SGLang",
-            limit=version,
+            limit=f"exactly {version}",
             remedy="read sglang.log and train.log",
         )
     print_line(f"smoke: {len(responses)} answers from the weights that were synced last")

@@ -194,7 +194,7 @@ class _RowReader:
             paths.pop("question", None)
         if not {"question", "messages"} & {*paths, *self.format.computed}:
             raise ConfigError(
-                f"format {self.name} does not know which column has the questions",
+                f"format {self.name} does not name the column of the questions",
                 where="prompts.*.fields",
                 remedy=(
                     'set prompts.*.fields = { question = "column" } (other names: '

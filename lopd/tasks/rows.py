@@ -227,7 +227,7 @@ def _absent(file: Path) -> DataError:
         file,
         "give the path of a JSONL or Parquet file with prompts, or of a folder with such files",
     )
-    return DataError("the file does not exist", where=str(file), remedy=remedy)
+    return DataError("no such file", where=str(file), remedy=remedy)
 
 
 def parse_path(path: str, where: str) -> list[str | int]:

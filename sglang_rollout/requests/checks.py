@@ -164,8 +164,8 @@ def check_ending(
     # teach the student to stop.
     if last not in stop_token_ids or matched != last:
         raise EngineError(
-            f"the response stopped at token {last} (matched: {matched}), which is not one "
-            f"of the stop tokens {stop_token_ids}",
+            f"the response stopped at token {last} (matched: {matched}), which is none of "
+            f"the stop tokens {stop_token_ids}",
             where=response_name(key),
             remedy="add every end token of the model to eos_token_id in generation_config.json",
         )

@@ -119,7 +119,7 @@ def _check_name(name: str, known: ServerFields) -> None:
     if true_name in _SET_BY_LOPD:
         also = f" ({true_name})" if true_name != name else ""
         raise ConfigError(
-            f"{name}{also} cannot be set here: lopd sets it",
+            f"{name}{also} is set by lopd",
             where=_WHERE,
             remedy=f"remove this argument; lopd takes its value from {_SET_BY_LOPD[true_name]}",
         )

@@ -261,7 +261,7 @@ class SGLangServer:
     def death(self) -> EngineError:
         """Return the error for a server that was found dead."""
         return EngineError(
-            f"the {self.name} server ended; the end of its log: {log_summary(self.log)}",
+            f"the {self.name} server died; its log ends: {log_summary(self.log)}",
             where=str(self.log),
             remedy="read the log, then run the same command again: finished work is kept",
         )
@@ -417,7 +417,7 @@ class SGLangServer:
             )
 
     def _not_started(self, what: str, *, remedy: str, limit: str = "") -> EngineError:
-        what = f"{what}; the end of its log: {log_summary(self.log)}"
+        what = f"{what}; its log ends: {log_summary(self.log)}"
         return EngineError(what, where=str(self.log), limit=limit, remedy=remedy)
 
     def _answers(self, client: httpx.Client, patience_s: float) -> bool:

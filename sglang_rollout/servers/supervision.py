@@ -205,8 +205,8 @@ class Watcher:
         if self._failed_probes < _FAILED_PROBES:
             return None
         return EngineError(
-            f"the {server.name} server does not react: it did not answer {_FAILED_PROBES} "
-            "health checks in a row",
+            f"the {server.name} server hangs: it did not answer {_FAILED_PROBES} health "
+            "checks in a row",
             where=str(server.log),
             limit=f"at most sglang.hang_timeout_s = {self._hang_timeout_s:g}",
             remedy="read the log",
@@ -312,8 +312,8 @@ class Watcher:
         if self._restarts == 0:
             return last
         return EngineError(
-            f"the {self._server.name} server ended {self._deaths_in_a_row} times in a row "
-            f"without answering a request; the last error: {last.what}",
+            f"the {self._server.name} server died {self._deaths_in_a_row} times in a row "
+            f"without answering a request; at last: {last.what}",
             where=last.where,
             limit=f"at most sglang.restarts = {self._restarts} restarts",
             remedy=last.remedy,

@@ -141,7 +141,7 @@ def test_settings_that_need_other_hardware_are_refused_by_name() -> None:
         assert read_overrides({"moe_grouped_gemm": False}).transformer == {
             "moe_grouped_gemm": False
         }
-    assert "exp_avg_sq_dtype = 'bfloat16' without use_precision_aware_optimizer" in refusal(
+    assert "exp_avg_sq_dtype = 'bfloat16' needs use_precision_aware_optimizer" in refusal(
         exp_avg_sq_dtype="bfloat16"
     )
 

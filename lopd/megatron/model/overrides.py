@@ -97,7 +97,7 @@ def read_overrides(table: Mapping[str, Any], *, where: str = "megatron") -> Over
             "accepts no packed sequences (Transformer Engine 2.16), and a2a+p2p needs "
             "process groups of two levels",
             where=where,
-            limit="exactly p2p or a2a, for all layers",
+            limit="exactly p2p or a2a for all layers",
             remedy="set cp_comm_type to p2p or a2a",
         )
     return Overrides(**found)

@@ -90,7 +90,7 @@ def _read_table(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LopdError(
-            "the file does not exist",
+            "no such file",
             where=str(path),
             remedy="give the folder of a Hugging Face checkpoint",
         ) from None

@@ -114,7 +114,7 @@ class CheckpointReader:
             path = self._folder / file
             if not path.is_file():
                 raise ArtifactError(
-                    "the file does not exist",
+                    "no such file",
                     where=str(path),
                     remedy="give the folder of a Hugging Face checkpoint with safetensors",
                 )
