@@ -147,7 +147,7 @@ def test_newer_schema_and_broken_manifest(tmp_path: Path) -> None:
     folder = published(tmp_path / "a", some_responses(3))
     raw = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**raw, "schema_version": 99}))
-    with pytest.raises(ArtifactError, match="schema version 99.*newer lopd"):
+    with pytest.raises(ArtifactError, match=r"schema version 99.*newer lopd"):
         read_manifest(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read"):

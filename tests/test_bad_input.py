@@ -429,7 +429,7 @@ def test_an_export_that_would_replace_something_foreign(project: Path, lopd: Lop
     thesis.parent.mkdir()
     thesis.write_text("mine")
     lopd("export", project, "export.dir='my folder'").refused(
-        "my folder: holds files that are not ours", "set export.dir to another folder"
+        "my folder: the folder has no lopd.json, so lopd did not make its files", "set export.dir to another folder"
     )
     assert thesis.read_text() == "mine"
     target = project.parent / "exported"

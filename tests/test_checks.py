@@ -141,11 +141,11 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         ),
         (
             {"expert": 3, "ranks": 3},
-            ["number of experts (8) does not divide by expert (3); remedy: expert may be 1, 2"],
+            ["number of experts (8) does not divide by expert (3); remedy: set expert to a divisor of 8, for example 1, 2"],
         ),
         (
             {"pipeline": 2, "ranks": 2},
-            ["number of layers (3) does not divide by pipeline (2); remedy: pipeline may be 1"],
+            ["number of layers (3) does not divide by pipeline (2); remedy: set pipeline to a divisor of 3, for example 1"],
         ),
         ({"expert_tensor": 7, "ranks": 7}, ["hidden size of an expert", "expert_tensor (7)"]),
         (
@@ -245,7 +245,7 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
     ),
     (
         lambda folder: edit_json(folder / "teacher" / "config.json", max_position_embeddings=64),
-        ["context | ", "context_length = 128; limit:", "teacher: 64"],
+        ["context | ", "context_length = 128; limit:", "the teacher: 64"],
     ),
     (
         lambda folder: (folder / "teacher" / "model.safetensors").unlink(),
@@ -253,16 +253,16 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
     ),
     (
         lambda folder: cut(folder / "teacher" / "model.safetensors"),
-        ["teacher | ", "teacher/model.safetensors: damaged"],
+        ["teacher | ", "teacher/model.safetensors: the file is damaged"],
     ),
     (
         lambda folder: cut(folder / "student" / "model.safetensors", to=0.0),
-        ["student | ", "student/model.safetensors: damaged"],
+        ["student | ", "student/model.safetensors: the file is damaged"],
     ),
     (without_a_tensor, ["student | ", "1 tensors are missing, for example model.norm.weight"]),
     (
         lambda folder: edit_json(folder / "student" / "config.json", num_hidden_layers=4),
-        ["student | ", "tensors missing, e.g. model.layers.3."],
+        ["student | ", "tensors are missing, for example model.layers.3."],
     ),
     (
         lambda folder: edit_json(folder / "student" / "config.json", moe_intermediate_size=96),
@@ -285,11 +285,11 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
     ),
     (
         lambda folder: (folder / "teacher" / "tokenizer.json").unlink(),
-        ["tokenizers | ", "teacher: no tokenizer.json"],
+        ["tokenizers | ", "teacher: this folder has no tokenizer.json"],
     ),
     (
         lambda folder: cut(folder / "student" / "tokenizer.json"),
-        ["tokenizers | ", "student: tokenizer cannot be loaded"],
+        ["tokenizers | ", "student: the tokenizer cannot be loaded"],
     ),
     (
         lambda folder: cut(folder / "student" / "tokenizer_config.json"),
@@ -323,7 +323,7 @@ OTHER = {"prompt_id": "b", "question": "11+06=?", "answer": "17"}
         ([], ["the prompt set is empty"]),
         (
             [QUESTION, {**OTHER, "prompt_id": "a"}],
-            ["eval.jsonl:2: duplicate prompt_id 'a', first on line 1"],
+            ["eval.jsonl:2: the prompt_id 'a' is not unique: it is also on line 1"],
         ),
         (
             [QUESTION, {**OTHER, "question": "1+" * 100}],
@@ -448,7 +448,7 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         ),
         (
             [f"sglang.student_urls=['{SERVER}']", f"sglang.teacher_urls=['{SERVER}/']"],
-            ["is also in sglang.teacher_urls; limit: one model per server"],
+            ["is also in sglang.teacher_urls; limit: exactly one model per server"],
         ),
         (
             [f"sglang.teacher_urls=['{SERVER}']", "models.teachers.register_arithmetic=teacher"],
@@ -563,11 +563,11 @@ def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     for override, fragment in (
-        ("run.dir=file", "run.dir: a file is in the way"),
-        ("run.dir=file/run", "run.dir: a file is in the way"),
+        ("run.dir=file", "run.dir cannot be created: a file has this path"),
+        ("run.dir=file/run", "run.dir cannot be created: a file has this path"),
         ("run.dir=full", "run.dir holds files that no run made, for example 'thesis.tex'"),
         ("run.dir=.", "run.dir holds files that no run made, for example 'config.toml'"),
-        ("export.dir=file", "export.dir: a file is in the way"),
+        ("export.dir=file", "export.dir cannot be created: a file has this path"),
         (
             "export.dir=full",
             "the folder has no lopd.json, so lopd did not make its files and does not replace them",
@@ -582,7 +582,7 @@ def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: 
 
 def test_demonstrations_from_elsewhere(config: Path) -> None:
     assert any(
-        "demonstrations | " in line and "absent: no manifest.json" in line
+        "demonstrations | " in line and "absent: there is no manifest.json" in line
         for line in wrong(config, "sft.demonstrations=absent")
     )
 

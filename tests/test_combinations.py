@@ -82,7 +82,7 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     # refreshes
     (
         ("distill.refresh.keep_teacher=true",),
-        "refresh | distill.refresh: refresh.keep_teacher without a refresh",
+        "refresh | distill.refresh: refresh.keep_teacher has no effect without a refresh",
         ("distill.refresh.keep_teacher=true", REFRESHED),
     ),
     (
@@ -299,7 +299,7 @@ def test_a_server_that_tells_no_fingerprints_is_found_before_the_first_sync(
 ) -> None:
     asked = (f"sglang.student_urls=['{theirs.url}']", "sync.verify=tensors")
     (line,) = wrong(project, *asked, SYNCED)
-    assert f"server | {theirs.url}: this server cannot tell fingerprints of its weights" in line
+    assert f"server | {theirs.url}: this server cannot report fingerprints of its weights" in line
     assert "remedy: remove sync.verify" in line
     theirs.calls.clear()
     assert wrong(project, *asked) == [], "no sync, no fingerprints"

@@ -31,7 +31,7 @@ def test_scoring_alone_with_another_teacher_names_the_teacher(
         f"limit: exactly {tmp_path / 'teacher'}",
     )
     lopd("score", config, "demonstrate.temperature=0.5").refused(
-        "score needs rollout, which was made from other knobs (parent sft)"
+        "score needs rollout, which was made with other settings (parent sft)"
     )
     lopd("score", config, another, "demonstrate.temperature=0.5").refused("made from other knobs")
     assert started.served == served, "nothing was started"

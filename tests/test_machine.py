@@ -123,12 +123,12 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
         (
             {"versions": {**versions.NEEDED, **versions.NEEDED_ON_GPU, "sglang": "0.5.9"}},
             "versions",
-            "sglang 0.5.9; limit: 0.5.17",
+            "sglang 0.5.9 is too old; limit: at least 0.5.17",
         ),
         (
             {"versions": {**versions.NEEDED, **versions.NEEDED_ON_GPU, "megatron-core": "0.19.0"}},
             "versions",
-            "megatron-core 0.19.0; limit: below 0.19",
+            "megatron-core 0.19.0 is newer than the tested versions; limit: below 0.19",
         ),
         (
             {

@@ -55,7 +55,7 @@ class Contradiction(ValueError):
         remedy: What to change, as in lopd.errors.
     """
 
-    def __init__(self, what: str, *, limit: str, remedy: str) -> None:
+    def __init__(self, what: str, *, limit: str = "", remedy: str) -> None:
         super().__init__(f"{what}: {limit}")
         # The three parts are kept apart, because loading.py puts the section's name before the
         # first.

@@ -405,7 +405,7 @@ def test_the_plan_says_so_and_its_exit_code_too(
     assert shown.exit_code == 2, shown.output
     assert "fits 8 x h100-80gb" in shown.output, "the node is not the trouble"
     assert (
-        "refused sync.colocate: sync.colocate = true, and no server lives beside the training; limit:"
+        "refused sync.colocate: sync.colocate = true has no effect: no server runs during the training; limit:"
         in shown.output
     )
     told = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
@@ -527,7 +527,7 @@ def test_context_ranks_share_a_microbatch(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("dense_utilization=0.4", "nearest is dense_utilisation"),
+        ("dense_utilization=0.4", "nearest known name is dense_utilisation"),
         ("moe_utilisation=2", "at most 1"),
         ("startup_s=fast", "a number"),
         ("prompt_len=0", "above 0"),

@@ -98,7 +98,7 @@ def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> Non
         RegisterArithmetic().generate_prompts(1, seed=NUM_PARTITIONS)
     with pytest.raises(
         ConfigError,
-        match="num_prompts = 100 is too large: seed 0 has only [1-9][0-9]? prompts;.*num_operations",
+        match=r"num_prompts = 100 is too large: seed 0 has only [1-9][0-9]? prompts;.*num_operations",
     ):
         RegisterArithmetic(num_operations=1).generate_prompts(100, seed=0)
 
