@@ -219,7 +219,10 @@ def change_manifest(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-NEWER = f"the manifest has schema version {SCHEMA_VERSION + 1}; limit: at most {SCHEMA_VERSION}, which this lopd reads; remedy: install a newer lopd"
+NEWER = (
+    f"the manifest has schema version {SCHEMA_VERSION + 1}; limit: at most {SCHEMA_VERSION}, "
+    "which this lopd reads; remedy: install a newer lopd"
+)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +432,8 @@ def test_an_export_that_would_replace_something_foreign(project: Path, lopd: Lop
     thesis.parent.mkdir()
     thesis.write_text("mine")
     lopd("export", project, "export.dir='my folder'").refused(
-        "my folder: the folder has no lopd.json, so lopd did not make its files", "set export.dir to another folder"
+        "my folder: the folder has no lopd.json, so lopd did not make its files",
+        "set export.dir to another folder",
     )
     assert thesis.read_text() == "mine"
     target = project.parent / "exported"

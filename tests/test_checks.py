@@ -88,14 +88,27 @@ def test_everything_wrong_is_found_in_one_go_and_run_refuses(
         "sft.parallel.expert=3": "number of experts (8) does not divide by expert (3)",
         "distill.parallel.tensor=4": "number of key-value heads (2) does not divide by tensor (4)",
         "distill.parallel.pipeline=2": "number of layers (3) does not divide by pipeline (2)",
-        f"distill.parallel.ranks={256 * CORES}": f"distill.parallel.ranks = {256 * CORES} is too large; limit: at most {CORES} CPU cores",
-        "sft.max_tokens_per_microbatch=64": "sft.max_tokens_per_microbatch = 64 is too small; limit: at least one full sequence: 128",
+        f"distill.parallel.ranks={256 * CORES}": (
+            f"distill.parallel.ranks = {256 * CORES} is too large; limit: at most {CORES} CPU cores"
+        ),
+        "sft.max_tokens_per_microbatch=64": (
+            "sft.max_tokens_per_microbatch = 64 is too small; "
+            "limit: at least one full sequence: 128"
+        ),
         "prompts.sft.seed=3": "also held-out prompts of prompts.eval",
         "prompts.opd.file=absent.jsonl": "absent.jsonl: no such file",
-        f"sglang.tensor={32 * CORES}": f"sglang.tensor = {32 * CORES} is too large; limit: at most {CORES} CPU cores",
-        "sglang.expert=2": "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: exactly 1 on a machine without a GPU",
+        f"sglang.tensor={32 * CORES}": (
+            f"sglang.tensor = {32 * CORES} is too large; limit: at most {CORES} CPU cores"
+        ),
+        "sglang.expert=2": (
+            "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: exactly 1 on "
+            "a machine without a GPU"
+        ),
         "sglang.max_total_tokens=64": "sglang.max_total_tokens = 64",
-        "sglang.extra_args.atention_backend=triton": "unknown SGLang argument atention_backend; remedy: the nearest known argument is attention_backend",
+        "sglang.extra_args.atention_backend=triton": (
+            "unknown SGLang argument atention_backend; remedy: the nearest known argument is "
+            "attention_backend"
+        ),
         "evaluate.min_p=0.1": "evaluate.min_p = 0.1 cannot be used with sglang.deterministic",
         "run.dir=teacher": "run.dir holds files that no run made",
         "export.dir=student": "lopd did not make its files",
@@ -141,11 +154,21 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         ),
         (
             {"expert": 3, "ranks": 3},
-            ["number of experts (8) does not divide by expert (3); remedy: set expert to a divisor of 8, for example 1, 2"],
+            [
+                (
+                    "number of experts (8) does not divide by expert (3); remedy: set expert to a "
+                    "divisor of 8, for example 1, 2"
+                )
+            ],
         ),
         (
             {"pipeline": 2, "ranks": 2},
-            ["number of layers (3) does not divide by pipeline (2); remedy: set pipeline to a divisor of 3, for example 1"],
+            [
+                (
+                    "number of layers (3) does not divide by pipeline (2); remedy: set pipeline to "
+                    "a divisor of 3, for example 1"
+                )
+            ],
         ),
         ({"expert_tensor": 7, "ranks": 7}, ["hidden size of an expert", "expert_tensor (7)"]),
         (
@@ -161,13 +184,19 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         (
             {"context": 2, "ranks": 2},
             [
-                "context = 2 needs Transformer Engine, which does not import here; limit: exactly 1 without Transformer Engine"
+                (
+                    "context = 2 needs Transformer Engine, which does not import here; limit: "
+                    "exactly 1 without Transformer Engine"
+                )
             ],
         ),
         (
             {"ranks": CORES + 1},
             [
-                f"parallel.ranks = {CORES + 1} is too large; limit: at most {CORES} CPU cores; remedy: set"
+                (
+                    f"parallel.ranks = {CORES + 1} is too large; limit: at most {CORES} CPU "
+                    "cores; remedy: set"
+                )
             ],
         ),
     ],
@@ -280,7 +309,10 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
         small_vocabulary,
         [
             "tokenizers | ",
-            "the tokenizer of the teacher has 32 tokens; limit: at most vocab_size of config.json: 16",
+            (
+                "the tokenizer of the teacher has 32 tokens; limit: at most vocab_size of "
+                "config.json: 16"
+            ),
         ],
     ),
     (
@@ -329,7 +361,10 @@ OTHER = {"prompt_id": "b", "question": "11+06=?", "answer": "17"}
             [QUESTION, {**OTHER, "question": "1+" * 100}],
             [
                 "prompt 'b' has",
-                "so no token is left for a response; limit: fewer than 128 tokens (sglang.context_length)",
+                (
+                    "so no token is left for a response; limit: fewer than 128 tokens "
+                    "(sglang.context_length)"
+                ),
             ],
         ),
         (
@@ -358,9 +393,9 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
     )
     (line,) = wrong(config, 'prompts.eval={file="eval.jsonl"}', 'prompts.opd={file="opd.jsonl"}')
     assert (
-        "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, for example 'other name, same question'"
-        in line
-    )
+        "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, for example "
+        "'other name, same question'"
+    ) in line
     assert wrong(config, 'prompts.eval={file="eval.jsonl"}') == [], "the control"
 
 
@@ -383,11 +418,17 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
         ),
         (
             "prompts.sft.format=gsm8k",
-            "prompts.sft: format gsm8k, fields or where describe a file, but there is no file: the task generates the prompts",
+            (
+                "prompts.sft: format gsm8k, fields or where describe a file, but there is no "
+                "file: the task generates the prompts"
+            ),
         ),
         (
             "prompts.sft.num_prompts=10000001",
-            "num_prompts = 10000001 is too large; limit: at most 10,000,000; remedy: lower num_prompts",
+            (
+                "num_prompts = 10000001 is too large; limit: at most 10,000,000; remedy: lower "
+                "num_prompts"
+            ),
         ),
     ],
 )
@@ -453,13 +494,19 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         (
             [f"sglang.teacher_urls=['{SERVER}']", "models.teachers.register_arithmetic=teacher"],
             [
-                "sglang.teacher_urls and models.teachers cannot be used together; limit: sglang.teacher_urls are servers of exactly one"
+                (
+                    "sglang.teacher_urls and models.teachers cannot be used together; limit: "
+                    "sglang.teacher_urls are servers of exactly one"
+                )
             ],
         ),
         (
             ["sync.host=auto"],
             [
-                'sync.host = "auto" has no effect with sync.transport = "disk"; limit: only with sync.transport = "distributed"; remedy: remove sync.host'
+                (
+                    'sync.host = "auto" has no effect with sync.transport = "disk"; limit: '
+                    'only with sync.transport = "distributed"; remedy: remove sync.host'
+                )
             ],
         ),
         (
@@ -469,7 +516,10 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         (
             [f"sglang.replicas={2 * CORES}"],
             [
-                f"sglang.replicas = {2 * CORES} is too large; limit: at most {CORES} CPU cores; remedy: set sglang.replicas={CORES} or fewer"
+                (
+                    f"sglang.replicas = {2 * CORES} is too large; limit: at most {CORES} CPU "
+                    f"cores; remedy: set sglang.replicas={CORES} or fewer"
+                )
             ],
         ),
         (
@@ -479,7 +529,10 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         (
             ["score.top_k=33"],
             [
-                "score.top_k = 33 is too large; limit: at most the vocabulary of the teacher: 32; remedy: lower score.top_k"
+                (
+                    "score.top_k = 33 is too large; limit: at most the vocabulary of the "
+                    "teacher: 32; remedy: lower score.top_k"
+                )
             ],
         ),
     ],
@@ -541,7 +594,10 @@ def test_what_can_be_downloaded_is_said_to_be(
 def test_what_cannot_be_used_together(config: Path) -> None:
     refreshed = wrong(config, "distill.cache=absent", "distill.refresh.every=2")
     assert any(
-        "distill.refresh and distill.cache cannot be used together: fresh rollouts are added to those of the score stage"
+        (
+            "distill.refresh and distill.cache cannot be used together: fresh rollouts are "
+            "added to those of the score stage"
+        )
         in line
         for line in refreshed
     ), "said before the SFT student is there"
@@ -553,9 +609,9 @@ def test_what_cannot_be_used_together(config: Path) -> None:
     assert wrong(config, *given) == []
     (line,) = wrong(config, *given, "sft.init=random")
     assert (
-        'sft.init = "random" and sft.checkpoint cannot be used together: nothing is trained from a given checkpoint'
-        in line
-    )
+        'sft.init = "random" and sft.checkpoint cannot be used together: nothing is '
+        "trained from a given checkpoint"
+    ) in line
 
 
 def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: Path) -> None:

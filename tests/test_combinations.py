@@ -51,12 +51,18 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     # limits that are never reached
     (
         ("rollout.max_new_tokens=129",),
-        "sampling | rollout: rollout.max_new_tokens = 129 is too large; limit: at most sglang.context_length = 128",
+        (
+            "sampling | rollout: rollout.max_new_tokens = 129 is too large; limit: at most "
+            "sglang.context_length = 128"
+        ),
         ("rollout.max_new_tokens=128",),
     ),
     (
         ("demonstrate.max_new_tokens=4096",),
-        "demonstrate.max_new_tokens = 4096 is too large; limit: at most sglang.context_length = 128",
+        (
+            "demonstrate.max_new_tokens = 4096 is too large; limit: at most "
+            "sglang.context_length = 128"
+        ),
         ("demonstrate.max_new_tokens=64",),
     ),
     (
@@ -92,7 +98,10 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (REFRESHED, "score.engine=megatron", "score.forward.max_tokens_per_microbatch=127"),
-        "score.forward.max_tokens_per_microbatch = 127 is too small; limit: at least one full sequence: 128",
+        (
+            "score.forward.max_tokens_per_microbatch = 127 is too small; limit: at least one "
+            "full sequence: 128"
+        ),
         (REFRESHED, "score.engine=megatron", "score.forward.max_tokens_per_microbatch=128"),
     ),
     (
@@ -210,9 +219,9 @@ def sync_lines(config: Config, *, on_gpu: bool | None) -> list[str]:
 def test_turns_with_nobody_are_refused(project: Path) -> None:
     (line,) = sync_lines(load_config(project, ["sync.colocate=true"]), on_gpu=None)
     assert (
-        "sync.colocate = true has no effect: no server runs during the training; limit: distill.sync_every above 0, or a refresh"
-        in line
-    )
+        "sync.colocate = true has no effect: no server runs during the training; limit: "
+        "distill.sync_every above 0, or a refresh"
+    ) in line
     for server in (SYNCED, REFRESHED):
         assert sync_lines(load_config(project, ["sync.colocate=true", server]), on_gpu=None) == []
 
@@ -223,9 +232,9 @@ def test_buffers_of_nccl_cannot_be_given_back(project: Path) -> None:
         on_gpu=None,
     )
     assert (
-        "distill.megatron.nccl_ub cannot be used with sync.colocate: only memory that torch allocates can be given back and taken again"
-        in line
-    )
+        "distill.megatron.nccl_ub cannot be used with sync.colocate: only memory that torch "
+        "allocates can be given back and taken again"
+    ) in line
     for good in (
         ["sync.colocate=true", "distill.megatron={nccl_ub=false}"],
         ["distill.megatron={nccl_ub=true}"],
@@ -332,7 +341,10 @@ def test_the_port_of_a_replica_is_looked_at_too(project: Path) -> None:
     [
         (
             ("rollout.top_k=0",),
-            "rollout.top_k = 0 is not allowed; limit: exactly -1 (all tokens are candidates), or at least 1",
+            (
+                "rollout.top_k = 0 is not allowed; limit: exactly -1 (all tokens are "
+                "candidates), or at least 1"
+            ),
             ("rollout.top_k=1",),
         ),
         (

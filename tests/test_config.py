@@ -67,7 +67,10 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("run.dir.deep=1", "dir is a value, not a section"),
         (
             "models.teachers.math=5",
-            "models.teachers.math = 5 is not allowed; limit: a path in quotes; remedy: change models.teachers.math (One teacher per domain",
+            (
+                "models.teachers.math = 5 is not allowed; limit: a path in quotes; remedy: "
+                "change models.teachers.math (One teacher per domain"
+            ),
         ),
         (
             "sglang.student_urls=[5]",
@@ -76,11 +79,18 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
         (
             "sync.host=localhost",
-            'sync.host = "localhost" is not an IPv4 address; limit: an IPv4 address of this machine, or auto; remedy: set sync.host',
+            (
+                'sync.host = "localhost" is not an IPv4 address; limit: an IPv4 address of '
+                "this machine, or auto; remedy: set sync.host"
+            ),
         ),
         (
             "sync.delta=true",
-            'sync.delta = true cannot be used with transport = "disk": a folder must hold every tensor; limit: only with transport = "tensor" or "distributed"; remedy: set',
+            (
+                'sync.delta = true cannot be used with transport = "disk": a folder must hold '
+                'every tensor; limit: only with transport = "tensor" or "distributed"; '
+                "remedy: set"
+            ),
         ),
         (
             "sync={colocate=true,transport='distributed'}",

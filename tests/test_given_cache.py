@@ -242,7 +242,10 @@ def test_lopd_check_compares_whose_it_is(project: Project, foreign: Path) -> Non
     assert "whose they are is compared once" in str(next(check_given(before)))
     refreshed = project.load(f"distill.cache={project.score}", "distill.refresh.every=1")
     assert [problem.what for problem in refresh_problems(refreshed)] == [
-        "distill.refresh and distill.cache cannot be used together: fresh rollouts are added to those of the score stage"
+        (
+            "distill.refresh and distill.cache cannot be used together: fresh rollouts are "
+            "added to those of the score stage"
+        )
     ]
     assert list(refresh_problems(project.load(f"distill.cache={project.score}"))) == []
 

@@ -139,7 +139,11 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
                 }
             },
             "versions",
-            "transformer-engine 2.16 does not work with nvidia-cublas 13.1.0.3: its library does not load, and neither does megatron-core; limit: nvidia-cublas at least 13.2.0.9",
+            (
+                "transformer-engine 2.16 does not work with nvidia-cublas 13.1.0.3: its library "
+                "does not load, and neither does megatron-core; limit: nvidia-cublas at least "
+                "13.2.0.9"
+            ),
         ),
         ({"hub": {}}, "sources", "downloads are switched off"),
     ],

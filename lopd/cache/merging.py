@@ -102,7 +102,8 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
             f"the responses were sampled with other settings: {', '.join(differences)}",
             where=str(folder),
             limit=f"that of {first_folder}",
-            remedy="train on these caches one after the other: a cache has one sampling distribution",
+            remedy="train on these caches one after the other: "
+            "a cache has one sampling distribution",
         )
 
 

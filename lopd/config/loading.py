@@ -129,7 +129,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             what,
             where=str(path),
-            remedy="correct the file, or give another TOML file, for example examples/tiny_moe.toml",
+            remedy="correct the file, or give another one, for example examples/tiny_moe.toml",
         ) from None
 
 

@@ -88,7 +88,7 @@ def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]
         raise LopdError(
             f"job {failed[0]} failed (failed jobs: {', '.join(failed)})",
             where=_log_of(result, failed[0]),
-            remedy="read the log of the job, then run the same command again: finished work is kept",
+            remedy="read the log, then run the same command again: finished work is kept",
         )
     return result
 

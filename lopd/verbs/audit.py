@@ -199,7 +199,7 @@ def _scores(
         raise DataError(
             "the entropies of this folder are at temperature 1 and top-p 1",
             where=str(folder),
-            remedy="add --teacher FOLDER: lopd then computes the entropies at the other temperature",
+            remedy="add --teacher FOLDER: lopd then computes entropies at the other temperature",
         )
     return scores
 

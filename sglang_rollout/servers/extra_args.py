@@ -163,7 +163,7 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
             f"{name} = {shown}",
             where=_WHERE,
             limit=type_in_words(known.types[name]),
-            remedy=f"change the value of {name}: the documentation of SGLang describes this argument",
+            remedy=f"change the value of {name}: see this argument in the documentation of SGLang",
         )
     choices = known.choices.get(name, ())
     # A field with a list of values has the same choices for each of them.

@@ -121,7 +121,7 @@ class TensorVerification:
                     f"{len(wrong)} of {len(self._expected)} tensors differ from what was sent: "
                     f"{named}{more}",
                     where=engine.url,
-                    remedy="do not use the weights of the server: sync again, or restart the server",
+                    remedy="do not use the served weights: sync again, or restart the server",
                 )
         return len(self._expected)
 

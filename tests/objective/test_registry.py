@@ -97,7 +97,10 @@ def test_the_registry_and_the_configuration_know_the_same_names() -> None:
     [
         (
             {"loss": "top_k_reverse_kl"},
-            "loss = top_k_reverse_kl cannot be used: it needs teacher_top_logprobs: the cache has none; with score.top_k = 16, for example,",
+            (
+                "loss = top_k_reverse_kl cannot be used: it needs teacher_top_logprobs: the "
+                "cache has none; with score.top_k = 16, for example,"
+            ),
         ),
         ({"loss": "top_k_forward_kl"}, "it needs teacher_top_logprobs: the cache has none"),
         (

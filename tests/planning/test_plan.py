@@ -305,7 +305,10 @@ REFUSED = [  # what is wrong on any node
     ),
     (
         ["sync.colocate=true", "distill.sync_every=10", "distill.megatron={nccl_ub=true}"],
-        "distill.megatron.nccl_ub cannot be used with sync.colocate: only memory that torch allocates can be given back and taken again",
+        (
+            "distill.megatron.nccl_ub cannot be used with sync.colocate: only memory that torch "
+            "allocates can be given back and taken again"
+        ),
     ),
     (
         ["sync.transport=distributed", "distill.sync_every=10"],
@@ -327,7 +330,10 @@ REFUSED = [  # what is wrong on any node
     ),
     (
         ["distill.max_tokens_per_microbatch=4095"],
-        "distill.max_tokens_per_microbatch = 4095 is too small; limit: at least one full sequence: 4096 tokens",
+        (
+            "distill.max_tokens_per_microbatch = 4095 is too small; limit: at least one full "
+            "sequence: 4096 tokens"
+        ),
     ),
     (
         ["score.engine=megatron", "score.forward.max_tokens_per_microbatch=1024"],
@@ -405,9 +411,9 @@ def test_the_plan_says_so_and_its_exit_code_too(
     assert shown.exit_code == 2, shown.output
     assert "fits 8 x h100-80gb" in shown.output, "the node is not the trouble"
     assert (
-        "refused sync.colocate: sync.colocate = true has no effect: no server runs during the training; limit:"
-        in shown.output
-    )
+        "refused sync.colocate: sync.colocate = true has no effect: no server runs during "
+        "the training; limit:"
+    ) in shown.output
     told = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     assert not told["fits"]
     assert [problem["stage"] for problem in told["problems"]] == ["configuration"]

@@ -134,7 +134,10 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
             "server_info",
             {"max_req_input_len": 100},
             ConfigError,
-            "accepts only 100 tokens of prompt and response; limit: at least sglang.context_length = 128",
+            (
+                "accepts only 100 tokens of prompt and response; limit: at least "
+                "sglang.context_length = 128"
+            ),
         ),
         (
             "server_info",

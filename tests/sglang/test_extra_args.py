@@ -39,7 +39,10 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         (
             "tp_size",
             2,
-            "tp_size is set by lopd; remedy: remove this argument; lopd takes its value from sglang.tensor",
+            (
+                "tp_size is set by lopd; remedy: remove this argument; lopd takes its value "
+                "from sglang.tensor"
+            ),
         ),
         ("tensor_parallel_size", 2, "tensor_parallel_size (tp_size) is set by lopd"),
         ("--tp-size", 2, "--tp-size (tp_size) is set by lopd"),
@@ -50,7 +53,10 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         (
             "cuda_graph_bs",
             [1],
-            "unknown SGLang argument cuda_graph_bs; remedy: the nearest known argument is cuda_graph_bs_decode",
+            (
+                "unknown SGLang argument cuda_graph_bs; remedy: the nearest known argument is "
+                "cuda_graph_bs_decode"
+            ),
         ),
         ("schedule-policy", "lpm", "the nearest known argument is schedule_policy"),
         # what breaks a server of ours
@@ -60,7 +66,10 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         (
             "delete_ckpt_after_loading",
             True,
-            "delete_ckpt_after_loading = true; limit: it deletes the model's folder; remedy: remove this argument",
+            (
+                "delete_ckpt_after_loading = true; limit: it deletes the model's folder; "
+                "remedy: remove this argument"
+            ),
         ),
     ],
 )

@@ -292,5 +292,8 @@ def test_lopd_prompts_prepare_names_the_row_and_leaves_it_out(lopd: Lopd, tmp_pa
     assert "left out: none" in output, "as plain text 2 3 is an answer like any other"
     own = write(tmp_path / "own.jsonl", [{"prompt_id": "a", "question": "q", "answer": "assert 1"}])
     wanted = ("prompts", "prepare", own, "--task", "code", "--out", tmp_path / "own_out.jsonl")
-    what = "own.jsonl:1: answer: the tests of a problem cannot be used: the code of the tests runs no assertion"
+    what = (
+        "own.jsonl:1: answer: the tests of a problem cannot be used: the code of the tests runs "
+        "no assertion"
+    )
     lopd(*wanted).refused(what)

@@ -100,7 +100,10 @@ def test_without_a_file_the_task_generates() -> None:
             r":1: the last message is from the assistant",
         ),
         ([{**GOOD, "answer": 2}], ":1: answer is 2, but it must be a non-empty string"),
-        ([GOOD, {**GOOD, "prompt_id": "b"}, GOOD], r":3: the prompt_id 'a' is not unique: it is also on line 1"),
+        (
+            [GOOD, {**GOOD, "prompt_id": "b"}, GOOD],
+            (r":3: the prompt_id 'a' is not unique: it is also on line 1"),
+        ),
         ([GOOD, {"prompt_id": "b", "question": "q"}], r":2: prompt 'b' has no answer"),
         ([], r"the prompt set is empty"),
         (["", " "], r"the prompt set is empty"),
@@ -211,7 +214,9 @@ def test_no_stop_token_at_all_is_refused(tokenizer: Any, tmp_path: Path) -> None
 
 
 def test_missing_and_damaged_tokenizers_are_refused(architecture: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"this folder has no tokenizer.json and no tokenizer_config.json"):
+    with pytest.raises(
+        DataError, match=r"this folder has no tokenizer.json and no tokenizer_config.json"
+    ):
         load_tokenizer(tmp_path)
     folder = shutil.copytree(architecture, tmp_path / "damaged")
     (folder / "tokenizer.json").write_text('{"version": "1.0"')

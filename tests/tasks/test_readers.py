@@ -310,7 +310,8 @@ def test_repeated_questions_are_dropped_or_kept(tmp_path: Path) -> None:
 def test_the_same_id_of_two_questions_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": "a", "i": 1}, {"q": "b", "i": 1}])
     with pytest.raises(
-        DataError, match=r"rows.parquet:2: the prompt_id 'fields-1' is not unique: it is also on line 1"
+        DataError,
+        match=r"rows.parquet:2: the prompt_id 'fields-1' is not unique: it is also on line 1",
     ):
         read(path, format="fields", fields={"question": "q", "prompt_id": "i"})
 

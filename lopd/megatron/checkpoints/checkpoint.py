@@ -307,7 +307,7 @@ class Checkpoints:
             raise TrainingError(
                 f"the checkpoint cannot be read ({innermost_reason(error)})",
                 where=str(path),
-                remedy="remove this folder: the training then continues from the checkpoint before it",
+                remedy="remove this folder: the training then continues from the one before it",
             ) from error
         changes = _changes(layout, self._layout)
         if not changes:
