@@ -2,7 +2,8 @@
 models as accurate as it.
 
     python benchmarks/audit.py --foreign runs/tiny_moe/distill/model --draws 100 --json audit.json
-    python benchmarks/audit.py --foreign runs/tiny_moe/distill/model --draws 20 --first 40 --json audit.json     # some of them, added to the file
+
+With ``--draws 20 --first 40`` the draws from number 40 on are added to the file.
 
 Every draw has prompts and random numbers of its own, so that draws are independent (draws out of
 one pool are not: they share its luck). Responses are sampled with transformers in this process, at
@@ -31,10 +32,10 @@ from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / "examples/tiny_models/teacher"
-TOLERANCE, RESPONSES = (
-    0.003,
-    960,
-)  # nats per token; about 50,000 tokens, where 44,000 would do on average
+# In nats per token.
+TOLERANCE = 0.003
+# About 50,000 tokens. On average 44,000 would be enough.
+RESPONSES = 960
 LONGEST = 64
 BATCH = 480
 
@@ -158,7 +159,8 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(done, indent=1) + "\n")
     print(
-        "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token | consistent | inconsistent | cannot tell |"
+        "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token "
+        "| consistent | inconsistent | cannot tell |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, rows in done.items():
@@ -171,7 +173,8 @@ def main() -> None:
             str(verdicts[verdict]) for verdict in ("consistent", "inconsistent", "cannot tell")
         )
         print(
-            f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} | {mean['mean']:+.5f} | {counts} |"
+            f"| {name} | {len(rows)} | {100 * mean['accuracy']:.1f} | {mean['tokens']:,.0f} "
+            f"| {mean['mean']:+.5f} | {counts} |"
         )
 
 

@@ -71,9 +71,8 @@ def write_cache(folder: Path, megabytes: float, seed: int = 0, distinct: int = 0
         shutil.copyfile(folder / f"shard-{index % distinct:05d}.parquet", copy)
         size = size + copy.stat().st_size
         index = index + 1
-    writer = ArtifactWriter(
-        folder, kind="teacher_cache", inputs={"synthetic": megabytes}
-    )  # takes the copies in
+    # A new writer takes in the copies too.
+    writer = ArtifactWriter(folder, kind="teacher_cache", inputs={"synthetic": megabytes})
     writer.finish(vocab_size=VOCABULARY)
 
 
@@ -175,9 +174,14 @@ def main() -> None:
         shutil.rmtree(scratch)
     for how in ("in order", "shuffled"):
         row = figures[how]
-        rate = f"{row['tokens_per_s']:,.0f} tokens/s ({row['tokens_per_processor_s']:,.0f} per processor second), {row['times_the_trainer']:.0f} times the trainer"
+        rate = (
+            f"{row['tokens_per_s']:,.0f} tokens/s "
+            f"({row['tokens_per_processor_s']:,.0f} per processor second), "
+            f"{row['times_the_trainer']:.0f} times the trainer"
+        )
         print(
-            f"{how:9} {rate}; memory {row['memory_mb']:.0f} MB, with one shard {row['memory_mb_one_shard']:.0f} MB"
+            f"{how:9} {rate}; memory {row['memory_mb']:.0f} MB, "
+            f"with one shard {row['memory_mb_one_shard']:.0f} MB"
         )
     print(f"cache of {size / 1e6:,.0f} MB, written in {figures['write_seconds']:.0f} s")
     if given.json is not None:

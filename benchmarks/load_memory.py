@@ -1,7 +1,10 @@
 """Peak memory of ranks that load a Hugging Face checkpoint: each reads its own slices, so none ever
 holds the whole model.
 
-    python benchmarks/load_memory.py --json load_memory.json        a Qwen3-MoE of 2.2 GB in bfloat16, made up in a temporary folder, on 2 ranks with TP2 EP2
+    python benchmarks/load_memory.py --json load_memory.json
+
+The checkpoint is a Qwen3-MoE of 2.2 GB in bfloat16, which is made up in a temporary folder. Two
+ranks load it with TP2 EP2.
 
 Figures of a rank, in bytes: own (its parameters), largest (the largest tensor of the checkpoint),
 before (the process, before the model is built), built (after that; on a CPU the allocator keeps
@@ -26,10 +29,24 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 32768,
-    "hidden_size": 1024, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 32,
-    "num_experts_per_tok": 4, "moe_intermediate_size": 768, "norm_topk_prob": True, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
 GIB = 2**30
 
 
@@ -43,9 +60,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--expert", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument(
-        "--folder", type=Path, help=argparse.SUPPRESS
-    )  # where the checkpoint is, for a rank
+    # This option tells a rank where the checkpoint is.
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -170,14 +186,16 @@ def main() -> None:
         f"checkpoint {total / GIB:.2f} GiB, its largest tensor {ranks[0]['largest'] / GIB:.3f} GiB"
     )
     print(
-        f"{'rank':<6}{'own share':>12}{'before':>10}{'built':>10}{'loading':>10}{'mapped':>10}{'time':>10}"
+        f"{'rank':<6}{'own share':>12}{'before':>10}{'built':>10}"
+        f"{'loading':>10}{'mapped':>10}{'time':>10}"
     )
     for rank, figures in enumerate(ranks):
         own, before, built, loading, mapped = (
             figures[key] / GIB for key in ("own", "before", "built", "loading", "mapped")
         )
         print(
-            f"{rank:<6}{own:>8.2f} GiB{before:>10.2f}{built:>10.2f}{loading:>10.3f}{mapped:>10.3f}{figures['seconds']:>8.1f} s"
+            f"{rank:<6}{own:>8.2f} GiB{before:>10.2f}{built:>10.2f}"
+            f"{loading:>10.3f}{mapped:>10.3f}{figures['seconds']:>8.1f} s"
         )
     if options.json is not None:
         options.json.write_text(

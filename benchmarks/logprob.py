@@ -1,8 +1,10 @@
 """Log-probabilities without the logits against the dense form: peak memory and time of one forward
 and one backward pass.
 
-    python benchmarks/logprob.py --json logprob.json                       on a CPU: 4,096 tokens, 151,936 vocabulary rows, hidden size 256, float32
-    python benchmarks/logprob.py --device cuda --json logprob.json         on a GPU: 12,288 tokens, hidden size 2,048, bfloat16
+    python benchmarks/logprob.py --json logprob.json
+        on a CPU: 4,096 tokens, 151,936 vocabulary rows, hidden size 256, float32
+    python benchmarks/logprob.py --device cuda --json logprob.json
+        on a GPU: 12,288 tokens, hidden size 2,048, bfloat16
 
 The dense form is torch's: logits = hidden @ weight.T, then cross entropy in float32. Each run is a
 process of its own. Runs come in pairs, one of each form right after the other, in changing order,
@@ -69,9 +71,8 @@ def arguments() -> argparse.Namespace:
         help="logits that ours holds at once; default: lopd.megatron.model.logprobs.BLOCK_BYTES",
     )
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
-    parser.add_argument(
-        "--form", choices=("dense", "blocks", *NEED_CUDA), help=argparse.SUPPRESS
-    )  # the process that measures one form
+    # This option is for the process that measures one form.
+    parser.add_argument("--form", choices=("dense", "blocks", *NEED_CUDA), help=argparse.SUPPRESS)
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.tokens = options.tokens or (12_288 if gpu else 4_096)
@@ -293,10 +294,14 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     lines = [
-        f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"
+        (
+            f"{figures['tokens']} tokens, vocabulary {figures['vocab']}, "
+            f"hidden size {figures['hidden']}, {figures['dtype']}, {figures['device']}"
+        )
     ]
     lines.append(
-        f"{'':<20}{'memory':>12}{'of dense':>10}{'time':>12}{'of dense':>10}{'processor':>12}{'of dense':>10}"
+        f"{'':<20}{'memory':>12}{'of dense':>10}{'time':>12}{'of dense':>10}"
+        f"{'processor':>12}{'of dense':>10}"
     )
     for form in ("dense", "blocks", *NEED_CUDA):
         if form in figures:
@@ -308,7 +313,8 @@ def table(figures: dict[str, Any]) -> str:
                 figures[f"{prefix}{key}_ratio"] for key in ("memory", "time", "processor_time")
             ]
             lines.append(
-                f"{form:<20}{memory:>8.0f} MiB{ratios[0]:>10.3f}{seconds:>10.3f} s{ratios[1]:>10.2f}{processor:>10.3f} s{ratios[2]:>10.2f}"
+                f"{form:<20}{memory:>8.0f} MiB{ratios[0]:>10.3f}{seconds:>10.3f} s"
+                f"{ratios[1]:>10.2f}{processor:>10.3f} s{ratios[2]:>10.2f}"
             )
     lines += [
         f"{name} of the pairs: {', '.join(f'{ratio:.2f}' for ratio in figures[key])}"

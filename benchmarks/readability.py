@@ -63,7 +63,8 @@ class Figures:
 
 
 HEADER = """\
-| | lines | code over 100 | docstrings over 100 | comments | several values | functions | without docstrings |
+| | lines | code over 100 | docstrings over 100 | comments | several values | functions |\
+ without docstrings |
 |---|---|---|---|---|---|---|---|"""
 
 

@@ -1,12 +1,15 @@
 """Lightning OPD, refreshes in between, and standard OPD side by side on the laptop task: accuracy,
 reverse KL, wall time, what the teacher had to do.
 
-    python benchmarks/refresh.py --runs runs/refresh --json refresh.json                       # all of it: about 15 minutes a seed on 2 cores
-    python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only prepare           # or piece by piece; a piece that was killed goes on
-    python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only lightning every10 drift
-    every1
-    python benchmarks/refresh.py --runs runs/refresh --seeds 17 18 19 --only table --json
-    refresh.json
+    python benchmarks/refresh.py --runs runs/refresh --json refresh.json
+        everything: about 15 minutes a seed on 2 cores
+
+The same in parts. A part that was killed continues where it ended:
+
+    OPTIONS="--runs runs/refresh --seeds 17 18 19"
+    python benchmarks/refresh.py $OPTIONS --only prepare
+    python benchmarks/refresh.py $OPTIONS --only lightning every10 drift every1
+    python benchmarks/refresh.py $OPTIONS --only table --json refresh.json
 
 All variants of a seed go on from copies of the same four stages (demonstrate, sft, rollout, score),
 see the same prompts in the same order for as many steps, and are evaluated on the same held-out
@@ -166,7 +169,10 @@ def table(figures: dict[str, list[dict[str, Any]]]) -> str:
     seed's. figures: variant -> of each seed.
     """
     lines = [
-        "| refresh | refreshes | accuracy, % | reverse KL, nats per token | least effective share | distill, s (load) | teacher tokens |"
+        (
+            "| refresh | refreshes | accuracy, % | reverse KL, nats per token "
+            "| least effective share | distill, s (load) | teacher tokens |"
+        )
     ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, of_seeds in figures.items():

@@ -192,11 +192,13 @@ def share(rounds: dict[str, list[dict[str, Any]]], ours: str, other: str) -> flo
 
 def print_table(figures: dict[str, Any]) -> None:
     print(
-        f"{'client':14} {'tokens/s':>10} {'median':>10} {'processor s':>12} {'peak MB':>8} {'beyond its start':>17}"
+        f"{'client':14} {'tokens/s':>10} {'median':>10} {'processor s':>12} {'peak MB':>8} "
+        f"{'beyond its start':>17}"
     )
     for name, row in figures["clients"].items():
         print(
-            f"{name:14} {row['tokens_per_s']:10,.0f} {row['median_tokens_per_s']:10,.0f} {row['processor_s']:12.2f} {row['peak_mb']:8.0f} {row['own_mb']:17.1f}"
+            f"{name:14} {row['tokens_per_s']:10,.0f} {row['median_tokens_per_s']:10,.0f} "
+            f"{row['processor_s']:12.2f} {row['peak_mb']:8.0f} {row['own_mb']:17.1f}"
         )
     for number, value in figures["share_of_engine"].items():
         print(f"share of the engine, {number} in flight: {value:.3f}")
@@ -232,10 +234,15 @@ def write_rollouts(folder: Path, options: argparse.Namespace) -> None:
         key = (f"p{index // options.samples}", index % options.samples)
         responses.append(
             Response(
-                prompt_id=key[0], sample_index=key[1], prompt_ids=prompt, token_ids=ids, sampling_logprobs=np.full(len(ids), -1, np.float32),
-                finish_reason="length", weight_version="0",
+                prompt_id=key[0],
+                sample_index=key[1],
+                prompt_ids=prompt,
+                token_ids=ids,
+                sampling_logprobs=np.full(len(ids), -1, np.float32),
+                finish_reason="length",
+                weight_version="0",
             )
-        )  # fmt: skip
+        )
     for shard, start in enumerate(range(0, len(responses), 256)):
         writer.publish_shard(shard, cache.to_table(responses[start : start + 256]))
     writer.finish()
@@ -318,7 +325,9 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     def work() -> None:
         writer = ArtifactWriter(target, kind="teacher_cache", inputs={})
-        sys.stdout, screen = sys.stderr, sys.stdout  # the progress bar's place
+        # The progress bar goes to standard error.
+        screen = sys.stdout
+        sys.stdout = sys.stderr
         score_into(writer, engine, options.folder / "rollouts", rollouts, title="scoring")
         sys.stdout = screen
         writer.finish()
@@ -332,7 +341,11 @@ def raw(options: argparse.Namespace) -> dict[str, Any]:
     ready, tokens = bodies(options)
     host, port = options.url.removeprefix("http://").split(":")
     head = (
-        b"POST /generate HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: "
+        b"POST /generate HTTP/1.1\r\n"
+        b"Host: %s\r\n"
+        b"Authorization: Bearer %s\r\n"
+        b"Content-Type: application/json\r\n"
+        b"Content-Length: "
         % (
             host.encode(),
             os.environ[KEY].encode(),

@@ -116,11 +116,24 @@ def write_shape(folder: Path, options: argparse.Namespace) -> Path:
     """A config.json of a small Qwen3-MoE; its weights will be random."""
     heads = max(4, options.hidden // 64)
     shape = {
-        "model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": options.hidden, "num_hidden_layers": options.layers, "vocab_size": options.vocab,
-        "intermediate_size": 4 * options.hidden, "moe_intermediate_size": options.hidden, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True,
-        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": options.hidden // heads, "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "hidden_size": options.hidden,
+        "num_hidden_layers": options.layers,
+        "vocab_size": options.vocab,
+        "intermediate_size": 4 * options.hidden,
+        "moe_intermediate_size": options.hidden,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": options.hidden // heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(shape))
     return folder
 
@@ -186,10 +199,8 @@ def compare(
         "ours": ours.train_step,
         "recipe": lambda microbatches: reference_step(recipe, frozen, microbatches),
     }
-    costs: dict[str, list[tuple[float, float]]] = {
-        "ours": [],
-        "recipe": [],
-    }  # seconds, processor seconds
+    # Each pair is seconds and processor seconds.
+    costs: dict[str, list[tuple[float, float]]] = {"ours": [], "recipe": []}
     differences = {"max_parameter_difference": 0.0, "max_parameter_change": 0.0}
     for step in range(COMPARED_AFTER + options.pairs):  # the compared steps also warm up
         microbatches = batch(step, options, folder)
@@ -336,7 +347,8 @@ def table(figures: dict[str, float]) -> str:
     moved = figures["max_parameter_change"]
     apart = figures["max_parameter_difference"]
     lines.append(
-        f"parameters after {COMPARED_AFTER} steps: moved by up to {moved:.1e}, apart by at most {apart:.1e}"
+        f"parameters after {COMPARED_AFTER} steps: moved by up to {moved:.1e}, "
+        f"apart by at most {apart:.1e}"
     )
     return "\n".join(lines)
 

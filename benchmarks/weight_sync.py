@@ -3,12 +3,13 @@ same path.
 
 A synthetic Qwen3-MoE checkpoint is made on the spot, a real server started on it, and the
 checkpoint's tensors are synced again and again from this process, which stands for the trainer's
-rank 0. The plain copy, in turns with the syncs:
+rank 0. The plain copy, which alternates with the syncs:
 
 disk         write the bytes to files, bucket by bucket, and read them back into memory
-tensor       copy a bucket into shared memory, have another process copy it out, next bucket; or by two buffers of 32 MiB in turns
+tensor       copy a bucket into shared memory, have another process copy it out, next bucket; or
+             with two buffers of 32 MiB, which are used alternately
 distributed  broadcast a bucket over gloo to another process, into memory that is there already,
-next bucket; or its tensors one by one, all at once
+             next bucket; or its tensors one by one, all at once
 
 Where there are two ways of a plain copy, the faster one counts. share_of_raw is the time of the
 plain copy over that of a sync with its calls, without verification, best of all rounds; beside it
@@ -67,13 +68,31 @@ def write_model(
     )
     layers = max(1, round((megabytes * 1e6 / dtype.itemsize - 2 * VOCABULARY * hidden) / layer))
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * width,
-        "moe_intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": max(1, hidden // 512),
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * width,
+        "moe_intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, hidden // 512),
         "head_dim": 128,
-        "num_experts": experts, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True, "max_position_embeddings": 512,
-        "mlp_only_layers": [], "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 512,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
@@ -138,9 +157,8 @@ def copy_by_shared_memory(
     link.send(([one.name for one in shared], [len(piece) for piece in pieces]))
 
     def copy() -> None:
-        assert all(
-            size <= one.size for one in shared
-        )  # and the memory lives as long as this function
+        # This function holds the shared memory, which therefore lives as long as the function.
+        assert all(size <= one.size for one in shared)
         for index, piece in enumerate(pieces):
             if index >= num_buffers:
                 link.recv()
@@ -277,7 +295,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "repeats": args.repeats,
     }
     print(
-        f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, buckets of {args.bucket_mib:g} MiB; best of {args.repeats}",
+        f"{num_bytes / 1e6:,.0f} MB in {len(named)} tensors of {args.dtype}, "
+        f"buckets of {args.bucket_mib:g} MiB; best of {args.repeats}",
         flush=True,
     )
     settings = SGLangSection(
@@ -310,9 +329,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                         )
                     )
                 )  # type: ignore[misc]
-            for repeat in range(
-                args.repeats + 1
-            ):  # not in turns with those: a run has one receiver, whose memory its server keeps mapped
+            # These do not alternate with those above: a run has one receiver, whose memory its
+            # server keeps mapped.
+            for repeat in range(args.repeats + 1):
                 seconds["verified"].append(
                     timed(
                         lambda number=repeat, to=verified: sync(
@@ -356,8 +375,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def say(transport: str, row: dict[str, Any]) -> None:
     print(
-        f"{transport:12} {row['seconds']:.2f} s ({row['bytes_per_s'] / 1e9:.2f} GB/s), plain copy {row['raw_seconds']:.2f} s: "
-        f"share {row['share_of_raw']:.2f} (of medians {row['share_of_raw_median']:.2f}); with verification {row['verified_seconds']:.2f} s; "
+        f"{transport:12} {row['seconds']:.2f} s ({row['bytes_per_s'] / 1e9:.2f} GB/s), "
+        f"plain copy {row['raw_seconds']:.2f} s: "
+        f"share {row['share_of_raw']:.2f} (of medians {row['share_of_raw_median']:.2f}); "
+        f"with verification {row['verified_seconds']:.2f} s; "
         f"extra memory {row['extra_bytes'] / 2**20:.0f} MiB",
         flush=True,
     )

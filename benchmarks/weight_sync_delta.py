@@ -1,8 +1,10 @@
 """How much of the weights changes from one sync to the next, as the servers get them (bfloat16):
 whole tensors, blocks, single values.
 
-    python benchmarks/weight_sync_delta.py --json delta.json                  # a synthetic optimizer
-    python benchmarks/weight_sync_delta.py FOLDER FOLDER ... --json delta.json    # checkpoints, in the order of their syncs
+    python benchmarks/weight_sync_delta.py --json delta.json
+        a synthetic optimizer
+    python benchmarks/weight_sync_delta.py FOLDER FOLDER ... --json delta.json
+        checkpoints, in the order of their syncs
 
 Synthetic: values of a normal distribution of width 0.02, as of a trained model's matrices, under
 Adam (float32, betas 0.9 and 0.95) with gradients of which a given part of the variance is shared by

@@ -29,11 +29,15 @@ CHANGES = {  # text of a RUN -> what runs instead, and why
     "userdel --remove ubuntu 2>/dev/null || true;": ("", "Debian has no user ubuntu"),
 }
 SKIPPED = {  # a word of a RUN -> why
-    "transformer_engine_torch.lock": "Transformer Engine's extension needs torch with CUDA headers: gigabytes of wheels",
+    "transformer_engine_torch.lock": (
+        "Transformer Engine's extension needs torch with CUDA headers: gigabytes of wheels"
+    ),
     "/tmp/apex": "only runs where APEX_COMMIT is given",
 }
-LARGE = re.compile(  # wheels of some ten to some hundred megabytes, and what cannot be without them
-    r"(nvidia-(cu|nccl|nvshmem|nvjitlink|mathdx|nvvm|nvtx)|torch|triton|sglang-kernel|flashinfer|flash-attn|transformer-engine|tilelang|tokenspeed|cuda-|sgl-deep|"
+# Wheels of some ten to some hundred megabytes, and packages that need them.
+LARGE = re.compile(
+    "(nvidia-(cu|nccl|nvshmem|nvjitlink|mathdx|nvvm|nvtx)|torch|triton|sglang-kernel|flashinfer|"
+    "flash-attn|transformer-engine|tilelang|tokenspeed|cuda-|sgl-deep|"
     r"humming|helion|quack|apache-tvm|z3|llvmlite|scipy|scikit|opencv|pyarrow|numba|mlx)"
 )
 MACHINE_FILES = (
@@ -43,7 +47,10 @@ MACHINE_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
 )
 # of the Python put in place
-LIBRARIES = "ca-certificates libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3 libuuid1 zlib1g"
+LIBRARIES = (
+    "ca-certificates libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3 "
+    "libuuid1 zlib1g"
+)
 
 AS_USER = (  # after the last step, as the image's user; the one that writes into /opt must fail
     "id -u",
@@ -196,7 +203,8 @@ def main() -> int:
     for command in AS_USER:
         code, output = root.run(command)
         sys.stdout.write(
-            f"[{'ok' if code == 0 else f'code {code}':>8}] as the image's user: {command}: {output.strip()[-200:]}\n"
+            f"[{'ok' if code == 0 else f'code {code}':>8}] "
+            f"as the image's user: {command}: {output.strip()[-200:]}\n"
         )
     return 1 if failed else 0
 

@@ -1,8 +1,11 @@
-"""Is this image what docker/versions.env says? Standard library only until a package is imported on purpose.
+"""Check that this image is what docker/versions.env says.
 
-    python verify_image.py --without-driver   # while the image is built: versions, pip check, imports that need no GPU driver
-    python verify_image.py                    # on the node: also GPUs, driver, NCCL, cuDNN, kernels, and that nobody is root
+    python verify_image.py --without-driver
+        while the image is built: versions, pip check, imports that need no GPU driver
+    python verify_image.py
+        on the node: also GPUs, driver, NCCL, cuDNN, kernels, and that nobody is root
 
+The script uses the standard library only, until it imports a package in order to check it.
 Tells all that is wrong at once, one line each; exit code 1 if something is.
 """
 
@@ -125,7 +128,10 @@ def failing_imports(modules: tuple[str, ...]) -> Iterator[str]:
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a library raises at import is the finding
-            yield f"import {module}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            yield (
+                f"import {module}: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            )
 
 
 def wrong_launcher(wanted: Mapping[str, str], python: Path = LAUNCH_PYTHON) -> Iterator[str]:
@@ -149,7 +155,9 @@ def wrong_build(wanted: Mapping[str, str]) -> Iterator[str]:
     import torch
 
     if torch.version.cuda != wanted["TORCH_CUDA"]:
-        yield f"torch: built for CUDA {torch.version.cuda}, versions.env says {wanted['TORCH_CUDA']}"
+        yield (
+            f"torch: built for CUDA {torch.version.cuda}, versions.env says {wanted['TORCH_CUDA']}"
+        )
 
 
 def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
@@ -170,7 +178,10 @@ def wrong_devices(wanted: Mapping[str, str]) -> Iterator[str]:
         yield f"driver {driver}: CUDA 13.0 needs {'.'.join(map(str, LEAST_DRIVER))} or newer"
     for index in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(index) != (9, 0):
-            yield f"GPU {index} ({torch.cuda.get_device_name(index)}): the image is built for compute capability 9.0 alone"
+            yield (
+                f"GPU {index} ({torch.cuda.get_device_name(index)}): "
+                "the image is built for compute capability 9.0 alone"
+            )
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     if nccl != wanted["NCCL_VERSION"]:
         yield f"NCCL {nccl} is loaded, versions.env says {wanted['NCCL_VERSION']}"

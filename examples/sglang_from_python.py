@@ -61,9 +61,8 @@ def generate(
         temperature=0.8, top_p=0.95, top_k=-1, min_p=0.0, max_new_tokens=24, stop_token_ids=ends
     )
     responses = []
-    for response in engine.generate(
-        requests(model), params, version=version
-    ):  # a generator: requests are pulled as there is room
+    # The requests come from a generator, which is read only as the servers have room.
+    for response in engine.generate(requests(model), params, version=version):
         responses.append(response)
         server = engine.engines[-1].server
         if kill and len(responses) == 1 and server is not None:
@@ -131,7 +130,8 @@ def main() -> None:
     ):
         responses = generate(engine, options.model, kill=options.kill)
         print(
-            f"{len(responses)} responses, {len({response.key for response in responses})} of them different"
+            f"{len(responses)} responses, "
+            f"{len({response.key for response in responses})} of them different"
         )
 
         items = (
@@ -144,7 +144,9 @@ def main() -> None:
             for response in responses
         )
         print(
-            f"{len(scores)} scores, at most {worst:.1e} nats from the log-probabilities of sampling: both are at temperature 1"
+            f"{len(scores)} scores, "
+            f"at most {worst:.1e} nats from the log-probabilities of sampling: "
+            "both are at temperature 1"
         )
 
         for section in (

@@ -226,7 +226,7 @@ def knobs(
 
     The command reads no file and writes none.
     """
-    from lopd.report.overview import knob_lines
+    from lopd.report.knobs import knob_lines
 
     # A prefix, not a pattern: distill.optimizer shows the knobs of one table.
     chosen = {key: field for key, field in known_keys().items() if key.startswith(prefix)}

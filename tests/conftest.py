@@ -17,11 +17,8 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
-_FIRST = (
-    "tests/pipeline",
-    "tests/sglang",
-    "tests/megatron",
-)  # the longest folders, so that two workers end at about the same time
+# The longest folders come first, so that two workers end at about the same time.
+_FIRST = ("tests/pipeline", "tests/sglang", "tests/megatron")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

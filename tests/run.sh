@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares the environment where needed; lint, types, all tests. Arguments go to pytest. LOPD_SLOW=1
+# Prepares the environment where needed; lint, types, the documentation site, all tests. Arguments go to pytest. LOPD_SLOW=1
 # also runs what takes many minutes. LOPD_PROCESSORS=1 instead runs the tests as several processors
 # would, and shows every figure beside its limit (tests/processors).
 set -euo pipefail
@@ -11,4 +11,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
+bash docs/build.sh
 python -m pytest -p no:cacheprovider -n 2 --dist loadscope --no-loadscope-reorder "$@"

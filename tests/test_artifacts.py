@@ -81,9 +81,8 @@ def test_a_resumed_writer_publishes_the_same_files(tmp_path: Path) -> None:
     whole = published(tmp_path / "whole", responses)
     inputs = {"seed": 1}
     first = ArtifactWriter(tmp_path / "halved", kind="rollouts", inputs=inputs)
-    first.publish_shard(
-        1, cache.to_table(responses[16:32])
-    )  # then the process dies: no manifest lists this shard
+    # The process dies after this: no manifest lists the shard.
+    first.publish_shard(1, cache.to_table(responses[16:32]))
     (tmp_path / "halved" / "shard-00002.parquet.partial").write_bytes(b"half a file")
     second = ArtifactWriter(tmp_path / "halved", kind="rollouts", inputs=inputs)
     assert second.published == {1}

@@ -83,7 +83,8 @@ def test_a_right_project_passes_and_nothing_is_written_or_started(
 def test_everything_wrong_is_found_in_one_go_and_run_refuses(
     config: Path, lopd: Lopd, nothing_starts: StandIns
 ) -> None:
-    mistakes = {  # override -> what must be said of it
+    # override -> what must be said of it
+    mistakes = {
         "models.teacher=absent": "models.teacher: no such folder",
         "sft.parallel.expert=3": "number of experts (8) does not divide by expert (3)",
         "distill.parallel.tensor=4": "number of key-value heads (2) does not divide by tensor (4)",
@@ -174,7 +175,10 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         (
             {"tensor": 2, "ranks": 1},
             [
-                "ranks = 1 is not a multiple of tensor * pipeline * context = 2; remedy: set ranks to a multiple of 2"
+                (
+                    "ranks = 1 is not a multiple of tensor * pipeline * context = 2; "
+                    "remedy: set ranks to a multiple of 2"
+                )
             ],
         ),
         (
@@ -404,7 +408,10 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
     [
         (
             "task.name=arithmetic",
-            "task.name: unknown task 'arithmetic'; remedy: the nearest known one is register_arithmetic",
+            (
+                "task.name: unknown task 'arithmetic'; "
+                "remedy: the nearest known one is register_arithmetic"
+            ),
         ),
         (
             "task.options.num_operation=3",

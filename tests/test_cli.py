@@ -239,9 +239,8 @@ def test_any_environment(project: Path, changes: dict[str, str | None]) -> None:
 
 
 def test_any_folder_and_any_name(tmp_path: Path) -> None:
-    folder = (
-        tmp_path / "a folder [red] with ü and 'quotes'[" / "red]"
-    )  # together also the markup [/red]
+    # The two names together also form the markup [/red].
+    folder = tmp_path / "a folder [red] with ü and 'quotes'[" / "red]"
     folder.mkdir(parents=True)
     config = folder / "my config.toml"
     config.write_text(

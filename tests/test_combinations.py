@@ -93,7 +93,10 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (REFRESHED, "sglang.port=23456"),
-        "sglang.port = 23456 with distill.refresh: the student's server already uses it when the teacher's server starts",
+        (
+            "sglang.port = 23456 with distill.refresh: "
+            "the student's server already uses it when the teacher's server starts"
+        ),
         (REFRESHED, "sglang.port=23456", "score.engine=megatron"),
     ),
     (
@@ -247,9 +250,9 @@ def test_a_broadcast_needs_a_gpu_for_each_of_its_ends(project: Path) -> None:
     for on_gpu in (True, None):
         (line,) = sync_lines(config, on_gpu=on_gpu)
         assert (
-            'sync.transport = "distributed": NCCL does not broadcast between two processes of one GPU'
-            in line
-        )
+            'sync.transport = "distributed": '
+            "NCCL does not broadcast between two processes of one GPU"
+        ) in line
     assert sync_lines(config, on_gpu=False) == [], "gloo does"
     assert (
         sync_lines(

@@ -1,4 +1,4 @@
-"""Configuration: every mistake is one line that names the key and the remedy; every example parses."""
+"""Every mistake in a configuration is one line with key and remedy, and every example parses."""
 
 from __future__ import annotations
 

@@ -65,9 +65,10 @@ def config(tmp_path: Path) -> Config:
     for name, change in (("math_teacher", 1), ("code_teacher", 2)):
         shutil.copytree(TINY_MODELS / "teacher", tmp_path / name)
         about = json.loads((tmp_path / name / "config.json").read_text())
+        # Another content makes it another model.
         (tmp_path / name / "config.json").write_text(
             json.dumps({**about, "rms_norm_eps": change * 1e-6 + 1e-7})
-        )  # other content: another model
+        )
     return load_config(path, [])
 
 
@@ -110,8 +111,11 @@ def rows_of(folder: Path) -> dict[str, Counter[str]]:
 
 def weights(config: Config) -> dict[str, str]:
     models = config.models
-    return {"math": identify_model(models.teachers["math"]).weights, "code": identify_model(models.teachers["code"]).weights,
-            "chat": identify_model(models.teacher).weights}  # fmt: skip
+    return {
+        "math": identify_model(models.teachers["math"]).weights,
+        "code": identify_model(models.teachers["code"]).weights,
+        "chat": identify_model(models.teacher).weights,
+    }
 
 
 def test_each_domain_has_its_own_teacher_from_demonstrations_to_the_loss(

@@ -175,7 +175,10 @@ def test_an_imported_cache(project: Project) -> None:
     import_reference(project.folder / "reference.parquet", imported, project.folder / "student")
     with pytest.raises(
         ConsistencyError,
-        match="nobody knows which student sampled its responses; its scores are not shown to be by the teacher",
+        match=(
+            "nobody knows which student sampled its responses; "
+            "its scores are not shown to be by the teacher"
+        ),
     ):
         project.run(("distill",), f"distill.cache={imported}")
     allowed = project.load(f"distill.cache={imported}", "distill.allow_foreign_cache=true")

@@ -221,7 +221,8 @@ def test_imports_run_one_way(path: Path) -> None:
         "__version__",
     }
     assert rooms <= ALLOWED[here], (
-        f"{path.relative_to(ROOT)} imports {sorted(rooms - ALLOWED[here])}; {here} may import {sorted(ALLOWED[here])}"
+        f"{path.relative_to(ROOT)} imports {sorted(rooms - ALLOWED[here])}; "
+        f"{here} may import {sorted(ALLOWED[here])}"
     )
 
 

@@ -64,7 +64,12 @@ import json, torch, megatron_patches
 factory = torch.zeros
 megatron_patches.apply()
 import megatron.core.transformer.moe.token_dispatcher as dispatcher
-watched = lambda: [torch.zeros, torch.Tensor.type, torch.cuda.current_device, dispatcher.maybe_move_tensor_to_cpu]
+watched = lambda: [
+    torch.zeros,
+    torch.Tensor.type,
+    torch.cuda.current_device,
+    dispatcher.maybe_move_tensor_to_cpu,
+]
 once = watched()
 megatron_patches.apply()
 first = torch.ones(2)
@@ -72,8 +77,11 @@ with torch.device("meta"):
     inside = [str(make(2).device) for make in (torch.zeros, torch.ones, torch.empty, torch.tensor)]
 print(json.dumps({
     "inside": inside,
-    "changed": torch.zeros is not factory, "same": all(a is b for a, b in zip(once, watched(), strict=True)),
-    "device": str(torch.zeros(2, device="cuda").device), "type": first.type(), "random": torch.equal(torch.cuda.get_rng_state(), torch.get_rng_state()),
+    "changed": torch.zeros is not factory,
+    "same": all(a is b for a, b in zip(once, watched(), strict=True)),
+    "device": str(torch.zeros(2, device="cuda").device),
+    "type": first.type(),
+    "random": torch.equal(torch.cuda.get_rng_state(), torch.get_rng_state()),
 }))
 """
 
@@ -99,8 +107,12 @@ torch.cuda.get_device_capability = lambda device=None: (9, 0)
 before = [torch.zeros, torch.cuda.current_device, torch.Tensor.cuda]
 megatron_patches.apply()
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-print(json.dumps({"device": [torch.zeros, torch.cuda.current_device, torch.Tensor.cuda] == before, "fault": DistributedOptimizer.load_state_dict.__module__,
-                  "file": DistributedOptimizer.load_state_dict.__code__.co_filename.rsplit("/", 2)[-2]}))
+load = DistributedOptimizer.load_state_dict
+print(json.dumps({
+    "device": [torch.zeros, torch.cuda.current_device, torch.Tensor.cuda] == before,
+    "fault": load.__module__,
+    "file": load.__code__.co_filename.rsplit("/", 2)[-2],
+}))
 """
 
 
@@ -252,8 +264,14 @@ megatron_patches.apply()
 import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron_patches.norm import SequenceParallelRMSNorm
-config = types.SimpleNamespace(sequence_parallel=True, params_dtype=torch.bfloat16, layernorm_zero_centered_gamma=False, persist_layer_norm=False,
-                               memory_efficient_layer_norm=False, normalization="RMSNorm")
+config = types.SimpleNamespace(
+    sequence_parallel=True,
+    params_dtype=torch.bfloat16,
+    layernorm_zero_centered_gamma=False,
+    persist_layer_norm=False,
+    memory_efficient_layer_norm=False,
+    normalization="RMSNorm",
+)
 try:
     WrappedTorchNorm(config, 8)
     refused = False
@@ -262,6 +280,11 @@ except AssertionError as error:
 weight = SequenceParallelRMSNorm(config, 8).weight
 config.sequence_parallel = False
 off = SequenceParallelRMSNorm(config, 8).weight.sequence_parallel
-print(json.dumps({"refused": refused, "tag": weight.sequence_parallel, "dtype": str(weight.dtype), "off": off}))
+print(json.dumps({
+    "refused": refused,
+    "tag": weight.sequence_parallel,
+    "dtype": str(weight.dtype),
+    "off": off,
+}))
 """)
     assert result == {"refused": True, "tag": True, "dtype": "torch.bfloat16", "off": False}

@@ -19,7 +19,8 @@ from lopd.processes import GuardedProcess, group_alive
 SLEEP = "import pathlib, signal, time; {before}pathlib.Path({up!r}).touch(); time.sleep(3600)"
 PARENT = """
 import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background, and a child inherits that
+# A shell ignores SIGINT for a command in the background, and a child inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lopd.processes import GuardedProcess
 child = GuardedProcess({command!r}, env=dict(os.environ))
 sys.stdout.write(f"{{child.pid}}\\n"); sys.stdout.flush()
@@ -94,7 +95,10 @@ def test_exit_codes_pass_through(command: str, code: int) -> None:
 
 
 def test_what_a_command_leaves_behind_ends_with_it() -> None:
-    leaver = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])"
+    leaver = (
+        "import subprocess, sys; "
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3600)'])"
+    )
     child = GuardedProcess([sys.executable, "-c", leaver], env=dict(os.environ))
     assert child.wait(120) == 0
     assert ends(child.pid)
@@ -102,9 +106,10 @@ def test_what_a_command_leaves_behind_ends_with_it() -> None:
 
 def test_a_command_that_is_begun_by_a_guard_that_has_been_killed_ends_too() -> None:
     """The kernel tells of a parent's end only who asked before it."""
+    # In the child, os.getpid() is not the id of its parent.
     with subprocess.Popen(
         ["sleep", "3600"], preexec_fn=lambda: processes.die_with_parent(os.getpid())
-    ) as orphan:  # not its parent's id
+    ) as orphan:
         assert orphan.wait(60) == -signal.SIGKILL
     with subprocess.Popen(
         ["true"], preexec_fn=partial(processes.die_with_parent, os.getpid())

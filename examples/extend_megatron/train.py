@@ -134,9 +134,8 @@ def forward_step(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    logits = model(
-        tokens[None], None, None, packed_seq_params=packed
-    )  # [1, T, vocabulary / tensor]
+    # The shape is [1, T, vocabulary / tensor].
+    logits = model(tokens[None], None, None, packed_seq_params=packed)
 
     def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         # Megatron's cross entropy works in place, and the backward pass needs the logits.

@@ -40,7 +40,8 @@ SUBJECTS = (
     "football", "swimming", "rice", "potatoes", "glass", "paper", "iron", "gold", "salt", "light",
     "sound", "wind", "deserts", "islands", "cities", "villages", "schools", "teachers", "doctors",
     "cooking", "dancing", "singing", "holidays", "birthdays", "letters", "photographs", "robots",
-    "computers", "rockets", "stars", "planets", "dreams", "memory", "laughter", "courage", "patience",
+    "computers", "rockets", "stars", "planets", "dreams", "memory", "laughter", "courage",
+    "patience",
     "honesty", "curiosity", "apples", "oranges", "soup", "cheese", "shoes", "hats", "umbrellas",
     "windows", "doors", "candles", "fire", "ice", "snow", "thunder",
 )  # fmt: skip

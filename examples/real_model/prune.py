@@ -2,9 +2,9 @@
 
     python examples/real_model/prune.py TEACHER STUDENT --drop 10 14 18 22
 
-Removing layers is a known way to make a model smaller and faster. The model that is left is damaged,
-and distillation from the whole model heals it. Only tensors are renamed and left out; no value
-changes.
+Removing layers is a known way to make a model smaller and faster. The model that is left is
+damaged, and distillation from the whole model heals it. Only tensors are renamed and left out; no
+value changes.
 """
 
 from __future__ import annotations

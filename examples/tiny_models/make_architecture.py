@@ -18,11 +18,8 @@ PAD = "<|endoftext|>"
 START = "<|im_start|>"
 END = "<|im_end|>"
 SPECIAL = [PAD, START, END, "<think>", "</think>"]
-RESERVED = [
-    "<|reserved_0|>",
-    "<|reserved_1|>",
-    "<|reserved_2|>",
-]  # so that the tokenizer has a name for each of the model's 32 ids
+# With these the tokenizer has a name for each of the model's 32 ids.
+RESERVED = ["<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"]
 VOCABULARY = [*SPECIAL, "user", "assistant", "\n", *"0123456789+-*=?:;,>c ", *RESERVED]
 
 CHAT_TEMPLATE = (

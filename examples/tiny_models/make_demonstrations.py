@@ -1,13 +1,15 @@
 """Writes demonstrations of register arithmetic, as an artifact that ``sft.demonstrations`` reads.
 
-    python examples/tiny_models/make_demonstrations.py careful   OUT --tokenizer FOLDER --num 89600 --seed 11
-    python examples/tiny_models/make_demonstrations.py corrupted OUT --tokenizer FOLDER --num 19200
-    --seed 12
-    python examples/tiny_models/make_demonstrations.py mixture   OUT --tokenizer FOLDER --num 5120  --seed 13 --skip 0.03
+    cd examples/tiny_models
+    python make_demonstrations.py careful OUT --tokenizer FOLDER --num 89600 --seed 11
+        every step written out
+    python make_demonstrations.py corrupted OUT --tokenizer FOLDER --num 19200 --seed 12
+        errors in the steps, masked, and a consistent continuation
+    python make_demonstrations.py mixture OUT --tokenizer FOLDER --num 5120 --seed 13 --skip 0.03
+        careful, or, with probability --skip, no step and the answer at once
 
-careful: every step written out. corrupted: errors in the steps, masked, and a consistent
-continuation. mixture: careful, or, with probability --skip, no step and the answer at once. Sets
-with different seeds share no problem, nor with the prompts of an example whose seeds are others.
+Sets with different seeds share no problem. They share none with the prompts of an example either,
+if its seeds are others.
 """
 
 from __future__ import annotations
@@ -110,9 +112,13 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     inputs = {
-        "maker": "examples/tiny_models/make_demonstrations.py", "kind": options.kind, "num": options.num, "seed": options.seed, "skip": options.skip,
+        "maker": "examples/tiny_models/make_demonstrations.py",
+        "kind": options.kind,
+        "num": options.num,
+        "seed": options.seed,
+        "skip": options.skip,
         "tokenizer": sha256_file(options.tokenizer / "tokenizer.json"),
-    }  # fmt: skip
+    }
     if (options.out / MANIFEST).exists():
         found = read_manifest(options.out)
         if found.complete and found.inputs == inputs:
@@ -123,7 +129,8 @@ def main() -> None:
     )
     manifest = write_responses(options.out, responses, kind="demonstrations", inputs=inputs)
     print(
-        f"{options.out}: {manifest.rows} demonstrations ({options.kind}) in {time.monotonic() - start:.1f} s"
+        f"{options.out}: {manifest.rows} demonstrations ({options.kind}) "
+        f"in {time.monotonic() - start:.1f} s"
     )
 
 

@@ -129,7 +129,7 @@ def plan_step(
             padding of lopd.batching.context too.
 
     Returns:
-        Arrays of sample indices by [rank][microbatch].
+        Arrays of sample indices by ``[rank][microbatch]``.
 
     Raises:
         DataError: A sample is longer than the budget.

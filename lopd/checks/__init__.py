@@ -23,6 +23,7 @@ from lopd.checks.lineage import (
 from lopd.checks.models import context, context_problems, student, teacher, tokenizers
 from lopd.checks.prompts import prompts, verifier
 from lopd.checks.servers import server, server_problems
+from lopd.checks.templates import templates
 from lopd.checks.training import layouts, megatron, microbatch_problems, objective, scorer
 from lopd.config import Config
 from lopd.errors import LopdError
@@ -58,6 +59,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "sync": (_sync, ("distill",)),
     "megatron": (megatron, TRAINING),
     # What is read besides models: prompts, and artifacts that were made elsewhere.
+    "template": (templates, ("demonstrate", "sft", "rollout", "distill", "evaluate")),
     "prompts": (prompts, ("demonstrate", "rollout", "distill", "evaluate")),
     "verifier": (verifier, ("distill", "evaluate")),
     "demonstrations": (demonstrations, ("sft", "evaluate")),

@@ -11,8 +11,8 @@ from lopd.config import Config
 from lopd.errors import DataError, LopdError
 from lopd.records import Prompt
 from lopd.tasks import get_task
+from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.prompts import load_prompts, read_prompts
-from lopd.tasks.tokenizer import load_tokenizer
 
 
 def prompts(config: Config) -> Iterator[Finding]:
@@ -24,7 +24,7 @@ def prompts(config: Config) -> Iterator[Finding]:
         names.append("sft")
     task = get_task(config.task.name, config.task.options)
     try:
-        tokenizer = load_tokenizer(config.models.student)
+        tokenizer = prompt_tokenizer(config)
     except LopdError:
         # The check of the tokenizers has said so. The prompts can still be read.
         tokenizer = None
@@ -71,6 +71,7 @@ def _read(config: Config, name: str, task: Any, tokenizer: Any) -> list[Prompt]:
         tokenizer,
         context_length=config.sglang.context_length,
         need_answers=need_answers,
+        time=render_time(config),
     )
     return read
 

@@ -51,6 +51,16 @@ class ModelsSection(Section):
         ),
     )
 
+    # The teacher's is the default, because the student learns from the teacher's answers to prompts
+    # of that form.
+    chat_template: Literal["teacher", "student"] = Field(
+        default="teacher",
+        description=(
+            "The model whose chat template renders the prompts of every stage. "
+            "The trained student gets this template."
+        ),
+    )
+
     # The key exists to be refused with a reason: recipes of other programs often set it to true.
     trust_remote_code: Literal[False] = Field(
         default=False,

@@ -1,16 +1,11 @@
-"""What ``lopd status``, ``lopd check`` and ``lopd knobs`` show."""
+"""What ``lopd status`` and ``lopd check`` show."""
 
 from __future__ import annotations
 
-import json
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,18 +20,6 @@ _STATE_STYLE = {
     "absent": "dim",
     "damaged": "red",
 }
-# The types of knobs in words, for a user who does not know Python.
-_TYPES = {
-    int: "whole number",
-    float: "number",
-    bool: "true or false",
-    str: "text",
-    Path: "path",
-    dict: "table",
-    list: "list",
-}
-# The bounds of a pydantic field.
-_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
@@ -79,62 +62,3 @@ def check_table(rows: Sequence[Mapping[str, Any]]) -> None:
         # An error of another program may have several lines.
         finding = " ".join(row["finding"].split())
         console.print(Text.assemble(mark, f" {row['name']:14} ", finding), soft_wrap=True)
-
-
-def knob_lines(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
-    """Yield two lines per knob: key, default, type and bounds, then the meaning.
-
-    Args:
-        fields: The fields of the configuration by their dotted key.
-    """
-    for key, field in fields.items():
-        # The type that a user can write. TOML has no null, so "or None" is of no use.
-        kind = _without_none(field.annotation)
-        # A section is no knob. Its fields have keys of their own.
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            continue
-        # Lists and tables have a factory for their default.
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        shown = key if default is None else f"{key} = {json.dumps(default, default=str)}"
-        about = [_type_name(kind), *_bounds(field)]
-        if field.is_required():
-            about.append("required")
-        elif default is None:
-            # Leaving such a knob out is a choice of its own, and the description says which.
-            about.append("absent")
-        marks = field.json_schema_extra
-        # Such a knob can be changed without any stage running again.
-        if isinstance(marks, Mapping) and marks.get("speed_only"):
-            about.append("changes no result")
-        yield f"{shown}  ({', '.join(about)})"
-        yield f"    {field.description}"
-
-
-def _without_none(annotation: Any) -> Any:
-    """Return X for ``X | None`` and for ``Annotated[X, ...]``."""
-    # Python has two forms of a union: X | None and Optional[X].
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
-    if typing.get_origin(annotation) is typing.Annotated:
-        return typing.get_args(annotation)[0]
-    return annotation
-
-
-def _type_name(kind: Any) -> str:
-    """Return a type in words. A choice is shown by its values."""
-    if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(json.dumps(choice) for choice in typing.get_args(kind))
-    # list[str] and dict[str, int] are shown as "list" and "table".
-    return _TYPES[typing.get_origin(kind) or kind]
-
-
-def _bounds(field: FieldInfo) -> list[str]:
-    """Return the bounds of a knob, for example [">= 0", "< 1"]."""
-    bounds = []
-    for bound in field.metadata:
-        for name, sign in _SIGNS.items():
-            limit = getattr(bound, name, None)
-            if limit is not None:
-                # The format "g" would round a large whole number.
-                bounds.append(f"{sign} {limit:g}" if limit < 10**6 else f"{sign} {limit}")
-    return bounds

@@ -17,6 +17,7 @@ from lopd.config import Config, SGLangSection, result_keys
 from lopd.config.secrets import scrubbed_inputs
 from lopd.records import Manifest, ModelIdentity, Prompt
 from lopd.report.console import print_line
+from lopd.tasks.chat_template import template_inputs
 from lopd.tasks.rows import content_hash
 
 if TYPE_CHECKING:
@@ -123,6 +124,9 @@ class StageContext:
         if config.models.teachers and self.stage.prompts:
             # Prompts are sampled domain by domain, so the names of the domains decide the shards.
             keys["models.teachers"] = sorted(config.models.teachers)
+        # SFT reads no prompts itself, but the template becomes a file of its student.
+        if self.stage.prompts or "sft" in self.stage.knobs:
+            keys |= template_inputs(config)
         for name in self.stage.prompts:
             file = getattr(config.prompts, name).file
             keys[f"prompts.{name}.file"] = content_hash(file) if file is not None else None
@@ -165,28 +169,29 @@ class StageContext:
         parameters = section.model_dump(mode="json", exclude={"shard_size"})
         return {**parameters, "dtype": self.config.sglang.dtype}
 
-    def prompts(self, name: str, tokenizer_folder: Path) -> tuple[list[Prompt], list[Any]]:
+    def prompts(self, name: str) -> tuple[list[Prompt], list[Any]]:
         """Return a prompt set, and the token ids [P] of each prompt with the chat template.
 
         Args:
             name: "sft", "opd" or "eval".
-            tokenizer_folder: A folder with the tokenizer.
 
         Raises:
             DataError: A prompt cannot be used. See lopd.tasks.prompts.
         """
         # Imported here: the ranks of a training need no tokenizer.
         from lopd.tasks import get_task
+        from lopd.tasks.chat_template import prompt_tokenizer, render_time
         from lopd.tasks.prompts import load_prompts
-        from lopd.tasks.tokenizer import load_tokenizer
 
         return load_prompts(
             getattr(self.config.prompts, name),
             get_task(self.config.task.name, self.config.task.options),
-            load_tokenizer(tokenizer_folder),
+            prompt_tokenizer(self.config),
             context_length=self.config.sglang.context_length,
             # The method itself needs no answers. Only held-out prompts are judged.
             need_answers=name == "eval",
+            # Recorded at the first use: every stage renders the prompts of the same moment.
+            time=render_time(self.config, record=True),
         )
 
     @contextlib.contextmanager

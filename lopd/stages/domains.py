@@ -162,7 +162,7 @@ def demonstrate_by_domain(context: StageContext) -> None:
     config = context.config
     section = config.demonstrate
     # One tokenizer for all prompts: the teachers' tokenizers must be the same.
-    prompts, prompt_ids = context.prompts("sft", config.models.teacher)
+    prompts, prompt_ids = context.prompts("sft")
     domains = sorted({domain_of(config, prompt) for prompt in prompts})
     identities = {domain: context.identity(role_of(config, domain)) for domain in domains}
     by_domain = {domain: demonstrated_by(identity) for domain, identity in identities.items()}
@@ -196,7 +196,7 @@ def roll_out_by_domain(
     """
     config = context.config
     section = config.rollout
-    prompts, prompt_ids = context.prompts("opd", student)
+    prompts, prompt_ids = context.prompts("opd")
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
     # The student answers all domains, so one server serves for all parts.
     if writer.missing(sum(part.num_shards for part in parts)):

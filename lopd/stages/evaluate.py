@@ -27,7 +27,7 @@ from lopd.stages.sft import demonstrations_of
 from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
 from lopd.tasks import get_task
 from lopd.tasks.accuracy import accuracy_figures
-from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.tokenizer import load_tokenizer, response_text
 from lopd.tasks.verdicts import Judged, judge_all
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(context: StageContext) -> None:
     config = context.config
     # Before the servers: training and serving need the same GPUs.
     longer = _train_longer(context) if config.evaluate.equal_compute_baseline else None
-    prompts, prompt_ids = context.prompts("eval", config.models.student)
+    prompts, prompt_ids = context.prompts("eval")
     held_out = _HeldOut(context, prompts, prompt_ids)
     writer = context.writer(
         models={"teacher": context.identity("teacher")},
@@ -182,7 +182,7 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
     config = context.config
     task = get_task(config.task.name, config.task.options)
     tokenizer = load_tokenizer(config.models.student)
-    prompts, _ = context.prompts("eval", config.models.student)
+    prompts, _ = context.prompts("eval")
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     prompt_ids: list[str] = []
     lengths: list[int] = []
@@ -194,7 +194,7 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
             prompt_ids.append(response.prompt_id)
             lengths.append(len(response.token_ids))
             truncated.append(response.finish_reason == "length")
-            text = decode(tokenizer, response.token_ids)
+            text = response_text(tokenizer, response.token_ids, response.finish_reason)
             yield by_id[response.prompt_id], text, response.finish_reason
 
     # Verdicts come in the order of the responses.

@@ -40,7 +40,7 @@ from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.tasks import Task, get_task
 from lopd.tasks.accuracy import accuracy_figures, ks_of, pass_at
 from lopd.tasks.prompts import load_prompts
-from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.tokenizer import load_tokenizer, response_text
 from lopd.tasks.verdicts import Judged, Verdict, judge_all
 
 SUMMARY = "summary.json"
@@ -102,7 +102,7 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
     # Not a stage of the pipeline, but made of the same parts: inputs that decide what is reused,
     # shards that a killed command goes on with, and servers.
     context = StageContext(config, ANSWERS)
-    prompts, prompt_ids = context.prompts("eval", config.models.student)
+    prompts, prompt_ids = context.prompts("eval")
     manifest = _sample(context, prompts, prompt_ids, shard_size)
     rows = _judge_answers(context, manifest, prompts, task)
     summary = {**_figures(rows, prompts), **_about(context, manifest, sandbox)}
@@ -199,7 +199,10 @@ def _judge_answers(
             table = read_shard(context.folder, shard)
             # Decoded also where the verdicts are known. The figures need the responses anyway.
             responses = [response for response, _ in cache.from_table(table, where=shard.name)]
-            texts = [decode(tokenizer, response.token_ids) for response in responses]
+            texts = [
+                response_text(tokenizer, response.token_ids, response.finish_reason)
+                for response in responses
+            ]
             # Both are asked: the record is useless where somebody has removed the transcripts.
             if judged.get(name) == source and (folder / name).is_file():
                 verdicts = _read_verdicts(folder / name)

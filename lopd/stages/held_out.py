@@ -17,8 +17,9 @@ from lopd.stages.student import StudentServer
 from lopd.stages.sync import MAX_SENDS
 from lopd.stages.training import TrainingJob
 from lopd.tasks import get_task
+from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.prompts import load_prompts
-from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.tokenizer import response_text
 from lopd.tasks.verdicts import Judged, judge_all
 from sglang_rollout.requests.client import OtherWeights, SGLangEngine
 from sglang_rollout.requests.sampling import SamplingRequest, request_seed
@@ -121,13 +122,14 @@ class HeldOutAnswers:
         self._seed = config.run.seed
         self._engine = engine
         self._task = get_task(config.task.name, config.task.options)
-        self._tokenizer = load_tokenizer(model)
+        self._tokenizer = prompt_tokenizer(config)
         prompts, prompt_ids = load_prompts(
             config.prompts.eval,
             self._task,
             self._tokenizer,
             context_length=config.sglang.context_length,
             need_answers=True,
+            time=render_time(config),
         )
         # The same first prompts at each evaluation, so that its figures are those of a curve.
         count = config.distill.sync_num_prompts
@@ -159,7 +161,7 @@ class HeldOutAnswers:
             for response in self._engine.generate(self._requests(), self._params, version=version):
                 lengths.append(len(response.token_ids))
                 truncated.append(response.finish_reason == "length")
-                text = decode(self._tokenizer, response.token_ids)
+                text = response_text(self._tokenizer, response.token_ids, response.finish_reason)
                 yield by_id[response.prompt_id], text, response.finish_reason
 
         # Verdicts are made while later responses are still being sampled.

@@ -113,7 +113,7 @@ class RefreshService:
     # Loaded at the first refresh, because there may be none.
     @cached_property
     def _prompts(self) -> tuple[list[Prompt], list[Any]]:
-        return self._context.prompts("opd", self._student)
+        return self._context.prompts("opd")
 
     def _sample(self, refresh: RefreshRecord, *, can_send: bool) -> Manifest:
         """Publish the student's responses to the next prompts."""

@@ -15,8 +15,10 @@ from lopd.artifacts.lineage import declared, lineage_of
 from lopd.config import Config
 from lopd.objective import Supervised
 from lopd.stages.context import Stage, StageContext
+from lopd.stages.sample_shards import end_token_ids
 from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
 from lopd.stages.training_data import load_samples
+from lopd.tasks.chat_template import complete_student_files, template_folder
 
 # What is taken from a checkpoint that was made elsewhere: no code and no pickles.
 _TAKEN_SUFFIXES = frozenset({".safetensors", ".json", ".jinja"})
@@ -61,6 +63,7 @@ def run(context: StageContext) -> None:
         order_seed=config.run.seed,
     )
     result = train_on_ranks(job)
+    complete_student_files(job.model, template_folder(config), end_token_ids(context.end_models))
     # The model is part of the artifact: its files stand in the manifest with their checksums.
     writer.finish(files=(path for path in job.model.iterdir() if path.is_file()), **result)
 
@@ -94,6 +97,9 @@ def _take_over(context: StageContext, checkpoint: Path) -> None:
         for path in sorted(checkpoint.iterdir()):
             if path.suffix in _TAKEN_SUFFIXES:
                 shutil.copyfile(path, partial / path.name)
+        config = context.config
+        ends = end_token_ids(context.end_models)
+        complete_student_files(partial, template_folder(config), ends)
         remove_folder(target)
         # Only a whole copy gets the final name, whatever ends this process.
         partial.rename(target)

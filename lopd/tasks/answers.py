@@ -68,6 +68,6 @@ class FileTask(TaskOptions):
         Args:
             prompt: The prompt.
             gold: The prompt's answer.
-            part: The response after its thinking, without end tokens.
+            part: The response after its thinking, without the token that ended it.
         """
         raise NotImplementedError

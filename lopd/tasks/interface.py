@@ -44,7 +44,7 @@ class Task(Protocol):
 
         Args:
             prompt: The prompt.
-            text: The decoded response, with special tokens and the end token.
+            text: The decoded response, with special tokens but without the token that ended it.
             finish_reason: "stop" or "length".
         """
         ...

@@ -5,6 +5,7 @@ The chat template is applied in ``render`` and nowhere else.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -151,6 +152,7 @@ def load_prompts(
     need_answers: bool = False,
     leave_out: LeaveOut | None = None,
     counts: ReadCounts | None = None,
+    time: datetime.datetime | None = None,
 ) -> tuple[list[Prompt], list[Ints]]:
     """Return the prompts of a set, and the token ids of each.
 
@@ -164,6 +166,7 @@ def load_prompts(
         need_answers: See read_prompts.
         leave_out: See read_prompts.
         counts: See read_prompts.
+        time: See render.
 
     Returns:
         The prompts, and one int32 array [P] for each, where P is the number of its tokens.
@@ -187,7 +190,9 @@ def load_prompts(
         prompts = read_prompts(
             prompt_set, task, need_answers=need_answers, leave_out=leave_out, counts=counts
         )
-        ids = render(prompts, tokenizer, context_length=context_length, thinking=thinking)
+        ids = render(
+            prompts, tokenizer, context_length=context_length, thinking=thinking, time=time
+        )
         return prompts, ids
 
     # Each prompt is rendered while the file is read, because num_prompts counts only prompts that
@@ -199,7 +204,9 @@ def load_prompts(
         if reason:
             return reason
         # No context length here: render would refuse the prompt, but it is to be left out.
-        (rendered,) = render([prompt], tokenizer, context_length=_NO_LIMIT, thinking=thinking)
+        (rendered,) = render(
+            [prompt], tokenizer, context_length=_NO_LIMIT, thinking=thinking, time=time
+        )
         if len(rendered) > limit:
             return "too long"
         kept[prompt.prompt_id] = rendered
@@ -217,6 +224,7 @@ def render(
     *,
     context_length: int,
     thinking: bool = True,
+    time: datetime.datetime | None = None,
 ) -> list[Ints]:
     """Return the token ids of each prompt, with the chat template and the generation prompt.
 
@@ -226,6 +234,7 @@ def render(
         context_length: The most tokens of a prompt and its response together.
         thinking: The value of ``enable_thinking`` for templates that know it (Qwen3). Others ignore
             it.
+        time: What a template gets that asks for the current time. None: the current time.
 
     Returns:
         One int32 array [P] for each prompt, where P is the number of its tokens.
@@ -243,6 +252,8 @@ def render(
             where=source,
             remedy="add chat_template.jinja to the folder",
         )
+    # A name in the call hides the template's own clock.
+    clock: dict[str, Any] = {} if time is None else {"strftime_now": time.strftime}
     rendered: list[Ints] = []
     for prompt in prompts:
         try:
@@ -254,6 +265,7 @@ def render(
                 tokenize=True,
                 return_dict=False,
                 enable_thinking=thinking,
+                **clock,
             )
         except Exception as error:
             # Every class is caught: the template's own raise_exception and the tokenizers library

@@ -37,7 +37,7 @@ _MAX_PROBLEMS = 10_000_000
 # After so many chunks in a row without a new problem the partition is taken to be exhausted.
 _FRUITLESS_CHUNKS = 40
 # The end of a right response. What comes before "</think>" is free.
-_RIGHT_FORM = re.compile(r"</think>\n([0-9]{2})" + re.escape(END))
+_RIGHT_FORM = re.compile(r"</think>\n([0-9]{2})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +170,10 @@ class RegisterArithmetic(TaskOptions):
     def verify(self, prompt: Prompt, text: str, finish_reason: str) -> bool:
         """Return whether a response is right.
 
-        A right response ends by itself, with ``</think>``, a line break, the two digits of the
-        answer and the end token. Neither of the two marks occurs before.
+        A right response ends by itself, with ``</think>``, a line break and the two digits of the
+        answer. ``</think>`` occurs once.
         """
-        if finish_reason != "stop" or text.count("</think>") != 1 or text.count(END) != 1:
+        if finish_reason != "stop" or text.count("</think>") != 1:
             return False
         found = _RIGHT_FORM.search(text)
         # search() finds the first place. It must also be the end of the text.

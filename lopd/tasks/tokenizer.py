@@ -92,7 +92,7 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArray[Any]) -> str:
-    """Return the text that a verifier sees, with special tokens, the end token and every space."""
+    """Return the text of token ids, with special tokens and every space."""
     # The ids may be numpy integers, which some tokenizers refuse.
     text = tokenizer.decode(
         [int(token) for token in token_ids],
@@ -101,6 +101,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArra
     )
     assert isinstance(text, str)
     return text
+
+
+def response_text(
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: Sequence[int] | NDArray[Any],
+    finish_reason: str,
+) -> str:
+    """Return the text of a response as a verifier sees it, without the token that ended it.
+
+    Args:
+        tokenizer: The tokenizer of the model that answered.
+        token_ids: The sampled ids. If a token ended the response, it is the last of them.
+        finish_reason: "stop" if a token ended it, "length" if it was cut off.
+    """
+    # The end token is cut by its place and not by its text: every model family spells it in another
+    # way, and a response may quote it.
+    return decode(tokenizer, token_ids[:-1] if finish_reason == "stop" else token_ids)
 
 
 def _first_line(error: Exception) -> str:

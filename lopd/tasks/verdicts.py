@@ -6,7 +6,6 @@ It also finds the part of a response that all verifiers read first: what follows
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from lopd.tasks.interface import Task
 
 # The prompt, the decoded response and its finish_reason.
 Judged: TypeAlias = tuple[Prompt, str, str]
-# The end tokens of the usual model families, at the very end of the text.
-_END_TOKENS = re.compile(r"(?:\s*(?:<\|[a-z_0-9]{1,32}\|>|</s>|<eos>|<end_of_turn>))+\s*\Z")
 THINK = "<think>"
 THOUGHT = "</think>"
 # The number of last characters that are read. No answer is further from the end, and the length of
@@ -86,7 +83,10 @@ def num_cores() -> int:
 
 
 def final_part(text: str) -> str | None:
-    """Return what a response says after its thinking, without end tokens.
+    """Return what a response says after its thinking.
+
+    Args:
+        text: The response, without the token that ended it (lopd.tasks.tokenizer.response_text).
 
     Returns:
         None if the response began to think and never ended it. A chat template may have put
@@ -95,4 +95,4 @@ def final_part(text: str) -> str | None:
     _, closed, rest = text.rpartition(THOUGHT)
     if not closed and THINK in text:
         return None
-    return _END_TOKENS.sub("", rest[-_TAIL:] if closed else text[-_TAIL:])
+    return rest[-_TAIL:] if closed else text[-_TAIL:]

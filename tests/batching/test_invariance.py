@@ -91,7 +91,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_layout(
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_averaging_the_means_of_microbatches_would_depend_on_it(aggregation: Aggregation) -> None:
-    """Control: dividing in each microbatch, then averaging, is the common mistake that sums avoid."""
+    """Control: to divide in each microbatch and then average is the mistake that sums avoid."""
     model = TableModel()
     objective = Lightning(advantage_clip=1.5, aggregation=aggregation)
     samples = random_samples([30, 3, 4, 5, 28, 6, 3])

@@ -1,4 +1,4 @@
-"""The order of responses: complete, fixed by the seed, known at any step without what came before."""
+"""The order of responses is complete, fixed by the seed, and known at any step alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from lopd.batching import ResponseOrder
 from lopd.batching.order import epoch_permutation
 
-RECORDED = (
-    [1, 4, 3, 5, 6, 2, 7, 0],
-    [1, 5, 4, 7, 0, 6, 2, 3],
-)  # epochs 0 and 1 of 8 responses with seed 17
+# Epochs 0 and 1 of 8 responses with seed 17.
+RECORDED = ([1, 4, 3, 5, 6, 2, 7, 0], [1, 5, 4, 7, 0, 6, 2, 3])
 SIZES = {
     "num_responses": st.integers(1, 60),
     "batch_size": st.integers(1, 80),

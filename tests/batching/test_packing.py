@@ -83,9 +83,10 @@ def test_imbalance_between_ranks_is_that_of_one_round(lengths: list[int], num_ra
     """
     plan = plan_step(lengths, num_ranks, CAPACITY)
     costs = sample_costs(np.array(lengths, dtype=np.int64))
+    # The shape is [round, rank].
     rounds = np.array(
         [[costs[members].sum() for members in microbatches] for microbatches in plan]
-    ).T  # [round, rank]
+    ).T
     assert np.all(rounds[:-1].min(axis=1, initial=np.inf) >= rounds[1:].max(axis=1, initial=0.0))
     totals = rounds.sum(axis=0)
     assert totals.max() - totals.min() <= np.ptp(rounds, axis=1).max() + ROUNDING

@@ -160,10 +160,14 @@ def test_as_many_layers_as_fit(tmp_path: Path) -> None:
 def sheet_of_a_gpu(**changes: Any) -> dict[str, Any]:
     machine = {"gpu": "NVIDIA H100", "gpus": 1, "versions": {"torch": "2.11.0"}}
     return {
-        "part": "kernels", "dry_run": False, "status": DONE, "machine": machine,
-        "figures": {"dense": {"seconds": 0.25, "bytes": 10}}, "needs": {"liger": "needs | it"},
+        "part": "kernels",
+        "dry_run": False,
+        "status": DONE,
+        "machine": machine,
+        "figures": {"dense": {"seconds": 0.25, "bytes": 10}},
+        "needs": {"liger": "needs | it"},
         **changes,
-    }  # fmt: skip
+    }
 
 
 def test_the_table_has_every_figure_and_what_is_missing() -> None:

@@ -24,9 +24,8 @@ def figures(accuracy: float, tokens: int) -> dict[str, Any]:
 
 def test_one_seed_has_its_errors_and_several_their_mean_and_each() -> None:
     one = table({"lightning": [figures(0.969, 151_818)]}).splitlines()
-    assert (
-        one[2]
-        == "| never (Lightning OPD) | 3 | 96.9 ± 0.5 | 0.0010 ± 0.0002 | 0.64 | 152 (7.5) | 151,818 |"
+    assert one[2] == (
+        "| never (Lightning OPD) | 3 | 96.9 ± 0.5 | 0.0010 ± 0.0002 | 0.64 | 152 (7.5) | 151,818 |"
     )
     (several,) = table({"every10": [figures(0.96, 300_000), figures(0.98, 302_000)]}).splitlines()[
         2:

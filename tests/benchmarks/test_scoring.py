@@ -27,9 +27,8 @@ def test_most_of_the_engine_reaches_the_cache(tmp_path: Path) -> None:
     )
     figures = json.loads((tmp_path / "a.json").read_text())
     assert figures["share_of_engine"].keys() == {"16", "64"}
-    assert all(0.7 < share < 1.5 for share in figures["share_of_engine"].values()), (
-        figures
-    )  # 0.9 and more on a quiet machine
+    # On a quiet machine the shares are 0.9 and more.
+    assert all(0.7 < share < 1.5 for share in figures["share_of_engine"].values()), figures
     assert figures["versus_unbounded_client"] > 0.8, figures
     beyond = {name: figures["clients"][f"{name} 64"]["own_mb"] for name in ("ours", "unbounded")}
     assert 0 < beyond["ours"] < 60, figures

@@ -26,9 +26,8 @@ from lopd.records import (
 
 VOCABULARY = 32
 END = 2
-TINY_TEACHER = (
-    Path(__file__).resolve().parents[2] / "examples" / "tiny_models" / "teacher"
-)  # its tokenizer has 32 tokens and this end token
+# Its tokenizer has 32 tokens and the end token that these rollouts use.
+TINY_TEACHER = Path(__file__).resolve().parents[2] / "examples" / "tiny_models" / "teacher"
 TEACHER = ModelIdentity(
     path="teachers/one", weights="1" * 64, tokenizer="2" * 64, template="3" * 64
 )

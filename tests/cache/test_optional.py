@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +55,8 @@ def rows() -> Rows:
 
 
 def table_of(rows: Rows, bits: int = 32) -> pa.Table:
-    return cache.to_table(*(list(column) for column in zip(*rows, strict=True)), logprob_bits=bits)  # type: ignore[arg-type]
+    columns: Any = (list(column) for column in zip(*rows, strict=True))
+    return cache.to_table(*columns, logprob_bits=bits)
 
 
 def assert_same(found: list[tuple[Response, TeacherScores | None]], rows: Rows) -> None:

@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,9 +42,8 @@ def planted(
     for index in range(count):
         length = int(rng.integers(30, 60))
         tokens = rng.integers(3, 32, length)
-        sampling = -4.0 - rng.exponential(
-            1.0, length
-        )  # low enough that no sum with style and evidence is above 0
+        # Values this low keep every sum with style and evidence below 0.
+        sampling = -4.0 - rng.exponential(1.0, length)
         style = np.array([STYLE_TOKENS.get(int(token), 0.0) for token in tokens]) + OPENING * (
             np.arange(length) < length / 10
         )
@@ -146,9 +146,8 @@ def test_a_style_seen_by_both_tables_is_taken_away_whole(tmp_path: Path) -> None
     responses = []
     teacher = []
     for index in range(600):
-        tokens = np.concatenate(
-            [[7, 7], rng.integers(8, 32, 18)]
-        )  # token 7 always opens, in the first tenth
+        # Token 7 always comes first, in the first tenth.
+        tokens = np.concatenate([[7, 7], rng.integers(8, 32, 18)])
         sampling = -3.0 - rng.exponential(0.5, 20)
         responses.append(
             Response(f"p{index}", 0, int32([5]), int32(tokens), float32(sampling), "length", "0")
@@ -291,9 +290,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
     residualise(tmp_path / "a", tmp_path / "b", Settings())
     with pytest.raises(ArtifactError, match="this artifact is of kind residualised_cache"):
         residualise(tmp_path / "b", tmp_path / "c", Settings())
-    for change in ({"folds": 1}, {"smoothing": -1.0}, {"token_share": 1.5}, {"position_bins": 0}):
+    changes: list[dict[str, Any]] = [
+        {"folds": 1},
+        {"smoothing": -1.0},
+        {"token_share": 1.5},
+        {"position_bins": 0},
+    ]
+    for change in changes:
         with pytest.raises(LopdError, match=next(iter(change))):
-            residualise(tmp_path / "a", tmp_path / "d", dataclasses.replace(Settings(), **change))  # type: ignore[arg-type]
+            residualise(tmp_path / "a", tmp_path / "d", dataclasses.replace(Settings(), **change))
     publish_cache(tmp_path / "one", some_responses(3, samples_per_prompt=3))
     with pytest.raises(LopdError, match="1 folds"):
         residualise(tmp_path / "one", tmp_path / "e", Settings())

@@ -74,11 +74,17 @@ def test_the_reader_of_the_document_notices_damage(tmp_path: Path) -> None:
 def test_we_read_what_the_writer_of_the_document_writes(tmp_path: Path) -> None:
     rows = [
         {
-            "prompt_id": f"p{index}", "sample_index": 0, "prompt_ids": [1, 2], "token_ids": [3, 4, 5], "sampling_logprobs": [-0.5, -0.25, -1.0],
-            "teacher_logprobs": [-1.0, -0.5, -0.125], "finish_reason": "stop", "weight_version": "7",
+            "prompt_id": f"p{index}",
+            "sample_index": 0,
+            "prompt_ids": [1, 2],
+            "token_ids": [3, 4, 5],
+            "sampling_logprobs": [-0.5, -0.25, -1.0],
+            "teacher_logprobs": [-1.0, -0.5, -0.125],
+            "finish_reason": "stop",
+            "weight_version": "7",
         }
         for index in range(3)
-    ]  # fmt: skip
+    ]
     function("write_cache")(tmp_path / "a", rows)
     findings, figures = check_cache(tmp_path / "a")
     assert [str(finding) for finding in findings] == []

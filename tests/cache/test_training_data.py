@@ -118,6 +118,9 @@ def test_a_loss_that_needs_what_the_cache_has_not(tmp_path: Path) -> None:
     publish_cache(tmp_path / "a", some_responses(10))
     with pytest.raises(
         ConfigError,
-        match=r"needs teacher_top_logprobs: the cache has none; with score\.top_k = 16, for example",
+        match=(
+            "needs teacher_top_logprobs: the cache has none; "
+            r"with score\.top_k = 16, for example"
+        ),
     ):
         distillation_objective(job(tmp_path, tmp_path / "a", TOP_K))

@@ -121,10 +121,9 @@ def test_figures_and_files(
     lopd: Lopd, stand_ins: StandIns, arguments: list[str], tmp_path: Path
 ) -> None:
     shown = lopd(*arguments).succeeded().out
-    out, counts = (
-        tmp_path / "out",
-        [0, 1, 2, 3, 3, 3],
-    )  # right samples of each problem: the fourth is cut off
+    out = tmp_path / "out"
+    # The right samples of each problem. The fourth sample is cut off.
+    counts = [0, 1, 2, 3, 3, 3]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["mean"] == pytest.approx(sum(counts) / 24)
     assert summary["pass_at"] == pytest.approx(
@@ -147,7 +146,9 @@ def test_figures_and_files(
         for line in path.read_text().splitlines()
     ]
     assert len(transcripts) == 24
-    assert transcripts[4]["response"] == write_response(PROBLEMS[1], "careful")
+    assert transcripts[4]["response"] == write_response(PROBLEMS[1], "careful").removesuffix(
+        "<|im_end|>"
+    )
     assert transcripts[4]["messages"] == [{"role": "user", "content": f"{PROBLEMS[1].text}=?"}]
     assert summary["context_length"] == summary_context(out)
     assert stand_ins.served == ["model"]

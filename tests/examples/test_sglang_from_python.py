@@ -39,7 +39,10 @@ def check(text: str) -> None:
     assert 0 < float(found.group(1)) < 1e-3, "float32: 1e-5 was seen"
     for transport in ("disk", "tensor", "distributed"):
         assert re.search(
-            rf"MiB by {transport} in .* 102 tensors verified\n40 responses of the weights by-{transport}\n",
+            (
+                rf"MiB by {transport} in .* 102 tensors verified\n"
+                rf"40 responses of the weights by-{transport}\n"
+            ),
             text,
         ), text
 

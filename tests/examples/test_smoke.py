@@ -32,9 +32,18 @@ def test_everything_works_together(tmp_path: Path) -> None:
     done = smoke(tmp_path / "work", "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     expected = (
-        "imports", "SGLang serves it", "collectives: gloo, 2 ranks", "attention: PackedAttention", "step 1: loss", "step 2: loss", "weights by disk",
-        "weights by tensor", "weights by distributed", "answers from the weights that were synced last", "all of it works",
-    )  # fmt: skip
+        "imports",
+        "SGLang serves it",
+        "collectives: gloo, 2 ranks",
+        "attention: PackedAttention",
+        "step 1: loss",
+        "step 2: loss",
+        "weights by disk",
+        "weights by tensor",
+        "weights by distributed",
+        "answers from the weights that were synced last",
+        "all of it works",
+    )
     found = [done.stdout.index(text) for text in expected if text in done.stdout]
     assert len(found) == len(expected), done.stdout
     assert found == sorted(found), "in this order"

@@ -21,9 +21,8 @@ class _Name:
         if name.startswith("__"):
             raise AttributeError(name)
         found = _Name(f"{self._name}.{name}")
-        setattr(
-            self, name, found
-        )  # asked for twice it is the same, so it can be compared and looked up
+        # Later requests get the same object, so that it can be compared and looked up.
+        setattr(self, name, found)
         return found
 
     def __call__(self, *_: Any, **__: Any) -> Any:

@@ -1,7 +1,10 @@
 """Run by test_server_arguments.py in a process of its own: one server's arguments, resolved by the
 image's SGLang as on a node of H100s.
 
-    python -m tests.image.server_arguments JSON      # {"model": folder, "arguments": fields of ServerArgs}; prints what became of them
+    python -m tests.image.server_arguments JSON
+
+JSON is {"model": folder, "arguments": fields of ServerArgs}. The program prints what these fields
+become.
 
 A driver is not there. The process is given an empty one, and torch's answers about the GPUs, so
 that SGLang decides as on the node; nothing is computed.
@@ -18,9 +21,21 @@ import torch
 
 MEMORY = 85_520_809_984  # of an H100 of 80 GB
 SHOWN = (
-    "attention_backend", "sampling_backend", "grammar_backend", "chunked_prefill_size", "mem_fraction_static", "disable_custom_all_reduce",
-    "disable_radix_cache", "enable_deterministic_inference", "enable_memory_saver", "max_running_requests", "context_length", "tp_size", "ep_size", "dtype",
-)  # fmt: skip
+    "attention_backend",
+    "sampling_backend",
+    "grammar_backend",
+    "chunked_prefill_size",
+    "mem_fraction_static",
+    "disable_custom_all_reduce",
+    "disable_radix_cache",
+    "enable_deterministic_inference",
+    "enable_memory_saver",
+    "max_running_requests",
+    "context_length",
+    "tp_size",
+    "ep_size",
+    "dtype",
+)
 
 
 def as_on_a_node() -> None:

@@ -1,7 +1,9 @@
 """What we call of megatron-core, Transformer Engine and SGLang, and the signatures of what we call.
 
-    python -m tests.image.signatures            # prints what the installed packages have, as JSON
-    python -m tests.image.signatures --record   # writes it into signatures.json, under the packages' versions
+    python -m tests.image.signatures
+        prints what the installed packages have, as JSON
+    python -m tests.image.signatures --record
+        writes it into signatures.json, under the packages' versions
 
 The calls are found in our sources: each name imported from one of the packages, at the top or in a
 function, and each place that calls it. signatures.json holds the signatures of the supported

@@ -1,12 +1,12 @@
 """What a process of the image's checks sees of Transformer Engine. run.sh puts this on its path.
 
 Its compiled part, transformer_engine_torch, exists as source only and needs nvcc, and its kernels
-need
-a GPU. LOPD_ENGINE says what stands in its place:
+need a GPU. LOPD_ENGINE says what stands in its place:
 
     hidden   Transformer Engine is not found, as if it were not installed (the default). A stand-in
              that is first on the path is found.
-    stub     Transformer Engine's own Python is found. The compiled part is tests/image/extension.py.
+    stub     Transformer Engine's own Python is found. The compiled part is
+             tests/image/extension.py.
     real     Nothing is changed: the compiled part is installed.
 """
 

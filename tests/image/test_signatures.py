@@ -93,7 +93,12 @@ def test_a_call_that_is_refused_is_noticed() -> None:
 def test_imports_in_functions_and_under_other_names_are_found() -> None:
     import ast
 
-    text = "def f():\n    import megatron.core.tensor_parallel.random as r\n    from megatron.core import dist_checkpointing as d\n    import json as j\n"
+    text = (
+        "def f():\n"
+        "    import megatron.core.tensor_parallel.random as r\n"
+        "    from megatron.core import dist_checkpointing as d\n"
+        "    import json as j\n"
+    )
     assert imported(ast.parse(text)) == {
         "r": "megatron.core.tensor_parallel.random",
         "d": "megatron.core.dist_checkpointing",

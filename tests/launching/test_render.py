@@ -90,9 +90,8 @@ POD: dict[str, Any] = table(
 )
 POD_2_1 = table({key: POD["properties"][key] for key in ("volumes", "containers")})
 NODE = {"name": {"const": "node"}, "template": nested(("spec", "template"), {"spec": POD})}
-TRAIN_JOB: dict[
-    str, Any
-] = {  # the part of Kubeflow Trainer's TrainJob (trainer.kubeflow.org/v1alpha1) that is used
+# The part of Kubeflow Trainer's TrainJob (trainer.kubeflow.org/v1alpha1) that is used.
+TRAIN_JOB: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "required": ["apiVersion", "kind", "metadata", "spec"],
@@ -197,9 +196,8 @@ def test_golden_files_are_of_this_plan(case: str) -> None:
         if case == "docker":
             about = json.loads(text)
             assert about["after"] == list(job.after)
-            [shell, _, line] = shlex.split(
-                about["command"]
-            )  # as docker's client takes it apart, and then bash
+            # The command is split as docker's client does it, and then as bash does it.
+            [shell, _, line] = shlex.split(about["command"])
             assert (shell, shlex.split(line.partition(" 2>&1")[0])) == ("bash", list(job.command))
             assert ("device_requests" in about) == (job.gpus > 0)
             assert f"{plan.run_dir}:{plan.run_dir}" in about["volumes"]

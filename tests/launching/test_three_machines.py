@@ -176,10 +176,9 @@ def error_lines(text: str) -> list[str]:
 @pytest.mark.slow
 def test_two_machines_are_one_to_the_bit(alone: Path, three: list[Machine], tmp_path: Path) -> None:
     run = without(tmp_path / "run", alone, "sft", "distill")
-    for stage in (
-        "sft",
-        "distill",
-    ):  # distill reads the rollouts that are there: they are this student's only if sft gave the same weights
+    # The stage distill reads the existing rollouts. They are this student's only if sft gave the
+    # same weights.
+    for stage in ("sft", "distill"):
         codes, said, _ = spread(stage, run, three[:2])
         assert codes == [0, 0], said
         assert weights(run, stage) == weights(alone, stage)

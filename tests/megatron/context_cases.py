@@ -51,9 +51,8 @@ RESUMED = {
     "four context ranks": {"context": 4},
     "tensor, expert, data": {"tensor": 2, "expert": 2},
 }
-GENTLE: dict[str, Any] = {
-    "optimizer": {"lr": 1e-3}
-}  # where few tokens decide, rounding grows faster
+# Where few tokens decide, rounding grows faster.
+GENTLE: dict[str, Any] = {"optimizer": {"lr": 1e-3}}
 CONTROLS = ("contiguous chunks", "positions of each part from 0")
 
 
@@ -117,7 +116,7 @@ def two_ranks(model: str, dtype: str = "float32") -> dict[str, Any]:
 def broken(name: str) -> Iterator[None]:
     """Context parallelism with a fault, or "right" without one."""
     faults = {
-        "contiguous chunks": ("lopd.megatron.model.context.cut", contiguous),
+        "contiguous chunks": ("lopd.megatron.model.context.context_part", contiguous),
         "positions of each part from 0": (
             "megatron.core.models.common.embeddings.rope_utils._get_thd_freqs_on_this_cp_rank",
             from_zero,

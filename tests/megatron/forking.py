@@ -23,8 +23,17 @@ from pathlib import Path
 
 from lopd.processes import die_with_parent
 
-IMPORTS = ("pytest", "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen3_moe.modeling_qwen3_moe", "tests.megatron.parity_cases",
-           "tests.megatron.trainer_cases", "tests.models", "lopd.megatron.checkpoints.checkpoint", "lopd.megatron.weights.transfer", "lopd.stages.training_data")  # fmt: skip
+IMPORTS = (
+    "pytest",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "tests.megatron.parity_cases",
+    "tests.megatron.trainer_cases",
+    "tests.models",
+    "lopd.megatron.checkpoints.checkpoint",
+    "lopd.megatron.weights.transfer",
+    "lopd.stages.training_data",
+)
 
 
 def fork_store() -> tuple[int, int]:
@@ -87,9 +96,8 @@ def run(
                     codes[child] = ended[1]
             failed = next((code for code in codes.values() if code), 0)
             failed_at = failed_at or (time.monotonic() if failed else 0.0)
-            if (
-                failed and time.monotonic() > failed_at + 0.5
-            ):  # the others may have something to say of it
+            # The other ranks may still have something to report about the failure.
+            if failed and time.monotonic() > failed_at + 0.5:
                 return failed
             if time.monotonic() > deadline:
                 return None

@@ -19,11 +19,25 @@ from tests.megatron.parity_cases import LENGTHS, Case, forward_of, load_model
 
 # Qwen3-30B-A3B: one of its 48 layers has 640 million weights.
 QWEN3_30B_A3B = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 2048, "num_hidden_layers": 48,
-    "vocab_size": 151_936, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "vocab_size": 151_936,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 BYTES_PER_WEIGHT = 18  # bfloat16 weight, float32 gradient, copy and two moments
 RESERVE = 30e9  # activations, blocks of logits, the allocator
 

@@ -154,7 +154,7 @@ def poisoned(model: str) -> str:
 
 
 def entropies(model: str) -> dict[str, Any]:
-    """The figures of one step with and without entropy, and the entropy of dense logits before it."""
+    """Return the figures of a step with and without entropy, and that of dense logits before it."""
     settings = settings_of()
     parallel.initialize(settings.parallel, seed=1, timeout_s=500)
     microbatches = [build_microbatch(samples_of(0)[:4], 2), build_microbatch(samples_of(0)[4:8], 2)]

@@ -90,7 +90,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def resume_offloaded(model: str, folder: str) -> dict[str, Any]:
-    """Two ranks: saved after FIRST_STEPS and gone on with, against a training that was not broken."""
+    """Compare a training that was saved and continued with an unbroken one, on two ranks."""
     with as_on_a_gpu():
         results = {
             name: _there_and_back(model, folder, name, table) for name, table in CASES.items()
@@ -194,7 +194,7 @@ def _with_wrong_count(model: str, folder: str) -> dict[str, Any]:
 
 
 def _written_late(model: str, folder: str) -> dict[str, Any]:
-    """A background checkpoint whose writer begins only after the next step has changed the state."""
+    """Write a checkpoint in the background only after the next step has changed the state."""
     found = {}
     own_copies = writing.own_copies
     for name, copies in (

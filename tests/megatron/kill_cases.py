@@ -28,12 +28,9 @@ CHECKPOINT_EVERY = 2
 
 
 def train(model: str, folder: Path) -> None:
-    """Goes on from whatever is there; each step's figures as a line of steps.jsonl, then done.json."""
-    background = folder.name in (
-        "training-0",
-        "training-2",
-        "training-4",
-    )  # the others wait for each checkpoint
+    """Continue from what exists. Write the figures of each step to steps.jsonl, then done.json."""
+    # The other folders wait for each checkpoint.
+    background = folder.name in ("training-0", "training-2", "training-4")
     settings = settings_of(
         LAYOUT, num_steps=NUM_STEPS, keep_checkpoints=2, checkpoint_in_background=background
     )

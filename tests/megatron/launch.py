@@ -3,13 +3,14 @@ rank returned.
 
     from tests.megatron.launch import run_ranks
 
-    def body(folder: str, tensor: int) -> dict[str, float]:      # top level of an importable module, e.g. tests/megatron/test_parity.py
+    def body(folder: str, tensor: int) -> dict[str, float]:
         parallel.initialize(...)
-        return {"loss": 1.25}                                     # anything JSON can hold
+        return {"loss": 1.25}  # anything JSON can hold
 
     def test_it(tmp_path):
-        results = run_ranks(body, 2, folder=str(tmp_path), tensor=2)   # [rank 0's, rank 1's]
+        results = run_ranks(body, 2, folder=str(tmp_path), tensor=2)  # [rank 0's, rank 1's]
 
+The body stands at the top level of an importable module, such as tests/megatron/test_parity.py.
 Arguments and results travel as JSON (a float64 keeps its bits; tensors go as lists or through a
 file). An exception or a dead rank raises RanksFailed with the end of the log; a hang ends after
 timeout_s. Process groups are the body's business: ``lopd.megatron.ranks.parallel.initialize`` reads
@@ -165,7 +166,7 @@ class _Forks:
         self._log: IO[bytes] | None = None
 
     def run(self, folder: Path, num_ranks: int, threads: int, timeout_s: float) -> int | None:
-        """Exit code, or None where the ranks were still running after timeout_s and were stopped."""
+        """Return the exit code, or None if the ranks were stopped because timeout_s had passed."""
         if self._process is None:
             self._start()
         assert self._process is not None
@@ -191,7 +192,8 @@ class _Forks:
             assert self._log is not None
             self._log.seek(0)
             raise RanksFailed(
-                f"the process that forks ranks ended:\n{self._log.read().decode(errors='replace')[-3000:]}"
+                "the process that forks ranks ended:\n"
+                f"{self._log.read().decode(errors='replace')[-3000:]}"
             )
         code: int | None = json.loads(answer)
         return code
@@ -200,9 +202,16 @@ class _Forks:
         command = [sys.executable, "-W", "ignore", "-m", "tests.megatron.forking"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process lives
         self._process = subprocess.Popen(
-            command, env=_environment(), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            start_new_session=True, preexec_fn=partial(die_with_parent, os.getpid()),
-        )  # fmt: skip
+            command,
+            env=_environment(),
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
 
     def _end(self) -> None:
         assert self._process is not None

@@ -41,7 +41,8 @@ def main(case: str, timeout_s: float) -> None:
     # One write: print would write the end of the line apart, and the other rank's line could come
     # between.
     sys.stdout.write(
-        f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads: {os.environ['LOPD_CASE']}\n"
+        f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads: "
+        f"{os.environ['LOPD_CASE']}\n"
     )
     if case == "works":
         if rank == 0:  # as torch's torch_shm_manager: a session of its own, and the rank's stderr
@@ -53,7 +54,8 @@ def main(case: str, timeout_s: float) -> None:
         print(f"rank {rank} is done")
         return
     if case in ("stopped", "absent"):
-        import lopd.megatron.ranks.parallel  # noqa: F401  # before anybody watches: what a library does while it is loaded may keep the heartbeat waiting
+        # This comes before anybody watches: a library that is being loaded may delay the heartbeat.
+        import lopd.megatron.ranks.parallel  # noqa: F401
 
         with reporting_errors():
             train(case, timeout_s if case == "absent" else 3600)

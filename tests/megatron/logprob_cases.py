@@ -20,9 +20,8 @@ NUM_TOKENS = 37
 HIDDEN = 24
 VOCAB = 302
 SMALL_BLOCK = NUM_TOKENS * 50 * 4  # seven blocks, the last one shorter
-PADDED_FROM = (
-    291  # rows of vocabulary where some are padding; the second of two ranks holds padding then
-)
+# With this many rows the vocabulary has padding, which the second of two ranks holds.
+PADDED_FROM = 291
 VOCABULARIES = {"all rows": VOCAB, "second rank has padding only": 150}  # of two ranks
 
 
@@ -194,7 +193,10 @@ def _triton(
     entropy: bool = True,
     change: Callable[[Case], None] | None = None,
 ) -> dict[str, float]:
-    """Differences from the dense form in float64; change: what is done to the case between the two."""
+    """Return the differences from the dense form in float64.
+
+    change is applied to the case after the dense form and before the kernel.
+    """
     expected = case.dense(entropy=entropy)
     if change is not None:
         change(case)
@@ -214,7 +216,8 @@ def _far_above() -> dict[str, float]:
     maximum is lost.
     """
     case = Case()
-    case.hidden[:, 0], case.weight[:, 0] = 8, 0
+    case.hidden[:, 0] = 8
+    case.weight[:, 0] = 0
     case.weight[:64, 0] = 12.5
     return _triton(case)
 

@@ -13,15 +13,9 @@ from torch import Tensor
 from lopd.config import ParallelSection
 from lopd.megatron.weights.architecture import Architecture
 
-LENGTHS = [
-    10,
-    23,
-    7,
-    1,
-    24,
-    7,
-    24,
-]  # uneven, repeated ones, one of a single token; 96 in all, which divides by two tensor ranks
+# The lengths are uneven, some repeat, and one is a single token. Their sum is 96, which divides by
+# two tensor ranks.
+LENGTHS = [10, 23, 7, 1, 24, 7, 24]
 # Of logits, log-probabilities and entropies in float32, where one unit in the last place of a
 # number between 8 and 16 is 1e-6. The largest difference seen on any processor is 5.5e-6, the least
 # that a wrong model makes 5e-2.
@@ -49,15 +43,13 @@ class Case:
         self.bounds = torch.tensor(
             [0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32
         )
-        self.weight = torch.rand(
-            len(self.tokens), generator=generator
-        )  # [T], so that every token counts differently in the gradient
+        # The weights [T] make every token count differently in the gradient.
+        self.weight = torch.rand(len(self.tokens), generator=generator)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        self.logits = torch.cat(
-            [model(sequence[None]).logits[0] for sequence in sequences]
-        )  # [T, V], one sequence at a time
+        # The logits [T, V] come from one sequence at a time.
+        self.logits = torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
         self.logprobs = self.logits.log_softmax(-1)[torch.arange(len(self.labels)), self.labels]
         (self.logprobs * self.weight).sum().backward()
         self.gradients = {

@@ -102,6 +102,7 @@ def fused_gradients() -> dict[str, list[float]]:
         for _ in range(3):
             model(torch.randn(4, 8)).square().sum().backward()
         model.finish_grad_sync()
-        found[name] = layer.weight.main_grad.flatten().tolist()  # type: ignore[attr-defined, operator]
+        weight: Any = layer.weight
+        found[name] = weight.main_grad.flatten().tolist()
     parallel.shutdown()
     return found

@@ -30,9 +30,8 @@ from tests.models import write_qwen3_dense, write_qwen3_moe
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of a training that was killed one step after it saved."""
     root = tmp_path_factory.mktemp("checkpoints")
-    write_qwen3_moe(
-        root / "model", vocab_size=515
-    )  # of 520 rows with padding, so that every change of layout cuts those anew too
+    # It becomes 520 rows with padding, so that every change of layout cuts them anew too.
+    write_qwen3_moe(root / "model", vocab_size=515)
     write_qwen3_dense(root / "dense")
     with pytest.raises(RanksFailed, match="all saved, one step lost"):
         run_ranks(
@@ -140,9 +139,9 @@ def test_through_another_layout_and_back_is_bit_for_bit(results: list[dict[str, 
 
 def test_another_layout_is_told(results: list[dict[str, Any]]) -> None:
     (note,) = results[0]["data -> tensor"]["notes"]
-    assert (
-        note
-        == "checkpoint step-000003 is of another layout (tensor 1 -> 2): weights and optimizer state continue, equal up to rounding"
+    assert note == (
+        "checkpoint step-000003 is of another layout (tensor 1 -> 2): "
+        "weights and optimizer state continue, equal up to rounding"
     )
     assert results[1]["data -> tensor"]["notes"] == [], "once, on rank 0"
 
@@ -179,7 +178,10 @@ def test_a_damaged_checkpoint_is_set_aside_in_a_line_and_leftovers_are_removed(
     found = results[0]["damaged"]
     assert found["state"] == {"cursor": 2, "note": "data"}
     (note,) = found["notes"]
-    told = r"checkpoint step-000003 is damaged \((.+)\) and set aside as step-000003\.damaged; the training continues from step-000002"
+    told = (
+        r"checkpoint step-000003 is damaged \((.+)\) and set aside as step-000003\.damaged; "
+        "the training continues from step-000002"
+    )
     assert re.fullmatch(told, note), note
     assert re.search(r"\(__\d_\d\.distcp: \d+ bytes instead of \d+\)", note)
     assert found["left"] == ["latest", "step-000002", "step-000003.damaged"]

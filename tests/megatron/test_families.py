@@ -70,10 +70,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             )
         ),
     )
-    rope = {
-        **LLAMA3,
-        "rope_theta": 5e5,
-    }  # of 8 frequencies 4 are too fast for the scaling, one is between, 3 are divided by 32
+    # Of 8 frequencies, 4 are too fast for the scaling, one is between, and 3 are divided by 32.
+    rope = {**LLAMA3, "rope_theta": 5e5}
     _write(
         root / "llama",
         LlamaForCausalLM(

@@ -47,11 +47,12 @@ def test_the_formula_counts_what_torch_counts(num_experts: int, tmp_path: Path) 
     tokens = torch.randint(0, 320, (1, LENGTH))
     with FlopCounterMode(display=False) as counter:
         model(tokens).logits.sum().backward()
+    # Eager attention masks the upper half of the scores, but computes it.
     uncausal = (
         training_flops(arch, [LENGTH])
         - training_flops(arch, [])
         + 6 * arch.num_layers * arch.num_heads * arch.head_dim * LENGTH**2
-    )  # eager masks, but computes, the upper half
+    )
     assert counter.get_total_flops() == pytest.approx(uncausal, rel=0.01)
     without_heads = dataclasses.replace(arch, vocab_size=1)
     assert training_flops(without_heads, [LENGTH]) < 0.9 * training_flops(arch, [LENGTH]), (
@@ -77,10 +78,23 @@ def test_active_weights_of_a_known_model(tmp_path: Path) -> None:
 
 def _qwen3_30b_a3b(folder: Path) -> Path:
     shape = {
-        "model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936, "intermediate_size": 6144,
-        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    }  # fmt: skip
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "vocab_size": 151936,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
     (folder / "config.json").write_text(json.dumps(shape))
     return folder
 

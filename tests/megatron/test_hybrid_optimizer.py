@@ -96,9 +96,8 @@ def test_weights_in_two_halves_come_back_to_the_bit() -> None:
     weights = torch.cat([weights, edges.view(torch.float32)])
     rounded, remainder = split(weights)
     assert torch.equal(joined(rounded, remainder).view(torch.int32), weights.view(torch.int32))
-    halves = (
-        weights.view(torch.int32) & 0xFFFF
-    ) == 0x8000  # where rounding to even is another thing
+    # These values lie halfway, where rounding to even gives another result.
+    halves = (weights.view(torch.int32) & 0xFFFF) == 0x8000
     assert torch.equal(rounded[~halves], weights.bfloat16()[~halves])
     assert halves.sum() >= 2
     without_undoing = (rounded.view(torch.int16).to(torch.int32) << 16) | (

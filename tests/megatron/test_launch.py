@@ -74,7 +74,7 @@ def eventually_none(mark: str, patience_s: float = 60.0) -> bool:
     return not processes_with(mark)
 
 
-def test_lines_of_all_ranks_reach_the_caller_and_the_log_also_where_a_process_of_another_session_keeps_the_pipe(
+def test_lines_of_all_ranks_are_seen_also_where_a_process_of_another_session_keeps_the_pipe(
     tmp_path: Path,
 ) -> None:
     lines = start("works", tmp_path)
@@ -104,9 +104,8 @@ def test_an_error_that_a_rank_reports_is_raised_as_it_was(tmp_path: Path) -> Non
     [("raises", "RuntimeError: gradients of the wrong shape"), ("killed", "ended with code 1")],
 )
 def test_a_rank_that_fails_takes_the_others_along(case: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainingError, match=told
-    ) as raised:  # the waiting rank would sleep for an hour
+    # If it were not stopped, the waiting rank would sleep for an hour.
+    with pytest.raises(TrainingError, match=told) as raised:
         start(case, tmp_path)
     assert "\n" not in str(raised.value)
     assert str(tmp_path / "train.log") in str(raised.value)
@@ -118,7 +117,10 @@ def test_no_rank_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
     mark = mark_of(tmp_path)
     # a shell ignores SIGINT for what it runs in the background, and a child inherits that
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{heed}; from tests.megatron.test_launch import *; start('waits', Path({str(tmp_path)!r}), mark={mark!r})"
+    code = (
+        f"{heed}; from tests.megatron.test_launch import *; "
+        f"start('waits', Path({str(tmp_path)!r}), mark={mark!r})"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     log = tmp_path / "train.log"
     deadline = time.monotonic() + 200

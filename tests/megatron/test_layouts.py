@@ -14,9 +14,8 @@ from tests.megatron.test_trainer import difference
 from tests.megatron.trainer_cases import NUM_STEPS
 from tests.models import write_qwen3_moe
 
-pytestmark = (
-    pytest.mark.slow
-)  # four ranks on two cores: the layouts of two ranks are in test_trainer.py
+# Four ranks run on two cores here. The layouts of two ranks are in test_trainer.py.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

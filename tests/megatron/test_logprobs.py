@@ -94,12 +94,8 @@ def on_gpu(case: Case) -> Case:
     return case
 
 
-LARGE = {
-    "num_tokens": 300,
-    "num_rows": 9_001,
-    "hidden_size": 200,
-    "vocab": 8_990,
-}  # several tiles and splits of every size, none of them full
+# These sizes give several tiles and splits of each kind, none of them full.
+LARGE = {"num_tokens": 300, "num_rows": 9_001, "hidden_size": 200, "vocab": 8_990}
 
 
 @pytest.mark.gpu
@@ -255,9 +251,8 @@ def test_memory_is_a_fraction_of_the_dense_form(tmp_path: Path) -> None:
     figures = json.loads(file.read_text())
     assert figures["memory_ratio"] < 1 / 8
     within(figures["difference"], LIMIT)
-    assert (
-        figures["dense"]["bytes"] > 2 * 1024 * 20480 * 4
-    )  # the measure sees the dense form's copies
+    # The measure must see the copies that the dense form makes.
+    assert figures["dense"]["bytes"] > 2 * 1024 * 20480 * 4
 
 
 @pytest.mark.parametrize("failing", ["triton", "blocks"])

@@ -96,10 +96,11 @@ def test_what_a_former_run_left_is_forgotten(tmp_path: Path) -> None:
             "192.0.2.7",
         ),
         ("Read error [::ffff:192.0.2.7]:4242: Connection reset by peer", "192.0.2.7"),
+        # This is a rank of this machine: its own message says why it ended.
         (
             "Connection closed by peer [127.0.0.1]:4242",
             None,
-        ),  # a rank of this machine, whose own words tell why
+        ),
         ("shape '[2, 3]' is invalid for input of size 5", None),
     ],
 )

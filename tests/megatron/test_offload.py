@@ -23,7 +23,7 @@ LAYOUTS: dict[int, dict[str, Any]] = {1: {}, 2: {"expert": 2}}
 def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """The results of every rank, of one and of two (experts split, everything else data-parallel)."""
+    """Results of each rank, of one and of two ranks (experts split, the rest data-parallel)."""
     folder = tmp_path_factory.mktemp("offload")
     return run_ranks(
         leave_and_come_back,
@@ -41,9 +41,8 @@ def test_it_trains_on_to_the_bit(ranks: list[dict[str, Any]]) -> None:
         ):
             assert rank[name]["left"] == rank[name]["stayed"], name
             assert len(set(rank[name]["left"]["loss"])) == STEPS
-        assert (
-            rank["forgetful"]["loss"] != rank["float32 distributed"]["stayed"]["loss"]
-        )  # the control: the optimizer's state came back as zeros
+        # Control: the optimizer's state came back as zeros.
+        assert rank["forgetful"]["loss"] != rank["float32 distributed"]["stayed"]["loss"]
 
 
 def test_what_leaves_is_no_longer_held(ranks: list[dict[str, Any]]) -> None:
@@ -65,12 +64,10 @@ def test_what_leaves_is_no_longer_held(ranks: list[dict[str, Any]]) -> None:
             assert nothing == {"gradients": 0, "optimizer": 0, "weights": 0}
             assert after == before
     float32, bfloat16 = (ranks[0][f"{case} plain"]["memory"][0] for case in ("float32", "bfloat16"))
-    assert (
-        float32["optimizer"] == 2 * float32["weights"]
-    )  # two moments; what they update are the weights
-    assert (
-        5.9 < bfloat16["optimizer"] / bfloat16["weights"] <= 6
-    )  # and a float32 copy; norms of 64 elements are padded in buffers
+    # The optimizer holds two moments and updates the weights themselves.
+    assert float32["optimizer"] == 2 * float32["weights"]
+    # Here it also holds a float32 copy. Norms of 64 elements are padded in buffers.
+    assert 5.9 < bfloat16["optimizer"] / bfloat16["weights"] <= 6
 
 
 def test_nobody_reads_what_is_away(ranks: list[dict[str, Any]]) -> None:

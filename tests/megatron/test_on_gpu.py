@@ -174,7 +174,7 @@ def test_logprobs_without_logits_at_full_size(tmp_path: Path, figures: Figures) 
 @on_gpu
 @pytest.mark.parametrize("recompute", ["full", "none"])
 def test_a_stage_of_qwen3_30b_a3b(recompute: str, tmp_path: Path, figures: Figures) -> None:
-    """As many of its 48 layers as fit; the last of five steps counts. Memory against the planner."""
+    """Train as many of its 48 layers as fit for five steps. Compare memory with the planner's."""
     whole = read_architecture(write_stage(tmp_path / "whole", 48))
     layers = layers_that_fit(whole, torch.cuda.mem_get_info()[0], recompute)
     assert layers > 0, "not one layer fits"

@@ -24,7 +24,7 @@ LAYOUTS = [
 
 
 def _gradients(model: Any, case: Case) -> dict[str, Tensor]:
-    """Gradient of the weighted sum of log-probabilities, by Megatron name, of a model on one rank."""
+    """Gradient of the weighted sum of log-probabilities on one rank, by Megatron name."""
     from lopd.megatron.weights.transfer import local_parameters
 
     (forward_of(model, case, labels=case.labels)[0] * case.weight).sum().backward()
@@ -131,8 +131,18 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     write_qwen3_moe(root / "moe")
     write_qwen3_moe(root / "unnormalised", norm_topk_prob=False)
     torch.manual_seed(0)
-    dense = Qwen3Config(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                        tie_word_embeddings=True, max_position_embeddings=512, initializer_range=0.1)  # fmt: skip
+    dense = Qwen3Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
     Qwen3ForCausalLM(dense).save_pretrained(root / "dense")
     return run_ranks(
         _body,

@@ -192,7 +192,10 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(
         LopdError,
-        match=r"parallel of the teacher: number of key-value heads \(2\) does not divide by tensor \(4\)",
+        match=(
+            "parallel of the teacher: "
+            r"number of key-value heads \(2\) does not divide by tensor \(4\)"
+        ),
     ):
         MegatronScorer(model, ForwardSection(parallel={"ranks": 4, "tensor": 4}), folder=tmp_path)
 

@@ -89,7 +89,8 @@ def test_what_is_not_there_is_not_fused(
 def test_yarn_is_not_rotated_by_the_fused_kernel(moe: Architecture, kernels: None) -> None:
     """It would leave out the factor on queries and keys, without a word."""
     yarn = SimpleNamespace(factor=4.0)
-    assert engine_fusions(dataclasses.replace(moe, yarn=yarn))["apply_rope_fusion"] is False  # type: ignore[arg-type]
+    with_yarn = dataclasses.replace(moe, yarn=yarn)  # type: ignore[arg-type]
+    assert engine_fusions(with_yarn)["apply_rope_fusion"] is False
 
 
 def configured(arch: Architecture, dtype: str, recompute: str = "none", **overrides: Any) -> Any:

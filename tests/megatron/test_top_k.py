@@ -26,10 +26,11 @@ from tests.models import VOCAB_SIZE, write_qwen3_moe
 K = 6
 LIMIT = 1e-4
 DIRECTIONS = ("reverse", "forward")
+# The first comes after all other layers, and the second before them.
 LAYERS = {
     "lm_head.weight": "output_layer.weight",
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
-}  # behind and before everything else
+}
 
 
 def with_top_k(samples: list[Sample]) -> list[Sample]:
@@ -92,12 +93,13 @@ def reference(model: Path, direction: str) -> dict[str, Any]:
     tails = []
     for sample in with_top_k(samples_of(0, 8)):
         assert sample.teacher_top is not None
+        # The shape is [L - 1, V].
         log_q = torch.log_softmax(
             student(torch.as_tensor(sample.token_ids.astype(np.int64))[None])
             .logits[0, :-1]
             .double(),
             -1,
-        )  # [L - 1, V]
+        )
         log_p = torch.as_tensor(sample.teacher_top.logprobs[1:]).double()  # [L - 1, K]
         chosen = log_q.gather(1, torch.as_tensor(sample.teacher_top.ids[1:]).long())
         both = [
@@ -134,9 +136,8 @@ def test_step_is_that_of_dense_logits(ranks: int, tmp_path: Path) -> None:
         for name in ("loss", "grad_norm", "top_k_kl", "tail"):
             close(got[0][name], want[name], rel=LIMIT, name=name)
         for name in LAYERS:
-            gradient = torch.cat(
-                [torch.tensor(rank[name], dtype=torch.float64) for rank in got]
-            )  # rows of all ranks
+            # The rows of all ranks together.
+            gradient = torch.cat([torch.tensor(rank[name], dtype=torch.float64) for rank in got])
             far = {
                 other: (
                     (gradient - expected[other][name]).abs().max()

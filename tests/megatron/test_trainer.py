@@ -156,9 +156,8 @@ def hugging_face_steps(folder: Path, *, spare_norms: bool) -> dict[str, list[flo
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=EPS)
     losses = []
     norms = []
-    for step, share in enumerate(
-        (0.5, 1.0, 1.0, 0.75, 0.25)
-    ):  # two steps of warm-up, then a cosine over three
+    # There are two steps of warm-up, then a cosine over three.
+    for step, share in enumerate((0.5, 1.0, 1.0, 0.75, 0.25)):
         total = torch.zeros(())
         count = 0
         for sample in samples_of(step):
@@ -210,9 +209,8 @@ def test_logprobs_of_every_layout_are_those_of_hugging_face(
         with torch.no_grad():
             logprobs = reference(token_ids[None]).logits[0].log_softmax(-1)
         expected += [*logprobs[:-1].gather(1, token_ids[1:, None])[:, 0].tolist(), 0.0]
-        known += [True] * (len(sample) - 1) + [
-            False
-        ]  # the last position of a sequence predicts nothing
+        # The last position of a sequence predicts nothing.
+        known += [True] * (len(sample) - 1) + [False]
     expected = torch.tensor(expected)
     mask = torch.tensor(known)
     for values in (

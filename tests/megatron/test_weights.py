@@ -235,9 +235,8 @@ def test_random_weights_do_not_depend_on_the_layout(on_four_ranks: dict[str, Any
     figures = on_four_ranks["random"]
     assert figures["model.embed_tokens.weight"][1] == pytest.approx(0.02, rel=0.02)
     assert figures["model.norm.weight"] == [64.0, 0.0]
-    assert (
-        len({total for total, _ in figures.values()}) > len(figures) - 12
-    )  # each tensor has numbers of its own; the norms are all ones
+    # Each tensor has numbers of its own, except the norms, which are all ones.
+    assert len({total for total, _ in figures.values()}) > len(figures) - 12
 
 
 def test_a_part_of_each_tensor_for_each_rank_covers_it_once(checkpoint: Path) -> None:

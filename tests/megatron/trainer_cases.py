@@ -40,7 +40,7 @@ BALANCED: dict[str, Any] = {"moe_aux_loss": 0.5, "optimizer": {"lr": 1e-3}}
 
 
 def samples_of(step: int, count: int = 16) -> list[Sample]:
-    """Responses of 2 to 39 tokens, the last part of which carries loss; random log-probabilities."""
+    """Responses of 2 to 39 tokens whose last part carries loss, with random log-probabilities."""
     generator = np.random.default_rng(step)
     samples = []
     for _ in range(count):

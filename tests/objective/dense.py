@@ -14,9 +14,9 @@ from lopd.records import Sample
 
 VOCAB_SIZE = 13
 MAX_LEN = 64
-TokenLoss = Callable[
-    [Tensor, Tensor], Tensor
-]  # (student's, teacher's log-probabilities of a response's tokens [N]) -> losses [N]
+# Takes the student's and the teacher's log-probabilities of a response's tokens [N]. Returns the
+# losses [N].
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def random_samples(lengths: Sequence[int], *, seed: int = 0) -> list[Sample]:

@@ -14,10 +14,8 @@ from tests.objective.dense import TableModel, dense_loss, huber, random_samples,
 
 CLIP = 1.5
 AGGREGATIONS: tuple[Aggregation, ...] = ("response_mean", "token_mean", "token_sum")
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-}  # relative to the largest entry of the gradient
+# Relative to the largest entry of the gradient.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 LENGTHS = (9, 2, 31, 1, 17, 5, 12)  # of 1 token: a sample without any loss token
 
 

@@ -261,7 +261,8 @@ class TestReferenceKL:
             1,
             sampling_logprobs=reference.flatten(),
         )
-        terms = ReferenceKL(0.7, direction, weight_cap=1e9)(student.flatten(), batch)  # type: ignore[arg-type]
+        term = ReferenceKL(0.7, direction, weight_cap=1e9)  # type: ignore[arg-type]
+        terms = term(student.flatten(), batch)
         expected = (reference.exp().flatten() * terms).sum()
         forward = (reference.exp() * (reference - student)).sum()
         reverse = (student.exp() * (student - reference)).sum()
@@ -341,7 +342,8 @@ class TestComposition:
         output = packed_output(model, samples, everything)
         within(gradient_difference(model, output, dense(model, samples, reference)), 1e-8)
         for without in ({"selections": ()}, {"weightings": ()}, {"reference": None}):
-            other = packed_output(model, samples, replace(everything, **without))  # type: ignore[arg-type]
+            fewer = replace(everything, **without)  # type: ignore[arg-type]
+            other = packed_output(model, samples, fewer)
             ours = gradient(model, output.loss_sum / output.num_items)
             theirs = gradient(model, other.loss_sum / other.num_items)
             apart(
@@ -351,7 +353,7 @@ class TestComposition:
             )
 
     def test_packing_changes_nothing(self, model: TableModel, samples: list[Sample]) -> None:
-        """Each response in a microbatch of its own, against all in one: loss, gradient and metrics."""
+        """One microbatch a response gives the same loss, gradient and metrics as one for all."""
         objective = replace(EVERYTHING, teachers=())
         whole = packed_output(model, samples, objective)
         parts = [packed_output(model, [sample], objective) for sample in samples]

@@ -82,9 +82,8 @@ def dense_kl(
     student = coarse(torch.log_softmax(logits, -1), ids, support)
     target = coarse(teacher, ids, support)
     first, second = (student, target) if direction == "reverse" else (target, student)
-    each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(
-        -1
-    )  # KL(first || second), [T]
+    # This is KL(first || second), with shape [T].
+    each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(-1)
     return torch.stack([each[:5].mean(), each[5 : NUM_TOKENS - 2].mean()]).mean()
 
 
@@ -98,7 +97,13 @@ def test_loss_and_gradient_equal_the_dense_reference(
     (gradient,) = torch.autograd.grad(loss, logits)
     for other_direction in ("reverse", "forward"):
         for other_support in ("tail", "renormalised"):
-            reference = dense_kl(logits, teacher, other_direction, other_support, K)  # type: ignore[arg-type]
+            reference = dense_kl(
+                logits,
+                teacher,
+                other_direction,  # type: ignore[arg-type]
+                other_support,  # type: ignore[arg-type]
+                K,
+            )
             (expected,) = torch.autograd.grad(reference, logits)
             if (other_direction, other_support) == (direction, support):
                 close(loss, reference, rel=1e-10)

@@ -43,7 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.parent == Path(__file__).parent and item.path.stem in THE_EXAMPLES:
                 item.add_marker(
                     pytest.mark.skip(
-                        reason=f"the example trains on {EXAMPLE_RANKS} ranks; lopd refuses more ranks than CPU cores"
+                        reason=(
+                            f"the example trains on {EXAMPLE_RANKS} ranks; "
+                            "lopd refuses more ranks than CPU cores"
+                        )
                     )
                 )
 
@@ -71,7 +74,7 @@ def completed(tmp_path_factory: pytest.TempPathFactory) -> CompletedRun:
 
 @pytest.fixture
 def done_up_to(completed: CompletedRun, tmp_path: Path) -> Callable[[str], Path]:
-    """done_up_to("sft"): a run directory in which demonstrate and sft are done, and nothing else."""
+    """done_up_to("sft") makes a run directory in which only demonstrate and sft are done."""
     return lambda stage: clone(
         completed.folder, tmp_path / "run", STAGES[: STAGES.index(stage) + 1]
     )

@@ -92,9 +92,8 @@ def main(folder: Path, *arguments: str) -> None:
             yield fleet_of([SGLangEngine(server.url, KEY, settings) for server in servers])
 
     hold_after_shards()
-    shared_gpus.colocation_problems = lambda config, on_gpu: iter(
-        ()
-    )  # a fake server gives back what it has not, on a CPU too
+    # A fake server has no GPU memory to give back, so this check finds no problem on a CPU either.
+    shared_gpus.colocation_problems = lambda config, on_gpu: iter(())
     StageContext.serve = serve  # type: ignore[method-assign,assignment]
     sys.argv = ["lopd", *arguments]
     cli.main()

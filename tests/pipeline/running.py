@@ -112,7 +112,9 @@ class Command:
         while not reached():
             if self._process.poll() is not None:
                 raise AssertionError(
-                    f"ended with {self._process.poll()} before {what}:\n{self.output[-2000:]}\n{self._stderr.read_text()[-2000:]}"
+                    f"ended with {self._process.poll()} before {what}:\n"
+                    f"{self.output[-2000:]}\n"
+                    f"{self._stderr.read_text()[-2000:]}"
                 )
             if time.monotonic() > deadline:
                 raise AssertionError(
@@ -198,7 +200,9 @@ def lopd(
     """Runs a command to its end; code: the exit code it must have (None: any)."""
     finished = Command(verb, run_dir, overrides).wait()
     assert code is None or finished.code == code, (
-        f"lopd {verb}: exit code {finished.code}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}"
+        f"lopd {verb}: exit code {finished.code}\n"
+        f"{finished.stdout[-3000:]}\n"
+        f"{finished.stderr[-3000:]}"
     )
     return finished
 
@@ -244,10 +248,8 @@ def _listening(processes: Sequence[int]) -> Iterator[tuple[str, str]]:
                         yield sockets[target[8:-1]], _command_line(folder)[:120]
 
 
-LOOPBACK = {
-    "0100007F",
-    "00000000000000000000000001000000",
-}  # 127.0.0.1 and ::1 as /proc/net prints them
+# 127.0.0.1 and ::1 as /proc/net prints them.
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
 def config_of(run_dir: Path, overrides: Sequence[str]) -> Config:

@@ -32,11 +32,11 @@ from tests.pipeline.running import EXAMPLE, LOOPBACK, STAGES, lopd, metrics, ten
 pytestmark = pytest.mark.timeout(1800)  # whichever test is first makes the run
 
 MODELS = ("base", "sft", "sft_longer", "distilled", "teacher")
-MOST_AT_FIRST, LEAST_AT_LAST, LEAST_RATIO = (
-    0.70,
-    0.90,
-    10.0,
-)  # of accuracies, and of the reverse KL before to that after
+# The largest accuracy at first, and the smallest at last.
+MOST_AT_FIRST = 0.70
+LEAST_AT_LAST = 0.90
+# The smallest ratio of the reverse KL before distillation to that after it.
+LEAST_RATIO = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,10 @@ def test_what_stands_on_screen(completed: CompletedRun) -> None:
     assert completed.command.stderr == ""
     for stage in STAGES:
         assert re.search(rf"^{stage}: done in \d+\.\d s$", screen, re.MULTILINE), stage
-    line = r"^distill (\d)/8  loss \d+\.\d+  advantage [+-]\d\.\d+  reverse KL -?\d\.\d+  grad norm \d+\.\d+  lr 2\.0e-04  tokens/s [\d,]+(?:  .+ left)?$"
+    line = (
+        r"^distill (\d)/8  loss \d+\.\d+  advantage [+-]\d\.\d+  reverse KL -?\d\.\d+  "
+        r"grad norm \d+\.\d+  lr 2\.0e-04  tokens/s [\d,]+(?:  .+ left)?$"
+    )
     assert re.findall(line, screen, re.MULTILINE) == [str(step) for step in range(1, NUM_STEPS + 1)]
     assert len(re.findall(r"^sft \d/4  loss", screen, re.MULTILINE)) == 4
     assert (

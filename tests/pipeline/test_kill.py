@@ -30,13 +30,8 @@ from tests.pipeline.running import (
 
 pytestmark = pytest.mark.timeout(1800)  # whichever test is first makes the run
 
-LEARNT = (
-    "demonstrate",
-    "sft",
-    "rollout",
-    "score",
-    "distill",
-)  # what is equal bit for bit; evaluate and export name folders
+# The results of these stages are equal bit for bit. Those of evaluate and export name folders.
+LEARNT = ("demonstrate", "sft", "rollout", "score", "distill")
 RANK = "-u -m lopd.stages."
 HELD_RANK = "-u -m tests.pipeline.holding"
 SERVER = "sglang::scheduler"
@@ -111,10 +106,9 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     nothing_is_rewritten()
     assert states(run_dir, SHORT)["rollout"] == "partial"
 
-    second, step = (
-        rng.randint(1, 3),
-        2 * rng.randint(2, 3) + 1,
-    )  # the save after step 4 has completed the one after step 2
+    second = rng.randint(1, 3)
+    # The save after step 4 has completed the one after step 2.
+    step = 2 * rng.randint(2, 3) + 1
     command = start(holds=[f"score-{second}", f"distill-{step}"])
     command.wait_for(f"score-{second}")
     command.kill_child(SERVER)
@@ -199,8 +193,14 @@ MICRO = (
     "prompts.eval.num_prompts=16",
     "demonstrate.shard_size=16",
     "rollout.shard_size=16",
-    "sft={num_steps=4, batch_size=16, dtype='float32', max_tokens_per_microbatch=8192, checkpoint_every=1}",
-    "distill={num_steps=8, batch_size=24, dtype='float32', max_tokens_per_microbatch=8192, checkpoint_every=2, sync_every=2, sync_num_prompts=16}",
+    (
+        "sft={num_steps=4, batch_size=16, dtype='float32', max_tokens_per_microbatch=8192, "
+        "checkpoint_every=1}"
+    ),
+    (
+        "distill={num_steps=8, batch_size=24, dtype='float32', max_tokens_per_microbatch=8192, "
+        "checkpoint_every=2, sync_every=2, sync_num_prompts=16}"
+    ),
 )
 
 

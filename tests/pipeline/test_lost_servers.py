@@ -18,12 +18,13 @@ from tests.pipeline.test_kill import HELD_RANK, SERVER, assert_one_line
 from tests.pipeline.test_two_servers import REFRESHED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+# There are syncs after steps 1, 2 and 3, of one bucket each.
 SYNCED = (
     *REFRESHED,
     "distill.sync_every=2",
     "distill.sync_num_prompts=8",
     "distill.checkpoint_every=1",
-)  # syncs at 1, 2 and 3, of one bucket each
+)
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,8 @@ class Forgetful(UpdatedFake):
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path.startswith("/update_weights"):
             self.num_answers = 0
-        if (
-            path == "/generate" and "sampling_seed" in body["sampling_params"]
-        ):  # not where the response is scored afterwards
+        # The request that scores a response afterwards has no seed and does not count.
+        if path == "/generate" and "sampling_seed" in body["sampling_params"]:
             self.num_answers += 1
             if (
                 self.losses
@@ -74,7 +73,7 @@ class Forgetful(UpdatedFake):
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project whose stages are done up to score, by stand-ins, which go on serving the teacher."""
+    """A project done up to score by stand-ins, which continue to serve the teacher."""
     with scored_project(tmp_path_factory.mktemp("lost"), config_of) as folder:
         yield folder
 
@@ -217,9 +216,9 @@ def test_an_evaluation_asks_again(
         assert trainer.num_exports == 2, "it has them"
     assert log.evaluations == [(0, 6), (2, 6), (2, 6)]
     assert (
-        "a response has the weight version default, but step-2 was requested; the weights are sent again"
-        in capsys.readouterr().out
-    )
+        "a response has the weight version default, but step-2 was requested; "
+        "the weights are sent again"
+    ) in capsys.readouterr().out
 
 
 def test_a_server_that_loses_them_again_and_again_is_an_error(
@@ -230,7 +229,10 @@ def test_a_server_that_loses_them_again_and_again_is_an_error(
         evaluation, trainer, log = evaluation_of(fake, scored, tmp_path, "tensor")
         with pytest.raises(
             EngineError,
-            match=r"lost its weights 5 times: a response has the weight version default, but step-2 was requested",
+            match=(
+                "lost its weights 5 times: a response has the weight version default, "
+                "but step-2 was requested"
+            ),
         ):
             evaluation.evaluate(2)
     assert trainer.num_exports == MAX_SENDS == 5

@@ -44,7 +44,10 @@ NUM_STEPS = 5
 EVERY = 2
 BATCH = 4
 SETTINGS = (
-    f"distill={{num_steps={NUM_STEPS}, batch_size={BATCH}, dtype='float32', sync_every=4, sync_num_prompts=2, checkpoint_every=1}}",
+    (
+        f"distill={{num_steps={NUM_STEPS}, batch_size={BATCH}, dtype='float32', "
+        "sync_every=4, sync_num_prompts=2, checkpoint_every=1}"
+    ),
     f"distill.refresh.every={EVERY}",
     "rollout.shard_size=4",
     "sglang.max_in_flight=1",
@@ -265,7 +268,8 @@ def test_killed_while_it_samples_ends_as_one_never_killed(
     everything = {"weights", "kv_cache", "cuda_graph"}
     turns = [everything, *[everything - {"weights"}, set(), everything] * 3]
     assert given_back == turns, (
-        "two refreshes and two evaluations, of which one has its weights from the evaluation before the same step"
+        "two refreshes and two evaluations, of which one has its weights from the evaluation "
+        "before the same step"
     )
     seeds = [line["seed"] for line in asked(folder) if line.get("version") == "step-2"]
     assert 8 <= len(seeds) <= 8 + 4, "at most the shard that the kill cut off is sampled again"

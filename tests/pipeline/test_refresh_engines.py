@@ -31,7 +31,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 BY_MEGATRON = (
     "score.engine=megatron",
     "score.entropy=true",
-    "score.forward={dtype='float32', timeout_s=100, max_tokens_per_microbatch=256, parallel={ranks=2, tensor=2, expert=2}}",
+    (
+        "score.forward={dtype='float32', timeout_s=100, max_tokens_per_microbatch=256, "
+        "parallel={ranks=2, tensor=2, expert=2}}"
+    ),
 )
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def moved(source: Path, folder: Path) -> Path:
             for column in (scores.top.ids, scores.top.logprobs, scores.top.tail_logprob)
         )
         rows.append((response, dataclasses.replace(scores, top=TopK(*columns))))
-    writer.publish_shard(0, cache.to_table(*(list(column) for column in zip(*rows, strict=True))))  # type: ignore[arg-type]
+    table_columns: Any = (list(column) for column in zip(*rows, strict=True))
+    writer.publish_shard(0, cache.to_table(*table_columns))
     writer.finish(
         **{
             name: made.extra[name]
@@ -161,5 +163,6 @@ def test_a_student_learns_from_the_teachers_top_k(
     assert finished.code == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     first, last = losses(run)
     assert last > 0.9 * first, (
-        "another place's top-K cannot be learnt (the accuracy is no control: any push away from the student's bad habit raises it)"
+        "another place's top-K cannot be learnt (the accuracy is no control: "
+        "any push away from the student's bad habit raises it)"
     )

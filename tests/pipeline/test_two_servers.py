@@ -16,7 +16,10 @@ REFRESHED = (
     "prompts.opd.num_prompts=96",
     "prompts.eval.num_prompts=16",
     "sft={num_steps=2, batch_size=32, dtype='float32', max_tokens_per_microbatch=8192}",
-    "distill={num_steps=3, batch_size=32, dtype='float32', max_tokens_per_microbatch=8192, sync_every=0, refresh={every=1}}",
+    (
+        "distill={num_steps=3, batch_size=32, dtype='float32', max_tokens_per_microbatch=8192, "
+        "sync_every=0, refresh={every=1}}"
+    ),
     "rollout.shard_size=16",
 )
 

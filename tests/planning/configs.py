@@ -57,13 +57,17 @@ deterministic = false
 max_tokens_per_microbatch = 12288
 recompute = "full"
 parallel = { ranks = 8, tensor = 4, expert = 8 }
-megatron = { optimizer_cpu_offload = true, optimizer_offload_fraction = 1.0, use_precision_aware_optimizer = true }
+megatron.optimizer_cpu_offload = true
+megatron.optimizer_offload_fraction = 1.0
+megatron.use_precision_aware_optimizer = true
 checkpoint_every = 3000
 [distill]
 max_tokens_per_microbatch = 12288
 recompute = "full"
 parallel = { ranks = 8, tensor = 4, expert = 8 }
-megatron = { optimizer_cpu_offload = true, optimizer_offload_fraction = 1.0, use_precision_aware_optimizer = true }
+megatron.optimizer_cpu_offload = true
+megatron.optimizer_offload_fraction = 1.0
+megatron.use_precision_aware_optimizer = true
 checkpoint_every = 150
 sync_every = 0
 """

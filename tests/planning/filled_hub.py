@@ -20,7 +20,10 @@ IN_A_BENCHMARK = 505
 
 
 def question(number: int) -> str:
-    return f"Find the number of positive integers n at most {number} such that n squared plus {number} is divisible by seven and by eleven"
+    return (
+        f"Find the number of positive integers n at most {number} "
+        f"such that n squared plus {number} is divisible by seven and by eleven"
+    )
 
 
 def fill() -> None:

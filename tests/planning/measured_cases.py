@@ -26,10 +26,21 @@ from lopd.records import Microbatch, Sample
 LENGTH = 256
 SEQUENCES = 4
 DENSE = {
-    "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 4096, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "hidden_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
 EXPERTS = {
     "model_type": "qwen3_moe",
     "num_experts": 8,
@@ -146,12 +157,17 @@ def _trainer(
 
 LARGE: dict[str, Any] = {
     "model": {
-        **DENSE, "hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 3072, "vocab_size": 16384, "num_attention_heads": 12,
+        **DENSE,
+        "hidden_size": 768,
+        "num_hidden_layers": 8,
+        "intermediate_size": 3072,
+        "vocab_size": 16384,
+        "num_attention_heads": 12,
         "num_key_value_heads": 4,
     },
     "dtype": "float32",
     "parallel": {"ranks": 1},
-}  # fmt: skip
+}
 
 
 def large_settings() -> TrainSection:

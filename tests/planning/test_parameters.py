@@ -24,10 +24,11 @@ LAYOUTS = [
     (MOE, {"ranks": 8, "tensor": 4, "expert": 8}),  # the reference layout
     (MOE, {"ranks": 8, "tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 2}),
     ("Qwen3-8B-Base", {"ranks": 8, "tensor": 4}),
+    # The embeddings are tied, so the last stage has a copy.
     (
         "Qwen3-4B-Base",
         {"ranks": 4, "tensor": 2, "pipeline": 2},
-    ),  # tied embeddings: the last stage has a copy
+    ),
     ("QwQ-32B", {"ranks": 8, "tensor": 8}),  # biases, no norms on queries
 ]
 
@@ -65,7 +66,8 @@ def test_ranks_hold_the_model_once_per_copy(counted: list[list[StageParameters]]
     """Experts: exactly once over the 8 ranks of TP4 EP8. Everything else: a quarter each, but for
     what tensor ranks share (norms and routers).
     """
-    (rank,), (whole,) = counted[1], counted[0]
+    (rank,) = counted[1]
+    (whole,) = counted[0]
     assert rank.experts * 8 == whole.experts
     norms_and_routers = whole.dense - 4 * (whole.dense - rank.dense) // 3
     assert rank.dense == norms_and_routers + (whole.dense - norms_and_routers) // 4

@@ -111,9 +111,8 @@ def test_a_small_cache_bounds_the_concurrency(tmp_path: Path) -> None:
         PAPER_8B, tmp_path, ["sglang.mem_fraction=0.45", "sglang.max_running_requests=256"]
     )
     figures = plan.memory["demonstrate"].figures
-    per_token = (
-        2 * 64 * 4 * 128 * 2
-    )  # keys and values, layers, heads of a rank of TP2, numbers of a head, bytes
+    # Keys and values, layers, heads of a rank of TP2, numbers of a head, bytes.
+    per_token = 2 * 64 * 4 * 128 * 2
     assert figures["kv_tokens"] == pytest.approx(
         (0.45 * node_of("h100-80gb", 8).gpu.memory - 32.76e9 * 2 / 2) / per_token, rel=0.001
     )
@@ -365,11 +364,12 @@ ACCEPTED = [
     ["score.engine=megatron", "score.forward.max_tokens_per_microbatch=4096"],
     ["distill.refresh={every=10,keep_teacher=true}"],
     ["sglang.extra_args.chunked_prefill_size=4096"],
+    # These are addresses of the future machine, not of this one.
     [
         "sync.host=10.0.0.1",
         "sync.transport=distributed",
         "sglang.host=10.0.0.1",
-    ],  # addresses of the machine that it will be
+    ],
 ]
 
 

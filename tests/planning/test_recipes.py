@@ -142,9 +142,13 @@ def test_scripts_are_sound() -> None:
 
 def run_script(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "LOPD_HUB": str(folder / "hub"),
-        "LOPD_RUNS": str(folder / "runs"), "COLUMNS": "400",
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "LOPD_HUB": str(folder / "hub"),
+        "LOPD_RUNS": str(folder / "runs"),
+        "COLUMNS": "400",
+    }
     return subprocess.run(
         ["bash", str(EXAMPLES / f"run_{name}.sh"), *arguments],
         capture_output=True,

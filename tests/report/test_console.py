@@ -117,7 +117,8 @@ def test_training_line_is_one_line_with_what_is_known() -> None:
         "weight": 1.0,
     }
     assert training_line("distill", 3, 150, figures) == (
-        "distill   3/150  loss 0.1235  advantage -0.0500  reverse KL 0.0400  grad norm 1.500  lr 1.0e-04  tokens/s 12,346"
+        "distill   3/150  loss 0.1235  advantage -0.0500  reverse KL 0.0400  grad norm 1.500  "
+        "lr 1.0e-04  tokens/s 12,346"
     )
     assert training_line("sft", 8, 8, {"loss": 2.0}) == "sft 8/8  loss 2.0000"
 

@@ -61,9 +61,8 @@ def test_lines_have_kind_stage_step_and_figures(tmp_path: Path) -> None:
 def test_resumed_run_doubles_no_line_and_leaves_other_stages_alone(tmp_path: Path) -> None:
     train(tmp_path, 1, 3, stage="sft")
     train(tmp_path, 1, 5)
-    train(
-        tmp_path, 3, 6, truncate=2, loss=9.0
-    )  # killed after step 5, the last checkpoint is of step 2
+    # The run was killed after step 5, and its last checkpoint is of step 2.
+    train(tmp_path, 3, 6, truncate=2, loss=9.0)
     assert steps(tmp_path, kind="train", stage="distill") == [1, 2, 3, 4, 5, 6]
     assert steps(tmp_path, kind="eval", stage="distill") == [2, 4, 6]
     assert steps(tmp_path, kind="train", stage="sft") == [1, 2, 3]

@@ -15,10 +15,8 @@ from sglang_rollout.servers.server import SGLangServer
 from tests.models import EOS_ID, VOCAB_SIZE, write_qwen3_moe
 from tests.sglang.fake_server import FakeServer
 
-MANY_STOPS = (
-    EOS_ID,
-    *range(100, 120),
-)  # 21 of 512 tokens: a response of the random model ends after some 24 tokens
+# These are 21 of 512 tokens: a response of the random model ends after about 24 tokens.
+MANY_STOPS = (EOS_ID, *range(100, 120))
 
 
 def settings(**overrides: object) -> SGLangSection:

@@ -24,9 +24,8 @@ _PATIENCE_S = 120.0
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = (
-        128  # with the default of 5 a burst of connections waits a second for TCP to ask again
-    )
+    # With the default of 5, a burst of connections waits a second until TCP asks again.
+    request_queue_size = 128
 
 
 @contextlib.contextmanager
@@ -49,9 +48,8 @@ class FakeServer:
         self.delay_s = 0.0
         self.answering = threading.Event()  # while cleared, requests to /generate wait
         self.answering.set()
-        self.failures: list[
-            int
-        ] = []  # HTTP statuses for the next requests to /generate; 0 drops the connection
+        # HTTP statuses for the next requests to /generate. A 0 drops the connection.
+        self.failures: list[int] = []
         self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
         self.version = "0.5.17"
         self.model_info: dict[str, Any] = {}  # more of what it says of its model and of itself

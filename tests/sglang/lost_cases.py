@@ -100,9 +100,9 @@ def _lose(
             _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
     def lose() -> None:
-        if (
-            number is signal.SIGSTOP
-        ):  # what comes late only tells of a server that is stopped, and not of a machine that is slow
+        # Wait until all that was sent has arrived. After that, a late answer means a stopped
+        # server, and not a slow machine.
+        if number is signal.SIGSTOP:
             if case["transport"] != "disk":
                 to._await_sent()
             wait_at_most(1.0, 1.0)

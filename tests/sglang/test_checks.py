@@ -75,9 +75,8 @@ def test_stop_must_end_in_the_stop_token_that_matched() -> None:
     with pytest.raises(EngineError, match="none of the stop tokens"):
         check_ending(KEY, int32([5, 4]), {"type": "stop", "matched": 4}, (2, 9))
     with pytest.raises(EngineError, match="none of the stop tokens"):
-        check_ending(
-            KEY, int32([5]), {"type": "stop", "matched": 2}, (2, 9)
-        )  # trimmed: the end token is lost
+        # The end token was trimmed and is lost.
+        check_ending(KEY, int32([5]), {"type": "stop", "matched": 2}, (2, 9))
     with pytest.raises(EngineError):
         check_ending(KEY, int32([]), {"type": "stop", "matched": 2}, (2,))
 

@@ -1,4 +1,4 @@
-"""The engine's contract, held by a fake server and by the real one, and its failures, on the fake."""
+"""The engine's contract, with a fake server and the real one, and its failures, with the fake."""
 
 from __future__ import annotations
 
@@ -301,9 +301,8 @@ def test_a_request_that_ends_every_server_it_meets_is_given_up(
     monkeypatch.setattr(connections, "_MAX_OUTAGES", 2)
     given_up = threading.Event()
 
-    def end_at_every_request(
-        port: int,
-    ) -> None:  # a server that is there for a moment, and gone at every request
+    def end_at_every_request(port: int) -> None:
+        """Run a server that starts for a moment and ends at every request."""
         while not given_up.wait(0.05):
             with FakeServer(port) as server:
                 server.failures = [0] * 9

@@ -39,10 +39,9 @@ def figures(count: int, folder: Path, prompt_len: int) -> dict[str, Any]:
 def _assert_constant(few: dict[str, Any], many: dict[str, Any]) -> None:
     for kind in ("sampling_peak_mb", "scoring_peak_mb"):
         assert few[kind] > few["before_mb"]  # the figure sees what the client needs
-        own_few, own_many = (
-            few[kind] - few["before_mb"],
-            many[kind] - many["before_mb"],
-        )  # beyond the interpreter and its libraries
+        # What is used beyond the interpreter and its libraries.
+        own_few = few[kind] - few["before_mb"]
+        own_many = many[kind] - many["before_mb"]
         assert own_many < 1.2 * own_few + 4, (few, many)
         assert many[kind] < 1.2 * few[kind], (few, many)
 

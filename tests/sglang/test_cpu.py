@@ -26,11 +26,15 @@ from tests.limits import close
 UPSTREAM_HASH = """
 import importlib.util, json, pathlib, sys, torch
 root = pathlib.Path(importlib.util.find_spec("sglang").origin).parent
-spec = importlib.util.spec_from_file_location("murmur_hash", root / "kernels/ops/sampling/murmur_hash.py")
+source = root / "kernels/ops/sampling/murmur_hash.py"
+spec = importlib.util.spec_from_file_location("murmur_hash", source)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 seeds, positions, columns = json.loads(sys.argv[1])
-print(json.dumps(module.murmur_hash32(torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns)).tolist()))
+found = module.murmur_hash32(
+    torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns)
+)
+print(json.dumps(found.tolist()))
 """
 
 
@@ -100,9 +104,14 @@ def attention_case(lengths: list[int]) -> dict[str, Any]:
         pool[request, : len(part)] = part.to(torch.int32)
     query = torch.randn(len(lengths), heads, size, generator=generator)
     return {
-        "query": query, "output": torch.full_like(query, float("nan")), "k_cache": keys, "v_cache": values, "req_to_token": pool,
-        "req_pool_indices": requests, "seq_lens": torch.tensor(lengths),
-    }  # fmt: skip
+        "query": query,
+        "output": torch.full_like(query, float("nan")),
+        "k_cache": keys,
+        "v_cache": values,
+        "req_to_token": pool,
+        "req_pool_indices": requests,
+        "seq_lens": torch.tensor(lengths),
+    }
 
 
 LENGTHS = [1, 5, LENGTH_STEP - 1, LENGTH_STEP, LENGTH_STEP + 1, 66, 70]
@@ -113,9 +122,10 @@ def test_batched_decode_attention_is_attention() -> None:
     result = decode_attention(**case, scaling=0.3)
     for index, length in enumerate(LENGTHS):
         slots = case["req_to_token"][case["req_pool_indices"][index], :length].long()
+        # The shapes are [L, H, D].
         keys, values = (
             case[name][slots].repeat_interleave(2, dim=1) for name in ("k_cache", "v_cache")
-        )  # [L, H, D]
+        )
         weights = torch.softmax(torch.einsum("hd,lhd->hl", case["query"][index], keys) * 0.3, -1)
         close(result[index], torch.einsum("hl,lhd->hd", weights, values), rel=1e-5, abs=1e-6)
 

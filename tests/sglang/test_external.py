@@ -81,7 +81,10 @@ def test_other_weights_in_that_folder_are_refused(
 ) -> None:
     with pytest.raises(
         EngineError,
-        match=f"{served.url}: the server has loaded {student_dir}, which is not the model in {other_dir}",
+        match=(
+            f"{served.url}: the server has loaded {student_dir}, "
+            f"which is not the model in {other_dir}"
+        ),
     ):
         check(served, expected(other_dir))
 
@@ -167,7 +170,8 @@ def test_what_is_not_as_configured_is_named(
 
 
 def test_a_server_whose_tokenizer_agrees_may_keep_it(served: FakeServer, student_dir: Path) -> None:
-    served.tokens, served.server_info["skip_tokenizer_init"] = [4, 5], False
+    served.tokens = [4, 5]
+    served.server_info["skip_tokenizer_init"] = False
     assert check(served, expected(student_dir))["weights"] == "content"
 
 
@@ -252,9 +256,8 @@ def test_a_stage_puts_the_students_weights_into_the_users_servers(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, server.api_key)
     context = context_of(tmp_path, student_dir, other_dir, student_urls=[server.url])
-    killed = receiver(
-        "tensor", engine, tmp_path, student_dir
-    )  # of a trainer that left them with half of a sync, paused
+    # It belongs to a trainer that left the servers paused, with half of a sync.
+    killed = receiver("tensor", engine, tmp_path, student_dir)
     killed.begin("step-4")
     killed.receive(tensors(student_dir)[:5])
     killed._await_sent()  # type: ignore[attr-defined]

@@ -22,9 +22,8 @@ def test_depends_on_bits_alone(shape: tuple[int, ...], dtype: torch.dtype) -> No
     tensor = random(shape, dtype)
     expected = fingerprint(tensor)
     assert expected == fingerprint(tensor.clone())
-    assert expected == fingerprint(
-        tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
-    )  # another layout in memory
+    # Another layout in memory gives the same fingerprint.
+    assert expected == fingerprint(tensor.t().contiguous().t() if tensor.dim() == 2 else tensor)
     assert expected != fingerprint(random(shape, dtype, seed=1))
 
 
@@ -59,10 +58,11 @@ def test_every_bit_counts_alone_and_in_pairs(dtype: torch.dtype) -> None:
         flipped((element, bit)) != expected
         for element, bit in itertools.product(range(32), range(top + 1))
     )
+    # Here the signs of two elements are flipped.
     assert all(
         flipped((one, top), (other, top)) != expected
         for one, other in itertools.combinations(range(32), 2)
-    )  # signs of two elements
+    )
     assert flipped() == expected
 
 

@@ -52,9 +52,8 @@ class InTurn:
             fake.change = self._wait
 
     def _wait(self, answer: dict[str, Any]) -> dict[str, Any]:
-        mine = int(
-            answer["meta_info"]["id"].rpartition("-")[2]
-        )  # requests are numbered as they are sent
+        # Requests are numbered in the order in which they are sent.
+        mine = int(answer["meta_info"]["id"].rpartition("-")[2])
         with self._changed:
             self._waiting.add(mine)
             self._changed.notify_all()
@@ -153,9 +152,8 @@ def test_weights_and_calls_go_to_each(
     fakes[1].refuse_update = "as told"
     with pytest.raises(EngineError, match=f"{fakes[1].url}: .*as told"):
         update_weights_from_disk(engine, student_dir, version="step-4")
-    until(
-        "the other has them", lambda: fakes[0].weight_version == "step-4"
-    )  # nobody waits for it once one has refused
+    # The update does not wait for this server once the other one has refused.
+    until("the other has them", lambda: fakes[0].weight_version == "step-4")
     with pytest.raises(EngineError, match=r"weight version 'step-3', but .* has 'step-4'"):
         engine.model_info()
 

@@ -133,9 +133,8 @@ def test_the_model_holds_what_its_own_loader_would_have_loaded(
         if target.untyped_storage().data_ptr() in storages
     }
     assert in_place == WHOLE
-    assert sorted(set(broadcasts.waited)) == list(
-        range(len(SHAPES))
-    )  # the one that the loader leaves out too
+    # The tensor that the loader leaves out is waited for too.
+    assert sorted(set(broadcasts.waited)) == list(range(len(SHAPES)))
 
 
 def test_parameters_that_have_moved_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,9 +151,10 @@ def test_a_loader_whose_copies_cannot_be_told_loads_everything(
 ) -> None:
     class Careful(Model):
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+            # This reads a value, which a tensor without data does not have.
             super().load_weights(
                 (name, tensor) for name, tensor in weights if tensor.sum().item() > -1e9
-            )  # a value of a tensor without data
+            )
 
     model = Careful()
     _, error = receive(model, monkeypatch)

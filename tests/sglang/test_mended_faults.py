@@ -206,7 +206,9 @@ class Bracketed(UpdatedFake):
         if path == "/begin_weight_update" and self.is_open:
             return 400, {
                 "success": False,
-                "message": "a weight-update session is already open; call end_weight_update() first",
+                "message": (
+                    "a weight-update session is already open; call end_weight_update() first"
+                ),
             }
         if path in ("/begin_weight_update", "/end_weight_update"):
             self.is_open = path.startswith("/begin")

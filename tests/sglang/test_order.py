@@ -75,9 +75,10 @@ def test_between_two_samples_of_a_prompt_are_as_many_requests_as_are_in_flight(
     one_after_the_other = in_passes(prompts, 1)
     assert sorted(order) == sorted(one_after_the_other)
     assert least_distance(order) >= IN_FLIGHT
+    # At a larger distance the cache would forget the prefix.
     assert (
         max(np.diff([place for place, key in enumerate(order) if key[0] == "p0"])) < 2 * IN_FLIGHT
-    )  # or the cache forgets the prefix
+    )
     assert one_after_the_other == [key for samples in prompts for key in samples]
     assert least_distance(one_after_the_other) == 1
 

@@ -132,9 +132,9 @@ def test_three_deaths_in_a_row_are_the_end(frail: Frail) -> None:
         die(frail, watcher)
     assert watcher.failure is not None
     assert (
-        "died 3 times in a row without answering a request; at last: it died; its log ends: the last line"
-        in str(watcher.failure)
-    )
+        "died 3 times in a row without answering a request; at last: it died; "
+        "its log ends: the last line"
+    ) in str(watcher.failure)
     assert "sglang.restarts = 2" in str(watcher.failure)
     assert (frail.num_starts, len(told)) == (2, 2)
     assert not frail.alive()
@@ -213,7 +213,10 @@ def test_clients_of_other_processes_are_told_that_it_is_the_end(frail: Frail) ->
     until("told", lambda: frail.weights_file.with_name("weights.json.failure").exists())
     with pytest.raises(
         EngineError,
-        match=r"log: the student server died 2 times in a row .* its log ends: the last line; limit: sglang.restarts = 1",
+        match=(
+            r"log: the student server died 2 times in a row .* its log ends: the last line; "
+            r"limit: sglang.restarts = 1"
+        ),
     ):
         list(elsewhere.generate(sampling_requests(2), sampling()))
     with pytest.raises(EngineError, match="died 2 times in a row"):
@@ -330,26 +333,23 @@ def test_a_restarted_server_has_the_newest_weights_for_clients_of_any_process(
     restarted: SGLangServer, student_dir: Path, other_dir: Path, tmp_path: Path
 ) -> None:
     owner = SGLangEngine(restarted.url, restarted.api_key, restarted.settings, server=restarted)
-    elsewhere = SGLangEngine(
-        restarted.url, restarted.api_key, restarted.settings
-    )  # as in a trainer's rank: no handle on the server
+    # A trainer's rank has an engine like this: without a handle on the server.
+    elsewhere = SGLangEngine(restarted.url, restarted.api_key, restarted.settings)
     first = scores_of(elsewhere)
     address = (restarted.url, restarted.api_key, restarted.num_restarts + 1)
     update_weights_from_disk(owner, other_dir, version="step-7")
     newest = scores_of(elsewhere)
     kill(restarted)
     again = scores_of(elsewhere)  # sent to a server that is not there
-    until(
-        "the restart is counted", lambda: restarted.num_restarts == address[2]
-    )  # clients may reach it a moment before
+    # Clients may reach the server a moment before the restart is counted.
+    until("the restart is counted", lambda: restarted.num_restarts == address[2])
     assert (restarted.url, restarted.api_key, restarted.num_restarts) == address
     assert elsewhere.model_info()["weight_version"] == "step-7"
     for key, logprobs in again.items():
         np.testing.assert_array_equal(logprobs, newest[key])
         assert not np.allclose(logprobs, first[key], atol=1e-3)
-    send(
-        receiver("disk", elsewhere, tmp_path, student_dir), "step-8", tensors(student_dir)
-    )  # into the fresh one
+    # This goes into the newly started server.
+    send(receiver("disk", elsewhere, tmp_path, student_dir), "step-8", tensors(student_dir))
     assert elsewhere.model_info()["weight_version"] == "step-8"
     for key, logprobs in scores_of(elsewhere).items():
         np.testing.assert_array_equal(logprobs, first[key])

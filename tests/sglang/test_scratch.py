@@ -40,7 +40,10 @@ def test_sockets_get_a_short_path_where_tmpdir_is_a_long_one(
 
 
 def test_what_a_killed_process_left_goes_when_the_next_one_starts(place: Path) -> None:
-    code = "import sys, time; from sglang_rollout.servers.scratch import Scratch; print(Scratch().path, flush=True); sys.stdin.read()"
+    code = (
+        "import sys, time; from sglang_rollout.servers.scratch import Scratch; "
+        "print(Scratch().path, flush=True); sys.stdin.read()"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,

@@ -78,9 +78,9 @@ def test_another_version_than_the_demonstrations_had_is_said_and_recorded(
         return
     [line] = said
     assert (
-        "these servers run SGLang 0.5.22, those of demonstrate ran 0.5.20: log-probabilities and samples may differ"
-        in line
-    )
+        "these servers run SGLang 0.5.22, those of demonstrate ran 0.5.20: "
+        "log-probabilities and samples may differ"
+    ) in line
     assert ("(the probe on record agrees)" if probe else "(no probe is on record)") in line
 
 

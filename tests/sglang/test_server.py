@@ -76,7 +76,11 @@ def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
     assert {"model_path", "attention_backend", "disable_radix_cache", "schedule_policy"} <= set(
         known_fields()
     )
-    code = "import sys, sglang_rollout.servers.server as s; s.check_extra_args({'schedule_policy': 'fcfs'}); print([m for m in sys.modules if m.startswith('sglang.')])"
+    code = (
+        "import sys, sglang_rollout.servers.server as s; "
+        "s.check_extra_args({'schedule_policy': 'fcfs'}); "
+        "print([m for m in sys.modules if m.startswith('sglang.')])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -213,9 +217,10 @@ def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     server = SGLangServer(folder, settings(), log=tmp_path / "log")
+    # The error names the cause, and not that start_timeout_s has passed.
     with pytest.raises(
         EngineError, match=r"did not start; its log ends: .*[Ss]afetensor"
-    ) as caught:  # and not that start_timeout_s has passed
+    ) as caught:
         server.start()
     assert str(tmp_path / "log") in str(caught.value)
     assert not server.alive()
@@ -248,7 +253,11 @@ def test_a_server_that_is_not_healthy_in_time_is_ended(student_dir: Path, tmp_pa
 def test_the_cause_is_found_under_a_traceback_and_shutdown_messages(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
-        "[2026] fine\nTraceback (most recent call last):\n  File x\nValueError: the cause\n[2026] SIGQUIT received. It usually means one child failed.\n"
+        "[2026] fine\n"
+        "Traceback (most recent call last):\n"
+        "  File x\n"
+        "ValueError: the cause\n"
+        "[2026] SIGQUIT received. It usually means one child failed.\n"
     )
     assert log_summary(log) == "ValueError: the cause"
     log.write_text("one\ntwo\n")
@@ -336,9 +345,9 @@ def test_a_server_killed_while_it_samples_is_noticed_and_leaves_no_process(
     kill: Callable[[SGLangServer], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scratch = tempfile.mkdtemp(
-        dir="/tmp"
-    )  # of its own, so that what is left behind is seen; short, because sockets live in it
+    # The folder is new, so that leftovers are seen. Its path is short, because sockets are made in
+    # it.
+    scratch = tempfile.mkdtemp(dir="/tmp")
     monkeypatch.setattr("tempfile.tempdir", scratch)
     with SGLangServer(
         student_dir, settings(context_length=500, max_running_requests=8), log=tmp_path / "log"
@@ -372,7 +381,8 @@ def test_a_server_ends_with_its_parent_even_at_kill_9(
         from pathlib import Path
         from sglang_rollout.servers.server import SGLangServer
         from tests.sglang.conftest import settings
-        with SGLangServer(Path({str(student_dir)!r}), settings(), log=Path({str(tmp_path / "log")!r})) as server:
+        log = Path({str(tmp_path / "log")!r})
+        with SGLangServer(Path({str(student_dir)!r}), settings(), log=log) as server:
             print(server.group_id, flush=True)
             time.sleep(600)
     """

@@ -125,9 +125,8 @@ def test_never_more_items_alive_than_in_flight_however_many_there_are(in_flight:
     finally:
         gc.unfreeze()
     assert count == 500
-    assert (
-        most <= in_flight + pulled_ahead(in_flight) + 2
-    )  # the generator's own variables hold one or two that are done
+    # The generator's own variables hold one or two responses that are done.
+    assert most <= in_flight + pulled_ahead(in_flight) + 2
 
 
 def test_the_input_is_pulled_in_the_callers_thread() -> None:

@@ -61,9 +61,8 @@ def test_weights_in_no_folder_replace_older_ones(
     remember_weights(tmp_path / "weights.json", tmp_path / "step-2", "step-2")
     push(transport, tmp_path / "weights.json", monkeypatch)
     assert remembered_weights(tmp_path / "weights.json") is None
-    assert (
-        "step-4" in (tmp_path / "weights.json").read_text()
-    )  # progress, for whoever counts deaths
+    # The file still records the progress, for readers that count deaths.
+    assert "step-4" in (tmp_path / "weights.json").read_text()
 
 
 def test_by_disk_the_receiver_itself_remembers_the_folder(
@@ -138,7 +137,10 @@ def test_a_server_that_came_back_during_a_sync_is_sent_all_of_it_again(
     trainer, weights, said = trained(fake, student_dir, tmp_path, restarts=2)
     weights.push("step-4")
     assert (trainer.num_exports, fake.weight_version, fake.paused) == (3, "step-4", False)
-    line = f"a sync of step-4 has lost the server at {fake.url} (it was started again meanwhile); the weights are sent again"
+    line = (
+        f"a sync of step-4 has lost the server at {fake.url} (it was started again meanwhile); "
+        "the weights are sent again"
+    )
     assert said == [line, line]
     weights.push("step-6")
     assert (trainer.num_exports, fake.weight_version, len(said)) == (4, "step-6", 2)

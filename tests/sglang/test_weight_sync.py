@@ -48,9 +48,8 @@ def test_new_weights_are_served_from_commit_on(
     to.commit()
     assert version(restored) == "step-12"
     assert worst_difference(restored, other_dir) <= MAX_DIFFERENCE
-    assert (
-        worst_difference(restored, student_dir) > 100 * MAX_DIFFERENCE
-    )  # the control: the old weights are gone
+    # Control: the old weights are gone.
+    assert worst_difference(restored, student_dir) > 100 * MAX_DIFFERENCE
     assert {
         response.weight_version for response in restored.generate(sampling_requests(3), sampling())
     } == {"step-12"}
@@ -132,9 +131,8 @@ def test_wrong_tensors_are_refused_and_never_served(
         assert version(restored) in (
             ("good",) if transport == "disk" else ("good", "bad (incomplete)")
         )
-    if (
-        transport != "disk"
-    ):  # half of the other weights are in place: nobody is answered until a sync succeeds
+    # Half of the other weights are in place: nobody gets an answer until a sync succeeds.
+    if transport != "disk":
         assert version(restored) == "bad (incomplete)"
         send(to, "again", tensors(student_dir))
     assert worst_difference(restored, student_dir) <= MAX_DIFFERENCE

@@ -141,10 +141,8 @@ def test_a_refusal_ends_the_wait_for_a_broadcast_that_nobody_takes(
         to._send(bucket(1))
     assert server.asked == ["tensor-0"]
     to._detach_transport()()
-    assert server.asked == [
-        "tensor-0",
-        "/destroy_weights_update_group",
-    ]  # which frees our broadcast: the server does not wait in one
+    # Destroying the group frees our broadcast: the server does not wait in one.
+    assert server.asked == ["tensor-0", "/destroy_weights_update_group"]
     broadcasts.end.release()
 
 
@@ -205,10 +203,11 @@ def test_a_silent_server_is_not_asked_to_leave_the_group(
 @pytest.mark.parametrize(
     ("sizes", "chunks"),
     [
+        # The chunks have about 100, 200 and 400 bytes.
         (
             (50, 50, 50, 60, 90, 90, 90, 90, 80, 75),
             ["01", "234", "56789"],
-        ),  # of about 100, 200 and 400 bytes
+        ),
         ((60, 45, 50, 1), ["01", "23"]),
         ((60, 45, 40, 1), ["0123"]),  # the rest would be less than half a chunk
         ((40, 60, 1, 500, 90, 120), ["01", "2", "3", "45"]),  # a large tensor is a chunk of its own
@@ -282,7 +281,10 @@ def test_memory_is_shared_also_where_the_temporary_folder_has_too_long_a_path_fo
         if ours
         else "torch.UntypedStorage._new_shared(4, device='cpu')"
     )
-    code = f"import torch; from sglang_rollout.weight_sync import tensor; torch.multiprocessing.set_sharing_strategy('file_system'); {make}"
+    code = (
+        "import torch; from sglang_rollout.weight_sync import tensor; "
+        f"torch.multiprocessing.set_sharing_strategy('file_system'); {make}"
+    )
     environment = {**os.environ, "TMPDIR": str(place)}
     done = subprocess.run(
         [sys.executable, "-c", code],

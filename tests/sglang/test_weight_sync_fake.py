@@ -127,9 +127,10 @@ def test_running_requests_by_choice(
     sync(fake, student_dir, tmp_path, transport, running_requests=mode)
     assert [body["mode"] for body in fake.paths("/pause_generation")] == [word]
     assert fake.updates[-1] == "/continue_generation"
+    # With flush_cache, a waiting request would end the scheduler.
     assert not any(
         body.get("flush_cache") for path, body in fake.calls if path.startswith("/update_weights")
-    )  # it would end the scheduler if a request waited
+    )
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -100,9 +100,8 @@ def test_a_server_stopped_in_the_middle(
         assert time.monotonic() - began < BOUND_S
     finally:
         os.killpg(engine.server.group_id, signal.SIGCONT)
-    send(
-        receiver(transport, engine, tmp_path, student_dir), "v2", tensors(student_dir)
-    )  # what was left half done does not matter to the next
+    # A half-done sync does not matter to the next one.
+    send(receiver(transport, engine, tmp_path, student_dir), "v2", tensors(student_dir))
     assert engine.model_info()["weight_version"] == "v2"
     assert worst_difference(engine, student_dir) <= MAX_DIFFERENCE
     load_folder([engine], student_dir, "default")
@@ -112,9 +111,8 @@ def test_a_server_stopped_in_the_middle(
 def test_a_server_killed_in_the_middle(
     transport: str, engine: SGLangEngine, student_dir: Path, tmp_path: Path
 ) -> None:
-    elsewhere = SGLangEngine(
-        engine.url, engine.api_key, engine.settings
-    )  # as in a trainer's rank: no handle on the server
+    # A trainer's rank has an engine like this: without a handle on the server.
+    elsewhere = SGLangEngine(engine.url, engine.api_key, engine.settings)
     to = receiver(transport, elsewhere, tmp_path, student_dir, timeout_s=LONG_S)
     named = tensors(student_dir)
     to.begin("v1")
@@ -125,6 +123,5 @@ def test_a_server_killed_in_the_middle(
     with pytest.raises(EngineError):
         finish(to, named[5:])
     to.abandon()
-    assert (
-        time.monotonic() - began < BOUND_S
-    )  # long before the time-out: a lost connection is noticed
+    # This is long before the time-out: the lost connection itself is noticed.
+    assert time.monotonic() - began < BOUND_S

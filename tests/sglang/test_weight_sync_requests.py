@@ -35,9 +35,8 @@ def met(
     it had begun, of requests begun before its end.
     """
     if mode == "finish":
-        return any(
-            turns.version(response) == version - 1 for response in responses
-        )  # it was waited for
+        # The sync has waited for such a response.
+        return any(turns.version(response) == version - 1 for response in responses)
     if mode == "abort":
         return any(requests.attempts[number_of(response)] > 1 for response in responses)
     return any(
@@ -99,26 +98,22 @@ def test_requests_under_way(
                 break
             assert time.monotonic() < deadline, "no sync has met a request"
         everything = requests.end(more=AFTERWARDS)
-    assert sorted(number_of(response) for response in everything) == list(
-        range(requests.seen()[0])
-    )  # each exactly once
-    assert {turns.version(response) for response in everything} <= set(
-        range(version + 1)
-    )  # none was answered under a version that is called incomplete
+    # Each request was answered exactly once.
+    assert sorted(number_of(response) for response in everything) == list(range(requests.seen()[0]))
+    # No response has a version that is called incomplete.
+    assert {turns.version(response) for response in everything} <= set(range(version + 1))
     later = [response for response in everything if number_of(response) >= begun]
     assert len(later) >= AFTERWARDS
     assert {turns.version(response) for response in later} == {version}
     assert all(turns.pure(response) for response in later)
     assert worst_difference(engine, turns.folder(version)) <= MAX_DIFFERENCE
     mixed = [response for response in between if not turns.pure(response)]
-    assert bool(mixed) == (
-        mode in ("pause", "keep")
-    )  # each mode is the other's control: the check can see a mixture
+    # Each mode is the control of the others: the check can see a mixture.
+    assert bool(mixed) == (mode in ("pause", "keep"))
     for response in mixed:
         place = turns.num_before(response)
         assert 0 < place < len(response.token_ids)
         assert turns.version(response) == version
-        assert turns.pure_from(response, place) == (
-            mode == "pause"
-        )  # with "keep" the old keys and values are read on
+        # With "keep", the server goes on reading the old keys and values.
+        assert turns.pure_from(response, place) == (mode == "pause")
     load_folder([engine], student_dir, "default")

@@ -23,9 +23,8 @@ from tests.sglang.weight_syncing import TRANSPORTS, receiver, worst_difference
 
 @pytest.mark.timeout(600)
 def test_every_layout_by_every_transport(tmp_path: Path) -> None:
-    experts = write_qwen3_moe(
-        tmp_path / "experts", vocab_size=515
-    )  # the trainer pads it to 520, and SGLang in its own way
+    # The trainer pads this vocabulary to 520 rows, and SGLang pads it in its own way.
+    experts = write_qwen3_moe(tmp_path / "experts", vocab_size=515)
     tied = write_qwen3_dense(tmp_path / "tied")
     with ExitStack() as stack:
         cases = []
@@ -65,9 +64,9 @@ def test_every_layout_by_every_transport(tmp_path: Path) -> None:
                         == report["num_tensors"]
                         > 20
                     )
-                    assert report["extra_bytes"] < 2 * (
-                        20_000 + 520 * 64 * 4 + 100 * 512
-                    )  # two buffers: a bucket and a tensor that does not fit, aligned
+                    # There are two buffers: a bucket, and a tensor that does not fit. Both are
+                    # aligned.
+                    assert report["extra_bytes"] < 2 * (20_000 + 520 * 64 * 4 + 100 * 512)
         engine = engines["experts"]
         update_weights_from_disk(engine, tmp_path / "experts-trained", version="trained")
         assert worst_difference(engine, tmp_path / "experts-trained") <= MAX_DIFFERENCE

@@ -40,12 +40,13 @@ def buckets(named: Named, size: int = 64) -> Iterator[Named]:
 def receiver(
     transport: str, engine: SGLangEngine, folder: Path, template: Path, **settings: Any
 ) -> WeightReceiver:
-    section = SyncSection(transport=transport, **{"timeout_s": 120.0, **settings})  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"transport": transport, "timeout_s": 120.0, **settings}
+    section = SyncSection(**fields)
     return build_receiver(section, [engine], folder=folder, template_dir=template)
 
 
 def lose_patience(to: Any, timeout_s: float) -> None:
-    """What was sent has arrived; from now on this receiver waits no longer than so for any answer."""
+    """Wait until all that was sent has arrived. After that, limit each answer to timeout_s."""
     if not isinstance(to, DiskWeightReceiver):
         to._await_sent()
     for group in list(distributed_c10d._world.pg_group_ranks):  # of a transport by broadcast
@@ -66,7 +67,7 @@ def send(to: WeightReceiver, version: str, named: Named, *, size: int = 64) -> N
 
 
 def worst_difference(engine: SGLangEngine, folder: Path, count: int = 4) -> float:
-    """Largest difference between the server's scores and Hugging Face with the weights of folder."""
+    """Return the largest difference of the server's scores from Hugging Face with that folder."""
     reference = HuggingFace(folder)
     items = [
         ScoreRequest(r.prompt_id, 0, r.prompt_ids[:4], r.prompt_ids[4:])

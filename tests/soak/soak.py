@@ -202,9 +202,18 @@ class Soak:
             for index, name in enumerate(("first", "second"))
         ]
         self._settings = SGLangSection(
-            dtype="float32", context_length=160, max_running_requests=32, max_in_flight=32, max_total_tokens=8192, replicas=replicas,
-            restarts=2, hang_timeout_s=hang_timeout_s, request_timeout_s=max(20.0, 2 * hang_timeout_s), outage_timeout_s=250, start_timeout_s=200,
-        )  # fmt: skip
+            dtype="float32",
+            context_length=160,
+            max_running_requests=32,
+            max_in_flight=32,
+            max_total_tokens=8192,
+            replicas=replicas,
+            restarts=2,
+            hang_timeout_s=hang_timeout_s,
+            request_timeout_s=max(20.0, 2 * hang_timeout_s),
+            outage_timeout_s=250,
+            start_timeout_s=200,
+        )
         rng = np.random.default_rng(seed)
         samples = 4
         self._samples = samples
@@ -232,9 +241,8 @@ class Soak:
         self._kills = Counter[str]()
         self._restarts = 0
         self._began = 0.0
-        self.report: Callable[[dict[str, Any]], None] = lambda found: (
-            None
-        )  # gets the counts after every phase
+        # This function gets the counts after every phase.
+        self.report: Callable[[dict[str, Any]], None] = lambda found: None
 
     def run(self, seconds: float, *, restarts: int = 0) -> dict[str, Any]:
         """The counts, and the kills by phase and kind. seconds: no round begins later, unless fewer
@@ -273,10 +281,16 @@ class Soak:
 
     def _found(self) -> dict[str, Any]:
         return {
-            "seconds": time.monotonic() - self._began, "rounds": self.counts.rounds, "responses": self.counts.responses, "syncs": self.counts.syncs,
-            "kills": dict(sorted(self._kills.items())), "num_kills": sum(self._kills.values()), "restarts": self._restarts, **self.counts.wrong,
+            "seconds": time.monotonic() - self._began,
+            "rounds": self.counts.rounds,
+            "responses": self.counts.responses,
+            "syncs": self.counts.syncs,
+            "kills": dict(sorted(self._kills.items())),
+            "num_kills": sum(self._kills.values()),
+            "restarts": self._restarts,
+            **self.counts.wrong,
             "stops": self.counts.stops,
-        }  # fmt: skip
+        }
 
     def _tell(self, line: str) -> None:
         self._restarts += line.endswith("starting it again")
@@ -420,9 +434,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     options = parser.parse_args()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # through the servers' own ends: a guard that is stopped could not follow a sudden one
+    # The exit goes through the servers' own ends: a stopped guard could not follow a sudden one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="lopd-soak-"))
     try:
         soak = Soak(

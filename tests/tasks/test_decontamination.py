@@ -15,9 +15,18 @@ from lopd.tasks.decontamination import EvaluationIndex
 from tests.models import write_tokenizer
 from tests.stand_ins import Lopd, command, write_prompts
 
-QUESTION = "Find the number of ordered pairs (a, b) of positive integers with a + b = 2025 such that a divides b squared and b is odd."
-OTHER = "A bakery sells 17 loaves on Monday and three times as many on Friday. How many loaves did the bakery sell on both days together?"
-FRAME = "Solve the following problem step by step and write the final answer on the last line after the word Answer: "
+QUESTION = (
+    "Find the number of ordered pairs (a, b) of positive integers with a + b = 2025 "
+    "such that a divides b squared and b is odd."
+)
+OTHER = (
+    "A bakery sells 17 loaves on Monday and three times as many on Friday. "
+    "How many loaves did the bakery sell on both days together?"
+)
+FRAME = (
+    "Solve the following problem step by step and write the final answer on the last line "
+    "after the word Answer: "
+)
 
 
 def prompt(name: str, text: str) -> Prompt:

@@ -13,7 +13,7 @@ from lopd import cache
 from lopd.artifacts import read_manifest
 from lopd.records import Response
 from lopd.tasks.register_arithmetic import RegisterArithmetic
-from lopd.tasks.tokenizer import decode
+from lopd.tasks.tokenizer import response_text
 from tests.tasks.conftest import load_example
 
 MAKER = load_example("make_demonstrations")
@@ -55,7 +55,7 @@ def test_careful_demonstrations_are_right(
         assert (len(response.prompt_ids), len(response.token_ids)) == (27, 52)
         assert TASK.verify(
             prompts[response.prompt_id],
-            decode(tokenizer, response.token_ids),
+            response_text(tokenizer, response.token_ids, response.finish_reason),
             response.finish_reason,
         )
 

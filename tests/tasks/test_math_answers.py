@@ -129,9 +129,12 @@ VALUES = [
     boxed("\\frac13", "0.3333333"),
     boxed("\\frac13", "0.333", WRONG), boxed("0.5", "0.50"), boxed("1/2^{98}", "0.0", WRONG),
     # what repeats, which math-verify drops
-    boxed("\\frac13", "0.\\overline{3}"), boxed("0.\\overline{3}", "\\frac{1}{3}"), boxed("\\frac13", "0.\\bar3"),
-    boxed("0.\\overline{3}", "0", WRONG), boxed("0.\\bar{3}", "0", WRONG), boxed("\\frac16", "0.1\\overline{6}"),
-    boxed("\\frac{1}{10}", "0.1\\overline{6}", WRONG), boxed("-\\frac{137}{111}", "-1.\\overline{234}"),
+    boxed("\\frac13", "0.\\overline{3}"), boxed("0.\\overline{3}", "\\frac{1}{3}"),
+    boxed("\\frac13", "0.\\bar3"),
+    boxed("0.\\overline{3}", "0", WRONG), boxed("0.\\bar{3}", "0", WRONG),
+    boxed("\\frac16", "0.1\\overline{6}"),
+    boxed("\\frac{1}{10}", "0.1\\overline{6}", WRONG),
+    boxed("-\\frac{137}{111}", "-1.\\overline{234}"),
     boxed("\\overline{AB}", "\\overline{AB}"),
     # sets, tuples, intervals
     boxed("\\{3,4\\}", "(3,4)", WRONG), boxed("(3,4)", "\\{3,4\\}", WRONG),

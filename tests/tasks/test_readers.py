@@ -22,7 +22,11 @@ from lopd.tasks.prompts import read_prompts
 from lopd.tasks.readers import ReadCounts
 from lopd.tasks.rows import content_hash
 
-DAPO = "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer.\n\nWhat is 1+1?"
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer.\n\n"
+    "What is 1+1?"
+)
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.parquet") -> Path:
@@ -43,29 +47,54 @@ def read(path: Path, **settings: Any) -> list[Prompt]:
 ROWS: dict[str, tuple[dict[str, Any], tuple[str | None, str, str | None, str]]] = {
     "openthoughts3": (
         {
-            "difficulty": 7, "source": "x", "domain": "science",
-            "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "<think>..."}],
+            "difficulty": 7,
+            "source": "x",
+            "domain": "science",
+            "conversations": [
+                {"from": "human", "value": "Why?"},
+                {"from": "gpt", "value": "<think>..."},
+            ],
         },
         (None, "Why?", None, "science"),
     ),
     "dapo_math_17k": (
         {
-            "data_source": "math_dapo", "prompt": [{"content": DAPO, "role": "user"}], "ability": "MATH",
-            "reward_model": {"ground_truth": "2", "style": "rule-lighteval/MATH_v2"}, "extra_info": {"index": "9a9b"},
+            "data_source": "math_dapo",
+            "prompt": [{"content": DAPO, "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "2", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": "9a9b"},
         },
         ("9a9b", DAPO, "2", "math"),
     ),
-    "epicoder": ({"instruction": "Write a sort.", "output": "def ..."}, (None, "Write a sort.", None, "code")),
+    "epicoder": (
+        {"instruction": "Write a sort.", "output": "def ..."},
+        (None, "Write a sort.", None, "code"),
+    ),
     "gsm8k": (
         {"question": "How many?", "answer": "He has 1 <<1=1>>.\n#### 70,000"},
         (None, BOXED.replace("{question}", "How many?"), "70000", "math"),
     ),
     "math_500": (
-        {"problem": "Find $x$.", "solution": "...", "answer": "\\frac{1}{2}", "subject": "Algebra", "level": 5, "unique_id": "test/algebra/1.json"},
+        {
+            "problem": "Find $x$.",
+            "solution": "...",
+            "answer": "\\frac{1}{2}",
+            "subject": "Algebra",
+            "level": 5,
+            "unique_id": "test/algebra/1.json",
+        },
         ("test/algebra/1.json", BOXED.replace("{question}", "Find $x$."), "\\frac{1}{2}", "math"),
     ),
     "aime_2024": (
-        {"id": 60, "problem": "Find $n$.", "solution": "...", "answer": "033", "url": "", "year": "2024"},
+        {
+            "id": 60,
+            "problem": "Find $n$.",
+            "solution": "...",
+            "answer": "033",
+            "url": "",
+            "year": "2024",
+        },
         ("aime_2024-60", BOXED.replace("{question}", "Find $n$."), "033", "math"),
     ),
     "aime_2025": (
@@ -73,10 +102,15 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str | None, str, str | None, str]]] 
         ("aime_2025-3", BOXED.replace("{question}", "Find $n$."), "82", "math"),
     ),
     "hmmt_2025": (
-        {"problem_idx": 1, "answer": "\\frac{1}{576}", "problem": "Compute.", "problem_type": ["Algebra"]},
+        {
+            "problem_idx": 1,
+            "answer": "\\frac{1}{576}",
+            "problem": "Compute.",
+            "problem_type": ["Algebra"],
+        },
         ("hmmt_2025-1", BOXED.replace("{question}", "Compute."), "\\frac{1}{576}", "math"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ["rows.parquet", "rows.jsonl"])

@@ -43,7 +43,12 @@ def tokenizer() -> Any:
 
 
 def respond(answer: str) -> str:
-    return f"<think>\nLet me see: 3, 4, \\boxed{{0}}?\n</think>\n\nThe answer is $\\boxed{{{answer}}}$.<|im_end|>"
+    return (
+        "<think>\n"
+        "Let me see: 3, 4, \\boxed{0}?\n"
+        "</think>\n\n"
+        f"The answer is $\\boxed{{{answer}}}$."
+    )
 
 
 @needs_gsm8k

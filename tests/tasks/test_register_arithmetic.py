@@ -17,7 +17,7 @@ from lopd.tasks.register_responses import Corruption, write_corrupted, write_res
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 PROBLEM = Problem(81, (("+", 6), ("+", 2), ("+", 7), ("+", 3), ("-", 10)))
-CAREFUL = "<think>\n81+06=87\n87+02=89\n89+07=96\n96+03=99\n99-10=89\n</think>\n89<|im_end|>"
+CAREFUL = "<think>\n81+06=87\n87+02=89\n89+07=96\n96+03=99\n99-10=89\n</think>\n89"
 FIRST_OF_SEED_2 = ["19+36+41-20-59+25", "84+15-57-36-06+97"]
 
 
@@ -108,11 +108,10 @@ def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> Non
     ("text", "finish_reason", "right"),
     [
         (CAREFUL, "stop", True),
-        ("<think>\n</think>\n89<|im_end|>", "stop", True),  # the answer counts, not the way to it
-        (CAREFUL.replace("\n89<|im_end|>", "\n88<|im_end|>"), "stop", False),
+        ("<think>\n</think>\n89", "stop", True),  # the answer counts, not the way to it
+        (CAREFUL.removesuffix("89") + "88", "stop", False),
         (CAREFUL, "length", False),
         (CAREFUL, "abort", False),
-        (CAREFUL.removesuffix("<|im_end|>"), "stop", False),
         (CAREFUL.replace("</think>\n89", "</think>89"), "stop", False),
         (CAREFUL.replace("</think>\n89", "</think>\n889"), "stop", False),
         (CAREFUL.replace("</think>\n89", "</think>\n8"), "stop", False),
@@ -123,7 +122,7 @@ def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> Non
         (CAREFUL + CAREFUL, "stop", False),
         (CAREFUL + "<|im_end|>", "stop", False),
         (CAREFUL + "\n", "stop", False),
-        ("89<|im_end|>", "stop", False),
+        ("89", "stop", False),
         ("", "stop", False),
     ],
 )
@@ -133,7 +132,7 @@ def test_verifier(text: str, finish_reason: str, right: bool) -> None:
 
 
 def test_written_responses() -> None:
-    assert write_response(PROBLEM, "careful") == CAREFUL
+    assert write_response(PROBLEM, "careful") == f"{CAREFUL}<|im_end|>"
     assert write_response(PROBLEM, "skip") == "<think>\n</think>\n89<|im_end|>"
 
 
@@ -152,9 +151,8 @@ def test_corrupted_response_masks_exactly_what_is_wrong_where_it_stands() -> Non
             line = text[start : start + 9]
             assert re.fullmatch(r"[0-9]{2}[-+][0-9]{2}=[0-9]{2}\n", line)
             exact = OPERATORS[line[2]](int(line[:2]), int(line[3:5]))
-            value = (
-                f"{exact:02d}" if 0 <= exact <= 99 else "??"
-            )  # nothing right can be written there
+            # There is no right text for a result outside of 0 to 99.
+            value = f"{exact:02d}" if 0 <= exact <= 99 else "??"
             expected = f"{register:02d}{sign}{operand:02d}={value}\n"
             assert mask[start : start + 9].tolist() == [
                 found == right for found, right in zip(line, expected, strict=True)
@@ -171,7 +169,7 @@ def test_corruption_rates_of_zero_give_the_careful_response() -> None:
     text, mask = write_corrupted(
         PROBLEM, np.random.default_rng(0), Corruption(operator=0, operand=0, value=0)
     )
-    assert text == CAREFUL
+    assert text == f"{CAREFUL}<|im_end|>"
     assert mask.all()
 
 
@@ -188,12 +186,18 @@ def test_registry_gives_the_task_with_its_options() -> None:
         (
             "register_aritmetic",
             {},
-            r"task.name: unknown task 'register_aritmetic'.*nearest known one is register_arithmetic",
+            (
+                "task.name: unknown task 'register_aritmetic'.*"
+                "nearest known one is register_arithmetic"
+            ),
         ),
         (
             "register_arithmetic",
             {"num_operation": 5},
-            r"task.options.num_operation: .*has no option num_operation.*nearest known one is num_operations",
+            (
+                "task.options.num_operation: .*has no option num_operation.*"
+                "nearest known one is num_operations"
+            ),
         ),
         (
             "register_arithmetic",

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,8 @@ MODES = {
     "filters": Protections("filters", True, True, False, True, True),
 }
 UNPROTECTED = Protections("none", False, False, False, False, False)
-MARK = os.environ.get(
-    "LOPD_SANDBOX_MARK", f"mark-{os.getpid()}"
-)  # on the command line of this session's programs, and of no other's
+# The mark is on the command line of the programs that these tests start, and of no others.
+MARK = os.environ.get("LOPD_SANDBOX_MARK", f"mark-{os.getpid()}")
 SMALL = Limits(cpu_s=20, wall_s=100, memory_mb=256, processes=8, disk_mb=4, file_mb=2)
 
 
@@ -98,7 +98,8 @@ def test_a_program_reads_computes_writes_and_starts_others(mode: Protections) ->
 import subprocess, sys, threading
 thread = threading.Thread(target=lambda: open("mine", "w").write(input()))
 thread.start(); thread.join()
-print(open("mine").read()[::-1], subprocess.run(["/bin/echo", "child"], capture_output=True, text=True).stdout.strip())
+child = subprocess.run(["/bin/echo", "child"], capture_output=True, text=True)
+print(open("mine").read()[::-1], child.stdout.strip())
 sys.exit(3)
 """
     outcome = run(mode, code, stdin=b"abc\n")
@@ -151,7 +152,11 @@ def test_the_kernel_answers_no(mode: Protections, call: str) -> None:
     assert (
         run(
             mode,
-            f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.{call}, ctypes.get_errno())",
+            (
+                "import ctypes\n"
+                "libc = ctypes.CDLL(None, use_errno=True)\n"
+                f"print(libc.{call}, ctypes.get_errno())"
+            ),
         ).stdout
         == b"-1 1\n"
     )
@@ -170,7 +175,16 @@ def test_limits(mode: Protections) -> None:
     assert b"MemoryError" in run(mode, "bytearray(10**9)").stderr
     forks = run(
         mode,
-        "import os, time\nn = 1\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(60)\n        n += 1\nexcept OSError:\n    print(n)",
+        (
+            "import os, time\n"
+            "n = 1\n"
+            "try:\n"
+            "    while True:\n"
+            "        if os.fork() == 0: time.sleep(60)\n"
+            "        n += 1\n"
+            "except OSError:\n"
+            "    print(n)"
+        ),
     )
     assert int(forks.stdout) <= SMALL.processes
     assert len(run(mode, "while True: print('x' * 10**5)").stdout) <= SMALL.file_mb << 20
@@ -189,7 +203,16 @@ def test_all_files_together_are_bounded_where_the_disk_is_its_own() -> None:
 @pytest.mark.parametrize("ending", ["print('left')", "time.sleep(60)"], ids=["ends", "is stopped"])
 def test_what_it_leaves_behind_is_ended(mode: Protections, ending: str) -> None:
     mark = f"4242{os.getpid()}"
-    code = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep({mark})\n    os._exit(0)\ntime.sleep(0.2)\n{ending}"
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        f"        time.sleep({mark})\n"
+        "    os._exit(0)\n"
+        "time.sleep(0.2)\n"
+        f"{ending}"
+    )
     run(mode, f"mark = {mark}\n" + code, limits=replace(SMALL, wall_s=1))
     assert not orphans(), "a process of the sandbox is alive"
 
@@ -251,4 +274,5 @@ def test_code_is_refused_where_nothing_protects(monkeypatch: pytest.MonkeyPatch)
     ) as caught:
         get_task("code", {}).check_machine()  # type: ignore[attr-defined]
     assert "\n" not in str(caught.value)
-    assert "limits alone" in get_task("code", {"allow_weak_sandbox": True}).check_machine()  # type: ignore[attr-defined]
+    allowed: Any = get_task("code", {"allow_weak_sandbox": True})
+    assert "limits alone" in allowed.check_machine()

@@ -39,7 +39,6 @@ TASKS = {
     "code": get_task("code", {"limit_s": LIMIT_S, "memory_mb": 512, "disk_mb": 8}),
     "code_numpy": get_task("code", {"limit_s": 5.0, "packages": True}),
 }
-END = "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def boxed(gold: str, answer: str, reason: str = "") -> Case:
     return Case(
         "math",
         gold,
-        f"<think>\nhm\n</think>\n\nSo the answer is $\\boxed{{{answer}}}$.{END}",
+        f"<think>\nhm\n</think>\n\nSo the answer is $\\boxed{{{answer}}}$.",
         reason,
     )
 
@@ -69,42 +68,55 @@ def boxed(gold: str, answer: str, reason: str = "") -> Case:
 WRONG = "wrong answer"
 MATH = [
     # right, in many forms
-    boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"), boxed("1000", "1,000"), boxed("1000", "1{,}000"),
-    boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"), boxed("2\\sqrt{3}", "\\sqrt{12}"), boxed("2", "x=2"),
-    boxed("18", "\\$18"), boxed("50", "50\\%"), boxed("90", "90^\\circ"), boxed("10", "10\\text{ cm}"), boxed("x^2+1", "1+x^2"), boxed("17", "17."),
-    boxed("1,2", "2,1"), boxed("(3,4)", "(3, 4)"), boxed("\\text{Evelyn}", "\\text{evelyn}"), boxed("21", "7\\cdot 3=21"), boxed("2", "\\boxed{2}"),
-    boxed("\\frac{9\\sqrt{23}}{23}", "\\frac{9}{\\sqrt{23}}"), boxed("1+2i", "2i+1"), boxed("$5$", "5"), boxed("2^{99}", "2^{99}"),
-    boxed("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\frac{-1 \\pm \\sqrt{17}}{2}"), boxed("\\pm 5", "5, -5"), boxed("5", "\\pm 5", WRONG),
-    boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"), boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
-    Case("math", "7", f"first \\boxed{{8}}, no: \\boxed{{7}}{END}"),  # the last box
-    Case("math", "7", f"no thinking at all \\boxed{{7}}{END}"),
+    boxed("204", "204"), boxed("204", "0204"), boxed("025", "25"), boxed("204", "204.0"),
+    boxed("1000", "1,000"), boxed("1000", "1{,}000"),
+    boxed("\\frac{1}{2}", "0.5"), boxed("\\frac12", "\\dfrac{1}{2}"), boxed("2", "\\frac{4}{2}"),
+    boxed("2\\sqrt{3}", "\\sqrt{12}"), boxed("2", "x=2"),
+    boxed("18", "\\$18"), boxed("50", "50\\%"), boxed("90", "90^\\circ"),
+    boxed("10", "10\\text{ cm}"), boxed("x^2+1", "1+x^2"), boxed("17", "17."),
+    boxed("1,2", "2,1"), boxed("(3,4)", "(3, 4)"), boxed("\\text{Evelyn}", "\\text{evelyn}"),
+    boxed("21", "7\\cdot 3=21"), boxed("2", "\\boxed{2}"),
+    boxed("\\frac{9\\sqrt{23}}{23}", "\\frac{9}{\\sqrt{23}}"), boxed("1+2i", "2i+1"),
+    boxed("$5$", "5"), boxed("2^{99}", "2^{99}"),
+    boxed("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\frac{-1 \\pm \\sqrt{17}}{2}"),
+    boxed("\\pm 5", "5, -5"), boxed("5", "\\pm 5", WRONG),
+    boxed("2^{25} \\cdot 26!", "26! \\cdot 33554432"),
+    boxed("1-\\frac{2}{\\pi}", "\\frac{\\pi-2}{\\pi}"),
+    Case("math", "7", "first \\boxed{8}, no: \\boxed{7}"),  # the last box
+    Case("math", "7", "no thinking at all \\boxed{7}"),
     # the template opened the thinking
-    Case("math", "7", f"thought before </think> \\boxed {{7}}{END}"),
-    Case("math", "34", f"</think>We add.\n\n**Answer: 34**{END}"),
-    Case("math", "34", f"</think>We add.\nAnswer: $34$\n{END}"),
+    Case("math", "7", "thought before </think> \\boxed {7}"),
+    Case("math", "34", "</think>We add.\n\n**Answer: 34**"),
+    Case("math", "34", "</think>We add.\nAnswer: $34$\n"),
     # wrong
-    boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG), boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
-    boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG), boxed("\\frac13", "0.333", WRONG), boxed("(3,4)", "(4,3)", WRONG), boxed("2", "2x", WRONG),
-    boxed("3", "\\infty", WRONG), boxed("A", "B", WRONG), boxed("0", "\\text{None}", WRONG), boxed("7", "7^{2}", WRONG),
-    Case("math", "7", f"\\boxed{{7}} or rather \\boxed{{8}}{END}", WRONG),
-    Case("math", "7", f"<think>\\boxed{{7}}</think>\\boxed{{8}}{END}", WRONG),
+    boxed("204", "205", WRONG), boxed("2", "1,2,3", WRONG), boxed("2", "2 \\text{ or } 3", WRONG),
+    boxed("5", "(4,6)", WRONG), boxed("-5", "5", WRONG),
+    boxed("204", "205=204", WRONG), boxed("204", "204=205", WRONG),
+    boxed("\\frac13", "0.333", WRONG), boxed("(3,4)", "(4,3)", WRONG), boxed("2", "2x", WRONG),
+    boxed("3", "\\infty", WRONG), boxed("A", "B", WRONG), boxed("0", "\\text{None}", WRONG),
+    boxed("7", "7^{2}", WRONG),
+    Case("math", "7", "\\boxed{7} or rather \\boxed{8}", WRONG),
+    Case("math", "7", "<think>\\boxed{7}</think>\\boxed{8}", WRONG),
     # malformed
     boxed("7", "", "no answer"),
-    Case("math", "7", f"the answer is 7{END}", "no answer"),
-    Case("math", "7", f"\\boxed{{7{END}", "no answer"),
+    Case("math", "7", "the answer is 7", "no answer"),
+    Case("math", "7", "\\boxed{7", "no answer"),
     # the last box is not closed
-    Case("math", "7", f"\\boxed{{7}} and \\boxed{{8{END}", "no answer"),
-    Case("math", "7", f"<think>\\boxed{{7}}</think> so it is{END}", "no answer"),
-    Case("math", "7", f"<think>it is \\boxed{{7}}{END}", "never ended its thinking"),
+    Case("math", "7", "\\boxed{7} and \\boxed{8", "no answer"),
+    Case("math", "7", "<think>\\boxed{7}</think> so it is", "no answer"),
+    Case("math", "7", "<think>it is \\boxed{7}", "never ended its thinking"),
     Case("math", "7", "so \\boxed{7}", "cut off", finish_reason="length"),
     Case("math", "7", "", "no answer"),
-    Case("math", "", f"\\boxed{{}}{END}", "no answer"),
+    Case("math", "", "\\boxed{}", "no answer"),
     # hostile
     boxed("7", "9^{9^{9^{9}}}", "time limit"), boxed("7", "99999999!", "time limit"),
     boxed("7", "7" * 200_000, "answer too long"), boxed("7", "\\frac{" * 60_000, "no answer"),
-    boxed("7", "__import__('os').system('touch proof')", WRONG), boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
-    Case("math", "7", "\\boxed{" * 100_000 + END, "no answer"), Case("math", "7", "\\boxed{8}" * 50_000 + f"\\boxed{{7}}{END}"),
-    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}{END}"), Case("math", "7", f"\\boxed{{\x00\ud800}}{END}", WRONG),
+    boxed("7", "__import__('os').system('touch proof')", WRONG),
+    boxed("7", "\\text{" + "7, " * 400 + "}", WRONG),
+    Case("math", "7", "\\boxed{" * 100_000, "no answer"),
+    Case("math", "7", "\\boxed{8}" * 50_000 + "\\boxed{7}"),
+    Case("math", "7", f"\\boxed{{7}}{'x' * 300_000}"),
+    Case("math", "7", "\\boxed{\x00\ud800}", WRONG),
 ]  # fmt: skip
 
 ADD = json.dumps(
@@ -120,7 +132,7 @@ def python(tests: str, program: str, reason: str = "") -> Case:
     return Case(
         "code",
         tests,
-        f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```{END}",
+        (f"<think>\n```python\nprint('not this')\n```\n</think>\nHere:\n```python\n{program}\n```"),
         reason,
     )
 
@@ -128,40 +140,99 @@ def python(tests: str, program: str, reason: str = "") -> Case:
 NUMPY = "import numpy\nprint(numpy.sum(list(map(int, input().split()))))"
 CODE = [
     # right
-    python(ADD, "a, b = map(int, input().split())\nprint(a + b)"), python(ADD, "print(float(sum(map(int, input().split()))))"),
-    python(ADD, "from __future__ import annotations\nprint(sum(map(int, input().split())))\nexit()"),
+    python(ADD, "a, b = map(int, input().split())\nprint(a + b)"),
+    python(ADD, "print(float(sum(map(int, input().split()))))"),
+    python(
+        ADD, "from __future__ import annotations\nprint(sum(map(int, input().split())))\nexit()"
+    ),
     python(ADD, "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='  \\n\\n\\n')"),
-    python(CALL, "class Solution:\n    def join(self, a: List[int], b: int) -> List[int]:\n        print('noise')\n        return tuple(a + [b])"),
-    python(CALL, "def join(a, b):\n    return [*a, b]"), python(CHECK, "def square(x):\n    return x * x"),
+    python(
+        CALL,
+        (
+            "class Solution:\n"
+            "    def join(self, a: List[int], b: int) -> List[int]:\n"
+            "        print('noise')\n"
+            "        return tuple(a + [b])"
+        ),
+    ),
+    python(CALL, "def join(a, b):\n    return [*a, b]"),
+    python(CHECK, "def square(x):\n    return x * x"),
     python("assert square(2) == 4", "def square(x):\n    return x ** 2"),
-    Case("code", ADD, f"one\n```python\nprint(1)\n```\nbetter\n```\nprint(sum(map(int, input().split())))\n```\n```text\n3\n```{END}"),
+    Case(
+        "code",
+        ADD,
+        (
+            "one\n"
+            "```python\n"
+            "print(1)\n"
+            "```\n"
+            "better\n"
+            "```\n"
+            "print(sum(map(int, input().split())))\n"
+            "```\n"
+            "```text\n"
+            "3\n"
+            "```"
+        ),
+    ),
     # wrong
-    python(ADD, "print(3)", WRONG), python(ADD, "a, b = map(int, input().split())\nprint(a - b)", WRONG), python(ADD, "print(3, 11)", WRONG),
-    python(CALL, "def join(a, b):\n    return [1, 2, 3]", WRONG), python(CHECK, "def square(x):\n    return 4", "error"), python(ADD, "pass", WRONG),
-    python(ADD, NUMPY, "error"), Case("code_numpy", ADD, f"```python\n{NUMPY}\n```{END}"),
+    python(ADD, "print(3)", WRONG),
+    python(ADD, "a, b = map(int, input().split())\nprint(a - b)", WRONG),
+    python(ADD, "print(3, 11)", WRONG),
+    python(CALL, "def join(a, b):\n    return [1, 2, 3]", WRONG),
+    python(CHECK, "def square(x):\n    return 4", "error"),
+    python(ADD, "pass", WRONG),
+    python(ADD, NUMPY, "error"),
+    Case("code_numpy", ADD, f"```python\n{NUMPY}\n```"),
     # malformed
-    python(ADD, "print(", "error"), python(CALL, "def other(): pass", "error"), python(CALL, "def join(a, b): return object()", "error"),
-    Case("code", ADD, f"no code{END}", "no code block"), Case("code", ADD, f"```python\nprint(3){END}", "no code block"),
-    Case("code", ADD, f"```cpp\nint main() {{}}\n```{END}", "no code block"),
-    Case("code", "{}", f"```python\nprint(3)\n```{END}", "the prompt's tests cannot be read"),
+    python(ADD, "print(", "error"),
+    python(CALL, "def other(): pass", "error"),
+    python(CALL, "def join(a, b): return object()", "error"),
+    Case("code", ADD, "no code", "no code block"),
+    Case("code", ADD, "```python\nprint(3)", "no code block"),
+    Case("code", ADD, "```cpp\nint main() {}\n```", "no code block"),
+    Case("code", "{}", "```python\nprint(3)\n```", "the prompt's tests cannot be read"),
     # hostile
-    python(ADD, "while True: pass", "time limit"), python(ADD, "import time\ntime.sleep(60)", "time limit"),
-    python(ADD, "x = bytearray(2 * 10**9)", "memory limit"), python(ADD, "print('3' * 10**9)", "memory limit"),
+    python(ADD, "while True: pass", "time limit"),
+    python(ADD, "import time\ntime.sleep(60)", "time limit"),
+    python(ADD, "x = bytearray(2 * 10**9)", "memory limit"),
+    python(ADD, "print('3' * 10**9)", "memory limit"),
     python(ADD, "while True: print('3' * 10**6)", "error"),
-    python(ADD, "import os\nn = 0\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        break\nprint(3)", WRONG),
-    python(ADD, "import socket\nsocket.create_connection(('127.0.0.1', 22))", "error"), python(ADD, "open('/etc/passwd').read()", "error"),
-    python(ADD, "import os\nos.kill(os.getppid(), 9)\nprint(3)", "error"), python(ADD, "open('/usr/lib/proof', 'w')", "error"),
-    python(ADD, "for i in range(99999): open(str(i), 'w').write('x' * 10**5)", "error"), python(ADD, "import os\nos.abort()", "error"),
-    python(CHECK, "import os\nos._exit(0)", "no result"), python(CHECK, "import sys\nsys.exit(0)", "no result"),
+    python(
+        ADD,
+        (
+            "import os\n"
+            "n = 0\n"
+            "while True:\n"
+            "    try:\n"
+            "        os.fork()\n"
+            "    except OSError:\n"
+            "        break\n"
+            "print(3)"
+        ),
+        WRONG,
+    ),
+    python(ADD, "import socket\nsocket.create_connection(('127.0.0.1', 22))", "error"),
+    python(ADD, "open('/etc/passwd').read()", "error"),
+    python(ADD, "import os\nos.kill(os.getppid(), 9)\nprint(3)", "error"),
+    python(ADD, "open('/usr/lib/proof', 'w')", "error"),
+    python(ADD, "for i in range(99999): open(str(i), 'w').write('x' * 10**5)", "error"),
+    python(ADD, "import os\nos.abort()", "error"),
+    python(CHECK, "import os\nos._exit(0)", "no result"),
+    python(CHECK, "import sys\nsys.exit(0)", "no result"),
     python(ADD, "import ctypes\nctypes.string_at(0)", "error"),
-]  # fmt: skip
+]
 
 PLAIN = [
-    Case("plain", "Paris", f"<think>France</think>\n  Paris\n{END}"), Case("plain", "New York", f"New   York{END}"),
-    Case("plain", "Paris", f"paris{END}", WRONG),
-    Case("plain", "Paris", f"It is Paris{END}", WRONG), Case("plain", "Paris", END, "no answer"), Case("plain", "Paris", "x" * 200_000 + END, WRONG),
-    Case("plain_line", "Paris\nLutetia", f"Long ago:\nlutetia\n{END}"), Case("plain_line", "Paris", f"Paris\nno, Rome{END}", WRONG),
-]  # fmt: skip
+    Case("plain", "Paris", "<think>France</think>\n  Paris\n"),
+    Case("plain", "New York", "New   York"),
+    Case("plain", "Paris", "paris", WRONG),
+    Case("plain", "Paris", "It is Paris", WRONG),
+    Case("plain", "Paris", "", "no answer"),
+    Case("plain", "Paris", "x" * 200_000, WRONG),
+    Case("plain_line", "Paris\nLutetia", "Long ago:\nlutetia\n"),
+    Case("plain_line", "Paris", "Paris\nno, Rome", WRONG),
+]
 CASES = [*MATH, *PLAIN, *CODE]
 
 
@@ -237,9 +308,14 @@ from lopd.tasks.workers import WorkerPool
 pool = WorkerPool("lopd.tasks.math_worker", limit_s=1.0, memory_mb=1024, size=2)
 pids = []
 for answer in ("0.5", "9^{9^{9^{9}}}"):
-    threading.Thread(target=pool.ask, args=({"gold": "1/2", "answer": answer},), daemon=True).start()
+    question = {"gold": "1/2", "answer": answer}
+    threading.Thread(target=pool.ask, args=(question,), daemon=True).start()
 while len(pids) < 2:
-    pids = [pid for task in os.listdir("/proc/self/task") for pid in open(f"/proc/self/task/{task}/children").read().split()]
+    pids = [
+        pid
+        for task in os.listdir("/proc/self/task")
+        for pid in open(f"/proc/self/task/{task}/children").read().split()
+    ]
 print(*pids, flush=True)
 threading.Event().wait()
 """
@@ -274,7 +350,8 @@ def test_boxes_and_lines() -> None:
     assert last_box("\\boxed7") == "7"
     assert answer_line("ANSWER: 5\nmore") == "5"
     assert answer_line("the answer: 5") is None
-    assert final_part("a</think>b</think>c<|im_end|>\n") == "c"
+    assert final_part("a</think>b</think>c") == "c"
+    assert final_part("<|im_end|> ends a message") == "<|im_end|> ends a message"
 
 
 def test_output_is_compared_up_to_rounding_in_double_precision() -> None:

@@ -27,12 +27,13 @@ STATES: list[tuple[int, ...]] = [
     for length in range(MAX_LEN)
     for prefix in itertools.product(range(1, VOCAB_SIZE), repeat=length)
 ]
+# Every response that ends, and every one that is cut off.
 RESPONSES: list[tuple[int, ...]] = [
     (*prefix, token)
     for prefix in STATES
     for token in range(VOCAB_SIZE)
     if token == END or len(prefix) == MAX_LEN - 1
-]  # every response that ends, and every one that is cut off
+]
 _STATE_OF = torch.tensor(
     [STATES.index(response[:t]) for response in RESPONSES for t in range(len(response))]
 )

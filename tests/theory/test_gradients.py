@@ -27,19 +27,14 @@ from tests.theory.tabular import (
     visits,
 )
 
-DRIFTS = (
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    2.0,
-)  # size of the student's random move from the reference, in logits
+# Sizes of the student's random move from the reference, in logits.
+DRIFTS = (0.03, 0.1, 0.3, 1.0, 2.0)
 SEEDS = range(20)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A reference, a teacher about a logit away, and a student that has drifted from the reference."""
+    """A reference, a teacher about a logit away, and a student that drifted from the reference."""
 
     student_logits: Tensor
     reference: Tensor  # log pi [states, V]
@@ -177,13 +172,12 @@ class Bound:
 
     measured: float
     theorem: float  # G * sigma_A * sqrt(chi2), sigma_A^2 = E_ref[sum_t A_t^2]
-    by_updates: (
-        float  # std_ref(f) * sqrt(chi2): the step of its proof before the size of f is bounded
-    )
+    # This is std_ref(f) * sqrt(chi2): the step of the proof before the size of f is bounded.
+    by_updates: float
     root_chi2: float
-    centred: (
-        float  # the theorem's with the standard deviation of A about its mean instead of sigma_A
-    )
+    # This is the theorem's bound with the standard deviation of A about its mean instead of
+    # sigma_A.
+    centred: float
 
 
 def bound(about: Case) -> Bound:
@@ -196,9 +190,8 @@ def bound(about: Case) -> Bound:
     update = updates(about.student_logits, about.teacher, about.reference)
     spread = (probabilities @ (update - probabilities @ update).square().sum(-1)).sqrt()
     policy = about.student.exp()
-    steepest = (
-        on_tokens(1 - 2 * policy + policy.square().sum(-1, keepdim=True)).max().sqrt()
-    )  # |e_a - pi|^2
+    # This is |e_a - pi|^2.
+    steepest = on_tokens(1 - 2 * policy + policy.square().sum(-1, keepdim=True)).max().sqrt()
     advantage = on_tokens(about.teacher - about.student).clamp(
         -METHOD.advantage_clip, METHOD.advantage_clip
     )

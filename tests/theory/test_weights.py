@@ -25,9 +25,8 @@ def mean_weight(sampler: Tensor, student: Tensor, recorded: Tensor) -> float:
     each.
     """
     probabilities = response_probabilities(sampler)
-    weights = torch.where(
-        on_tokens(sampler) > -1e6, on_tokens(student - recorded).exp(), 0.0
-    )  # what is never sampled has no weight
+    # Tokens that are never sampled have no weight.
+    weights = torch.where(on_tokens(sampler) > -1e6, on_tokens(student - recorded).exp(), 0.0)
     return (
         probabilities
         @ per_response(weights)
@@ -134,7 +133,7 @@ class TestTempered:
         close(mean_weight(sampler, student, sampler), 1.0, abs=1e-13)
 
     def test_mean_is_the_students_mass_on_the_support_where_sampling_cut_tokens_off(self) -> None:
-        """top-k of 2, against the sampler's own probabilities: never above 1, whatever the student."""
+        """With top-k of 2, against the sampler's probabilities: never above 1, for any student."""
         logits = random_logits(3)
         kept = logits >= logits.topk(2, -1).values[:, 1:]
         sampler = log_policy(logits.masked_fill(~kept, -1e9))

@@ -207,8 +207,8 @@ class Checkpoints:
         files = sum_files(pending.folder, sums)
         if parallel.rank() == 0:
             self._publish(pending.folder, files)
-        # No rank may continue before the checkpoint is there: it could end the training, or look for
-        # the newest one.
+        # No rank may continue before the checkpoint is there: it could end the training, or look
+        # for the newest one.
         parallel.barrier()
 
     def _publish(self, partial: Path, files: Mapping[str, list[int]]) -> None:

@@ -185,9 +185,8 @@ class GroupedLinear(torch.nn.Module):
         rows = out_features // (tp_size if parallel_mode == "column" else 1)
         columns = in_features // (tp_size if parallel_mode == "row" else 1)
         for index in range(num_gemms):
-            weight = _weight(
-                rows, columns, init_method, params_dtype, device, None
-            )  # unmarked, whatever the mode
+            # The weight is not marked, whatever the mode is.
+            weight = _weight(rows, columns, init_method, params_dtype, device, None)
             self.register_parameter(f"weight{index}", weight)
 
     def get_extra_state(self) -> Tensor:

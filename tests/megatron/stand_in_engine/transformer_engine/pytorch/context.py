@@ -65,17 +65,17 @@ def attention_across_ranks(
     assert len(query) * size == total, (
         f"{len(query)} tokens on each of {size} ranks, {total} in all"
     )
+    # The shape is [total].
     order = torch.cat(
         [thd_get_partitioned_indices(cu_seqlens, total, size, rank) for rank in range(size)]
-    )  # [total]
+    )
     sequence = torch.bucketize(order, cu_seqlens[1:], right=True)
     own = slice(group.rank() * len(query), (group.rank() + 1) * len(query))
     seen = (sequence[own, None] == sequence) & (order[own, None] >= order)  # [P, total]
     keys = _AllGather.apply(key, group)
     values = _AllGather.apply(value, group)
-    q, k, v = (
-        rows.transpose(0, 1)[None] for rows in (query, keys, values)
-    )  # [1, heads, tokens, head_dim]
+    # The shapes are [1, heads, tokens, head_dim].
+    q, k, v = (rows.transpose(0, 1)[None] for rows in (query, keys, values))
     out = functional.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
