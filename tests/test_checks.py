@@ -432,10 +432,7 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
         ),
         (
             "prompts.sft.num_prompts=10000001",
-            (
-                "num_prompts = 10000001 is too large; limit: at most 10,000,000; remedy: lower "
-                "num_prompts"
-            ),
+            "num_prompts = 10000001 is too large; limit: at most 10,000,000; remedy: lower",
         ),
     ],
 )

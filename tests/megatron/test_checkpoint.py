@@ -215,8 +215,8 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew_silently(
     for ranks in results:
         refused = ranks["damaged"]["both"]
         assert (
-            "every checkpoint is damaged: step-000003/__0_0.distcp: checksum differs; step-000002/__0_0.distcp: checksum differs"
-            in refused
+            "every checkpoint is damaged: step-000003/__0_0.distcp: checksum differs; "
+            "step-000002/__0_0.distcp: checksum differs" in refused
         )
         assert "remedy: remove this folder: the training then starts from step 0" in refused
 

@@ -28,7 +28,7 @@ def read_about(path: Path) -> dict[str, Any]:
     """
     about: dict[str, Any] = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     if about.pop("sha256", None) != sha256_json(about):
-        raise ValueError("the checksum differs")
+        raise ValueError("checksum differs")
     return about
 
 
