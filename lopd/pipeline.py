@@ -84,7 +84,7 @@ def run_share(config: Config, name: str, share: Share) -> None:
 
     Workers may run at the same time on several machines that share the run directory. Each
     publishes its shards and completes nothing. The stage's own command afterwards finds all shards,
-    makes those that a lost worker has left, and completes the artifact.
+    makes the shards that a failed worker did not make, and completes the artifact.
     """
     # All workers hold the lock together. The stage's own command needs it alone, so it waits for no
     # worker: it is refused while one runs.
@@ -256,8 +256,8 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
     """Check the stages that this one reads, before anything is moved or written.
 
     Raises:
-        ArtifactError: One is not done, or a file is not as it was published.
-        ConsistencyError: Only the teacher is another one than they were made with.
+        ArtifactError: A stage is not done, or a file has changed since it was written.
+        ConsistencyError: The stages differ only in their teacher.
     """
     for name in context.stage.parents(context.config):
         # A stage run alone never runs its parents: that may take days, and was not asked for.

@@ -56,7 +56,8 @@ def lineage_in(lineage: Mapping[str, Any], domain: str) -> Mapping[str, Any]:
     """Return what is known of the teacher of one domain's demonstrations.
 
     Args:
-        lineage: With one entry per domain in ``by_domain``, or one for all of them.
+        lineage: The lineage record. It has one entry per domain in ``by_domain``, or one entry for
+            all domains.
         domain: "" names every domain that has no entry.
     """
     # With several teachers each domain has its own. A domain that nobody has declared is unknown.
@@ -71,7 +72,7 @@ def check_scoring_teacher(
     """Return the lineage to record with the scores.
 
     Args:
-        lineage: Of the demonstrations.
+        lineage: The lineage record of the demonstrations.
         teacher: The teacher that is to score.
         allow_foreign: The user accepts another teacher. The lineage then says so.
 
@@ -102,7 +103,7 @@ def check_scoring_teacher(
 
 
 def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str, str]:
-    """Say what is wrong with the scoring teacher, and which one would be right."""
+    """Return what is wrong with the scoring teacher, and which teacher would be right."""
     known = lineage.get("sft_teacher", "")
     # Several teachers made the demonstrations, so a single one cannot be right for all of them.
     if "by_domain" in lineage:
@@ -136,13 +137,13 @@ def check_given_cache(
     student's demonstrations, or by another one and then corrected (Lightning OPD 2.0).
 
     Args:
-        manifest: Of the cache.
-        folder: Of the cache, for the error.
+        manifest: The manifest of the cache.
+        folder: The folder of the cache. Errors name it.
         student: The model that the training starts from.
-        allow_foreign: The user accepts any other cache. The lineage then says so.
+        allow_foreign: Whether the user accepts any other cache. The lineage then records this.
 
     Returns:
-        The cache's own lineage with ``cache``, which says in a sentence what was found.
+        The cache's own lineage with ``cache``, a sentence about what was found.
 
     Raises:
         ArtifactError: The folder is not a complete teacher cache.
@@ -181,7 +182,7 @@ def check_given_cache(
 
 
 def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:
-    """Say what makes a cache foreign to the student."""
+    """Return the reasons why a cache does not belong to the student."""
     faults = []
     # The method takes the policy that sampled as its reference. Responses of another student are no
     # on-policy data for this one.

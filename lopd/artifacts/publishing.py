@@ -64,7 +64,7 @@ def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     """Write a file so that after a crash it is there whole or not at all.
 
     Args:
-        private: Only the owner may read the file.
+        private: Whether only the owner may read the file.
 
     Raises:
         ArtifactError: The disk is full, read-only or forbidden.

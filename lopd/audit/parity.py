@@ -26,7 +26,7 @@ class Agreement:
     """The differences d = second - first over all tokens of some responses, in nats.
 
     Attributes:
-        mean: Of |d|, as are p50, p99 and largest.
+        mean: The mean of |d|. p50, p99 and largest are of |d| too.
         p50: The median.
         p99: The 99th percentile.
         bias: The mean of d.

@@ -28,8 +28,8 @@ def score_with_model(
 
     Args:
         folder: A Hugging Face checkpoint.
-        temperature: Of the distribution that is asked about.
-        top_p: Of the distribution that is asked about.
+        temperature: The temperature of the distribution in question.
+        top_p: The top-p of the distribution in question.
 
     Raises:
         DataError: The model cannot be loaded, or its vocabulary is smaller than a token id.

@@ -54,10 +54,10 @@ class Scores:
     All are at the temperature and top-p that are asked about. N is the number of tokens.
 
     Attributes:
-        logprobs: Of the tokens, in nats. -inf means outside the nucleus.
-        entropy: Of the teacher's distribution at each token, in nats.
+        logprobs: The log-probabilities of the tokens, in nats. -inf means outside the nucleus.
+        entropy: The entropy of the teacher's distribution at each token, in nats.
         lengths: The number of tokens of each response.
-        variance: Of log p under p. It is estimated if it is not known (see spread()).
+        variance: The variance of log p under p. It is estimated if it is not known (see spread()).
         token_kinds: The kind of the token before each token, for the curves.
     """
 
@@ -87,8 +87,8 @@ class Point:
     """A group of tokens on a curve.
 
     Attributes:
-        mean: Of the drift, in nats.
-        standard_error: Of the mean, if the tokens come from the teacher.
+        mean: The mean drift, in nats.
+        standard_error: The standard error of the mean, if the tokens come from the teacher.
     """
 
     name: str

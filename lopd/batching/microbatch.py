@@ -25,7 +25,7 @@ def make_sample(
     Log-probabilities are 0 on the prompt.
 
     Args:
-        response: The response.
+        response: The response, with its prompt.
         teacher: The teacher's scores, or only its log-probabilities of the response's tokens,
             float32 [R].
         with_top: Whether the sample takes the teacher's top-K, if the scores have it.

@@ -31,14 +31,17 @@ _REMEDY = "run the stage that made the cache again: it makes this shard and keep
 
 
 class CacheReader:
-    """Gives rows of an artifact of responses by index. One thread at a time may use it.
+    """A reader that returns rows of an artifact of responses by index.
+
+    Only one thread may use it at a time.
 
     A shard's file is hashed once, at its first read. Each later read trusts it.
 
     Args:
         kept_tokens: How many decoded response tokens are kept for later reads, at about 30 bytes
             each.
-        without_sampling: Also read a cache without sampling_logprobs. They are then NaN.
+        without_sampling: Whether a cache without sampling_logprobs may be read. The values are then
+            NaN.
         leave_out: Columns that are not read. A top-K and routed experts take many times the memory
             of all other columns.
 

@@ -46,7 +46,7 @@ def export_reference(
     """Write the file, and beside it ``FILE.json``, which says what the file is made from.
 
     Args:
-        folder: Of the cache.
+        folder: The folder of the cache.
         tokenizer_folder: Decodes the prompts. None means the teacher's folder of the manifest.
 
     Returns:

@@ -63,10 +63,10 @@ def import_reference(
     """Publish a cache with the rows of the file. ``extra.lacks`` says what the rows do not have.
 
     Args:
-        tokenizer_folder: Of the student. The text of the prompts is tokenised with it, as the
-            reference code does.
+        tokenizer_folder: The folder of the student's tokenizer. The text of the prompts is
+            tokenised with it, as the reference code does.
         teacher: The model that the user declares as the one that scored.
-        batch_rows: Rows per shard.
+        batch_rows: The number of rows in a shard.
 
     Raises:
         DataError: The file has another format, or a response cannot be used.

@@ -50,7 +50,7 @@ def to_table(
     """Return the rows of responses, with the teacher's scores if they are given.
 
     Args:
-        scores: In the order of the responses.
+        scores: The teacher's scores, in the order of the responses.
         logprob_bits: 32 is lossless. 16 stores float16 and records the change in the metadata.
 
     Raises:
@@ -309,7 +309,7 @@ def write_responses(
     """Publish responses that are already at hand as a complete artifact.
 
     Args:
-        shard_size: Responses per shard.
+        shard_size: The number of responses in a shard.
         about: ``parents``, ``models``, ``sampling`` and ``lineage`` of the manifest.
     """
     # Responses come from an iterator, so that they need not all be in memory.

@@ -110,7 +110,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
 
     Args:
         config: The configuration.
-        on_gpu: As in sync.
+        on_gpu: Whether the servers run on GPUs, as in sync().
     """
     settings = config.sync
     no_colocation = "set sync.colocate=false"

@@ -171,7 +171,7 @@ def cache(config: Config) -> Iterator[Finding]:
 
 
 def lineage(config: Config) -> Iterator[Finding]:
-    """Check that the teacher that will score also made demonstrations from elsewhere.
+    """Check that the teacher that will score also made the given sft.demonstrations.
 
     The demonstrate stage always uses that teacher, so its demonstrations need no check.
     """

@@ -31,7 +31,7 @@ _CPU_ONLY = {"attention_backend": "torch_native", "sampling_backend": "pytorch"}
 
 
 def server(config: Config) -> Iterator[Finding]:
-    """Check what servers are started with, and what they are asked for."""
+    """Check the arguments of the servers that are started, and the requests that they will get."""
     from sglang_rollout.servers.addresses import check_meeting
 
     problems = [

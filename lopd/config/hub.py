@@ -62,7 +62,7 @@ class HubName:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the revision is a commit, which cannot change."""
+        """Return whether the revision is a commit, which cannot change."""
         # A branch or tag could have such a name too, but hardly anyone gives one.
         return re.fullmatch(r"[0-9a-f]{7,40}", self.revision) is not None
 

@@ -11,7 +11,10 @@ from lopd.config.training import ForwardSection
 
 
 class Sampling(Section):
-    """How an SGLang server samples a response. Three stages share these knobs."""
+    """How an SGLang server samples a response.
+
+    The sections demonstrate, rollout and evaluate share these knobs.
+    """
 
     # 1 is the policy itself, so that the sampled tokens are an unbiased sample of it.
     temperature: float = Field(

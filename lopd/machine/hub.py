@@ -118,7 +118,7 @@ def fetch(
     """Download what is not on this machine yet. What is there is left alone.
 
     Args:
-        items: What is wanted.
+        items: The files and folders to fetch.
         show_line: Prints a line of progress.
         snapshot: Downloads a repository. None takes huggingface_hub.snapshot_download.
 

@@ -37,7 +37,7 @@ class Misfit:
         since: Its first version that needs it.
         other: The package that must have it.
         below: The first version of the other package that has it.
-        why: What goes wrong otherwise, in a clause.
+        why: The error that occurs otherwise, as a clause.
     """
 
     name: str

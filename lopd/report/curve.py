@@ -82,7 +82,7 @@ def render_learning_curve(
     Args:
         train: Lines of metrics.jsonl.
         evals: Lines of metrics.jsonl.
-        summary: As in summary.json. It may be empty.
+        summary: The content of summary.json. It may be empty.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -128,10 +128,10 @@ class MetricsLog:
         self._write("eval", stage, step, figures)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Drop the stage's lines after the checkpoint at ``step``.
+        """Remove those lines of the stage that are newer than the checkpoint at ``step``.
 
-        A resumed run repeats these steps, and no line must be there twice. Step 0 is a start from
-        nothing and drops all lines of the stage.
+        A resumed run repeats these steps, and no line may be in the file twice. Step 0 means that
+        there is no checkpoint, so all lines of the stage are removed.
         """
         # purge_step is a parameter of a new event file.
         assert stage not in self._writers, "truncate before the stage's first figure is written"

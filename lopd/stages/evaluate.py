@@ -145,7 +145,7 @@ class _HeldOut:
         """Publish a model's responses to all prompts.
 
         Args:
-            engine: Serves the model.
+            engine: The servers of the model.
             name: The model's name.
             purpose: "answers" with the knobs of evaluate, or "policy": one response a prompt,
                 sampled from the policy as it is.

@@ -81,8 +81,8 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
 
     Args:
         config: The configuration.
-        fit_context: Set sglang.context_length to what the longest prompt and
-            evaluate.max_new_tokens need, but to no more than the model has.
+        fit_context: Whether sglang.context_length is set to what the longest prompt and
+            evaluate.max_new_tokens need, but at most to the context length of the model.
         shard_size: Responses in a shard.
 
     Returns:

@@ -26,7 +26,7 @@ from lopd.stages.training import MODEL
 
 
 def run(context: StageContext) -> None:
-    """Publish the exported student."""
+    """Write the student as a Hugging Face checkpoint, and check that transformers can load it."""
     source = context.folder_of("distill") / MODEL
     target = context.config.export.dir or context.folder / MODEL
     lineage = context.manifest_of("distill").lineage

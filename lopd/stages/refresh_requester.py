@@ -79,7 +79,7 @@ class RefreshRequester(StepHook):
             self._batches.use_refreshed(self._refresh(step), step)
 
     def after_step(self, result: StepMetrics) -> dict[str, int]:
-        """Decide whether the next step needs fresh responses."""
+        """Record why the next step needs fresh responses, if it does."""
         # Steps are counted from the newest refresh: so many have learnt from its responses.
         made = self.made
         since = made[-1].step if made else 0

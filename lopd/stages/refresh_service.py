@@ -56,7 +56,7 @@ class RefreshService:
         """Check the teacher, and forget what a killed command has left.
 
         Raises:
-            ConsistencyError, DataError: As in the score stage.
+            ConsistencyError, DataError: For the same reasons as in the score stage.
         """
         # The distill stage.
         self._context = context

@@ -156,7 +156,7 @@ def sample_into(
 
 
 class _Shards:
-    """Which responses a shard holds. This never changes, so a killed stage can go on."""
+    """The division of responses into shards. It never changes, so a killed stage can continue."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ MAX_SENDS = 5
 
 
 class StudentWeights:
-    """Sends a trainer's weights to servers, as the section ``sync`` of the configuration says.
+    """A sender of the trainer's weights to servers. The section ``sync`` has its settings.
 
     Every rank has one and calls it together with the other ranks. The rank with an engine sends;
     the others only take part in gathering the weights.

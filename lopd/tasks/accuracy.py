@@ -42,7 +42,7 @@ def pass_at(num_samples: int, num_right: int, k: int) -> float:
         k: The number of samples that are drawn, from 1 to ``num_samples``.
 
     Raises:
-        ValueError: k is outside of its bounds.
+        ValueError: k is below 1 or above the number of samples.
     """
     # More draws than samples have no meaning without replacement.
     if not 1 <= k <= num_samples:

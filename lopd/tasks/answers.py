@@ -26,7 +26,7 @@ class FileTask(TaskOptions):
         """Refuse: this task reads its prompts.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: This task can generate no prompts, so it is always raised.
         """
         # The configuration asks for num_prompts without a file.
         raise ConfigError(

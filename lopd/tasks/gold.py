@@ -70,7 +70,7 @@ def fault(prompt: Prompt, what: str, counts: ReadCounts) -> Fault:
 
     Args:
         prompt: The prompt whose answer cannot be used.
-        what: Why.
+        what: The reason why the answer cannot be used.
         counts: What the reader has recorded of the prompts' rows.
     """
     row = counts.places.get(prompt.prompt_id)
@@ -83,7 +83,8 @@ def refuse(task: object, prompts: Sequence[Prompt], counts: ReadCounts) -> None:
     """Refuse prompts with an answer that the task cannot use.
 
     Raises:
-        DataError: It names the first such row and the places of the next ones.
+        DataError: An answer cannot be used. The error names the first such row and the places of
+            the next ones.
     """
     found = list(faults_of(task, prompts, counts))
     if not found:

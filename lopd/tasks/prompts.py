@@ -43,7 +43,8 @@ def read_prompts(
         domain: The task, or the domain of rows that name none.
         need_answers: Refuse a prompt without an answer, or with one that the task cannot use.
             Evaluations need this.
-        leave_out: It is asked before num_prompts counts a prompt.
+        leave_out: A function that returns why a prompt is left out, or "". It is called before
+            num_prompts counts the prompt.
         counts: Records what happened to the rows.
 
     Raises:
@@ -234,7 +235,8 @@ def render(
         context_length: The most tokens of a prompt and its response together.
         thinking: The value of ``enable_thinking`` for templates that know it (Qwen3). Others ignore
             it.
-        time: What a template gets that asks for the current time. None: the current time.
+        time: The time that a template gets if it asks for the current time. None means the current
+            time.
 
     Returns:
         One int32 array [P] for each prompt, where P is the number of its tokens.

@@ -79,12 +79,12 @@ class Protections:
     Attributes:
         mode: namespaces, filters or none.
         network: The program cannot reach the network.
-        files: It can reach only its own files and those of the system.
+        files: Whether a program can reach only its own files and those of the system.
         processes: No process that it starts outlives it, and it cannot see or signal other
             processes.
         seccomp: A filter refuses system calls.
         landlock: Landlock limits the files.
-        missing: What was tried and does not work, with the reason.
+        missing: The protections that were tried and do not work, with the reasons.
     """
 
     mode: str
@@ -97,7 +97,7 @@ class Protections:
 
     @property
     def sufficient(self) -> bool:
-        """Whether a program has no network, and no files but its own and the system's."""
+        """Return whether a program has no network, and no files except its own and the system's."""
         # Processes and the rest are good to have, but a program that reaches neither network nor
         # files harms nobody.
         return self.network and self.files
@@ -409,13 +409,13 @@ def _try(candidate: Protections) -> str:
 
 
 def require(allow_weak: bool) -> Protections:
-    """Return the protections of this machine.
+    """Return how this machine protects itself from code that a model wrote.
 
     Args:
-        allow_weak: Accept too few of them.
+        allow_weak: Whether too few protections are accepted.
 
     Raises:
-        ConfigError: They are too few to run code that a model wrote.
+        ConfigError: The protections are too few to run code that a model wrote.
     """
     # Cached: the attempts take seconds, and what a machine permits does not change.
     held = protections()

@@ -59,12 +59,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the token ids that end a response, in ascending order.
 
-    They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of them
-    count, because checkpoints often name the end of a turn in one file and the end of a document in
-    another.
+    They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of
+    these ids are used, because checkpoints often name the end of a turn in one file and the end of
+    a document in another file.
 
     Raises:
-        DataError: None of them names one.
+        DataError: None of the three names an end token.
     """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):

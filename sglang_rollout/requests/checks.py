@@ -34,7 +34,7 @@ def check_returned_ids(
     """Check that the server answered for exactly the token ids that it was sent.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         sent: Token ids of shape [N].
         returned: Token ids of shape [N], as the server gives them back.
         hidden_id: A sent id that the server may return as 0 (LAST_ID_ECHO in
@@ -70,10 +70,10 @@ def check_returned_ids(
 def check_logprobs(key: Key, logprobs: Floats) -> None:
     """Check that every value can be a log-probability.
 
-    -inf is allowed: it is a fact about a masked token.
+    -inf is allowed, because a token whose logit is masked has this log-probability.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         logprobs: Natural logarithms of shape [N].
 
     Raises:
@@ -99,7 +99,7 @@ def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
     A response of fewer than 8 tokens is not checked.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         logprobs: Natural logarithms of shape [N].
         vocab_size: The number of tokens in the vocabulary.
 
@@ -127,7 +127,7 @@ def check_ending(
     """Return the finish reason of a response, after checking it against the tokens.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         token_ids: The response's token ids of shape [R].
         finish_reason: SGLang's record {"type": ..., "matched": ...}.
         stop_token_ids: Every end token of the model.

@@ -120,8 +120,8 @@ class SGLangEngine:
         The sampling_logprobs of a response are at temperature 1, whatever the sampling temperature.
 
         Args:
-            requests: What to sample.
-            params: How to sample.
+            requests: The prompts to sample responses for.
+            params: The sampling parameters.
             version: The weight version that the servers must have.
 
         Raises:
@@ -237,7 +237,7 @@ class SGLangEngine:
         A server that lopd did not start always passes.
 
         Raises:
-            EngineError: Its process has ended for good.
+            EngineError: The process of the server has ended and is not started again.
         """
         if self.server is not None:
             self.server.check()

@@ -72,7 +72,7 @@ class Endpoint(Protocol):
 
 
 class Connections:
-    """Sends each request to one of the servers until it is answered."""
+    """A set of connections that sends each request to one of the servers until it is answered."""
 
     def __init__(self, engines: Sequence[Endpoint]) -> None:
         self._servers = [_ServerConnection(engine) for engine in engines]
@@ -97,7 +97,7 @@ class Connections:
         """POST /generate, and repeat it after outages, overload and aborts.
 
         Args:
-            request: What is asked.
+            request: The request to send.
             payload: Makes the body for a request id.
 
         Raises:

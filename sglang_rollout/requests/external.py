@@ -40,15 +40,16 @@ _NOT_THE_SAME = (
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the servers must be.
+    """The model that the servers must have, and the facts that show it.
 
     Attributes:
         model_dir: The folder of the model on this machine.
         same_content: A function that returns whether a folder holds this very model.
-        loads_weights: Whether weights will be loaded into the servers. Only the architecture
-            matters then.
-        tokenized: Texts and their token ids. A server with a tokenizer must make the same ids.
-        probe: The log-probabilities [63] that this model gave to the probe before, or None.
+        loads_weights: Whether weights will be loaded into the servers. In that case only the
+            architecture must be the same.
+        tokenized: Texts and their token ids. A server with a tokenizer must give the same ids.
+        probe: The recorded log-probabilities, float [63], of this model for the tokens of a fixed
+            test sequence (the probe), or None.
     """
 
     model_dir: Path
@@ -84,7 +85,7 @@ def check_external(engine: SGLangEngine, expected: Expected) -> dict[str, Any]:
 
     Args:
         engine: The engine of one server or of a fleet.
-        expected: What the servers must be.
+        expected: The model that the servers must have.
 
     Returns:
         {url, version, model_path, dtype, weights, probe}. The value of weights says how they are

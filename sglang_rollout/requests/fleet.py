@@ -63,7 +63,7 @@ class SGLangFleet(SGLangEngine):
         """Make every server forget its cached prefixes.
 
         Raises:
-            EngineError: Requests are running.
+            EngineError: A server has running requests.
         """
         self._on_each(lambda engine: engine.flush_cache())
 

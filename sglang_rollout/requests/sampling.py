@@ -63,7 +63,7 @@ def request_seed(run_seed: int, prompt_id: str, sample_index: int, purpose: str)
 
     Args:
         run_seed: The seed of the run.
-        prompt_id: The prompt.
+        prompt_id: The id of the prompt.
         sample_index: The index of the response among those of the prompt.
         purpose: The stage. Two stages that sample from one prompt get independent responses.
     """
@@ -109,8 +109,8 @@ def generate_payload(
     """Return the body of POST /generate.
 
     Args:
-        request: What to sample.
-        params: How to sample.
+        request: The prompt to sample a response for.
+        params: The sampling parameters.
         max_new_tokens: The number of tokens from new_tokens_allowed().
         request_id: The name under which the request can be aborted.
     """
@@ -136,12 +136,13 @@ def generate_payload(
 def read_response(
     request: SamplingRequest, params: SamplingParams, max_new_tokens: int, answer: Mapping[str, Any]
 ) -> Response:
-    """Return the Response in an answer of /generate.
+    """Return the Response that is in an answer of /generate.
 
-    The log-probabilities are as the server gives them.
+    The log-probabilities are not changed or checked here.
 
     Raises:
-        EngineError: The answer contradicts itself, or the server cut the response too early.
+        EngineError: Two parts of the answer do not agree, or the server ended the response before
+            max_new_tokens without a stop token.
     """
     meta = answer["meta_info"]
     # Each entry is (log-probability, token id, text or None).

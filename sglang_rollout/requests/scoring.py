@@ -133,8 +133,8 @@ def read_scores(
     """Return the TeacherScores in an answer of /generate.
 
     Raises:
-        EngineError: As read_logprobs(), or the model guesses uniformly, or the top K contradict the
-            other values.
+        EngineError: read_logprobs() raises it, or the model guesses uniformly, or the top-K values
+            do not agree with the other values.
     """
     logprobs = read_logprobs(request, answer, vocab_size)
     check_not_uniform(request.key, logprobs, vocab_size)

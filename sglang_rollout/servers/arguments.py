@@ -151,7 +151,7 @@ def check_host(host: str) -> None:
     """Check that sglang.host is an IP address.
 
     Raises:
-        ConfigError: It is a name or something else.
+        ConfigError: The value is not an IP address, for example a name.
     """
     try:
         ipaddress.ip_address(host)

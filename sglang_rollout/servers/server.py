@@ -119,7 +119,7 @@ class SGLangServer:
 
     @property
     def num_restarts(self) -> int:
-        """How often the server was started again."""
+        """Return how often the server was started again."""
         return self._watcher.num_restarts
 
     @property
@@ -208,7 +208,7 @@ class SGLangServer:
         The server gets the newest weights that are in a folder.
 
         Raises:
-            EngineError: As start().
+            EngineError: For the same reasons as start().
         """
         self.end_process()
         # Weights of the first start have no version of their own, and SGLang calls them "default".

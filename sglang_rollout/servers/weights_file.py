@@ -80,10 +80,10 @@ def remembered_weights(file: Path) -> tuple[Path, str] | None:
 
 
 def ask_for_restart(weights_file: Path) -> None:
-    """Ask the owner to restart all servers that share this file, with the newest weights.
+    """Ask the process that owns the servers to restart all servers that use this file.
 
-    Any process may call it: when a server hangs, or when it has only half of an update. The call
-    returns at once.
+    They then load the newest weights. Any process may call this function: when a server hangs, or
+    when a server has received only a part of an update. The call does not wait for the restart.
     """
     # The time of the file is the request. Every server that shares the file compares it with the
     # time of the last request that it has handled.

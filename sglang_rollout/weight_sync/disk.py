@@ -53,7 +53,7 @@ class DiskWeightReceiver:
             folder: The folder that holds the versions.
             template_dir: A checkpoint. The versions share its configuration, tokenizer, tensor
                 names and shapes.
-            running_requests: What happens to requests under way.
+            running_requests: What happens to running requests.
             timeout_s: The longest time in seconds that one call to a server may take.
             verification: Compares the servers' weights with those that were sent.
             remember: A function that is told the folder and the version once the servers have them.
@@ -235,7 +235,7 @@ def update_weights_from_disk(
         timeout_s: The longest time in seconds that one server may need.
 
     Raises:
-        EngineError: As load_folder().
+        EngineError: For the same reasons as load_folder().
     """
     load_folder(engine.engines, model_dir, version, timeout_s=timeout_s)
     # Only after the load: a server that dies during it must come back with the weights it had.
@@ -259,7 +259,7 @@ def load_folder(
         engines: One engine for each server.
         model_dir: The folder of the Hugging Face checkpoint.
         version: The weight version that the servers report from then on.
-        running_requests: What happens to requests under way.
+        running_requests: What happens to running requests.
         timeout_s: The longest time in seconds that one server may need.
 
     Raises:

@@ -52,9 +52,9 @@ class DistributedWeightReceiver(InPlaceReceiver):
     def __init__(self, *arguments: Any, host: str = LOOPBACK, **named: Any) -> None:
         """
         Args:
-            *arguments: As InPlaceReceiver.
+            *arguments: The positional arguments of InPlaceReceiver.
             host: The value of sync.host.
-            **named: As InPlaceReceiver.
+            **named: The keyword arguments of InPlaceReceiver.
         """
         super().__init__(*arguments, **named)
         self._host = host
@@ -73,8 +73,8 @@ class DistributedWeightReceiver(InPlaceReceiver):
         """Hold requests back and form the group.
 
         Raises:
-            EngineError: As InPlaceReceiver.
-            ConfigError: sync.host is no address of this machine.
+            EngineError: For the same reasons as InPlaceReceiver.
+            ConfigError: sync.host is not an address of this machine.
         """
         # Before any request is held back, because both can fail.
         self._address = meeting_address(self._host, [engine.url for engine in self._engines])

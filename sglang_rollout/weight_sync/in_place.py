@@ -45,12 +45,12 @@ class InPlaceReceiver:
         Args:
             engines: One engine for each server.
             template_dir: A checkpoint with the names and shapes of the tensors.
-            running_requests: What happens to requests under way.
+            running_requests: What happens to running requests.
             timeout_s: The longest time in seconds that one call to a server may take.
             verification: Compares the servers' weights with those that were sent.
             unchanged: Leaves out tensors that the servers have already.
-            ask_for_restart: A function that has servers started again which a failed sync has left
-                with half of an update.
+            ask_for_restart: A function that restarts servers after a failed sync, which may have
+                left them with half of an update.
             remember: A function that is told the version once the servers have it. The weights are
                 in no folder.
         """

@@ -26,7 +26,7 @@ _POLL_S = 0.1
 
 
 class RestartedServers:
-    """Servers of lopd that another process owns and starts again when they die."""
+    """Servers that another process of lopd has started, and restarts when they end unexpectedly."""
 
     def __init__(
         self, engines: Sequence[SGLangEngine], weights_file: Path, timeout_s: float

@@ -58,7 +58,7 @@ class UpdateSession:
         """
         Args:
             engines: One engine for each server.
-            running_requests: What happens to requests under way.
+            running_requests: What happens to running requests.
             timeout_s: The longest time in seconds that one call to a server may take.
         """
         self.engines = tuple(engines)
@@ -162,7 +162,7 @@ class UpdateSession:
         self._bracketed.append(engine)
 
     def weights_changed(self) -> None:
-        """Make the servers report an incomplete version, before the first byte changes."""
+        """Make the servers report a version that means "incomplete", before their weights change."""
         # Before, not after: if the trainer dies between the two, a server with half of an update
         # must not report the old version.
         if not self._changing:

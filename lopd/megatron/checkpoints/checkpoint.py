@@ -94,7 +94,7 @@ class Checkpoints:
     def __init__(
         self, folder: Path, *, keep: int, layout: Mapping[str, Any], background: bool = False
     ) -> None:
-        """Remove what a killed training has left half written.
+        """Remove the incomplete files of a training that was killed.
 
         Args:
             folder: The folder of all checkpoints of the training.
@@ -140,7 +140,7 @@ class Checkpoints:
 
         Args:
             step: The number of updates made.
-            trained: What is saved.
+            trained: The model and the optimizer to save.
             state: The caller's state: anything that JSON can hold.
 
         Raises:
@@ -240,8 +240,8 @@ class Checkpoints:
 
         Args:
             trained: The model and the optimizer that take the state.
-            note: Called on rank 0 with a line about each damaged checkpoint, and about a checkpoint
-                of another layout.
+            note: A function that is called on rank 0 with a line about each damaged checkpoint, and
+                about a checkpoint of another layout.
 
         Returns:
             The number of updates made and the caller's state, or None if there is no checkpoint.

@@ -50,7 +50,7 @@ def log_of(log: Path, node: Node, index: int) -> Path:
 
 
 def remove_reports_of_others(log: Path, node: Node) -> None:
-    """Remove the error files and heartbeats that other machines left of a former run.
+    """Remove the error files and heartbeats of an earlier run of other machines.
 
     The first machine does this before it announces itself. Later the files belong to this run.
     """

@@ -154,7 +154,7 @@ class MegatronScorer:
             ConfigError: top_k is not 0.
             DataError: A response is empty, or longer than a microbatch.
             EngineError: A value is no log-probability.
-            LopdError: What has ended the ranks.
+            LopdError: The error that ended the ranks.
         """
         if top_k:
             raise ConfigError(
@@ -200,7 +200,7 @@ class MegatronScorer:
         """Return the number of tokens of a request that can be scored.
 
         Raises:
-            DataError: It is empty, or longer than a microbatch.
+            DataError: The sequence is empty, or longer than a microbatch.
         """
         name = f"response {request.prompt_id}/{request.sample_index}"
         prompt_len = len(request.prompt_ids)

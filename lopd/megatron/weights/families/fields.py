@@ -105,7 +105,7 @@ def number(table: Mapping[str, Any], where: str, *keys: str) -> int:
     """Return the positive whole number under the first of these keys that is there.
 
     Raises:
-        LopdError: None of the keys is there, or the value is not such a number.
+        LopdError: The table has none of the keys, or the value is not a positive whole number.
     """
     for key in keys:
         if table.get(key) is not None:
