@@ -61,4 +61,4 @@ class EngineError(LopdError):
 
 
 class TrainingError(LopdError):
-    """The trainer cannot start or go on."""
+    """The trainer cannot start or continue."""

@@ -188,7 +188,7 @@ def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:
     # on-policy data for this one.
     sampler = manifest.models.get("student")
     if sampler is None:
-        faults.append("nobody knows which student sampled its responses")
+        faults.append("it is not recorded which student sampled its responses")
     elif sampler.weights != student.weights:
         faults.append(f"its responses were sampled by another student: {_named(sampler)}")
     # A foreign teacher that the user has accepted at scoring is not refused a second time here.

@@ -86,8 +86,8 @@ def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
             # On a full disk the unfinished file would take up the space that is missing.
             partial.unlink(missing_ok=True)
             raise
-        # Without this a power failure could bring the former file back, although a later stage has
-        # used the new one.
+        # Without this a power failure could bring the previous file back, although a later stage
+        # has used the new one.
         fsync_folder(path.parent)
 
 

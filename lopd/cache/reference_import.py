@@ -47,7 +47,8 @@ IMPORT_LACKS = (
     _LACKS_END_TOKEN,
     "sampling log-probabilities: no importance weights, no advantage at the start",
     "the finish reason: a truncated response cannot be told from a complete one",
-    "identity: nobody knows which teacher scored, which student sampled, at which temperature; "
+    "identity: it is not recorded which teacher scored, which student sampled, at which "
+    "temperature; "
     "so distill.cache takes it with allow_foreign_cache alone",
 )
 

@@ -24,7 +24,7 @@ _MODEL_COPIES = 6
 def folders(config: Config) -> Iterator[Finding]:
     """Check that the run directory and the export folder can be written.
 
-    Nothing foreign may be in them. What a former run has published must be readable.
+    Nothing foreign may be in them. What an earlier run has published must be readable.
     """
     yield attempt(partial(_run_dir, config.run.dir))
     if config.export.dir is not None:
@@ -71,7 +71,7 @@ def _is_run(folder: Path) -> bool:
 
 def _export_dir(folder: Path) -> str:
     _check_writable(folder, "export.dir")
-    # An export replaces a former export, which a mark in the folder tells from anything else.
+    # An export replaces an earlier export, which a mark in the folder tells from anything else.
     check_replaceable(folder, EXPORT_MARK)
     return f"export.dir {folder}"
 

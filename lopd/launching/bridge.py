@@ -125,7 +125,8 @@ def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> di
     log = folder / "nemo_run.log"
     # Private, because the plan has launch.env.
     publish_json(plan_file, plan.as_json(), private=True)
-    # The folder is the same for every launch of a run. A former result must not count for this one.
+    # The folder is the same for every launch of a run. An earlier result must not count for this
+    # one.
     result_file.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in _PYTHON_VARIABLES}
     # Its default is a folder in the user's home, which nodes of a cluster may not share.

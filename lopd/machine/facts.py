@@ -202,6 +202,6 @@ def _ask_hub(name: HubName) -> str | None:
         )
     except Exception as error:
         # These are huggingface_hub's own errors, and whatever its connection raises. All of them
-        # mean that the files cannot be had, and the doctor must go on to the next finding.
+        # mean that the files cannot be had, and the doctor must continue to the next finding.
         return " ".join(str(error).split())[:_ERROR_LEN] or type(error).__name__
     return None

@@ -188,7 +188,7 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
     partial = name.folder.with_name(f"{name.folder.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        # huggingface_hub continues files that a former attempt left unfinished.
+        # huggingface_hub continues files that an earlier attempt left unfinished.
         snapshot(
             repo_id=name.repository,
             repo_type="dataset" if name.dataset else "model",

@@ -112,7 +112,7 @@ class Distillation:
                 ends=ends,
                 teachers=self.teachers,
             )
-        # The mean is over the tokens that the selections have left. Divided by all tokens, a prefix
-        # of 10% would make the loss, and with it the step, ten times smaller.
+        # The mean is over the tokens that remain after the selections. Divided by all tokens, a
+        # prefix of 10% would make the loss, and with it the step, ten times smaller.
         weights, num_items = token_weights(batch, self.loss.aggregation, losses.dtype)
         return LossOutput((weights * losses).sum(), num_items, sums)

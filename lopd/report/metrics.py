@@ -115,7 +115,7 @@ class MetricsLog:
         # One per stage: TensorBoard shows each stage as a run of its own.
         self._writers: dict[str, SummaryWriter] = {}
         self._purge_steps: dict[str, int] = {}
-        # What a kill has left of the last line. The next line would be written behind it.
+        # What remains of the last line after a kill. The next line would be written behind it.
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             _publish_text(self._path, _whole_lines(self._path))
 

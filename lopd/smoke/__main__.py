@@ -93,7 +93,7 @@ def smoke(name: str, folder: Path, tokenizer: Path) -> None:
     # The cheapest check first: a missing package would otherwise show after minutes.
     _check_imports(form)
     model = folder / "model"
-    # Files of a former run could make this one pass.
+    # Files of an earlier run could make this one pass.
     if model.exists():
         raise ConfigError(
             "this folder has an earlier smoke run",

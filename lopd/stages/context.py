@@ -142,7 +142,7 @@ class StageContext:
     def writer(
         self, *, folder: Path | None = None, kind: str | None = None, **about: Any
     ) -> ArtifactWriter:
-        """Open this stage's artifact, and go on from what is published.
+        """Open this stage's artifact, and continue from what is published.
 
         Args:
             folder: The folder of a part of the artifact, or None for the stage's own folder.

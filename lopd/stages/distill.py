@@ -42,7 +42,7 @@ def train(job: TrainingJob) -> None:
     loss = distillation_objective(job)
     training = Training(job, samples, loss, entropy=job.config.distill.student_entropy)
     between_steps.begin(training)
-    # After a kill it goes on at the newest checkpoint, with the batches that it would have had.
+    # After a kill it continues at the newest checkpoint, with the batches that it would have had.
     for step in training.remaining_steps():
         # A weight sync with an evaluation, then a refresh of the responses, where they are needed.
         between_steps.before_step(step)

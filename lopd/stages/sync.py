@@ -158,7 +158,7 @@ class StudentWeights:
                 return _send_buckets(buckets, self._receiver, version), None
         except EngineError as error:
             if self._colocation.shares:
-                # The other ranks go on inside to_server(), which waits for this one. Nothing can
+                # The other ranks continue inside to_server(), which waits for this one. Nothing can
                 # be sent again from here, so the error ends the training.
                 raise
             # The traceback's frames would keep alive the memory that the receiver has released.

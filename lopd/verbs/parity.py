@@ -147,7 +147,7 @@ def _sample(
     score_folder = config.run.dir / "score"
     if (score_folder / "manifest.json").is_file():
         scored = read_manifest(score_folder)
-        # A cache of former rollouts has other responses. Its parents name the rollouts it has.
+        # A cache of earlier rollouts has other responses. Its parents name the rollouts it has.
         if scored.complete and manifest.fingerprint in scored.parents.values():
             folder = score_folder
             engine = str(scored.inputs.get("score.engine", engine))

@@ -1,7 +1,7 @@
 """What a server's answer must be before anyone may learn from it.
 
 These are pure functions. Each of them names the response that it refuses. Wrong log-probabilities
-are the costliest failure of distillation, because the run goes on and learns noise.
+are the costliest failure of distillation, because the run continues and learns noise.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from sglang_rollout.servers.server import SGLangServer
 from sglang_rollout.servers.weights_file import check_not_given_up
 
 # A second call has no further effect. /update_weights_from_tensor and the broadcasts are not among
-# them: a restarted server has other weights than the former buckets went into.
+# them: a restarted server has other weights than the previous buckets went into.
 _REPEATABLE = frozenset({"/update_weights_from_disk", "/flush_cache"})
 _POLL_S = 0.05
 # The watcher notices a death within this time.

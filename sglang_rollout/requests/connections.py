@@ -111,7 +111,7 @@ class Connections:
         while True:
             server = await self._choose(prompt)
             # Each attempt has a name of its own: SGLang refuses an id that it still knows, and the
-            # former attempt may still run there.
+            # previous attempt may still run there.
             name = f"{self._stream_name}-{next(self._numbers)}"
             outages_before = server.num_outages
             try:
@@ -193,7 +193,8 @@ class _ServerConnection:
         )
 
     async def close(self) -> None:
-        # The search for a lost server may go on for outage_timeout_s, and nobody needs it any more.
+        # The search for a lost server may continue for outage_timeout_s, and nobody needs it any
+        # more.
         if self.outage is not None:
             self.outage.cancel()
             await asyncio.gather(self.outage, return_exceptions=True)

@@ -168,8 +168,8 @@ def _start(servers: Sequence[SGLangServer]) -> None:
             for start in as_completed(starts):
                 start.result()
         except BaseException:
-            # The pool waits for all its threads. Without this the others would still go on loading
-            # for minutes before the error appears.
+            # The pool waits for all its threads. Without this the others would still be
+            # loading for minutes before the error appears.
             for server in servers:
                 server.stop()
             raise

@@ -167,7 +167,7 @@ class SGLangServer:
         for attempt in range(_PORT_ATTEMPTS):
             self.port = choose_port(self.settings, self.replica)
             try:
-                # A file of a former run would make a restart load that run's weights.
+                # A file of an earlier run would make a restart load that run's weights.
                 self.weights_file.unlink(missing_ok=True)
                 self._launch(progress)
                 # Only a server that was healthy once is watched. An error of the first start is the
@@ -312,10 +312,10 @@ class SGLangServer:
             # and would never see a new one.
             if self._watcher.stopping:
                 raise EngineError(f"the {self.name} server was stopped", where=str(self.log))
-            # A new folder for each process: the former one may have left sockets behind.
+            # A new folder for each process: the previous one may have left sockets behind.
             self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            # Appended: after a restart the log still has the end of the former process.
+            # Appended: after a restart the log still has the end of the previous process.
             with self.log.open("ab") as output:
                 if holds_secret(self.settings.extra_args):
                     # SGLang writes all its arguments into the log.

@@ -146,7 +146,7 @@ class Watcher:
     def start(self) -> None:
         """Begin to watch. The server's process has been started by then."""
         server = self._server
-        # The files of a former run in the same folder must not act on this one: its failure is
+        # The files of an earlier run in the same folder must not act on this one: its failure is
         # removed, and its requests count as handled.
         failure_file(server.weights_file).unlink(missing_ok=True)
         self._handled_request = changed_at(restart_request(server.weights_file))

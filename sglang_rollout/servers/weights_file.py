@@ -19,7 +19,7 @@ from lopd.errors import EngineError
 def remember_weights(file: Path, model_dir: Path, version: str) -> None:
     """Record the checkpoint and the weight version that a restarted server must serve.
 
-    Call it when the servers have the weights, and before the folder of the former weights is
+    Call it when the servers have the weights, and before the folder of the previous weights is
     removed.
 
     Args:
@@ -153,7 +153,7 @@ def write_record(file: Path, content: dict[str, str | None]) -> None:
 
 
 def publish(file: Path, text: str) -> None:
-    """Write a file so that a reader in another process sees the former text or the new one.
+    """Write a file so that a reader in another process sees the previous text or the new one.
 
     Raises:
         EngineError: The disk is full, or the folder cannot be written.

@@ -72,7 +72,8 @@ def build_receiver(
             remember=remember_folder,
         )
     # In place the weights change over many calls. Requests must be paused for all of them, and a
-    # failure in between leaves a server with a mixture, which only a restart or another sync mends.
+    # failure in between leaves a server with a mixture, which only a restart or another sync
+    # repairs.
     restart = partial(ask_for_restart, weights_file) if weights_file else None
     remember_version = partial(remember_unsaved_weights, weights_file) if weights_file else None
     receiver = (

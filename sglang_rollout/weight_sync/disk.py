@@ -31,7 +31,7 @@ _ANSWER_MARGIN_S = 10
 class DiskWeightReceiver:
     """A WeightReceiver that writes a folder for each version and has the servers load it.
 
-    A folder is published by a rename once it is complete. After the load the former folder is
+    A folder is published by a rename once it is complete. After the load the previous folder is
     removed. The extra memory is one copy of a bucket where the bucket lies on a GPU, and otherwise
     what the page cache takes.
     """
@@ -167,7 +167,7 @@ class DiskWeightReceiver:
         # one, and SGLang would answer "success" to tensors of other shapes.
         self._inventory.check_served(self._engines, self._timeout_s)
         self._load(target)
-        # In this order: the record names the new folder before the former one goes. A server that
+        # In this order: the record names the new folder before the previous one goes. A server that
         # dies between the two still finds the folder that the record names.
         if self._remember is not None:
             self._remember(target, self._version)
@@ -179,7 +179,7 @@ class DiskWeightReceiver:
         self.report.seconds = time.perf_counter() - self._began
 
     def abandon(self) -> None:
-        """Forget the version that was begun. The servers go on with the weights they have."""
+        """Forget the version that was begun. The servers continue with the weights they have."""
         if self._version:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._version = ""

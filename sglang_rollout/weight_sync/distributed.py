@@ -83,7 +83,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
 
     def _open_transport(self) -> None:
         """Form the group of the trainer's rank 0 and all ranks of the servers."""
-        # A name of its own, because a server may still hold the group of a former sync.
+        # A name of its own, because a server may still hold the group of an earlier sync.
         self._group_name = f"lopd-{secrets.token_hex(4)}"
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # The trainer is rank 0. The ranks of the first server follow from 1 on, and so on.
@@ -135,7 +135,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
         self.report.extra_bytes = max(self.report.extra_bytes, nbytes(tensors))
         former = self._under_way
         # Broadcasts have no names: a server takes the next tensors that come. So it must have begun
-        # with the former bucket before it hears of this one. When our side of that broadcast has
+        # with the previous bucket before it hears of this one. When our side of that broadcast has
         # ended, the one server has. Of several servers one may still be taking the bucket from
         # another, and only the answers of all of them show that it is over.
         if len(self._engines) == 1:
@@ -152,7 +152,8 @@ class DistributedWeightReceiver(InPlaceReceiver):
         self._under_way = {**taking, _BROADCAST: broadcast}
         still_open = [future for future in self._answers if not _answered(future)]
         self._answers = still_open + list(taking.values())
-        # Only now: the servers have the next bucket to go on with while we look at their answers.
+        # Only now: the servers have the next bucket to continue with while we look at their
+        # answers.
         finished(former, self._timeout_s + _ANSWER_MARGIN_S)
 
     def _await_sent(self) -> None:

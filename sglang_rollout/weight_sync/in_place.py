@@ -66,7 +66,7 @@ class InPlaceReceiver:
         self._ask_for_restart = ask_for_restart
         self._remember = remember
         self._began = 0.0
-        # The end of what the former sync had opened. It runs beside the training.
+        # The end of what the previous sync had opened. It runs beside the training.
         self._closing: Future[None] | None = None
 
     def begin(self, version: str) -> None:
@@ -156,8 +156,8 @@ class InPlaceReceiver:
     def abandon(self) -> None:
         """Give the sync up, without an error.
 
-        Servers whose weights are untouched go on. The others hold a mixture of two versions. They
-        stay paused and report an incomplete version until a sync succeeds, or they are started
+        Servers whose weights are untouched continue. The others hold a mixture of two versions.
+        They stay paused and report an incomplete version until a sync succeeds, or they are started
         again by ask_for_restart.
         """
         # The transport first: a server that waits in a broadcast hears no other call.

@@ -119,7 +119,7 @@ class Inventory:
         self._served = {template_dir.resolve()}
 
     def begin(self, version: str) -> None:
-        """Forget the tensors of the former version."""
+        """Forget the tensors of the previous version."""
         self._version = version
         self._seen = set()
 

@@ -5,10 +5,10 @@ SGLang 0.5.17 does with running requests:
 
 finish  The update waits until all running requests have ended, and new ones wait. A response has
         one version. Only a folder can be loaded this way.
-pause   Requests go back into the queue and lose their keys and values (SGLang: retract). They go on
-        with the new weights, which first compute the keys and values of all tokens so far.
-keep    Requests stop where they are (SGLang: in_place). They go on with the new weights and the old
-        keys and values.
+pause   Requests go back into the queue and lose their keys and values (SGLang: retract). They
+        continue with the new weights, which first compute the keys and values of all tokens so far.
+keep    Requests stop where they are (SGLang: in_place). They continue with the new weights and the
+        old keys and values.
 abort   Requests end at once with the finish reason abort. Our client sends them again, to the new
         weights.
 
@@ -104,7 +104,7 @@ class UpdateSession:
 
         Raises:
             EngineError: A server refuses or is silent, or has cached prefixes that it could not
-                forget. All servers then go on as before.
+                forget. All servers then continue as before.
         """
         self._version = version
         self._changing = False
@@ -117,7 +117,7 @@ class UpdateSession:
         try:
             if self._running in _MODES:
                 # Set before the call: if one of several servers fails, the others are paused and
-                # abandon() must let them go on.
+                # abandon() must let them continue.
                 self._paused = True
                 self._post("/pause_generation", {"mode": _MODES[self._running]})
                 # Responses that a scheduler ended before it came to the pause are on their way out.
@@ -162,7 +162,7 @@ class UpdateSession:
         self._bracketed.append(engine)
 
     def weights_changed(self) -> None:
-        """Make the servers report a version that means "incomplete", before their weights change."""
+        """Make the servers report a version that means "incomplete", before any weight changes."""
         # Before, not after: if the trainer dies between the two, a server with half of an update
         # must not report the old version.
         if not self._changing:
@@ -177,7 +177,7 @@ class UpdateSession:
         self._forget_prefixes()
 
     def close(self) -> None:
-        """Set the version and let requests go on.
+        """Set the version and let requests continue.
 
         Raises:
             EngineError: A server reports another version afterwards.
@@ -203,7 +203,7 @@ class UpdateSession:
     def abandon(self) -> bool:
         """End the session after an error, without an error of its own.
 
-        Servers whose weights are untouched go on with them. The others stay paused and answer no
+        Servers whose weights are untouched continue with them. The others stay paused and answer no
         request.
 
         Returns:
@@ -235,7 +235,7 @@ class UpdateSession:
 
     def set_version(self, version: str) -> None:
         """Make every server report this weight version."""
-        # By default SGLang also aborts all requests here. Those that are only paused must go on.
+        # By default SGLang also aborts all requests here. Those that are only paused must continue.
         self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def _forget_prefixes(self) -> None:

@@ -168,7 +168,7 @@ class HybridState:
             # The optimizer does the same after a step.
             self.main.data.copy_(inner)
         else:
-            # Otherwise the copy on the CPU would continue from the former weights.
+            # Otherwise the copy on the CPU would continue from the previous weights.
             inner.data.copy_(self.main)
 
     def _inner(self) -> Tensor:
