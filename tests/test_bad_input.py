@@ -353,7 +353,9 @@ def test_demonstrations_of_nobody_known_need_a_word(
     assert (
         "wrong" not in lopd("check", project, *own, "sft.declared_teacher=teacher").succeeded().out
     )
-    lopd("run", project, *own, "sft.declared_teacher=absent").refused("absent: no config.json")
+    lopd("run", project, *own, "sft.declared_teacher=absent").refused(
+        "absent: there is no config.json"
+    )
 
 
 def test_damaged_demonstrations_from_elsewhere(

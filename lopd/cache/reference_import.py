@@ -172,7 +172,7 @@ def _lineage(teacher: ModelIdentity | None) -> dict[str, Any]:
 
 
 def _lacks(num_rows: int, num_ended: int) -> list[str]:
-    """Say what the imported rows do not have."""
+    """Return what the imported rows lack."""
     # The reference code loses the end token. A file that others have made in this form may have it.
     lacks = [reason for reason in IMPORT_LACKS if reason != _LACKS_END_TOKEN or not num_ended]
     if 0 < num_ended < num_rows:

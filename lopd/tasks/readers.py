@@ -62,7 +62,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
     Args:
         prompt_set: A set with a file.
         domain: The domain of prompts if their format names none.
-        counts: It is filled while rows are read.
+        counts: A record that is filled while rows are read.
 
     Raises:
         DataError: See lopd.tasks.prompts.read_prompts.

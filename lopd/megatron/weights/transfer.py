@@ -40,8 +40,8 @@ def load_tensors(model: Any, arch: Architecture, tensor: Callable[[str], Any]) -
     Args:
         model: This rank's part of the model.
         arch: The architecture of the whole model.
-        tensor: It returns the full Hugging Face tensor of a name, or an object that is sliced like
-            that tensor.
+        tensor: A function that returns the full Hugging Face tensor of a name, or an object that is
+            sliced like that tensor.
     """
     table = {weight.megatron: weight for weight in weights(arch)}
     for name, parameter in local_parameters(model, arch).items():
