@@ -56,7 +56,7 @@ def identify_model(folder: Path) -> ModelIdentity:
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(
-            "no config.json",
+            "there is no config.json in this folder",
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint",
         )
@@ -91,14 +91,14 @@ def _chat_template(folder: Path) -> bytes:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint."""
-    remedy = "copy it again from where it came"
+    remedy = "copy the file again from its source"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         # ValueError stands for wrong JSON and for wrong UTF-8.
         raise ArtifactError(f"cannot be read ({error})", where=str(path), remedy=remedy) from None
     if not isinstance(value, dict):
-        raise ArtifactError("not a JSON object", where=str(path), remedy=remedy)
+        raise ArtifactError("the file does not hold a JSON object", where=str(path), remedy=remedy)
     return value
 
 

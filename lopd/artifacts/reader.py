@@ -36,9 +36,9 @@ def damaged_shard(path: Path, error: Exception) -> ArtifactError:
     # pyarrow adds a trace of its C++ frames below the first line.
     reason = str(error).splitlines()[0]
     return ArtifactError(
-        f"damaged shard ({reason})",
+        f"the shard is damaged ({reason})",
         where=str(path),
-        remedy="remove this file and run its stage again",
+        remedy="remove this file and run the stage that makes it again",
     )
 
 
@@ -78,7 +78,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 def _missing(folder: Path, shard: ShardInfo) -> ArtifactError:
     return ArtifactError(
-        "file is missing", where=str(folder / shard.name), remedy=_make_again(folder, shard)
+        "the file is missing", where=str(folder / shard.name), remedy=_make_again(folder, shard)
     )
 
 
@@ -87,7 +87,7 @@ def _changed(folder: Path, shard: ShardInfo, size: int) -> ArtifactError:
         f"the file was truncated or changed: its checksum differs ({size} bytes)",
         where=str(folder / shard.name),
         # Enough digits to find the manifest's line with grep.
-        limit=f"sha256 {shard.sha256[:16]}...",
+        limit=f"exactly the recorded sha256, {shard.sha256[:16]}...",
         remedy=_make_again(folder, shard),
     )
 

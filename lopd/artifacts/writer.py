@@ -121,9 +121,9 @@ class ArtifactWriter:
         expected = (ours.kind, as_json(ours.inputs), as_json(ours.parents))
         if (found.kind, found.inputs, found.parents) != expected:
             raise ArtifactError(
-                "holds an artifact made from other inputs",
+                "this folder holds an artifact that was made from other inputs",
                 where=str(self.folder),
-                remedy="remove it or use another run directory",
+                remedy="remove this folder, or set run.dir to another folder",
             )
         extra = dict(ours.extra)
         if _SHARD_SIZE in found.extra:
@@ -144,9 +144,9 @@ class ArtifactWriter:
             # Its name alone does not prove that a shard belongs here: it may have been copied.
             if (table.schema.metadata or {}).get(ORIGIN_KEY) != self._origin:
                 raise ArtifactError(
-                    "a shard of an artifact made from other inputs",
+                    "this shard belongs to an artifact that was made from other inputs",
                     where=str(path),
-                    remedy="remove this file and run its stage again",
+                    remedy="remove this file and run the stage that makes it again",
                 )
             rows = table.num_rows
             known[path.name] = ShardInfo(path.name, rows, _num_tokens(table), sha256_file(path))

@@ -147,7 +147,7 @@ def check_all(config: Config, stage: str | None = None) -> None:
         return
     # The first problem is often the cause of the others, so it alone is shown in full.
     first = problems[0]
-    more = f" (and {len(problems) - 1} more: lopd check tells all)" if len(problems) > 1 else ""
+    more = f" (and {len(problems) - 1} more: lopd check shows all)" if len(problems) > 1 else ""
     # The same class, so that callers can still tell a ConfigError from a ConsistencyError.
     raise type(first)(first.what + more, where=first.where, limit=first.limit, remedy=first.remedy)
 
