@@ -23,6 +23,7 @@ from lopd.artifacts import (
     storage_errors,
     verify,
 )
+from lopd.artifacts.file_hashes import HASHES, STORE
 from lopd.config import Config, result_keys
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
@@ -59,6 +60,7 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
     # this one writes into it.
     outcomes: list[Outcome] = []
     identities: dict[str, ModelIdentity] = {}
+    load_hashes(config)
     with locked(config.run.dir):
         report_changes(config)
         if only is None:
@@ -70,6 +72,7 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
             verified = {outcome.name for outcome in outcomes}
             outcomes.append(_run_stage(StageContext(config, stage, identities), verified))
             # After each stage, not at the end: a later stage may fail, or be killed.
+            HASHES.save(config.run.dir / STORE)
             publish_json(config.run.dir / _CONFIG, config_record(config))
             complete = _complete_stages(config, identities)
             summary.write(config, outcomes, complete)
@@ -89,6 +92,7 @@ def run_share(config: Config, name: str, share: Share) -> None:
     # All workers hold the lock together. The stage's own command needs it alone, so it waits for no
     # worker: it is refused while one runs.
     context = StageContext(config, stage_named(name), share=share)
+    load_hashes(config)
     with locked(config.run.dir, shared=True):
         _require_parents(context, ())
         assert context.inputs is not None, "hash models before other workers wait for the lock"
@@ -141,10 +145,17 @@ def status(config: Config) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     identities: dict[str, ModelIdentity] = {}
+    load_hashes(config)
     for stage in STAGES:
         if is_needed(stage, config):
             rows.append(_status_row(StageContext(config, stage, identities)))
     return rows
+
+
+def load_hashes(config: Config) -> None:
+    """Take over the hashes of files that earlier commands of the run have read."""
+    if not config.run.rehash:
+        HASHES.load(config.run.dir / STORE)
 
 
 def _status_row(context: StageContext) -> dict[str, Any]:

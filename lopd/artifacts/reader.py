@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lopd.artifacts.fingerprints import sha256_file
+from lopd.artifacts.file_hashes import HASHES
 from lopd.artifacts.manifests import MANIFEST
 from lopd.errors import ArtifactError
 from lopd.records import Manifest, ShardInfo
@@ -67,12 +67,12 @@ def verify(folder: Path, manifest: Manifest) -> None:
         ArtifactError: A file is missing or changed. The error names the first one.
     """
     # In the order of the manifest, so that the error is the same at every call.
-    for shard in manifest.shards:
-        path = folder / shard.name
+    paths = [folder / shard.name for shard in manifest.shards]
+    for path, shard in zip(paths, manifest.shards, strict=True):
         if not path.is_file():
             raise _missing(folder, shard)
-        # By blocks, because the files of a checkpoint may be larger than the memory.
-        if sha256_file(path) != shard.sha256:
+    for path, shard, found in zip(paths, manifest.shards, HASHES.sha256_all(paths), strict=True):
+        if found != shard.sha256:
             raise _changed(folder, shard, path.stat().st_size)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lopd.artifacts.file_hashes import HASHES
 from lopd.artifacts.fingerprints import sha256_file, software_versions
 from lopd.artifacts.manifests import (
     MANIFEST,
@@ -207,8 +208,10 @@ class ArtifactWriter:
         content = _encoded(table.replace_schema_metadata(metadata))
         name = f"shard-{index:05d}.parquet"
         publish_bytes(self.folder / name, content)
-        # The checksum is of the bytes in memory. A disk that has stored others is noticed on read.
+        # The checksum is of the bytes in memory. A disk that has stored others is noticed on read:
+        # read_shard() hashes what it reads, whatever is remembered.
         checksum = hashlib.sha256(content).hexdigest()
+        HASHES.wrote(self.folder / name, checksum)
         shard = ShardInfo(name, table.num_rows, _num_tokens(table), checksum)
         self._set_shards([*self._manifest.shards, shard])
 
