@@ -140,7 +140,7 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         ("sglang.extra_args.chunked_prefill_size='many'",),
-        "chunked_prefill_size = 'many'; limit: a whole number",
+        "chunked_prefill_size = 'many' has a wrong type; limit: a whole number",
         ("sglang.extra_args.chunked_prefill_size=64",),
     ),
 ]
