@@ -83,7 +83,7 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
             "delete_ckpt_after_loading",
             True,
             (
-                "delete_ckpt_after_loading = true has a wrong type; limit: it deletes the model's folder; "
+                "delete_ckpt_after_loading = true cannot be used: it deletes the model's folder; "
                 "remedy: remove this argument"
             ),
         ),
