@@ -77,7 +77,7 @@ def test_without_a_file_the_task_generates() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, "{not json"], r":2: not valid JSON"),
+        ([GOOD, "{not json"], r":2: the line is not valid JSON"),
         ([GOOD, "", [1, 2]], r":3: a JSON object is needed, but the row is a list"),
         ([{"question": "q"}], ":1: prompt_id is missing"),
         (
