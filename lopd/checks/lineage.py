@@ -14,7 +14,7 @@ from lopd.config import Config
 from lopd.config.hub import hub_name, remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.megatron.weights.hf_files import CheckpointReader
+from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.records import ModelIdentity
 from lopd.tasks import get_task
 from lopd.tasks.prompts import read_prompts
@@ -33,9 +33,8 @@ def teachers(config: Config) -> Iterator[Finding]:
                 where=str(folder),
                 remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
             )
-        # Opening reads the headers, which name every tensor.
-        with CheckpointReader(folder, read_architecture(folder)):
-            pass
+        # The headers, which name every tensor.
+        yield from inspect_checkpoint(folder, read_architecture(folder)).problems
         # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))
         yield f"{domain}: {folder}"
@@ -84,8 +83,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
             remedy="give its own base model",
         )
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
-    with CheckpointReader(folder, other):
-        pass
+    yield from inspect_checkpoint(folder, other).problems
     consistency.check_same_tokenizer(identify_model(config.models.student), identify_model(folder))
     # A checkpoint does not say who taught it. Only the user can.
     found = consistency.check_scoring_teacher(

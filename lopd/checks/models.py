@@ -13,21 +13,21 @@ from lopd.config import Config
 from lopd.config.hub import remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.megatron.weights.hf_files import CheckpointReader
+from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 
 
 def teacher(config: Config) -> Iterator[Finding]:
     """Check that the teacher's checkpoint is whole."""
-    yield _check_model(config, "teacher")
+    yield from _check_model(config, "teacher")
 
 
 def student(config: Config) -> Iterator[Finding]:
     """Check that the student's checkpoint is whole."""
-    yield _check_model(config, "student")
+    yield from _check_model(config, "student")
 
 
-def _check_model(config: Config, role: str) -> str:
+def _check_model(config: Config, role: str) -> Iterator[Finding]:
     """Check that a folder has a known architecture, and safetensors with every tensor of it."""
     folder: Path = getattr(config.models, role)
     # A name on the hub has become a path by now, and the remedy says how to fetch it.
@@ -41,10 +41,12 @@ def _check_model(config: Config, role: str) -> str:
     # A student with random weights needs no files of weights.
     needs_weights = role == "teacher" or config.sft.init != "random"
     if needs_weights:
-        # Opening reads the headers, which name every tensor and its shape. No weight is read.
-        with CheckpointReader(folder, architecture):
-            pass
-    return (
+        # Headers name every tensor, its shape and its dtype. Every fault is a finding of its own.
+        problems = inspect_checkpoint(folder, architecture).problems
+        yield from problems
+        if problems:
+            return
+    yield (
         f"{architecture.family}, {architecture.num_layers} layers, "
         f"vocabulary {architecture.vocab_size}"
     )
