@@ -51,11 +51,17 @@ class ScoreRequest:
         return (self.prompt_id, self.sample_index)
 
 
-def check_scorable(request: ScoreRequest, context_length: int) -> None:
+def check_scorable(request: ScoreRequest, context_length: int, vocab_size: int) -> None:
     """Check that a server can score the response.
 
+    Args:
+        request: The response.
+        context_length: The tokens that a sequence may have.
+        vocab_size: The rows of the served model.
+
     Raises:
-        DataError: The prompt or the response is empty, or both together exceed the context.
+        DataError: The prompt or the response is empty, or both together exceed the context, or the
+            model has no row for a token.
     """
     if len(request.prompt_ids) == 0 or len(request.token_ids) == 0:
         raise DataError(
@@ -71,6 +77,15 @@ def check_scorable(request: ScoreRequest, context_length: int) -> None:
             where=response_name(request.key),
             limit=f"sglang.context_length = {context_length}",
             remedy="raise sglang.context_length",
+        )
+    # SGLang would return such an id as 0, which looks as if it served another model.
+    largest = max(int(request.prompt_ids.max()), int(request.token_ids.max()))
+    if largest >= vocab_size:
+        raise DataError(
+            f"token {largest}",
+            where=response_name(request.key),
+            limit=f"the served model has {vocab_size} rows, for the ids 0 to {vocab_size - 1}",
+            remedy="leave the response out; the model that sampled it has more rows than this one",
         )
 
 

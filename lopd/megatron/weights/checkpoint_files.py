@@ -8,6 +8,7 @@ they could read in two ways is refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -193,26 +194,24 @@ def _index_problems(
     absent = [tensor for tensor in listed if tensor not in files]
     unlisted = [tensor for tensor in files if tensor not in listed]
     moved = [tensor for tensor, file in listed.items() if file not in files.get(tensor, [file])]
+    # The name and where it is, of every tensor that has the fault.
     faults = {
-        "that several files hold": (twice, lambda name: " and ".join(files[name])),
-        "of the index that are in no file": (absent, lambda name: f"not in {listed[name]}"),
-        "that the index does not name": (unlisted, lambda name: f"in {files[name][0]}"),
-        "that are in another file than the index says": (
-            moved,
-            lambda name: f"in {files[name][0]}, not in {listed[name]}",
-        ),
+        "that several files hold": {name: " and ".join(files[name]) for name in twice},
+        "of the index that are in no file": {name: f"not in {listed[name]}" for name in absent},
+        "that the index does not name": {name: f"in {files[name][0]}" for name in unlisted},
+        "that are in another file than the index says": {
+            name: f"in {files[name][0]}, not in {listed[name]}" for name in moved
+        },
     }
-    for what, (names, detail) in faults.items():
-        if names:
+    for what, places in faults.items():
+        for name, place in itertools.islice(places.items(), 1):
             yield ArtifactError(
-                f"{len(names)} tensors {what}, e.g. {names[0]} ({detail(names[0])})",
-                where=where,
-                remedy=remedy,
+                f"{len(places)} tensors {what}, e.g. {name} ({place})", where=where, remedy=remedy
             )
     found = sum(one.stop - one.start for held in headers.values() for one in held.values())
     # Some writers count a tied output layer that they did not write, or leave the total out. A
     # contradiction of names is the better message, so the total comes last.
-    if total is not None and total != found and not any(names for names, _ in faults.values()):
+    if total is not None and total != found and not any(faults.values()):
         yield ArtifactError(
             f"total_size = {total!r}, and the files hold {found} bytes of tensors",
             where=where,
