@@ -28,7 +28,8 @@ Row: TypeAlias = tuple[Response, Floats | None]
 ScoredRow: TypeAlias = tuple[Response, TeacherScores | None]
 # How many shards are open at a time. Each takes a file descriptor and the memory of its footer.
 _OPEN_SHARDS = 64
-# The columns of token ids that every artifact of responses has.
+# The columns of the key and of the token ids, which every artifact of responses has.
+_KEY = ("prompt_id", "sample_index")
 _IDS = ("prompt_ids", "token_ids")
 _REMEDY = "run the stage that made it again; it makes this shard and keeps the others"
 
@@ -121,10 +122,9 @@ class CacheReader:
         """
         # A set of the keys would take some hundred bytes per row. Their hashes take 8.
         parts: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        names = ["prompt_id", "sample_index"]
         for shard in range(len(self._shards)):
-            table = self._shard(shard).file.read(columns=names, use_threads=False)
-            keys_of_rows = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+            table = self._shard(shard).file.read(columns=[*_KEY], use_threads=False)
+            keys_of_rows = zip(*(table.column(name).to_pylist() for name in _KEY), strict=True)
             parts.append(np.fromiter(map(hash, keys_of_rows), np.int64, table.num_rows))
         hashes = np.concatenate(parts)
         # Sorted, equal hashes are neighbours. The sort is stable, so the later row is the second.
@@ -143,10 +143,7 @@ class CacheReader:
                 )
 
     def require_ids_below(self, limit: int, owner: str) -> None:
-        """Check that a model has a row for every token id, in prompts and in responses.
-
-        The statistics in the footers of the files say the largest id. Ids are read only where a
-        file has no statistics, or where one is too large.
+        """Check that a model has a row for every token id, in one pass over prompts and responses.
 
         Args:
             limit: The rows of the model.
@@ -158,24 +155,24 @@ class CacheReader:
         for shard in range(len(self._shards)):
             file = self._shard(shard).file
             for group in range(file.num_row_groups):
-                if not _ids_below(file.metadata.row_group(group), limit):
-                    self._require_group_ids_below(shard, group, limit, owner)
+                # The ids of one row group are in memory at a time.
+                table = file.read_row_group(group, columns=[*_KEY, *_IDS], use_threads=False)
+                for name in _IDS:
+                    self._require_ids_below(table, name, limit, owner, shard)
 
-    def _require_group_ids_below(self, shard: int, group: int, limit: int, owner: str) -> None:
-        names = ["prompt_id", "sample_index", *_IDS]
-        table = self._shard(shard).file.read_row_group(group, columns=names, use_threads=False)
-        for name in _IDS:
-            ids, rows = flat(table, name)
-            wrong = np.flatnonzero((ids < 0) | (ids >= limit))
-            if wrong.size:
-                row = int(rows[wrong[0]])
-                key = (table["prompt_id"][row].as_py(), table["sample_index"][row].as_py())
-                raise DataError(
-                    f"response {key} has token {int(ids[wrong[0]])} in {name}",
-                    where=self._path(shard),
-                    limit=f"{owner} has {limit} rows, for the ids 0 to {limit - 1}",
-                    remedy="leave the response out, or give a model that has such a row",
-                )
+    def _require_ids_below(
+        self, table: pa.Table, name: str, limit: int, owner: str, shard: int
+    ) -> None:
+        ids, rows = flat(table, name)
+        wrong = np.flatnonzero((ids < 0) | (ids >= limit))
+        if wrong.size:
+            key = tuple(table[column][int(rows[wrong[0]])].as_py() for column in _KEY)
+            raise DataError(
+                f"response {key} has token {int(ids[wrong[0]])} in {name}",
+                where=self._path(shard),
+                limit=f"{owner} has {limit} rows, for the ids 0 to {limit - 1}",
+                remedy="leave the response out, or give a model that has such a row",
+            )
 
     def __getitem__(self, index: int) -> Row:
         return self.fetch([index])[0]
@@ -272,21 +269,6 @@ class CacheReader:
             _, (_, oldest) = self._groups.popitem(last=False)
             self._num_kept -= oldest
         return table
-
-
-def _ids_below(group: Any, limit: int) -> bool:
-    """Return whether the statistics of a row group show that all ids are from 0 to the limit."""
-    columns = [group.column(index) for index in range(group.num_columns)]
-    # The path of a list's values differs from writer to writer, but it begins with the name.
-    wanted = [column for column in columns if column.path_in_schema.split(".")[0] in _IDS]
-    # A writer may leave statistics out. A group of empty lists has none either.
-    return all(
-        column.statistics is not None
-        and column.statistics.has_min_max
-        and column.statistics.min >= 0
-        and column.statistics.max < limit
-        for column in wanted
-    )
 
 
 def _plain(row: ScoredRow) -> Row:
