@@ -98,8 +98,8 @@ def test_an_end_token_that_another_model_has_no_row_for(config: Path) -> None:
     resize(config.parent / "teacher", 40)
     edit_json(config.parent / "teacher" / "generation_config.json", eos_token_id=[2, 35])
     line = said(config)
-    assert "end token 35 of the teacher" in line
-    assert "vocab_size 32 of the student" in line
+    assert "the teacher has an end token 35 that not every model has a row for" in line
+    assert "below vocab_size of the student: 32" in line
 
 
 # ---- responses ----
@@ -129,7 +129,7 @@ def test_a_response_is_cut_before_an_id_that_not_all_models_know(
 
 
 def test_a_response_of_which_nothing_is_left_is_refused() -> None:
-    with pytest.raises(DataError, match=r"\('p', 0\) begins with token 33; limit: ids below 32"):
+    with pytest.raises(DataError, match=r"\('p', 0\) begins with token 33; limit: below 32"):
         [*within_ids([response(33, 2)], ROWS, title="rollouts")]
 
 
@@ -199,7 +199,10 @@ def test_check_names_a_given_cache_and_given_demonstrations(config: Path, tmp_pa
     given = spoiled(tmp_path / "a", "token_ids", ROWS)
     for override in (f"distill.cache={given}", f"sft.demonstrations={given}"):
         found = wrong(config, override)
-        assert any("has token 32 in token_ids; limit: the student" in line for line in found)
+        assert any(
+            "has token 32 in token_ids; limit: at least 0 and at most 31: the student" in line
+            for line in found
+        )
     right = spoiled(tmp_path / "b", "token_ids", ROWS - 1)
     for override in (f"distill.cache={right}", f"sft.demonstrations={right}"):
         assert not any("has token" in line for line in wrong(config, override))
@@ -207,5 +210,7 @@ def test_check_names_a_given_cache_and_given_demonstrations(config: Path, tmp_pa
 
 def test_the_scorer_in_megatron_refuses_an_id_past_its_rows(config: Path, tmp_path: Path) -> None:
     scorer = MegatronScorer(config.parent / "teacher", ForwardSection(), folder=tmp_path)
-    with pytest.raises(DataError, match=r"token 32; limit: .* has 32 rows"):
+    with pytest.raises(
+        DataError, match=r"token 32 past the rows of the model; limit: .* has 32 rows"
+    ):
         next(scorer.score([ScoreRequest("p", 0, int32([5, 32]), int32([7, 2]))]))

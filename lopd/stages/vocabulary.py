@@ -64,7 +64,7 @@ def _cut(response: Response, length: int, num_ids: int) -> Response:
     if length == 0:
         raise DataError(
             f"response {response.key} begins with token {int(response.token_ids[0])}",
-            limit=f"ids below {num_ids}, which every model of the run has a row for",
+            limit=f"below {num_ids}: every model of the run must have a row for it",
             remedy="take away the rows past the tokenizer's tokens from the model that sampled "
             "(resize_token_embeddings of transformers)",
         )

@@ -126,32 +126,38 @@ def swap(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (lambda folder: shards(folder)[2].unlink(), "1 file (model-00003-of-"),
-    "no index": (lambda folder: (folder / INDEX).unlink(), f"and no {INDEX} that says what"),
-    "index is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "cannot be read"),
-    "index is a list": (lambda folder: (folder / INDEX).write_text("[]"), "cannot be read"),
+    "no index": (lambda folder: (folder / INDEX).unlink(), f"and there is no {INDEX} for"),
+    "index is no JSON": (
+        lambda folder: (folder / INDEX).write_text("{"),
+        "the file cannot be read",
+    ),
+    "index is a list": (
+        lambda folder: (folder / INDEX).write_text("[]"),
+        "the file cannot be read",
+    ),
     "index is empty": (
         lambda folder: edit_index(folder, lambda table: table["weight_map"].clear()),
         "the index names no tensor",
     ),
     "file elsewhere": (
         lambda folder: edit_index(folder, lambda t: t["weight_map"].update(x="../a.safetensors")),
-        "x is in '../a.safetensors'; limit: the name of a file beside it",
+        "says that x is in '../a.safetensors'; limit: exactly the name of a file",
     ),
     "only in the index": (
         lambda folder: edit_index(
             folder, lambda t: t["weight_map"].update(ghost=shards(folder)[0].name)
         ),
-        "1 tensors of the index that are in no file, e.g. ghost (not in model-00001-of-",
+        "1 tensors of the index are in no file, for example ghost (not in model-00001-of-",
     ),
     "only in the file": (
         lambda folder: edit_index(folder, lambda table: table["weight_map"].pop(NORM)),
-        f"1 tensors that the index does not name, e.g. {NORM} (in model-",
+        f"1 tensors are not in the index, for example {NORM} (in model-",
     ),
-    "twice": (double, "1 tensors that several files hold"),
-    "in another file": (swap, f"in another file than the index says, e.g. {NORM}"),
+    "twice": (double, "1 tensors are in several files"),
+    "in another file": (swap, f"are in another file than the index says, for example {NORM}"),
     "total": (
         lambda folder: edit_index(folder, lambda table: table["metadata"].update(total_size=7)),
-        "total_size = 7, and the files hold",
+        "total_size = 7 is wrong; limit: exactly",
     ),
     "truncated": (lambda folder: cut(shards(folder)[1], 100), "truncated: it has"),
     "too long": (lambda folder: append(shards(folder)[1], b"0000"), "too long: it has"),
@@ -169,15 +175,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a file of another": (
         lambda folder: shutil.copy(shards(folder)[0], folder / SINGLE),
-        f"1 file ({SINGLE}) that do not belong to {INDEX}",
+        f"1 file ({SINGLE}) beside {INDEX}",
     ),
     "adapter": (
         lambda folder: shutil.copy(shards(folder)[0], folder / "adapter_model.safetensors"),
-        "adapter_model.safetensors) that do not belong",
+        "adapter_model.safetensors) beside",
     ),
     "wrong width": (
         lambda folder: edit_config(folder, moe_intermediate_size=96),
-        "config.json says",
+        "but config.json gives",
     ),
 }
 
@@ -198,7 +204,7 @@ def test_several_faults_are_several_lines_and_the_reader_counts_them(many: Path)
     cut(shards(many)[0], 8)
     shards(many)[1].write_bytes(b"")
     assert len(problems(many)) == 3
-    with pytest.raises(ArtifactError, match=r"cannot be read .* \(and 2 more faults: lopd check"):
+    with pytest.raises(ArtifactError, match=r"cannot be read .* \(and 2 more: lopd check"):
         CheckpointReader(many, read_architecture(many))
 
 
@@ -235,7 +241,7 @@ def test_a_name_that_stands_twice_in_a_header(tmp_path: Path) -> None:
     entry = '{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
     header = f'{{"a": {entry}, "a": {entry}}}'.encode()
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ArtifactError, match="a stands there twice"):
+    with pytest.raises(ArtifactError, match="a occurs twice"):
         read_header(tmp_path / "a")
 
 
@@ -251,7 +257,7 @@ def test_weights_of_another_dtype_under_their_names_are_quantised(
 ) -> None:
     edit_shard(tied / SINGLE, lambda tensors: tensors.update({DOWN: tensors[DOWN].to(dtype)}))
     (line,) = problems(tied)
-    assert "the weights are quantised: 1 tensors of dtype" in line
+    assert "the weights are quantised: 1 tensors have dtype" in line
     assert DOWN in line
 
 
@@ -271,7 +277,7 @@ def test_the_tensors_beside_quantised_weights_name_the_method(
     name = DOWN.replace("weight", suffix)
     edit_shard(tied / SINGLE, lambda tensors: tensors.update({name: torch.zeros(2)}))
     (line,) = problems(tied)
-    assert f"the weights are quantised (by {method}" in line
+    assert f"the weights are quantised by {method}" in line
 
 
 @pytest.mark.parametrize(
@@ -353,7 +359,10 @@ def test_few_rows_are_compared(tied: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_untied_without_an_output_layer(tied: Path) -> None:
     edit_config(tied, tie_word_embeddings=False)
     (line,) = problems(tied)
-    assert f"1 tensors missing, e.g. {HEAD} (config.json says tie_word_embeddings = false)" in line
+    assert (
+        f"1 tensors are missing, for example {HEAD} (config.json has tie_word_embeddings = false)"
+        in line
+    )
     assert "set tie_word_embeddings to true if" in line
 
 

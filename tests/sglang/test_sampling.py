@@ -165,6 +165,8 @@ def test_a_token_past_the_rows_of_the_served_model_is_named_and_not_sent(name: s
     ids = int32([1, 7])
     request = ScoreRequest("p", 4, int32([1, 8]) if name == "prompt" else ids, int32([8, 1]))
     check_scorable(request, context_length=20, vocab_size=9)
-    with pytest.raises(DataError, match=r"token 8; limit: the served model has 8 rows") as error:
+    with pytest.raises(
+        DataError, match=r"token 8 past the rows of the model; limit: at most 7: the served"
+    ) as error:
         check_scorable(request, context_length=20, vocab_size=8)
     assert error.value.where == "response p#4"

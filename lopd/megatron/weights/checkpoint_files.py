@@ -114,18 +114,25 @@ def _read_index(folder: Path) -> tuple[dict[str, str] | None, Any]:
         total = (table.get("metadata") or {}).get("total_size")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            f"cannot be read ({type(error).__name__}: {error})",
+            f"the file cannot be read ({type(error).__name__}: {error})",
             where=str(path),
-            remedy="copy it again from where it came",
+            remedy="copy the file again from its source",
         ) from None
     for tensor, file in listed.items():
         # A name with a folder could lead out of the checkpoint.
         if not isinstance(file, str) or PurePosixPath(file).name != file:
             raise ArtifactError(
-                f"{tensor} is in {file!r}", where=str(path), limit="the name of a file beside it"
+                f"the index says that {tensor} is in {file!r}",
+                where=str(path),
+                limit="exactly the name of a file beside the index",
+                remedy="correct the index",
             )
     if not listed:
-        raise ArtifactError("the index names no tensor", where=str(path))
+        raise ArtifactError(
+            "the index names no tensor",
+            where=str(path),
+            remedy="copy the file again from its source",
+        )
     return listed, total
 
 
@@ -140,9 +147,9 @@ def _file_problems(
         return
     if missing:
         yield ArtifactError(
-            f"{_some(missing, 'file')} of the index missing",
+            f"the folder lacks {_some(missing, 'file')} of the index",
             where=str(folder),
-            limit=f"{len(named)} files in {INDEX}",
+            limit=f"exactly the {len(named)} files that {INDEX} names",
             remedy="download the checkpoint again, or copy the rest of it",
         )
     if extra:
@@ -150,9 +157,9 @@ def _file_problems(
         # model.safetensors to an index.
         owner = INDEX if has_index else SINGLE
         yield ArtifactError(
-            f"{_some(extra, 'file')} that do not belong to {owner}",
+            f"the folder has {_some(extra, 'file')} beside {owner}",
             where=str(folder),
-            limit="engines differ in whether they read them",
+            limit="exactly the files of one checkpoint: engines differ in which others they read",
             remedy="move them out of this folder, or correct the index",
         )
 
@@ -162,7 +169,7 @@ def _no_weights(folder: Path, present: list[str]) -> ArtifactError:
     where = str(folder / SINGLE)
     if present:
         return ArtifactError(
-            f"no such file, and no {INDEX} that says what {_some(present, 'file')} hold",
+            f"no such file, and there is no {INDEX} for {_some(present, 'file')}",
             where=where,
             remedy="copy the index of the checkpoint as well",
         )
@@ -196,25 +203,28 @@ def _index_problems(
     moved = [tensor for tensor, file in listed.items() if file not in files.get(tensor, [file])]
     # The name and where it is, of every tensor that has the fault.
     faults = {
-        "that several files hold": {name: " and ".join(files[name]) for name in twice},
-        "of the index that are in no file": {name: f"not in {listed[name]}" for name in absent},
-        "that the index does not name": {name: f"in {files[name][0]}" for name in unlisted},
-        "that are in another file than the index says": {
+        "are in several files": {name: " and ".join(files[name]) for name in twice},
+        "of the index are in no file": {name: f"not in {listed[name]}" for name in absent},
+        "are not in the index": {name: f"in {files[name][0]}" for name in unlisted},
+        "are in another file than the index says": {
             name: f"in {files[name][0]}, not in {listed[name]}" for name in moved
         },
     }
     for what, places in faults.items():
         for name, place in itertools.islice(places.items(), 1):
             yield ArtifactError(
-                f"{len(places)} tensors {what}, e.g. {name} ({place})", where=where, remedy=remedy
+                f"{len(places)} tensors {what}, for example {name} ({place})",
+                where=where,
+                remedy=remedy,
             )
     found = sum(one.stop - one.start for held in headers.values() for one in held.values())
     # Some writers count a tied output layer that they did not write, or leave the total out. A
     # contradiction of names is the better message, so the total comes last.
     if total is not None and total != found and not any(faults.values()):
         yield ArtifactError(
-            f"total_size = {total!r}, and the files hold {found} bytes of tensors",
+            f"total_size = {total!r} is wrong",
             where=where,
+            limit=f"exactly {found}, the bytes of the tensors in the files",
             remedy=f"copy the checkpoint again; if it is right, set total_size to {found}",
         )
 
@@ -236,7 +246,7 @@ def _tensor_problems(
     for name, shape in wanted.items():
         if name in tensors and tensors[name].shape != shape:
             yield ArtifactError(
-                f"{name} has shape {tensors[name].shape}, config.json says {shape}",
+                f"{name} has shape {tensors[name].shape}, but config.json gives {shape}",
                 where=str(folder),
             )
             # One example is enough: with a wrong width every tensor is another.
@@ -255,7 +265,7 @@ def _quantised(
         for suffix, method in _QUANTISED.items():
             if name.endswith(suffix):
                 return ArtifactError(
-                    f"the weights are quantised (by {method}: there is {name})",
+                    f"the weights are quantised by {method}: there is {name}",
                     where=str(folder),
                     remedy=_UNQUANTISED,
                 )
@@ -267,9 +277,9 @@ def _quantised(
         is_quantised = dtype.startswith(_QUANTISED_DTYPES)
         meaning = "the weights are quantised: " if is_quantised else ""
         return ArtifactError(
-            f"{meaning}{len(names)} tensors of dtype {dtype}, e.g. {names[0]}",
+            f"{meaning}{len(names)} tensors have dtype {dtype}, for example {names[0]}",
             where=str(folder),
-            limit=", ".join(WIDTHS),
+            limit=f"one of {', '.join(WIDTHS)}",
             remedy=_UNQUANTISED,
         )
     return None
@@ -289,13 +299,13 @@ def _name_problems(
     if arch.tied_embeddings:
         unknown = [name for name in unknown if name != LM_HEAD]
     problems = [
-        f"{len(names)} tensors {verb}, e.g. {names[0]}"
+        f"{len(names)} tensors are {verb}, for example {names[0]}"
         for names, verb in ((missing, "missing"), (unknown, "unknown"))
         if names
     ]
     remedy = f"give a complete {arch.family} checkpoint that fits its config.json"
     if missing == [LM_HEAD]:
-        problems[0] += " (config.json says tie_word_embeddings = false)"
+        problems[0] += " (config.json has tie_word_embeddings = false)"
         remedy = (
             "set tie_word_embeddings to true if the model was trained with one matrix for input "
             "and output, else give the file with the output layer"

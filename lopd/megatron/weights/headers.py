@@ -24,7 +24,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 # How a file begins that git-lfs has left in the place of the real one.
 _LFS_POINTER = b"version https://git-lfs"
-_REMEDY = "copy it again from where it came"
+_REMEDY = "copy the file again from its source"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             is_sane = len(begin) == _LENGTH_BYTES and 0 < length <= _MAX_HEADER_BYTES
             content = file.read(length) if is_sane else begin + file.read(len(_LFS_POINTER))
     except OSError as error:
-        raise ArtifactError(f"cannot be read ({error})", where=str(path)) from None
+        raise ArtifactError(f"the file cannot be read ({error})", where=str(path)) from None
     if content.startswith(_LFS_POINTER):
         raise _damaged(path, "it is a pointer of git-lfs and not the file itself")
     first = _LENGTH_BYTES + length
@@ -87,7 +87,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 def _parse(content: bytes, path: Path, first: int) -> dict[str, TensorHeader]:
     try:
-        # A name that stands there twice would hide a tensor.
+        # A name that occurs twice would hide a tensor.
         table = json.loads(content, object_pairs_hook=_without_repetition)
         table.pop("__metadata__", None)
         tensors = {name: _tensor(entry, first) for name, entry in table.items()}
@@ -109,7 +109,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} stands there twice")
+        raise ValueError(f"{twice} occurs twice")
     return table
 
 
@@ -124,7 +124,7 @@ def _tensor(entry: Mapping[str, Any], first: int) -> TensorHeader:
 
 
 def _damaged(path: Path, why: str) -> ArtifactError:
-    return ArtifactError(f"damaged ({why})", where=str(path), remedy=_REMEDY)
+    return ArtifactError(f"the file is damaged ({why})", where=str(path), remedy=_REMEDY)
 
 
 def read_rows(path: Path, tensor: TensorHeader, rows: range) -> list[bytes]:
@@ -141,5 +141,5 @@ def read_rows(path: Path, tensor: TensorHeader, rows: range) -> list[bytes]:
                 file.seek(tensor.start + row * row_bytes)
                 found.append(file.read(row_bytes))
     except OSError as error:
-        raise ArtifactError(f"cannot be read ({error})", where=str(path)) from None
+        raise ArtifactError(f"the file cannot be read ({error})", where=str(path)) from None
     return found

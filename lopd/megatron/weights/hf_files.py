@@ -49,7 +49,7 @@ class CheckpointReader:
         found = inspect_checkpoint(folder, arch)
         if found.problems:
             first, *others = found.problems
-            more = f" (and {len(others)} more faults: lopd check tells all)" if others else ""
+            more = f" (and {len(others)} more: lopd check shows all)" if others else ""
             raise ArtifactError(
                 first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
             )
@@ -81,7 +81,9 @@ class CheckpointReader:
                 self._files[file] = opened.__enter__()
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(
-                    f"damaged ({error})", where=str(path), remedy="copy it again from where it came"
+                    f"the file is damaged ({error})",
+                    where=str(path),
+                    remedy="copy the file again from its source",
                 ) from None
         return self._files[file]
 
@@ -168,7 +170,7 @@ class CheckpointWriter:
             raise ArtifactError(
                 f"cannot be written ({error})",
                 where=str(self._folder),
-                remedy="free disk space or choose another folder",
+                remedy="free disk space, or choose another folder",
             ) from error
 
     def _write_shard(self) -> None:
