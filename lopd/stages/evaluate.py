@@ -25,6 +25,7 @@ from lopd.stages.score_shards import score_into
 from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
 from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
+from lopd.stages.vocabulary import num_shared_ids
 from lopd.tasks import get_task
 from lopd.tasks.accuracy import accuracy_figures
 from lopd.tasks.tokenizer import load_tokenizer, response_text
@@ -173,6 +174,8 @@ class _HeldOut:
             # It is part of a request's seed: the policy's responses are not the answers again.
             purpose=purpose,
             title=f"{purpose} {name}",
+            # The teacher scores the policy's responses, and the student may have more rows.
+            num_ids=num_shared_ids(self.context.config),
         )
         return part.finish()
 

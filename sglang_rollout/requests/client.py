@@ -177,14 +177,15 @@ class SGLangEngine:
         Raises:
             EngineError: The server died, returns other ids than it was sent, or returns values that
                 no model gives (sglang_rollout.requests.checks).
-            DataError: A sequence is too long, or its prompt or response is empty.
+            DataError: A sequence is too long, its prompt or response is empty, or the model has no
+                row for a token.
         """
         # Two checks need the size: one for the id that SGLang returns as 0 (scoring.LAST_ID_ECHO),
         # and one for a teacher that guesses uniformly.
         vocabulary = vocab_size if vocab_size is not None else self._served_vocab_size()
 
         async def score_one(calls: Connections, request: ScoreRequest) -> TeacherScores:
-            scoring.check_scorable(request, self.settings.context_length)
+            scoring.check_scorable(request, self.settings.context_length, vocabulary)
             answer = await calls.generate(
                 request, lambda name: scoring.score_payload(request, name, top_k)
             )
