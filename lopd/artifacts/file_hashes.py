@@ -34,13 +34,14 @@ class FileHashes:
     found, and an entry that another process overwrote costs one more reading.
     """
 
-    def __init__(self, store: Path | None = None, *, rehash: bool = False) -> None:
+    def __init__(self, store: str | Path | None = None, *, rehash: bool = False) -> None:
         """Read the store.
 
         Args:
             store: The JSON file. Without it hashes are kept in memory alone.
             rehash: Forget what the store has, so that every file is read once.
         """
+        store = Path(store) if store is not None else None
         self._store = store
         self._lock = threading.Lock()
         self._changed = False
@@ -48,12 +49,13 @@ class FileHashes:
         if store is not None and not rehash:
             self._known = _read_store(store)
 
-    def sha256(self, path: Path) -> str:
+    def sha256(self, path: str | Path) -> str:
         """Return the sha256 of a file in hexadecimal digits.
 
         Raises:
             OSError: The file cannot be read.
         """
+        path = Path(path)
         # The state before the reading: a change during the reading then differs from what is kept.
         key, changed_ns = _state(path)
         with self._lock:
@@ -70,7 +72,7 @@ class FileHashes:
         return digest
 
     def sha256_all(
-        self, paths: Sequence[Path], *, read: Callable[[int], None] | None = None
+        self, paths: Sequence[str | Path], *, read: Callable[[int], None] | None = None
     ) -> list[str]:
         """Return the sha256 of each file, in the order given. Files are read side by side.
 
@@ -91,12 +93,12 @@ class FileHashes:
         # hashlib releases the interpreter's lock, so threads hash on all cores.
         threads = min(_MAX_THREADS, os.cpu_count() or 1, max(1, len(paths)))
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(one, paths))
+            return list(pool.map(one, map(Path, paths)))
 
-    def unknown_bytes(self, paths: Iterable[Path]) -> int:
+    def unknown_bytes(self, paths: Iterable[str | Path]) -> int:
         """Return how many bytes sha256_all would read: those of the files that are not known."""
         total = 0
-        for path in paths:
+        for path in map(Path, paths):
             key, _ = _state(path)
             if key not in self._known:
                 total += path.stat().st_size
@@ -128,13 +130,14 @@ def current_hashes() -> FileHashes:
 
 
 @contextlib.contextmanager
-def remembered_hashes(store: Path, *, rehash: bool = False) -> Iterator[FileHashes]:
+def remembered_hashes(store: str | Path, *, rehash: bool = False) -> Iterator[FileHashes]:
     """Use a store for as long as the block lasts, and write it at the end.
 
     Args:
         store: The JSON file.
         rehash: Read every file again, whatever the store says.
     """
+    store = Path(store)
     global _current
     before = _current
     _current = FileHashes(store, rehash=rehash)

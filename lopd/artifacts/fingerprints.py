@@ -29,13 +29,14 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: str | Path) -> str:
     """Return the fingerprint of a file's bytes. The file is read in blocks."""
+    path = Path(path)
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def identify_model(folder: Path) -> ModelIdentity:
+def identify_model(folder: str | Path) -> ModelIdentity:
     """Identify a Hugging Face folder by its content.
 
     The weights are config.json and every safetensors file. A folder without tokenizer.json has an
@@ -44,6 +45,7 @@ def identify_model(folder: Path) -> ModelIdentity:
     Raises:
         ArtifactError: config.json is missing, or a JSON file of the folder is damaged.
     """
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ArtifactError(
             "no config.json",

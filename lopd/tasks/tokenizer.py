@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, from its files alone.
 
     Code that the checkpoint names is not run.
@@ -29,6 +29,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: A file is missing or damaged.
     """
+    folder = Path(folder)
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
@@ -54,7 +55,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_token_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the token ids that end a response, in ascending order.
 
     They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of them
@@ -64,6 +65,7 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     Raises:
         DataError: None of them names one.
     """
+    folder = Path(folder)
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name

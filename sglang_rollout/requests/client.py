@@ -74,7 +74,7 @@ class SGLangEngine:
         settings: SGLangSection,
         *,
         server: SGLangServer | None = None,
-        weights_file: Path | None = None,
+        weights_file: str | Path | None = None,
         vocab_size: int | None = None,
     ) -> None:
         """
@@ -88,6 +88,7 @@ class SGLangEngine:
                 process records there that it will not start the server again.
             vocab_size: The vocabulary of the served model. The default is to ask when needed.
         """
+        weights_file = Path(weights_file) if weights_file is not None else None
         self.url = url.rstrip("/")
         self.api_key = api_key
         self.settings = settings

@@ -4,6 +4,7 @@ for what cannot.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -79,7 +80,8 @@ def test_without_a_file_the_task_generates() -> None:
     [
         ([GOOD, "{not json"], r":2: not valid JSON"),
         ([GOOD, "", [1, 2]], r":3: a JSON object is needed, but the row is a list"),
-        ([{"question": "q"}], r":1: prompt_id is missing"),
+        ([{"prompt_id": " ", "question": "q"}], r":1: prompt_id is ' '; it must be a non-empty"),
+        ([{"answer": "1"}], r":1: a prompt needs either messages or question"),
         ([{"prompt_id": 7, "question": "q"}], r":1: prompt_id is 7; it must be a non-empty string"),
         ([{"prompt_id": "a"}], r":1: prompt 'a' needs either messages or question"),
         ([{**GOOD, "messages": []}], r":1: prompt 'a' needs either messages or question"),
@@ -109,6 +111,30 @@ def test_bad_prompt_file_names_the_line(tmp_path: Path, lines: list[object], mes
         read_prompts(PromptSet(file=path), TASK, need_answers=True)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_without_an_id_is_named_by_its_question(tmp_path: Path) -> None:
+    """The id is a hash of the question, whatever the answer, the file and the row's place."""
+    first = write_lines(
+        tmp_path / "first.jsonl",
+        {"question": "What is 1+1?", "answer": "2"},
+        {"prompt_id": None, "question": "What is 2+2?", "answer": "4"},
+        # The same question in the other spelling of the form.
+        {"messages": [{"role": "user", "content": "What is 1+1?"}], "answer": "2"},
+        {"prompt_id": "mine", "question": "What is 1+1?", "answer": "2"},
+        {"question": "What is 1+1?", "answer": "2"},
+    )
+    ids = [prompt.prompt_id for prompt in read_prompts(PromptSet(file=first), TASK)]
+    text = json.dumps([{"role": "user", "content": "What is 1+1?"}])
+    hashed = f"lopd-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    # A repeated question stays, as in a file with ids, and is told apart by a number.
+    assert [ids[0], *ids[2:]] == [hashed, f"{hashed}#2", "mine", f"{hashed}#4"]
+    assert ids[1] not in ids[2:]
+    second = write_lines(tmp_path / "second.jsonl", {"question": "What is 1+1?", "answer": "3"})
+    assert read_prompts(PromptSet(file=second), TASK)[0].prompt_id == hashed
+    # Dropped where the set says so.
+    dropped = read_prompts(PromptSet(file=first, duplicates="drop"), TASK)
+    assert [prompt.prompt_id for prompt in dropped] == ids[:2]
 
 
 def test_missing_unreadable_and_short_files(tmp_path: Path) -> None:
