@@ -170,7 +170,7 @@ def _check_unique(sources: Sequence[Path], manifests: Sequence[Manifest]) -> Non
     """Raise ArtifactError if a response is in more than one of the sources."""
     seen: set[Key] = set()
     doubled: Counter[str] = Counter()
-    for folder, manifest in zip(folders, manifests, strict=True):
+    for folder, manifest in zip(sources, manifests, strict=True):
         for shard in manifest.shards:
             table = read_shard(folder, shard)
             prompt_ids = table.column("prompt_id").to_pylist()
