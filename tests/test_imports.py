@@ -72,7 +72,9 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "tasks",
         "verbs",
+        "verbs.cache_samples",
     },
+    "verbs.cache_samples": {*CORE, "artifacts", "cache", "report", "tasks"},
     "verbs.evaluate": {
         *CORE,
         "checks",
@@ -82,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.launch",
         "verbs.pipeline",
     },
+    "verbs.init": {*CORE, "artifacts", "tasks"},
     "verbs.launch": {
         *CORE,
         *MEGATRON,
@@ -106,6 +109,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.audit",
         "verbs.cache",
         "verbs.evaluate",
+        "verbs.init",
         "verbs.launch",
         "verbs.parity",
         "verbs.pipeline",

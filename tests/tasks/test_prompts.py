@@ -17,7 +17,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.prompts import read_prompts, render
 from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic
-from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
+from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids, token_texts
 
 TASK = RegisterArithmetic()
 GOOD = {"prompt_id": "a", "question": "01+01=?", "answer": "02"}
@@ -135,6 +135,27 @@ def test_a_row_without_an_id_is_named_by_its_question(tmp_path: Path) -> None:
     # Dropped where the set says so.
     dropped = read_prompts(PromptSet(file=first, duplicates="drop"), TASK)
     assert [prompt.prompt_id for prompt in dropped] == ids[:2]
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_the_texts_of_tokens_are_the_text() -> None:
+    """Pieces join to the whole text, and a character of several tokens stands at its last one."""
+    bytes_of: Any = ByteTokenizer()
+    for text in ("12 + 3", "caf\u00e9 \u20ac \U0001f600 end", "\u00e9"):
+        ids = list(text.encode())
+        pieces = [*token_texts(bytes_of, ids)]
+        assert "".join(pieces) == text
+        assert len(pieces) == len(ids)
+    assert [*token_texts(bytes_of, list("\u20ac".encode()))] == ["", "", "\u20ac"]
+    # The control: a cut character is shown as one, and bytes that are no text hold nothing back.
+    assert "".join(token_texts(bytes_of, [97, 0xE2, 0x82])) == "a\N{REPLACEMENT CHARACTER}"
+    assert "".join(token_texts(bytes_of, [0xFF] * 5 + [98])).endswith("b")
 
 
 def test_missing_unreadable_and_short_files(tmp_path: Path) -> None:
