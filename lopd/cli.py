@@ -24,6 +24,7 @@ from lopd.verbs.audit import audit
 from lopd.verbs.cache import app as cache_app
 from lopd.verbs.evaluate import EPILOG as EVALUATE_EPILOG
 from lopd.verbs.evaluate import evaluate
+from lopd.verbs.generate import CHAT_EPILOG, GENERATE_EPILOG, chat, generate
 from lopd.verbs.init import EPILOG as INIT_EPILOG
 from lopd.verbs.init import init
 from lopd.verbs.launch import launch, with_place
@@ -151,6 +152,8 @@ app.command(
     epilog="Example:  lopd launch examples/tiny_moe.toml launch.device=cpu --on slurm "
     "--render /tmp/jobs"
 )(launch)
+app.command(epilog=GENERATE_EPILOG)(generate)
+app.command(epilog=CHAT_EPILOG)(chat)
 app.add_typer(cache_app, name="cache")
 app.add_typer(prompts_app, name="prompts")
 app.command(

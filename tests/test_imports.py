@@ -84,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.launch",
         "verbs.pipeline",
     },
+    "verbs.generate": {*CORE, "stages"},
     "verbs.init": {*CORE, "artifacts", "tasks"},
     "verbs.launch": {
         *CORE,
@@ -109,6 +110,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.audit",
         "verbs.cache",
         "verbs.evaluate",
+        "verbs.generate",
         "verbs.init",
         "verbs.launch",
         "verbs.parity",

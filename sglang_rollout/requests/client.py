@@ -273,7 +273,7 @@ class SGLangEngine:
         # the model computes.
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
         try:
-            with self._client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
+            with self.http_client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
                 return client.post("/generate", json=body).status_code == 200
         except httpx.TransportError:
             return False
@@ -307,7 +307,7 @@ class SGLangEngine:
         while True:
             try:
                 # A client for each attempt: after a restart its connections would be dead.
-                with self._client(timeout) as client:
+                with self.http_client(timeout) as client:
                     reply = client.request(method, path, json=body)
                 break
             except httpx.TransportError as error:
@@ -372,7 +372,8 @@ class SGLangEngine:
             remedy=remedies.get(status, ""),
         )
 
-    def _client(self, timeout: httpx.Timeout) -> httpx.Client:
+    def http_client(self, timeout: httpx.Timeout) -> httpx.Client:
+        """Return a client for plain calls to the server."""
         # With verify=True httpx loads all certificates, which costs every call 50 ms. Plain http
         # needs none of them.
         tls = self.url.startswith("https:")
