@@ -1,4 +1,4 @@
-"""lopd generate and lopd chat: a model is asked as the run asks it, and its answer comes as text."""
+"""lopd generate and lopd chat: a model is asked as the run asks it, and it answers with text."""
 
 from __future__ import annotations
 
