@@ -55,12 +55,13 @@ class CacheReader:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         kept_tokens: int = 1 << 20,
         without_sampling: bool = False,
         leave_out: Collection[str] = (),
     ) -> None:
+        folder = Path(folder)
         self.folder = folder
         self.manifest = read_complete(folder)
         self._without_sampling = without_sampling

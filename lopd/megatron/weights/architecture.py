@@ -65,13 +65,14 @@ class Architecture:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def read_architecture(folder: Path) -> Architecture:
+def read_architecture(folder: str | Path) -> Architecture:
     """Return the architecture of a Hugging Face checkpoint folder.
 
     Raises:
         LopdError: config.json cannot be read, its model_type is unknown, or it asks for a feature
             that is not supported here. The message names the feature and its value.
     """
+    folder = Path(folder)
     path = folder / "config.json"
     table = _read_table(path)
     # Before the family: published quantised checkpoints are of supported and other families.
