@@ -89,7 +89,7 @@ def run_share(config: Config, name: str, share: Share) -> None:
 
     Workers may run at the same time on several machines that share the run directory. Each
     publishes its shards and completes nothing. The stage's own command afterwards finds all shards,
-    makes those that a lost worker has left, and completes the artifact.
+    makes the shards that a failed worker did not make, and completes the artifact.
     """
     # All workers hold the lock together. The stage's own command needs it alone, so it waits for no
     # worker: it is refused while one runs.
@@ -215,13 +215,13 @@ def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
             raise ArtifactError(
                 f"in use by process {holder.strip()}",
                 where=str(run_dir),
-                remedy="wait for it to end, or use another run.dir",
+                remedy="wait until that process ends, or set run.dir to another folder",
             ) from None
         except OSError as error:
             raise ArtifactError(
-                f"cannot be locked ({error.strerror})",
+                f"the run directory cannot be locked ({error.strerror})",
                 where=str(run_dir),
-                remedy="use a run.dir on a file system with locks",
+                remedy="set run.dir to a folder on a file system that has locks",
             ) from None
         # For the message of the next process that finds it locked.
         os.ftruncate(handle, 0)
@@ -278,8 +278,8 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
     """Check the stages that this one reads, before anything is moved or written.
 
     Raises:
-        ArtifactError: One is not done, or a file is not as it was published.
-        ConsistencyError: Only the teacher is another one than they were made with.
+        ArtifactError: A stage is not done, or a file has changed since it was written.
+        ConsistencyError: The stages differ only in their teacher.
     """
     for name in context.stage.parents(context.config):
         # A stage run alone never runs its parents: that may take days, and was not asked for.
@@ -289,11 +289,11 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
             _refuse_another_teacher(context, parent)
             reason = f"is {state}"
             if differs:
-                reason = f"was made from other knobs ({', '.join(differs)})"
+                reason = f"was made with other settings ({', '.join(differs)})"
             raise ArtifactError(
                 f"{context.stage.name} needs {name}, which {reason}",
                 where=str(parent.folder),
-                remedy=f"run: lopd {name} CONFIG, or lopd run CONFIG",
+                remedy=f"run lopd {name} CONFIG, or lopd run CONFIG",
             )
         if name not in verified:
             verify(parent.folder, read_manifest(parent.folder))
@@ -315,16 +315,17 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
     only_teacher = differs and all(key.startswith("models.teacher") for key in differs)
     if "teacher" in context.stage.models and only_teacher:
         raise ConsistencyError(
-            f"{context.config.models.teacher} is not the teacher of {cause.stage.name}, "
-            f"which {parent.stage.name} goes back to",
+            f"{context.config.models.teacher} is not the teacher that made the artifact "
+            f"of {cause.stage.name}, from which {parent.stage.name} was made",
             where="models.teacher",
-            limit=str(read_manifest(cause.folder).models["teacher"].path),
-            remedy="use that teacher, or make all stages with this one: lopd run CONFIG",
+            limit=f"exactly {read_manifest(cause.folder).models['teacher'].path}",
+            remedy="set models.teacher to that teacher, or run lopd run CONFIG to make all "
+            "stages with this teacher",
         )
 
 
 def report_changes(config: Config) -> None:
-    """Say which keys differ from the configuration that this run directory was last made from."""
+    """Print which keys differ from the configuration that this run directory was last made from."""
     # Stages decide by their manifests what runs again. This only tells the user beforehand.
     former = _read_table(config.run.dir / _CONFIG)
     if not former:

@@ -94,7 +94,8 @@ class FileHashes:
 
         Args:
             paths: The files.
-            read: Called with the number of bytes of a file once it is done.
+            read: A function that is called with the number of bytes of each file once the file is
+                hashed.
 
         Raises:
             OSError: A file cannot be read.
@@ -112,7 +113,7 @@ class FileHashes:
             return list(pool.map(one, paths))
 
     def unknown_bytes(self, paths: Iterable[Path]) -> int:
-        """Return how many bytes sha256_all would read: those of the files that are not known."""
+        """Return the total size in bytes of those files whose hash is not stored yet."""
         total = 0
         for path in paths:
             key, _ = _state(path)

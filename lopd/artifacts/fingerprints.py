@@ -30,13 +30,13 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: str | Path) -> str:
     """Return the fingerprint of a file's bytes.
 
     A file that has not changed since it was read last is not read again
     (lopd.artifacts.file_hashes).
     """
-    return HASHES.sha256(path)
+    return HASHES.sha256(Path(path))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -45,7 +45,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def identify_model(folder: Path) -> ModelIdentity:
+def identify_model(folder: str | Path) -> ModelIdentity:
     """Identify a Hugging Face folder by its content.
 
     The weights are config.json and every safetensors file. A folder without tokenizer.json has an
@@ -54,9 +54,10 @@ def identify_model(folder: Path) -> ModelIdentity:
     Raises:
         ArtifactError: config.json is missing, or a JSON file of the folder is damaged.
     """
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ArtifactError(
-            "no config.json",
+            "there is no config.json in this folder",
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint",
         )
@@ -108,14 +109,14 @@ def _chat_template(folder: Path) -> bytes:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint."""
-    remedy = "copy it again from where it came"
+    remedy = "copy the file again from its source"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         # ValueError stands for wrong JSON and for wrong UTF-8.
         raise ArtifactError(f"cannot be read ({error})", where=str(path), remedy=remedy) from None
     if not isinstance(value, dict):
-        raise ArtifactError("not a JSON object", where=str(path), remedy=remedy)
+        raise ArtifactError("the file does not hold a JSON object", where=str(path), remedy=remedy)
     return value
 
 

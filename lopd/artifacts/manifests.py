@@ -20,38 +20,42 @@ ORIGIN_KEY = b"lopd.origin"
 _MAKE_AGAIN = "remove the stage's folder and run the stage again"
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Publish the manifest of an artifact. See publish_bytes() for the errors."""
+    folder = Path(folder)
     publish_json(folder / MANIFEST, dataclasses.asdict(manifest))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of an artifact.
 
     Raises:
         ArtifactError: The manifest is missing, is not JSON, has a newer schema or wrong fields.
     """
+    folder = Path(folder)
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         # NotADirectoryError: the user has given a file where a folder is expected.
         raise ArtifactError(
-            f"no {MANIFEST}", where=str(folder), remedy="run the stage that makes it"
+            f"there is no {MANIFEST} in this folder",
+            where=str(folder),
+            remedy="run the stage that makes it",
         ) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"manifest cannot be read ({error})", where=str(path), remedy=_MAKE_AGAIN
+            f"the manifest cannot be read ({error})", where=str(path), remedy=_MAKE_AGAIN
         ) from None
     # The version is looked at before the fields. A newer schema may have other fields, and the
     # user should read about the version and not about them.
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ArtifactError(
-            f"manifest of schema version {version}",
+            f"the manifest has schema version {version}",
             where=str(path),
-            limit=f"this lopd reads up to {SCHEMA_VERSION}",
-            remedy="use a newer lopd",
+            limit=f"at most {SCHEMA_VERSION}, which this lopd reads",
+            remedy="install a newer lopd",
         )
     try:
         raw["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
@@ -62,19 +66,24 @@ def read_manifest(folder: Path) -> Manifest:
     except (KeyError, TypeError) as error:
         # A missing, unknown or misspelt key of any of the three records.
         raise ArtifactError(
-            f"manifest has wrong fields ({error})", where=str(path), remedy=_MAKE_AGAIN
+            f"the manifest has wrong fields ({error})", where=str(path), remedy=_MAKE_AGAIN
         ) from None
 
 
-def read_complete(folder: Path) -> Manifest:
+def read_complete(folder: str | Path) -> Manifest:
     """Read the manifest of an artifact that must be complete.
 
     Raises:
         ArtifactError: See read_manifest(), or the artifact is not complete.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     if not manifest.complete:
-        raise ArtifactError("is not complete", where=str(folder), remedy="run its stage to the end")
+        raise ArtifactError(
+            "the artifact is not complete",
+            where=str(folder),
+            remedy="run the stage that makes it again, until it is complete",
+        )
     return manifest
 
 

@@ -36,18 +36,19 @@ def damaged_shard(path: Path, error: Exception) -> ArtifactError:
     # pyarrow adds a trace of its C++ frames below the first line.
     reason = str(error).splitlines()[0]
     return ArtifactError(
-        f"damaged shard ({reason})",
+        f"the shard is damaged ({reason})",
         where=str(path),
-        remedy="remove this file and run its stage again",
+        remedy="remove this file and run the stage that makes it again",
     )
 
 
-def read_shard(folder: Path, shard: ShardInfo) -> pa.Table:
+def read_shard(folder: str | Path, shard: ShardInfo) -> pa.Table:
     """Return the rows of one shard.
 
     Raises:
         ArtifactError: The file is missing, or its checksum is not the one of the manifest.
     """
+    folder = Path(folder)
     path = folder / shard.name
     try:
         content = path.read_bytes()
@@ -60,12 +61,13 @@ def read_shard(folder: Path, shard: ShardInfo) -> pa.Table:
     return parse_shard(path, content)
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
+def verify(folder: str | Path, manifest: Manifest) -> None:
     """Check that every file of an artifact is there with its checksum.
 
     Raises:
         ArtifactError: A file is missing or changed. The error names the first one.
     """
+    folder = Path(folder)
     # In the order of the manifest, so that the error is the same at every call.
     paths = [folder / shard.name for shard in manifest.shards]
     for path, shard in zip(paths, manifest.shards, strict=True):
@@ -78,7 +80,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 def _missing(folder: Path, shard: ShardInfo) -> ArtifactError:
     return ArtifactError(
-        "file is missing", where=str(folder / shard.name), remedy=_make_again(folder, shard)
+        "the file is missing", where=str(folder / shard.name), remedy=_make_again(folder, shard)
     )
 
 
@@ -87,7 +89,7 @@ def _changed(folder: Path, shard: ShardInfo, size: int) -> ArtifactError:
         f"the file was truncated or changed: its checksum differs ({size} bytes)",
         where=str(folder / shard.name),
         # Enough digits to find the manifest's line with grep.
-        limit=f"sha256 {shard.sha256[:16]}...",
+        limit=f"exactly the recorded sha256, {shard.sha256[:16]}...",
         remedy=_make_again(folder, shard),
     )
 
@@ -103,7 +105,7 @@ def _make_again(folder: Path, shard: ShardInfo) -> str:
     return f"remove the folder {folder}, then run stage {folder.name} again"
 
 
-def published_rows(folder: Path) -> int:
+def published_rows(folder: str | Path) -> int:
     """Count the rows of the shards that are on disk, whether a manifest lists them or not.
 
     Only the footers are read.
@@ -111,6 +113,7 @@ def published_rows(folder: Path) -> int:
     Raises:
         ArtifactError: A shard is damaged.
     """
+    folder = Path(folder)
     # This is called for a progress display. Hashing would read gigabytes for one number.
     rows = 0
     for path in folder.glob("shard-*.parquet"):

@@ -87,7 +87,7 @@ class ArtifactWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         kind: str,
         inputs: Mapping[str, Any],
@@ -98,6 +98,7 @@ class ArtifactWriter:
         shard_size: int | None = None,
         share: Share | None = None,
     ) -> None:
+        folder = Path(folder)
         self.folder = folder
         self._share = share
         self._manifest = Manifest(
@@ -134,9 +135,9 @@ class ArtifactWriter:
         expected = (ours.kind, as_json(ours.inputs), as_json(ours.parents))
         if (found.kind, found.inputs, found.parents) != expected:
             raise ArtifactError(
-                "holds an artifact made from other inputs",
+                "this folder holds an artifact that was made from other inputs",
                 where=str(self.folder),
-                remedy="remove it or use another run directory",
+                remedy="remove this folder, or set run.dir to another folder",
             )
         extra = dict(ours.extra)
         if _SHARD_SIZE in found.extra:
@@ -157,9 +158,9 @@ class ArtifactWriter:
             # Its name alone does not prove that a shard belongs here: it may have been copied.
             if (table.schema.metadata or {}).get(ORIGIN_KEY) != self._origin:
                 raise ArtifactError(
-                    "a shard of an artifact made from other inputs",
+                    "this shard belongs to an artifact that was made from other inputs",
                     where=str(path),
-                    remedy="remove this file and run its stage again",
+                    remedy="remove this file and run the stage that makes it again",
                 )
             rows = table.num_rows
             known[path.name] = ShardInfo(path.name, rows, _num_tokens(table), sha256_file(path))
@@ -235,7 +236,7 @@ class ArtifactWriter:
         shard = ShardInfo(name, table.num_rows, _num_tokens(table), checksum)
         self._set_shards([*self._manifest.shards, shard])
 
-    def finish(self, *, files: Iterable[Path] = (), **extra: Any) -> Manifest:
+    def finish(self, *, files: Iterable[str | Path] = (), **extra: Any) -> Manifest:
         """Publish the manifest that makes the artifact complete, and return it.
 
         A writer with a share publishes nothing here and returns the incomplete manifest.
@@ -249,7 +250,8 @@ class ArtifactWriter:
         if self._share is not None:
             return self._manifest
         # Other files have no rows, but a checksum like any shard, so verify() covers them.
-        listed = [ShardInfo(self._name_of(path), 0, 0, sha256_file(path)) for path in sorted(files)]
+        ordered = sorted(map(Path, files))
+        listed = [ShardInfo(self._name_of(path), 0, 0, sha256_file(path)) for path in ordered]
         manifest = dataclasses.replace(
             self._manifest,
             shards=(*self._manifest.shards, *listed),

@@ -24,7 +24,9 @@ _CARRIED = ("vocab_size", "end_token_ids", "logprob_bits", "logprob_loss", "lack
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
-def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -> Manifest:
+def merge(
+    sources: Sequence[str | Path], out: str | Path, *, teacher_column: bool = False
+) -> Manifest:
     """Publish one artifact with the shards of several, in their order.
 
     Args:
@@ -38,13 +40,14 @@ def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -
         ConsistencyError: The sources have several students, or several teachers and no column that
             names them.
     """
-    manifests = [read_complete(folder) for folder in sources]
-    for folder, manifest in zip(sources[1:], manifests[1:], strict=True):
-        _check_alike(folder, manifest, sources[0], manifests[0])
-        _check_models(folder, manifest, sources[0], manifests[0], teacher_column)
-        _check_columns(folder, manifest, sources[0], manifests[0])
+    folders = [Path(source) for source in sources]
+    manifests = [read_complete(folder) for folder in folders]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        _check_alike(folder, manifest, folders[0], manifests[0])
+        _check_models(folder, manifest, folders[0], manifests[0], teacher_column)
+        _check_columns(folder, manifest, folders[0], manifests[0])
     # This reads every shard, so it comes after the checks that read manifests alone.
-    _check_unique(sources, manifests)
+    _check_unique(folders, manifests)
     first = manifests[0]
     writer = ArtifactWriter(
         out,
@@ -61,7 +64,7 @@ def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -
     # One list of all shards, in which the position of a shard is its number in the result.
     shards = [
         (folder, manifest, shard)
-        for folder, manifest in zip(sources, manifests, strict=True)
+        for folder, manifest in zip(folders, manifests, strict=True)
         for shard in manifest.shards
     ]
     for index, (folder, manifest, shard) in enumerate(shards):
@@ -86,9 +89,10 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
     """Raise ArtifactError if the kind or the distribution of the tokens is another one."""
     if manifest.kind != first.kind:
         raise ArtifactError(
-            f"is of kind {manifest.kind}",
+            f"this artifact is of kind {manifest.kind}",
             where=str(folder),
-            limit=f"{first.kind}, as {first_folder}",
+            limit=f"the kind {first.kind}, which {first_folder} has",
+            remedy="give caches of one kind",
         )
     # The length limit may differ: it cuts responses and does not change how their tokens are drawn.
     mixed = [name for name in _SAMPLING if manifest.sampling.get(name) != first.sampling.get(name)]
@@ -98,10 +102,11 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
             for name in mixed
         ]
         raise ArtifactError(
-            f"sampled otherwise: {', '.join(differences)}",
+            f"the responses were sampled with other settings: {', '.join(differences)}",
             where=str(folder),
             limit=f"that of {first_folder}",
-            remedy="train on them one after the other: a cache has one sampling distribution",
+            remedy="train on these caches one after the other: "
+            "a cache has one sampling distribution",
         )
 
 
@@ -114,7 +119,7 @@ def _check_models(
     known = first.models.get("teacher")
     if teacher is not None and known is not None and teacher.tokenizer != known.tokenizer:
         raise DataError(
-            "the teachers' tokenizers differ: the same ids mean other text",
+            "the teachers' tokenizers differ: the same token ids stand for different text",
             where=str(folder),
             limit=f"that of {first_folder}",
         )
@@ -122,26 +127,28 @@ def _check_models(
         # A known and an unknown teacher count as two.
         if (teacher and teacher.weights) != (known and known.weights):
             raise ConsistencyError(
-                f"scored by teacher {_named(teacher)}, and {first_folder} by {_named(known)}",
+                f"teacher {_named(teacher)} scored these responses, but {_named(known)} "
+                f"scored those of {first_folder}",
                 where=str(folder),
-                limit="one teacher in a cache without a teacher column",
-                remedy="merge with --teacher-column: each row then names its teacher",
+                limit="exactly one teacher in a cache without a teacher column",
+                remedy="add --teacher-column: each row then names its teacher",
             )
         # The lineage of the whole cache names one SFT teacher, so it must be one.
         if manifest.lineage.get("sft_teacher") != first.lineage.get("sft_teacher"):
             raise ConsistencyError(
-                "the students learnt from demonstrations of different teachers",
+                "the students of these caches learnt from demonstrations of different teachers",
                 where=str(folder),
-                remedy="merge with --teacher-column",
+                remedy="add --teacher-column",
             )
     student = manifest.models.get("student")
     other = first.models.get("student")
     if student is not None and other is not None and student.weights != other.weights:
         raise ConsistencyError(
-            f"sampled by student {_named(student)}, and {first_folder} by {_named(other)}",
+            f"student {_named(student)} sampled these responses, but {_named(other)} "
+            f"sampled those of {first_folder}",
             where=str(folder),
-            limit="one student in a cache: it is the reference of the method",
-            remedy="train on one of them",
+            limit="exactly one student in a cache",
+            remedy="train on one of these caches",
         )
 
 
@@ -157,9 +164,10 @@ def _check_columns(folder: Path, manifest: Manifest, first_folder: Path, first: 
         # Columns of one name and two types differ, too, for example in 16 and in 32 bits.
         differing = {str(field) for field in expected} ^ {str(field) for field in schema}
         raise ArtifactError(
-            f"has other columns: {', '.join(sorted(differing))}",
+            f"these columns are not in both caches: {', '.join(sorted(differing))}",
             where=str(folder),
             limit=f"those of {first_folder}",
+            remedy="score again with the same settings, so that all caches have the same columns",
         )
 
 
@@ -181,10 +189,10 @@ def _check_unique(sources: Sequence[Path], manifests: Sequence[Manifest]) -> Non
         # Enough to see which prompts they are of.
         named = ", ".join(list(doubled)[:5])
         raise ArtifactError(
-            f"{len(doubled)} responses are in more than one of the caches: {named}",
+            f"{len(doubled)} responses are in more than one cache: {named}",
             where="lopd cache merge",
-            limit="a prompt_id and sample_index once",
-            remedy="leave one of the caches out",
+            limit="each prompt_id and sample_index in exactly one cache",
+            remedy="leave out one of these caches",
         )
 
 

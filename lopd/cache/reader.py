@@ -19,26 +19,33 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lopd.artifacts import read_complete, sha256_file
+from lopd.cache.columns import flat
 from lopd.cache.table import scored_rows
-from lopd.errors import ArtifactError
+from lopd.errors import ArtifactError, DataError
 from lopd.records import Floats, Response, ShardInfo, TeacherScores
 
 Row: TypeAlias = tuple[Response, Floats | None]
 ScoredRow: TypeAlias = tuple[Response, TeacherScores | None]
 # How many shards are open at a time. Each takes a file descriptor and the memory of its footer.
 _OPEN_SHARDS = 64
-_REMEDY = "run the stage that made it again; it makes this shard and keeps the others"
+# The columns of the key and of the token ids, which every artifact of responses has.
+_KEY = ("prompt_id", "sample_index")
+_IDS = ("prompt_ids", "token_ids")
+_REMEDY = "run the stage that made the cache again: it makes this shard and keeps the other shards"
 
 
 class CacheReader:
-    """Gives rows of an artifact of responses by index. One thread at a time may use it.
+    """A reader that returns rows of an artifact of responses by index.
+
+    Only one thread may use it at a time.
 
     A shard's file is hashed once, at its first read. Each later read trusts it.
 
     Args:
         kept_tokens: How many decoded response tokens are kept for later reads, at about 30 bytes
             each.
-        without_sampling: Also read a cache without sampling_logprobs. They are then NaN.
+        without_sampling: Whether a cache without sampling_logprobs may be read. The values are then
+            NaN.
         leave_out: Columns that are not read. A top-K and routed experts take many times the memory
             of all other columns.
 
@@ -48,12 +55,13 @@ class CacheReader:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         kept_tokens: int = 1 << 20,
         without_sampling: bool = False,
         leave_out: Collection[str] = (),
     ) -> None:
+        folder = Path(folder)
         self.folder = folder
         self.manifest = read_complete(folder)
         self._without_sampling = without_sampling
@@ -118,10 +126,9 @@ class CacheReader:
         """
         # A set of the keys would take some hundred bytes per row. Their hashes take 8.
         parts: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        names = ["prompt_id", "sample_index"]
         for shard in range(len(self._shards)):
-            table = self._shard(shard).file.read(columns=names, use_threads=False)
-            keys_of_rows = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+            table = self._shard(shard).file.read(columns=[*_KEY], use_threads=False)
+            keys_of_rows = zip(*(table.column(name).to_pylist() for name in _KEY), strict=True)
             parts.append(np.fromiter(map(hash, keys_of_rows), np.int64, table.num_rows))
         hashes = np.concatenate(parts)
         # Sorted, equal hashes are neighbours. The sort is stable, so the later row is the second.
@@ -136,8 +143,40 @@ class CacheReader:
                 raise ArtifactError(
                     f"response {keys[0]} occurs twice",
                     where=where,
-                    remedy="remove one of the shards",
+                    remedy="remove one of the two shards and run the stage that makes it again",
                 )
+
+    def require_ids_below(self, limit: int, owner: str) -> None:
+        """Check that a model has a row for every token id, in one pass over prompts and responses.
+
+        Args:
+            limit: The rows of the model.
+            owner: The model, for the message.
+
+        Raises:
+            DataError: A token id is negative or not below the limit.
+        """
+        for shard in range(len(self._shards)):
+            file = self._shard(shard).file
+            for group in range(file.num_row_groups):
+                # The ids of one row group are in memory at a time.
+                table = file.read_row_group(group, columns=[*_KEY, *_IDS], use_threads=False)
+                for name in _IDS:
+                    self._require_ids_below(table, name, limit, owner, shard)
+
+    def _require_ids_below(
+        self, table: pa.Table, name: str, limit: int, owner: str, shard: int
+    ) -> None:
+        ids, rows = flat(table, name)
+        wrong = np.flatnonzero((ids < 0) | (ids >= limit))
+        if wrong.size:
+            key = tuple(table[column][int(rows[wrong[0]])].as_py() for column in _KEY)
+            raise DataError(
+                f"response {key} has token {int(ids[wrong[0]])} in {name}",
+                where=self._path(shard),
+                limit=f"at least 0 and at most {limit - 1}: {owner} has {limit} rows",
+                remedy="remove this response, or give a model that has such a row",
+            )
 
     def __getitem__(self, index: int) -> Row:
         return self.fetch([index])[0]
@@ -155,7 +194,7 @@ class CacheReader:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < -len(self) or wanted.max() >= len(self)):
             worst = int(wanted[np.argmax(np.abs(wanted))])
-            raise IndexError(f"index {worst} of a cache of {len(self)} responses")
+            raise IndexError(f"index {worst} is out of range: the cache has {len(self)} responses")
         # A negative index counts from the end, as in a list.
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         found: list[ScoredRow | None] = [None] * len(wanted)
@@ -255,7 +294,7 @@ class _Shard:
             digest = sha256 and sha256_file(path)
             # Both are None if the file was verified before.
             if digest != sha256:
-                limit = f"sha256 {str(sha256)[:16]}..."
+                limit = f"exactly the recorded sha256, {str(sha256)[:16]}..."
                 raise ArtifactError(
                     "the file was truncated or changed: its checksum differs",
                     where=str(path),
@@ -265,7 +304,7 @@ class _Shard:
             # Mapped pages would count as memory of this process and grow with the cache.
             self.file = pq.ParquetFile(path, memory_map=False, pre_buffer=True)
         except FileNotFoundError:
-            raise ArtifactError("file is missing", where=str(path), remedy=_REMEDY) from None
+            raise ArtifactError("the file is missing", where=str(path), remedy=_REMEDY) from None
         metadata = self.file.metadata
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         # The number of the first row of each row group within the shard.

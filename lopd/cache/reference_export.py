@@ -41,12 +41,12 @@ _SCHEMA = pa.schema([("prompt", pa.string()), ("label", pa.string()), ("metadata
 
 
 def export_reference(
-    folder: Path, file: Path, tokenizer_folder: Path | None = None
+    folder: str | Path, file: str | Path, tokenizer_folder: str | Path | None = None
 ) -> dict[str, Any]:
     """Write the file, and beside it ``FILE.json``, which says what the file is made from.
 
     Args:
-        folder: Of the cache.
+        folder: The folder of the cache.
         tokenizer_folder: Decodes the prompts. None means the teacher's folder of the manifest.
 
     Returns:
@@ -58,23 +58,26 @@ def export_reference(
         DataError: There is no tokenizer.
         ArtifactError: The cache has no teacher log-probabilities, or the file exists.
     """
+    folder = Path(folder)
+    file = Path(file)
+    tokenizer_folder = Path(tokenizer_folder) if tokenizer_folder is not None else None
     manifest = read_complete(folder)
     known = manifest.models.get("teacher")
     # The path of the manifest is that of the machine on which the cache was made.
     place = tokenizer_folder or (Path(known.path) if known is not None else None)
     if place is None or not place.is_dir():
         raise DataError(
-            "no tokenizer to write the prompts as text",
+            "there is no tokenizer to write the prompts as text",
             where=str(place or folder),
-            remedy="give --tokenizer FOLDER",
+            remedy="add --tokenizer FOLDER",
         )
     # A training of that code may be reading it.
     if file.exists():
         raise ArtifactError(
-            "exists already",
+            "the file exists already",
             where=str(file),
-            limit="nothing is replaced",
-            remedy="remove it or give another --out",
+            limit="a new file: lopd replaces no file here",
+            remedy="remove the file, or set --out to another file",
         )
     tokenizer = load_tokenizer(place)
     num_changed = 0
@@ -116,9 +119,9 @@ def _tables(folder: Path, manifest: Manifest) -> Iterator[pa.Table]:
         # Rollouts have the same form as a cache and are easily given by mistake.
         if "teacher_logprobs" not in table.column_names:
             raise ArtifactError(
-                "no teacher log-probabilities",
+                "the shard has no teacher log-probabilities",
                 where=str(folder / shard.name),
-                remedy="export the artifact of the score stage",
+                remedy="give the folder of a teacher cache, which the score stage makes",
             )
         yield table
 

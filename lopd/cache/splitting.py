@@ -15,7 +15,7 @@ from lopd.errors import LopdError
 from lopd.records import Manifest
 
 
-def split(source: Path, out: Path, parts: int) -> list[Manifest]:
+def split(source: str | Path, out: str | Path, parts: int) -> list[Manifest]:
     """Publish ``out/part-00``, ``out/part-01`` and so on.
 
     Every prompt is in exactly one part, with all its responses. A hash of its id decides.
@@ -24,6 +24,8 @@ def split(source: Path, out: Path, parts: int) -> list[Manifest]:
         ArtifactError: The source is not complete or is damaged.
         LopdError: The number of parts or the place of ``out`` is impossible.
     """
+    source = Path(source)
+    out = Path(out)
     manifest = read_complete(source)
     _check_split(source, manifest, out, parts)
     writers = [
@@ -66,16 +68,16 @@ def _check_split(source: Path, manifest: Manifest, out: Path, parts: int) -> Non
         raise LopdError(
             f"{parts} parts",
             where="lopd cache split",
-            limit=f"the cache's {manifest.rows} responses",
-            remedy="give a smaller --parts",
+            limit=f"at most {manifest.rows}, the number of responses in the cache",
+            remedy="lower --parts",
         )
     # The parts would be foreign files in the folder that they were made from.
     if out.resolve().is_relative_to(source.resolve()):
         raise LopdError(
             "the parts would lie inside the cache",
             where=str(out),
-            limit="a folder of its own",
-            remedy="give another --out",
+            limit="a folder outside the cache",
+            remedy="set --out to another folder",
         )
 
 

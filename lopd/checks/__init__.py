@@ -152,6 +152,6 @@ def check_all(config: Config, stage: str | None = None) -> None:
     # What is only not downloaded yet is no cause of anything, so a real problem goes before it.
     wrong = [problem for problem in problems if not isinstance(problem, NotFetched)]
     first = (wrong or problems)[0]
-    more = f" (and {len(problems) - 1} more: lopd check tells all)" if len(problems) > 1 else ""
+    more = f" (and {len(problems) - 1} more: lopd check shows all)" if len(problems) > 1 else ""
     # The same class, so that callers can still tell a ConfigError from a ConsistencyError.
     raise type(first)(first.what + more, where=first.where, limit=first.limit, remedy=first.remedy)

@@ -6,15 +6,17 @@ lopd.artifacts.lineage has the rules. Here they are applied to what a configurat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lopd.artifacts import identify_model, identify_tokenizer, read_manifest, verify
 from lopd.artifacts import lineage as consistency
-from lopd.checks.findings import Finding
+from lopd.cache.reader import CacheReader
+from lopd.checks.findings import Finding, architecture_of
 from lopd.config import Config
 from lopd.config.hub import absent, hub_name
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.megatron.weights.hf_files import CheckpointReader
+from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.records import ModelIdentity
 from lopd.tasks import get_task
 from lopd.tasks.prompts import read_prompts
@@ -33,9 +35,8 @@ def teachers(config: Config) -> Iterator[Finding]:
                 f"models.teachers.{domain}: no such folder",
                 otherwise="give the folder of a Hugging Face checkpoint",
             )
-        # Opening reads the headers, which name every tensor.
-        with CheckpointReader(folder, read_architecture(folder), only_headers=True):
-            pass
+        # The headers, which name every tensor.
+        yield from inspect_checkpoint(folder, read_architecture(folder)).problems
         # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, models.student)))
         yield f"{domain}: {folder}"
@@ -44,21 +45,21 @@ def teachers(config: Config) -> Iterator[Finding]:
     # Servers of the user serve one teacher, and lopd cannot give them another one.
     if config.sglang.teacher_urls:
         yield ConfigError(
-            "sglang.teacher_urls with models.teachers",
+            "sglang.teacher_urls and models.teachers cannot be used together",
             where="sglang.teacher_urls",
-            limit="servers of one teacher",
-            remedy="leave sglang.teacher_urls out: lopd then starts a server for each teacher, "
-            "one after the other",
+            limit="sglang.teacher_urls are servers of exactly one teacher",
+            remedy="remove sglang.teacher_urls: lopd then starts a server for each teacher, one "
+            "after the other",
         )
     task = get_task(config.task.name, config.task.options)
     domains = {prompt.domain for prompt in read_prompts(config.prompts.opd, task)}
     # A misspelt domain would never be used, and its prompts would go to the general teacher.
     for domain in models.teachers.keys() - domains:
         yield ConfigError(
-            f"models.teachers.{domain}: no prompt of this domain",
+            f"models.teachers.{domain}: no prompt has this domain",
             where="models.teachers",
-            limit=f"the domains of prompts.opd: {', '.join(sorted(domains))}",
-            remedy="leave it out, or correct its name",
+            limit=f"one of the domains of prompts.opd: {', '.join(sorted(domains))}",
+            remedy="remove this teacher, or correct the name of its domain",
         )
 
 
@@ -78,14 +79,13 @@ def checkpoint(config: Config) -> Iterator[Finding]:
     # The shapes must be equal: the student continues from these weights.
     if own != other:
         raise ConfigError(
-            "another architecture than models.student",
+            "the model has another architecture than models.student",
             where=str(folder),
-            limit=str(config.models.student),
-            remedy="give its own base model",
+            limit=f"the architecture of {config.models.student}",
+            remedy="set models.student to the base model of this checkpoint",
         )
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
-    with CheckpointReader(folder, other, only_headers=True):
-        pass
+    yield from inspect_checkpoint(folder, other).problems
     consistency.check_same_tokenizer(*map(identify_tokenizer, (config.models.student, folder)))
     # A checkpoint does not say who taught it. Only the user can.
     found = consistency.check_scoring_teacher(
@@ -116,25 +116,25 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
     # Nobody could say which of the two the student was made from.
     if sft.demonstrations is not None:
         raise ConfigError(
-            "sft.checkpoint and sft.demonstrations",
+            "sft.checkpoint and sft.demonstrations cannot be used together",
             where="sft",
-            limit="one of the two",
-            remedy="leave out what is not to be used",
+            limit="exactly one of the two",
+            remedy="remove the one that you do not want",
         )
     # Random weights are for a student that SFT trains, and with a checkpoint SFT trains nothing.
     if sft.init == "random":
         yield ConfigError(
-            'sft.init = "random" with sft.checkpoint',
+            'sft.init = "random" and sft.checkpoint cannot be used together: nothing is '
+            "trained from a given checkpoint",
             where="sft",
-            limit="nothing is trained",
-            remedy="leave out what is not to be used",
+            remedy="remove the one that you do not want",
         )
     # The baseline continues SFT, so it needs the demonstrations, which a given student lacks.
     if config.evaluate.equal_compute_baseline:
         yield ConfigError(
-            "the equal-compute baseline continues SFT",
+            "the equal-compute baseline continues SFT, but a given student has no "
+            "demonstrations to continue with",
             where="sft.checkpoint",
-            limit="a given student has no demonstrations to continue with",
             remedy="set evaluate.equal_compute_baseline = false",
         )
     # lopd plan is used before lopd fetch, so for it a name on the hub is enough.
@@ -155,6 +155,7 @@ def cache(config: Config) -> Iterator[Finding]:
     if folder is None:
         return
     manifest = read_manifest(folder)
+    _require_known_ids(config, folder)
     student = config.run.dir / "sft" / "model"
     # Before the sft stage there is no student to compare with. distill compares again.
     if not (student / "config.json").is_file():
@@ -170,8 +171,16 @@ def cache(config: Config) -> Iterator[Finding]:
     yield str(found["cache"]["note"])
 
 
+def _require_known_ids(config: Config, folder: Path) -> None:
+    """Check that the student has a row for every token id of an artifact."""
+    student = architecture_of(config, "student")
+    # Without its shape there is nothing to compare with, and its own check says why.
+    if student is not None:
+        CacheReader(folder).require_ids_below(student.vocab_size, "the student")
+
+
 def lineage(config: Config) -> Iterator[Finding]:
-    """Check that the teacher that will score also made demonstrations from elsewhere.
+    """Check that the teacher that will score also made the given sft.demonstrations.
 
     The demonstrate stage always uses that teacher, so its demonstrations need no check.
     """
@@ -210,13 +219,14 @@ def demonstrations(config: Config) -> Iterator[Finding]:
     if not manifest.complete or manifest.rows == 0:
         state = "complete" if manifest.complete else "not complete"
         raise DataError(
-            f"{manifest.rows} demonstrations, {state}",
+            f"there are {manifest.rows} demonstrations, and the artifact is {state}",
             where=str(folder),
-            limit="at least 1, complete",
+            limit="at least 1 demonstration in a complete artifact",
             remedy="finish the run that makes them",
         )
     # Checksums: a damaged shard would be noticed only when training reaches it.
     verify(folder, manifest)
+    _require_known_ids(config, folder)
     if "teacher" in manifest.models and (config.models.student / "config.json").is_file():
         consistency.check_same_tokenizer(
             manifest.models["teacher"], identify_tokenizer(config.models.student)

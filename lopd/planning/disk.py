@@ -124,10 +124,10 @@ def judge_room(
         # The figure is that of a plan, and an estimate.
         if free < needed:
             yield ConfigError(
-                f"{_room(free)} free",
+                f"the disk has only {_room(free)} free",
                 where=where,
-                limit=f"about {_room(needed)}",
-                remedy="free space, or set run.dir and LOPD_HUB to other disks",
+                limit=f"at least about {_room(needed)}",
+                remedy="delete files on this disk, or set run.dir and LOPD_HUB to other disks",
             )
         else:
             yield f"{where}: {_room(free)} free, about {_room(needed)} needed"

@@ -147,11 +147,11 @@ class StageContext:
     def writer(
         self, *, folder: Path | None = None, kind: str | None = None, **about: Any
     ) -> ArtifactWriter:
-        """Open this stage's artifact, and go on from what is published.
+        """Open this stage's artifact, and continue from what is published.
 
         Args:
-            folder: Where a part of the artifact goes; None: the stage's own folder.
-            kind: What the part is; None: the stage's kind.
+            folder: The folder of a part of the artifact, or None for the stage's own folder.
+            kind: The kind of the part, or None for the stage's kind.
             about: More arguments of ArtifactWriter.
         """
         if (self.folder / MANIFEST).exists():
@@ -209,9 +209,10 @@ class StageContext:
         they are started here, and end with this process, whatever ends it.
 
         Args:
-            role: What they are used for; names their log and their record in the manifest.
+            role: The role of the model. It names the log of the servers and their record in the
+                manifest.
             model: The model.
-            settings: For servers that are started here; None: the section sglang.
+            settings: The settings of servers that are started here, or None for the section sglang.
 
         Raises:
             EngineError: A server does not start, or serves another model.

@@ -25,6 +25,7 @@ from lopd.config import Config, Sampling
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
+from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
@@ -176,7 +177,7 @@ def demonstrate_by_domain(context: StageContext) -> None:
         lineage={"by_domain": by_domain},
         shard_size=section.shard_size,
     )
-    # The writer's shard size, which a stage that goes on keeps even if the knob has changed.
+    # The writer's shard size, which a stage that continues keeps even if the knob has changed.
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
     for part in parts:
         own = part.context(context)
@@ -235,4 +236,5 @@ def _sample_part(
         seed=context.config.run.seed,
         purpose=context.stage.name,
         title=f"{title}, {part.domain or 'other domains'}",
+        num_ids=num_shared_ids(context.config),
     )

@@ -12,6 +12,7 @@ from lopd.batching import make_sample
 from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
 from lopd.errors import DataError
+from lopd.megatron.weights.architecture import read_architecture
 from lopd.objective import Objective, needs_top_k, objective_from_config
 from lopd.objective.registry import AVAILABLE, TOP_K
 from lopd.records import Sample
@@ -29,7 +30,8 @@ def load_samples(job: TrainingJob) -> Sequence[Sample]:
     does not grow with their number.
 
     Raises:
-        DataError: There are no responses, or distill finds no teacher log-probabilities.
+        DataError: There are no responses, or distill finds no teacher log-probabilities, or the
+            student has no row for a token.
         ArtifactError: A shard is damaged, or a response is there twice.
     """
     # The bound counts response tokens. A list is faster: a step reads its batch without decoding.
@@ -53,17 +55,22 @@ class CachedSamples(Sequence[Sample]):
         # The errors are found here, before the first step, and not when a response is first used.
         if len(self._reader) == 0:
             raise DataError(
-                "no responses to learn from",
+                "there are no responses to learn from",
                 where=str(job.data),
-                remedy="check the prompts and run the earlier stages again",
+                remedy="check that prompts.sft and prompts.opd have prompts, then run the stages "
+                "again: lopd run CONFIG",
             )
         if distill and "teacher_logprobs" not in columns:
             raise DataError(
-                "responses without teacher log-probabilities",
+                "the responses have no teacher log-probabilities",
                 where=str(job.data),
                 remedy="run the score stage",
             )
         self._reader.require_unique()
+        # Past the student's rows there is only padding, which would be trained without a sign. The
+        # teacher's top-K may have such ids: TopKKL counts them among the other tokens.
+        rows = read_architecture(job.config.models.student).vocab_size
+        self._reader.require_ids_below(rows, "the student")
         # The weights of each teacher, where the cache has several; a sample has an index into it.
         self._teachers = [*teachers_in(self._reader)] if distill else []
 
@@ -99,9 +106,11 @@ class CachedSamples(Sequence[Sample]):
         if self._teachers and scores is not None:
             if scores.teacher not in self._teachers:
                 raise DataError(
-                    f"response {response.key}: teacher {scores.teacher[:12] or 'none'}",
+                    f"response {response.key} has the unknown teacher "
+                    f"{scores.teacher[:12] or 'none'}",
                     where=str(self._reader.folder),
                     limit="one of the teachers that the manifest names",
+                    remedy="merge the caches again with --teacher-column",
                 )
             sample = replace(sample, teacher_index=self._teachers.index(scores.teacher))
         return sample
@@ -127,9 +136,8 @@ def teachers_in(reader: CacheReader) -> dict[str, str]:
             names[identity.weights] = name if known is None else f"{known}+{name}"
     if len(names) > 1 and "teacher" not in reader.columns:
         raise DataError(
-            f"{len(names)} teachers",
+            f"the cache has {len(names)} teachers, but no column teacher",
             where=str(reader.folder),
-            limit="a column teacher: each response names its own",
             remedy="merge the caches again with --teacher-column",
         )
     return names if len(names) > 1 else {}

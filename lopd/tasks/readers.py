@@ -18,7 +18,7 @@ from lopd.config import PromptSet
 from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.formats import FIELDS, FORMATS, INSTRUCTIONS, OWN, PLAIN, PromptFormat
-from lopd.tasks.messages import content_of, parsed_messages, refusal_of, role_of
+from lopd.tasks.messages import content_of, id_from, parsed_messages, refusal_of, role_of
 from lopd.tasks.own_form import OWN_FORM, own_prompt
 from lopd.tasks.rows import MISSING, Row, parse_path, read_rows, value_at
 from lopd.tasks.values import as_text, is_missing, is_no_answer, scalar_text
@@ -62,7 +62,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
     Args:
         prompt_set: A set with a file.
         domain: The domain of prompts if their format names none.
-        counts: It is filled while rows are read.
+        counts: A record that is filled while rows are read.
 
     Raises:
         DataError: See lopd.tasks.prompts.read_prompts.
@@ -101,7 +101,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
         if before and reader.duplicates == "drop":
             counts.leave_out("repeated", prompt.prompt_id)
             continue
-        if before and reader.own_ids is False:
+        if before and reader.makes_id(row):
             # A repeated question is kept under another id, because ids are the keys of rollouts.
             again = f"{prompt.prompt_id}#{before + 1}"
             prompt = Prompt(again, prompt.messages, prompt.domain, prompt.answer)
@@ -110,7 +110,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
             first = places[prompt.prompt_id]
             place = f"on line {first.number}" if first.file == row.file else f"at {first.where}"
             raise DataError(
-                f"duplicate prompt_id {prompt.prompt_id!r}, first {place}",
+                f"the prompt_id {prompt.prompt_id!r} is not unique: it is also {place}",
                 where=row.where,
                 remedy="give every prompt its own prompt_id",
             )
@@ -127,7 +127,9 @@ def question_key(prompt: Prompt) -> bytes:
     spoken = [
         (message["role"], " ".join(message["content"].split())) for message in prompt.messages
     ]
-    return hashlib.sha256(json.dumps(spoken, ensure_ascii=False).encode()).digest()[:16]
+    text = json.dumps(spoken, ensure_ascii=False)
+    # JSON may hold half of a surrogate pair, which UTF-8 does not allow.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
 
 
 class _RowReader:
@@ -135,8 +137,6 @@ class _RowReader:
 
     Attributes:
         own: Whether the file has our own form.
-        own_ids: True: the rows have ids. False: repeated questions get new ids. None: repeated
-            questions are dropped.
         paths: For each field the paths where it may stand.
         columns: The top-level columns that are needed. Empty means all.
     """
@@ -155,11 +155,6 @@ class _RowReader:
         self.duplicates = prompt_set.duplicates or self.format.duplicates
         self.instruction = _instruction(prompt_set.instruction, self.format.instruction)
         self.paths = self._paths(prompt_set)
-        self.own_ids: bool | None = None
-        if self.own:
-            self.own_ids = True
-        elif self.duplicates == "keep":
-            self.own_ids = False
         # Paths are parsed once, and not for every row.
         self.where = {
             key: (parse_path(key, "prompts.*.where"), wanted)
@@ -180,7 +175,7 @@ class _RowReader:
         for name, path in prompt_set.fields.items():
             if name not in FIELDS or not isinstance(path, str):
                 raise ConfigError(
-                    f"{name} = {path!r:.60}",
+                    f"{name} = {path!r:.60} is not allowed",
                     where="prompts.*.fields",
                     limit=f"the names {', '.join(FIELDS)}, each with a path in quotes",
                     remedy="correct the names and paths in prompts.*.fields",
@@ -194,11 +189,11 @@ class _RowReader:
             paths.pop("question", None)
         if not {"question", "messages"} & {*paths, *self.format.computed}:
             raise ConfigError(
-                f"format {self.name}: nothing says which column has the questions",
+                f"format {self.name} does not name the column of the questions",
                 where="prompts.*.fields",
                 remedy=(
-                    'give prompts.*.fields = { question = "column" } '
-                    "(also messages, answer, prompt_id, domain)"
+                    'set prompts.*.fields = { question = "column" } (other names: '
+                    "messages, answer, prompt_id, domain)"
                 ),
             )
         return paths
@@ -215,6 +210,13 @@ class _RowReader:
             _matches(value_at(row.values, steps), wanted) for steps, wanted in self.where.values()
         )
 
+    def makes_id(self, row: Row) -> bool:
+        """Return whether a repeated question of this row gets an id of ours.
+
+        In our own form an id that is given twice is a mistake. Other data sets repeat theirs.
+        """
+        return not self.own or row.values.get("prompt_id") is None
+
     def prompt(self, row: Row) -> Prompt:
         """Return the prompt of a row."""
         if self.own:
@@ -227,11 +229,8 @@ class _RowReader:
         given = self._value(row, "prompt_id")
         domain = self._value(row, "domain")
         if given is MISSING:
-            # The id is a hash of the messages without the instruction: the same question has the
-            # same id in every run and with every instruction.
-            plain = [dict(message) for message in messages]
-            text = json.dumps(plain, ensure_ascii=False)
-            prompt_id = f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            # Without the instruction: the same question has the same id with every instruction.
+            prompt_id = id_from(self.name, messages)
         else:
             # A number as an id gets the format's name, so that two sets do not share it.
             text = scalar_text(given, row.where)
@@ -278,9 +277,9 @@ class _RowReader:
             # The columns that are there show most quickly which one is meant.
             names = sorted(str(name) for name in row.values)
             raise DataError(
-                "no question in this row",
+                "this row has no question",
                 where=row.where,
-                limit=f"its columns: {', '.join(names):.200}",
+                limit=f"one of the columns of this row: {', '.join(names):.200}",
                 remedy=self.remedy,
             )
         else:
@@ -335,7 +334,7 @@ def _until_answer(value: Any, where: str, remedy: str) -> list[Mapping[str, str]
         reason = refusal_of(role, content) if about else "it is no message"
         if reason:
             what = f"messages[{index}] is {message!r:.60}: {reason}"
-            limit = "role and content, or from and value"
+            limit = "a table with role and content, or with from and value"
             raise DataError(what, where=where, limit=limit, remedy=remedy)
         messages.append({"role": str(role_of(role)), "content": str(content_of(content))})
     # Data sets with solutions have them as the last message.
@@ -345,7 +344,7 @@ def _until_answer(value: Any, where: str, remedy: str) -> list[Mapping[str, str]
         raise DataError(
             "the question is empty",
             where=where,
-            remedy="remove this row, or choose rows with prompts.*.where",
+            remedy="remove this row, or set prompts.*.where so that this row is not read",
         )
     return messages
 
@@ -364,9 +363,9 @@ def _matches(value: Any, wanted: Any) -> bool:
         # A nested condition is written with a path (a.b = 1) and not with a table.
         if not wanted or not set(wanted) <= {"min", "max"}:
             raise ConfigError(
-                f"{dict(wanted)!r:.80}",
+                f"the condition {dict(wanted)!r:.80} has a wrong form",
                 where="prompts.*.where",
-                limit="{ min = ..., max = ... }",
+                limit="{ min = ..., max = ... }, or only one of the two",
                 remedy="correct the conditions in prompts.*.where",
             )
         bounds = {name: _comparable(bound) for name, bound in wanted.items()}

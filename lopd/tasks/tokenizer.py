@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,12 @@ from lopd.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What stands for bytes that are no character, and the most bytes that a character has in UTF-8.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+# The files of a fast tokenizer. Without them transformers would look for other forms.
+_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 
 class KnowsItsEnd(Protocol):
     """A tokenizer, as far as its end token is asked for."""
@@ -25,11 +31,7 @@ class KnowsItsEnd(Protocol):
     def eos_token_id(self) -> Any: ...
 
 
-# The files of a fast tokenizer. Without them transformers would look for other forms.
-_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, from its files alone.
 
     Code that the checkpoint names is not run.
@@ -37,12 +39,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: A file is missing or damaged.
     """
+    folder = Path(folder)
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"no {' and no '.join(missing)} in this folder",
+            f"this folder has no {' and no '.join(missing)}",
             where=str(folder),
-            remedy="give a Hugging Face folder with a fast tokenizer",
+            remedy="give the folder of a Hugging Face checkpoint with a fast tokenizer",
         )
     from transformers import AutoTokenizer
 
@@ -55,23 +58,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         # Every class is caught: errors of the tokenizers library are plain Exceptions, and
         # transformers passes them on.
-        remedy = "repair its files; a tokenizer that needs code from the checkpoint cannot be used"
+        remedy = "repair the files of the tokenizer; lopd does not run code from a checkpoint"
         raise DataError(
-            f"tokenizer cannot be loaded ({_first_line(error)})", where=str(folder), remedy=remedy
+            f"the tokenizer cannot be loaded ({_first_line(error)})",
+            where=str(folder),
+            remedy=remedy,
         ) from error
     return tokenizer
 
 
-def stop_token_ids(folder: Path, tokenizer: KnowsItsEnd) -> tuple[int, ...]:
+def stop_token_ids(folder: str | Path, tokenizer: KnowsItsEnd) -> tuple[int, ...]:
     """Return the token ids that end a response, in ascending order.
 
-    They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of them
-    count, because checkpoints often name the end of a turn in one file and the end of a document in
-    another.
+    They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of
+    these ids are used, because checkpoints often name the end of a turn in one file and the end of
+    a document in another file.
 
     Raises:
-        DataError: None of them names one.
+        DataError: None of the three names an end token.
     """
+    folder = Path(folder)
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -80,7 +86,9 @@ def stop_token_ids(folder: Path, tokenizer: KnowsItsEnd) -> tuple[int, ...]:
                 eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
             except (OSError, ValueError, AttributeError) as error:
                 raise DataError(
-                    f"cannot be read as a JSON object ({_first_line(error)})", where=str(path)
+                    f"cannot be read as a JSON object ({_first_line(error)})",
+                    where=str(path),
+                    remedy="copy the file again from its source",
                 ) from None
             # One id, several, or none.
             found.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
@@ -89,7 +97,9 @@ def stop_token_ids(folder: Path, tokenizer: KnowsItsEnd) -> tuple[int, ...]:
     # Without one every response would run to its limit.
     if not found:
         remedy = "add eos_token_id to generation_config.json, or eos_token to tokenizer_config.json"
-        raise DataError("no token ends a response", where=str(folder), remedy=remedy)
+        raise DataError(
+            "the folder names no token that ends a response", where=str(folder), remedy=remedy
+        )
     return tuple(sorted(found))
 
 
@@ -103,6 +113,33 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArra
     )
     assert isinstance(text, str)
     return text
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text that each token adds. Joined, the pieces are the text of all tokens.
+
+    A character may consist of several tokens. It is then the text of the last of them, and the
+    others have none. A token at the end that is no whole character has the replacement character.
+    """
+    # The tokens whose text is still to come, and before them those of the last piece: some
+    # tokenizers write a token differently at the beginning of a text.
+    before: list[int] = []
+    open_ids: list[int] = []
+    for token in token_ids:
+        open_ids.append(token)
+        known = decode(tokenizer, before)
+        text = decode(tokenizer, before + open_ids)
+        # An unfinished character is decoded as this one. A finished one has at most four bytes, so
+        # with more tokens it is no longer awaited: the model has sampled bytes that are no text.
+        if text.endswith(_REPLACEMENT) and len(open_ids) < _LONGEST_CHARACTER:
+            yield ""
+            continue
+        yield text[len(known) :]
+        before = open_ids
+        open_ids = []
+    # What is left is no whole character.
+    if open_ids:
+        yield decode(tokenizer, before + open_ids)[len(decode(tokenizer, before)) :]
 
 
 def response_text(

@@ -189,7 +189,9 @@ def _run_stage(
     wrong = [name for name, value in useless.items() if value is not None]
     if config is None or wrong:
         raise ConfigError(
-            f"{wrong[0]} goes with --model" if wrong else "missing argument 'CONFIG', or --model",
+            f"{wrong[0]} can only be used with --model"
+            if wrong
+            else "missing argument 'CONFIG', or --model",
             where="lopd evaluate",
             remedy="give a TOML file, for example: lopd evaluate examples/tiny_moe.toml; "
             "or --model FOLDER --prompts FILE --out FOLDER",
@@ -238,13 +240,15 @@ def _configuration(
     """
     if out is None:
         raise ConfigError(
-            "--out is missing", where="lopd evaluate", remedy="give a new folder for the results"
+            "the option --out is missing",
+            where="lopd evaluate",
+            remedy="add --out with a new folder for the results",
         )
     if prompts is None and config is None:
         raise ConfigError(
-            "--prompts is missing",
+            "the option --prompts is missing",
             where="lopd evaluate",
-            remedy="give a JSONL or Parquet file with prompts and answers",
+            remedy="add --prompts with a JSONL or Parquet file of prompts and answers",
         )
     folder = _model_folder(config, model)
     settings = [

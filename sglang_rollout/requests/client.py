@@ -35,7 +35,7 @@ from sglang_rollout.servers.server import SGLangServer
 from sglang_rollout.servers.weights_file import check_not_given_up
 
 # A second call has no further effect. /update_weights_from_tensor and the broadcasts are not among
-# them: a restarted server has other weights than the former buckets went into.
+# them: a restarted server has other weights than the previous buckets went into.
 _REPEATABLE = frozenset({"/update_weights_from_disk", "/flush_cache"})
 _POLL_S = 0.05
 # The watcher notices a death within this time.
@@ -74,7 +74,7 @@ class SGLangEngine:
         settings: SGLangSection,
         *,
         server: SGLangServer | None = None,
-        weights_file: Path | None = None,
+        weights_file: str | Path | None = None,
         vocab_size: int | None = None,
     ) -> None:
         """
@@ -88,6 +88,7 @@ class SGLangEngine:
                 process records there that it will not start the server again.
             vocab_size: The vocabulary of the served model. The default is to ask when needed.
         """
+        weights_file = Path(weights_file) if weights_file is not None else None
         self.url = url.rstrip("/")
         self.api_key = api_key
         self.settings = settings
@@ -120,8 +121,8 @@ class SGLangEngine:
         The sampling_logprobs of a response are at temperature 1, whatever the sampling temperature.
 
         Args:
-            requests: What to sample.
-            params: How to sample.
+            requests: The prompts to sample responses for.
+            params: The sampling parameters.
             version: The weight version that the servers must have.
 
         Raises:
@@ -132,8 +133,8 @@ class SGLangEngine:
         """
         if params.min_p > 0 and self.settings.deterministic:
             raise ConfigError(
-                f"min_p = {params.min_p} with sglang.deterministic: SGLang's seeded sampling "
-                "cannot do it",
+                f"min_p = {params.min_p} cannot be used with sglang.deterministic: "
+                "SGLang's seeded sampling has no min_p",
                 remedy="set min_p = 0 or sglang.deterministic = false",
             )
         # A response does not tell which of the servers gave it, so an error names all of them.
@@ -177,14 +178,15 @@ class SGLangEngine:
         Raises:
             EngineError: The server died, returns other ids than it was sent, or returns values that
                 no model gives (sglang_rollout.requests.checks).
-            DataError: A sequence is too long, or its prompt or response is empty.
+            DataError: A sequence is too long, its prompt or response is empty, or the model has no
+                row for a token.
         """
         # Two checks need the size: one for the id that SGLang returns as 0 (scoring.LAST_ID_ECHO),
         # and one for a teacher that guesses uniformly.
         vocabulary = vocab_size if vocab_size is not None else self._served_vocab_size()
 
         async def score_one(calls: Connections, request: ScoreRequest) -> TeacherScores:
-            scoring.check_scorable(request, self.settings.context_length)
+            scoring.check_scorable(request, self.settings.context_length, vocabulary)
             answer = await calls.generate(
                 request, lambda name: scoring.score_payload(request, name, top_k)
             )
@@ -237,7 +239,7 @@ class SGLangEngine:
         A server that lopd did not start always passes.
 
         Raises:
-            EngineError: Its process has ended for good.
+            EngineError: The process of the server has ended and is not started again.
         """
         if self.server is not None:
             self.server.check()
@@ -272,7 +274,7 @@ class SGLangEngine:
         # the model computes.
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
         try:
-            with self._client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
+            with self.http_client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
                 return client.post("/generate", json=body).status_code == 200
         except httpx.TransportError:
             return False
@@ -306,7 +308,7 @@ class SGLangEngine:
         while True:
             try:
                 # A client for each attempt: after a restart its connections would be dead.
-                with self._client(timeout) as client:
+                with self.http_client(timeout) as client:
                     reply = client.request(method, path, json=body)
                 break
             except httpx.TransportError as error:
@@ -320,7 +322,7 @@ class SGLangEngine:
                     raise EngineError(
                         f"{path}: {type(error).__name__} {error}".rstrip(),
                         where=self.url,
-                        remedy="is the server running?",
+                        remedy="check whether the server is running",
                     ) from None
         if reply.status_code != 200:
             raise self.refusal(path, reply.status_code, reply.content)
@@ -371,7 +373,8 @@ class SGLangEngine:
             remedy=remedies.get(status, ""),
         )
 
-    def _client(self, timeout: httpx.Timeout) -> httpx.Client:
+    def http_client(self, timeout: httpx.Timeout) -> httpx.Client:
+        """Return a client for plain calls to the server."""
         # With verify=True httpx loads all certificates, which costs every call 50 ms. Plain http
         # needs none of them.
         tls = self.url.startswith("https:")
@@ -389,6 +392,6 @@ class SGLangEngine:
                 raise EngineError(
                     f"vocab_size cannot be read ({error})",
                     where=str(config),
-                    remedy="give score() the vocab_size",
+                    remedy="pass vocab_size to score()",
                 ) from None
         return self.vocab_size

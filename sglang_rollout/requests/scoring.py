@@ -51,26 +51,44 @@ class ScoreRequest:
         return (self.prompt_id, self.sample_index)
 
 
-def check_scorable(request: ScoreRequest, context_length: int) -> None:
+def check_scorable(request: ScoreRequest, context_length: int, vocab_size: int) -> None:
     """Check that a server can score the response.
 
+    Args:
+        request: The response.
+        context_length: The tokens that a sequence may have.
+        vocab_size: The rows of the served model.
+
     Raises:
-        DataError: The prompt or the response is empty, or both together exceed the context.
+        DataError: The prompt or the response is empty, or both together exceed the context, or the
+            model has no row for a token.
     """
     if len(request.prompt_ids) == 0 or len(request.token_ids) == 0:
         raise DataError(
-            f"{len(request.prompt_ids)} prompt tokens and {len(request.token_ids)} response tokens",
+            f"the sequence has {len(request.prompt_ids)} prompt tokens and "
+            f"{len(request.token_ids)} response tokens",
             where=response_name(request.key),
-            limit="at least one of each: the first token of a sequence has no log-probability",
+            limit="at least one of each, because the first token of a sequence has no "
+            "log-probability",
+            remedy="remove this response",
         )
     # Nothing is cut, unlike in sampling: the score of a part would pass for that of the whole.
     length = len(request.prompt_ids) + len(request.token_ids)
     if length > context_length:
         raise DataError(
-            f"{length} tokens of prompt and response",
+            f"prompt and response have {length} tokens, which is too many",
             where=response_name(request.key),
-            limit=f"sglang.context_length = {context_length}",
+            limit=f"at most sglang.context_length = {context_length}",
             remedy="raise sglang.context_length",
+        )
+    # SGLang would return such an id as 0, which looks as if it served another model.
+    largest = max(int(request.prompt_ids.max()), int(request.token_ids.max()))
+    if largest >= vocab_size:
+        raise DataError(
+            f"the sequence has a token {largest} past the rows of the model",
+            where=response_name(request.key),
+            limit=f"at most {vocab_size - 1}: the served model has {vocab_size} rows",
+            remedy="remove this response: the model that sampled it has more rows",
         )
 
 
@@ -130,8 +148,8 @@ def read_scores(
     """Return the TeacherScores in an answer of /generate.
 
     Raises:
-        EngineError: As read_logprobs(), or the model guesses uniformly, or the top K contradict the
-            other values.
+        EngineError: read_logprobs() raises it, or the model guesses uniformly, or the top-K values
+            do not agree with the other values.
     """
     logprobs = read_logprobs(request, answer, vocab_size)
     check_not_uniform(request.key, logprobs, vocab_size)
@@ -161,9 +179,10 @@ def read_top_k(
     found = [row for row in rows[1:] if row is not None and len(row) == top_k]
     if len(found) != len(request.token_ids):
         raise EngineError(
-            f"the server gave the top {top_k} of {len(found)} of {len(request.token_ids)} tokens",
+            f"the server gave the top {top_k} for only {len(found)} of "
+            f"{len(request.token_ids)} tokens",
             where=response_name(request.key),
-            remedy="lower score.top_k: it cannot be above the vocabulary",
+            remedy="lower score.top_k: it cannot be larger than the vocabulary",
         )
     ids = int32([entry[1] for row in found for entry in row]).reshape(-1, top_k)  # [R, K]
     values = float32([entry[0] for row in found for entry in row]).reshape(-1, top_k)  # [R, K]
@@ -177,9 +196,9 @@ def read_top_k(
     if differs.size or (np.diff(values, axis=1) > 0).any():
         where = f"token {int(differs[0])}" if differs.size else "its order"
         raise EngineError(
-            f"the top {top_k} of the server contradicts the log-probabilities of the same tokens "
-            f"({where})",
+            f"the top {top_k} of the server and the log-probabilities of the same tokens "
+            f"do not agree ({where})",
             where=response_name(request.key),
-            remedy="do not use these scores; is this an SGLang server of a supported version?",
+            remedy="do not use these scores; use a supported version of SGLang",
         )
     return top_k_of(ids, values)

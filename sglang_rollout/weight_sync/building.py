@@ -26,9 +26,9 @@ def build_receiver(
     settings: SyncSection,
     engines: Sequence[SGLangEngine],
     *,
-    folder: Path,
-    template_dir: Path,
-    weights_file: Path | None = None,
+    folder: str | Path,
+    template_dir: str | Path,
+    weights_file: str | Path | None = None,
 ) -> WeightReceiver:
     """Return the receiver for the servers of these engines.
 
@@ -46,12 +46,15 @@ def build_receiver(
         ConfigError: sync.verify is "scores". A receiver sees tensors only, and that verification
             needs the trainer's own scores (ScoreVerification, after the sync).
     """
+    folder = Path(folder)
+    template_dir = Path(template_dir)
+    weights_file = Path(weights_file) if weights_file is not None else None
     if settings.verify == "scores":
         raise ConfigError(
-            'a receiver cannot verify by "scores": it has no scores of the trainer',
+            'a receiver cannot verify with "scores": it has no scores of the trainer',
             where="sync.verify",
-            limit="tensors, off",
-            remedy='set "off" and use ScoreVerification after each sync',
+            limit='"tensors" or "off"',
+            remedy='set sync.verify = "off" and use ScoreVerification after each sync',
         )
     verification = None
     # None is the default. Where it should be "scores", the caller has decided that already.
@@ -72,7 +75,8 @@ def build_receiver(
             remember=remember_folder,
         )
     # In place the weights change over many calls. Requests must be paused for all of them, and a
-    # failure in between leaves a server with a mixture, which only a restart or another sync mends.
+    # failure in between leaves a server with a mixture, which only a restart or another sync
+    # repairs.
     restart = partial(ask_for_restart, weights_file) if weights_file else None
     remember_version = partial(remember_unsaved_weights, weights_file) if weights_file else None
     receiver = (

@@ -288,7 +288,7 @@ def test_the_derived_cache_is_fingerprinted_and_sound(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     publish_cache(tmp_path / "a", some_responses(20))
     residualise(tmp_path / "a", tmp_path / "b", Settings())
-    with pytest.raises(ArtifactError, match="is of kind residualised_cache"):
+    with pytest.raises(ArtifactError, match="this artifact is of kind residualised_cache"):
         residualise(tmp_path / "b", tmp_path / "c", Settings())
     changes: list[dict[str, Any]] = [
         {"folds": 1},
@@ -352,5 +352,5 @@ def test_the_verb(
     assert figures["settings"]["folds"] == 3
     assert {"share_over_1_nat_before", "share_over_1_nat_after"} <= set(figures["effect"])
     lopd("cache", "residualise", tmp_path / "a", "--out", tmp_path / "c", "--folds", "1").refused(
-        "folds 1", "2 to 1000"
+        "folds 1", "at least 2 and at most 1000"
     )

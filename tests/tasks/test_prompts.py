@@ -4,6 +4,7 @@ for what cannot.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.prompts import read_prompts, render
 from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic
-from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
+from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids, token_texts
 
 TASK = RegisterArithmetic()
 GOOD = {"prompt_id": "a", "question": "01+01=?", "answer": "02"}
@@ -77,12 +78,13 @@ def test_without_a_file_the_task_generates() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, "{not json"], r":2: not valid JSON"),
+        ([GOOD, "{not json"], r":2: the line is not valid JSON"),
         ([GOOD, "", [1, 2]], r":3: a JSON object is needed, but the row is a list"),
-        ([{"question": "q"}], r":1: prompt_id is missing"),
-        ([{"prompt_id": 7, "question": "q"}], r":1: prompt_id is 7; it must be a non-empty string"),
-        ([{"prompt_id": "a"}], r":1: prompt 'a' needs either messages or question"),
-        ([{**GOOD, "messages": []}], r":1: prompt 'a' needs either messages or question"),
+        ([{"prompt_id": " ", "question": "q"}], r":1: prompt_id is ' ', but it must be"),
+        ([{"answer": "1"}], r":1: a prompt must have either messages or question"),
+        ([{"prompt_id": 7, "question": "q"}], r":1: prompt_id is 7, but it must be a non-empty"),
+        ([{"prompt_id": "a"}], r":1: prompt 'a' must have either messages or question"),
+        ([{**GOOD, "messages": []}], r":1: prompt 'a' must have either messages or question"),
         ([{"prompt_id": "a", "messages": []}], r":1: messages must be a non-empty list"),
         (
             [{"prompt_id": "a", "messages": [{"role": "user"}]}],
@@ -94,10 +96,13 @@ def test_without_a_file_the_task_generates() -> None:
         ),
         (
             [{"prompt_id": "a", "messages": [{"role": "assistant", "content": "x"}]}],
-            r":1: the last message is the assistant's",
+            r":1: the last message is from the assistant",
         ),
-        ([{**GOOD, "answer": 2}], r":1: answer is 2; it must be a non-empty string"),
-        ([GOOD, {**GOOD, "prompt_id": "b"}, GOOD], r":3: duplicate prompt_id 'a', first on line 1"),
+        ([{**GOOD, "answer": 2}], ":1: answer is 2, but it must be a non-empty string"),
+        (
+            [GOOD, {**GOOD, "prompt_id": "b"}, GOOD],
+            (r":3: the prompt_id 'a' is not unique: it is also on line 1"),
+        ),
         ([GOOD, {"prompt_id": "b", "question": "q"}], r":2: prompt 'b' has no answer"),
         ([], r"the prompt set is empty"),
         (["", " "], r"the prompt set is empty"),
@@ -111,13 +116,58 @@ def test_bad_prompt_file_names_the_line(tmp_path: Path, lines: list[object], mes
     assert "\n" not in str(caught.value)
 
 
+def test_a_row_without_an_id_is_named_by_its_question(tmp_path: Path) -> None:
+    """The id is a hash of the question, whatever the answer, the file and the row's place."""
+    first = write_lines(
+        tmp_path / "first.jsonl",
+        {"question": "What is 1+1?", "answer": "2"},
+        {"prompt_id": None, "question": "What is 2+2?", "answer": "4"},
+        # The same question in the other spelling of the form.
+        {"messages": [{"role": "user", "content": "What is 1+1?"}], "answer": "2"},
+        {"prompt_id": "mine", "question": "What is 1+1?", "answer": "2"},
+        {"question": "What is 1+1?", "answer": "2"},
+    )
+    ids = [prompt.prompt_id for prompt in read_prompts(PromptSet(file=first), TASK)]
+    text = json.dumps([{"role": "user", "content": "What is 1+1?"}])
+    hashed = f"lopd-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    # A repeated question stays, as in a file with ids, and is told apart by a number.
+    assert [ids[0], *ids[2:]] == [hashed, f"{hashed}#2", "mine", f"{hashed}#4"]
+    assert ids[1] not in ids[2:]
+    second = write_lines(tmp_path / "second.jsonl", {"question": "What is 1+1?", "answer": "3"})
+    assert read_prompts(PromptSet(file=second), TASK)[0].prompt_id == hashed
+    # Dropped where the set says so.
+    dropped = read_prompts(PromptSet(file=first, duplicates="drop"), TASK)
+    assert [prompt.prompt_id for prompt in dropped] == ids[:2]
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_the_texts_of_tokens_are_the_text() -> None:
+    """Pieces join to the whole text, and a character of several tokens stands at its last one."""
+    bytes_of: Any = ByteTokenizer()
+    for text in ("12 + 3", "caf\u00e9 \u20ac \U0001f600 end", "\u00e9"):
+        ids = list(text.encode())
+        pieces = [*token_texts(bytes_of, ids)]
+        assert "".join(pieces) == text
+        assert len(pieces) == len(ids)
+    assert [*token_texts(bytes_of, list("\u20ac".encode()))] == ["", "", "\u20ac"]
+    # The control: a cut character is shown as one, and bytes that are no text hold nothing back.
+    assert "".join(token_texts(bytes_of, [97, 0xE2, 0x82])) == "a\N{REPLACEMENT CHARACTER}"
+    assert "".join(token_texts(bytes_of, [0xFF] * 5 + [98])).endswith("b")
+
+
 def test_missing_unreadable_and_short_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_prompts(PromptSet(file=tmp_path / "absent.jsonl"), TASK)
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt_id": "\xe9"}')
     with pytest.raises(DataError, match="cannot be read"):
         read_prompts(PromptSet(file=tmp_path / "latin.jsonl"), TASK)
-    with pytest.raises(DataError, match="num_prompts is 9, the file has 1"):
+    with pytest.raises(DataError, match="num_prompts is 9, but the file has only 1 prompts"):
         read_prompts(PromptSet(file=write_lines(tmp_path / "one.jsonl", GOOD), num_prompts=9), TASK)
 
 
@@ -150,7 +200,8 @@ def test_prompt_that_fills_the_context_is_named_with_its_length_and_the_limit(
 ) -> None:
     render([PROMPT], tokenizer, context_length=28)
     with pytest.raises(
-        DataError, match=r"prompt 'reg-81\+06\+02\+07\+03-10' has 27 tokens.*limit: fewer than 27"
+        DataError,
+        match=r"prompt 'reg-81\+06\+02\+07\+03-10' has 27 tokens.*limit: fewer than 27 tokens",
     ):
         render([PROMPT], tokenizer, context_length=27)
 
@@ -202,12 +253,14 @@ def test_stop_tokens_come_from_every_file(
 
 def test_no_stop_token_at_all_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     without_end = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(DataError, match="no token ends a response"):
+    with pytest.raises(DataError, match="the folder names no token that ends a response"):
         stop_token_ids(tmp_path, without_end)
 
 
 def test_missing_and_damaged_tokenizers_are_refused(architecture: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer.json and no tokenizer_config.json"):
+    with pytest.raises(
+        DataError, match=r"this folder has no tokenizer.json and no tokenizer_config.json"
+    ):
         load_tokenizer(tmp_path)
     folder = shutil.copytree(architecture, tmp_path / "damaged")
     (folder / "tokenizer.json").write_text('{"version": "1.0"')

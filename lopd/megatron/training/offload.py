@@ -27,8 +27,9 @@ class _Offloaded:
 
     Attributes:
         storage: The storage.
-        num_bytes: Its size when it is back.
-        copy: Its content on the host, uint8 [num_bytes]. None if the content is not kept.
+        num_bytes: The size of the storage when it is on the device.
+        copy: The content of the storage on the host, uint8 [num_bytes]. None if the content is not
+            kept.
     """
 
     storage: torch.UntypedStorage
@@ -50,7 +51,7 @@ class DeviceMemory:
 
         Args:
             model: Megatron-Core's DistributedDataParallel.
-            optimizer: Its chained optimizer.
+            optimizer: The chained optimizer of the model.
         """
         self._model = model
         self._optimizer = optimizer
@@ -161,7 +162,7 @@ class DeviceMemory:
 
     def _copy_to_host(self, storage: torch.UntypedStorage) -> Tensor:
         copy = self._copies.get(storage._cdata)
-        # Pinning memory is slow, so the former copy is used again where the size is the same.
+        # Pinning memory is slow, so the previous copy is used again where the size is the same.
         if copy is None or len(copy) != storage.nbytes():
             copy = torch.empty(
                 storage.nbytes(), dtype=torch.uint8, pin_memory=torch.cuda.is_available()

@@ -20,6 +20,9 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+# What config.json may call the type of the weights.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float", "half", "auto")
+
 
 def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the fields that all families share.
@@ -51,9 +54,9 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     num_kv_heads = number(table, where, "num_key_value_heads", "num_attention_heads")
     if num_heads % num_kv_heads:
         raise LopdError(
-            f"num_attention_heads = {num_heads}",
+            f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads",
             where=where,
-            limit=f"a multiple of num_key_value_heads, {num_kv_heads}",
+            limit=f"a multiple of num_key_value_heads = {num_kv_heads}",
         )
     # It has no default here. A wrong one would change every log-probability a little, without an
     # error.
@@ -75,9 +78,53 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         "vocab_size": number(table, where, "vocab_size"),
         "max_position_embeddings": number(table, where, "max_position_embeddings"),
         "norm_eps": norm_eps,
-        "tied_embeddings": bool(table.get("tie_word_embeddings", False)),
+        "tied_embeddings": boolean(table, where, "tie_word_embeddings", False),
         **_rope(table, where),
     }
+
+
+def refuse_quantised(table: Mapping[str, Any], where: str) -> None:
+    """Refuse a checkpoint whose weights are no plain floating-point numbers of 16 bits or more.
+
+    Args:
+        table: The parsed config.json.
+        where: The path of the file, for the message.
+
+    Raises:
+        LopdError: It says that the weights are quantised, and how.
+    """
+    methods = []
+    # compressed-tensors has had both names.
+    for key in ("quantization_config", "compression_config"):
+        about = table.get(key)
+        if about:
+            method = about.get("quant_method", "?") if isinstance(about, Mapping) else about
+            methods.append((f"{key}.quant_method", method))
+    for key in ("dtype", "torch_dtype"):
+        dtype = table.get(key)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
+            methods.append((key, dtype))
+    for key, method in methods:
+        raise LopdError(
+            f"the weights are quantised: {key} = {method!r}",
+            where=where,
+            limit="one of float64, float32, float16, bfloat16",
+            remedy="give the checkpoint that was not quantised, or dequantise it first",
+        )
+
+
+def boolean(table: Mapping[str, Any], where: str, key: str, default: bool) -> bool:
+    """Return a field that is true or false.
+
+    Raises:
+        LopdError: It is another value. The text "false" would otherwise count as true.
+    """
+    value = table.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise LopdError(f"{key} = {value!r} is neither true nor false", where=where)
+    return value
 
 
 def refuse(table: Mapping[str, Any], where: str, key: str, *allowed: Any) -> None:
@@ -105,7 +152,7 @@ def number(table: Mapping[str, Any], where: str, *keys: str) -> int:
     """Return the positive whole number under the first of these keys that is there.
 
     Raises:
-        LopdError: None of the keys is there, or the value is not such a number.
+        LopdError: The table has none of the keys, or the value is not a positive whole number.
     """
     for key in keys:
         if table.get(key) is not None:
@@ -172,7 +219,9 @@ def _factor(rope: Mapping[str, Any], where: str) -> float:
     factor = rope.get("factor")
     if not isinstance(factor, int | float) or factor < 1:
         raise LopdError(
-            f"factor = {factor!r} of the rope scaling", where=where, limit="a number of at least 1"
+            f"factor = {factor!r} of the rope scaling is not supported",
+            where=where,
+            limit="at least 1",
         )
     return float(factor)
 
@@ -192,14 +241,14 @@ def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
         raise LopdError(
             f"attention_factor = {attention!r} of the rope scaling is not supported",
             where=where,
-            limit=f"0.1 ln(factor) + 1 = {usual:.6f}, or no such field",
+            limit=f"exactly 0.1 ln(factor) + 1 = {usual:.6f}, or no such field",
         )
     # The defaults are those of the paper. transformers uses them for 0 and null too.
     betas = [rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0]
     # A string would pass through float() below.
     if not all(isinstance(beta, int | float) and beta > 0 for beta in betas):
         raise LopdError(
-            f"beta_fast, beta_slow = {betas} of the rope scaling",
+            f"beta_fast, beta_slow = {betas} of the rope scaling are not supported",
             where=where,
             limit="two positive numbers",
         )
@@ -208,5 +257,5 @@ def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
         original_len=number(rope, where, "original_max_position_embeddings"),
         beta_fast=float(betas[0]),
         beta_slow=float(betas[1]),
-        truncate=bool(rope.get("truncate", True)),
+        truncate=boolean(rope, where, "truncate", True),
     )
