@@ -38,15 +38,26 @@ def progress_of(context: StageContext) -> Progress | None:
     """Return how far a stage is that is begun and not done, or None where nothing says so."""
     name = context.stage.name
     if name in ("sft", "distill"):
-        return _training(context.folder, context.config.run.dir)
+        # Before the ranks have a job, servers start.
+        planned = getattr(context.config, name).num_steps
+        return _training(context.folder, context.config.run.dir, planned=planned)
     if name == "evaluate":
         return _evaluation(context)
     return _shards(context.folder)
 
 
-def _training(folder: Path, run_dir: Path, part: str = "") -> Progress | None:
-    """Return the newest step of a training whose job is in a folder."""
-    total = _read(folder / JOB).get("num_steps")
+def _training(
+    folder: Path, run_dir: Path, *, part: str = "", planned: int | None = None
+) -> Progress | None:
+    """Return the newest step of a training.
+
+    Args:
+        folder: The folder of the training, with its job.
+        run_dir: The run directory, with the metrics.
+        part: See Progress.
+        planned: The number of steps if there is no job yet.
+    """
+    total = _read(folder / JOB).get("num_steps", planned)
     if not isinstance(total, int):
         return None
     return Progress("step", last_step(run_dir, folder.name), total, part)
@@ -68,7 +79,7 @@ def _evaluation(context: StageContext) -> Progress | None:
         if any(folder.glob(f"{part}-*")):
             done = sum(_is_complete(folder / f"{part}-{model}") for model in models)
             return Progress("model", done, len(models), part)
-    return _training(folder / LONGER, context.config.run.dir, LONGER)
+    return _training(folder / LONGER, context.config.run.dir, part=LONGER)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -72,6 +72,8 @@ def sample_stage(
     # The writer's shard size counts: a stage that continues keeps the one that it was begun with.
     prompts, prompt_ids = context.prompts(prompt_set)
     num_shards = -(-len(prompts) * section.samples_per_prompt // writer.shard_size)
+    # Before the servers, whose start takes longest.
+    writer.expect(num_shards)
     if not writer.missing(num_shards):
         # Workers may have published all shards. Then no server is started.
         return

@@ -38,6 +38,8 @@ def run(context: StageContext) -> None:
     _check_ids(context)
     models = {"teacher": context.identity("teacher"), **_sampler_of(rollouts)}
     writer = context.writer(models=models, sampling=rollouts.sampling, lineage=lineage)
+    # Before the teacher, whose start takes longest.
+    writer.expect(len(rollouts.shards))
     # Workers may have published all shards. Then no teacher is started.
     needs_teacher = bool(writer.missing(len(rollouts.shards)))
     with serve_teacher(context) if needs_teacher else nullcontext() as engine:

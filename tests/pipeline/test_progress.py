@@ -22,6 +22,8 @@ def context_of(run_dir: Path, stage: str) -> StageContext:
         run=SimpleNamespace(dir=run_dir),
         models=models,
         evaluate=SimpleNamespace(equal_compute_baseline=True),
+        sft=SimpleNamespace(num_steps=7),
+        distill=SimpleNamespace(num_steps=7),
     )
     (run_dir / stage).mkdir(parents=True, exist_ok=True)
     return StageContext(cast(Any, config), stage_named(stage))
@@ -42,7 +44,7 @@ def lines(*rows: tuple[str, str, int]) -> str:
 @pytest.mark.parametrize("stage", ["sft", "distill"])
 def test_a_training_says_its_step(tmp_path: Path, stage: str) -> None:
     context = context_of(tmp_path, stage)
-    assert progress_of(context) is None, "without a job nothing says how far"
+    assert str(progress_of(context)) == "step 0 of 7", "without a job, what is planned"
     write(tmp_path / stage / "job.json", {"num_steps": 8})
     assert str(progress_of(context)) == "step 0 of 8"
     # An evaluation and another training are no steps of this one, and the last line is cut.
