@@ -57,10 +57,11 @@ def _training(
         part: See Progress.
         planned: The number of steps if there is no job yet.
     """
-    total = _read(folder / JOB).get("num_steps", planned)
-    if not isinstance(total, int):
-        return None
-    return Progress("step", last_step(run_dir, folder.name), total, part)
+    total = _read(folder / JOB).get("num_steps")
+    if isinstance(total, int):
+        return Progress("step", last_step(run_dir, folder.name), total, part)
+    # The metrics may still have the steps of a former training.
+    return None if planned is None else Progress("step", 0, planned, part)
 
 
 def _shards(folder: Path) -> Progress | None:

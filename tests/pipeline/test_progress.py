@@ -44,7 +44,9 @@ def lines(*rows: tuple[str, str, int]) -> str:
 @pytest.mark.parametrize("stage", ["sft", "distill"])
 def test_a_training_says_its_step(tmp_path: Path, stage: str) -> None:
     context = context_of(tmp_path, stage)
+    (tmp_path / "metrics.jsonl").write_text(lines(("train", stage, 6)), encoding="utf-8")
     assert str(progress_of(context)) == "step 0 of 7", "without a job, what is planned"
+    (tmp_path / "metrics.jsonl").unlink()
     write(tmp_path / stage / "job.json", {"num_steps": 8})
     assert str(progress_of(context)) == "step 0 of 8"
     # An evaluation and another training are no steps of this one, and the last line is cut.
