@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from lopd.artifacts import identify_model, read_manifest, verify
 from lopd.artifacts import lineage as consistency
 from lopd.checks.findings import Finding
+from lopd.checks.training import batch_problem
 from lopd.config import Config
 from lopd.config.hub import hub_name, remedy_for
 from lopd.errors import ConfigError, DataError
@@ -155,6 +156,7 @@ def cache(config: Config) -> Iterator[Finding]:
     if folder is None:
         return
     manifest = read_manifest(folder)
+    yield from batch_problem(config, "distill", manifest.rows)
     student = config.run.dir / "sft" / "model"
     # Before the sft stage there is no student to compare with. distill compares again.
     if not (student / "config.json").is_file():
@@ -221,4 +223,6 @@ def demonstrations(config: Config) -> Iterator[Finding]:
         consistency.check_same_tokenizer(
             manifest.models["teacher"], identify_model(config.models.student)
         )
+    if config.sft.checkpoint is None:
+        yield from batch_problem(config, "sft", manifest.rows)
     yield f"{manifest.rows} from {folder}"
