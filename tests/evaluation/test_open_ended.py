@@ -121,13 +121,13 @@ def test_the_same_prompts_need_answers_where_they_are_compared(project: Path) ->
         get_task("open_ended", {"judge_truncated": True})
 
 
-def test_a_sync_reports_what_it_can(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_reports_what_it_can(project: Path) -> None:
     config = load_config(project)
     engine = cast(Any, CutOff())
     answers = held_out.HeldOutAnswers(config, config.models.student, engine)
     figures = answers.figures("stand-in")
-    assert figures == {"num_prompts": 8, "response_len": 13.0, "truncated_share": 1.0}
-    assert "13 tokens a response, 100% cut off on 8 prompts" in held_out._told(figures, 4)
+    assert figures == {"num_prompts": 8, "response_len": 13.0, "truncated_share": 0.75}
+    assert "13 tokens a response, 75% cut off on 8 prompts" in held_out._told(figures, 4)
     # The control: a verifier's verdicts and their interval.
     verified = config.model_copy(
         update={"task": config.task.model_copy(update={"name": "plain"})},
