@@ -361,10 +361,7 @@ def main() -> None:
             raise
         what = error.strerror or type(error).__name__
         where = str(error.filename or "operating system")
-        remedy = (
-            "correct this, then run the same command again: "
-            "what is published stays and is not repeated"
-        )
+        remedy = "correct this, then run the same command again: finished work is kept"
         _fail(LopdError(what, where=where, remedy=remedy))
     except Interrupted:
         # By now the `with` blocks of servers and ranks have ended them on the way up here.

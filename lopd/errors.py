@@ -20,8 +20,8 @@ class LopdError(Exception):
         remedy: What to do.
 
     Example:
-        >>> str(LopdError("a batch of 0", where="distill.batch_size", limit=">= 1"))
-        'distill.batch_size: a batch of 0; limit: >= 1'
+        >>> str(LopdError("a batch of 0", where="distill.batch_size", limit="at least 1"))
+        'distill.batch_size: a batch of 0; limit: at least 1'
     """
 
     def __init__(self, what: str, *, where: str = "", limit: str = "", remedy: str = "") -> None:
@@ -61,4 +61,4 @@ class EngineError(LopdError):
 
 
 class TrainingError(LopdError):
-    """The trainer cannot start or go on."""
+    """The trainer cannot start or continue."""

@@ -23,6 +23,7 @@ from lopd.artifacts import (
     storage_errors,
     verify,
 )
+from lopd.artifacts.file_hashes import HASHES, STORE
 from lopd.config import Config, result_keys
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
@@ -59,6 +60,7 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
     # this one writes into it.
     outcomes: list[Outcome] = []
     identities: dict[str, ModelIdentity] = {}
+    load_hashes(config)
     with locked(config.run.dir):
         report_changes(config)
         if only is None:
@@ -70,6 +72,7 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
             verified = {outcome.name for outcome in outcomes}
             outcomes.append(_run_stage(StageContext(config, stage, identities), verified))
             # After each stage, not at the end: a later stage may fail, or be killed.
+            HASHES.save(config.run.dir / STORE)
             publish_json(config.run.dir / _CONFIG, config_record(config))
             complete = _complete_stages(config, identities)
             summary.write(config, outcomes, complete)
@@ -84,11 +87,12 @@ def run_share(config: Config, name: str, share: Share) -> None:
 
     Workers may run at the same time on several machines that share the run directory. Each
     publishes its shards and completes nothing. The stage's own command afterwards finds all shards,
-    makes those that a lost worker has left, and completes the artifact.
+    makes the shards that a failed worker did not make, and completes the artifact.
     """
     # All workers hold the lock together. The stage's own command needs it alone, so it waits for no
     # worker: it is refused while one runs.
     context = StageContext(config, stage_named(name), share=share)
+    load_hashes(config)
     with locked(config.run.dir, shared=True):
         _require_parents(context, ())
         assert context.inputs is not None, "hash models before other workers wait for the lock"
@@ -141,10 +145,17 @@ def status(config: Config) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     identities: dict[str, ModelIdentity] = {}
+    load_hashes(config)
     for stage in STAGES:
         if is_needed(stage, config):
             rows.append(_status_row(StageContext(config, stage, identities)))
     return rows
+
+
+def load_hashes(config: Config) -> None:
+    """Take over the hashes of files that earlier commands of the run have read."""
+    if not config.run.rehash:
+        HASHES.load(config.run.dir / STORE)
 
 
 def _status_row(context: StageContext) -> dict[str, Any]:
@@ -193,13 +204,13 @@ def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
             raise ArtifactError(
                 f"in use by process {holder.strip()}",
                 where=str(run_dir),
-                remedy="wait for it to end, or use another run.dir",
+                remedy="wait until that process ends, or set run.dir to another folder",
             ) from None
         except OSError as error:
             raise ArtifactError(
-                f"cannot be locked ({error.strerror})",
+                f"the run directory cannot be locked ({error.strerror})",
                 where=str(run_dir),
-                remedy="use a run.dir on a file system with locks",
+                remedy="set run.dir to a folder on a file system that has locks",
             ) from None
         # For the message of the next process that finds it locked.
         os.ftruncate(handle, 0)
@@ -256,8 +267,8 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
     """Check the stages that this one reads, before anything is moved or written.
 
     Raises:
-        ArtifactError: One is not done, or a file is not as it was published.
-        ConsistencyError: Only the teacher is another one than they were made with.
+        ArtifactError: A stage is not done, or a file has changed since it was written.
+        ConsistencyError: The stages differ only in their teacher.
     """
     for name in context.stage.parents(context.config):
         # A stage run alone never runs its parents: that may take days, and was not asked for.
@@ -267,11 +278,11 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
             _refuse_another_teacher(context, parent)
             reason = f"is {state}"
             if differs:
-                reason = f"was made from other knobs ({', '.join(differs)})"
+                reason = f"was made with other settings ({', '.join(differs)})"
             raise ArtifactError(
                 f"{context.stage.name} needs {name}, which {reason}",
                 where=str(parent.folder),
-                remedy=f"run: lopd {name} CONFIG, or lopd run CONFIG",
+                remedy=f"run lopd {name} CONFIG, or lopd run CONFIG",
             )
         if name not in verified:
             verify(parent.folder, read_manifest(parent.folder))
@@ -293,11 +304,12 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
     only_teacher = differs and all(key.startswith("models.teacher") for key in differs)
     if "teacher" in context.stage.models and only_teacher:
         raise ConsistencyError(
-            f"{context.config.models.teacher} is not the teacher of {cause.stage.name}, "
-            f"which {parent.stage.name} goes back to",
+            f"{context.config.models.teacher} is not the teacher that made the artifact "
+            f"of {cause.stage.name}, from which {parent.stage.name} was made",
             where="models.teacher",
-            limit=str(read_manifest(cause.folder).models["teacher"].path),
-            remedy="use that teacher, or make all stages with this one: lopd run CONFIG",
+            limit=f"exactly {read_manifest(cause.folder).models['teacher'].path}",
+            remedy="set models.teacher to that teacher, or run lopd run CONFIG to make all "
+            "stages with this teacher",
         )
 
 

@@ -1,7 +1,7 @@
 """All that changes Megatron-Core's behaviour, and nothing else. It imports nothing of lopd.
 
 Call ``apply()`` before the model is built. ``listing()`` says for each change what upstream does,
-why it is changed, where, and when the change can go.
+why it is changed, where, and when the change can be removed.
 
 device.py: Megatron-Core on a CPU over gloo. It does nothing where CUDA is.
 upstream.py, saving.py: faults of Megatron-Core that the trainer meets.

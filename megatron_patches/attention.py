@@ -163,10 +163,12 @@ class PackedAttention(DotProductAttention):
 
     What upstream does: DotProductAttention.forward
     (megatron/core/transformer/dot_product_attention.py) asserts that no packed_seq_params are
-    given. With this class the trainer always passes packed sequences, as with Transformer Engine.
+    given. With this class the trainer can always pass packed sequences, as it does with Transformer
+    Engine.
 
-    Checked with megatron-core 0.16.1 and 0.18.2. It can go when the local spec takes the thd
-    layout. It is not used where Transformer Engine is installed.
+    This class was checked with megatron-core 0.16.1 and 0.18.2. Remove it when the attention of
+    Megatron-Core's local spec accepts the thd layout. It is not used where Transformer Engine is
+    installed.
     """
 
     def forward(

@@ -58,7 +58,7 @@ def local_spec(config: Any, *, qk_norm: bool) -> TransformerBlockSubmodules:
 
     What upstream does: the parts of get_gpt_layer_local_spec
     (megatron/core/models/gpt/gpt_layer_specs.py) take neither packed sequences nor sequence
-    parallelism. Each of the two replacements says when it can go (attention.py, norm.py).
+    parallelism. attention.py and norm.py state when each of the two replacements can be removed.
 
     Args:
         config: The TransformerConfig.

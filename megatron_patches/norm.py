@@ -13,8 +13,8 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     What upstream does: WrappedTorchNorm (megatron/core/transformer/torch_norm.py) refuses sequence
     parallelism, which MoE with tensor parallelism demands.
 
-    Checked with megatron-core 0.16.1 and 0.18.2. It can go when WrappedTorchNorm tags its weight.
-    It is not used where Transformer Engine is installed.
+    This class was checked with megatron-core 0.16.1 and 0.18.2. Remove it when WrappedTorchNorm
+    tags its weight. It is not used where Transformer Engine is installed.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

@@ -25,7 +25,7 @@ class Patch:
         why: What the patch changes and why, in whole sentences.
         upstream: The file and the function that the patch changes.
         checked: The versions that the patch was run with.
-        until: When the patch can go.
+        until: The change upstream after which the patch can be removed.
         without_cuda: The patch is installed only where CUDA is absent.
         below: The patch is installed only if megatron-core is older than this version. None means
             that every version needs it.

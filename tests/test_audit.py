@@ -398,7 +398,7 @@ def test_what_the_verb_refuses(lopd: Callable[..., Result], tmp_path: Path) -> N
         "--temperature and --top-p"
     )
     lopd("audit", published(tmp_path / "b", scores, {"temperature": 0.7, "top_p": 1.0})).refused(
-        "--teacher FOLDER for another temperature"
+        "add --teacher FOLDER: lopd then computes"
     )
     lopd(
         "audit", published(tmp_path / "c", scores, {"temperature": 1.0, "top_p": 1.0, "top_k": 5})

@@ -192,7 +192,7 @@ def test_a_missing_shard(project: Path, lopd: Lopd) -> None:
     (project.parent / "run" / "rollout" / "shard-00000.parquet").unlink()
     for verb in ("score", "run"):
         lopd(verb, project).refused(
-            "rollout/shard-00000.parquet: file is missing", "remedy: remove this file and "
+            "rollout/shard-00000.parquet: the file is missing", "remedy: remove this file and "
         )
 
 
@@ -205,7 +205,9 @@ def test_damage_of_the_user_s_own_model_changes_its_fingerprint(
     flip_bit(project.parent / "teacher" / "model.safetensors", at=0.9)
     assert states(lopd, project)["demonstrate"] == "outdated"
     cut(project.parent / "teacher" / "model.safetensors", to=0.9)
-    lopd("run", project).refused("teacher/model.safetensors: damaged", "remedy: copy it again")
+    lopd("run", project).refused(
+        "teacher/model.safetensors: damaged", "remedy: copy the file again"
+    )
     assert not started.started
 
 
@@ -218,8 +220,8 @@ def change_manifest(folder: Path, **changes: Any) -> None:
 
 
 NEWER = (
-    f"manifest of schema version {SCHEMA_VERSION + 1}; "
-    f"limit: this lopd reads up to {SCHEMA_VERSION}; remedy: use a newer lopd"
+    f"the manifest has schema version {SCHEMA_VERSION + 1}; limit: at most {SCHEMA_VERSION}, "
+    "which this lopd reads; remedy: install a newer lopd"
 )
 
 
@@ -229,7 +231,7 @@ NEWER = (
         (lambda folder: change_manifest(folder, schema_version=SCHEMA_VERSION + 1), NEWER),
         (
             lambda folder: change_manifest(folder, schema_version="1"),
-            "manifest of schema version 1",
+            "the manifest has schema version 1",
         ),
         (lambda folder: change_manifest(folder, from_the_future=1), "manifest has wrong fields"),
         (lambda folder: change_manifest(folder, shards=3), "manifest has wrong fields"),
@@ -240,7 +242,7 @@ NEWER = (
         ),
         (
             lambda folder: (folder / "manifest.json").write_text("[]"),
-            "manifest of schema version None",
+            "the manifest has schema version None",
         ),
     ],
     ids=[
@@ -347,7 +349,7 @@ def test_demonstrations_of_nobody_known_need_a_word(
 ) -> None:
     change_manifest(project.parent / "demonstrations", lineage={})
     own = (foreign[0], foreign[2])
-    lopd("run", project, *own).refused("nobody knows whether teacher")
+    lopd("run", project, *own).refused("it is not recorded whether teacher")
     assert (
         "wrong" not in lopd("check", project, *own, "sft.declared_teacher=teacher").succeeded().out
     )
@@ -362,7 +364,9 @@ def test_damaged_demonstrations_from_elsewhere(
         "demonstrations/shard-00002.parquet: the file was truncated or changed"
     )
     change_manifest(project.parent / "demonstrations", complete=False)
-    lopd("run", project, foreign[0], foreign[2]).refused("24 demonstrations, not complete")
+    lopd("run", project, foreign[0], foreign[2]).refused(
+        "there are 24 demonstrations, and the artifact is not complete"
+    )
     assert not started.started
 
 
@@ -372,9 +376,9 @@ def test_another_tokenizer_is_refused(project: Path, lopd: Lopd, started: StandI
     for verb in ("run", "score"):
         lopd(verb, project).refused(
             "tokenizer of the student",
-            "differs from the teacher's",
+            "differs from the tokenizer of the teacher",
             "limit: sha256",
-            "the very same tokenizer.json",
+            "the same tokenizer.json",
         )
     assert not started.started
 
@@ -416,7 +420,7 @@ def test_a_run_directory_in_use(project: Path, lopd: Lopd, started: StandIns) ->
         for verb in ("run", "sft"):
             lopd(verb, project).refused(
                 f"{lock.parent}: in use by process 4711",
-                "remedy: wait for it to end, or use another run.dir",
+                "remedy: wait until that process ends, or set run.dir to another folder",
             )
         assert states(lopd, project)["sft"] == "done", "looking is allowed"
     lopd("run", project).succeeded()
@@ -428,7 +432,8 @@ def test_an_export_that_would_replace_something_foreign(project: Path, lopd: Lop
     thesis.parent.mkdir()
     thesis.write_text("mine")
     lopd("export", project, "export.dir='my folder'").refused(
-        "my folder: holds files that are not ours", "give another export.dir"
+        "my folder: the folder has no lopd.json, so lopd did not make its files",
+        "set export.dir to another folder",
     )
     assert thesis.read_text() == "mine"
     target = project.parent / "exported"
@@ -494,7 +499,8 @@ def test_a_disk_that_is_full_from_the_start(
     project: Path, lopd: Lopd, small_disk: Tmpfs, started: StandIns
 ) -> None:
     lopd("run", project, f"run.dir={small_disk.folder}/run").refused(
-        "GiB free; limit: about", "free space or give another run.dir"
+        "GiB free; limit: at least about",
+        "delete files on this disk, or set run.dir to another disk",
     )
     assert not started.started
     assert list(small_disk.folder.iterdir()) == []
@@ -558,7 +564,7 @@ def test_a_disk_that_cannot_be_written(
     small_disk.remount("ro")
     for verb in ("run", "sft"):
         lopd(verb, project, f"run.dir={run_dir}").refused(
-            "run.dir cannot be written", "give another run.dir"
+            "run.dir cannot be written", "set run.dir to another folder"
         )
     assert set(states(lopd, project, f"run.dir={run_dir}").values()) == {"done"}, (
         "it can still be looked at"

@@ -54,8 +54,8 @@ def test_a_server_whose_log_probabilities_are_nan_is_refused(fresh: Path, lopd: 
     lopd("run", fresh).refused(
         "response probe#0",
         "log-probability nan at token 0",
-        "limit: a log-probability is a number not above 0",
-        "a damaged checkpoint",
+        "limit: a number that is at most 0",
+        "the checkpoint is damaged",
     )
     assert not list((fresh.parent / "run" / "demonstrate").glob("*.parquet")), (
         "none of it was published"

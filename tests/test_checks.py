@@ -90,24 +90,29 @@ def test_everything_wrong_is_found_in_one_go_and_run_refuses(
         "distill.parallel.tensor=4": "number of key-value heads (2) does not divide by tensor (4)",
         "distill.parallel.pipeline=2": "number of layers (3) does not divide by pipeline (2)",
         f"distill.parallel.ranks={256 * CORES}": (
-            f"distill.parallel.ranks = {256 * CORES}; limit: {CORES} CPU cores"
+            f"distill.parallel.ranks = {256 * CORES} is too large; limit: at most {CORES} CPU cores"
         ),
         "sft.max_tokens_per_microbatch=64": (
-            "sft.max_tokens_per_microbatch = 64; limit: at least one full sequence: 128"
+            "sft.max_tokens_per_microbatch = 64 is too small; "
+            "limit: at least one full sequence: 128"
         ),
         "prompts.sft.seed=3": "also held-out prompts of prompts.eval",
         "prompts.opd.file=absent.jsonl": "absent.jsonl: no such file",
-        f"sglang.tensor={32 * CORES}": f"sglang.tensor = {32 * CORES}; limit: {CORES} CPU cores",
+        f"sglang.tensor={32 * CORES}": (
+            f"sglang.tensor = {32 * CORES} is too large; limit: at most {CORES} CPU cores"
+        ),
         "sglang.expert=2": (
-            "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: 1 without a GPU"
+            "sglang.expert = 2: SGLang cannot split experts in plain torch; limit: exactly 1 on "
+            "a machine without a GPU"
         ),
         "sglang.max_total_tokens=64": "sglang.max_total_tokens = 64",
         "sglang.extra_args.atention_backend=triton": (
-            "unknown SGLang argument atention_backend; remedy: the nearest one is attention_backend"
+            "unknown SGLang argument atention_backend; remedy: the nearest known argument is "
+            "attention_backend"
         ),
-        "evaluate.min_p=0.1": "evaluate.min_p = 0.1 with sglang.deterministic",
+        "evaluate.min_p=0.1": "evaluate.min_p = 0.1 cannot be used with sglang.deterministic",
         "run.dir=teacher": "run.dir holds files that no run made",
-        "export.dir=student": "holds files that are not ours",
+        "export.dir=student": "lopd did not make its files",
     }
     before = contents(config.parent)
     shown = lopd("check", config, *mistakes)
@@ -115,7 +120,7 @@ def test_everything_wrong_is_found_in_one_go_and_run_refuses(
     for said in mistakes.values():
         assert said in shown.out, said
     refused = lopd("run", config, *mistakes).refused(
-        "models.teacher: no such folder", "more: lopd check tells all"
+        "models.teacher: no such folder", "more: lopd check shows all"
     )
     assert f"and {shown.out.count('wrong ') - 1} more" in refused
     assert contents(config.parent) == before
@@ -130,11 +135,11 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
     for said in (
         "unknown key distill.num_step; remedy: the nearest known key is distill.num_steps",
         "'float32' or 'bfloat16'",
-        "<= 1",
+        "at most 1",
         "run.seed = true",
     ):
         assert said in shown.out
-    lopd("run", config, *mistakes).refused("and 4 more", "lopd check tells all")
+    lopd("run", config, *mistakes).refused("and 4 more", "lopd check shows all")
 
 
 # ---- one by one ----
@@ -150,11 +155,21 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
         ),
         (
             {"expert": 3, "ranks": 3},
-            ["number of experts (8) does not divide by expert (3); remedy: expert may be 1, 2"],
+            [
+                (
+                    "number of experts (8) does not divide by expert (3); remedy: set expert to a "
+                    "divisor of 8, for example 1, 2"
+                )
+            ],
         ),
         (
             {"pipeline": 2, "ranks": 2},
-            ["number of layers (3) does not divide by pipeline (2); remedy: pipeline may be 1"],
+            [
+                (
+                    "number of layers (3) does not divide by pipeline (2); remedy: set pipeline to "
+                    "a divisor of 3, for example 1"
+                )
+            ],
         ),
         ({"expert_tensor": 7, "ranks": 7}, ["hidden size of an expert", "expert_tensor (7)"]),
         (
@@ -174,14 +189,19 @@ def test_every_mistake_of_the_file_itself_is_listed(config: Path, lopd: Lopd) ->
             {"context": 2, "ranks": 2},
             [
                 (
-                    "context = 2 needs Transformer Engine, which does not import here; "
-                    "limit: context = 1 without it"
+                    "context = 2 needs Transformer Engine, which does not import here; limit: "
+                    "exactly 1 without Transformer Engine"
                 )
             ],
         ),
         (
             {"ranks": CORES + 1},
-            [f"parallel.ranks = {CORES + 1}; limit: {CORES} CPU cores; remedy: set"],
+            [
+                (
+                    f"parallel.ranks = {CORES + 1} is too large; limit: at most {CORES} CPU "
+                    "cores; remedy: set"
+                )
+            ],
         ),
     ],
     ids=str,
@@ -258,7 +278,7 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
     ),
     (
         lambda folder: edit_json(folder / "teacher" / "config.json", max_position_embeddings=64),
-        ["context | ", "context_length = 128; limit:", "teacher: 64"],
+        ["context | ", "context_length = 128; limit:", "of the teacher: 64"],
     ),
     (
         lambda folder: (folder / "teacher" / "model.safetensors").unlink(),
@@ -266,43 +286,46 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
     ),
     (
         lambda folder: cut(folder / "teacher" / "model.safetensors"),
-        ["teacher | ", "teacher/model.safetensors: damaged"],
+        ["teacher | ", "teacher/model.safetensors: the file is damaged"],
     ),
     (
         lambda folder: cut(folder / "student" / "model.safetensors", to=0.0),
-        ["student | ", "student/model.safetensors: damaged"],
+        ["student | ", "student/model.safetensors: the file is damaged"],
     ),
-    (without_a_tensor, ["student | ", "1 tensors missing, e.g. model.norm.weight"]),
+    (without_a_tensor, ["student | ", "1 tensors are missing, for example model.norm.weight"]),
     (
         lambda folder: edit_json(folder / "student" / "config.json", num_hidden_layers=4),
-        ["student | ", "tensors missing, e.g. model.layers.3."],
+        ["student | ", "tensors are missing, for example model.layers.3."],
     ),
     (
         lambda folder: edit_json(folder / "student" / "config.json", moe_intermediate_size=96),
-        ["student | ", "config.json says"],
+        ["student | ", "but config.json gives"],
     ),
     (
         other_tokenizer,
         [
             "tokenizers | ",
             "tokenizer of the student",
-            "differs from the teacher's; limit: sha256 of tokenizer.json",
+            "differs from the tokenizer of the teacher; limit: the same sha256 of tokenizer.json",
         ],
     ),
     (
         small_vocabulary,
         [
             "tokenizers | ",
-            "the tokenizer of the teacher has 32 tokens; limit: vocab_size of config.json: 16",
+            (
+                "the tokenizer of the teacher has 32 tokens; limit: at most vocab_size of "
+                "config.json: 16"
+            ),
         ],
     ),
     (
         lambda folder: (folder / "teacher" / "tokenizer.json").unlink(),
-        ["tokenizers | ", "teacher: no tokenizer.json"],
+        ["tokenizers | ", "teacher: this folder has no tokenizer.json"],
     ),
     (
         lambda folder: cut(folder / "student" / "tokenizer.json"),
-        ["tokenizers | ", "student: tokenizer cannot be loaded"],
+        ["tokenizers | ", "student: the tokenizer cannot be loaded"],
     ),
     (
         lambda folder: cut(folder / "student" / "tokenizer_config.json"),
@@ -310,7 +333,7 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
     ),
     (
         lambda folder: edit_json(folder / "teacher" / "generation_config.json", eos_token_id=99),
-        ["tokenizers | ", "end token 99 of the teacher; limit"],
+        ["tokenizers | ", "the teacher has an end token 99 outside its vocabulary; limit"],
     ),
 ]
 
@@ -336,13 +359,16 @@ OTHER = {"prompt_id": "b", "question": "11+06=?", "answer": "17"}
         ([], ["the prompt set is empty"]),
         (
             [QUESTION, {**OTHER, "prompt_id": "a"}],
-            ["eval.jsonl:2: duplicate prompt_id 'a', first on line 1"],
+            ["eval.jsonl:2: the prompt_id 'a' is not unique: it is also on line 1"],
         ),
         (
             [QUESTION, {**OTHER, "question": "1+" * 100}],
             [
                 "prompt 'b' has",
-                "leaves no room for a response; limit: fewer than 128 (sglang.context_length)",
+                (
+                    "so no token is left for a response; limit: fewer than 128 tokens "
+                    "(sglang.context_length)"
+                ),
             ],
         ),
         (
@@ -376,8 +402,8 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
         "distill.batch_size=1",
     )
     assert (
-        "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, "
-        "first 'other name, same question'"
+        "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, for example "
+        "'other name, same question'"
     ) in line
     assert wrong(config, 'prompts.eval={file="eval.jsonl"}') == [], "the control"
 
@@ -398,17 +424,20 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
         ),
         ("task.options.num_operations=99", "task.options.num_operations"),
         ("prompts.sft={seed=1}", "prompts.sft: a prompt set has neither file nor num_prompts"),
-        ("prompts.sft.seed=999", "seed 999 of generated prompts; limit: 0 to 255"),
+        (
+            "prompts.sft.seed=999",
+            "seed 999 of generated prompts is out of range; limit: at least 0 and at most 255",
+        ),
         (
             "prompts.sft.format=gsm8k",
             (
-                "prompts.sft: format gsm8k, fields or where of a file, and no file; "
-                "limit: prompts are generated by the task"
+                "prompts.sft: format gsm8k, fields or where describe a file, but there is no "
+                "file: the task generates the prompts"
             ),
         ),
         (
             "prompts.sft.num_prompts=10000001",
-            "10000001 prompts were asked for; limit: 10,000,000; remedy: ask for fewer",
+            "num_prompts = 10000001 is too large; limit: at most 10,000,000; remedy: lower",
         ),
     ],
 )
@@ -429,7 +458,7 @@ def test_a_port_that_is_taken_matters_to_the_stages_that_serve(
 ) -> None:
     (line,) = wrong(config, f"sglang.port={listening}")
     assert (
-        f"server | 127.0.0.1: sglang.port = {listening} is taken; remedy: leave sglang.port out"
+        f"server | 127.0.0.1: sglang.port = {listening} is taken; remedy: remove sglang.port"
         in line
     )
     for verb in ("run", "demonstrate"):
@@ -456,31 +485,36 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
     ("overrides", "fragments"),
     [
         *(
-            ([f"sglang.student_urls=['{url}']"], [f"sglang.student_urls: {url!r} is no URL"])
+            ([f"sglang.student_urls=['{url}']"], [f"sglang.student_urls: {url!r} is not a URL"])
             for url in ("http://", "http://a b:1", "http://[::1", "http://h:99999")
         ),
         (
             ["sglang.teacher_urls=['http://me:secret@127.0.0.1:1']"],
-            ["sglang.teacher_urls: a URL has a user name or a password in it", "LOPD_SGLANG_KEY"],
+            ["sglang.teacher_urls: a URL contains a user name or a password", "LOPD_SGLANG_KEY"],
         ),
         (
             [f"sglang.student_urls=['{SERVER}', '{SERVER}/']"],
-            ["is named 2 times; limit: each server once"],
+            ["is in the list 2 times; limit: each server exactly once"],
         ),
         (
             [f"sglang.student_urls=['{SERVER}']", f"sglang.teacher_urls=['{SERVER}/']"],
-            ["is also in sglang.teacher_urls; limit: one model per server"],
+            ["is also in sglang.teacher_urls; limit: exactly one model per server"],
         ),
         (
             [f"sglang.teacher_urls=['{SERVER}']", "models.teachers.register_arithmetic=teacher"],
-            ["sglang.teacher_urls with models.teachers; limit: servers of one"],
+            [
+                (
+                    "sglang.teacher_urls and models.teachers cannot be used together; limit: "
+                    "sglang.teacher_urls are servers of exactly one"
+                )
+            ],
         ),
         (
             ["sync.host=auto"],
             [
                 (
-                    'sync.host = "auto" with sync.transport = "disk"; '
-                    "limit: only the transport distributed uses it; remedy: leave sync.host out"
+                    'sync.host = "auto" has no effect with sync.transport = "disk"; limit: '
+                    'only with sync.transport = "distributed"; remedy: remove sync.host'
                 )
             ],
         ),
@@ -492,8 +526,8 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
             [f"sglang.replicas={2 * CORES}"],
             [
                 (
-                    f"sglang.replicas = {2 * CORES}; limit: {CORES} CPU cores; "
-                    f"remedy: set sglang.replicas={CORES} or fewer"
+                    f"sglang.replicas = {2 * CORES} is too large; limit: at most {CORES} CPU "
+                    f"cores; remedy: set sglang.replicas={CORES} or fewer"
                 )
             ],
         ),
@@ -503,7 +537,12 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         ),
         (
             ["score.top_k=33"],
-            ["score.top_k = 33; limit: the teacher's vocabulary: 32; remedy: lower score.top_k"],
+            [
+                (
+                    "score.top_k = 33 is too large; limit: at most the vocabulary of the "
+                    "teacher: 32; remedy: lower score.top_k"
+                )
+            ],
         ),
     ],
     ids=str,
@@ -564,7 +603,11 @@ def test_what_can_be_downloaded_is_said_to_be(
 def test_what_cannot_be_used_together(config: Path) -> None:
     refreshed = wrong(config, "distill.cache=absent", "distill.refresh.every=2")
     assert any(
-        "distill.refresh with distill.cache; limit: fresh rollouts join" in line
+        (
+            "distill.refresh and distill.cache cannot be used together: fresh rollouts are "
+            "added to those of the score stage"
+        )
+        in line
         for line in refreshed
     ), "said before the SFT student is there"
     given = [
@@ -574,7 +617,10 @@ def test_what_cannot_be_used_together(config: Path) -> None:
     ]
     assert wrong(config, *given) == []
     (line,) = wrong(config, *given, "sft.init=random")
-    assert 'sft.init = "random" with sft.checkpoint; limit: nothing is trained' in line
+    assert (
+        'sft.init = "random" and sft.checkpoint cannot be used together: nothing is '
+        "trained from a given checkpoint"
+    ) in line
 
 
 def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: Path) -> None:
@@ -582,12 +628,15 @@ def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     for override, fragment in (
-        ("run.dir=file", "run.dir: a file is in the way"),
-        ("run.dir=file/run", "run.dir: a file is in the way"),
-        ("run.dir=full", "run.dir holds files that no run made, first 'thesis.tex'"),
-        ("run.dir=.", "run.dir holds files that no run made, first 'config.toml'"),
-        ("export.dir=file", "export.dir: a file is in the way"),
-        ("export.dir=full", "holds files that are not ours (no lopd.json) and would be replaced"),
+        ("run.dir=file", "run.dir cannot be created: a file has this path"),
+        ("run.dir=file/run", "run.dir cannot be created: a file has this path"),
+        ("run.dir=full", "run.dir holds files that no run made, for example 'thesis.tex'"),
+        ("run.dir=.", "run.dir holds files that no run made, for example 'config.toml'"),
+        ("export.dir=file", "export.dir cannot be created: a file has this path"),
+        (
+            "export.dir=full",
+            "the folder has no lopd.json, so lopd did not make its files and does not replace them",
+        ),
     ):
         found = wrong(config, override)
         assert len(found) == 1, found
@@ -598,7 +647,7 @@ def test_folders_that_cannot_be_written_or_are_not_ours(config: Path, tmp_path: 
 
 def test_demonstrations_from_elsewhere(config: Path) -> None:
     assert any(
-        "demonstrations | " in line and "absent: no manifest.json" in line
+        "demonstrations | " in line and "absent: there is no manifest.json" in line
         for line in wrong(config, "sft.demonstrations=absent")
     )
 
@@ -609,7 +658,7 @@ def test_too_little_room(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # type: ignore[attr-defined]
     (line,) = wrong(config)
     assert line.startswith("disk | ")
-    assert "0.00 GiB free; limit: about 0.0" in line
+    assert "the disk has only 0.00 GiB free; limit: at least about 0.0" in line
 
 
 def test_every_check_belongs_to_stages_that_exist() -> None:

@@ -188,7 +188,10 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         (("run", "absent.toml"), ("absent.toml: no such file", "examples/tiny_moe.toml")),
         (
             ("run", "distill.num_steps=3", "x.toml"),
-            ("is an override, where a TOML file is needed", "lopd VERB CONFIG section.key=value"),
+            (
+                "is an override, but a TOML file is needed here",
+                "lopd VERB CONFIG section.key=value",
+            ),
         ),
         (("run", "/"), ("/: cannot be read (Is a directory)",)),
         (("run", ""), ("cannot be read",)),
@@ -272,7 +275,8 @@ def test_the_current_folder_may_be_gone(
     assert states(here("status", project, "--json")) == ["absent"] * len(STAGES)
     (tmp_path / "config.toml").write_text(CONFIG)
     here("status", "../config.toml").refused(
-        "../config.toml: the current folder is gone", "go to a folder that exists"
+        "../config.toml: the current folder does not exist any more",
+        "change to a folder that exists, then run the command again",
     )
 
 

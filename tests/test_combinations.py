@@ -51,38 +51,44 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     # limits that are never reached
     (
         ("rollout.max_new_tokens=129",),
-        "sampling | rollout: rollout.max_new_tokens = 129; limit: sglang.context_length = 128",
+        (
+            "sampling | rollout: rollout.max_new_tokens = 129 is too large; limit: at most "
+            "sglang.context_length = 128"
+        ),
         ("rollout.max_new_tokens=128",),
     ),
     (
         ("demonstrate.max_new_tokens=4096",),
-        "demonstrate.max_new_tokens = 4096; limit: sglang.context_length = 128",
+        (
+            "demonstrate.max_new_tokens = 4096 is too large; limit: at most "
+            "sglang.context_length = 128"
+        ),
         ("demonstrate.max_new_tokens=64",),
     ),
     (
         ("evaluate={preset='paper_math'}",),
-        "evaluate.max_new_tokens = 32768; limit: sglang.context_length = 128: no response",
+        "evaluate.max_new_tokens = 32768 is too large; limit: at most sglang.context_length = 128",
         ("evaluate={preset='paper_math',max_new_tokens=64}",),
     ),
     (
         ("rollout.min_p=0.1",),
-        "rollout.min_p = 0.1 with sglang.deterministic",
+        "rollout.min_p = 0.1 cannot be used with sglang.deterministic",
         ("rollout.min_p=0.1", "sglang.deterministic=false"),
     ),
     (
         ("sglang.extra_args.max_queued_requests=63",),
-        "the server would refuse what is over 127",
+        "the server would refuse requests beyond 127",
         ("sglang.extra_args.max_queued_requests=64",),
     ),
     (
         ("sglang.max_total_tokens=135",),
-        "limit: at least one full sequence: sglang.context_length = 128, and 8",
+        "limit: at least one full sequence: sglang.context_length = 128, plus 8 tokens",
         ("sglang.max_total_tokens=136",),
     ),
     # refreshes
     (
         ("distill.refresh.keep_teacher=true",),
-        "refresh | distill.refresh: refresh.keep_teacher without a refresh",
+        "refresh | distill.refresh: refresh.keep_teacher has no effect without a refresh",
         ("distill.refresh.keep_teacher=true", REFRESHED),
     ),
     (
@@ -95,7 +101,10 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (REFRESHED, "score.engine=megatron", "score.forward.max_tokens_per_microbatch=127"),
-        "score.forward.max_tokens_per_microbatch = 127; limit: at least one full sequence: 128",
+        (
+            "score.forward.max_tokens_per_microbatch = 127 is too small; limit: at least one "
+            "full sequence: 128"
+        ),
         (REFRESHED, "score.engine=megatron", "score.forward.max_tokens_per_microbatch=128"),
     ),
     (
@@ -116,17 +125,17 @@ PAIRS: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
     ),
     (
         (f"sglang.student_urls=['{URL}', 'http://localhost:30001']",),
-        "is named 2 times; limit: each server once",
+        "is in the list 2 times; limit: each server exactly once",
         (f"sglang.student_urls=['{URL}', 'http://localhost:30002']",),
     ),
     (
         ("sglang.extra_args.attention_backend=triton",),
-        "limit: torch_native without a GPU",
+        "limit: exactly torch_native on a machine without a GPU",
         ("sglang.extra_args.attention_backend=torch_native",),
     ),
     (
         ("sglang.extra_args.enable_memory_saver=true",),
-        "it follows sync.colocate",
+        "lopd sets it where sync.colocate is true",
         ("sglang.extra_args.enable_metrics=true",),
     ),
     (
@@ -213,8 +222,8 @@ def sync_lines(config: Config, *, on_gpu: bool | None) -> list[str]:
 def test_turns_with_nobody_are_refused(project: Path) -> None:
     (line,) = sync_lines(load_config(project, ["sync.colocate=true"]), on_gpu=None)
     assert (
-        "sync.colocate = true, and no server lives beside the training; "
-        "limit: distill.sync_every above 0, or a refresh"
+        "sync.colocate = true has no effect: no server runs during the training; limit: "
+        "distill.sync_every above 0, or a refresh"
     ) in line
     for server in (SYNCED, REFRESHED):
         assert sync_lines(load_config(project, ["sync.colocate=true", server]), on_gpu=None) == []
@@ -226,9 +235,9 @@ def test_buffers_of_nccl_cannot_be_given_back(project: Path) -> None:
         on_gpu=None,
     )
     assert (
-        "distill.megatron.nccl_ub with sync.colocate; limit: only buffers that torch allocates"
-        in line
-    )
+        "distill.megatron.nccl_ub cannot be used with sync.colocate: only memory that torch "
+        "allocates can be given back and taken again"
+    ) in line
     for good in (
         ["sync.colocate=true", "distill.megatron={nccl_ub=false}"],
         ["distill.megatron={nccl_ub=true}"],
@@ -302,8 +311,8 @@ def test_a_server_that_tells_no_fingerprints_is_found_before_the_first_sync(
 ) -> None:
     asked = (f"sglang.student_urls=['{theirs.url}']", "sync.verify=tensors")
     (line,) = wrong(project, *asked, SYNCED)
-    assert f"server | {theirs.url}: this server cannot tell fingerprints of its weights" in line
-    assert "remedy: leave sync.verify out" in line
+    assert f"server | {theirs.url}: this server cannot report fingerprints of its weights" in line
+    assert "remedy: remove sync.verify" in line
     theirs.calls.clear()
     assert wrong(project, *asked) == [], "no sync, no fingerprints"
     assert wrong(project, asked[0], SYNCED) == [], "scores, unless asked for"
@@ -335,12 +344,15 @@ def test_the_port_of_a_replica_is_looked_at_too(project: Path) -> None:
     [
         (
             ("rollout.top_k=0",),
-            "rollout.top_k = 0; limit: -1 (all tokens are candidates), or 1 and more",
+            (
+                "rollout.top_k = 0 is not allowed; limit: exactly -1 (all tokens are "
+                "candidates), or at least 1"
+            ),
             ("rollout.top_k=1",),
         ),
         (
             ("sglang.port=65535", "sglang.replicas=2"),
-            "sglang.port = 65535 with replicas = 2; limit: 65534",
+            "sglang.port = 65535 is too large for replicas = 2; limit: at most 65534",
             ("sglang.port=65534", "sglang.replicas=2"),
         ),
         (

@@ -58,51 +58,51 @@ def test_dotted_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> Non
         ("distill.optimizer.lrr=1", "nearest known key is distill.optimizer.lr"),
         ("rollout.temprature=1", "nearest known key is rollout.temperature"),
         ("distill.num_steps='many'", "distill.num_steps"),
-        ("distill.num_steps=0", "limit: >= 1"),
-        ("rollout.top_p=1.5", "limit: <= 1"),
+        ("distill.num_steps=0", "limit: at least 1"),
+        ("rollout.top_p=1.5", "limit: at most 1"),
         ("distill.aggregation=mean", "response_mean"),
         ("models.trust_remote_code=true", "never run"),
-        ("no_equals_sign", "not section.key=value"),
+        ("no_equals_sign", "not of the form section.key=value"),
         ("run.seed.deep=1", "run.seed"),
         ("run.dir.deep=1", "dir is a value, not a section"),
         (
             "models.teachers.math=5",
             (
-                "models.teachers.math = 5; limit: a path in quotes; "
-                "remedy: change it (One teacher per domain"
+                "models.teachers.math = 5 is not allowed; limit: a path in quotes; remedy: "
+                "change models.teachers.math (One teacher per domain"
             ),
         ),
-        ("sglang.student_urls=[5]", "sglang.student_urls.0 = 5; limit: text in quotes"),
+        (
+            "sglang.student_urls=[5]",
+            "sglang.student_urls.0 = 5 is not allowed; limit: text in quotes",
+        ),
         ("sglang.student_urls=http://localhost:30000", 'limit: a list ["...", "..."]'),
         (
             "sync.host=localhost",
             (
-                'sync.host = "localhost" is not an IPv4 address; '
-                "limit: an IPv4 address of this machine, or auto; remedy: name one"
+                'sync.host = "localhost" is not an IPv4 address; limit: an IPv4 address of '
+                "this machine, or auto; remedy: set sync.host"
             ),
         ),
         (
             "sync.delta=true",
             (
-                'sync.delta = true with transport = "disk"; '
-                'limit: transport = "tensor" or "distributed": a folder must hold every tensor; '
+                'sync.delta = true cannot be used with transport = "disk": a folder must hold '
+                'every tensor; limit: only with transport = "tensor" or "distributed"; '
                 "remedy: set"
             ),
         ),
         (
             "sync={colocate=true,transport='distributed'}",
-            (
-                'sync.colocate = true with transport = "distributed"; '
-                'limit: transport = "tensor" or "disk"'
-            ),
+            'sync.colocate = true cannot be used with transport = "distributed"',
         ),
         (
             "sync={colocate=true,transport='tensor',delta=true}",
-            "sync.delta = true with colocate = true; limit: a server that has given",
+            "sync.delta = true cannot be used with colocate = true: a server that has given",
         ),
         (
             "sync={transport='tensor',running_requests='finish'}",
-            'sync.running_requests = "finish" with transport = "tensor"; limit: it needs transport',
+            'sync.running_requests = "finish" cannot be used with transport = "tensor"',
         ),
     ],
 )

@@ -212,7 +212,7 @@ def test_each_teacher_is_checked_on_its_own(
         tmp_path / "config.toml", [*common, f"run.dir={tmp_path / 'alone'}", "models.teachers={}"]
     )
     pipeline.run(alone, STAGES[1:3])
-    with pytest.raises(ConsistencyError, match="each domain's demonstrations were made by its own"):
+    with pytest.raises(ConsistencyError, match="one of the teachers that made the demonstrations"):
         pipeline.run(alone, STAGES[3:])
 
 
@@ -229,7 +229,7 @@ def test_mixed_teachers_without_a_column_are_refused_by_training(
     (tmp_path / "a" / "manifest.json").write_text(
         json.dumps({**manifest, "models": {**manifest["models"], "teachers.code": second}})
     )
-    with pytest.raises(DataError, match="2 teachers; limit: a column teacher"):
+    with pytest.raises(DataError, match="2 teachers, but no column teacher"):
         load_samples(job_on(config, tmp_path / "a"))
 
 
@@ -266,11 +266,11 @@ def test_what_lopd_check_says_of_them(config: Config, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     assert "no such folder" in findings(load_config(path, ['models.teachers.math="nowhere"']))[0]
     assert (
-        "models.teachers.poetry: no prompt of this domain"
+        "models.teachers.poetry: no prompt has this domain"
         in findings(load_config(path, ['models.teachers.poetry="teacher"']))[0]
     )
     assert (
-        "fresh rollouts are scored by one teacher"
+        "exactly one teacher, which scores the fresh rollouts"
         in findings(load_config(path, ["distill.refresh.every=1"]))[0]
     )
     other = shutil.copytree(TINY_MODELS / "teacher", tmp_path / "other")

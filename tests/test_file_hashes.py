@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lopd.artifacts.file_hashes import FileHashes, current_hashes, remembered_hashes
+from lopd.artifacts.file_hashes import FileHashes
 
 OLD = 10 * 10**9  # nanoseconds: longer than any file system's tick
 
@@ -22,6 +22,13 @@ def write(path: Path, content: bytes, *, age_ns: int = OLD) -> str:
     then = time.time_ns() - age_ns
     os.utime(path, ns=(then, then))
     return hashlib.sha256(content).hexdigest()
+
+
+def stored(store: Path) -> FileHashes:
+    """The hashes of a new process that begins with a store."""
+    hashes = FileHashes()
+    hashes.load(store)
+    return hashes
 
 
 @pytest.fixture
@@ -48,10 +55,10 @@ def test_a_file_is_read_once(tmp_path: Path, no_tick: None, reads: list[str]) ->
     sha = write(tmp_path / "a", b"one")
     store = tmp_path / "hashes.json"
     for _ in range(2):
-        hashes = FileHashes(store)
+        hashes = stored(store)
         assert hashes.sha256(tmp_path / "a") == sha
         assert hashes.sha256(tmp_path / "a") == sha
-        hashes.save()
+        hashes.save(store)
     assert reads == ["a"]
 
 
@@ -98,22 +105,24 @@ def test_a_copied_folder_is_read_once_more(tmp_path: Path, no_tick: None, reads:
     (tmp_path / "run").mkdir()
     write(tmp_path / "run/a", b"one")
     store = tmp_path / "run/hashes.json"
-    with remembered_hashes(store) as hashes:
-        hashes.sha256(tmp_path / "run/a")
+    hashes = stored(store)
+    hashes.sha256(tmp_path / "run/a")
+    hashes.save(store)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")  # times are kept, inodes are not
     for _ in range(2):
-        with remembered_hashes(tmp_path / "copy/hashes.json") as hashes:
-            hashes.sha256(tmp_path / "copy/a")
+        hashes = stored(tmp_path / "copy/hashes.json")
+        hashes.sha256(tmp_path / "copy/a")
+        hashes.save(tmp_path / "copy/hashes.json")
     assert len(reads) == 2
     assert len(json.loads((tmp_path / "copy/hashes.json").read_text())) == 2
 
 
-def test_rehash_reads_again(tmp_path: Path, no_tick: None, reads: list[str]) -> None:
+def test_what_is_forgotten_is_read_again(tmp_path: Path, no_tick: None, reads: list[str]) -> None:
     write(tmp_path / "a", b"one")
-    store = tmp_path / "hashes.json"
-    for rehash in (False, True, False):
-        with remembered_hashes(store, rehash=rehash) as hashes:
-            hashes.sha256(tmp_path / "a")
+    hashes = FileHashes()
+    hashes.sha256(tmp_path / "a")
+    hashes.forget()
+    hashes.sha256(tmp_path / "a")
     assert len(reads) == 2
 
 
@@ -122,20 +131,23 @@ def test_a_damaged_store_is_as_good_as_none(content: str, tmp_path: Path, no_tic
     store = tmp_path / "hashes.json"
     store.write_text(content)
     sha = write(tmp_path / "a", b"one")
-    with remembered_hashes(store) as hashes:
-        assert hashes.sha256(tmp_path / "a") == sha
+    hashes = stored(store)
+    assert hashes.sha256(tmp_path / "a") == sha
+    hashes.save(store)
 
 
 def test_entries_of_files_that_are_gone_are_dropped(tmp_path: Path, no_tick: None) -> None:
     store = tmp_path / "hashes.json"
     for name in ("a", "b"):
         write(tmp_path / name, name.encode())
-    with remembered_hashes(store) as hashes:
-        hashes.sha256_all([tmp_path / "a", tmp_path / "b"])
+    hashes = stored(store)
+    hashes.sha256_all([tmp_path / "a", tmp_path / "b"])
+    hashes.save(store)
     (tmp_path / "a").unlink()
     write(tmp_path / "b", b"changed")
-    with remembered_hashes(store) as hashes:
-        hashes.sha256(tmp_path / "b")
+    hashes = stored(store)
+    hashes.sha256(tmp_path / "b")
+    hashes.save(store)
     [key] = json.loads(store.read_text())
     assert key.startswith(f"{tmp_path / 'b'}|7|")
 
@@ -149,10 +161,3 @@ def test_many_files_side_by_side(tmp_path: Path, no_tick: None) -> None:
     assert hashes.sha256_all(files, read=done.append) == expected
     assert sum(done) == sum(len(path.name) for path in files)
     assert hashes.unknown_bytes(files) == 0
-
-
-def test_the_store_holds_for_the_block_alone(tmp_path: Path) -> None:
-    before = current_hashes()
-    with remembered_hashes(tmp_path / "hashes.json") as inside:
-        assert current_hashes() is inside
-    assert current_hashes() is before

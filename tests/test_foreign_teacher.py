@@ -27,11 +27,11 @@ def test_scoring_alone_with_another_teacher_names_the_teacher(
     served = list(started.served)
     another = f"models.teacher={tmp_path / 'student'}"
     lopd("score", config, another).refused(
-        "is not the teacher of demonstrate, which rollout goes back to",
-        f"limit: {tmp_path / 'teacher'}",
+        "is not the teacher that made the artifact of demonstrate, from which rollout was made",
+        f"limit: exactly {tmp_path / 'teacher'}",
     )
     lopd("score", config, "demonstrate.temperature=0.5").refused(
-        "score needs rollout, which was made from other knobs (parent sft)"
+        "score needs rollout, which was made with other settings (parent sft)"
     )
     lopd("score", config, another, "demonstrate.temperature=0.5").refused("made from other knobs")
     assert started.served == served, "nothing was started"

@@ -229,7 +229,9 @@ def test_what_is_no_sound_cache_is_refused_before_training(project: Project) -> 
         ),
     ):
         project.distill(damaged)
-    with pytest.raises(ArtifactError, match="is of kind rollouts; limit: a complete teacher_cache"):
+    with pytest.raises(
+        ArtifactError, match="this artifact is of kind rollouts; limit: a complete teacher_cache"
+    ):
         project.distill(project.folder / "run" / "rollout")
     assert not (project.folder / "run" / "distill" / "job.json").exists()
 
@@ -243,7 +245,10 @@ def test_lopd_check_compares_whose_it_is(project: Project, foreign: Path) -> Non
     assert "whose they are is compared once" in str(next(check_given(before)))
     refreshed = project.load(f"distill.cache={project.score}", "distill.refresh.every=1")
     assert [problem.what for problem in refresh_problems(refreshed)] == [
-        "distill.refresh with distill.cache"
+        (
+            "distill.refresh and distill.cache cannot be used together: fresh rollouts are "
+            "added to those of the score stage"
+        )
     ]
     assert list(refresh_problems(project.load(f"distill.cache={project.score}"))) == []
 
@@ -282,9 +287,9 @@ def test_a_checkpoint_from_elsewhere_has_a_declared_teacher(project: Project) ->
     unknown = project.load(*given)
     for stage in TO_SCORE[1:3]:
         pipeline.run(unknown, (stage,))
-    with pytest.raises(ConsistencyError, match="nobody knows whether teacher"):
+    with pytest.raises(ConsistencyError, match="it is not recorded whether teacher"):
         pipeline.run(unknown, ("score",))
-    with pytest.raises(ConsistencyError, match="nobody knows whether teacher"):
+    with pytest.raises(ConsistencyError, match="it is not recorded whether teacher"):
         list(check_checkpoint(unknown))
     with pytest.raises(ConfigError, match="one of the two"):
         list(

@@ -92,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs",
     },
     "verbs.parity": {*CORE, *MEGATRON, *SGLANG, "artifacts", "audit", "cache", "report", "verbs"},
-    "verbs.pipeline": {*CORE, "checks", "pipeline", "report", "summary"},
+    "verbs.pipeline": {*CORE, "artifacts", "checks", "pipeline", "report", "summary"},
     "verbs.plan": {*CORE, "checks", "planning", "report", "verbs"},
     "verbs.prepare": {*CORE, "machine", "report", "verbs"},
     "verbs.prompts": {*CORE, "tasks", "verbs"},

@@ -88,14 +88,14 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
         (
             {"gpus": (), "gpus_problem": "nvidia-smi is not installed"},
             "GPUs",
-            "0 GPUs (nvidia-smi is not installed); limit: 8",
+            "this machine has only 0 GPUs (nvidia-smi is not installed); limit: at least 8",
         ),
-        ({"gpus": (H100,) * 7}, "GPUs", "7 GPUs; limit: 8"),
+        ({"gpus": (H100,) * 7}, "GPUs", "this machine has only 7 GPUs; limit: at least 8"),
         ({"gpus": (*(H100,) * 7, dataclasses.replace(H100, mig=True))}, "GPUs", "MIG"),
         (
             {"gpus": (*(H100,) * 7, dataclasses.replace(H100, used=9 * 2**30))},
             "GPUs",
-            "GPUs 7 hold memory",
+            "other programs use memory of the GPUs 7",
         ),
         (
             {"gpus": (*(H100,) * 7, dataclasses.replace(H100, name="NVIDIA H200"))},
@@ -109,10 +109,10 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
         (
             {"gpus": (dataclasses.replace(H100, driver="550.54.15"),) * 8},
             "driver",
-            "550.54.15; limit: 580 for CUDA 13.0",
+            "550.54.15 is too old; limit: at least 580 for CUDA 13.0",
         ),
         ({"shm": 64 * 2**20}, "limits", "--ipc=host"),
-        ({"open_files": 1024}, "limits", "1024 open files"),
+        ({"open_files": 1024}, "limits", "a process may open only 1024 files"),
         ({"locked_memory": 64 * 2**10}, "limits", "memlock=-1"),
         ({"ports_taken": (30000,)}, "ports", "port 30000 is taken"),
         (
@@ -123,12 +123,12 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
         (
             {"versions": {**versions.NEEDED, **versions.NEEDED_ON_GPU, "sglang": "0.5.9"}},
             "versions",
-            "sglang 0.5.9; limit: 0.5.17",
+            "sglang 0.5.9 is too old; limit: at least 0.5.17",
         ),
         (
             {"versions": {**versions.NEEDED, **versions.NEEDED_ON_GPU, "megatron-core": "0.19.0"}},
             "versions",
-            "megatron-core 0.19.0; limit: below 0.19",
+            "megatron-core 0.19.0 is newer than the tested versions; limit: below 0.19",
         ),
         (
             {
@@ -140,8 +140,9 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
             },
             "versions",
             (
-                "transformer-engine 2.16 beside nvidia-cublas 13.1.0.3: its library does not load, "
-                "and neither does megatron-core; limit: nvidia-cublas 13.2.0.9"
+                "transformer-engine 2.16 does not work with nvidia-cublas 13.1.0.3: its library "
+                "does not load, and neither does megatron-core; limit: nvidia-cublas at least "
+                "13.2.0.9"
             ),
         ),
         ({"hub": {}}, "sources", "downloads are switched off"),

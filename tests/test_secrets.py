@@ -157,7 +157,9 @@ def test_an_override_with_a_secret_is_refused_where_it_would_stand_in_scripts(
         config_file=EXAMPLES / "tiny_moe.toml",
         overrides=["sglang.tensor=1", "sft.num_steps=2"],
     ).jobs
-    with pytest.raises(ConfigError, match="would stand in the scripts of the jobs") as caught:
+    with pytest.raises(
+        ConfigError, match="lopd would write into the scripts of the jobs"
+    ) as caught:
         make_plan(
             config,
             "local",

@@ -4,8 +4,8 @@ A hash is kept under what the file system says of the file: resolved path, size,
 change of its content (mtime_ns) and of its entry (ctime_ns), and inode. Where any of them differs,
 the file is read again. So a changed file is noticed, and a copied folder is read once more.
 
-What this cannot notice is a disk that returns other bytes than were written. ``run.rehash`` reads
-every file again.
+What this cannot notice is a disk that returns other bytes than were written. The knob
+``run.rehash`` has every file read again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,28 +25,35 @@ from pathlib import Path
 # Two seconds is the coarsest tick in use (FAT; most file systems have milliseconds).
 _TICK_NS = 2 * 10**9
 _MAX_THREADS = 16
+# The store, in a run directory.
+STORE = "hashes.json"
 
 
 class FileHashes:
-    """Hashes of files, kept in memory and, where it has a store, in a JSON file.
+    """Hashes of files that this process has read, and those that a store remembers.
 
-    It may be used by several threads. Several processes may share a store: each adds what it has
-    found, and an entry that another process overwrote costs one more reading.
+    Several threads may use it. Several processes may share a store: each adds what it has found,
+    and an entry that another process has overwritten costs one more reading.
     """
 
-    def __init__(self, store: Path | None = None, *, rehash: bool = False) -> None:
-        """Read the store.
-
-        Args:
-            store: The JSON file. Without it hashes are kept in memory alone.
-            rehash: Forget what the store has, so that every file is read once.
-        """
-        self._store = store
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._changed = False
         self._known: dict[str, str] = {}
-        if store is not None and not rehash:
-            self._known = _read_store(store)
+        # Whether there is something that the store does not have.
+        self._is_new = False
+
+    def load(self, store: Path) -> None:
+        """Take over what a store has. A store that is missing or damaged has nothing."""
+        stored = _read_store(store)
+        with self._lock:
+            # What this process has read itself is at least as new.
+            self._known = stored | self._known
+
+    def forget(self) -> None:
+        """Forget everything, so that every file is read again."""
+        with self._lock:
+            self._known = {}
+            self._is_new = False
 
     def sha256(self, path: Path) -> str:
         """Return the sha256 of a file in hexadecimal digits.
@@ -66,8 +73,19 @@ class FileHashes:
         if began_ns - changed_ns > _TICK_NS:
             with self._lock:
                 self._known[key] = digest
-                self._changed = True
+                self._is_new = True
         return digest
+
+    def wrote(self, path: Path, digest: str) -> None:
+        """Remember the hash of a file that this process has just written.
+
+        Here a young file is remembered: its bytes were hashed in memory, and its state is taken
+        right after the rename.
+        """
+        key, _ = _state(path)
+        with self._lock:
+            self._known[key] = digest
+            self._is_new = True
 
     def sha256_all(
         self, paths: Sequence[Path], *, read: Callable[[int], None] | None = None
@@ -76,7 +94,8 @@ class FileHashes:
 
         Args:
             paths: The files.
-            read: Called with the number of bytes of a file once it is done.
+            read: A function that is called with the number of bytes of each file once the file is
+                hashed.
 
         Raises:
             OSError: A file cannot be read.
@@ -94,7 +113,7 @@ class FileHashes:
             return list(pool.map(one, paths))
 
     def unknown_bytes(self, paths: Iterable[Path]) -> int:
-        """Return how many bytes sha256_all would read: those of the files that are not known."""
+        """Return the total size in bytes of those files whose hash is not stored yet."""
         total = 0
         for path in paths:
             key, _ = _state(path)
@@ -102,47 +121,25 @@ class FileHashes:
                 total += path.stat().st_size
         return total
 
-    def save(self) -> None:
-        """Write the store, where there is one and something was found. A failure is no error."""
-        if self._store is None or not self._changed:
+    def save(self, store: Path) -> None:
+        """Write what is known into a store. A failure is no error: it only costs time later."""
+        if not self._is_new:
             return
-        with contextlib.suppress(OSError, ValueError):
-            # What another process has found in the meantime.
-            others = _read_store(self._store)
-            # Entries of files that are gone, or have changed, would pile up for ever.
-            entries = {
-                key: value for key, value in {**others, **self._known}.items() if _is_current(key)
-            }
-            partial = self._store.with_name(f"{self._store.name}.{os.getpid()}.partial")
+        # What another process has found in the meantime.
+        others = _read_store(store)
+        # Entries of files that are gone, or have changed, would pile up for ever.
+        entries = {
+            key: value for key, value in {**others, **self._known}.items() if _is_current(key)
+        }
+        with contextlib.suppress(OSError):
+            partial = store.with_name(f"{store.name}.{os.getpid()}.partial")
             partial.write_text(json.dumps(entries, indent=0, sort_keys=True), encoding="utf-8")
-            partial.replace(self._store)
-            self._changed = False
+            partial.replace(store)
+            self._is_new = False
 
 
-_current = FileHashes()
-
-
-def current_hashes() -> FileHashes:
-    """Return the hashes that this process uses now."""
-    return _current
-
-
-@contextlib.contextmanager
-def remembered_hashes(store: Path, *, rehash: bool = False) -> Iterator[FileHashes]:
-    """Use a store for as long as the block lasts, and write it at the end.
-
-    Args:
-        store: The JSON file.
-        rehash: Read every file again, whatever the store says.
-    """
-    global _current
-    before = _current
-    _current = FileHashes(store, rehash=rehash)
-    try:
-        yield _current
-    finally:
-        _current.save()
-        _current = before
+# Of this process. A file is read once, whoever asks for its hash.
+HASHES = FileHashes()
 
 
 def _read_store(store: Path) -> dict[str, str]:

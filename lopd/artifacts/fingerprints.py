@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lopd.artifacts.file_hashes import HASHES
 from lopd.errors import ArtifactError
 from lopd.records import ModelIdentity
 
@@ -30,9 +31,18 @@ def sha256_json(value: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the fingerprint of a file's bytes. The file is read in blocks."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Return the fingerprint of a file's bytes.
+
+    A file that has not changed since it was read last is not read again
+    (lopd.artifacts.file_hashes).
+    """
+    return HASHES.sha256(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder."""
+    # The order of the names makes the list the same on every system.
+    return sorted(folder.glob("*.safetensors"))
 
 
 def identify_model(folder: Path) -> ModelIdentity:
@@ -46,7 +56,7 @@ def identify_model(folder: Path) -> ModelIdentity:
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(
-            "no config.json",
+            "there is no config.json in this folder",
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint",
         )
@@ -57,12 +67,12 @@ def identify_model(folder: Path) -> ModelIdentity:
     for key in _VOLATILE:
         config.pop(key, None)
     # config.json counts as weights: the same tensors with another rope base or another epsilon of
-    # the norms are another model. The order of the names makes the list the same on every system.
-    files = sorted(folder.glob("*.safetensors"))
+    # the norms are another model.
+    weights = HASHES.sha256_all(weight_files(folder))
     tokenizer = folder / "tokenizer.json"
     return ModelIdentity(
         path=str(folder),
-        weights=sha256_json([sha256_json(config), *(sha256_file(path) for path in files)]),
+        weights=sha256_json([sha256_json(config), *weights]),
         tokenizer=sha256_file(tokenizer) if tokenizer.is_file() else "",
         template=hashlib.sha256(template).hexdigest(),
     )
@@ -81,14 +91,14 @@ def _chat_template(folder: Path) -> bytes:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint."""
-    remedy = "copy it again from where it came"
+    remedy = "copy the file again from its source"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         # ValueError stands for wrong JSON and for wrong UTF-8.
         raise ArtifactError(f"cannot be read ({error})", where=str(path), remedy=remedy) from None
     if not isinstance(value, dict):
-        raise ArtifactError("not a JSON object", where=str(path), remedy=remedy)
+        raise ArtifactError("the file does not hold a JSON object", where=str(path), remedy=remedy)
     return value
 
 

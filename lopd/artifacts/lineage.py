@@ -56,7 +56,8 @@ def lineage_in(lineage: Mapping[str, Any], domain: str) -> Mapping[str, Any]:
     """Return what is known of the teacher of one domain's demonstrations.
 
     Args:
-        lineage: With one entry per domain in ``by_domain``, or one for all of them.
+        lineage: The lineage record. It has one entry per domain in ``by_domain``, or one entry for
+            all domains.
         domain: "" names every domain that has no entry.
     """
     # With several teachers each domain has its own. A domain that nobody has declared is unknown.
@@ -71,7 +72,7 @@ def check_scoring_teacher(
     """Return the lineage to record with the scores.
 
     Args:
-        lineage: Of the demonstrations.
+        lineage: The lineage record of the demonstrations.
         teacher: The teacher that is to score.
         allow_foreign: The user accepts another teacher. The lineage then says so.
 
@@ -86,8 +87,9 @@ def check_scoring_teacher(
         # use.
         what, limit = _difference(lineage, teacher)
         remedy = (
-            "score with that teacher, make demonstrations with this one, or set "
-            "score.allow_foreign_teacher=true (recorded, and printed in every summary)"
+            "set models.teacher to the teacher of the demonstrations, make the "
+            "demonstrations with this teacher, or set score.allow_foreign_teacher=true "
+            "(lopd records this and prints it in every summary)"
         )
         raise ConsistencyError(what, where="models.teacher", limit=limit, remedy=remedy)
     # The override is recorded only where it was needed, so that a summary does not warn of it where
@@ -101,7 +103,7 @@ def check_scoring_teacher(
 
 
 def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str, str]:
-    """Say what is wrong with the scoring teacher, and which one would be right."""
+    """Return what is wrong with the scoring teacher, and which teacher would be right."""
     known = lineage.get("sft_teacher", "")
     # Several teachers made the demonstrations, so a single one cannot be right for all of them.
     if "by_domain" in lineage:
@@ -109,8 +111,8 @@ def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str
             entry.get("sft_teacher_path") or "unknown" for entry in lineage["by_domain"].values()
         }
         return (
-            f"teacher {teacher.path} is to score every domain",
-            f"each domain's demonstrations were made by its own: {', '.join(sorted(makers))}",
+            f"teacher {teacher.path} would score every domain, but each domain has its own teacher",
+            f"one of the teachers that made the demonstrations: {', '.join(sorted(makers))}",
         )
     if known:
         # The path is only for people. Two paths may hold the same weights, and then the check has
@@ -121,8 +123,8 @@ def _difference(lineage: Mapping[str, Any], teacher: ModelIdentity) -> tuple[str
             f"{maker} (weights {known[:12]})",
         )
     return (
-        f"nobody knows whether teacher {teacher.path} made the student's demonstrations",
-        "a known teacher",
+        f"it is not recorded whether teacher {teacher.path} made the student's demonstrations",
+        "the teacher that made the demonstrations must be recorded",
     )
 
 
@@ -135,13 +137,13 @@ def check_given_cache(
     student's demonstrations, or by another one and then corrected (Lightning OPD 2.0).
 
     Args:
-        manifest: Of the cache.
-        folder: Of the cache, for the error.
+        manifest: The manifest of the cache.
+        folder: The folder of the cache. Errors name it.
         student: The model that the training starts from.
-        allow_foreign: The user accepts any other cache. The lineage then says so.
+        allow_foreign: Whether the user accepts any other cache. The lineage then records this.
 
     Returns:
-        The cache's own lineage with ``cache``, which says in a sentence what was found.
+        The cache's own lineage with ``cache``, a sentence about what was found.
 
     Raises:
         ArtifactError: The folder is not a complete teacher cache.
@@ -150,12 +152,12 @@ def check_given_cache(
     """
     if manifest.kind not in CACHES or not manifest.complete:
         # More shards may still be added to an artifact that is not complete.
-        state = "" if manifest.complete else ", not complete"
+        state = "" if manifest.complete else " and is not complete"
         raise ArtifactError(
-            f"is of kind {manifest.kind}{state}",
+            f"this artifact is of kind {manifest.kind}{state}",
             where=str(folder),
             limit=f"a complete {' or '.join(CACHES)}",
-            remedy="see: lopd cache --help",
+            remedy="give the folder of a finished cache: see lopd cache --help",
         )
     # Not even allow_foreign helps here: with another tokenizer the ids mean other text.
     for identity in manifest.models.values():
@@ -165,8 +167,8 @@ def check_given_cache(
     if wrong and not allow_foreign:
         limit = f"responses of {_named(student)}, scored by the teacher of its demonstrations"
         remedy = (
-            "give a cache of this student, or set distill.allow_foreign_cache=true "
-            "(recorded, and printed in every summary)"
+            "give a cache of this student, or set distill.allow_foreign_cache=true (lopd "
+            "records this and prints it in every summary)"
         )
         raise ConsistencyError("; ".join(wrong), where=str(folder), limit=limit, remedy=remedy)
     # The note goes into the summary of the run, so that no table is shown without it.
@@ -180,13 +182,13 @@ def check_given_cache(
 
 
 def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:
-    """Say what makes a cache foreign to the student."""
+    """Return the reasons why a cache does not belong to the student."""
     faults = []
     # The method takes the policy that sampled as its reference. Responses of another student are no
     # on-policy data for this one.
     sampler = manifest.models.get("student")
     if sampler is None:
-        faults.append("nobody knows which student sampled its responses")
+        faults.append("it is not recorded which student sampled its responses")
     elif sampler.weights != student.weights:
         faults.append(f"its responses were sampled by another student: {_named(sampler)}")
     # A foreign teacher that the user has accepted at scoring is not refused a second time here.
@@ -240,8 +242,10 @@ def check_same_tokenizer(teacher: ModelIdentity, student: ModelIdentity) -> None
         theirs = teacher.tokenizer[:12] or "missing"
         ours = student.tokenizer[:12] or "missing"
         raise DataError(
-            f"tokenizer of the student ({student.path}) differs from the teacher's",
+            f"the tokenizer of the student ({student.path}) differs from the tokenizer of "
+            "the teacher",
             where=teacher.path,
-            limit=f"sha256 of tokenizer.json {theirs} against {ours}",
-            remedy="use a teacher and a student of one family, with the very same tokenizer.json",
+            limit=f"the same sha256 of tokenizer.json: the teacher has {theirs}, the student "
+            f"has {ours}",
+            remedy="use a teacher and a student of one model family, with the same tokenizer.json",
         )

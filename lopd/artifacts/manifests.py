@@ -37,21 +37,23 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         # NotADirectoryError: the user has given a file where a folder is expected.
         raise ArtifactError(
-            f"no {MANIFEST}", where=str(folder), remedy="run the stage that makes it"
+            f"there is no {MANIFEST} in this folder",
+            where=str(folder),
+            remedy="run the stage that makes it",
         ) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"manifest cannot be read ({error})", where=str(path), remedy=_MAKE_AGAIN
+            f"the manifest cannot be read ({error})", where=str(path), remedy=_MAKE_AGAIN
         ) from None
     # The version is looked at before the fields. A newer schema may have other fields, and the
     # user should read about the version and not about them.
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ArtifactError(
-            f"manifest of schema version {version}",
+            f"the manifest has schema version {version}",
             where=str(path),
-            limit=f"this lopd reads up to {SCHEMA_VERSION}",
-            remedy="use a newer lopd",
+            limit=f"at most {SCHEMA_VERSION}, which this lopd reads",
+            remedy="install a newer lopd",
         )
     try:
         raw["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
@@ -62,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (KeyError, TypeError) as error:
         # A missing, unknown or misspelt key of any of the three records.
         raise ArtifactError(
-            f"manifest has wrong fields ({error})", where=str(path), remedy=_MAKE_AGAIN
+            f"the manifest has wrong fields ({error})", where=str(path), remedy=_MAKE_AGAIN
         ) from None
 
 
@@ -74,7 +76,11 @@ def read_complete(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     if not manifest.complete:
-        raise ArtifactError("is not complete", where=str(folder), remedy="run its stage to the end")
+        raise ArtifactError(
+            "the artifact is not complete",
+            where=str(folder),
+            remedy="run the stage that makes it again, until it is complete",
+        )
     return manifest
 
 

@@ -49,11 +49,13 @@ def storage_errors(path: Path) -> Iterator[None]:
         if isinstance(error, PermissionError) or error.errno in _STORAGE_ERRORS:
             reason = _STORAGE_ERRORS.get(error.errno or 0, "permission denied")
             remedy = (
-                "free space or permit writing, then run the same command again: "
-                "what is published stays and is not repeated"
+                "free disk space or permit writing, then run the same command again: "
+                "finished work is kept"
             )
             raise ArtifactError(
-                f"cannot publish: {reason}", where=str(error.filename or path), remedy=remedy
+                f"the file or folder cannot be written: {reason}",
+                where=str(error.filename or path),
+                remedy=remedy,
             ) from error
         raise
 
@@ -62,7 +64,7 @@ def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     """Write a file so that after a crash it is there whole or not at all.
 
     Args:
-        private: Only the owner may read the file.
+        private: Whether only the owner may read the file.
 
     Raises:
         ArtifactError: The disk is full, read-only or forbidden.
@@ -84,8 +86,8 @@ def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
             # On a full disk the unfinished file would take up the space that is missing.
             partial.unlink(missing_ok=True)
             raise
-        # Without this a power failure could bring the former file back, although a later stage has
-        # used the new one.
+        # Without this a power failure could bring the previous file back, although a later stage
+        # has used the new one.
         fsync_folder(path.parent)
 
 
@@ -123,12 +125,12 @@ def check_replaceable(folder: Path, mark: str) -> None:
     # An empty folder has nothing to lose. The mark decides and not the name of the folder, because
     # export.dir may name any folder of the user.
     if folder.is_dir() and not (folder / mark).is_file() and any(folder.iterdir()):
-        what = f"holds files that are not ours (no {mark}) and would be replaced"
+        what = f"the folder has no {mark}, so lopd did not make its files and does not replace them"
         raise ArtifactError(
             what,
             where=str(folder),
-            limit="a new or empty folder, or a former export",
-            remedy="give another export.dir",
+            limit="a new folder, an empty folder, or the folder of an earlier export",
+            remedy="set export.dir to another folder",
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lopd.artifacts.fingerprints import sha256_file
+from lopd.artifacts.file_hashes import HASHES
 from lopd.artifacts.manifests import MANIFEST
 from lopd.errors import ArtifactError
 from lopd.records import Manifest, ShardInfo
@@ -36,9 +36,9 @@ def damaged_shard(path: Path, error: Exception) -> ArtifactError:
     # pyarrow adds a trace of its C++ frames below the first line.
     reason = str(error).splitlines()[0]
     return ArtifactError(
-        f"damaged shard ({reason})",
+        f"the shard is damaged ({reason})",
         where=str(path),
-        remedy="remove this file and run its stage again",
+        remedy="remove this file and run the stage that makes it again",
     )
 
 
@@ -67,18 +67,18 @@ def verify(folder: Path, manifest: Manifest) -> None:
         ArtifactError: A file is missing or changed. The error names the first one.
     """
     # In the order of the manifest, so that the error is the same at every call.
-    for shard in manifest.shards:
-        path = folder / shard.name
+    paths = [folder / shard.name for shard in manifest.shards]
+    for path, shard in zip(paths, manifest.shards, strict=True):
         if not path.is_file():
             raise _missing(folder, shard)
-        # By blocks, because the files of a checkpoint may be larger than the memory.
-        if sha256_file(path) != shard.sha256:
+    for path, shard, found in zip(paths, manifest.shards, HASHES.sha256_all(paths), strict=True):
+        if found != shard.sha256:
             raise _changed(folder, shard, path.stat().st_size)
 
 
 def _missing(folder: Path, shard: ShardInfo) -> ArtifactError:
     return ArtifactError(
-        "file is missing", where=str(folder / shard.name), remedy=_make_again(folder, shard)
+        "the file is missing", where=str(folder / shard.name), remedy=_make_again(folder, shard)
     )
 
 
@@ -87,7 +87,7 @@ def _changed(folder: Path, shard: ShardInfo, size: int) -> ArtifactError:
         f"the file was truncated or changed: its checksum differs ({size} bytes)",
         where=str(folder / shard.name),
         # Enough digits to find the manifest's line with grep.
-        limit=f"sha256 {shard.sha256[:16]}...",
+        limit=f"exactly the recorded sha256, {shard.sha256[:16]}...",
         remedy=_make_again(folder, shard),
     )
 

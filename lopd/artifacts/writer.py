@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lopd.artifacts.file_hashes import HASHES
 from lopd.artifacts.fingerprints import sha256_file, software_versions
 from lopd.artifacts.manifests import (
     MANIFEST,
@@ -120,9 +121,9 @@ class ArtifactWriter:
         expected = (ours.kind, as_json(ours.inputs), as_json(ours.parents))
         if (found.kind, found.inputs, found.parents) != expected:
             raise ArtifactError(
-                "holds an artifact made from other inputs",
+                "this folder holds an artifact that was made from other inputs",
                 where=str(self.folder),
-                remedy="remove it or use another run directory",
+                remedy="remove this folder, or set run.dir to another folder",
             )
         extra = dict(ours.extra)
         if _SHARD_SIZE in found.extra:
@@ -143,9 +144,9 @@ class ArtifactWriter:
             # Its name alone does not prove that a shard belongs here: it may have been copied.
             if (table.schema.metadata or {}).get(ORIGIN_KEY) != self._origin:
                 raise ArtifactError(
-                    "a shard of an artifact made from other inputs",
+                    "this shard belongs to an artifact that was made from other inputs",
                     where=str(path),
-                    remedy="remove this file and run its stage again",
+                    remedy="remove this file and run the stage that makes it again",
                 )
             rows = table.num_rows
             known[path.name] = ShardInfo(path.name, rows, _num_tokens(table), sha256_file(path))
@@ -207,8 +208,10 @@ class ArtifactWriter:
         content = _encoded(table.replace_schema_metadata(metadata))
         name = f"shard-{index:05d}.parquet"
         publish_bytes(self.folder / name, content)
-        # The checksum is of the bytes in memory. A disk that has stored others is noticed on read.
+        # The checksum is of the bytes in memory. A disk that has stored others is noticed on read:
+        # read_shard() hashes what it reads, whatever is remembered.
         checksum = hashlib.sha256(content).hexdigest()
+        HASHES.wrote(self.folder / name, checksum)
         shard = ShardInfo(name, table.num_rows, _num_tokens(table), checksum)
         self._set_shards([*self._manifest.shards, shard])
 

@@ -26,7 +26,7 @@ class Agreement:
     """The differences d = second - first over all tokens of some responses, in nats.
 
     Attributes:
-        mean: Of |d|, as are p50, p99 and largest.
+        mean: The mean of |d|. p50, p99 and largest are of |d| too.
         p50: The median.
         p99: The 99th percentile.
         bias: The mean of d.
@@ -78,7 +78,10 @@ def agreement(pairs: Iterable[Pair]) -> Agreement:
     # The pairs may come from a stream, so they are gone through once.
     for key, first, second in pairs:
         if len(first) != len(second):
-            raise ValueError(f"response {key}: {len(first)} and {len(second)} log-probabilities")
+            raise ValueError(
+                f"response {key} has {len(first)} log-probabilities in one table and "
+                f"{len(second)} in the other"
+            )
         # In float64, because both values are float32 and nearly equal.
         difference = second.astype(np.float64) - first.astype(np.float64)
         parts.append(difference)
@@ -90,7 +93,7 @@ def agreement(pairs: Iterable[Pair]) -> Agreement:
     # Quantiles need all differences at once: 8 bytes per token.
     every = np.concatenate(parts) if parts else np.zeros(0)
     if not every.size:
-        raise ValueError("no tokens")
+        raise ValueError("there are no tokens to compare")
     size = np.abs(every)
     return Agreement(
         num_responses=num_responses,

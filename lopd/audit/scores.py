@@ -28,8 +28,8 @@ def score_with_model(
 
     Args:
         folder: A Hugging Face checkpoint.
-        temperature: Of the distribution that is asked about.
-        top_p: Of the distribution that is asked about.
+        temperature: The temperature of the distribution in question.
+        top_p: The top-p of the distribution in question.
 
     Raises:
         DataError: The model cannot be loaded, or its vocabulary is smaller than a token id.
@@ -92,9 +92,9 @@ def _load(folder: Path) -> Any:
         )
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot be loaded ({str(error).splitlines()[0]})",
+            f"the model cannot be loaded ({str(error).splitlines()[0]})",
             where=str(folder),
-            remedy="give a Hugging Face folder",
+            remedy="give the folder of a Hugging Face checkpoint",
         ) from None
     # Without dropout.
     model.train(False)
@@ -111,7 +111,9 @@ def _check_vocabulary(folder: Path, responses: Sequence[Response], vocab_size: i
             raise DataError(
                 f"response {response.prompt_id}/{response.sample_index} has token id {largest}",
                 where=str(folder),
-                limit=f"its vocabulary of {vocab_size}",
+                limit=f"at most {vocab_size - 1}: the vocabulary of the model has {vocab_size} "
+                "tokens",
+                remedy="give the model that belongs to these responses",
             )
 
 

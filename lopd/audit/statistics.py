@@ -54,10 +54,10 @@ class Scores:
     All are at the temperature and top-p that are asked about. N is the number of tokens.
 
     Attributes:
-        logprobs: Of the tokens, in nats. -inf means outside the nucleus.
-        entropy: Of the teacher's distribution at each token, in nats.
+        logprobs: The log-probabilities of the tokens, in nats. -inf means outside the nucleus.
+        entropy: The entropy of the teacher's distribution at each token, in nats.
         lengths: The number of tokens of each response.
-        variance: Of log p under p. It is estimated if it is not known (see spread()).
+        variance: The variance of log p under p. It is estimated if it is not known (see spread()).
         token_kinds: The kind of the token before each token, for the curves.
     """
 
@@ -71,11 +71,15 @@ class Scores:
         for name in ("entropy", "variance", "token_kinds"):
             column = getattr(self, name)
             if column is not None and len(column) != len(self.logprobs):
-                raise ValueError(f"audit: {len(column)} of {name} for {len(self.logprobs)} tokens")
+                raise ValueError(
+                    f"audit: {name} has {len(column)} values for {len(self.logprobs)} tokens"
+                )
         # The curves by position need to know where each response begins.
         total = int(self.lengths.sum())
         if total != len(self.logprobs):
-            raise ValueError(f"audit: lengths sum to {total}, for {len(self.logprobs)} tokens")
+            raise ValueError(
+                f"audit: the lengths sum to {total}, but there are {len(self.logprobs)} tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +87,8 @@ class Point:
     """A group of tokens on a curve.
 
     Attributes:
-        mean: Of the drift, in nats.
-        standard_error: Of the mean, if the tokens come from the teacher.
+        mean: The mean drift, in nats.
+        standard_error: The standard error of the mean, if the tokens come from the teacher.
     """
 
     name: str

@@ -25,7 +25,7 @@ def make_sample(
     Log-probabilities are 0 on the prompt.
 
     Args:
-        response: The response.
+        response: The response, with its prompt.
         teacher: The teacher's scores, or only its log-probabilities of the response's tokens,
             float32 [R].
         with_top: Whether the sample takes the teacher's top-K, if the scores have it.
@@ -39,9 +39,10 @@ def make_sample(
     response_len = len(response.token_ids)
     if teacher_logprobs is not None and len(teacher_logprobs) != response_len:
         raise DataError(
-            f"{len(teacher_logprobs)} teacher log-probabilities for {response_len} tokens",
+            f"there are {len(teacher_logprobs)} teacher log-probabilities for "
+            f"{response_len} tokens",
             where=f"response {response.key}",
-            remedy="score the rollouts again: the cache belongs to other responses",
+            remedy="run the score stage again: this cache belongs to other responses",
         )
     loss_mask = np.zeros(prompt_len + response_len, dtype=np.bool_)
     loss_mask[prompt_len:] = True if response.loss_mask is None else response.loss_mask
@@ -180,9 +181,9 @@ def _column(samples: Sequence[Sample], name: str) -> list[Any]:
     # Zeros for those that lack it would be log-probabilities of 0: a teacher that is certain.
     if columns and len(columns) != len(samples):
         raise DataError(
-            f"{len(columns)} of {len(samples)} samples of a microbatch have {name}",
+            f"only {len(columns)} of {len(samples)} samples of a microbatch have {name}",
             where="batch",
-            remedy="give it for all samples or for none",
+            remedy="give {name} for all samples, or for no sample",
         )
     return columns
 
@@ -193,9 +194,9 @@ def _shifted_top(pack: _Pack, tops: list[TopK]) -> TopK | None:
     widths = {top.ids.shape[1] for top in tops}
     if len(widths) > 1:
         raise DataError(
-            f"top-K with K of {sorted(widths)} in one microbatch",
+            f"one microbatch has top-K scores of several sizes: K is {sorted(widths)}",
             where="batch",
-            remedy="score the rollouts again with one score.top_k",
+            remedy="set score.top_k to one value and run the score stage again",
         )
     return TopK(
         pack.shifted([top.ids for top in tops], np.int32),

@@ -48,8 +48,9 @@ def microbatch_capacity(max_tokens: int, pad_multiple: int) -> int:
     capacity = max_tokens // pad_multiple * pad_multiple
     if capacity == 0:
         raise ConfigError(
-            f"max_tokens_per_microbatch = {max_tokens}",
-            limit=f"at least {pad_multiple}, to which this layout pads a microbatch",
+            f"max_tokens_per_microbatch = {max_tokens} is too small",
+            limit=f"at least {pad_multiple}: with these parallel sizes each microbatch is "
+            f"padded to a multiple of {pad_multiple} tokens",
             remedy="raise max_tokens_per_microbatch",
         )
     return capacity
@@ -93,12 +94,12 @@ def refuse_too_long(
     # The budget that the longest of all needs, so that one change of the knob is enough.
     needed = -(-longest // pad_multiple) * pad_multiple
     raise DataError(
-        f"prompt and response have {lengths[first]} tokens{others}",
+        f"prompt and response have {lengths[first]} tokens, which is too many{others}",
         where=f"sample {first if names is None else names[first]}",
-        limit=f"{capacity} tokens per microbatch (max_tokens_per_microbatch = {max_tokens}, "
-        f"in multiples of {pad_multiple})",
-        remedy=f"set max_tokens_per_microbatch to at least {needed}, "
-        "or make shorter responses (max_new_tokens)",
+        limit=f"at most {capacity} tokens (max_tokens_per_microbatch = {max_tokens}, rounded "
+        f"down to a multiple of {pad_multiple})",
+        remedy=f"set max_tokens_per_microbatch to at least {needed}, or lower max_new_tokens and "
+        "sample again",
     )
 
 

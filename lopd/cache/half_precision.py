@@ -40,8 +40,8 @@ def halve(table: pa.Table) -> pa.Table:
         # numpy would make such a value infinite without an error.
         if exact.size and np.abs(exact).max() > np.finfo(np.float16).max:
             raise ArtifactError(
-                f"{name} of {exact.min()} nats does not fit into float16",
-                limit="at least -65504",
+                f"{name} has a value of {exact.min()} nats, which float16 cannot hold",
+                limit="at least -65504 nats",
                 remedy="set score.logprob_bits = 32",
             )
         # In float64, so that the sum of many small changes keeps its digits.

@@ -86,9 +86,10 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
     """Raise ArtifactError if the kind or the distribution of the tokens is another one."""
     if manifest.kind != first.kind:
         raise ArtifactError(
-            f"is of kind {manifest.kind}",
+            f"this artifact is of kind {manifest.kind}",
             where=str(folder),
-            limit=f"{first.kind}, as {first_folder}",
+            limit=f"the kind {first.kind}, which {first_folder} has",
+            remedy="give caches of one kind",
         )
     # The length limit may differ: it cuts responses and does not change how their tokens are drawn.
     mixed = [name for name in _SAMPLING if manifest.sampling.get(name) != first.sampling.get(name)]
@@ -98,10 +99,11 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
             for name in mixed
         ]
         raise ArtifactError(
-            f"sampled otherwise: {', '.join(differences)}",
+            f"the responses were sampled with other settings: {', '.join(differences)}",
             where=str(folder),
             limit=f"that of {first_folder}",
-            remedy="train on them one after the other: a cache has one sampling distribution",
+            remedy="train on these caches one after the other: "
+            "a cache has one sampling distribution",
         )
 
 
@@ -114,7 +116,7 @@ def _check_models(
     known = first.models.get("teacher")
     if teacher is not None and known is not None and teacher.tokenizer != known.tokenizer:
         raise DataError(
-            "the teachers' tokenizers differ: the same ids mean other text",
+            "the teachers' tokenizers differ: the same token ids stand for different text",
             where=str(folder),
             limit=f"that of {first_folder}",
         )
@@ -122,26 +124,28 @@ def _check_models(
         # A known and an unknown teacher count as two.
         if (teacher and teacher.weights) != (known and known.weights):
             raise ConsistencyError(
-                f"scored by teacher {_named(teacher)}, and {first_folder} by {_named(known)}",
+                f"teacher {_named(teacher)} scored these responses, but {_named(known)} "
+                f"scored those of {first_folder}",
                 where=str(folder),
-                limit="one teacher in a cache without a teacher column",
-                remedy="merge with --teacher-column: each row then names its teacher",
+                limit="exactly one teacher in a cache without a teacher column",
+                remedy="add --teacher-column: each row then names its teacher",
             )
         # The lineage of the whole cache names one SFT teacher, so it must be one.
         if manifest.lineage.get("sft_teacher") != first.lineage.get("sft_teacher"):
             raise ConsistencyError(
-                "the students learnt from demonstrations of different teachers",
+                "the students of these caches learnt from demonstrations of different teachers",
                 where=str(folder),
-                remedy="merge with --teacher-column",
+                remedy="add --teacher-column",
             )
     student = manifest.models.get("student")
     other = first.models.get("student")
     if student is not None and other is not None and student.weights != other.weights:
         raise ConsistencyError(
-            f"sampled by student {_named(student)}, and {first_folder} by {_named(other)}",
+            f"student {_named(student)} sampled these responses, but {_named(other)} "
+            f"sampled those of {first_folder}",
             where=str(folder),
-            limit="one student in a cache: it is the reference of the method",
-            remedy="train on one of them",
+            limit="exactly one student in a cache",
+            remedy="train on one of these caches",
         )
 
 
@@ -157,9 +161,10 @@ def _check_columns(folder: Path, manifest: Manifest, first_folder: Path, first: 
         # Columns of one name and two types differ, too, for example in 16 and in 32 bits.
         differing = {str(field) for field in expected} ^ {str(field) for field in schema}
         raise ArtifactError(
-            f"has other columns: {', '.join(sorted(differing))}",
+            f"these columns are not in both caches: {', '.join(sorted(differing))}",
             where=str(folder),
             limit=f"those of {first_folder}",
+            remedy="score again with the same settings, so that all caches have the same columns",
         )
 
 
@@ -181,10 +186,10 @@ def _check_unique(sources: Sequence[Path], manifests: Sequence[Manifest]) -> Non
         # Enough to see which prompts they are of.
         named = ", ".join(list(doubled)[:5])
         raise ArtifactError(
-            f"{len(doubled)} responses are in more than one of the caches: {named}",
+            f"{len(doubled)} responses are in more than one cache: {named}",
             where="lopd cache merge",
-            limit="a prompt_id and sample_index once",
-            remedy="leave one of the caches out",
+            limit="each prompt_id and sample_index in exactly one cache",
+            remedy="leave out one of these caches",
         )
 
 

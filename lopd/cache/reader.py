@@ -27,18 +27,21 @@ Row: TypeAlias = tuple[Response, Floats | None]
 ScoredRow: TypeAlias = tuple[Response, TeacherScores | None]
 # How many shards are open at a time. Each takes a file descriptor and the memory of its footer.
 _OPEN_SHARDS = 64
-_REMEDY = "run the stage that made it again; it makes this shard and keeps the others"
+_REMEDY = "run the stage that made the cache again: it makes this shard and keeps the other shards"
 
 
 class CacheReader:
-    """Gives rows of an artifact of responses by index. One thread at a time may use it.
+    """A reader that returns rows of an artifact of responses by index.
+
+    Only one thread may use it at a time.
 
     A shard's file is hashed once, at its first read. Each later read trusts it.
 
     Args:
         kept_tokens: How many decoded response tokens are kept for later reads, at about 30 bytes
             each.
-        without_sampling: Also read a cache without sampling_logprobs. They are then NaN.
+        without_sampling: Whether a cache without sampling_logprobs may be read. The values are then
+            NaN.
         leave_out: Columns that are not read. A top-K and routed experts take many times the memory
             of all other columns.
 
@@ -136,7 +139,7 @@ class CacheReader:
                 raise ArtifactError(
                     f"response {keys[0]} occurs twice",
                     where=where,
-                    remedy="remove one of the shards",
+                    remedy="remove one of the two shards and run the stage that makes it again",
                 )
 
     def __getitem__(self, index: int) -> Row:
@@ -155,7 +158,7 @@ class CacheReader:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < -len(self) or wanted.max() >= len(self)):
             worst = int(wanted[np.argmax(np.abs(wanted))])
-            raise IndexError(f"index {worst} of a cache of {len(self)} responses")
+            raise IndexError(f"index {worst} is out of range: the cache has {len(self)} responses")
         # A negative index counts from the end, as in a list.
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         found: list[ScoredRow | None] = [None] * len(wanted)
@@ -255,7 +258,7 @@ class _Shard:
             digest = sha256 and sha256_file(path)
             # Both are None if the file was verified before.
             if digest != sha256:
-                limit = f"sha256 {str(sha256)[:16]}..."
+                limit = f"exactly the recorded sha256, {str(sha256)[:16]}..."
                 raise ArtifactError(
                     "the file was truncated or changed: its checksum differs",
                     where=str(path),
@@ -265,7 +268,7 @@ class _Shard:
             # Mapped pages would count as memory of this process and grow with the cache.
             self.file = pq.ParquetFile(path, memory_map=False, pre_buffer=True)
         except FileNotFoundError:
-            raise ArtifactError("file is missing", where=str(path), remedy=_REMEDY) from None
+            raise ArtifactError("the file is missing", where=str(path), remedy=_REMEDY) from None
         metadata = self.file.metadata
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         # The number of the first row of each row group within the shard.

@@ -46,7 +46,7 @@ def export_reference(
     """Write the file, and beside it ``FILE.json``, which says what the file is made from.
 
     Args:
-        folder: Of the cache.
+        folder: The folder of the cache.
         tokenizer_folder: Decodes the prompts. None means the teacher's folder of the manifest.
 
     Returns:
@@ -64,17 +64,17 @@ def export_reference(
     place = tokenizer_folder or (Path(known.path) if known is not None else None)
     if place is None or not place.is_dir():
         raise DataError(
-            "no tokenizer to write the prompts as text",
+            "there is no tokenizer to write the prompts as text",
             where=str(place or folder),
-            remedy="give --tokenizer FOLDER",
+            remedy="add --tokenizer FOLDER",
         )
     # A training of that code may be reading it.
     if file.exists():
         raise ArtifactError(
-            "exists already",
+            "the file exists already",
             where=str(file),
-            limit="nothing is replaced",
-            remedy="remove it or give another --out",
+            limit="a new file: lopd replaces no file here",
+            remedy="remove the file, or set --out to another file",
         )
     tokenizer = load_tokenizer(place)
     num_changed = 0
@@ -116,9 +116,9 @@ def _tables(folder: Path, manifest: Manifest) -> Iterator[pa.Table]:
         # Rollouts have the same form as a cache and are easily given by mistake.
         if "teacher_logprobs" not in table.column_names:
             raise ArtifactError(
-                "no teacher log-probabilities",
+                "the shard has no teacher log-probabilities",
                 where=str(folder / shard.name),
-                remedy="export the artifact of the score stage",
+                remedy="give the folder of a teacher cache, which the score stage makes",
             )
         yield table
 

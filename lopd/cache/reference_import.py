@@ -47,7 +47,8 @@ IMPORT_LACKS = (
     _LACKS_END_TOKEN,
     "sampling log-probabilities: no importance weights, no advantage at the start",
     "the finish reason: a truncated response cannot be told from a complete one",
-    "identity: nobody knows which teacher scored, which student sampled, at which temperature; "
+    "identity: it is not recorded which teacher scored, which student sampled, at which "
+    "temperature; "
     "so distill.cache takes it with allow_foreign_cache alone",
 )
 
@@ -63,10 +64,10 @@ def import_reference(
     """Publish a cache with the rows of the file. ``extra.lacks`` says what the rows do not have.
 
     Args:
-        tokenizer_folder: Of the student. The text of the prompts is tokenised with it, as the
-            reference code does.
+        tokenizer_folder: The folder of the student's tokenizer. The text of the prompts is
+            tokenised with it, as the reference code does.
         teacher: The model that the user declares as the one that scored.
-        batch_rows: Rows per shard.
+        batch_rows: The number of rows in a shard.
 
     Raises:
         DataError: The file has another format, or a response cannot be used.
@@ -107,7 +108,7 @@ def import_reference(
         # The rows are checked before they are published: nothing unsound gets into a cache.
         checks.add(table, file.name)
         for finding in findings:
-            remedy = "leave these responses out or score them again"
+            remedy = "remove these rows, or score them again"
             raise DataError(str(finding), where=str(file), remedy=remedy)
         num_rows += len(rows)
         num_ended += sum(response.finish_reason == "stop" for response, _ in rows)
@@ -129,7 +130,11 @@ def _open(file: Path) -> pq.ParquetFile:
         source = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"cannot be read as Parquet ({reason})", where=str(file)) from None
+        raise DataError(
+            f"cannot be read as Parquet ({reason})",
+            where=str(file),
+            remedy="copy the file again from its source",
+        ) from None
     schema = source.schema_arrow
     fields: set[str] = set()
     # Files of other projects may have a column of this name and another type.
@@ -141,14 +146,15 @@ def _open(file: Path) -> pq.ParquetFile:
         missing.append("metadata.response_tokens")
     if missing:
         raise DataError(
-            f"{' and '.join(missing)} missing",
+            f"the file lacks the columns {' and '.join(missing)}",
             where=str(file),
             limit="the columns of the reference code: prompt, label, metadata",
+            remedy="give the file that ends in -precomputed.parquet",
         )
     # The reference code writes two files with nearly the same name and form.
     if "teacher_log_probs" not in fields:
         raise DataError(
-            "no metadata.teacher_log_probs: this is the intermediate file",
+            "the file has no metadata.teacher_log_probs, so it is the intermediate file",
             where=str(file),
             remedy="give the file that ends in -precomputed.parquet",
         )
@@ -185,9 +191,9 @@ def _check_lengths(file: Path, number: int, about: Mapping[str, Any]) -> None:
     for name, values in columns.items():
         if values is not None and len(values) != num_tokens:
             raise DataError(
-                f"row {number}: {len(values)} {name} for {num_tokens} response_tokens",
+                f"row {number} has {len(values)} {name} for {num_tokens} response_tokens",
                 where=str(file),
-                remedy="leave this row out",
+                remedy="remove this row",
             )
 
 

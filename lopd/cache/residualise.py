@@ -95,18 +95,21 @@ def _check_source(source: Path, manifest: Manifest) -> None:
     """Raise an error unless the source is a sound cache of one teacher."""
     if manifest.kind != TEACHER_CACHE:
         raise ArtifactError(
-            f"is of kind {manifest.kind}",
+            f"this artifact is of kind {manifest.kind}",
             where=str(source),
-            limit=TEACHER_CACHE,
+            limit=f"exactly {TEACHER_CACHE}",
             remedy="give the cache that the score stage made",
         )
     # One table for two styles would fit neither of them.
     if sum(role.startswith("teacher") for role in manifest.models) > 1:
-        remedy = "residualise the cache of each teacher, then merge them with --teacher-column"
+        remedy = (
+            "residualise the cache of each teacher alone, then merge the caches with "
+            "--teacher-column"
+        )
         raise ArtifactError(
-            "holds scores of several teachers, each with a style of its own",
+            "this cache holds scores of several teachers, and each teacher has its own style",
             where=str(source),
-            limit="one teacher",
+            limit="exactly one teacher",
             remedy=remedy,
         )
     require_sound(source)
@@ -123,10 +126,10 @@ def _fit(source: Path, manifest: Manifest, settings: Settings) -> StyleTables:
     # With one fold there are no other prompts to fit on. Every bias would be 0.
     if len(folds) < 2:
         raise LopdError(
-            f"prompts in {len(folds)} folds",
+            f"the prompts are in {len(folds)} folds",
             where=str(source),
-            limit="at least 2, to fit on other prompts",
-            remedy="use more prompts or folds",
+            limit="at least 2 folds: each fold is corrected with a fit on the other folds",
+            remedy="use more prompts, or more folds",
         )
     return tables
 
@@ -144,7 +147,10 @@ def _check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if not low <= value <= high:
             raise LopdError(
-                f"{name} {value}", where="lopd cache residualise", limit=f"{low} to {high}"
+                f"{name} {value} is out of range",
+                where="lopd cache residualise",
+                limit=f"at least {low} and at most {high}",
+                remedy=f"correct --{name.replace('_', '-')}",
             )
 
 
@@ -171,9 +177,10 @@ def _batches(
         for name in ("teacher_logprobs", "sampling_logprobs"):
             if name not in table.column_names:
                 raise ArtifactError(
-                    f"no {name}",
+                    f"the shard has no column {name}",
                     where=str(folder / shard.name),
-                    remedy="the deviation is teacher minus student: both are needed",
+                    remedy="make the cache again with the student's and the teacher's "
+                    "log-probabilities: the correction needs both",
                 )
         ids, rows = flat(table, "token_ids")
         # By the name of the prompt, so a prompt that is spread over shards stays in one fold.

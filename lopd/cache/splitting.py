@@ -66,16 +66,16 @@ def _check_split(source: Path, manifest: Manifest, out: Path, parts: int) -> Non
         raise LopdError(
             f"{parts} parts",
             where="lopd cache split",
-            limit=f"the cache's {manifest.rows} responses",
-            remedy="give a smaller --parts",
+            limit=f"at most {manifest.rows}, the number of responses in the cache",
+            remedy="lower --parts",
         )
     # The parts would be foreign files in the folder that they were made from.
     if out.resolve().is_relative_to(source.resolve()):
         raise LopdError(
             "the parts would lie inside the cache",
             where=str(out),
-            limit="a folder of its own",
-            remedy="give another --out",
+            limit="a folder outside the cache",
+            remedy="set --out to another folder",
         )
 
 

@@ -186,7 +186,8 @@ class StyleTables:
         """Return b of every token [N], in nats.
 
         Args:
-            cross_fitted: From all folds but the token's own. False is for a comparison only.
+            cross_fitted: Whether each value comes from all folds except the fold of its token.
+                False is only for a comparison.
         """
         fold = tokens.fold[tokens.row]
         # Each token looks up the row of its own fold, which was fitted on the other folds.

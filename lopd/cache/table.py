@@ -50,7 +50,7 @@ def to_table(
     """Return the rows of responses, with the teacher's scores if they are given.
 
     Args:
-        scores: In the order of the responses.
+        scores: The teacher's scores, in the order of the responses.
         logprob_bits: 32 is lossless. 16 stores float16 and records the change in the metadata.
 
     Raises:
@@ -109,7 +109,7 @@ def _check_belonging(responses: Sequence[Response], scores: Sequence[TeacherScor
             raise ArtifactError(
                 f"teacher scores of {score.key} do not belong to the tokens of response "
                 f"{response.key}",
-                remedy="score again",
+                remedy="run the score stage again",
             )
 
 
@@ -133,9 +133,9 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
     for name, found in (("a top-K", tops), ("an entropy", entropies)):
         if found and len(found) != len(scores):
             raise ArtifactError(
-                f"{len(found)} of {len(scores)} scores have {name}",
-                limit="all or none",
-                remedy="score again",
+                f"only {len(found)} of {len(scores)} scores have {name}",
+                limit="either all scores have it, or none",
+                remedy="run the score stage again",
             )
     if tops:
         # [R, K] row after row. K is the length divided by R.
@@ -179,9 +179,9 @@ def scored_rows(
     missing = sorted(set(_REQUIRED) - optional - set(table.column_names))
     if missing:
         raise ArtifactError(
-            f"columns {missing} are missing",
+            f"the columns {missing} are missing",
             where=where,
-            remedy="see docs/cache_format.md for the schema",
+            remedy="add these columns: docs/cache_format.md has the schema",
         )
     # Whole columns are converted before the rows. One conversion per row is much slower.
     lists = {
@@ -244,8 +244,8 @@ def _scores_of(
     length = len(response.token_ids)
     if len(logprobs) != length:
         raise ValueError(
-            f"response {response.key}: {len(logprobs)} teacher log-probabilities "
-            f"for {length} tokens"
+            f"response {response.key} has {len(logprobs)} teacher log-probabilities for "
+            f"{length} tokens"
         )
     top = None
     if TOP_IDS in lists:
@@ -254,8 +254,8 @@ def _scores_of(
         # Without this check the reshape below would fail with a message that names no response.
         if length and (len(ids) % length or len(ids) != len(values)):
             raise ValueError(
-                f"response {response.key}: top-K of {len(ids)} ids and {len(values)} values "
-                f"for {length} tokens"
+                f"response {response.key} has {len(ids)} rows of top-K ids and "
+                f"{len(values)} of top-K values for {length} tokens"
             )
         top = TopK(ids.reshape(length, -1), values.reshape(length, -1), lists[TAIL])
     return TeacherScores(
@@ -291,7 +291,7 @@ def read_rows(
                 raise ArtifactError(
                     f"response {response.key} occurs twice",
                     where=where,
-                    remedy="remove one of the shards",
+                    remedy="remove one of the two shards and run the stage that makes it again",
                 )
             seen.add(response.key)
             yield response, scores
@@ -309,7 +309,7 @@ def write_responses(
     """Publish responses that are already at hand as a complete artifact.
 
     Args:
-        shard_size: Responses per shard.
+        shard_size: The number of responses in a shard.
         about: ``parents``, ``models``, ``sampling`` and ``lineage`` of the manifest.
     """
     # Responses come from an iterator, so that they need not all be in memory.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from lopd.artifacts.file_hashes import HASHES, STORE
 from lopd.checks import combinations
 from lopd.checks.findings import ALL_STAGES, CORES, Finding, Shapes, devices, problems_of
 from lopd.checks.folders import disk, folders
@@ -92,6 +93,8 @@ def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Findi
     Yields:
         The name of the check, and a finding.
     """
+    if not config.run.rehash:
+        HASHES.load(config.run.dir / STORE)
     # Of a check it matters only whether one of these stages needs it.
     stages = {stage}
     # A refresh samples and scores as these two stages do.
@@ -152,7 +155,7 @@ def check_all(config: Config, stage: str | None = None) -> None:
         return
     # The first problem is often the cause of the others, so it alone is shown in full.
     first = problems[0]
-    more = f" (and {len(problems) - 1} more: lopd check tells all)" if len(problems) > 1 else ""
+    more = f" (and {len(problems) - 1} more: lopd check shows all)" if len(problems) > 1 else ""
     # The same class, so that callers can still tell a ConfigError from a ConsistencyError.
     raise type(first)(first.what + more, where=first.where, limit=first.limit, remedy=first.remedy)
 

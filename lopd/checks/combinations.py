@@ -52,18 +52,18 @@ def _stage_sampling_problems(config: Config, stage: str) -> Iterator[ConfigError
     is_set = "max_new_tokens" in section.model_fields_set
     if is_set and section.max_new_tokens > length:
         yield ConfigError(
-            f"{stage}.max_new_tokens = {section.max_new_tokens}",
+            f"{stage}.max_new_tokens = {section.max_new_tokens} is too large",
             where=stage,
-            limit=f"sglang.context_length = {length}: no response can be longer",
+            limit=f"at most sglang.context_length = {length}",
             remedy=f"lower {stage}.max_new_tokens, or raise sglang.context_length",
         )
     # Deterministic sampling derives each token from the seed of its request.
     if section.min_p > 0 and config.sglang.deterministic:
         yield ConfigError(
-            f"{stage}.min_p = {section.min_p} with sglang.deterministic: "
-            "SGLang's seeded sampling cannot do it",
+            f"{stage}.min_p = {section.min_p} cannot be used with sglang.deterministic: "
+            "SGLang's seeded sampling has no min_p",
             where="sglang.deterministic",
-            limit="0",
+            limit="exactly 0",
             remedy=f"set {stage}.min_p=0 or sglang.deterministic=false",
         )
 
@@ -79,11 +79,11 @@ def _queue_problems(config: Config) -> Iterator[ConfigError]:
     held = queue + settings.max_running_requests
     if held < settings.max_in_flight:
         yield ConfigError(
-            f"sglang.extra_args.max_queued_requests = {queue}: "
-            f"the server would refuse what is over {held}",
+            f"sglang.extra_args.max_queued_requests = {queue} is too small: the server "
+            f"would refuse requests beyond {held}",
             where="sglang.max_in_flight",
-            limit=f"sglang.max_in_flight = {settings.max_in_flight}",
-            remedy="lower sglang.max_in_flight, or leave max_queued_requests out",
+            limit=f"at least sglang.max_in_flight = {settings.max_in_flight}",
+            remedy="lower sglang.max_in_flight, or remove max_queued_requests",
         )
 
 
@@ -110,16 +110,16 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
 
     Args:
         config: The configuration.
-        on_gpu: As in sync.
+        on_gpu: Whether the servers run on GPUs, as in sync().
     """
     settings = config.sync
     no_colocation = "set sync.colocate=false"
     # Taking turns without a server would cost time in every step and save nothing.
     if settings.colocate and not serves_beside(config):
         yield ConfigError(
-            "sync.colocate = true, and no server lives beside the training",
+            "sync.colocate = true has no effect: no server runs during the training",
             where="sync.colocate",
-            limit="distill.sync_every above 0 with evaluate.enabled, or a refresh",
+            limit="distill.sync_every above 0 with evaluate.enabled, or a refresh of the rollouts",
             remedy=f"{no_colocation}, or set distill.sync_every",
         )
     yield from colocation_problems(config, on_gpu=on_gpu)
@@ -127,10 +127,10 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
         # Such buffers are registered with NCCL or owned by Megatron-FSDP.
         if settings.colocate and config.distill.megatron.get(name):
             yield ConfigError(
-                f"distill.megatron.{name} with sync.colocate",
+                f"distill.megatron.{name} cannot be used with sync.colocate: only memory "
+                "that torch allocates can be given back and taken again",
                 where="distill.megatron",
-                limit="only buffers that torch allocates can be given back and taken again",
-                remedy=f"leave {name} out, or {no_colocation}",
+                remedy=f"remove {name}, or {no_colocation}",
             )
     # gloo, which replaces NCCL on a CPU, has no such limit.
     on_own_gpus = bool(config.sglang.student_urls)
@@ -140,7 +140,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
             "NCCL does not broadcast between two processes of one GPU, and servers that lopd "
             "starts use the trainer's GPUs from the first on",
             where='sync.transport = "distributed"',
-            limit="servers of sglang.student_urls, on GPUs of their own",
+            limit="only with servers of sglang.student_urls that have their own GPUs",
             remedy='set sync.transport = "tensor" or "disk"',
         )
 
@@ -161,36 +161,36 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
         # has no meaning, and the user may have meant to turn them on.
         if settings.keep_teacher:
             yield ConfigError(
-                "refresh.keep_teacher without a refresh",
+                "refresh.keep_teacher has no effect without a refresh: no teacher is needed",
                 where="distill.refresh",
-                limit="no teacher is needed",
-                remedy="set refresh.every, or a bound of the drift, or leave keep_teacher out",
+                remedy="set refresh.every, or set a bound of the drift, or remove "
+                "refresh.keep_teacher",
             )
         return
     wanted = settings.num_responses
     # Its steps would learn from the same response several times at once.
     if wanted is not None and wanted < config.distill.batch_size:
         yield ConfigError(
-            f"refresh.num_responses = {wanted}",
+            f"refresh.num_responses = {wanted} is less than a step learns from",
             where="distill.refresh",
-            limit=f"at least one step's batch: distill.batch_size = {config.distill.batch_size}",
+            limit=f">= distill.batch_size = {config.distill.batch_size}",
             remedy="raise distill.refresh.num_responses, or lower distill.batch_size",
         )
     # A refresh adds to the rollouts of the run, and a given cache is not the run's.
     if config.distill.cache is not None:
         yield ConfigError(
-            "distill.refresh with distill.cache",
+            "distill.refresh and distill.cache cannot be used together: fresh rollouts "
+            "are added to those of the score stage",
             where="distill",
-            limit="fresh rollouts join those of the score stage",
-            remedy="use one of the two",
+            remedy="remove distill.refresh or distill.cache",
         )
     # A refresh starts the servers of one teacher only.
     if config.models.teachers:
         yield ConfigError(
-            "distill.refresh with models.teachers",
+            "distill.refresh and models.teachers cannot be used together",
             where="distill.refresh",
-            limit="fresh rollouts are scored by one teacher",
-            remedy="set distill.refresh.every = 0, or distil domain after domain",
+            limit="exactly one teacher, which scores the fresh rollouts",
+            remedy="set distill.refresh.every = 0, or distil each domain in its own run",
         )
     # A refresh starts the teacher's server while the student's still lives. Both would want the one
     # port.
@@ -205,6 +205,6 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
             f"sglang.port = {config.sglang.port} with distill.refresh: "
             "the student's server already uses it when the teacher's server starts",
             where="sglang.port",
-            limit="one server on a port",
-            remedy="leave sglang.port out: lopd then uses free ports",
+            limit="exactly one server on a port",
+            remedy="remove sglang.port: lopd then uses free ports",
         )

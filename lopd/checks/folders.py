@@ -24,7 +24,7 @@ _MODEL_COPIES = 6
 def folders(config: Config) -> Iterator[Finding]:
     """Check that the run directory and the export folder can be written.
 
-    Nothing foreign may be in them. What a former run has published must be readable.
+    Nothing foreign may be in them. What an earlier run has published must be readable.
     """
     yield attempt(partial(_run_dir, config.run.dir))
     if config.export.dir is not None:
@@ -47,10 +47,10 @@ def _run_dir(folder: Path) -> str:
         # files.
         if foreign and not _is_run(folder):
             raise ConfigError(
-                f"run.dir holds files that no run made, first {foreign[0]!r}",
+                f"run.dir holds files that no run made, for example {foreign[0]!r}",
                 where=str(folder),
-                limit="an empty or new folder, or one of a former run",
-                remedy="give another run.dir",
+                limit="a new folder, an empty folder, or the folder of an earlier run",
+                remedy="set run.dir to another folder",
             )
     return f"run.dir {folder}"
 
@@ -71,7 +71,7 @@ def _is_run(folder: Path) -> bool:
 
 def _export_dir(folder: Path) -> str:
     _check_writable(folder, "export.dir")
-    # An export replaces a former export, which a mark in the folder tells from anything else.
+    # An export replaces an earlier export, which a mark in the folder tells from anything else.
     check_replaceable(folder, EXPORT_MARK)
     return f"export.dir {folder}"
 
@@ -89,18 +89,22 @@ def _check_writable(folder: Path, key: str) -> None:
     except OSError as error:
         # The name is too long, or a folder on the way may not be entered.
         raise ConfigError(
-            f"{key}: {error.strerror}", where=f"{folder!s:.200}", remedy=f"give another {key}"
+            f"{key}: {error.strerror}",
+            where=f"{folder!s:.200}",
+            remedy=f"set {key} to another folder",
         ) from None
     if not parent.is_dir():
         raise ConfigError(
-            f"{key}: a file is in the way", where=str(parent), remedy=f"give another {key}"
+            f"{key} cannot be created: a file has this path",
+            where=str(parent),
+            remedy=f"set {key} to another folder",
         )
     # Making files in a folder needs both permissions.
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{key} cannot be written",
             where=str(parent),
-            remedy=f"give another {key}, or permit writing",
+            remedy=f"set {key} to another folder, or permit writing in this one",
         )
 
 
@@ -124,9 +128,9 @@ def disk(config: Config) -> Iterator[Finding]:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"{free / _GIB:.2f} GiB free",
+            f"the disk has only {free / _GIB:.2f} GiB free",
             where=str(parent),
-            limit=f"about {needed / _GIB:.2f} GiB",
-            remedy="free space or give another run.dir",
+            limit=f"at least about {needed / _GIB:.2f} GiB",
+            remedy="delete files on this disk, or set run.dir to another disk",
         )
     yield f"{free / _GIB:.1f} GiB free, about {needed / _GIB:.2f} GiB needed"

@@ -45,21 +45,21 @@ def teachers(config: Config) -> Iterator[Finding]:
     # Servers of the user serve one teacher, and lopd cannot give them another one.
     if config.sglang.teacher_urls:
         yield ConfigError(
-            "sglang.teacher_urls with models.teachers",
+            "sglang.teacher_urls and models.teachers cannot be used together",
             where="sglang.teacher_urls",
-            limit="servers of one teacher",
-            remedy="leave sglang.teacher_urls out: lopd then starts a server for each teacher, "
-            "one after the other",
+            limit="sglang.teacher_urls are servers of exactly one teacher",
+            remedy="remove sglang.teacher_urls: lopd then starts a server for each teacher, one "
+            "after the other",
         )
     task = get_task(config.task.name, config.task.options)
     domains = {prompt.domain for prompt in read_prompts(config.prompts.opd, task)}
     # A misspelt domain would never be used, and its prompts would go to the general teacher.
     for domain in models.teachers.keys() - domains:
         yield ConfigError(
-            f"models.teachers.{domain}: no prompt of this domain",
+            f"models.teachers.{domain}: no prompt has this domain",
             where="models.teachers",
-            limit=f"the domains of prompts.opd: {', '.join(sorted(domains))}",
-            remedy="leave it out, or correct its name",
+            limit=f"one of the domains of prompts.opd: {', '.join(sorted(domains))}",
+            remedy="remove this teacher, or correct the name of its domain",
         )
 
 
@@ -79,10 +79,10 @@ def checkpoint(config: Config) -> Iterator[Finding]:
     # The shapes must be equal: the student continues from these weights.
     if own != other:
         raise ConfigError(
-            "another architecture than models.student",
+            "the model has another architecture than models.student",
             where=str(folder),
-            limit=str(config.models.student),
-            remedy="give its own base model",
+            limit=f"the architecture of {config.models.student}",
+            remedy="set models.student to the base model of this checkpoint",
         )
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
     with CheckpointReader(folder, other):
@@ -117,25 +117,25 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
     # Nobody could say which of the two the student was made from.
     if sft.demonstrations is not None:
         raise ConfigError(
-            "sft.checkpoint and sft.demonstrations",
+            "sft.checkpoint and sft.demonstrations cannot be used together",
             where="sft",
-            limit="one of the two",
-            remedy="leave out what is not to be used",
+            limit="exactly one of the two",
+            remedy="remove the one that you do not want",
         )
     # Random weights are for a student that SFT trains, and with a checkpoint SFT trains nothing.
     if sft.init == "random":
         yield ConfigError(
-            'sft.init = "random" with sft.checkpoint',
+            'sft.init = "random" and sft.checkpoint cannot be used together: nothing is '
+            "trained from a given checkpoint",
             where="sft",
-            limit="nothing is trained",
-            remedy="leave out what is not to be used",
+            remedy="remove the one that you do not want",
         )
     # The baseline continues SFT, so it needs the demonstrations, which a given student lacks.
     if config.evaluate.equal_compute_baseline:
         yield ConfigError(
-            "the equal-compute baseline continues SFT",
+            "the equal-compute baseline continues SFT, but a given student has no "
+            "demonstrations to continue with",
             where="sft.checkpoint",
-            limit="a given student has no demonstrations to continue with",
             remedy="set evaluate.equal_compute_baseline = false",
         )
     # lopd plan is used before lopd fetch, so for it a name on the hub is enough.
@@ -173,7 +173,7 @@ def cache(config: Config) -> Iterator[Finding]:
 
 
 def lineage(config: Config) -> Iterator[Finding]:
-    """Check that the teacher that will score also made demonstrations from elsewhere.
+    """Check that the teacher that will score also made the given sft.demonstrations.
 
     The demonstrate stage always uses that teacher, so its demonstrations need no check.
     """
@@ -212,9 +212,9 @@ def demonstrations(config: Config) -> Iterator[Finding]:
     if not manifest.complete or manifest.rows == 0:
         state = "complete" if manifest.complete else "not complete"
         raise DataError(
-            f"{manifest.rows} demonstrations, {state}",
+            f"there are {manifest.rows} demonstrations, and the artifact is {state}",
             where=str(folder),
-            limit="at least 1, complete",
+            limit="at least 1 demonstration in a complete artifact",
             remedy="finish the run that makes them",
         )
     # Checksums: a damaged shard would be noticed only when training reaches it.

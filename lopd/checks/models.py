@@ -73,9 +73,9 @@ def context_problems(config: Config, shapes: Shapes) -> Iterator[ConfigError]:
         folder = getattr(config.models, section)
         title = f"teacher of {domain}" if domain else role
         yield ConfigError(
-            f"sglang.context_length = {config.sglang.context_length}",
+            f"sglang.context_length = {config.sglang.context_length} is too large",
             where=str(folder[domain] if domain else folder),
-            limit=f"max_position_embeddings of the {title}: {positions}",
+            limit=f"at most max_position_embeddings of the {title}: {positions}",
             remedy="lower sglang.context_length",
         )
 
@@ -108,17 +108,17 @@ def _check_tokenizer(role: str, folder: Path) -> str:
         raise DataError(
             f"the tokenizer of the {role} has {len(tokenizer)} tokens",
             where=str(folder),
-            limit=f"vocab_size of config.json: {size}",
-            remedy="use the model's own tokenizer",
+            limit=f"at most vocab_size of config.json: {size}",
+            remedy="put the tokenizer files of this model into the folder",
         )
     # Without an end token every response would run into its limit.
     ends = stop_token_ids(folder, tokenizer)
     # generation_config.json names the end tokens, and may be left over from another model.
     if max(ends) >= size:
         raise DataError(
-            f"end token {max(ends)} of the {role}",
+            f"the {role} has an end token {max(ends)} outside its vocabulary",
             where=str(folder),
-            limit=f"vocab_size {size}",
-            remedy="correct generation_config.json",
+            limit=f"below vocab_size {size}",
+            remedy="correct eos_token_id in generation_config.json",
         )
     return f"{role}: {len(tokenizer)} tokens, responses end with {', '.join(map(str, ends))}"

@@ -58,11 +58,11 @@ def prompts(config: Config) -> Iterator[Finding]:
         shared = [prompt.prompt_id for prompt in chosen if _question(prompt) in held_out]
         if shared:
             yield DataError(
-                f"{len(shared)} prompts are also held-out prompts of prompts.eval, "
-                f"first {shared[0]!r}",
+                f"{len(shared)} prompts are also held-out prompts of prompts.eval, for "
+                f"example {shared[0]!r}",
                 where=f"prompts.{name}",
-                limit="0",
-                remedy="remove them, or give the sets different seeds",
+                limit="exactly 0",
+                remedy="remove these prompts, or give the two prompt sets different seeds",
             )
         else:
             yield f"{name}: {len(chosen)}"

@@ -31,7 +31,7 @@ _CPU_ONLY = {"attention_backend": "torch_native", "sampling_backend": "pytorch"}
 
 
 def server(config: Config) -> Iterator[Finding]:
-    """Check what servers are started with, and what they are asked for."""
+    """Check the arguments of the servers that are started, and the requests that they will get."""
     from sglang_rollout.servers.addresses import check_meeting
 
     problems = [
@@ -68,7 +68,8 @@ def _port_problems(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             what,
             where="127.0.0.1",
-            remedy="leave sglang.port out (lopd then uses a free port) or end what listens there",
+            remedy="remove sglang.port (lopd then uses a free port), or end the program that "
+            "listens on this port",
         )
         return
 
@@ -92,7 +93,7 @@ def server_problems(config: Config, shapes: Shapes) -> Iterator[LopdError]:
         yield ConfigError(
             "enable_memory_saver is set by lopd",
             where="sglang.extra_args",
-            remedy="leave it out; it follows sync.colocate",
+            remedy="remove enable_memory_saver: lopd sets it where sync.colocate is true",
         )
     # The address on which servers listen must be one, before anything is compared with it.
     yield from refusal(lambda: check_host(settings.host))
@@ -105,11 +106,12 @@ def server_problems(config: Config, shapes: Shapes) -> Iterator[LopdError]:
     # Otherwise a request as long as the context could never be served.
     if settings.max_total_tokens is not None and settings.max_total_tokens < needed:
         yield ConfigError(
-            f"sglang.max_total_tokens = {settings.max_total_tokens}",
+            f"sglang.max_total_tokens = {settings.max_total_tokens} is too small",
             where="sglang",
-            limit=f"at least one full sequence: sglang.context_length = "
-            f"{settings.context_length}, and {CONTEXT_MARGIN} that SGLang keeps back",
-            remedy=f"set sglang.max_total_tokens to {needed} or more, or leave it out",
+            limit="at least one full sequence: sglang.context_length = "
+            f"{settings.context_length}, plus {CONTEXT_MARGIN} tokens that SGLang "
+            "reserves",
+            remedy=f"set sglang.max_total_tokens to {needed} or more, or remove it",
         )
 
 
@@ -148,17 +150,17 @@ def _machine_problems(config: Config) -> Iterator[LopdError]:
         yield ConfigError(
             f"sglang.expert = {settings.expert}: SGLang cannot split experts in plain torch",
             where="this machine",
-            limit="1 without a GPU",
+            limit="exactly 1 on a machine without a GPU",
             remedy="set sglang.expert=1",
         )
     for name, only in _CPU_ONLY.items() if unit == CORES else ():
         value = settings.extra_args.get(name, only)
         if value != only:
             yield ConfigError(
-                f"sglang.extra_args.{name} = {value!r}",
+                f"sglang.extra_args.{name} = {value!r} cannot be used",
                 where="this machine",
-                limit=f"{only} without a GPU",
-                remedy="leave it out",
+                limit=f"exactly {only} on a machine without a GPU",
+                remedy="remove this argument",
             )
     # Three dots: an IPv4 address. It must be one of this machine's. 0.0.0.0 means all of them.
     if settings.host.count(".") == 3 and settings.host != "0.0.0.0":
@@ -175,9 +177,9 @@ def _too_many_processes(config: Config, limit: int, unit: str) -> ConfigError:
     left = limit // math.prod(sizes[name] for name in several[:-1])
     name = several[-1] if left else several[0]
     return ConfigError(
-        " x ".join(f"sglang.{name} = {sizes[name]}" for name in several),
+        " x ".join(f"sglang.{name} = {sizes[name]}" for name in several) + " is too large",
         where="this machine",
-        limit=f"{limit} {unit}",
+        limit=f"at most {limit} {unit}",
         remedy=f"set sglang.{name}={left or limit} or fewer",
     )
 
@@ -205,11 +207,12 @@ def _fingerprint_problems(config: Config) -> Iterator[ConfigError]:
             # A plain SGLang does not know this action. The servers that lopd starts do.
             if "Unsupported action" in error.what:
                 yield ConfigError(
-                    "this server cannot tell fingerprints of its weights, "
-                    "as those that lopd starts can",
+                    "this server cannot report fingerprints of its weights, because lopd "
+                    "did not start it",
                     where=engine.url,
-                    limit='sync.verify = "tensors"',
-                    remedy='leave sync.verify out (it is then "scores"), or set it to "off"',
+                    limit='only servers that lopd starts, with sync.verify = "tensors"',
+                    remedy='remove sync.verify (its value is then "scores"), or set '
+                    'sync.verify to "off"',
                 )
         except EngineError:
             # A server that does not answer yet may be loading. That is no problem yet.

@@ -63,9 +63,10 @@ def batch_problem(config: Config, training: str, num_responses: int) -> Iterator
     batch_size = getattr(config, training).batch_size
     if batch_size > num_responses:
         yield ConfigError(
-            f"{training}.batch_size = {batch_size}, of {num_responses} responses",
+            f"{training}.batch_size = {batch_size} is more than the {num_responses} responses, "
+            "and a step learns from different responses",
             where=training,
-            limit=f"a step learns from different responses: at most {num_responses}",
+            limit=f"<= {num_responses}",
             remedy=f"lower {training}.batch_size, or use more prompts",
         )
 
@@ -134,9 +135,9 @@ def _rank_problems(
     if parallel.ranks > limit:
         nodes = f" on {parallel.nodes} nodes" if parallel.nodes > 1 else ""
         yield ConfigError(
-            f"{name}.parallel.ranks = {parallel.ranks}{nodes}",
+            f"{name}.parallel.ranks = {parallel.ranks}{nodes} is too large",
             where="this machine",
-            limit=f"{per_machine} {unit}",
+            limit=f"at most {per_machine} {unit}",
             remedy=f"set {name}.parallel.ranks={limit} or fewer",
         )
     yield from _microbatch_problems(name, section, longest)
@@ -148,9 +149,9 @@ def _microbatch_problems(
     # Packing never cuts a sequence, so the longest one must fit into a microbatch.
     if section.max_tokens_per_microbatch < longest:
         yield ConfigError(
-            f"{name}.max_tokens_per_microbatch = {section.max_tokens_per_microbatch}",
+            f"{name}.max_tokens_per_microbatch = {section.max_tokens_per_microbatch} is too small",
             where="sglang.context_length",
-            limit=f"at least one full sequence: {longest}",
+            limit=f"at least one full sequence: {longest} tokens",
             remedy=f"raise {name}.max_tokens_per_microbatch or lower sglang.context_length",
         )
 

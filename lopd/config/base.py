@@ -24,19 +24,19 @@ def _usable_path(value: Any) -> Any:
     # an exception that is no LopdError.
     if isinstance(value, str | Path):
         if not str(value):
-            raise ValueError("an empty path")
+            raise ValueError("the path is empty")
         if not str(value).isprintable():
-            raise ValueError("a path with characters that cannot be shown")
+            raise ValueError("the path has characters that cannot be printed")
         longest_name = max((len(os.fsencode(part)) for part in Path(value).parts), default=0)
         if longest_name > _MAX_NAME_BYTES or len(os.fsencode(value)) > _MAX_PATH_BYTES:
-            raise ValueError("a longer path than the system allows")
+            raise ValueError("the path is longer than the system allows")
         if str(value).startswith(PREFIX):
             return local_path(str(value))
         try:
             # "~" is the user's folder, as in a shell.
             return Path(value).expanduser()
         except RuntimeError:
-            raise ValueError("a path of an unknown user") from None
+            raise ValueError("the path names an unknown user") from None
     return value
 
 
@@ -55,7 +55,7 @@ class Contradiction(ValueError):
         remedy: What to change, as in lopd.errors.
     """
 
-    def __init__(self, what: str, *, limit: str, remedy: str) -> None:
+    def __init__(self, what: str, *, limit: str = "", remedy: str) -> None:
         super().__init__(f"{what}: {limit}")
         # The three parts are kept apart, because loading.py puts the section's name before the
         # first.

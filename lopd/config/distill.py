@@ -171,7 +171,7 @@ class RefreshSection(Section):
 
     @property
     def is_on(self) -> bool:
-        """Whether any reason for a refresh is set."""
+        """Return whether a knob is set that can cause a refresh."""
         return (
             self.every > 0
             or self.min_effective_share is not None

@@ -218,9 +218,9 @@ class SGLangSection(Section):
         if self.port is not None and self.port + self.replicas - 1 > _LAST_PORT:
             highest = _LAST_PORT - self.replicas + 1
             raise Contradiction(
-                f"port = {self.port} with replicas = {self.replicas}",
-                limit=f"{highest}: each of {self.replicas} replicas has the next one",
-                remedy="lower sglang.port, or leave it out",
+                f"port = {self.port} is too large for replicas = {self.replicas}",
+                limit=f"at most {highest}: each of the {self.replicas} replicas uses the next port",
+                remedy="lower sglang.port, or remove it",
             )
         return self
 
@@ -339,35 +339,31 @@ class SyncSection(Section):
         _require_address(self.host)
         if self.transport != "disk" and self.running_requests == "finish":
             raise Contradiction(
-                f'running_requests = "finish" with transport = "{self.transport}"',
-                limit=(
-                    f'it needs transport = "disk": by {self.transport}, new requests would meet a '
-                    "mixture of versions between two buckets"
-                ),
-                remedy="set sync.running_requests to pause, keep or abort, or leave it out",
+                'running_requests = "finish" cannot be used with transport = '
+                f'"{self.transport}": new requests would meet a mixture of weight '
+                "versions between two buckets",
+                limit=('only with transport = "disk"'),
+                remedy="set sync.running_requests to pause, keep or abort, or remove it",
             )
         if self.colocate and self.transport == "distributed":
             raise Contradiction(
-                'colocate = true with transport = "distributed"',
-                limit=(
-                    'transport = "tensor" or "disk": NCCL does not broadcast between two processes '
-                    "of one GPU"
-                ),
+                'colocate = true cannot be used with transport = "distributed": NCCL '
+                "does not broadcast between two processes of one GPU",
+                limit=('only with transport = "tensor" or "disk"'),
                 remedy='set sync.transport = "tensor"',
             )
         if self.colocate and self.delta:
             raise Contradiction(
-                "delta = true with colocate = true",
-                limit=(
-                    "a server that has given its memory back holds nothing that could be left out"
-                ),
+                "delta = true cannot be used with colocate = true: a server that has "
+                "given back its memory has no weights, so every tensor must be sent",
                 remedy="set sync.delta = false",
             )
         if self.transport == "disk" and self.delta:
             raise Contradiction(
-                'delta = true with transport = "disk"',
-                limit='transport = "tensor" or "distributed": a folder must hold every tensor',
-                remedy="set sync.delta = false, or another transport",
+                'delta = true cannot be used with transport = "disk": a folder must '
+                "hold every tensor",
+                limit='only with transport = "tensor" or "distributed"',
+                remedy="set sync.delta = false, or set sync.transport to tensor or distributed",
             )
         return self
 
@@ -384,5 +380,5 @@ def _require_address(host: str) -> None:
         raise Contradiction(
             f'host = "{host}" is not an IPv4 address',
             limit="an IPv4 address of this machine, or auto",
-            remedy='name one, or set sync.host = "auto"',
+            remedy='set sync.host to an address of this machine, or to "auto"',
         )

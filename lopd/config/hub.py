@@ -62,7 +62,7 @@ class HubName:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the revision is a commit, which cannot change."""
+        """Return whether the revision is a commit, which cannot change."""
         # A branch or tag could have such a name too, but hardly anyone gives one.
         return re.fullmatch(r"[0-9a-f]{7,40}", self.revision) is not None
 
@@ -94,7 +94,8 @@ def local_path(text: str) -> Path:
     escapes = any(part in ("", ".", "..") for part in file.split("/") if file)
     if found is None or "--" in found["owner"] or escapes:
         raise ValueError(
-            "not a name on the hub: hf://org/name@revision, or hf://datasets/org/name@revision/file"
+            "this is not a name on the hub: write hf://org/name@revision, or "
+            "hf://datasets/org/name@revision/file"
         )
     revision = found["revision"] or "main"
     is_dataset = found["datasets"] is not None

@@ -21,6 +21,16 @@ class RunSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Off, because a model of 60 GB takes minutes to read. Files that have changed are read anyway.
+    rehash: bool = Field(
+        default=False,
+        description=(
+            "Read every file of the models and artifacts again, although its size and times are "
+            "those of the file that was read last. Use it if you distrust the disk."
+        ),
+        json_schema_extra=SPEED_ONLY,
+    )
+
     # Every request and every step derives its own seed from this one.
     seed: int = Field(
         default=17,

@@ -37,7 +37,7 @@ class InvalidConfig(ConfigError):
         if len(mistakes) > 1:
             # Five further keys are enough for one line on a screen.
             others = ", ".join(keys[1:6])
-            more = f" (and {len(mistakes) - 1} more: {others}; lopd check tells all)"
+            more = f" (and {len(mistakes) - 1} more: {others}; lopd check shows all)"
         super().__init__(
             first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
         )
@@ -91,9 +91,9 @@ def config_from(
     except OSError as error:
         # resolve() of a relative path asks for the current folder, which may have been removed.
         raise ConfigError(
-            f"the current folder is gone ({error.strerror})",
+            f"the current folder does not exist any more ({error.strerror})",
             where=where,
-            remedy="go to a folder that exists",
+            remedy="change to a folder that exists, then run the command again",
         ) from None
     return cast(Config, _absolute(config, folder))
 
@@ -106,7 +106,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if "=" in path.name:
             remedy = "give the TOML file first, then the overrides"
             raise ConfigError(
-                f"{str(path)!r} is an override, where a TOML file is needed",
+                f"{str(path)!r} is an override, but a TOML file is needed here",
                 where="command line",
                 remedy=f"{remedy}: lopd VERB CONFIG section.key=value",
             ) from None
@@ -117,15 +117,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"not UTF-8 text (byte {error.start})", where=str(path), remedy="save it as UTF-8"
+            f"the file is not UTF-8 text (byte {error.start})",
+            where=str(path),
+            remedy="save the file as UTF-8",
         ) from None
     except (OSError, ValueError) as error:
         # A ValueError means that the text is not TOML, or that the path has a null byte.
-        what = f"not valid TOML: {error}"
+        what = f"the file is not valid TOML: {error}"
         if isinstance(error, OSError):
             what = f"cannot be read ({error.strerror})"
         raise ConfigError(
-            what, where=str(path), remedy="give a TOML file, for example examples/tiny_moe.toml"
+            what,
+            where=str(path),
+            remedy="correct the file, or give another one, for example examples/tiny_moe.toml",
         ) from None
 
 
@@ -137,7 +141,7 @@ def _apply_override(table: dict[str, Any], override: str) -> str:
     # "a..b=1" has an empty part.
     if not equals or not all(parts):
         raise ConfigError(
-            f"override {override!r:.120} is not section.key=value",
+            f"the override {override!r:.120} is not of the form section.key=value",
             where="command line",
             remedy="write for example distill.num_steps=8",
         )
@@ -231,12 +235,12 @@ _NEEDED = {
     "dict_type": "a table { key = value }",
     "list_type": 'a list ["...", "..."]',
 }
-# Pydantic's name of a crossed bound -> its sign, and where the error holds the bound.
+# Pydantic's name of a crossed bound -> the words for it, and where the error holds the bound.
 _BOUNDS = {
-    "greater_than_equal": (">=", "ge"),
-    "greater_than": (">", "gt"),
-    "less_than_equal": ("<=", "le"),
-    "less_than": ("<", "lt"),
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
 }
 
 
@@ -265,26 +269,27 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
     meaning = (field.description or "").removesuffix(".")
     meaning = meaning or f"a section with the keys {', '.join(_children(key))}"
     if kind == "missing":
-        return ConfigError(f"{key} is missing", where=where, remedy=f"add it: {meaning}")
+        return ConfigError(f"{key} is missing", where=where, remedy=f"add this key: {meaning}")
     # A value stands where a section is needed, for example sft.optimizer = 3.
     if kind == "model_type":
         remedy = f"set its keys one by one, for example {key}.{_children(key)[0]}"
         return ConfigError(
             f"{key} = {value} is not a section", where=where, limit=meaning, remedy=remedy
         )
-    remedy = f"change it ({meaning})"
-    # A validator of one knob says what the value is ("an empty path"), not what is right.
+    remedy = f"change {key} ({meaning})"
+    # A validator of one knob says what is wrong ("the path is empty"), not what is right.
     if kind == "value_error":
-        what = f"{key} = {value} is not allowed: it is {context['error']}"
+        what = f"{key} = {value} is not allowed: {context['error']}"
         return ConfigError(what, where=where, remedy=remedy)
     if kind in _BOUNDS:
-        sign, bound = _BOUNDS[kind]
-        limit = f"{sign} {context[bound]:g}"
+        words, bound = _BOUNDS[kind]
+        limit = f"{words} {context[bound]:g}"
     else:
         # "expected" lists the choices of a Literal. TOML writes false in small letters.
         told = str(context.get("expected") or context.get("error") or problem["msg"])
         limit = _NEEDED.get(kind) or told.replace("False", "false")
-    return ConfigError(f"{key} = {value}", where=where, limit=limit, remedy=remedy)
+    what = f"{key} = {value} is not allowed"
+    return ConfigError(what, where=where, limit=limit, remedy=remedy)
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,10 @@ from lopd.config.training import ForwardSection
 
 
 class Sampling(Section):
-    """How an SGLang server samples a response. Three stages share these knobs."""
+    """How an SGLang server samples a response.
+
+    The sections demonstrate, rollout and evaluate share these knobs.
+    """
 
     # 1 is the policy itself, so that the sampled tokens are an unbiased sample of it.
     temperature: float = Field(
@@ -69,9 +72,9 @@ class Sampling(Section):
         # A server would refuse this too, but only at the first request, after it has started.
         if self.top_k == 0:
             raise Contradiction(
-                "top_k = 0",
-                limit="-1 (all tokens are candidates), or 1 and more",
-                remedy="set it to -1 for no such bound",
+                "top_k = 0 is not allowed",
+                limit="exactly -1 (all tokens are candidates), or at least 1",
+                remedy="set top_k to -1 to make all tokens candidates",
             )
         return self
 

@@ -55,7 +55,7 @@ class Config(Section):
         if self.evaluate.enabled and "eval" not in self.prompts.model_fields_set:
             raise Contradiction(
                 "prompts.eval is missing",
-                limit="evaluations need held-out prompts",
+                limit="the held-out prompts of the evaluations",
                 remedy="add [prompts.eval], or set evaluate.enabled = false",
             )
         return self

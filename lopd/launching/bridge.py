@@ -41,9 +41,10 @@ def launch_python() -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise LopdError(
-            "nemo-run's environment is missing",
+            "the Python environment of nemo-run is missing",
             where=" or ".join(map(str, places)),
-            remedy=f"make it: bash requirements/install_launch.sh, or name its python in {PYTHON}",
+            remedy=f"run bash requirements/install_launch.sh, or set {PYTHON} to the python of "
+            "this environment",
         )
     return found
 
@@ -85,9 +86,9 @@ def launch(plan: LaunchPlan, *, render_to: Path | None = None) -> dict[str, Any]
     ]
     if failed:
         raise LopdError(
-            f"job {failed[0]} failed (of {len(failed)}: {', '.join(failed)})",
+            f"job {failed[0]} failed (failed jobs: {', '.join(failed)})",
             where=_log_of(result, failed[0]),
-            remedy="see its log; the same command goes on from what is published",
+            remedy="read the log, then run the same command again: finished work is kept",
         )
     return result
 
@@ -124,7 +125,8 @@ def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> di
     log = folder / "nemo_run.log"
     # Private, because the plan has launch.env.
     publish_json(plan_file, plan.as_json(), private=True)
-    # The folder is the same for every launch of a run. A former result must not count for this one.
+    # The folder is the same for every launch of a run. An earlier result must not count for this
+    # one.
     result_file.unlink(missing_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in _PYTHON_VARIABLES}
     # Its default is a folder in the user's home, which nodes of a cluster may not share.
@@ -146,7 +148,7 @@ def _run_nemo(python: Path, plan: LaunchPlan, folder: Path, *options: str) -> di
         raise LopdError(
             f"nemo-run ended with code {code}: {' | '.join(last_lines(log, 2))[:400]}",
             where=str(log),
-            remedy="see the log",
+            remedy="read the log",
         )
     return cast(dict[str, Any], json.loads(result_file.read_text(encoding="utf-8")))
 

@@ -135,7 +135,7 @@ def pod_patch(pod: dict[str, Any], field: str) -> dict[str, Any]:
     as which user the pods run. The image says so then.
 
     Args:
-        pod: What the pods are given.
+        pod: The resources and the environment of the pods.
         field: The name of the field: podTemplateOverrides or runtimePatches.
     """
     # Only volumes and containers: this field has no security context.
@@ -229,7 +229,7 @@ def render(experiment: Any, plan: Plan, folder: Path) -> None:
     Args:
         experiment: nemo-run's experiment, with all jobs added.
         plan: The plan.
-        folder: Where to write.
+        folder: The folder to write the files to.
     """
     # A dry run leaves in each job the request that would be sent.
     experiment.dryrun(log=False, delete_exp_dir=False)
@@ -266,7 +266,7 @@ def render_docker(job: Job, plan: Plan, submitted: Any) -> tuple[str, str]:
 
 
 def render_local(job: Job, plan: Plan, submitted: Any) -> tuple[str, str]:
-    """Return the ending of the file and the command."""
+    """Return the ending of the job file's name, and the command that runs the file."""
     return ".json", as_json_text({"after": job["after"], "command": job["command"]})
 
 

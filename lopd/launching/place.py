@@ -61,17 +61,17 @@ def _read(
         )
         if not index:
             raise ConfigError(
-                f"{option} {text}: no cluster tells which one this is",
+                f"{option} {text}: no variable of a cluster gives the number of this process",
                 where="environment",
                 limit=f"one of {', '.join(names)}",
-                remedy=f"give the number yourself, for example {option} 0/{count or 2}",
+                remedy=f"write the number into the option, for example {option} 0/{count or 2}",
             )
     # isdigit refuses signs and spaces too.
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ConfigError(
-            f"{option} {text!r:.40}",
+            f"{option} {text!r:.40} is not a part of a whole",
             where="command line",
-            limit="i/n with 0 <= i < n",
+            limit="i/n, where i is at least 0 and below n",
             remedy=f"write for example {option} 0/2",
         )
     return int(index), int(count)

@@ -141,10 +141,10 @@ def _chosen_stages(config: Config, stages: Sequence[str]) -> list[str]:
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise ConfigError(
-            f"no stage {unknown[0]!r:.40}",
+            f"there is no stage {unknown[0]!r:.40}",
             where="lopd launch --stages",
-            limit=", ".join(STAGES),
-            remedy="give stages by name, with commas",
+            limit=f"one of {', '.join(STAGES)}",
+            remedy="give the names of stages, separated by commas",
         )
     # The same stages as lopd.stages.order leaves out, which imports too much for this file.
     left_out: set[str] = set()
@@ -166,27 +166,27 @@ def _check_nodes(config: Config, target: Target, chosen: Sequence[str]) -> None:
         # torchrun starts equally many ranks on every machine.
         if parallel.ranks % parallel.nodes:
             raise ConfigError(
-                f"{parallel.ranks} ranks on {parallel.nodes} nodes",
+                f"{parallel.ranks} ranks cannot be divided equally among {parallel.nodes} nodes",
                 where=f"{stage}.parallel",
-                limit="equal parts",
+                limit="the same number of ranks on each node",
                 remedy=f"set {stage}.parallel.nodes to a divisor of {parallel.ranks}",
             )
         # Several nodes on one machine would share its GPUs.
         if parallel.nodes > 1 and target in SINGLE_NODE:
             raise ConfigError(
-                f"{stage}.parallel.nodes = {parallel.nodes}",
+                f"{stage}.parallel.nodes = {parallel.nodes} is too large",
                 where=f"--on {target}",
-                limit="1: it is one machine",
-                remedy="launch on slurm, k8s or skypilot, or set it to 1",
+                limit="exactly 1, because this target is one machine",
+                remedy="launch on slurm, k8s or skypilot, or set {stage}.parallel.nodes to 1",
             )
     # Scoring needs no exchange between nodes. Workers share its prompts instead.
     nodes = config.score.forward.parallel.nodes
     if nodes > 1:
         raise ConfigError(
-            f"score.forward.parallel.nodes = {nodes}",
+            f"score.forward.parallel.nodes = {nodes} is too large",
             where="score.forward",
-            limit="1: scoring is shared by launch.workers",
-            remedy="set it to 1",
+            limit="exactly 1 (launch.workers is the number of machines that score)",
+            remedy="set score.forward.parallel.nodes to 1",
         )
 
 
@@ -194,17 +194,18 @@ def _check_target(config: Config, target: Target) -> None:
     # nemo-run replaces this text by its own folder in every word of a job, paths included.
     if "/nemo_run" in str(config.run.dir):
         raise ConfigError(
-            f"run.dir {config.run.dir} has /nemo_run in it, "
-            "which nemo-run replaces wherever it stands in a job",
+            f"run.dir {config.run.dir} contains /nemo_run, and nemo-run replaces this "
+            "text everywhere in a job",
             where="run.dir",
-            remedy="give another run.dir",
+            remedy="set run.dir to another folder",
         )
     # Slurm runs with or without a container, and so does this machine.
     if target in CONTAINERS and not config.launch.image:
         raise ConfigError(
             "launch.image is missing",
             where=f"--on {target}",
-            remedy="build the image (docs/image.md) and name it: launch.image=lopd:0.1",
+            remedy="build the image (docs/image.md), then set its name, for example "
+            "launch.image=lopd:0.1",
         )
 
 
@@ -223,11 +224,11 @@ def _check_no_secret(overrides: Sequence[str]) -> None:
         # The value is parsed, because a table may hold a secret inside.
         if holds_secret({key.strip(): value}):
             raise ConfigError(
-                f"{key.strip()} holds what may be a secret, "
-                "and would stand in the scripts of the jobs",
+                f"{key.strip()} may hold a secret, which lopd would write into the "
+                "scripts of the jobs",
                 where="command line",
-                remedy="put it into the TOML file, which the jobs read, "
-                "or into the cluster's own store of secrets",
+                remedy="put this key into the TOML file, which the jobs read, or into the secret "
+                "store of the cluster",
             )
 
 

@@ -102,33 +102,34 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     if len(gpus) < needed:
         problem = f" ({facts.gpus_problem})" if facts.gpus_problem else ""
         yield ConfigError(
-            f"{len(gpus)} GPUs{problem}",
+            f"this machine has only {len(gpus)} GPUs{problem}",
             where="this machine",
-            limit=f"{needed} (ranks of sft and distill, and servers)",
-            remedy="lopd plan CONFIG --gpus N --suggest",
+            limit=f"at least {needed}, the largest number of ranks or servers that run at once",
+            remedy="use a machine with more GPUs, or run lopd plan CONFIG --gpus N --suggest to "
+            "find a layout",
         )
     # A MIG instance looks like a GPU to torch, and the error would come only from NCCL.
     if any(gpu.mig for gpu in gpus):
         yield ConfigError(
             "a GPU is in MIG mode",
             where="this machine",
-            remedy="use whole GPUs: NCCL does not cross MIG instances",
+            remedy="switch MIG mode off: NCCL does not connect MIG instances",
         )
     # All ranks wait for the slowest GPU, and the smallest one runs out of memory first.
     names = sorted({gpu.name for gpu in gpus})
     if len(names) > 1:
         yield ConfigError(
-            f"GPUs of several kinds: {', '.join(names)}",
+            f"this machine has GPUs of several kinds: {', '.join(names)}",
             where="this machine",
-            remedy="choose those of one kind with CUDA_VISIBLE_DEVICES",
+            remedy="set CUDA_VISIBLE_DEVICES to GPUs of one kind",
         )
     busy = [str(index) for index, gpu in enumerate(gpus) if gpu.used > _USED_BY_NOBODY]
     # The plan counts on the whole memory of each GPU.
     if busy:
         yield ConfigError(
-            f"GPUs {', '.join(busy)} hold memory of other programs",
+            f"other programs use memory of the GPUs {', '.join(busy)}",
             where="this machine",
-            remedy="nvidia-smi shows whose; end them",
+            remedy="end these programs: nvidia-smi shows them",
         )
     if len(gpus) >= needed and not busy:
         yield f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / _GIB:.1f} GiB"
@@ -145,9 +146,9 @@ def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     problems = [problem for problem in plan.problems if not problem.is_count]
     for problem in problems:
         yield ConfigError(
-            f"{problem.stage} does not fit: {problem.what}",
+            f"the stage {problem.stage} does not fit: {problem.what}",
             where="this machine",
-            remedy="lopd plan CONFIG --suggest",
+            remedy="run lopd plan CONFIG --suggest to find a layout that fits",
         )
     if not problems:
         # Stages run one after the other, so the largest one decides.
@@ -181,10 +182,10 @@ def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
         # The plan's figure is an estimate, therefore "about".
         if free < needed:
             yield ConfigError(
-                f"{free / _GIB:,.0f} GiB free",
+                f"the disk has only {free / _GIB:,.0f} GiB free",
                 where=where,
-                limit=f"about {needed / _GIB:,.0f} GiB",
-                remedy="free space, or set run.dir and LOPD_HUB to other disks",
+                limit=f"at least about {needed / _GIB:,.0f} GiB",
+                remedy="delete files on this disk, or set run.dir and LOPD_HUB to other disks",
             )
         else:
             yield f"{where}: {free / _GIB:,.0f} GiB free, about {needed / _GIB:,.0f} GiB needed"
@@ -199,7 +200,7 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
         yield ConfigError(
             "the installed torch has no CUDA",
             where="torch",
-            remedy="use the image (docker/), or install requirements for a GPU",
+            remedy="use the image (docker/), or install the requirements for a GPU",
         )
         return
     # Without a GPU there is no driver to judge, and _judge_gpus says so.
@@ -211,9 +212,9 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     oldest = MIN_DRIVER.get(int(facts.cuda.partition(".")[0]), 0)
     if int(driver.partition(".")[0]) < oldest:
         yield ConfigError(
-            f"NVIDIA driver {driver}",
+            f"the NVIDIA driver {driver} is too old",
             where="this machine",
-            limit=f"{oldest} for CUDA {facts.cuda}",
+            limit=f"at least {oldest} for CUDA {facts.cuda}",
             remedy="install a newer driver on the host",
         )
     else:
@@ -227,19 +228,19 @@ def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     shm = 0 if is_cpu_trial else SHM_PER_GPU * gpus_needed(config)
     if facts.shm < shm:
         yield ConfigError(
-            f"shared memory of {facts.shm / _GIB:.2f} GiB",
+            f"the shared memory has only {facts.shm / _GIB:.2f} GiB",
             where="/dev/shm",
-            limit=f"{shm / _GIB:.0f} GiB",
-            remedy="in a container: --ipc=host, or --shm-size",
+            limit=f"at least {shm / _GIB:.0f} GiB",
+            remedy="start the container with --ipc=host, or with a larger --shm-size",
         )
     else:
         yield f"/dev/shm: {facts.shm / _GIB:.0f} GiB"
     # A negative limit means none.
     if 0 <= facts.open_files < OPEN_FILES:
         yield ConfigError(
-            f"{facts.open_files} open files",
+            f"a process may open only {facts.open_files} files",
             where="ulimit -n",
-            limit=str(OPEN_FILES),
+            limit=f"at least {OPEN_FILES}",
             remedy="raise the hard limit (ulimit -n)",
         )
     # Only pinned memory can be copied to a GPU while the GPU computes.
@@ -249,7 +250,7 @@ def _judge_limits(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
             f"only {facts.locked_memory / 2**20:.0f} MiB of memory may be pinned; "
             "an offloaded optimizer pins hundreds of GiB",
             where="ulimit -l",
-            remedy="in a container: --ulimit memlock=-1",
+            remedy="start the container with --ulimit memlock=-1",
         )
 
 
@@ -259,7 +260,7 @@ def _judge_ports(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
         yield ConfigError(
             f"port {port} is taken",
             where="127.0.0.1",
-            remedy="leave sglang.port out: lopd then uses free ports",
+            remedy="remove sglang.port: lopd then uses free ports",
         )
     if not facts.ports_taken:
         yield "free" if config.sglang.port is not None else "lopd will use free ports"
@@ -291,23 +292,23 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
         return f"{key}: {path}"
     if item is None:
         return ConfigError(
-            f"{key} is not there",
+            f"{key}: this folder does not exist",
             where=str(path),
-            remedy="put it there, or name it on the hub: hf://org/name@revision",
+            remedy="put the files there, or set {key} to a name on the hub: hf://org/name@revision",
         )
     # gather() asks the hub for everything that is missing, unless downloads are forbidden.
     if item.name not in facts.hub:
         return ConfigError(
-            f"{key}: {item.name} is not here, and downloads are switched off",
+            f"{key}: {item.name} is not on this machine, and downloads are switched off",
             where=str(item.path),
-            remedy="unset HF_HUB_OFFLINE and run lopd fetch CONFIG, "
-            "or put the files there by other means",
+            remedy="unset HF_HUB_OFFLINE and run lopd fetch CONFIG, or copy the files there by "
+            "other means",
         )
     if facts.hub[item.name] is not None:
         return ConfigError(
             f"{key}: {item.name} cannot be fetched: {facts.hub[item.name]}",
             where="hub",
-            remedy="check name, revision, network and login",
+            remedy="check the name, the revision, the network and the login",
         )
     return f"{key}: {item.name} is on the hub (lopd fetch CONFIG)"
 

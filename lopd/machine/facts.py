@@ -62,11 +62,11 @@ class Facts:
         shm: Bytes of /dev/shm.
         open_files: Open files that a process may have.
         locked_memory: Bytes of memory that a process may pin. -1 means any.
-        disks: By a folder that will be written, the number of its disk and the free bytes.
+        disks: For each folder that will be written, the number of its disk and the free bytes.
         versions: Version by package. None if it is not installed.
         cuda: CUDA version of the installed torch. None if it has no CUDA.
         ports_taken: The ports of sglang.port on which another program listens.
-        hub: By a name on the hub, the error of asking for it. None if the hub has it.
+        hub: For each name on the hub, the error that the hub returned, or None if the hub has it.
     """
 
     gpus: tuple[GpuFact, ...] = ()
@@ -202,6 +202,6 @@ def _ask_hub(name: HubName) -> str | None:
         )
     except Exception as error:
         # These are huggingface_hub's own errors, and whatever its connection raises. All of them
-        # mean that the files cannot be had, and the doctor must go on to the next finding.
+        # mean that the files cannot be had, and the doctor must continue to the next finding.
         return " ".join(str(error).split())[:_ERROR_LEN] or type(error).__name__
     return None

@@ -105,7 +105,7 @@ def named(text: str) -> Wanted:
         raise ConfigError(
             f"{text!r:.120}: {error}",
             where="hub",
-            remedy="for example hf://datasets/HuggingFaceH4/aime_2024@main/data",
+            remedy="write for example hf://datasets/HuggingFaceH4/aime_2024@main/data",
         ) from None
     name = hub_name(path)
     assert name is not None, "local_path gives paths in the hub's folder"
@@ -118,7 +118,7 @@ def fetch(
     """Download what is not on this machine yet. What is there is left alone.
 
     Args:
-        items: What is wanted.
+        items: The files and folders to fetch.
         show_line: Prints a line of progress.
         snapshot: Downloads a repository. None takes huggingface_hub.snapshot_download.
 
@@ -140,9 +140,9 @@ def fetch(
         # The repository is here, but it has no such file or folder in it.
         if not item.path.exists():
             raise ConfigError(
-                f"{item.key}: there is no {item.path.relative_to(name.folder)} in {name}",
+                f"{item.key}: {name} has no file {item.path.relative_to(name.folder)}",
                 where=str(name.folder),
-                remedy=f"it has: {', '.join(_listing(name.folder))}",
+                remedy=f"choose one of its files: {', '.join(_listing(name.folder))}",
             )
         # What was there already is listed too: its commit belongs into a report.
         commit = json.loads((name.folder / NOTE).read_text(encoding="utf-8"))["commit"]
@@ -173,8 +173,8 @@ def _snapshot_download() -> Snapshot:
         raise LopdError(
             "HF_HUB_OFFLINE forbids downloads",
             where="lopd fetch",
-            remedy="unset HF_HUB_OFFLINE, or put the files there by other means, "
-            f"with a {NOTE}: docs/recipes.md",
+            remedy=f"unset HF_HUB_OFFLINE, or copy the files there by other means, with a {NOTE} "
+            "(docs/recipes.md)",
         )
     from huggingface_hub import snapshot_download
 
@@ -188,7 +188,7 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
     partial = name.folder.with_name(f"{name.folder.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        # huggingface_hub continues files that a former attempt left unfinished.
+        # huggingface_hub continues files that an earlier attempt left unfinished.
         snapshot(
             repo_id=name.repository,
             repo_type="dataset" if name.dataset else "model",
@@ -203,8 +203,9 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
         raise LopdError(
             f"{item.key}: cannot fetch {name}: {reason}",
             where=str(partial),
-            remedy="check the name, the revision, the network, room on the disk and "
-            "(gated repositories) hf auth login; the same command continues",
+            remedy="check the name, the revision, the network, the free disk space and (for "
+            "gated repositories) hf auth login, then run the same command again: it "
+            "continues",
         ) from error
     commit = _commit(partial)
     note = json.dumps({"source": str(name), "commit": commit}, indent=1)
@@ -215,9 +216,9 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
     # user's own, or a damaged one, and no folder of a user is ever removed.
     if name.folder.exists():
         raise LopdError(
-            "a folder that lopd did not fetch is in the way",
+            "this folder exists, and lopd did not fetch it",
             where=str(name.folder),
-            remedy="move it away",
+            remedy="move this folder to another place",
         )
     partial.rename(name.folder)
 

@@ -37,7 +37,7 @@ class Misfit:
         since: Its first version that needs it.
         other: The package that must have it.
         below: The first version of the other package that has it.
-        why: What goes wrong otherwise, in a clause.
+        why: The error that occurs otherwise, as a clause.
     """
 
     name: str
@@ -75,18 +75,18 @@ def judge_versions(
         version = versions.get(name)
         if version is None or numbers_of(version) < numbers_of(oldest):
             yield ConfigError(
-                f"{name} {version}" if version else f"{name} is not installed",
+                f"{name} {version} is too old" if version else f"{name} is not installed",
                 where="python environment",
-                limit=f"{oldest} or newer",
+                limit=f"at least {oldest}",
                 remedy=_USE_THE_IMAGE,
             )
         # A newer version may work. It is refused, because a wrong figure costs more than a new
         # image.
         elif name in TOO_NEW and numbers_of(version) >= numbers_of(TOO_NEW[name]):
             yield ConfigError(
-                f"{name} {version}",
+                f"{name} {version} is newer than the tested versions",
                 where="python environment",
-                limit=f"below {TOO_NEW[name]}: nothing newer has been tried",
+                limit=f"below {TOO_NEW[name]}",
                 remedy=_USE_THE_IMAGE,
             )
     yield from _judge_pairs(versions)
@@ -104,10 +104,10 @@ def _judge_pairs(versions: Mapping[str, str | None]) -> Iterator[LopdError]:
         is_concerned = numbers_of(version) >= numbers_of(rule.since)
         if is_concerned and numbers_of(other) < numbers_of(rule.below):
             yield ConfigError(
-                f"{rule.name} {version} beside {rule.other} {other}: {rule.why}",
+                f"{rule.name} {version} does not work with {rule.other} {other}: {rule.why}",
                 where="python environment",
-                limit=f"{rule.other} {rule.below} or newer",
-                remedy=f"pip install '{rule.other}>={rule.below}', or {_USE_THE_IMAGE}",
+                limit=f"{rule.other} at least {rule.below}",
+                remedy=f"run pip install '{rule.other}>={rule.below}', or {_USE_THE_IMAGE}",
             )
 
 

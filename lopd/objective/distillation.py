@@ -75,11 +75,10 @@ class Distillation:
         if isinstance(self.loss, TopKKL) and self.weightings:
             names = ", ".join(type(weighting).__name__ for weighting in self.weightings)
             raise ConfigError(
-                f"{names} cannot be used with a top-K KL",
+                f"{names} cannot be used with a top-K KL: token weights are functions of "
+                "the sampled token, but a top-K KL is a sum over the teacher's tokens",
                 where="objective",
-                limit="token weights are functions of the sampled token, "
-                "which plays no part in a sum over the teacher's tokens",
-                remedy="use the lightning loss, or no token weights",
+                remedy="set loss = lightning, or remove the token weights",
             )
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> LossOutput:
@@ -113,7 +112,7 @@ class Distillation:
                 ends=ends,
                 teachers=self.teachers,
             )
-        # The mean is over the tokens that the selections have left. Divided by all tokens, a prefix
-        # of 10% would make the loss, and with it the step, ten times smaller.
+        # The mean is over the tokens that remain after the selections. Divided by all tokens, a
+        # prefix of 10% would make the loss, and with it the step, ten times smaller.
         weights, num_items = token_weights(batch, self.loss.aggregation, losses.dtype)
         return LossOutput((weights * losses).sum(), num_items, sums)

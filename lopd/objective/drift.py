@@ -47,9 +47,10 @@ class RefreshRule:
         rule = cls(section.every, section.min_effective_share, section.max_chi_square)
         if section.num_responses is not None and not section.is_on:
             raise ConfigError(
-                "refresh.num_responses without a refresh",
+                "refresh.num_responses has no effect without a refresh",
                 where="distill.refresh",
-                remedy="set refresh.every or a bound of the drift, or remove num_responses",
+                remedy="set refresh.every, or set a bound of the drift, or remove "
+                "refresh.num_responses",
             )
         # With a bound of the drift besides, a refresh can still come before the training ends.
         has_only_every = rule == cls(rule.every)

@@ -154,7 +154,7 @@ def reduce_metrics(summed: Mapping[str, float]) -> dict[str, float]:
         raise DataError(
             "no token of this step carries loss",
             where="batch",
-            remedy="remove responses without tokens and responses with every token masked",
+            remedy="remove responses without tokens and responses in which every token is masked",
         )
     # The sums of the whole step stand under "", those of a teacher under "/NAME".
     parts: dict[str, dict[str, float]] = {}

@@ -27,18 +27,19 @@ def distillation_sums(
 ) -> dict[str, Tensor]:
     """Return the metrics of a distillation as sums over the tokens that carry loss.
 
-    The keys are the same for every batch. A sum is 0 where the batch lacks what it needs. After
-    reduce_metrics they are reported as:
+    The keys are the same for every batch. A sum is 0 if the batch lacks the data for this sum.
+    After reduce_metrics they are reported as:
 
     - ``advantage``, ``advantage_std``: log pi_T - log pi_theta before the clip, in nats.
     - ``clipped_share``: the share of tokens beyond the clip.
     - ``end_token_advantage``: the mean on end tokens. It is negative where the teacher would
       continue the response.
-    - With sampling_logprobs, of w = pi_theta / pi_sampling of a token: ``weight`` (the mean),
-      ``weight_squared``, ``chi_square``, ``effective_sample_share``.
+    - With sampling_logprobs, and with w = pi_theta / pi_sampling for each token: ``weight`` is the
+      mean of w. ``weight_squared``, ``chi_square`` and ``effective_sample_share`` are functions of
+      w.
     - With sampling_logprobs, ``sequence_log_weight`` and its ``_std``: log w of a whole response,
-      the sum over its loss tokens. Minus its mean estimates KL(pi_sampling || pi_theta) of
-      responses.
+      the sum over its loss tokens. The negative mean estimates
+      KL(pi_sampling || pi_theta) of responses.
     - With sampling_logprobs, ``reverse_kl`` (see reverse_kl_terms), ``gradient_gap`` and
       ``gradient_gap_bound`` (see _weight_sums).
     - With student_entropy: ``student_entropy``, in nats.

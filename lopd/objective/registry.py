@@ -162,24 +162,24 @@ def is_on(objective: ObjectiveSection, knob: str) -> bool:
 
 def _refuse_contradictions(objective: ObjectiveSection) -> None:
     if is_on(objective, "prefix_share") and is_on(objective, "prefix_tokens"):
-        reason = "prefix_tokens says how long the prefix is, too"
-        raise _refused(objective, "prefix_share", reason, "set only one of the two")
+        reason = "prefix_tokens also sets the length of the prefix"
+        raise _refused(objective, "prefix_share", reason, "remove prefix_share or prefix_tokens")
     for knob, needed in _MODIFIES.items():
         if is_on(objective, knob) and not any(is_on(objective, other) for other in needed):
             names = " or ".join(needed)
-            reason = f"it changes nothing without {names}"
+            reason = f"it has no effect without {names}"
             raise _refused(objective, knob, reason, f"set {names}, or remove {knob}")
     if is_on(objective, "top_k_support") and objective.loss in _TOKEN_WEIGHTED:
-        reason = f"it changes nothing with loss = {objective.loss}"
-        remedy = "use a top-K loss, or remove top_k_support"
+        reason = f"it has no effect with loss = {objective.loss}"
+        remedy = "choose a top-K loss, or remove top_k_support"
         raise _refused(objective, "top_k_support", reason, remedy)
     for knob in WEIGHTINGS:
         if is_on(objective, knob) and objective.loss not in _TOKEN_WEIGHTED:
             reason = (
-                f"loss = {objective.loss} is a sum over the teacher's tokens, "
-                "in which the sampled token plays no part"
+                f"loss = {objective.loss} is a sum over the teacher's tokens and does not "
+                "use the sampled token"
             )
-            raise _refused(objective, knob, reason, f"use loss = lightning, or remove {knob}")
+            raise _refused(objective, knob, reason, f"set loss = lightning, or remove {knob}")
 
 
 def _refuse_missing(
@@ -187,15 +187,18 @@ def _refuse_missing(
 ) -> None:
     missing = [name for name in component.needs if name not in available]
     if missing:
-        reason = "; ".join(f"needs {name}: {_ORIGIN[name]}" for name in missing)
-        remedy = "use loss = lightning, or provide it" if knob == "loss" else f"remove {knob}"
+        reason = "; ".join(f"it needs {name}: {_ORIGIN[name]}" for name in missing)
+        remedy = (
+            "set loss = lightning, or make a cache that has the missing data"
+            if knob == "loss"
+            else f"remove {knob}"
+        )
         raise _refused(objective, knob, reason, remedy)
 
 
 def _refused(objective: ObjectiveSection, knob: str, reason: str, remedy: str) -> ConfigError:
     return ConfigError(
-        f"{knob} = {getattr(objective, knob)}",
+        f"{knob} = {getattr(objective, knob)} cannot be used: {reason}",
         where="[distill.objective]",
-        limit=reason,
         remedy=remedy,
     )

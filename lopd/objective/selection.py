@@ -94,7 +94,7 @@ def apply_selections(batch: TokenBatch, selections: Iterable[Selection]) -> Toke
     """Return the batch with loss only on the tokens that every selection keeps."""
     mask = batch.loss_mask
     for selection in selections:
-        # Each selection sees the whole responses. If one saw what another has left, a share of a
-        # response would depend on the order of the selections.
+        # Each selection sees the whole responses. If one saw only what remains after another, a
+        # share of a response would depend on the order of the selections.
         mask = mask & selection(batch)
     return replace(batch, loss_mask=mask)

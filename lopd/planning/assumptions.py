@@ -212,11 +212,14 @@ def _check_bounds(name: str, value: float, meaning: str) -> None:
     is_large_enough = value > 0 or (value == 0 and may_be_zero)
     if is_large_enough and not (is_share and value > 1):
         return
-    limit = "0 or more" if may_be_zero else "above 0"
+    limit = "at least 0" if may_be_zero else "above 0"
     if is_share:
         limit += ", at most 1"
     raise ConfigError(
-        f"{name} = {value:g}", where="--assume", limit=limit, remedy=f"it is: {meaning}"
+        f"{name} = {value:g} is out of range",
+        where="--assume",
+        limit=limit,
+        remedy=f"correct this assumption. It means: {meaning}",
     )
 
 
@@ -243,7 +246,7 @@ def read_assumptions(settings: Sequence[str]) -> Assumptions:
                 f"unknown assumption {setting!r:.80}",
                 where="--assume",
                 limit="name=value",
-                remedy=f"the nearest is {nearest}; all: docs/plan.md",
+                remedy=f"the nearest known name is {nearest}; docs/plan.md lists all",
             )
         found[name] = _number(name, text)
     return Assumptions(**found)
@@ -257,7 +260,9 @@ def _number(name: str, text: str) -> float:
         value = None
     # In Python True is an int. In a plan it is no number.
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name} = {text!r:.60}", where="--assume", limit="a number")
+        raise ConfigError(
+            f"{name} = {text!r:.60} is not a number", where="--assume", limit="a number"
+        )
     return float(value)
 
 

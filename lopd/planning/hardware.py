@@ -91,7 +91,7 @@ def node_of(
             f"unknown GPU {gpu!r:.60}",
             where="--gpu",
             limit=f"one of {', '.join(GPUS)}",
-            remedy=f"the nearest is {nearest}",
+            remedy=f"the nearest known GPU is {nearest}",
         )
     # Both defaults grow with the GPUs, because a node with fewer GPUs is usually a smaller machine,
     # or a part of one.

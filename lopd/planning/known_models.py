@@ -82,7 +82,7 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "Qwen3-30B-A3B-Thinking-2507": {**_A3B, **_LONG},
     "Qwen3-30B-A3B-Instruct-2507": {**_A3B, **_LONG},
     "Qwen3-235B-A22B-Thinking-2507": {**_A22B, **_LONG, "rope_theta": 5000000},
-    # A teacher of the paper's comparison of teachers. It is of the former family.
+    # A teacher of the paper's comparison of teachers. It is of the previous family.
     "QwQ-32B": {
         "model_type": "qwen2",
         "hidden_act": "silu",

@@ -80,7 +80,7 @@ def nearest_that_fits(
         models: The models by role.
         node: The machine.
         assumed: What cannot be known before the run.
-        cohost: Whether servers of both models live beside the trainer.
+        cohost: Whether servers of both models run beside the trainer.
         build: Whether to count the parameters of what was found on the model itself.
 
     Returns:
@@ -107,7 +107,7 @@ def nearest_that_fits(
             continue
         base = {key: value for key, value in neutral.items() if not key.startswith(f"{name}.")}
         base |= chosen
-        # Servers that live beside the trainer must be searched together with it.
+        # Servers that run beside the trainer must be searched together with it.
         is_live = name == "distill" and (
             cohost or config.evaluates_at_syncs or config.distill.refresh.is_on
         )
@@ -220,7 +220,7 @@ def _training_settings(
         models: The models by role.
         node: The machine.
         name: The training.
-        is_live: Whether servers live beside it. Then smaller servers are tried too, and none at
+        is_live: Whether servers run beside it. Then smaller servers are tried too, and none at
             all if they only evaluate.
     """
     section = getattr(config, name)

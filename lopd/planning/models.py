@@ -76,13 +76,15 @@ def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
         arch = Architecture(**FAMILIES[table["model_type"]](table, name))
         return PlannedModel(name, arch, f"what is known of {name} (not downloaded)")
     # Only the two main roles have an option for their config.json.
-    remedy = "name a folder with a config.json"
+    remedy = "give a folder that has a config.json"
     if role in ROLES:
         remedy = (
-            f"give its config.json: lopd plan CONFIG --{role}-config FILE (or lopd fetch CONFIG)"
+            f"run lopd plan CONFIG --{role}-config FILE with its config.json, or lopd fetch CONFIG"
         )
     raise ConfigError(
-        f"models.{role} is not there, and its shape is not known", where=str(folder), remedy=remedy
+        f"models.{role}: this folder does not exist, so the shape of the model is not known",
+        where=str(folder),
+        remedy=remedy,
     )
 
 

@@ -98,9 +98,9 @@ def count_parameters(jobs: Sequence[CountJob]) -> list[list[StageParameters]]:
         )
     except subprocess.TimeoutExpired:
         raise TrainingError(
-            f"building the models took more than {TIMEOUT_S:.0f} s",
+            f"Megatron-Core needed more than {TIMEOUT_S:.0f} s to build the models",
             where="lopd plan",
-            remedy="try again on a less busy machine",
+            remedy="run the command again when the machine is less busy",
         ) from None
     # The layout has been checked before, so this is a limit of Megatron-Core that is not known
     # here.

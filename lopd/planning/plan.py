@@ -111,7 +111,7 @@ def make_plan(
         assumed: What cannot be known before the run.
         build: Whether to count parameters on the model as Megatron-Core builds it, which takes
             seconds. Otherwise a formula gives them.
-        cohost: Whether servers of both models live beside the trainer, as standard OPD needs.
+        cohost: Whether servers of both models run beside the trainer, as standard OPD needs.
 
     Raises:
         ConfigError: A layout does not divide its model.

@@ -40,7 +40,7 @@ class StageMemory:
         """Return the memory of every stage that the run makes.
 
         Args:
-            cohost: Whether servers of both models live beside the trainer, as standard OPD needs.
+            cohost: Whether servers of both models run beside the trainer, as standard OPD needs.
         """
         # First each stage by itself. Only distill may have servers beside it.
         uses = {stage: self._stage_alone(stage) for stage in planned_stages(self.config)}

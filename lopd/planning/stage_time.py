@@ -67,7 +67,7 @@ class StageTimes:
         """
         config = self.config
         amounts = self.memory.amounts
-        # Without syncs no server lives beside the trainer, and there is no curve.
+        # Without syncs no server runs beside the trainer, and there is no curve.
         if not config.evaluates_at_syncs:
             return NO_TIME
         prompts = min(config.distill.sync_num_prompts, amounts.eval_prompts)

@@ -44,14 +44,15 @@ EXPERT_AGAIN = 2
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of one step, in seconds, by cause.
+    """The parts of the time of one step, in seconds, and its operations.
 
     Attributes:
-        products: Matrix products and everything else that computes.
-        exchanges: Exchanges between GPUs that are not part of the products' utilisation.
-        optimizer: The update, if the optimizer is offloaded.
-        flops: Operations done in a step, repeated ones included.
-        model_flops: Operations of the model alone (lopd.megatron.training.flops).
+        products: The seconds of matrix products and of all other computation.
+        exchanges: The seconds of communication between GPUs that the utilisation of the products
+            does not include.
+        optimizer: The seconds of the update, if the optimizer is offloaded.
+        flops: The number of operations in a step, including repeated ones.
+        model_flops: The number of operations of the model alone (lopd.megatron.training.flops).
     """
 
     products: float

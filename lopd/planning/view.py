@@ -54,7 +54,7 @@ def _show_verdict(plan: Plan, console: Console) -> None:
 
 
 def show_refused(problems: Iterable[LopdError]) -> None:
-    """Print what is wrong with the configuration on any machine."""
+    """Print the errors of a configuration that no machine can run."""
     console = _console()
     for problem in problems:
         _print_marked(console, "refused", "bold red", str(problem))

@@ -121,7 +121,7 @@ def progress(title: str, *, total: int, done: int = 0, unit: str = "items") -> I
 
     Args:
         total: How many items there are.
-        done: How many an earlier run has done. They do not count in the rate.
+        done: The number of items that an earlier run has done. They do not count in the rate.
     """
     kind = _RichBar if _console.is_terminal else _PlainBar
     bar = kind(title, total, done, unit)
@@ -209,7 +209,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     """Print the table of the models, the table of the stages, and the notes.
 
     Args:
-        summary: As in summary.json. What is missing is left out.
+        summary: The content of summary.json. Missing entries are not shown.
     """
     # A run that ends before the evaluation, or without one, has no figures of models.
     if summary.get("reverse_kl"):
@@ -323,7 +323,9 @@ def _percent(share: float, error: float | None, interval: tuple[float, float] | 
 
 
 def with_error(value: float, error: float | None) -> str:
-    """Return ``0.0022 ± 0.0003``, with as many decimals as the error needs.
+    """Return a value with its error as text, for example ``0.0022 ± 0.0003``.
+
+    The error has one significant digit, or two if the first is 1. The value has as many decimals.
 
     Args:
         error: The standard error. Without one the value has three significant digits.

@@ -71,7 +71,7 @@ def draw_learning_curve(
     # A curve without a single step would be an empty picture.
     if not train:
         raise DataError(
-            f"no training metrics of stage {stage}",
+            f"there are no training metrics of the stage {stage}",
             where=str(run_dir / METRICS),
             remedy=f"run the stage {stage} first",
         )
@@ -97,7 +97,7 @@ def render_learning_curve(
     Args:
         train: Lines of metrics.jsonl.
         evals: Lines of metrics.jsonl.
-        summary: As in summary.json. It may be empty.
+        summary: The content of summary.json. It may be empty.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

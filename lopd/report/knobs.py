@@ -37,7 +37,7 @@ class Knob:
         required: Whether a configuration must set it.
         bounds: For example [">= 0", "< 1"].
         speed_only: Whether it can be changed without any stage running again.
-        meaning: One sentence.
+        meaning: One sentence about the knob.
     """
 
     kind: str

@@ -49,7 +49,9 @@ def read_metrics(
             matches = kind in (None, row["kind"]) and stage in (None, row["stage"])
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
-                f"not a metrics line ({error})", where=f"{path}:{number}", remedy="remove this line"
+                f"this is not a line of metrics ({error})",
+                where=f"{path}:{number}",
+                remedy="remove this line",
             ) from None
         if matches:
             rows.append(row)
@@ -113,7 +115,7 @@ class MetricsLog:
         # One per stage: TensorBoard shows each stage as a run of its own.
         self._writers: dict[str, SummaryWriter] = {}
         self._purge_steps: dict[str, int] = {}
-        # What a kill has left of the last line. The next line would be written behind it.
+        # What remains of the last line after a kill. The next line would be written behind it.
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             _publish_text(self._path, _whole_lines(self._path))
 
@@ -126,10 +128,10 @@ class MetricsLog:
         self._write("eval", stage, step, figures)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Drop the stage's lines after the checkpoint at ``step``.
+        """Remove those lines of the stage that are newer than the checkpoint at ``step``.
 
-        A resumed run repeats these steps, and no line must be there twice. Step 0 is a start from
-        nothing and drops all lines of the stage.
+        A resumed run repeats these steps, and no line may be in the file twice. Step 0 means that
+        there is no checkpoint, so all lines of the stage are removed.
         """
         # purge_step is a parameter of a new event file.
         assert stage not in self._writers, "truncate before the stage's first figure is written"

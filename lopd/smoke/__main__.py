@@ -93,12 +93,12 @@ def smoke(name: str, folder: Path, tokenizer: Path) -> None:
     # The cheapest check first: a missing package would otherwise show after minutes.
     _check_imports(form)
     model = folder / "model"
-    # Files of a former run could make this one pass.
+    # Files of an earlier run could make this one pass.
     if model.exists():
         raise ConfigError(
-            "a former smoke run is there",
+            "this folder has an earlier smoke run",
             where=str(folder),
-            remedy="give another --work, or remove it",
+            remedy="set --work to another folder, or remove this folder",
         )
     # The checkpoint is in the format that both the server and the trainer read.
     architecture = write_model(form, model, tokenizer)
@@ -144,10 +144,10 @@ def _check_imports(form: Form) -> None:
     # Counting GPUs costs nothing, and importing Megatron-Core costs seconds.
     if on_gpu and torch.cuda.device_count() < needed:
         raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs",
+            f"this machine has only {torch.cuda.device_count()} GPUs",
             where="this machine",
-            limit=str(needed),
-            remedy="run the CPU form: --cpu",
+            limit=f"at least {needed}",
+            remedy="use a machine with more GPUs, or add --cpu to run the CPU form",
         )
     # One by one, so that the error names the package and not the file that wanted it.
     for module in (*IMPORTS, *(IMPORTS_ON_GPU if on_gpu else ())):
@@ -192,7 +192,9 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
     are_finite = all(np.isfinite(response.sampling_logprobs).all() for response in responses)
     if not responses or not are_finite:
         raise EngineError(
-            "no answer with finite log-probabilities", where="SGLang", remedy="see sglang.log"
+            "the server gave no answer with finite log-probabilities",
+            where="SGLang",
+            remedy="read sglang.log",
         )
     if version is None:
         print_line(f"smoke: {len(responses)} answers")
@@ -201,10 +203,10 @@ def _check_answers(engine: SGLangEngine, version: str | None) -> None:
     versions = sorted({response.weight_version for response in responses})
     if versions != [version]:
         raise EngineError(
-            f"answers come from weights {', '.join(versions)}",
+            f"the answers come from the weights {', '.join(versions)}",
             where="SGLang",
-            limit=version,
-            remedy="see sglang.log and train.log",
+            limit=f"exactly {version}",
+            remedy="read sglang.log and train.log",
         )
     print_line(f"smoke: {len(responses)} answers from the weights that were synced last")
 

@@ -126,9 +126,10 @@ def check_collectives(form: Form) -> None:
     expected = ranks * (ranks + 1) / 2
     if not (values == expected).all():
         raise TrainingError(
-            f"all-reduce over {ranks} ranks gave {values[0].item():g}",
+            f"all-reduce over {ranks} ranks gave the wrong sum {values[0].item():g}",
             where="collectives",
-            limit=f"{expected:g}",
+            limit=f"exactly {expected:g}",
+            remedy="check the GPUs, the driver and the NCCL settings of this machine",
         )
     # The order of ranks matters to every gather of shards, and a sum does not show it.
     gathered = [torch.empty(1, device=device) for _ in range(ranks)]
@@ -136,7 +137,10 @@ def check_collectives(form: Form) -> None:
     found = [int(each) for each in gathered]
     if found != list(range(ranks)):
         raise TrainingError(
-            f"all-gather gave {found}", where="collectives", limit=f"0 to {ranks - 1}"
+            f"all-gather gave the wrong values {found}",
+            where="collectives",
+            limit=f"exactly 0 to {ranks - 1}, in this order",
+            remedy="check the GPUs, the driver and the NCCL settings of this machine",
         )
     # A ring all-reduce sends each number 2 (n - 1) / n times from every rank. In GB/s.
     bandwidth = 2 * (ranks - 1) / ranks * values.nbytes / seconds / 1e9
@@ -208,9 +212,10 @@ def check_attention(form: Form, trainer: Trainer) -> None:
     # Not `difference > tolerance`: a difference that is no number must fail too.
     if not difference <= form.attention_tolerance:
         raise TrainingError(
-            f"packed sequences differ by {difference:.1e} from each alone",
+            f"the outputs for packed sequences differ by {difference:.1e} from those for "
+            "each sequence alone",
             where=f"attention ({type(core).__name__})",
-            limit=f"{form.attention_tolerance:g}",
+            limit=f"at most {form.attention_tolerance:g}",
         )
     print_line(
         f"attention: {type(core).__name__} over packed sequences, {difference:.0e} from torch's "

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import MANIFEST, ArtifactWriter, Share, identify_model, read_manifest
+from lopd.artifacts.file_hashes import HASHES
+from lopd.artifacts.fingerprints import weight_files
 from lopd.config import Config, SGLangSection, result_keys
 from lopd.config.secrets import scrubbed_inputs
 from lopd.records import Manifest, ModelIdentity, Prompt
-from lopd.report.console import print_line
+from lopd.report.console import print_line, progress
 from lopd.tasks.chat_template import template_inputs
 from lopd.tasks.rows import content_hash
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
+
+# A model with more bytes of weights than this is read under a progress bar.
+_SHOWN_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class StageContext:
             # Only the first dot separates: the name of a domain may hold others.
             section, _, domain = role.partition(".")
             folder = getattr(self.config.models, section)
-            self.identities[role] = identify_model(folder[domain] if domain else folder)
+            self.identities[role] = _identify(role, folder[domain] if domain else folder)
         return self.identities[role]
 
     @property
@@ -142,11 +147,11 @@ class StageContext:
     def writer(
         self, *, folder: Path | None = None, kind: str | None = None, **about: Any
     ) -> ArtifactWriter:
-        """Open this stage's artifact, and go on from what is published.
+        """Open this stage's artifact, and continue from what is published.
 
         Args:
-            folder: Where a part of the artifact goes; None: the stage's own folder.
-            kind: What the part is; None: the stage's kind.
+            folder: The folder of a part of the artifact, or None for the stage's own folder.
+            kind: The kind of the part, or None for the stage's kind.
             about: More arguments of ArtifactWriter.
         """
         if (self.folder / MANIFEST).exists():
@@ -204,9 +209,10 @@ class StageContext:
         they are started here, and end with this process, whatever ends it.
 
         Args:
-            role: What they are used for; names their log and their record in the manifest.
+            role: The role of the model. It names the log of the servers and their record in the
+                manifest.
             model: The model.
-            settings: For servers that are started here; None: the section sglang.
+            settings: The settings of servers that are started here, or None for the section sglang.
 
         Raises:
             EngineError: A server does not start, or serves another model.
@@ -256,3 +262,16 @@ class StageContext:
     def log(self, line: str) -> None:
         """Show a line on the screen and write it to the stage's log."""
         print_line(f"{self.stage.name}: {line}", self.folder / "log.txt")
+
+
+def _identify(role: str, folder: Path) -> ModelIdentity:
+    """Return a model by its content. Show a progress bar if that takes long."""
+    files = weight_files(folder)
+    num_bytes = HASHES.unknown_bytes(files)
+    # Below it the reading takes a second or two, and a bar would only be noise.
+    if num_bytes < _SHOWN_BYTES:
+        return identify_model(folder)
+    with progress(f"reading the weights of the {role}", total=num_bytes, unit="bytes") as bar:
+        # The hashes are remembered, so that the identity finds all of them known.
+        HASHES.sha256_all(files, read=bar.advance)
+    return identify_model(folder)

@@ -44,7 +44,7 @@ def train(job: TrainingJob) -> None:
     loss = distillation_objective(job)
     training = Training(job, samples, loss, entropy=job.config.distill.student_entropy)
     between_steps.begin(training)
-    # After a kill it goes on at the newest checkpoint, with the batches that it would have had.
+    # After a kill it continues at the newest checkpoint, with the batches that it would have had.
     for step in training.remaining_steps():
         # A weight sync with an evaluation, then a refresh of the responses, where they are needed.
         between_steps.before_step(step)
@@ -118,14 +118,14 @@ def _train_beside_servers(context: StageContext, job: TrainingJob) -> dict[str, 
 
 
 def cache_of(context: StageContext, sft_model: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Return the folder of the teacher cache to learn from, and its lineage.
+    """Return the folder and the lineage of the teacher cache that the student learns from.
 
     It is the score stage's cache, or ``distill.cache`` after it has been checked.
 
     Raises:
         ConsistencyError: The given cache has the responses of another student; or its teacher did
             not make the demonstrations, and the scores are not corrected for that.
-        LopdError: The given cache is not sound.
+        LopdError: The given cache is damaged or not complete.
     """
     given = context.config.distill.cache
     if given is None:

@@ -173,7 +173,7 @@ def demonstrate_by_domain(context: StageContext) -> None:
         lineage={"by_domain": by_domain},
         shard_size=section.shard_size,
     )
-    # The writer's shard size, which a stage that goes on keeps even if the knob has changed.
+    # The writer's shard size, which a stage that continues keeps even if the knob has changed.
     parts = parts_of(config, prompts, section.samples_per_prompt, writer.shard_size)
     for part in parts:
         own = part.context(context)

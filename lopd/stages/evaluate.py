@@ -4,7 +4,7 @@ Accuracy is pass@1, as the mean over k samples (avg@k). A task without a verifie
 reverse KL per token is
 E_{a ~ pi_theta}[log pi_theta(a|s) - log pi_T(a|s)], in nats: the mean over the tokens of responses
 that the model itself sampled at temperature 1, with its standard error over responses. The
-equal-compute baseline goes on with SFT for as many tokens as distill has processed.
+equal-compute baseline continues with SFT for as many tokens as distill has processed.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class _HeldOut:
         """Publish a model's responses to all prompts.
 
         Args:
-            engine: Serves the model.
+            engine: The servers of the model.
             name: The model's name.
             purpose: "answers" with the knobs of evaluate, or "policy": one response a prompt,
                 sampled from the policy as it is.

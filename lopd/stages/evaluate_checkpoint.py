@@ -1,6 +1,6 @@
 """Evaluate one checkpoint on one prompt set, without a run: sample, judge, and write the figures.
 
-A killed command goes on where it was. It publishes:
+A killed command continues where it was. It publishes:
 
 OUT/answers/         the responses, as an artifact like any other (Parquet shards, manifest)
 OUT/transcripts/     a JSONL file for each shard: prompt, response, verdict
@@ -82,8 +82,8 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
 
     Args:
         config: The configuration.
-        fit_context: Set sglang.context_length to what the longest prompt and
-            evaluate.max_new_tokens need, but to no more than the model has.
+        fit_context: Whether sglang.context_length is set to what the longest prompt and
+            evaluate.max_new_tokens need, but at most to the context length of the model.
         shard_size: Responses in a shard.
 
     Returns:
@@ -101,7 +101,7 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
     if fit_context:
         config = _fit_context(config, task)
     # Not a stage of the pipeline, but made of the same parts: inputs that decide what is reused,
-    # shards that a killed command goes on with, and servers.
+    # shards that a killed command continues with, and servers.
     context = StageContext(config, ANSWERS)
     prompts, prompt_ids = context.prompts("eval")
     manifest = _sample(context, prompts, prompt_ids, shard_size)

@@ -26,12 +26,12 @@ from lopd.stages.training import MODEL
 
 
 def run(context: StageContext) -> None:
-    """Publish the exported student."""
+    """Write the student as a Hugging Face checkpoint, and check that transformers can load it."""
     source = context.folder_of("distill") / MODEL
     target = context.config.export.dir or context.folder / MODEL
     lineage = context.manifest_of("distill").lineage
     writer = context.writer(models={"student": context.identity("student")}, lineage=lineage)
-    # export.dir may be any folder of the user's. Only a former export is ever replaced.
+    # export.dir may be any folder of the user's. Only an earlier export is ever replaced.
     check_replaceable(target, EXPORT_MARK)
     # All of it is made beside the target and renamed at the end, so that nobody who uses the folder
     # sees half of a model.
@@ -49,7 +49,7 @@ def run(context: StageContext) -> None:
         "config": scrubbed(context.config.model_dump(mode="json")),
     }
     publish_json(partial / EXPORT_MARK, record)
-    # Before the former export is removed: a folder that does not load must not take its place.
+    # Before the previous export is removed: a folder that does not load must not take its place.
     _check_loads(partial)
     remove_folder(target)
     partial.rename(target)
@@ -77,7 +77,7 @@ def _check_loads(folder: Path) -> None:
     }
     if problems:
         raise ArtifactError(
-            "transformers does not load the exported weights as they are: "
+            "transformers cannot load the exported weights without changes: "
             f"{json.dumps(problems)[:300]}",
             where=str(folder),
         )

@@ -94,7 +94,7 @@ class HeldOutEvaluation(StepHook):
             raise EngineError(
                 f"the student's server lost its weights {MAX_SENDS} times: {lost}",
                 where=f"step {step}",
-                remedy="read its log",
+                remedy="read the log of the server",
             )
         # Only rank 0 has a log. The other ranks got the same figures from it.
         if self._metrics is not None and figures is not None:

@@ -79,7 +79,7 @@ class RefreshRequester(StepHook):
             self._batches.use_refreshed(self._refresh(step), step)
 
     def after_step(self, result: StepMetrics) -> dict[str, int]:
-        """Decide whether the next step needs fresh responses."""
+        """Record why the next step needs fresh responses, if it does."""
         # Steps are counted from the newest refresh: so many have learnt from its responses.
         made = self.made
         since = made[-1].step if made else 0
@@ -116,14 +116,14 @@ class RefreshRequester(StepHook):
             self._server.push(refresh.step, again=attempt > 0)
             if parallel.rank() == 0:
                 (self._job.folder / LOST).unlink(missing_ok=True)
-            # No rank may take the former loss for one of the weights that were just sent.
+            # No rank may take the previous loss for one of the weights that were just sent.
             parallel.barrier()
             self._request(refresh, until, can_send=True)
             if self._wait_for(refresh, until):
                 return
         raise EngineError(
             f"the student's server lost its weights {MAX_SENDS} times in refresh {refresh.number}",
-            remedy="read its log",
+            remedy="read the log of the server",
         )
 
     def _request(self, refresh: RefreshRecord, until: str, *, can_send: bool = False) -> None:
@@ -138,7 +138,7 @@ class RefreshRequester(StepHook):
     def _wait_for(self, refresh: RefreshRecord, part: str = SCORES) -> bool:
         """Wait until a part of the refresh is published. False: a server has lost the weights."""
         # Sampling and scoring may take hours. A collective would time out, so every rank looks at
-        # the files by itself. Its heartbeat goes on; if the refresh fails, the parent ends it.
+        # the files by itself. Its heartbeat continues; if the refresh fails, the parent ends it.
         while completed(refresh, self._job.folder, part) is None:
             if (self._job.folder / LOST).exists():
                 return False

@@ -56,7 +56,7 @@ class RefreshService:
         """Check the teacher, and forget what a killed command has left.
 
         Raises:
-            ConsistencyError, DataError: As in the score stage.
+            ConsistencyError, DataError: For the same reasons as in the score stage.
         """
         # The distill stage.
         self._context = context
@@ -166,12 +166,13 @@ class RefreshService:
             return
         if can_send:
             # The ranks are told to send the weights again.
-            raise OtherWeights(f"the server has the weights {served}, where {version} are asked")
+            raise OtherWeights(f"the server has the weights {served}, but {version} are needed")
         raise ArtifactError(
-            f"responses of the weights {version} are missing, and the server has {served}",
+            f"responses sampled with the weights {version} are missing, but the server "
+            f"now has the weights {served}",
             where=str(self._context.folder),
-            remedy="remove the newest checkpoints below distill/checkpoints, from that step on, "
-            "then run the same command again",
+            remedy="delete the checkpoints of {version} and of all later steps in the folder "
+            "distill/checkpoints, then run the same command again",
         )
 
     def _set_aside_of_another_step(self, folder: Path, step: int) -> None:
@@ -306,7 +307,8 @@ def _check_versions(folder: Path, rollouts: Manifest, version: str) -> None:
         if found != {version}:
             others = ", ".join(sorted(found - {version}))
             raise EngineError(
-                f"responses of the weights {others} among those of {version}",
+                f"the shard has responses sampled with the weights {others}, but all must "
+                f"come from {version}",
                 where=str(folder / shard.name),
                 remedy=f"remove the folder {folder.parent}, then run the same command again",
             )

@@ -105,7 +105,7 @@ def supersede(context: StageContext) -> None:
             # the metrics of this stage are still in its folder.
             bring_back(context.config.run.dir, folder)
             return
-        # The name follows from the inputs, so that different former results do not collide.
+        # The name follows from the inputs, so that different earlier results do not collide.
         key = sha256_json([manifest.inputs, manifest.parents])[:12]
         context.log(
             f"runs again: {', '.join(differs[:6])} changed; the former result is kept in "
@@ -116,7 +116,7 @@ def supersede(context: StageContext) -> None:
         set_aside(context.config.run.dir, names, folder)
         superseded.mkdir(exist_ok=True)
         folder.rename(_free_name(superseded / f"{folder.name}-{key}"))
-    # The user may have gone back to former knobs. What was made from them need not be made again.
+    # The user may have gone back to earlier knobs. What was made from them need not be made again.
     former = _superseded_with_these_inputs(context, superseded)
     if former is not None:
         if folder.exists():
@@ -143,7 +143,7 @@ def _set_aside_training_without_manifest(context: StageContext, superseded: Path
 
 
 def _superseded_with_these_inputs(context: StageContext, superseded: Path) -> Path | None:
-    """Return the folder of a former artifact with these inputs, a complete one if there is one."""
+    """Return the folder of an earlier artifact with these inputs, a complete one if possible."""
     found: dict[bool, Path] = {}
     for path in sorted(superseded.glob(f"{context.stage.name}-*")):
         # A damaged one stays where it is.

@@ -68,7 +68,7 @@ def sample_stage(
         model: The Hugging Face folder.
         title: The text at the progress bar.
     """
-    # The writer's shard size counts: a stage that goes on keeps the one that it was begun with.
+    # The writer's shard size counts: a stage that continues keeps the one that it was begun with.
     prompts, prompt_ids = context.prompts(prompt_set)
     num_shards = -(-len(prompts) * section.samples_per_prompt // writer.shard_size)
     if not writer.missing(num_shards):
@@ -157,7 +157,7 @@ def sample_into(
 
 
 class _Shards:
-    """Which responses a shard holds. This never changes, so a killed stage can go on."""
+    """The division of responses into shards. It never changes, so a killed stage can continue."""
 
     def __init__(
         self,

@@ -52,8 +52,8 @@ def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
     """Check the teacher by its content, and return the lineage to record with the scores.
 
     Raises:
-        ConsistencyError: It is not the teacher that made the student's demonstrations.
-        DataError: Its tokenizer is not the student's.
+        ConsistencyError: This teacher did not make the student's demonstrations.
+        DataError: The teacher and the student have different tokenizers.
     """
     teacher = context.identity("teacher")
     allow_foreign = context.config.score.allow_foreign_teacher

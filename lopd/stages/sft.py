@@ -33,7 +33,7 @@ def train(job: TrainingJob) -> None:
     samples = load_samples(job)
     # The loss is -log pi_theta(x_t | s_t) of every response token.
     training = Training(job, samples, Supervised())
-    # After a kill it goes on at the newest checkpoint, with the batches that it would have had.
+    # After a kill it continues at the newest checkpoint, with the batches that it would have had.
     for step in training.remaining_steps():
         batch = training.batches.of_step(step)
         # Per microbatch one forward and one backward pass, then one update of the weights.

@@ -112,7 +112,7 @@ class StudentServer(StepHook):
 
 
 class GpusToTrainer(StepHook):
-    """Gives shared GPUs back to the trainer, after the hooks that needed the servers."""
+    """A hook that gives shared GPUs back to the trainer. Hooks that need the servers run before."""
 
     def __init__(self, student: StudentServer) -> None:
         self._student = student

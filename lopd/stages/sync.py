@@ -37,7 +37,7 @@ MAX_SENDS = 5
 
 
 class StudentWeights:
-    """Sends a trainer's weights to servers, as the section ``sync`` of the configuration says.
+    """A sender of the trainer's weights to servers. The section ``sync`` has its settings.
 
     Every rank has one and calls it together with the other ranks. The rank with an engine sends;
     the others only take part in gathering the weights.
@@ -139,7 +139,7 @@ class StudentWeights:
         raise EngineError(
             f"{lost}, {MAX_SENDS} times",
             where=f"weight version {version}",
-            remedy="read the servers' logs",
+            remedy="read the logs of the servers",
         )
 
     def _await_servers(self) -> None:
@@ -158,7 +158,7 @@ class StudentWeights:
                 return _send_buckets(buckets, self._receiver, version), None
         except EngineError as error:
             if self._colocation.shares:
-                # The other ranks go on inside to_server(), which waits for this one. Nothing can
+                # The other ranks continue inside to_server(), which waits for this one. Nothing can
                 # be sent again from here, so the error ends the training.
                 raise
             # The traceback's frames would keep alive the memory that the receiver has released.

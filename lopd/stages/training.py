@@ -150,9 +150,10 @@ def require_batch(job: TrainingJob) -> None:
     num_responses = read_manifest(job.data).rows
     if job.settings.batch_size > num_responses:
         raise DataError(
-            f"{job.objective}.batch_size = {job.settings.batch_size}, of {num_responses} responses",
+            f"{job.objective}.batch_size = {job.settings.batch_size} is more than the "
+            f"{num_responses} responses, and a step learns from different responses",
             where=str(job.data),
-            limit=f"a step learns from different responses: at most {num_responses}",
+            limit=f"<= {num_responses}",
             remedy=f"lower {job.objective}.batch_size, or use more prompts",
         )
 
@@ -163,17 +164,17 @@ def train_on_ranks(
     *,
     serve_requests: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train, or go on from the newest checkpoint, or only read the result that is published.
+    """Train from the first step, or continue from the newest checkpoint, or read a finished result.
 
     Args:
-        job: What to train. Its ``student`` is filled in here.
+        job: What to train. This function sets its ``student``.
         student: The servers that the ranks send their weights to.
-        serve_requests: Does what the ranks have asked for, if anything. It is called after each
-            line that a rank prints. If it raises, the ranks are ended.
+        serve_requests: A function that does what the ranks have asked for. It is called after each
+            line that a rank prints. If it raises an error, the ranks are stopped.
 
     Returns:
-        num_steps, num_tokens (prompt and response tokens), first_loss, last_loss, weight_syncs;
-        of a training with refreshes also what lopd.stages.refresh_requester keeps.
+        num_steps, num_tokens (prompt and response tokens), first_loss, last_loss, weight_syncs.
+        A training with refreshes also returns the values of lopd.stages.refresh_requester.
 
     Raises:
         TrainingError: A rank failed.
@@ -237,7 +238,7 @@ def follow_trainings(
         folder: The folder of the trainings.
         objective: Names the loop that the ranks run.
         settings: The training's section of the configuration.
-        index: Which machine this is, from 1. The first one has 0.
+        index: The number of this machine. The first machine has 0, so it is at least 1 here.
         count: How many machines there are.
         is_done: Whether the first machine has finished the stage.
 

@@ -53,13 +53,14 @@ class CachedSamples(Sequence[Sample]):
         # The errors are found here, before the first step, and not when a response is first used.
         if len(self._reader) == 0:
             raise DataError(
-                "no responses to learn from",
+                "there are no responses to learn from",
                 where=str(job.data),
-                remedy="check the prompts and run the earlier stages again",
+                remedy="check that prompts.sft and prompts.opd have prompts, then run the stages "
+                "again: lopd run CONFIG",
             )
         if distill and "teacher_logprobs" not in columns:
             raise DataError(
-                "responses without teacher log-probabilities",
+                "the responses have no teacher log-probabilities",
                 where=str(job.data),
                 remedy="run the score stage",
             )
@@ -99,9 +100,11 @@ class CachedSamples(Sequence[Sample]):
         if self._teachers and scores is not None:
             if scores.teacher not in self._teachers:
                 raise DataError(
-                    f"response {response.key}: teacher {scores.teacher[:12] or 'none'}",
+                    f"response {response.key} has the unknown teacher "
+                    f"{scores.teacher[:12] or 'none'}",
                     where=str(self._reader.folder),
                     limit="one of the teachers that the manifest names",
+                    remedy="merge the caches again with --teacher-column",
                 )
             sample = replace(sample, teacher_index=self._teachers.index(scores.teacher))
         return sample
@@ -127,9 +130,8 @@ def teachers_in(reader: CacheReader) -> dict[str, str]:
             names[identity.weights] = name if known is None else f"{known}+{name}"
     if len(names) > 1 and "teacher" not in reader.columns:
         raise DataError(
-            f"{len(names)} teachers",
+            f"the cache has {len(names)} teachers, but no column teacher",
             where=str(reader.folder),
-            limit="a column teacher: each response names its own",
             remedy="merge the caches again with --teacher-column",
         )
     return names if len(names) > 1 else {}

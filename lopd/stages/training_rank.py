@@ -52,7 +52,7 @@ class Training:
         *,
         entropy: bool = False,
     ) -> None:
-        """Build the trainer and go on from the newest checkpoint.
+        """Build the trainer and continue from the newest checkpoint.
 
         Args:
             job: What to train.

@@ -43,11 +43,11 @@ def pass_at(num_samples: int, num_right: int, k: int) -> float:
         k: The number of samples that are drawn, from 1 to ``num_samples``.
 
     Raises:
-        ValueError: k is outside of its bounds.
+        ValueError: k is below 1 or above the number of samples.
     """
     # More draws than samples have no meaning without replacement.
     if not 1 <= k <= num_samples:
-        raise ValueError(f"k = {k} of {num_samples} samples")
+        raise ValueError(f"k = {k} is not between 1 and {num_samples}, the number of samples")
     # There are fewer wrong samples than draws, so at least one draw is right.
     if num_samples - num_right < k:
         return 1.0

@@ -17,13 +17,13 @@ class FilePrompts(TaskOptions):
         """Refuse: this task reads its prompts.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: This task can generate no prompts, so it is always raised.
         """
         # The configuration asks for num_prompts without a file.
         raise ConfigError(
             f"task {self.name} makes no prompts",
             where="prompts",
-            remedy="give prompts.*.file, and prompts.*.format if it is a file of a public data set",
+            remedy="set prompts.*.file, and for a file of a public data set also prompts.*.format",
         )
 
 

@@ -152,10 +152,10 @@ class Code(FileTask):
     )
 
     def check_machine(self) -> str:
-        """Return one line about the protections of this machine.
+        """Return one line about how this machine protects itself from code that a model wrote.
 
         Raises:
-            ConfigError: There are too few, and ``allow_weak_sandbox`` is not set.
+            ConfigError: The machine has too few protections, and ``allow_weak_sandbox`` is not set.
         """
         return sandbox.require(self.allow_weak_sandbox).describe()
 

@@ -26,7 +26,7 @@ _TEST_NAME = re.compile(r"test")
 _SOLUTION_MODULE = "solution"
 # Statements whose body does not run where they stand.
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-_UNUSED = "the tests' text runs no assertion"
+_UNUSED = "the code of the tests runs no assertion"
 
 
 class UnusableTextError(ValueError):
@@ -68,11 +68,11 @@ def read_check(text: str, entry_point: str = "", *, packages: bool = False) -> C
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         # The last two come from text that is nested too deeply for the parser.
-        raise UnusableTextError(f"the tests' text is not Python ({error})") from None
+        raise UnusableTextError(f"the code of the tests is not Python ({error})") from None
     try:
         return _check(tree, entry_point, packages)
     except RecursionError:
-        raise UnusableTextError("the tests' text is nested too deeply") from None
+        raise UnusableTextError("the code of the tests has too many nested levels") from None
 
 
 def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
@@ -81,7 +81,7 @@ def _check(tree: ast.Module, entry_point: str, packages: bool) -> Check:
     body = list(_statements(tree.body))
     # Some data sets hide a test that they have lost behind this statement.
     if any(isinstance(one, ast.Assert) and ast.unparse(one.test) == "False" for one in body):
-        raise UnusableTextError("the tests' text asserts False, which no program meets")
+        raise UnusableTextError("the code of the tests asserts False, so no program can pass")
     calls, needs_candidate = _calls(body, entry_point)
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     # Without calls the assertions must stand on the top level, or in functions that run from there.
@@ -114,7 +114,7 @@ def _calls(body: Sequence[ast.stmt], entry_point: str) -> tuple[list[str], bool]
         # What nobody can call must be refused by name: to leave it out would make a test that
         # passes every program.
         if isinstance(node, ast.AsyncFunctionDef) and _TEST_NAME.match(name):
-            raise UnusableTextError(f"{name} is asynchronous, and nothing here would run it")
+            raise UnusableTextError(f"{name} is asynchronous, and lopd runs no asynchronous tests")
         if isinstance(node, ast.ClassDef) and _asserts(ast.walk(node), functions):
             calls.append(_call_of_class(node))
         elif isinstance(node, ast.FunctionDef) and _asserts(node.body, functions):
@@ -128,7 +128,7 @@ def _calls(body: Sequence[ast.stmt], entry_point: str) -> tuple[list[str], bool]
             elif _TEST_NAME.match(name) and needed == 0 and not node.decorator_list:
                 calls.append(f"{name}()")
             elif _TEST_NAME.match(name):
-                raise UnusableTextError(f"{name} needs arguments or fixtures that nobody gives")
+                raise UnusableTextError(f"{name} needs arguments or fixtures that are not defined")
     return calls, needs_candidate
 
 
@@ -152,7 +152,7 @@ def _call_of_class(node: ast.ClassDef) -> str:
     # Methods that prepare something, and further arguments, would need pytest itself.
     prepared = any(re.match("setup|teardown", one.name) for one in methods)
     if prepared or any(len(one.args.args) != 1 for one in methods if one.name in names):
-        raise UnusableTextError(f"{node.name} needs arguments or fixtures that nobody gives")
+        raise UnusableTextError(f"{node.name} needs arguments or fixtures that are not defined")
     return "\n".join(f"{node.name}().{name}()" for name in names)
 
 
@@ -286,4 +286,6 @@ def _importable(tree: ast.Module, packages: bool) -> None:
             known = module in sys.stdlib_module_names or module == _SOLUTION_MODULE
             if not known and not (packages and importlib.util.find_spec(module) is not None):
                 more = "" if packages else " without task.options.packages"
-                raise UnusableTextError(f"the tests import {module}, which is not there{more}")
+                raise UnusableTextError(
+                    f"the tests import {module}, which the sandbox does not have{more}"
+                )

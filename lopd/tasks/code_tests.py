@@ -52,7 +52,7 @@ class Test:
     Attributes:
         kind: stdin: the program reads ``given`` and must print ``expected``. call: the function
             gets the arguments ``given``. check: the statements ``given`` must not raise.
-        given: See kind.
+        given: The input of the test. kind explains it.
         expected: For stdin the output. For call one result for each reading (see Tests.readings).
             For check None.
     """
@@ -74,7 +74,7 @@ class Tests:
         readings: The number of meanings that the expected results have. Some forms leave it open:
             ``[3]`` is a list, or it is 3 as APPS wraps it.
         called: The functions that a program must define.
-        needs_candidate: See Check.
+        needs_candidate: As in Check.
     """
 
     tests: Sequence[Test]
@@ -304,7 +304,7 @@ def _value(text: Any, *, strict: bool = False) -> Any:
         strict: Whether other text is refused.
 
     Raises:
-        DataError: With ``strict``, the text is neither JSON nor Python.
+        DataError: ``strict`` is set, and the text is neither JSON nor Python.
     """
     if not isinstance(text, str):
         return text
@@ -414,12 +414,14 @@ def _only_string(content: bytes) -> str:
             found.append(str(argument))
         elif operation.name not in _HARMLESS:
             # For example GLOBAL or REDUCE, which name and call a function.
-            raise ValueError(f"a pickle that does more than hold a string ({operation.name})")
+            raise ValueError(f"the pickle does more than hold a string ({operation.name})")
     if len(found) != 1:
-        raise ValueError(f"a pickle of {len(found)} strings")
+        raise ValueError(f"the pickle holds {len(found)} strings")
     return found[0]
 
 
 def _unreadable(what: str) -> DataError:
-    remedy = "see docs/tasks.md for the forms of tests"
-    return DataError(f"tests of a problem: {what}", where="the prompt's answer", remedy=remedy)
+    remedy = "write the tests in one of the forms of docs/tasks.md"
+    return DataError(
+        f"the tests of a problem cannot be used: {what}", where="the prompt's answer", remedy=remedy
+    )

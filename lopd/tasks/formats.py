@@ -45,7 +45,7 @@ class PromptFormat:
         duplicates: What happens to a question that an earlier row already has.
         computed: Fields that no path gives. A function computes each of them from the row.
         needed: The columns that ``computed`` reads.
-        note: What a user must know about the columns. It stands in messages.
+        note: A sentence for the user about the columns. Messages show it.
     """
 
     title: str

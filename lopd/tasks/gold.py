@@ -15,7 +15,7 @@ from lopd.tasks.verdicts import num_cores
 
 # The number of rows that one message names.
 _SHOWN = 5
-REMEDY = "correct this answer, choose another column with prompts.*.fields, or leave the row out"
+REMEDY = "correct this answer, choose another column with prompts.*.fields, or remove the row"
 # The options of the task that judges prompts of a domain, if the user names no task. Tests of code
 # may import packages here: whether they can is known only when the run's options are.
 _OF_DOMAIN: dict[str, dict[str, Any]] = {"math": {}, "code": {"packages": True}}
@@ -70,7 +70,7 @@ def fault(prompt: Prompt, what: str, counts: ReadCounts) -> Fault:
 
     Args:
         prompt: The prompt whose answer cannot be used.
-        what: Why.
+        what: The reason why the answer cannot be used.
         counts: What the reader has recorded of the prompts' rows.
     """
     row = counts.places.get(prompt.prompt_id)
@@ -83,7 +83,8 @@ def refuse(task: object, prompts: Sequence[Prompt], counts: ReadCounts) -> None:
     """Refuse prompts with an answer that the task cannot use.
 
     Raises:
-        DataError: It names the first such row and the places of the next ones.
+        DataError: An answer cannot be used. The error names the first such row and the places of
+            the next ones.
     """
     found = list(faults_of(task, prompts, counts))
     if not found:
@@ -94,7 +95,7 @@ def refuse(task: object, prompts: Sequence[Prompt], counts: ReadCounts) -> None:
     what = f"{named} cannot be used: {first.what}"
     # All rows are of one file or folder, so the number behind the file's name is enough.
     others = ", ".join(one.where.rpartition(":")[2] for one in found[1:_SHOWN])
-    more = f"; {len(found)} such rows, next {others}" if others else ""
+    more = f"; there are {len(found)} such rows, the next are {others}" if others else ""
     raise DataError(what + more, where=first.where, remedy=REMEDY)
 
 

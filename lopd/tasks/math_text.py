@@ -68,7 +68,7 @@ _LETTERS = re.compile(r"\\[A-Za-z]+|(?<=[0-9])[eE](?=[-+]?[0-9])|[A-Za-z]+")
 
 
 def bare(answer: str) -> str:
-    """Remove the dollars or brackets around a formula, and a full stop at its end."""
+    """Remove the $ signs or TeX brackets around a formula, and a full stop at its end."""
     text = answer.strip()
     while True:
         for opening, closing in _WRAPPERS:

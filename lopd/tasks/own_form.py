@@ -17,8 +17,9 @@ from lopd.tasks.values import MISSING_TEXTS
 
 # The remedy of most mistakes in a file of our own form.
 OWN_FORM = (
-    'a line is {"prompt_id": "...", "messages": [{"role": "user", "content": "..."}], '
-    '"answer": "..."}, or "question" in place of "messages"'
+    'write each line as {"prompt_id": "...", "messages": [{"role": "user", '
+    '"content": "..."}], "answer": "..."}, or "question" in place of '
+    '"messages"'
 )
 
 
@@ -39,7 +40,9 @@ def own_prompt(row: Row, domain: str) -> Prompt:
     # With both it would be open which one counts.
     if len(given) != 1:
         raise DataError(
-            f"prompt {prompt_id!r} needs either messages or question", where=where, remedy=OWN_FORM
+            f"prompt {prompt_id!r} must have either messages or question",
+            where=where,
+            remedy=OWN_FORM,
         )
     # A question is short for one message of the user.
     told = values.get("messages")
@@ -49,8 +52,8 @@ def own_prompt(row: Row, domain: str) -> Prompt:
     answer = None if values.get("answer") is None else _text(values, "answer", where)
     # "nan" as an answer is the trace of a table with gaps. It would be a wrong prompt.
     if answer is not None and answer.strip() in MISSING_TEXTS:
-        what = f"answer is {answer!r}, which is what a missing value is written as"
-        raise DataError(what, where=where, remedy="leave the answer out, or write the right one")
+        what = f"the answer is {answer!r}, which stands for a missing value"
+        raise DataError(what, where=where, remedy="remove the answer, or write the correct answer")
     own_domain = domain if values.get("domain") is None else _text(values, "domain", where)
     return Prompt(
         prompt_id=prompt_id,
@@ -66,7 +69,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = f"is {value!r:.60}" if key in row else "is missing"
         raise DataError(
-            f"{key} {found}; it must be a non-empty string", where=where, remedy=OWN_FORM
+            f"{key} {found}, but it must be a non-empty string", where=where, remedy=OWN_FORM
         )
     return value
 
@@ -98,8 +101,8 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
     # The template would add a second answer behind the one that is there.
     if messages[-1]["role"] == "assistant":
         raise DataError(
-            "the last message is the assistant's, so there is nothing to answer",
+            "the last message is from the assistant, so there is nothing to answer",
             where=where,
-            remedy="end with the user's message",
+            remedy="let the list end with a message of the user",
         )
     return tuple(messages)

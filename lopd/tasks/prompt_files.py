@@ -58,10 +58,10 @@ def prompt_set(settings: dict[str, Any]) -> PromptSet:
         # Pydantic's first finding is enough: the settings come from a few options of a command.
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
-            f"{key} = {first['input']!r:.80}",
+            f"{key} = {first['input']!r:.80} is not allowed",
             where="lopd prompts",
             limit=first["msg"],
-            remedy="see: lopd prompts formats",
+            remedy="see lopd prompts formats",
         ) from None
 
 
@@ -268,9 +268,9 @@ def _standing(out: Path, report_path: Path) -> dict[str, Any] | None:
         ours = False
     if not ours:
         raise DataError(
-            "the file exists, and it is not as lopd prompts has written it",
+            "the file exists, and its content was not written by lopd prompts",
             where=str(out),
-            remedy="give another --out, or remove the file",
+            remedy="set --out to another file, or remove this file",
         )
     return report
 

@@ -110,7 +110,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
             first = places[prompt.prompt_id]
             place = f"on line {first.number}" if first.file == row.file else f"at {first.where}"
             raise DataError(
-                f"duplicate prompt_id {prompt.prompt_id!r}, first {place}",
+                f"the prompt_id {prompt.prompt_id!r} is not unique: it is also {place}",
                 where=row.where,
                 remedy="give every prompt its own prompt_id",
             )
@@ -180,7 +180,7 @@ class _RowReader:
         for name, path in prompt_set.fields.items():
             if name not in FIELDS or not isinstance(path, str):
                 raise ConfigError(
-                    f"{name} = {path!r:.60}",
+                    f"{name} = {path!r:.60} is not allowed",
                     where="prompts.*.fields",
                     limit=f"the names {', '.join(FIELDS)}, each with a path in quotes",
                     remedy="correct the names and paths in prompts.*.fields",
@@ -194,11 +194,11 @@ class _RowReader:
             paths.pop("question", None)
         if not {"question", "messages"} & {*paths, *self.format.computed}:
             raise ConfigError(
-                f"format {self.name}: nothing says which column has the questions",
+                f"format {self.name} does not name the column of the questions",
                 where="prompts.*.fields",
                 remedy=(
-                    'give prompts.*.fields = { question = "column" } '
-                    "(also messages, answer, prompt_id, domain)"
+                    'set prompts.*.fields = { question = "column" } (other names: '
+                    "messages, answer, prompt_id, domain)"
                 ),
             )
         return paths
@@ -278,9 +278,9 @@ class _RowReader:
             # The columns that are there show most quickly which one is meant.
             names = sorted(str(name) for name in row.values)
             raise DataError(
-                "no question in this row",
+                "this row has no question",
                 where=row.where,
-                limit=f"its columns: {', '.join(names):.200}",
+                limit=f"one of the columns of this row: {', '.join(names):.200}",
                 remedy=self.remedy,
             )
         else:
@@ -335,7 +335,7 @@ def _until_answer(value: Any, where: str, remedy: str) -> list[Mapping[str, str]
         reason = refusal_of(role, content) if about else "it is no message"
         if reason:
             what = f"messages[{index}] is {message!r:.60}: {reason}"
-            limit = "role and content, or from and value"
+            limit = "a table with role and content, or with from and value"
             raise DataError(what, where=where, limit=limit, remedy=remedy)
         messages.append({"role": str(role_of(role)), "content": str(content_of(content))})
     # Data sets with solutions have them as the last message.
@@ -345,7 +345,7 @@ def _until_answer(value: Any, where: str, remedy: str) -> list[Mapping[str, str]
         raise DataError(
             "the question is empty",
             where=where,
-            remedy="remove this row, or choose rows with prompts.*.where",
+            remedy="remove this row, or set prompts.*.where so that this row is not read",
         )
     return messages
 
@@ -364,9 +364,9 @@ def _matches(value: Any, wanted: Any) -> bool:
         # A nested condition is written with a path (a.b = 1) and not with a table.
         if not wanted or not set(wanted) <= {"min", "max"}:
             raise ConfigError(
-                f"{dict(wanted)!r:.80}",
+                f"the condition {dict(wanted)!r:.80} has a wrong form",
                 where="prompts.*.where",
-                limit="{ min = ..., max = ... }",
+                limit="{ min = ..., max = ... }, or only one of the two",
                 remedy="correct the conditions in prompts.*.where",
             )
         bounds = {name: _comparable(bound) for name, bound in wanted.items()}

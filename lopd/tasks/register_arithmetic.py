@@ -100,19 +100,19 @@ class RegisterArithmetic(TaskOptions):
         """
         # Two seeds in one partition would share prompts.
         if not 0 <= seed < NUM_PARTITIONS:
-            remedy = "choose another seed: each has its own prompts"
+            remedy = "choose another seed: each seed has its own prompts"
             raise ConfigError(
-                f"seed {seed} of generated prompts",
+                f"seed {seed} of generated prompts is out of range",
                 where=f"task {self.name}",
-                limit=f"0 to {NUM_PARTITIONS - 1}",
+                limit=f"at least 0 and at most {NUM_PARTITIONS - 1}",
                 remedy=remedy,
             )
         if num > _MAX_PROBLEMS:
             raise ConfigError(
-                f"{num} prompts were asked for",
+                f"num_prompts = {num} is too large",
                 where=f"task {self.name}",
-                limit=f"{_MAX_PROBLEMS:,}",
-                remedy="ask for fewer",
+                limit=f"at most {_MAX_PROBLEMS:,}",
+                remedy="lower num_prompts",
             )
         # A dict and not a set, because it keeps the order in which problems were drawn.
         problems: dict[Problem, None] = {}
@@ -128,9 +128,9 @@ class RegisterArithmetic(TaskOptions):
             fruitless = 0 if len(problems) > before else fruitless + 1
             if fruitless == _FRUITLESS_CHUNKS:
                 break
-        remedy = "ask for fewer prompts, or give task.options.num_operations a larger value"
+        remedy = "lower num_prompts, or raise task.options.num_operations"
         raise ConfigError(
-            f"{num} prompts were asked for, but seed {seed} has only {len(problems)}",
+            f"num_prompts = {num} is too large: seed {seed} has only {len(problems)} prompts",
             where=f"task {self.name}",
             remedy=remedy,
         )

@@ -19,12 +19,12 @@ Style: TypeAlias = Literal["careful", "skip"]
 
 
 def write_response(problem: Problem, style: Style) -> str:
-    """Return a right response, with the end token.
+    """Return a correct response, with the end token.
 
     Args:
-        problem: The problem.
-        style: careful: every step. skip: the answer at once. A model that learns to skip must
-            guess, so it is often wrong.
+        problem: The problem to answer.
+        style: With "careful", the response has every step. With "skip", it has only the answer. A
+            model that learns to skip steps must guess, so its answers are often wrong.
     """
     lines = []
     if style == "careful":
@@ -68,7 +68,7 @@ def write_corrupted(
     repeats the last written value, which may not be the prompt's answer.
 
     Args:
-        problem: The problem.
+        problem: The problem to answer.
         rng: The random numbers.
         rates: How often there are mistakes. None means the defaults.
 

@@ -67,7 +67,7 @@ def files_of(path: Path) -> list[Path]:
         raise DataError(
             f"cannot be read ({error.strerror})",
             where=str(error.filename or path),
-            remedy="give a folder that holds prompts alone",
+            remedy="give a folder that holds only files of prompts",
         ) from None
     # Beside data there are often .json files about it (dataset_info.json), so .json counts only if
     # it is alone.
@@ -75,17 +75,17 @@ def files_of(path: Path) -> list[Path]:
     kinds = kinds or [suffix for suffix in (".json",) if found[suffix]]
     if not kinds:
         raise DataError(
-            "no prompts in this folder",
+            "this folder has no file of prompts",
             where=str(path),
-            limit=f"files ending in {', '.join(SUFFIXES)}",
-            remedy="give the file with the prompts",
+            limit=f"only files whose name ends in {', '.join(SUFFIXES)}",
+            remedy="give the path of the file with the prompts",
         )
     # Often the same data twice, in two forms.
     if len(kinds) > 1:
         raise DataError(
             f"this folder has files of several kinds ({', '.join(kinds)})",
             where=str(path),
-            remedy="give one file, or a folder with one kind",
+            remedy="give one file, or a folder with files of one kind",
         )
     return found[kinds[0]]
 
@@ -171,7 +171,9 @@ def _parse(line: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         # A RecursionError means thousands of nested brackets.
         raise DataError(
-            f"not valid JSON ({error})", where=where, remedy="write one JSON object per line"
+            f"the line is not valid JSON ({error})",
+            where=where,
+            remedy="write one JSON object per line",
         ) from None
 
 
@@ -184,7 +186,7 @@ def _read_json(file: Path) -> Iterator[Row]:
         raise _absent(file) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot be read ({error})", where=str(file), remedy="give JSON in UTF-8"
+            f"cannot be read ({error})", where=str(file), remedy="give a JSON file in UTF-8"
         ) from None
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(file)
@@ -215,7 +217,7 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
         raise DataError(
             f"cannot be read as Parquet ({str(error).splitlines()[0]})",
             where=str(file),
-            remedy="copy it again from where it came",
+            remedy="copy the file again from its source",
         ) from None
 
 

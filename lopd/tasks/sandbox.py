@@ -79,12 +79,12 @@ class Protections:
     Attributes:
         mode: namespaces, filters or none.
         network: The program cannot reach the network.
-        files: It can reach only its own files and those of the system.
+        files: Whether a program can reach only its own files and those of the system.
         processes: No process that it starts outlives it, and it cannot see or signal other
             processes.
         seccomp: A filter refuses system calls.
         landlock: Landlock limits the files.
-        missing: What was tried and does not work, with the reason.
+        missing: The protections that were tried and do not work, with the reasons.
     """
 
     mode: str
@@ -97,7 +97,7 @@ class Protections:
 
     @property
     def sufficient(self) -> bool:
-        """Whether a program has no network, and no files but its own and the system's."""
+        """Return whether a program has no network, and no files except its own and the system's."""
         # Processes and the rest are good to have, but a program that reaches neither network nor
         # files harms nobody.
         return self.network and self.files
@@ -409,24 +409,25 @@ def _try(candidate: Protections) -> str:
 
 
 def require(allow_weak: bool) -> Protections:
-    """Return the protections of this machine.
+    """Return how this machine protects itself from code that a model wrote.
 
     Args:
-        allow_weak: Accept too few of them.
+        allow_weak: Whether too few protections are accepted.
 
     Raises:
-        ConfigError: They are too few to run code that a model wrote.
+        ConfigError: The protections are too few to run code that a model wrote.
     """
     # Cached: the attempts take seconds, and what a machine permits does not change.
     held = protections()
     if not held.sufficient and not allow_weak:
         raise ConfigError(
-            f"code that a model wrote is not run here: {held.describe()}",
+            f"this machine cannot run the code of a model safely: {held.describe()}",
             where="task code",
-            limit="no network, no foreign files",
+            limit="the code must have no network and no access to other files",
             remedy=(
-                "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, run in a "
-                "container of its own, or set task.options.allow_weak_sandbox=true"
+                "permit user namespaces (sysctl user.max_user_namespaces) or Landlock, "
+                "run lopd in a separate container, or set "
+                "task.options.allow_weak_sandbox=true"
             ),
         )
     return held

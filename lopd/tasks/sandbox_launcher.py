@@ -94,7 +94,7 @@ def build_root(spec: dict[str, Any]) -> None:
     """Make a root folder for the program, and enter it.
 
     It is a tmpfs with the read-only folders, three devices, and the writable folder /box of
-    limited size. The former root cannot be reached afterwards.
+    limited size. The previous root cannot be reached afterwards.
     """
     # An empty folder of the parent. What is mounted over it is seen only in this mount namespace.
     base = spec["work"]
@@ -115,7 +115,8 @@ def build_root(spec: dict[str, Any]) -> None:
     _mount("tmpfs", base + "/box", "tmpfs", MS_NOSUID | MS_NODEV, size)
     if not os.path.lexists(base + "/tmp"):
         os.symlink("box", base + "/tmp")
-    # pivot_root and not chroot: a program can leave a chroot, but not a root without a former one.
+    # pivot_root and not chroot: a program can leave a chroot, but not a root without an earlier
+    # one.
     former = base + "/.former"
     os.makedirs(former)
     number = _kernel(spec)["pivot_root"]
@@ -290,7 +291,7 @@ def run_program(spec: dict[str, Any], status: int) -> NoReturn:
             install_seccomp(_kernel(spec)["filter"])
         os.execve(spec["argv"][0], spec["argv"], _environment(home))
     except BaseException as error:
-        # Nothing of ours may go on as if it were the program, whatever the error is.
+        # Nothing of ours may continue as if it were the program, whatever the error is.
         os.write(status, json.dumps({"failed": str(error) or type(error).__name__}).encode())
     os._exit(SETUP_FAILED)
 

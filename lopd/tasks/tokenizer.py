@@ -32,9 +32,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"no {' and no '.join(missing)} in this folder",
+            f"this folder has no {' and no '.join(missing)}",
             where=str(folder),
-            remedy="give a Hugging Face folder with a fast tokenizer",
+            remedy="give the folder of a Hugging Face checkpoint with a fast tokenizer",
         )
     from transformers import AutoTokenizer
 
@@ -47,9 +47,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         # Every class is caught: errors of the tokenizers library are plain Exceptions, and
         # transformers passes them on.
-        remedy = "repair its files; a tokenizer that needs code from the checkpoint cannot be used"
+        remedy = "repair the files of the tokenizer; lopd does not run code from a checkpoint"
         raise DataError(
-            f"tokenizer cannot be loaded ({_first_line(error)})", where=str(folder), remedy=remedy
+            f"the tokenizer cannot be loaded ({_first_line(error)})",
+            where=str(folder),
+            remedy=remedy,
         ) from error
     return tokenizer
 
@@ -57,12 +59,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the token ids that end a response, in ascending order.
 
-    They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of them
-    count, because checkpoints often name the end of a turn in one file and the end of a document in
-    another.
+    They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of
+    these ids are used, because checkpoints often name the end of a turn in one file and the end of
+    a document in another file.
 
     Raises:
-        DataError: None of them names one.
+        DataError: None of the three names an end token.
     """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
@@ -72,7 +74,9 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
                 eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
             except (OSError, ValueError, AttributeError) as error:
                 raise DataError(
-                    f"cannot be read as a JSON object ({_first_line(error)})", where=str(path)
+                    f"cannot be read as a JSON object ({_first_line(error)})",
+                    where=str(path),
+                    remedy="copy the file again from its source",
                 ) from None
             # One id, several, or none.
             found.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
@@ -81,7 +85,9 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     # Without one every response would run to its limit.
     if not found:
         remedy = "add eos_token_id to generation_config.json, or eos_token to tokenizer_config.json"
-        raise DataError("no token ends a response", where=str(folder), remedy=remedy)
+        raise DataError(
+            "the folder names no token that ends a response", where=str(folder), remedy=remedy
+        )
     return tuple(sorted(found))
 
 

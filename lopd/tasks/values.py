@@ -73,8 +73,8 @@ def scalar_text(value: Any, where: str) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            remedy = "give the column as text, or another column in prompts.*.fields"
-            what = f"bytes that are no UTF-8 ({error})"
+            remedy = "store the column as text, or choose another column with prompts.*.fields"
+            what = f"the column has bytes that are not UTF-8 text ({error})"
             raise DataError(what, where=where, remedy=remedy) from None
     # Before the numbers, because in Python a bool is an int.
     if isinstance(value, bool):

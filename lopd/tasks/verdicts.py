@@ -31,7 +31,7 @@ class Verdict:
         right: True if it is right.
         reason: Why it is wrong, as one of few phrases ("wrong answer", "no answer", "time limit"),
             so that they can be counted.
-        found: What was compared.
+        found: The answer that was found in the response.
     """
 
     right: bool
@@ -56,9 +56,9 @@ def judge_all(
 
     Args:
         task: The task.
-        responses: What is judged.
-        workers: How many are judged at a time. None means one per CPU core. Threads are enough,
-            because verifiers wait for other processes.
+        responses: The responses to judge.
+        workers: The number of responses that are judged at a time. None means one per CPU core.
+            Threads are enough, because verifiers wait for other processes.
     """
     # A task with ``verify`` alone makes no promise about threads.
     if not isinstance(task, Judge):

@@ -81,7 +81,7 @@ class _Worker:
             raise DataError(
                 f"a verifier's worker did not start (exit code {code})",
                 where=module,
-                remedy=f"see: {sys.executable} -m {module}",
+                remedy=f"run {sys.executable} -m {module} to see the reason",
             ) from None
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -142,15 +142,16 @@ def _sampling_conditions(
         raise DataError(
             "the manifest does not give the temperature and the top-p of the sampling",
             where=str(folder),
-            remedy="give --temperature and --top-p",
+            remedy="add --temperature and --top-p",
         )
     # The statistic needs the entropy of the very distribution that was sampled from. The scores
     # know that distribution for a temperature and a nucleus, not for the other two cuts.
     if sampling.get("top_k", -1) != -1 or sampling.get("min_p", 0.0) != 0.0:
         raise DataError(
-            f"sampled with top_k {sampling.get('top_k')}, min_p {sampling.get('min_p')}",
+            f"the responses were sampled with top_k {sampling.get('top_k')} and min_p "
+            f"{sampling.get('min_p')}",
             where=str(folder),
-            limit="temperature and top-p alone",
+            limit="only responses sampled with temperature and top-p",
         )
     return float(temperature), float(top_p)
 
@@ -189,16 +190,16 @@ def _scores(
     scores = score_from_columns(table)
     if scores is None:
         raise DataError(
-            "no column teacher_entropy",
+            "the cache has no column teacher_entropy",
             where=str(folder),
-            remedy="give --teacher FOLDER: the responses are then scored here, in float32",
+            remedy="add --teacher FOLDER: lopd then scores the responses here, in float32",
         )
     # The score stage stores log-probabilities and entropies at temperature 1 with all tokens.
     if conditions != (1.0, 1.0):
         raise DataError(
             "the entropies of this folder are at temperature 1 and top-p 1",
             where=str(folder),
-            remedy="give --teacher FOLDER for another temperature",
+            remedy="add --teacher FOLDER: lopd then computes entropies at the other temperature",
         )
     return scores
 
@@ -211,7 +212,7 @@ def _random_rows(folder: Path, manifest: Manifest, count: int, seed: int) -> Any
     from lopd.artifacts import read_shard
 
     if manifest.rows == 0:
-        raise DataError("no responses", where=str(folder))
+        raise DataError("the folder has no responses", where=str(folder))
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(manifest.rows, min(count, manifest.rows), replace=False))
     tables = []

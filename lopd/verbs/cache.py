@@ -181,9 +181,9 @@ def merge(
     # typer has no way to ask for two or more arguments.
     if len(caches) < 2:
         raise LopdError(
-            "one cache",
+            "only one cache is given",
             where="lopd cache merge",
-            limit="at least two",
+            limit="at least 2",
             remedy="give the folders of the caches to join",
         )
     manifest = merging.merge(caches, out, teacher_column=teacher_column)

@@ -168,7 +168,9 @@ def _run_stage(
     wrong = [name for name, value in useless.items() if value is not None]
     if config is None or wrong:
         raise ConfigError(
-            f"{wrong[0]} goes with --model" if wrong else "missing argument 'CONFIG', or --model",
+            f"{wrong[0]} can only be used with --model"
+            if wrong
+            else "missing argument 'CONFIG', or --model",
             where="lopd evaluate",
             remedy="give a TOML file, for example: lopd evaluate examples/tiny_moe.toml; "
             "or --model FOLDER --prompts FILE --out FOLDER",
@@ -177,9 +179,8 @@ def _run_stage(
     # The run leaves this stage out, and its summary would not show the figures.
     if not loaded.evaluate.enabled:
         raise ConfigError(
-            "evaluate.enabled = false",
+            "evaluate.enabled is false: this run has no evaluation",
             where="lopd evaluate",
-            limit="a run that is evaluated",
             remedy="add evaluate.enabled=true, or give --model, --prompts and --out",
         )
     # On machine 0, or on the only machine, the stage runs as `lopd run` runs it.
@@ -226,13 +227,15 @@ def _configuration(
     """
     if out is None:
         raise ConfigError(
-            "--out is missing", where="lopd evaluate", remedy="give a new folder for the results"
+            "the option --out is missing",
+            where="lopd evaluate",
+            remedy="add --out with a new folder for the results",
         )
     if prompts is None and config is None:
         raise ConfigError(
-            "--prompts is missing",
+            "the option --prompts is missing",
             where="lopd evaluate",
-            remedy="give a JSONL or Parquet file with prompts and answers",
+            remedy="add --prompts with a JSONL or Parquet file of prompts and answers",
         )
     folder = _model_folder(config, model)
     settings = [

@@ -166,9 +166,9 @@ def launch(
     target = next((name for name in TARGETS if name == on), None)
     if target is None:
         raise ConfigError(
-            f"--on {on!r:.40}",
+            f"--on {on!r:.40} is not a known target",
             where="lopd launch",
-            limit=", ".join(TARGETS),
+            limit=f"one of {', '.join(TARGETS)}",
             remedy="choose one of these",
         )
     # The plan is pure. Everything that can be refused is refused before nemo-run starts.

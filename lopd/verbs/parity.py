@@ -71,9 +71,9 @@ def compare(config: Config, *, num_responses: int, seed: int) -> dict[str, Agree
     # The cache then has scores of several models, and one ScoreRequest goes to one of them.
     if config.models.teachers:
         raise ConfigError(
-            "parity compares one teacher, and there are several",
+            "parity compares one teacher, but the configuration has several",
             where="models.teachers",
-            remedy="compare each teacher alone: models.teachers={} models.teacher=FOLDER",
+            remedy="compare each teacher alone: add models.teachers={} models.teacher=FOLDER",
         )
     # The same responses for all four sources, so that they can be compared token by token.
     rollouts, cached, engine = _sample(config, num_responses, seed)
@@ -147,13 +147,15 @@ def _sample(
     score_folder = config.run.dir / "score"
     if (score_folder / "manifest.json").is_file():
         scored = read_manifest(score_folder)
-        # A cache of former rollouts has other responses. Its parents name the rollouts it has.
+        # A cache of earlier rollouts has other responses. Its parents name the rollouts it has.
         if scored.complete and manifest.fingerprint in scored.parents.values():
             folder = score_folder
             engine = str(scored.inputs.get("score.engine", engine))
     reader = CacheReader(folder)
     if len(reader) == 0:
-        raise ArtifactError("no responses", where=str(folder), remedy="run the rollout stage first")
+        raise ArtifactError(
+            "the folder has no responses", where=str(folder), remedy="run the rollout stage first"
+        )
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(reader), min(count, len(reader)), replace=False))
     # By index: of a large cache only the chosen rows are read.

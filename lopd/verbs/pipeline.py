@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from lopd.artifacts.file_hashes import HASHES
 from lopd.config import Config
 
 
@@ -20,6 +21,9 @@ def run_stages(config: Config, stage: str | None = None) -> None:
     # The stages import torch, so this import waits until the configuration is known to be right.
     from lopd import checks, pipeline
 
+    # Once per command: the checks and the stages then read each file once.
+    if config.run.rehash:
+        HASHES.forget()
     # All checks come before the first stage: a mistake in the last stage's settings must be
     # noticed now, not after hours of sampling and training.
     checks.check_all(config, stage=stage)

@@ -170,9 +170,9 @@ def prepare(
     # Characters are no measure for tokens: a formula has far more tokens per character.
     if max_tokens is not None and tokenizer is None:
         raise ConfigError(
-            "--max-tokens counts tokens",
+            "--max-tokens needs a tokenizer, because it counts tokens",
             where="lopd prompts prepare",
-            remedy="give --tokenizer FOLDER",
+            remedy="add --tokenizer FOLDER",
         )
     # The same settings as those of prompts.* in a configuration, under the same names.
     settings = {
@@ -220,7 +220,7 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         if not equals or not name:
             raise ConfigError(
-                f"{word!r:.80} is not NAME=VALUE",
+                f"{word!r:.80} is not of the form NAME=VALUE",
                 where=option,
                 remedy=f"write for example {option} domain=math",
             )

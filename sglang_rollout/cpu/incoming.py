@@ -10,7 +10,7 @@ server.
 This only saves time and memory. It is left out where upstream takes other arguments, and for all
 tensors where the loader's copies cannot be recorded. Upstream: WeightUpdater
 .update_weights_from_distributed in sglang/srt/model_executor/model_runner_components/
-weight_updater.py. It can go at any time.
+weight_updater.py. It can be removed at any time.
 """
 
 from __future__ import annotations

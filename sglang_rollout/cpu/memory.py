@@ -26,7 +26,7 @@ _NOT_A_NUMBER = 0xFF
 
 
 class _Recording(TorchDispatchMode):
-    """Remembers the storage of every tensor that an operation inside the block returns."""
+    """A mode that records the storage of each tensor that an operation in the block returns."""
 
     def __init__(self, made: list[StorageWeakRef]) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 SGLang calls ``activate`` in each of its processes (entry point ``sglang.srt.plugins``). Elsewhere
 the call does nothing. Each change stands in a function of its own, which says what it changes, why,
-where that stands upstream, and when the change can go.
+where that stands upstream, and when the change can be removed.
 
 Versions: sglang 0.5.17 to 0.5.23. A place that is no longer as described raises RuntimeError, and
 the server does not start.

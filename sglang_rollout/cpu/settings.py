@@ -23,7 +23,8 @@ def cpu_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     if arguments.get("ep_size", 1) > 1:
         raise ConfigError(
-            "sglang.expert above 1 on a CPU: SGLang's plain-torch experts are not split",
+            "sglang.expert is above 1 on a machine without a GPU: SGLang cannot split "
+            "experts in plain torch",
             where="sglang.expert",
             remedy="set sglang.expert = 1",
         )

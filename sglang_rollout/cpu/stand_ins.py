@@ -4,8 +4,8 @@
 object in ``sys.modules``. Nothing is on the path, so no other process (the trainer, the tests) ever
 sees them.
 
-Versions: sglang 0.5.17 to 0.5.23 with transformers 5.12. The stand-in of torchvision can go when
-SGLang imports torchvision only where images are read. The stand-in of sgl_kernel can go when
+Versions: sglang 0.5.17 to 0.5.23 with transformers 5.12. Remove the stand-in of torchvision when
+SGLang imports torchvision only where images are read. Remove the stand-in of sgl_kernel when
 sglang-kernel has a CPU wheel.
 """
 

@@ -1,7 +1,7 @@
 """What a server's answer must be before anyone may learn from it.
 
 These are pure functions. Each of them names the response that it refuses. Wrong log-probabilities
-are the costliest failure of distillation, because the run goes on and learns noise.
+are the costliest failure of distillation, because the run continues and learns noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_returned_ids(
     """Check that the server answered for exactly the token ids that it was sent.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         sent: Token ids of shape [N].
         returned: Token ids of shape [N], as the server gives them back.
         hidden_id: A sent id that the server may return as 0 (LAST_ID_ECHO in
@@ -47,7 +47,8 @@ def check_returned_ids(
         raise EngineError(
             f"the server returned {len(returned)} tokens for the {len(sent)} it was sent",
             where=response_name(key),
-            remedy="do not use these log-probabilities; check context_length and the server's log",
+            remedy="do not use these log-probabilities; check context_length and the log of the "
+            "server",
         )
     if hidden_id is None:
         hidden = np.zeros(len(sent), dtype=np.bool_)
@@ -61,18 +62,18 @@ def check_returned_ids(
             f"the server returned token {int(returned[first])} at position {first} where "
             f"{int(sent[first])} was sent ({differing.size} of {len(sent)} differ)",
             where=response_name(key),
-            remedy="do not use these log-probabilities; the server has another model or another "
-            "tokenizer setting than it should have",
+            remedy="do not use these log-probabilities; start the server with the right model "
+            "and the right tokenizer settings",
         )
 
 
 def check_logprobs(key: Key, logprobs: Floats) -> None:
     """Check that every value can be a log-probability.
 
-    -inf is allowed: it is a fact about a masked token.
+    -inf is allowed, because a token whose logit is masked has this log-probability.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         logprobs: Natural logarithms of shape [N].
 
     Raises:
@@ -86,8 +87,9 @@ def check_logprobs(key: Key, logprobs: Floats) -> None:
             f"log-probability {float(logprobs[first])} at token {first} "
             f"({wrong.size} of {len(logprobs)} are wrong)",
             where=response_name(key),
-            limit="a log-probability is a number not above 0",
-            remedy="look for overflow in the served dtype (sglang.dtype) or a damaged checkpoint",
+            limit="a number that is at most 0",
+            remedy="set sglang.dtype to a dtype with a larger range, or check whether the "
+            "checkpoint is damaged",
         )
 
 
@@ -97,7 +99,7 @@ def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
     A response of fewer than 8 tokens is not checked.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         logprobs: Natural logarithms of shape [N].
         vocab_size: The number of tokens in the vocabulary.
 
@@ -111,10 +113,11 @@ def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
     distances = np.abs(logprobs + math.log(vocab_size))
     if bool(np.all(distances < UNIFORM_TOLERANCE)):
         raise EngineError(
-            f"all {len(logprobs)} log-probabilities are within {UNIFORM_TOLERANCE} of "
-            f"-ln {vocab_size}: the model knows nothing",
+            f"all {len(logprobs)} log-probabilities are within {UNIFORM_TOLERANCE} of -ln "
+            f"{vocab_size}, as if the model had no weights",
             where=response_name(key),
-            remedy="the weights were not loaded; check the checkpoint folder and the server's log",
+            remedy="check the folder of the checkpoint and the log of the server: the weights "
+            "were not loaded",
         )
 
 
@@ -124,7 +127,7 @@ def check_ending(
     """Return the finish reason of a response, after checking it against the tokens.
 
     Args:
-        key: The response.
+        key: The prompt id and the sample index of the response.
         token_ids: The response's token ids of shape [R].
         finish_reason: SGLang's record {"type": ..., "matched": ...}.
         stop_token_ids: Every end token of the model.
@@ -143,23 +146,27 @@ def check_ending(
         # Such a response ended by itself and must not count as truncated.
         return "stop" if last in stop_token_ids else "length"
     if kind != "stop":
-        raise EngineError(f"finish reason {kind!r} is unknown", where=response_name(key))
+        raise EngineError(
+            f"the finish reason {kind!r} is unknown",
+            where=response_name(key),
+            remedy="use a supported version of SGLang",
+        )
     # Where the logits are NaN, SGLang puts an end token at the end and says "stop" with the text
     # "NaN happened". Without this test the garbage would count as a finished response.
     if isinstance(matched, str):
         raise EngineError(
-            f"the response stopped for another reason than a token: {matched}",
+            f"the response did not stop at a token, but for this reason: {matched}",
             where=response_name(key),
-            remedy="look for overflow in the served dtype (sglang.dtype) or a damaged checkpoint",
+            remedy="set sglang.dtype to a dtype with a larger range, or check whether the "
+            "checkpoint is damaged",
         )
     # The end token is part of the response and carries loss. A response without it would never
     # teach the student to stop.
     if last not in stop_token_ids or matched != last:
         raise EngineError(
-            f"the response stopped at token {last} (matched: {matched}), which is none of the stop "
-            f"tokens {stop_token_ids}",
+            f"the response stopped at token {last} (matched: {matched}), which is none of "
+            f"the stop tokens {stop_token_ids}",
             where=response_name(key),
-            remedy="give every end token of the model (eos_token_id of config.json and "
-            "generation_config.json) as a stop token",
+            remedy="add every end token of the model to eos_token_id in generation_config.json",
         )
     return "stop"

@@ -35,7 +35,7 @@ from sglang_rollout.servers.server import SGLangServer
 from sglang_rollout.servers.weights_file import check_not_given_up
 
 # A second call has no further effect. /update_weights_from_tensor and the broadcasts are not among
-# them: a restarted server has other weights than the former buckets went into.
+# them: a restarted server has other weights than the previous buckets went into.
 _REPEATABLE = frozenset({"/update_weights_from_disk", "/flush_cache"})
 _POLL_S = 0.05
 # The watcher notices a death within this time.
@@ -120,8 +120,8 @@ class SGLangEngine:
         The sampling_logprobs of a response are at temperature 1, whatever the sampling temperature.
 
         Args:
-            requests: What to sample.
-            params: How to sample.
+            requests: The prompts to sample responses for.
+            params: The sampling parameters.
             version: The weight version that the servers must have.
 
         Raises:
@@ -132,8 +132,8 @@ class SGLangEngine:
         """
         if params.min_p > 0 and self.settings.deterministic:
             raise ConfigError(
-                f"min_p = {params.min_p} with sglang.deterministic: SGLang's seeded sampling "
-                "cannot do it",
+                f"min_p = {params.min_p} cannot be used with sglang.deterministic: "
+                "SGLang's seeded sampling has no min_p",
                 remedy="set min_p = 0 or sglang.deterministic = false",
             )
         # A response does not tell which of the servers gave it, so an error names all of them.
@@ -237,7 +237,7 @@ class SGLangEngine:
         A server that lopd did not start always passes.
 
         Raises:
-            EngineError: Its process has ended for good.
+            EngineError: The process of the server has ended and is not started again.
         """
         if self.server is not None:
             self.server.check()
@@ -320,7 +320,7 @@ class SGLangEngine:
                     raise EngineError(
                         f"{path}: {type(error).__name__} {error}".rstrip(),
                         where=self.url,
-                        remedy="is the server running?",
+                        remedy="check whether the server is running",
                     ) from None
         if reply.status_code != 200:
             raise self.refusal(path, reply.status_code, reply.content)
@@ -389,6 +389,6 @@ class SGLangEngine:
                 raise EngineError(
                     f"vocab_size cannot be read ({error})",
                     where=str(config),
-                    remedy="give score() the vocab_size",
+                    remedy="pass vocab_size to score()",
                 ) from None
         return self.vocab_size

@@ -72,7 +72,7 @@ class Endpoint(Protocol):
 
 
 class Connections:
-    """Sends each request to one of the servers until it is answered."""
+    """A set of connections that sends each request to one of the servers until it is answered."""
 
     def __init__(self, engines: Sequence[Endpoint]) -> None:
         self._servers = [_ServerConnection(engine) for engine in engines]
@@ -97,7 +97,7 @@ class Connections:
         """POST /generate, and repeat it after outages, overload and aborts.
 
         Args:
-            request: What is asked.
+            request: The request to send.
             payload: Makes the body for a request id.
 
         Raises:
@@ -111,7 +111,7 @@ class Connections:
         while True:
             server = await self._choose(prompt)
             # Each attempt has a name of its own: SGLang refuses an id that it still knows, and the
-            # former attempt may still run there.
+            # previous attempt may still run there.
             name = f"{self._stream_name}-{next(self._numbers)}"
             outages_before = server.num_outages
             try:
@@ -139,8 +139,8 @@ class Connections:
                         f"request {request.key} failed {max(failures, outages)} times; "
                         f"at last: {error}",
                         where=server.engine.url,
-                        limit=f"sglang.retries = {self._retries}",
-                        remedy="read the server's log",
+                        limit=f"at most sglang.retries = {self._retries} retries",
+                        remedy="read the log of the server",
                     ) from None
 
     async def _choose(self, prompt: int) -> _ServerConnection:
@@ -193,7 +193,8 @@ class _ServerConnection:
         )
 
     async def close(self) -> None:
-        # The search for a lost server may go on for outage_timeout_s, and nobody needs it any more.
+        # The search for a lost server may continue for outage_timeout_s, and nobody needs it any
+        # more.
         if self.outage is not None:
             self.outage.cancel()
             await asyncio.gather(self.outage, return_exceptions=True)
@@ -233,9 +234,9 @@ class _ServerConnection:
         answer = parsed(content)
         if not isinstance(answer, dict) or "meta_info" not in answer:
             raise EngineError(
-                "/generate answered something that is no generation",
+                "the answer of /generate is not a generation",
                 where=self.engine.url,
-                remedy="is this an SGLang server?",
+                remedy="check whether this is the address of an SGLang server",
             )
         # SGLang reports an abort with HTTP 200 as well, together with the tokens so far. They must
         # not pass for a response.
@@ -300,9 +301,9 @@ class _ServerConnection:
                 raise EngineError(
                     f"the server could not be reached for {waited:.0f} s",
                     where=self.engine.url,
-                    limit=f"sglang.outage_timeout_s = {limit:g}",
-                    remedy="is the server running? raise sglang.outage_timeout_s if it takes "
-                    "longer to start",
+                    limit=f"at most sglang.outage_timeout_s = {limit:g}",
+                    remedy="check whether the server is running; raise sglang.outage_timeout_s "
+                    "if the server needs more time to start",
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _MAX_PROBE_INTERVAL_S)

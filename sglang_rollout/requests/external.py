@@ -33,21 +33,23 @@ PROBE_LEN = 64
 # In nats per token, in the mean. One model differs this much between layouts and SGLang versions.
 _MEAN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 _NOT_THE_SAME = (
-    "start the server with the model that the configuration names, or name the model that it serves"
+    "start the server with the model of the configuration, or set the configuration to "
+    "the model of the server"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the servers must be.
+    """The model that the servers must have, and the facts that show it.
 
     Attributes:
         model_dir: The folder of the model on this machine.
         same_content: A function that returns whether a folder holds this very model.
-        loads_weights: Whether weights will be loaded into the servers. Only the architecture
-            matters then.
-        tokenized: Texts and their token ids. A server with a tokenizer must make the same ids.
-        probe: The log-probabilities [63] that this model gave to the probe before, or None.
+        loads_weights: Whether weights will be loaded into the servers. In that case only the
+            architecture must be the same.
+        tokenized: Texts and their token ids. A server with a tokenizer must give the same ids.
+        probe: The recorded log-probabilities, float [63], of this model for the tokens of a fixed
+            test sequence (the probe), or None.
     """
 
     model_dir: Path
@@ -83,7 +85,7 @@ def check_external(engine: SGLangEngine, expected: Expected) -> dict[str, Any]:
 
     Args:
         engine: The engine of one server or of a fleet.
-        expected: What the servers must be.
+        expected: The model that the servers must have.
 
     Returns:
         {url, version, model_path, dtype, weights, probe}. The value of weights says how they are
@@ -148,10 +150,10 @@ def _check_one(
     # The version comes first: an older SGLang may answer the later questions in another form.
     if engine.server_version() < OLDEST_VERSION:
         raise EngineError(
-            f"SGLang {server['version']}",
+            f"the server runs SGLang {server['version']}, which is too old",
             where=engine.url,
-            limit="0.5.17 or later",
-            remedy="update the server",
+            limit="at least 0.5.17",
+            remedy="install a newer SGLang on the server",
         )
     _check_architecture(engine, expected, model, config)
     dtype = _check_dtype(engine, server, config)
@@ -177,8 +179,8 @@ def _check_architecture(
         # A server that does not report a key cannot be held against it.
         if model.get(key) is not None and model[key] != config.get(key):
             raise EngineError(
-                f"the served model has {key} {model[key]}, but {expected.model_dir} has "
-                f"{config.get(key)}",
+                f"the served model has {key} = {model[key]}, but {expected.model_dir} has "
+                f"{key} = {config.get(key)}",
                 where=engine.url,
                 remedy=_NOT_THE_SAME,
             )
@@ -195,7 +197,7 @@ def _check_dtype(engine: SGLangEngine, server: Mapping[str, Any], config: Mappin
         raise ConfigError(
             f"the server computes in {dtype}",
             where=engine.url,
-            limit=f"sglang.dtype = {engine.settings.dtype}",
+            limit=f"exactly sglang.dtype = {engine.settings.dtype}",
             remedy=f"set sglang.dtype={dtype}",
         )
     return str(dtype)
@@ -207,20 +209,20 @@ def _check_settings(engine: SGLangEngine, server: Mapping[str, Any]) -> None:
         raise ConfigError(
             "the server was started without deterministic inference",
             where=engine.url,
-            limit="sglang.deterministic = true",
-            remedy="start it with --enable-deterministic-inference, or set "
-            "sglang.deterministic=false: seeds then fix nothing",
+            limit="exactly sglang.deterministic = true",
+            remedy="start the server with --enable-deterministic-inference, or set "
+            "sglang.deterministic=false: seeds then have no effect",
         )
     # The server's own limit is a few tokens below its context_length (launch.CONTEXT_MARGIN).
     longest = server.get("max_req_input_len")
     needed = settings.context_length
     if longest is not None and longest < needed:
         raise ConfigError(
-            f"the server takes {longest} tokens of prompt and response",
+            f"the server accepts only {longest} tokens of prompt and response",
             where=engine.url,
-            limit=f"sglang.context_length = {needed}",
-            remedy=f"start it with --context-length {needed + CONTEXT_MARGIN} or more, or lower "
-            "sglang.context_length",
+            limit=f"at least sglang.context_length = {needed}",
+            remedy=f"start the server with --context-length {needed + CONTEXT_MARGIN} or more, "
+            "or lower sglang.context_length",
         )
 
 
@@ -237,8 +239,8 @@ def _check_tokenizer(engine: SGLangEngine, expected: Expected, server: Mapping[s
         answer = engine.call("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})
         if list(answer["tokens"]) != list(ids):
             raise EngineError(
-                f"the server's tokenizer makes {answer['tokens']} of {text!r}, but that of "
-                f"{expected.model_dir} makes {list(ids)}",
+                f"the tokenizer of the server turns {text!r} into {answer['tokens']}, but "
+                f"the tokenizer of {expected.model_dir} gives {list(ids)}",
                 where=engine.url,
                 remedy=_NOT_THE_SAME,
             )
@@ -278,8 +280,8 @@ def _check_can_load(
         raise EngineError(
             f"the server's model folder {served} cannot be read here",
             where=engine.url,
-            remedy="weights are loaded from a folder that both sides can read: start the server "
-            "with a model folder on a shared file system",
+            remedy="start the server with a model folder on a shared file system, which this "
+            "machine can read too",
         )
     # Now, and not at the first sync, which may come hours later.
     check_same_tensors(tensor_shapes(served), expected.model_dir)
@@ -296,11 +298,11 @@ def _compare_probes(
     # Not "distance > limit": that is false for NaN.
     if not distance <= limit:
         raise EngineError(
-            f"the server's log-probabilities of the probe are {distance:.3g} nats a token away "
-            "from those on record",
+            "the log-probabilities that the server gives to the test sequence differ by "
+            f"{distance:.3g} nats per token from the recorded ones",
             where=engine.url,
-            limit=f"{limit:g}",
-            remedy="the server does not have the weights that made the demonstrations",
+            limit=f"at most {limit:g} nats per token",
+            remedy="start the server with the weights that made the demonstrations",
         )
 
 
@@ -311,7 +313,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {**config, "vocab_size": int(config["vocab_size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(
-            f"no readable config.json with a vocab_size ({error})",
+            f"there is no readable config.json with a vocab_size ({error})",
             where=str(path),
-            remedy="give a Hugging Face folder",
+            remedy="give the folder of a Hugging Face checkpoint",
         ) from None

@@ -52,8 +52,8 @@ class SGLangFleet(SGLangEngine):
         for engine, info in zip(self._engines[1:], others, strict=True):
             if info["weight_version"] != first["weight_version"]:
                 raise OtherWeights(
-                    f"weight version {info['weight_version']!r}, but {self.url} has "
-                    f"{first['weight_version']!r}",
+                    f"this server has weight version {info['weight_version']!r}, but "
+                    f"{self.url} has {first['weight_version']!r}",
                     where=engine.url,
                     remedy="load the same weights into all servers",
                 )
@@ -63,7 +63,7 @@ class SGLangFleet(SGLangEngine):
         """Make every server forget its cached prefixes.
 
         Raises:
-            EngineError: Requests are running.
+            EngineError: A server has running requests.
         """
         self._on_each(lambda engine: engine.flush_cache())
 
@@ -168,8 +168,8 @@ def _start(servers: Sequence[SGLangServer]) -> None:
             for start in as_completed(starts):
                 start.result()
         except BaseException:
-            # The pool waits for all its threads. Without this the others would still go on loading
-            # for minutes before the error appears.
+            # The pool waits for all its threads. Without this the others would still be
+            # loading for minutes before the error appears.
             for server in servers:
                 server.stop()
             raise

@@ -63,7 +63,7 @@ def request_seed(run_seed: int, prompt_id: str, sample_index: int, purpose: str)
 
     Args:
         run_seed: The seed of the run.
-        prompt_id: The prompt.
+        prompt_id: The id of the prompt.
         sample_index: The index of the response among those of the prompt.
         purpose: The stage. Two stages that sample from one prompt get independent responses.
     """
@@ -88,13 +88,15 @@ def new_tokens_allowed(
     room = context_length - len(request.prompt_ids)
     if room < 1:
         raise DataError(
-            f"prompt {request.prompt_id} has {len(request.prompt_ids)} tokens",
-            limit=f"below sglang.context_length = {context_length}: a response needs a token",
-            remedy="raise sglang.context_length or drop the prompt",
+            f"prompt {request.prompt_id} has {len(request.prompt_ids)} tokens, so no "
+            "token is left for a response",
+            limit=f"below sglang.context_length = {context_length}",
+            remedy="raise sglang.context_length, or remove the prompt",
         )
     if len(request.prompt_ids) == 0:
         raise DataError(
-            f"prompt {request.prompt_id} has no tokens", remedy="check the chat template"
+            f"prompt {request.prompt_id} has no tokens",
+            remedy="check the chat template of the model",
         )
     # SGLang would cut at the context as well, but by its own limit, which differs by some tokens
     # (launch.CONTEXT_MARGIN). With this number read_response() knows exactly what was allowed.
@@ -107,8 +109,8 @@ def generate_payload(
     """Return the body of POST /generate.
 
     Args:
-        request: What to sample.
-        params: How to sample.
+        request: The prompt to sample a response for.
+        params: The sampling parameters.
         max_new_tokens: The number of tokens from new_tokens_allowed().
         request_id: The name under which the request can be aborted.
     """
@@ -134,12 +136,13 @@ def generate_payload(
 def read_response(
     request: SamplingRequest, params: SamplingParams, max_new_tokens: int, answer: Mapping[str, Any]
 ) -> Response:
-    """Return the Response in an answer of /generate.
+    """Return the Response that is in an answer of /generate.
 
-    The log-probabilities are as the server gives them.
+    The log-probabilities are not changed or checked here.
 
     Raises:
-        EngineError: The answer contradicts itself, or the server cut the response too early.
+        EngineError: Two parts of the answer do not agree, or the server ended the response before
+            max_new_tokens without a stop token.
     """
     meta = answer["meta_info"]
     # Each entry is (log-probability, token id, text or None).
@@ -157,8 +160,8 @@ def read_response(
     # be shorter than the run asks for, and no figure would show it.
     if finish_reason == "length" and len(token_ids) != max_new_tokens:
         raise EngineError(
-            f"the server cut the response after {len(token_ids)} tokens, but {max_new_tokens} were "
-            "allowed",
+            f"the server ended the response after {len(token_ids)} tokens, but "
+            f"{max_new_tokens} were allowed",
             where=response_name(request.key),
             remedy="raise sglang.max_total_tokens: one request must fit into the KV cache",
         )

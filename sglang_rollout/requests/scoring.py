@@ -59,17 +59,20 @@ def check_scorable(request: ScoreRequest, context_length: int) -> None:
     """
     if len(request.prompt_ids) == 0 or len(request.token_ids) == 0:
         raise DataError(
-            f"{len(request.prompt_ids)} prompt tokens and {len(request.token_ids)} response tokens",
+            f"the sequence has {len(request.prompt_ids)} prompt tokens and "
+            f"{len(request.token_ids)} response tokens",
             where=response_name(request.key),
-            limit="at least one of each: the first token of a sequence has no log-probability",
+            limit="at least one of each, because the first token of a sequence has no "
+            "log-probability",
+            remedy="remove this response",
         )
     # Nothing is cut, unlike in sampling: the score of a part would pass for that of the whole.
     length = len(request.prompt_ids) + len(request.token_ids)
     if length > context_length:
         raise DataError(
-            f"{length} tokens of prompt and response",
+            f"prompt and response have {length} tokens, which is too many",
             where=response_name(request.key),
-            limit=f"sglang.context_length = {context_length}",
+            limit=f"at most sglang.context_length = {context_length}",
             remedy="raise sglang.context_length",
         )
 
@@ -130,8 +133,8 @@ def read_scores(
     """Return the TeacherScores in an answer of /generate.
 
     Raises:
-        EngineError: As read_logprobs(), or the model guesses uniformly, or the top K contradict the
-            other values.
+        EngineError: read_logprobs() raises it, or the model guesses uniformly, or the top-K values
+            do not agree with the other values.
     """
     logprobs = read_logprobs(request, answer, vocab_size)
     check_not_uniform(request.key, logprobs, vocab_size)
@@ -161,9 +164,10 @@ def read_top_k(
     found = [row for row in rows[1:] if row is not None and len(row) == top_k]
     if len(found) != len(request.token_ids):
         raise EngineError(
-            f"the server gave the top {top_k} of {len(found)} of {len(request.token_ids)} tokens",
+            f"the server gave the top {top_k} for only {len(found)} of "
+            f"{len(request.token_ids)} tokens",
             where=response_name(request.key),
-            remedy="lower score.top_k: it cannot be above the vocabulary",
+            remedy="lower score.top_k: it cannot be larger than the vocabulary",
         )
     ids = int32([entry[1] for row in found for entry in row]).reshape(-1, top_k)  # [R, K]
     values = float32([entry[0] for row in found for entry in row]).reshape(-1, top_k)  # [R, K]
@@ -177,9 +181,9 @@ def read_top_k(
     if differs.size or (np.diff(values, axis=1) > 0).any():
         where = f"token {int(differs[0])}" if differs.size else "its order"
         raise EngineError(
-            f"the top {top_k} of the server contradicts the log-probabilities of the same tokens "
-            f"({where})",
+            f"the top {top_k} of the server and the log-probabilities of the same tokens "
+            f"do not agree ({where})",
             where=response_name(request.key),
-            remedy="do not use these scores; is this an SGLang server of a supported version?",
+            remedy="do not use these scores; use a supported version of SGLang",
         )
     return top_k_of(ids, values)

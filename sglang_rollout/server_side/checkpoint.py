@@ -27,7 +27,9 @@ def tensor_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
             raise EngineError(f"the file cannot be read ({error})", where=str(path)) from None
     if not shapes:
         raise EngineError(
-            "there are no safetensors", where=str(model_dir), remedy="give a Hugging Face folder"
+            "the folder has no safetensors files",
+            where=str(model_dir),
+            remedy="give the folder of a Hugging Face checkpoint",
         )
     return shapes
 
@@ -44,11 +46,11 @@ def check_same_tensors(expected: dict[str, tuple[int, ...]], model_dir: Path) ->
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise EngineError(
-                f"tensor {name} has shape {_shape(found.get(name))}, in the served model "
-                f"{_shape(expected.get(name))}",
+                f"tensor {name} has shape {_shape(found.get(name))}, but in the served "
+                f"model {_shape(expected.get(name))}",
                 where=str(model_dir),
-                remedy="only weights of the served architecture can be exchanged; start another "
-                "server for this model",
+                remedy="start another server for this model: a server accepts only weights of "
+                "its own architecture",
             )
 
 

@@ -4,7 +4,7 @@ SGLang writes ``/dev/shm/sglang_loads_RANDOM`` and never removes it. Here the fi
 server's TMPDIR, and is removed with it (sglang_rollout.servers.scratch).
 
 Upstream: shm_path_for in sglang/srt/managers/load_snapshot.py. Versions: 0.5.17 to 0.5.23. This
-only keeps the machine tidy, so it is left out where upstream has no such function. It can go when
+only keeps the machine tidy, so it is left out where upstream has no such function. Remove it when
 SGLang removes its file.
 """
 

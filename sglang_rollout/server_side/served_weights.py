@@ -8,7 +8,7 @@ for every architecture whose loader copies slices, and for every tensor- and exp
 
 What changes in SGLang: WeightChecker.handle (sglang/srt/utils/weight_checker.py), behind POST
 /weights_checker, learns one more action. SGLang's own checksums are of the fused parameters, which
-cannot be compared with a trainer's tensors, and need a GPU. Versions: 0.5.17 to 0.5.23. It can go
+cannot be compared with a trainer's tensors, and need a GPU. Versions: 0.5.17 to 0.5.23. Remove it
 when SGLang reports checksums of checkpoint tensors.
 """
 

@@ -38,17 +38,17 @@ def check_reach(settings: SyncSection, urls: Sequence[str]) -> None:
         return
     if settings.transport == "tensor":
         raise ConfigError(
-            "the transport tensor shares memory, which ends at this machine",
+            "the transport tensor works only on one machine, because it shares memory",
             where=remote,
-            limit="servers on loopback",
+            limit="only servers on the loopback address",
             remedy='set sync.transport = "distributed" (with sync.host) or "disk"',
         )
     # "auto" is no address. It passes here, and the address is found when a sync begins.
     if _is_loopback(settings.host):
         raise ConfigError(
-            "a server of another machine cannot join a broadcast on loopback",
+            "a server on another machine cannot join a broadcast on the loopback address",
             where=remote,
-            limit=f"sync.host = {settings.host}",
+            limit=f"sync.host must not be {settings.host}",
             remedy="set sync.host to an address of this machine that the servers reach, or to "
             f'"{AUTO}"; or set sync.transport = "disk"',
         )
@@ -68,10 +68,11 @@ def check_meeting(settings: SyncSection) -> None:
     # effect.
     elif settings.host != LOOPBACK:
         raise ConfigError(
-            f'sync.host = "{settings.host}" with sync.transport = "{settings.transport}"',
+            f'sync.host = "{settings.host}" has no effect with sync.transport = '
+            f'"{settings.transport}"',
             where="sync.host",
-            limit="only the transport distributed uses it",
-            remedy='leave sync.host out, or set sync.transport = "distributed"',
+            limit='only with sync.transport = "distributed"',
+            remedy='remove sync.host, or set sync.transport = "distributed"',
         )
 
 

@@ -92,8 +92,9 @@ def check_urls(settings: SGLangSection) -> None:
                 raise ConfigError(
                     f"{url!r} is also in sglang.teacher_urls",
                     where="sglang.student_urls",
-                    limit="one model per server",
-                    remedy="name another server: the student's weights would replace the teacher's",
+                    limit="exactly one model per server",
+                    remedy="give another server: the weights of the student would replace those "
+                    "of the teacher",
                 )
 
 
@@ -101,10 +102,10 @@ def _check_named_once(url: str, urls: Sequence[str], name: str) -> None:
     times = [_normalized(other) for other in urls].count(_normalized(url))
     if times > 1:
         raise ConfigError(
-            f"{url!r} is named {times} times",
+            f"{url!r} is in the list {times} times",
             where=f"sglang.{name}",
-            limit="each server once",
-            remedy="name it once",
+            limit="each server exactly once",
+            remedy="remove the other entries",
         )
 
 
@@ -123,11 +124,11 @@ def _checked_url(url: str, where: str) -> str:
         # urlsplit() reads the port only here, and a port out of bounds is a ValueError.
         _ = parts.port
     except ValueError as error:
-        raise ConfigError(f"{url!r} is no URL ({error})", where=where, remedy=remedy) from None
+        raise ConfigError(f"{url!r} is not a URL ({error})", where=where, remedy=remedy) from None
     if "@" in parts.netloc:
         # The message does not show the URL, because it may hold a password.
         raise ConfigError(
-            "a URL has a user name or a password in it",
+            "a URL contains a user name or a password",
             where=where,
             remedy=f"{remedy}, and give the servers' key in LOPD_SGLANG_KEY",
         )
@@ -135,13 +136,12 @@ def _checked_url(url: str, where: str) -> str:
     # Names and IPv4 addresses, and IPv6 addresses with their colons and zones.
     is_host = re.fullmatch(r"[\w.:%-]+", host)
     if not is_http or not is_host or parts.query or parts.fragment:
-        raise ConfigError(f"{url!r} is no URL", where=where, remedy=remedy)
+        raise ConfigError(f"{url!r} is not a URL", where=where, remedy=remedy)
     # SGLang has both interfaces on one port, and other programs want the address with /v1.
     if re.fullmatch(r".*/v1/*", parts.path):
         raise ConfigError(
-            f"{url!r} is the address of the OpenAI interface",
+            f"{url!r} is the address of the OpenAI interface, but lopd uses /generate",
             where=where,
-            limit="the address of the server: lopd uses /generate, which takes and gives token ids",
             remedy=f"{remedy}, without /v1",
         )
     return url.rstrip("/")
@@ -151,13 +151,14 @@ def check_host(host: str) -> None:
     """Check that sglang.host is an IP address.
 
     Raises:
-        ConfigError: It is a name or something else.
+        ConfigError: The value is not an IP address, for example a name.
     """
     try:
         ipaddress.ip_address(host)
     except ValueError:
         raise ConfigError(
-            f"{host!r} is no IP address",
+            f"{host!r} is not an IP address",
             where="sglang.host",
-            remedy="give 127.0.0.1 for this machine alone, or the address to listen on",
+            remedy="set sglang.host to 127.0.0.1 (only this machine can connect), or to the "
+            "address to listen on",
         ) from None

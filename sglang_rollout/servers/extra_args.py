@@ -121,7 +121,7 @@ def _check_name(name: str, known: ServerFields) -> None:
         raise ConfigError(
             f"{name}{also} is set by lopd",
             where=_WHERE,
-            remedy=f"leave it out; it follows {_SET_BY_LOPD[true_name]}",
+            remedy=f"remove this argument; lopd takes its value from {_SET_BY_LOPD[true_name]}",
         )
     if name in known.types:
         return
@@ -131,7 +131,9 @@ def _check_name(name: str, known: ServerFields) -> None:
         # With this cutoff there is always a nearest name.
         nearest = difflib.get_close_matches(name, known.types, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"unknown SGLang argument {name}", where=_WHERE, remedy=f"the nearest one is {nearest}"
+        f"unknown SGLang argument {name}",
+        where=_WHERE,
+        remedy=f"the nearest known argument is {nearest}",
     )
 
 
@@ -140,15 +142,17 @@ def _check_value(name: str, value: Any, shown: str) -> None:
     # The one value that works may be given. It changes nothing.
     if name in _ONLY_VALUE and value != _ONLY_VALUE[name][0]:
         raise ConfigError(
-            f"{name} = {shown}", where=_WHERE, limit=_ONLY_VALUE[name][1], remedy="leave it out"
+            f"{name} = {shown}",
+            where=_WHERE,
+            limit=_ONLY_VALUE[name][1],
+            remedy="remove this argument",
         )
     # This is one of SGLang's choices, so the check of the choices would let it pass.
     if (name, value) == ("load_format", "dummy"):
         raise ConfigError(
-            'load_format = "dummy"',
+            'load_format = "dummy" cannot be used: the weights would be random numbers',
             where=_WHERE,
-            limit="the weights would be random numbers",
-            remedy="leave it out",
+            remedy="remove this argument",
         )
 
 
@@ -159,7 +163,7 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
             f"{name} = {shown}",
             where=_WHERE,
             limit=type_in_words(known.types[name]),
-            remedy=f"change it, or see SGLang's {name}",
+            remedy=f"change the value of {name}: see this argument in the documentation of SGLang",
         )
     choices = known.choices.get(name, ())
     # A field with a list of values has the same choices for each of them.
@@ -170,7 +174,7 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
             f"{name} = {shown}",
             where=_WHERE,
             limit=f"one of {', '.join(map(str, choices))}",
-            remedy="choose one of these, or leave it out",
+            remedy="choose one of these, or remove this argument",
         )
 
 

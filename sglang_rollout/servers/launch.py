@@ -89,8 +89,8 @@ def _check_context(server_args: Any, context_length: int) -> None:
     longest = get_context_length(model_config.hf_text_config)
     if context_length > longest:
         raise ValueError(
-            f"sglang.context_length = {context_length} is more than the {longest} positions "
-            f"of {server_args.model_path}"
+            f"sglang.context_length = {context_length} is larger than the {longest} "
+            f"positions of {server_args.model_path}"
         )
 
 

@@ -33,7 +33,8 @@ def choose_port(settings: SGLangSection, replica: int) -> int:
         raise EngineError(
             f"port {port} is taken",
             where="sglang.port",
-            remedy="end the program that listens there, or leave sglang.port out for a free port",
+            remedy="end the program that listens on this port, or remove sglang.port: lopd then "
+            "uses a free port",
         )
     return port
 

@@ -1,7 +1,7 @@
 """A server's private folder for sockets and temporary files.
 
-The folder is removed with the server. What a killed command has left behind is removed when the
-next server starts.
+The folder is removed with the server. The folder that a killed command left behind is removed when
+the next server starts.
 
 A folder belongs to a living process as long as that process holds the lock of its file ``owner``.
 The kernel releases a lock when its process ends, however it ends. And unlike a process id, a lock

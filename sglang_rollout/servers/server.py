@@ -119,7 +119,7 @@ class SGLangServer:
 
     @property
     def num_restarts(self) -> int:
-        """How often the server was started again."""
+        """Return how often the server was started again."""
         return self._watcher.num_restarts
 
     @property
@@ -167,7 +167,7 @@ class SGLangServer:
         for attempt in range(_PORT_ATTEMPTS):
             self.port = choose_port(self.settings, self.replica)
             try:
-                # A file of a former run would make a restart load that run's weights.
+                # A file of an earlier run would make a restart load that run's weights.
                 self.weights_file.unlink(missing_ok=True)
                 self._launch(progress)
                 # Only a server that was healthy once is watched. An error of the first start is the
@@ -208,7 +208,7 @@ class SGLangServer:
         The server gets the newest weights that are in a folder.
 
         Raises:
-            EngineError: As start().
+            EngineError: For the same reasons as start().
         """
         self.end_process()
         # Weights of the first start have no version of their own, and SGLang calls them "default".
@@ -263,7 +263,7 @@ class SGLangServer:
         return EngineError(
             f"the {self.name} server died; its log ends: {log_summary(self.log)}",
             where=str(self.log),
-            remedy="read the log; run the same command again to continue from what was published",
+            remedy="read the log, then run the same command again: finished work is kept",
         )
 
     def record(self) -> dict[str, object]:
@@ -297,13 +297,13 @@ class SGLangServer:
             raise EngineError(
                 f"the {self.name} checkpoint has no readable config.json ({error})",
                 where=str(self.model_dir),
-                remedy="give a Hugging Face folder",
+                remedy="give the folder of a Hugging Face checkpoint",
             ) from None
         if not any(self.model_dir.glob("*.safetensors")):
             raise EngineError(
-                f"the {self.name} checkpoint has no safetensors",
+                f"the {self.name} checkpoint has no safetensors files",
                 where=str(self.model_dir),
-                remedy="give a Hugging Face folder",
+                remedy="give the folder of a Hugging Face checkpoint",
             )
 
     def _launch(self, progress: Callable[[float], None] | None) -> None:
@@ -312,10 +312,10 @@ class SGLangServer:
             # and would never see a new one.
             if self._watcher.stopping:
                 raise EngineError(f"the {self.name} server was stopped", where=str(self.log))
-            # A new folder for each process: the former one may have left sockets behind.
+            # A new folder for each process: the previous one may have left sockets behind.
             self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            # Appended: after a restart the log still has the end of the former process.
+            # Appended: after a restart the log still has the end of the previous process.
             with self.log.open("ab") as output:
                 if holds_secret(self.settings.extra_args):
                     # SGLang writes all its arguments into the log.
@@ -395,8 +395,8 @@ class SGLangServer:
         if stopped_s > hang_timeout_s:
             raise self._not_started(
                 f"the {self.name} server was stopped (SIGSTOP) while it started",
-                limit=f"sglang.hang_timeout_s = {hang_timeout_s:g}",
-                remedy="let it run",
+                limit=f"at most sglang.hang_timeout_s = {hang_timeout_s:g}",
+                remedy="do not stop the server while it starts",
             )
         if not self.alive():
             # The HTTP server inside SGLang writes this line when its bind fails.
@@ -407,13 +407,13 @@ class SGLangServer:
                 )
             raise self._not_started(
                 f"the {self.name} server did not start",
-                remedy="repair what the log names, then run the same command again",
+                remedy="read the log and correct its error, then run the same command again",
             )
         if waited_s > self.settings.start_timeout_s:
             raise self._not_started(
                 f"the {self.name} server is not healthy after {waited_s:.0f} s",
-                limit=f"sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
-                remedy="read the log; raise sglang.start_timeout_s if the machine is only slow",
+                limit=f"at most sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
+                remedy="read the log; if the log has no error, raise sglang.start_timeout_s",
             )
 
     def _not_started(self, what: str, *, remedy: str, limit: str = "") -> EngineError:

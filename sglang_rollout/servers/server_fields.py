@@ -70,7 +70,7 @@ def installed_fields() -> ServerFields:
     package = importlib.util.find_spec("sglang")
     if package is None or package.origin is None:
         raise EngineError(
-            "SGLang is not installed", remedy="install requirements/cpu.lock or the gpu extra"
+            "SGLang is not installed", remedy="install requirements/cpu.lock, or the gpu extra"
         )
     return read_fields(Path(package.origin).parent / "srt")
 
@@ -113,7 +113,7 @@ def read_fields(source: Path) -> ServerFields:
     # refuse every argument as unknown.
     if "model_path" not in types:
         raise EngineError(
-            "the fields of ServerArgs are not where they were",
+            "the fields of ServerArgs were not found in the source of SGLang",
             where=str(source),
             remedy="use a supported SGLang version (0.5.17 to 0.5.23)",
         )

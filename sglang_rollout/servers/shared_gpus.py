@@ -46,21 +46,22 @@ def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[Conf
         yield ConfigError(
             "torch_memory_saver is not installed",
             where="sync.colocate",
-            remedy=f"pip install torch-memory-saver, or {off}",
+            remedy=f"run pip install torch-memory-saver, or {off}",
         )
     if config.sglang.student_urls:
         yield ConfigError(
-            "only servers that lopd starts on this machine make room for the trainer",
+            "only servers that lopd starts on this machine can give GPU memory to the trainer",
             where="sglang.student_urls",
-            limit="no URL with sync.colocate",
-            remedy=f"leave the URLs out, or {off}",
+            limit="no URL in sglang.student_urls with sync.colocate",
+            remedy=f"remove the URLs, or {off}",
         )
     nodes = config.distill.parallel.nodes
     if nodes > 1:
         yield ConfigError(
-            f"distill.parallel.nodes = {nodes}: the servers are on the first machine alone",
+            f"distill.parallel.nodes = {nodes} is too large: the servers run only on the "
+            "first machine",
             where="sync.colocate",
-            limit="1 node",
+            limit="exactly 1",
             remedy=off,
         )
     if config.distill.refresh.is_on and config.distill.refresh.keep_teacher:
@@ -68,6 +69,6 @@ def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[Conf
             "distill.refresh.keep_teacher keeps the teacher's server on the GPUs that student and "
             "trainer share",
             where="sync.colocate",
-            limit="keep_teacher = false",
+            limit="exactly keep_teacher = false",
             remedy=f"set distill.refresh.keep_teacher=false, or {off}",
         )

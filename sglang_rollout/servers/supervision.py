@@ -146,7 +146,7 @@ class Watcher:
     def start(self) -> None:
         """Begin to watch. The server's process has been started by then."""
         server = self._server
-        # The files of a former run in the same folder must not act on this one: its failure is
+        # The files of an earlier run in the same folder must not act on this one: its failure is
         # removed, and its requests count as handled.
         failure_file(server.weights_file).unlink(missing_ok=True)
         self._handled_request = changed_at(restart_request(server.weights_file))
@@ -205,10 +205,10 @@ class Watcher:
         if self._failed_probes < _FAILED_PROBES:
             return None
         return EngineError(
-            f"the {server.name} server hangs: it did not answer {_FAILED_PROBES} health checks "
-            "in a row",
+            f"the {server.name} server hangs: it did not answer {_FAILED_PROBES} health "
+            "checks in a row",
             where=str(server.log),
-            limit=f"sglang.hang_timeout_s = {self._hang_timeout_s:g}",
+            limit=f"at most sglang.hang_timeout_s = {self._hang_timeout_s:g}",
             remedy="read the log",
         )
 
@@ -283,7 +283,7 @@ class Watcher:
             return EngineError(
                 f"the {server.name} server cannot be started again ({error})",
                 where=str(server.log),
-                remedy="free space there",
+                remedy="delete files in the folder of this log, or set run.dir to another disk",
             )
         self._reset_probes()
         self.num_restarts += 1
@@ -312,10 +312,10 @@ class Watcher:
         if self._restarts == 0:
             return last
         return EngineError(
-            f"the {self._server.name} server died {self._deaths_in_a_row} times in a row without "
-            f"answering a request; at last: {last.what}",
+            f"the {self._server.name} server died {self._deaths_in_a_row} times in a row "
+            f"without answering a request; at last: {last.what}",
             where=last.where,
-            limit=f"sglang.restarts = {self._restarts}",
+            limit=f"at most sglang.restarts = {self._restarts} restarts",
             remedy=last.remedy,
         )
 

@@ -19,7 +19,7 @@ from lopd.errors import EngineError
 def remember_weights(file: Path, model_dir: Path, version: str) -> None:
     """Record the checkpoint and the weight version that a restarted server must serve.
 
-    Call it when the servers have the weights, and before the folder of the former weights is
+    Call it when the servers have the weights, and before the folder of the previous weights is
     removed.
 
     Args:
@@ -80,10 +80,10 @@ def remembered_weights(file: Path) -> tuple[Path, str] | None:
 
 
 def ask_for_restart(weights_file: Path) -> None:
-    """Ask the owner to restart all servers that share this file, with the newest weights.
+    """Ask the process that owns the servers to restart all servers that use this file.
 
-    Any process may call it: when a server hangs, or when it has only half of an update. The call
-    returns at once.
+    They then load the newest weights. Any process may call this function: when a server hangs, or
+    when a server has received only a part of an update. The call does not wait for the restart.
     """
     # The time of the file is the request. Every server that shares the file compares it with the
     # time of the last request that it has handled.
@@ -153,7 +153,7 @@ def write_record(file: Path, content: dict[str, str | None]) -> None:
 
 
 def publish(file: Path, text: str) -> None:
-    """Write a file so that a reader in another process sees the former text or the new one.
+    """Write a file so that a reader in another process sees the previous text or the new one.
 
     Raises:
         EngineError: The disk is full, or the folder cannot be written.
@@ -168,7 +168,7 @@ def publish(file: Path, text: str) -> None:
         raise EngineError(
             f"{file.name} cannot be written ({error})",
             where=str(file.parent),
-            remedy="free space there",
+            remedy="delete files in this folder, or set run.dir to another disk",
         ) from None
 
 

@@ -48,10 +48,10 @@ def build_receiver(
     """
     if settings.verify == "scores":
         raise ConfigError(
-            'a receiver cannot verify by "scores": it has no scores of the trainer',
+            'a receiver cannot verify with "scores": it has no scores of the trainer',
             where="sync.verify",
-            limit="tensors, off",
-            remedy='set "off" and use ScoreVerification after each sync',
+            limit='"tensors" or "off"',
+            remedy='set sync.verify = "off" and use ScoreVerification after each sync',
         )
     verification = None
     # None is the default. Where it should be "scores", the caller has decided that already.
@@ -72,7 +72,8 @@ def build_receiver(
             remember=remember_folder,
         )
     # In place the weights change over many calls. Requests must be paused for all of them, and a
-    # failure in between leaves a server with a mixture, which only a restart or another sync mends.
+    # failure in between leaves a server with a mixture, which only a restart or another sync
+    # repairs.
     restart = partial(ask_for_restart, weights_file) if weights_file else None
     remember_version = partial(remember_unsaved_weights, weights_file) if weights_file else None
     receiver = (

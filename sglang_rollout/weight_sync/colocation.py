@@ -67,7 +67,7 @@ class Colocation(SeparateMemory):
     Colocation and calls the same method at the same time.
 
     Attributes:
-        holder: Who holds the memory now.
+        holder: The one who holds the GPU memory now.
     """
 
     shares = True

@@ -14,7 +14,7 @@ from sglang_rollout.weight_sync.interface import Bucket, model_info
 
 
 class Unchanged:
-    """Remembers the fingerprint of every tensor that the servers have."""
+    """A record of the fingerprint (hash) of every tensor that the servers have."""
 
     def __init__(self) -> None:
         self._version = ""
@@ -38,11 +38,11 @@ class Unchanged:
             self._held = {}
 
     def changed(self, bucket: Bucket, known: Mapping[str, int | None]) -> Bucket:
-        """Return the tensors of the bucket that must be sent.
+        """Return those tensors of the bucket that must be sent.
 
         Args:
-            bucket: Full tensors.
-            known: Fingerprints that the verification has computed already.
+            bucket: Full tensors, by name.
+            known: Fingerprints that the verification of this sync has already computed.
         """
         result = []
         for name, tensor in bucket:

@@ -31,7 +31,7 @@ _ANSWER_MARGIN_S = 10
 class DiskWeightReceiver:
     """A WeightReceiver that writes a folder for each version and has the servers load it.
 
-    A folder is published by a rename once it is complete. After the load the former folder is
+    A folder is published by a rename once it is complete. After the load the previous folder is
     removed. The extra memory is one copy of a bucket where the bucket lies on a GPU, and otherwise
     what the page cache takes.
     """
@@ -53,7 +53,7 @@ class DiskWeightReceiver:
             folder: The folder that holds the versions.
             template_dir: A checkpoint. The versions share its configuration, tokenizer, tensor
                 names and shapes.
-            running_requests: What happens to requests under way.
+            running_requests: What happens to running requests.
             timeout_s: The longest time in seconds that one call to a server may take.
             verification: Compares the servers' weights with those that were sent.
             remember: A function that is told the folder and the version once the servers have them.
@@ -167,7 +167,7 @@ class DiskWeightReceiver:
         # one, and SGLang would answer "success" to tensors of other shapes.
         self._inventory.check_served(self._engines, self._timeout_s)
         self._load(target)
-        # In this order: the record names the new folder before the former one goes. A server that
+        # In this order: the record names the new folder before the previous one goes. A server that
         # dies between the two still finds the folder that the record names.
         if self._remember is not None:
             self._remember(target, self._version)
@@ -179,7 +179,7 @@ class DiskWeightReceiver:
         self.report.seconds = time.perf_counter() - self._began
 
     def abandon(self) -> None:
-        """Forget the version that was begun. The servers go on with the weights they have."""
+        """Forget the version that was begun. The servers continue with the weights they have."""
         if self._version:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._version = ""
@@ -216,7 +216,7 @@ class DiskWeightReceiver:
         return EngineError(
             f"weight version {self._version} cannot be written ({error})",
             where=str(self._folder),
-            remedy="free space there, or use another folder",
+            remedy="delete files in this folder, or use a folder on another disk",
         )
 
 
@@ -235,7 +235,7 @@ def update_weights_from_disk(
         timeout_s: The longest time in seconds that one server may need.
 
     Raises:
-        EngineError: As load_folder().
+        EngineError: For the same reasons as load_folder().
     """
     load_folder(engine.engines, model_dir, version, timeout_s=timeout_s)
     # Only after the load: a server that dies during it must come back with the weights it had.
@@ -259,7 +259,7 @@ def load_folder(
         engines: One engine for each server.
         model_dir: The folder of the Hugging Face checkpoint.
         version: The weight version that the servers report from then on.
-        running_requests: What happens to requests under way.
+        running_requests: What happens to running requests.
         timeout_s: The longest time in seconds that one server may need.
 
     Raises:

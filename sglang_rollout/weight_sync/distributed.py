@@ -52,9 +52,9 @@ class DistributedWeightReceiver(InPlaceReceiver):
     def __init__(self, *arguments: Any, host: str = LOOPBACK, **named: Any) -> None:
         """
         Args:
-            *arguments: As InPlaceReceiver.
+            *arguments: The positional arguments of InPlaceReceiver.
             host: The value of sync.host.
-            **named: As InPlaceReceiver.
+            **named: The keyword arguments of InPlaceReceiver.
         """
         super().__init__(*arguments, **named)
         self._host = host
@@ -73,8 +73,8 @@ class DistributedWeightReceiver(InPlaceReceiver):
         """Hold requests back and form the group.
 
         Raises:
-            EngineError: As InPlaceReceiver.
-            ConfigError: sync.host is no address of this machine.
+            EngineError: For the same reasons as InPlaceReceiver.
+            ConfigError: sync.host is not an address of this machine.
         """
         # Before any request is held back, because both can fail.
         self._address = meeting_address(self._host, [engine.url for engine in self._engines])
@@ -83,7 +83,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
 
     def _open_transport(self) -> None:
         """Form the group of the trainer's rank 0 and all ranks of the servers."""
-        # A name of its own, because a server may still hold the group of a former sync.
+        # A name of its own, because a server may still hold the group of an earlier sync.
         self._group_name = f"lopd-{secrets.token_hex(4)}"
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # The trainer is rank 0. The ranks of the first server follow from 1 on, and so on.
@@ -135,7 +135,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
         self.report.extra_bytes = max(self.report.extra_bytes, nbytes(tensors))
         former = self._under_way
         # Broadcasts have no names: a server takes the next tensors that come. So it must have begun
-        # with the former bucket before it hears of this one. When our side of that broadcast has
+        # with the previous bucket before it hears of this one. When our side of that broadcast has
         # ended, the one server has. Of several servers one may still be taking the bucket from
         # another, and only the answers of all of them show that it is over.
         if len(self._engines) == 1:
@@ -152,7 +152,8 @@ class DistributedWeightReceiver(InPlaceReceiver):
         self._under_way = {**taking, _BROADCAST: broadcast}
         still_open = [future for future in self._answers if not _answered(future)]
         self._answers = still_open + list(taking.values())
-        # Only now: the servers have the next bucket to go on with while we look at their answers.
+        # Only now: the servers have the next bucket to continue with while we look at their
+        # answers.
         finished(former, self._timeout_s + _ANSWER_MARGIN_S)
 
     def _await_sent(self) -> None:
@@ -239,9 +240,9 @@ def _await_ranks(
                 future.result()
         if time.monotonic() - began > timeout_s:
             raise EngineError(
-                "the servers' ranks did not come to the group",
-                limit="sync.timeout_s",
-                remedy="see the servers' logs",
+                "the ranks of the servers did not connect to the trainer",
+                limit="at most sync.timeout_s seconds",
+                remedy="read the logs of the servers",
             )
         time.sleep(_POLL_S)
 
@@ -271,9 +272,10 @@ def _form_group(
             )
     except RuntimeError as error:
         raise EngineError(
-            f"the group of trainer and servers did not form ({_first_line(error)})",
-            limit="sync.timeout_s",
-            remedy="see the servers' logs",
+            "the trainer and the servers could not connect in one process group "
+            f"({_first_line(error)})",
+            limit="at most sync.timeout_s seconds",
+            remedy="read the logs of the servers",
         ) from None
     # Without this table dist.broadcast() does not know which rank src=0 is in the group.
     helper._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
@@ -289,9 +291,9 @@ def _broadcast(group: list[Any], tensors: list[Tensor]) -> None:
     broken = _broadcast_all(group, tensors)
     if broken:
         raise EngineError(
-            f"the broadcast to the servers broke off ({broken})",
-            limit="sync.timeout_s",
-            remedy="see the servers' logs",
+            f"the broadcast to the servers failed ({broken})",
+            limit="at most sync.timeout_s seconds",
+            remedy="read the logs of the servers",
         )
 
 

@@ -45,12 +45,12 @@ class InPlaceReceiver:
         Args:
             engines: One engine for each server.
             template_dir: A checkpoint with the names and shapes of the tensors.
-            running_requests: What happens to requests under way.
+            running_requests: What happens to running requests.
             timeout_s: The longest time in seconds that one call to a server may take.
             verification: Compares the servers' weights with those that were sent.
             unchanged: Leaves out tensors that the servers have already.
-            ask_for_restart: A function that has servers started again which a failed sync has left
-                with half of an update.
+            ask_for_restart: A function that restarts servers after a failed sync, which may have
+                left them with half of an update.
             remember: A function that is told the version once the servers have it. The weights are
                 in no folder.
         """
@@ -66,7 +66,7 @@ class InPlaceReceiver:
         self._ask_for_restart = ask_for_restart
         self._remember = remember
         self._began = 0.0
-        # The end of what the former sync had opened. It runs beside the training.
+        # The end of what the previous sync had opened. It runs beside the training.
         self._closing: Future[None] | None = None
 
     def begin(self, version: str) -> None:
@@ -156,8 +156,8 @@ class InPlaceReceiver:
     def abandon(self) -> None:
         """Give the sync up, without an error.
 
-        Servers whose weights are untouched go on. The others hold a mixture of two versions. They
-        stay paused and report an incomplete version until a sync succeeds, or they are started
+        Servers whose weights are untouched continue. The others hold a mixture of two versions.
+        They stay paused and report an incomplete version until a sync succeeds, or they are started
         again by ask_for_restart.
         """
         # The transport first: a server that waits in a broadcast hears no other call.

@@ -119,7 +119,7 @@ class Inventory:
         self._served = {template_dir.resolve()}
 
     def begin(self, version: str) -> None:
-        """Forget the tensors of the former version."""
+        """Forget the tensors of the previous version."""
         self._version = version
         self._seen = set()
 
@@ -166,7 +166,8 @@ class Inventory:
         return EngineError(
             f"{what} (weight version {self._version})",
             where=self._where,
-            remedy="only the weights of the served architecture can be exchanged",
+            remedy="start another server for this model: a server accepts only weights of its "
+            "own architecture",
         )
 
 
@@ -254,9 +255,9 @@ def finished(futures: Mapping[str, Future[T]], timeout_s: float) -> list[T]:
     if waiting:
         late = ", ".join(name for name, future in futures.items() if future in waiting)
         raise EngineError(
-            f"no answer within {timeout_s:g} s: {late}",
-            limit="sync.timeout_s",
-            remedy="see the server's log: is it stopped or very slow?",
+            f"these servers did not answer within {timeout_s:g} s: {late}",
+            limit="at most sync.timeout_s = {timeout_s:g}",
+            remedy="read the log of the server; if it is only slow, raise sync.timeout_s",
         )
     # All have ended. Their results come in the order of the mapping.
     return [future.result() for future in futures.values()]

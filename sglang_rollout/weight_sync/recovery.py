@@ -26,7 +26,7 @@ _POLL_S = 0.1
 
 
 class RestartedServers:
-    """Servers of lopd that another process owns and starts again when they die."""
+    """Servers that another process of lopd has started, and restarts when they end unexpectedly."""
 
     def __init__(
         self, engines: Sequence[SGLangEngine], weights_file: Path, timeout_s: float
@@ -70,11 +70,11 @@ class RestartedServers:
                 engine.check_alive()
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        "the server is not back after its restart",
+                        "the server does not answer after its restart",
                         where=engine.url,
-                        limit=f"sglang.outage_timeout_s = {limit:g}",
-                        remedy="read its log; raise sglang.outage_timeout_s if it takes longer to "
-                        "start",
+                        limit=f"at most sglang.outage_timeout_s = {limit:g}",
+                        remedy="read the log of the server; raise sglang.outage_timeout_s if the "
+                        "server needs more time to start",
                     )
                 time.sleep(_POLL_S)
             self._starts[replica] = start

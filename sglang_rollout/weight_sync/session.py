@@ -5,10 +5,10 @@ SGLang 0.5.17 does with running requests:
 
 finish  The update waits until all running requests have ended, and new ones wait. A response has
         one version. Only a folder can be loaded this way.
-pause   Requests go back into the queue and lose their keys and values (SGLang: retract). They go on
-        with the new weights, which first compute the keys and values of all tokens so far.
-keep    Requests stop where they are (SGLang: in_place). They go on with the new weights and the old
-        keys and values.
+pause   Requests go back into the queue and lose their keys and values (SGLang: retract). They
+        continue with the new weights, which first compute the keys and values of all tokens so far.
+keep    Requests stop where they are (SGLang: in_place). They continue with the new weights and the
+        old keys and values.
 abort   Requests end at once with the finish reason abort. Our client sends them again, to the new
         weights.
 
@@ -58,7 +58,7 @@ class UpdateSession:
         """
         Args:
             engines: One engine for each server.
-            running_requests: What happens to requests under way.
+            running_requests: What happens to running requests.
             timeout_s: The longest time in seconds that one call to a server may take.
         """
         self.engines = tuple(engines)
@@ -104,7 +104,7 @@ class UpdateSession:
 
         Raises:
             EngineError: A server refuses or is silent, or has cached prefixes that it could not
-                forget. All servers then go on as before.
+                forget. All servers then continue as before.
         """
         self._version = version
         self._changing = False
@@ -117,7 +117,7 @@ class UpdateSession:
         try:
             if self._running in _MODES:
                 # Set before the call: if one of several servers fails, the others are paused and
-                # abandon() must let them go on.
+                # abandon() must let them continue.
                 self._paused = True
                 self._post("/pause_generation", {"mode": _MODES[self._running]})
                 # Responses that a scheduler ended before it came to the pause are on their way out.
@@ -142,10 +142,10 @@ class UpdateSession:
         # stages num_ranks would count too few ranks.
         if in_place and copies > 1:
             raise EngineError(
-                f"a server of {copies} data-parallel copies or pipeline stages takes weights from "
-                "a folder only",
+                f"a server with {copies} data-parallel copies or pipeline stages accepts "
+                "weights only from a folder",
                 where=self.engines[0].url,
-                limit="sglang.data = 1 for other transports",
+                limit="exactly sglang.data = 1 for other transports",
                 remedy='set sync.transport = "disk", or use sglang.replicas',
             )
 
@@ -162,7 +162,7 @@ class UpdateSession:
         self._bracketed.append(engine)
 
     def weights_changed(self) -> None:
-        """Make the servers report an incomplete version, before the first byte changes."""
+        """Make the servers report a version that means "incomplete", before any weight changes."""
         # Before, not after: if the trainer dies between the two, a server with half of an update
         # must not report the old version.
         if not self._changing:
@@ -177,7 +177,7 @@ class UpdateSession:
         self._forget_prefixes()
 
     def close(self) -> None:
-        """Set the version and let requests go on.
+        """Set the version and let requests continue.
 
         Raises:
             EngineError: A server reports another version afterwards.
@@ -197,12 +197,13 @@ class UpdateSession:
                     f"the server reports weight version {reported!r} after the update to "
                     f"{self._version!r}",
                     where=engine.url,
+                    remedy="read the log of the server, then sync again",
                 )
 
     def abandon(self) -> bool:
         """End the session after an error, without an error of its own.
 
-        Servers whose weights are untouched go on with them. The others stay paused and answer no
+        Servers whose weights are untouched continue with them. The others stay paused and answer no
         request.
 
         Returns:
@@ -234,7 +235,7 @@ class UpdateSession:
 
     def set_version(self, version: str) -> None:
         """Make every server report this weight version."""
-        # By default SGLang also aborts all requests here. Those that are only paused must go on.
+        # By default SGLang also aborts all requests here. Those that are only paused must continue.
         self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def _forget_prefixes(self) -> None:
@@ -252,11 +253,11 @@ class UpdateSession:
                 engine.call("POST", f"/flush_cache?timeout={patience_s}", timeout_s=self._timeout_s)
             except EngineError as error:
                 raise EngineError(
-                    "cached prefixes of the old weights cannot be forgotten while requests are "
-                    f"under way ({error.what})",
+                    "the server cannot delete cached prefixes of the old weights while it "
+                    f"processes requests ({error.what})",
                     where=engine.url,
-                    limit=f"sync.running_requests = {self._running}",
-                    remedy='use "abort", or start the servers with '
+                    limit=f"sync.running_requests must not be {self._running} here",
+                    remedy='set sync.running_requests = "abort", or '
                     "sglang.extra_args.disable_radix_cache = true",
                 ) from None
 

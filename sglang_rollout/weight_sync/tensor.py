@@ -72,9 +72,9 @@ class TensorWeightReceiver(InPlaceReceiver):
                 engine.url: started(partial(self._post, engine, ranks, shared))
                 for engine, ranks in zip(self._engines, self._session.num_ranks, strict=True)
             }
-            # The former chunk is awaited only after the next one was posted, so the servers never
-            # wait for us. After this line nobody reads the former buffer any more, and the reversal
-            # makes it the next one to be written.
+            # The previous chunk is awaited only after the next one was posted, so the servers never
+            # wait for us. After this line nobody reads the previous buffer any more, and the
+            # reversal makes it the next one to be written.
             finished(former, self._timeout_s + _ANSWER_MARGIN_S)
             self._buffers.reverse()
 

@@ -67,10 +67,10 @@ class TensorVerification:
         not_fed = set.intersection(*(set(rank.pop(NOT_FED)) for rank in ranks))
         for name in sorted(not_fed):
             raise EngineError(
-                f"parameter {name} of the served model gets no tensor of the checkpoint",
+                f"no tensor of the checkpoint is loaded into parameter {name} of the served model",
                 where=engines[0].url,
-                remedy="this SGLang cannot serve such a checkpoint, for example tied embeddings of "
-                "a mixture of experts: store the tensor under its own name",
+                remedy="store this tensor in the checkpoint under its own name: this SGLang "
+                "cannot serve, for example, tied embeddings of a mixture of experts",
             )
         self._dtypes = {
             name: getattr(torch, held["dtype"]) for rank in ranks for name, held in rank.items()
@@ -121,7 +121,7 @@ class TensorVerification:
                     f"{len(wrong)} of {len(self._expected)} tensors differ from what was sent: "
                     f"{named}{more}",
                     where=engine.url,
-                    remedy="do not use the server's weights: sync again, or restart the server",
+                    remedy="do not use the served weights: sync again, or restart the server",
                 )
         return len(self._expected)
 
@@ -221,11 +221,12 @@ class ScoreVerification:
                     key = scores.key
             if worst > self._tolerance:
                 raise EngineError(
-                    f"the log-probabilities of response {key[0]}#{key[1]} are {worst:.2g} nats "
-                    "a token from the trainer's",
+                    f"the log-probabilities of response {key[0]}#{key[1]} differ by "
+                    f"{worst:.2g} nats per token from those of the trainer",
                     where=engine.url,
-                    limit=f"sync.tolerance = {self._tolerance:g}",
-                    remedy="the server does not have the trainer's weights, or its number format "
-                    "is coarser: raise sync.tolerance only if lopd parity confirms that",
+                    limit=f"at most sync.tolerance = {self._tolerance:g}",
+                    remedy="run lopd parity: if it shows that the server only rounds more "
+                    "coarsely, raise sync.tolerance; otherwise the server does not have "
+                    "the weights of the trainer",
                 )
         return len(self._probe.requests)

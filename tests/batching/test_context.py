@@ -180,6 +180,6 @@ def test_a_sample_that_fits_only_uncut_is_refused_with_a_remedy_that_works() -> 
     assert "prompt and response have 30 tokens" in str(caught.value)
     assert "at least 32" in str(caught.value)
     refuse_too_long([30], 32, 2, context=4)
-    with pytest.raises(ConfigError, match="at least 16, to which this layout pads"):
+    with pytest.raises(ConfigError, match="padded to a multiple of 16 tokens"):
         refuse_too_long([3], 15, 8, context=2)
     assert padded_lengths([1, 8, 9], 4).tolist() == [8, 8, 16]

@@ -52,7 +52,8 @@ class TestMakeSample:
 
     def test_scores_of_another_response_are_refused(self) -> None:
         with pytest.raises(
-            DataError, match=r"response \('p0', 0\): 2 teacher log-probabilities for 3 tokens"
+            DataError,
+            match=r"response \('p0', 0\): there are 2 teacher log\-probabilities for 3 tokens",
         ):
             make_sample(response([11], [21, 22, 23]), np.zeros(2, dtype=np.float32))
 
@@ -145,5 +146,7 @@ class TestBuildMicrobatch:
         with_scores = random_samples([4])[0]
         without = Sample(with_scores.token_ids, with_scores.loss_mask)
         assert build_microbatch([without, without]).teacher_logprobs is None
-        with pytest.raises(DataError, match="1 of 2 samples of a microbatch have teacher_logprobs"):
+        with pytest.raises(
+            DataError, match="only 1 of 2 samples of a microbatch have teacher_logprobs"
+        ):
             build_microbatch([with_scores, without])

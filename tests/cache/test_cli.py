@@ -153,7 +153,7 @@ def test_every_verb_from_split_to_import(lopd: Callable[..., Result], tmp_path: 
     ).succeeded()
     assert "lacks sampled token ids" in imported.out
     assert "sound" in lopd("cache", "verify", tmp_path / "i").succeeded().out
-    lopd("cache", "merge", tmp_path / "a", "--out", tmp_path / "n").refused("at least two")
+    lopd("cache", "merge", tmp_path / "a", "--out", tmp_path / "n").refused("at least 2")
     lopd("cache", "split", tmp_path / "a", "--parts", "1", "--out", tmp_path / "n").refused("parts")
 
 

@@ -232,6 +232,6 @@ def test_scores_of_which_only_some_have_a_top_k(rows: Rows) -> None:
         for _, s in rows
     ]
     responses = [response for response, _ in rows]
-    with pytest.raises(ArtifactError, match="15 of 30 scores have a top-K"):
+    with pytest.raises(ArtifactError, match="only 15 of 30 scores have a top-K"):
         cache.to_table(responses, [*plain[:15], *(scores for _, scores in rows[15:])])
     assert "teacher_top_ids" not in cache.to_table(responses, plain).column_names

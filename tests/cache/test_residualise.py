@@ -288,7 +288,7 @@ def test_the_derived_cache_is_fingerprinted_and_sound(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     publish_cache(tmp_path / "a", some_responses(20))
     residualise(tmp_path / "a", tmp_path / "b", Settings())
-    with pytest.raises(ArtifactError, match="is of kind residualised_cache"):
+    with pytest.raises(ArtifactError, match="this artifact is of kind residualised_cache"):
         residualise(tmp_path / "b", tmp_path / "c", Settings())
     changes: list[dict[str, Any]] = [
         {"folds": 1},

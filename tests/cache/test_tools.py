@@ -65,7 +65,7 @@ def test_a_split_that_cannot_be(tmp_path: Path) -> None:
     publish_cache(source, some_responses(6))
     manifest = read_manifest(source)
     for out, parts, message in (
-        (tmp_path / "parts", 7, "7 parts; limit: the cache's 6 responses"),
+        (tmp_path / "parts", 7, "7 parts; limit: at most 6, the number of responses in the cache"),
         (source, 2, "inside the cache"),
         (source / "b", 2, "inside"),
     ):
@@ -132,7 +132,7 @@ def test_mixed_students(tmp_path: Path) -> None:
         ("d", "s", None),
     ):
         publish_cache(tmp_path / name, some_responses(5, prefix=prefix), student=student)
-    with pytest.raises(ConsistencyError, match="sampled by student runs/b/sft/model"):
+    with pytest.raises(ConsistencyError, match="student runs/b/sft/model"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "x")
     assert merge([tmp_path / "a", tmp_path / "c"], tmp_path / "y").models["student"] == one
     assert "student" not in merge([tmp_path / "a", tmp_path / "d"], tmp_path / "z").models, (
@@ -219,7 +219,7 @@ def test_import_says_what_is_lacking(tmp_path: Path) -> None:
 def test_import_refuses_what_cannot_be_used(tmp_path: Path) -> None:
     rows = reference_rows()
     rows[1]["metadata"]["teacher_log_probs"].append(-1.0)  # type: ignore[index]
-    with pytest.raises(DataError, match="row 1: 4 teacher_log_probs for 3 response_tokens"):
+    with pytest.raises(DataError, match="row 1 has 4 teacher_log_probs for 3 response_tokens"):
         import_reference(
             write_reference(tmp_path / "x.parquet", rows), tmp_path / "a", TINY_TEACHER
         )

@@ -80,7 +80,7 @@ def test_a_response_twice_is_refused_by_name(
 
 def test_what_is_no_cache(tmp_path: Path) -> None:
     cache.write_responses(tmp_path / "a", some_responses(3), kind="rollouts", inputs={})
-    with pytest.raises(DataError, match="without teacher log-probabilities"):
+    with pytest.raises(DataError, match="have no teacher log-probabilities"):
         load_samples(job(tmp_path, tmp_path / "a"))
     cache.write_responses(tmp_path / "b", [], kind="rollouts", inputs={})
     with pytest.raises(DataError, match="no responses to learn from"):

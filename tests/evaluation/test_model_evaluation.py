@@ -242,7 +242,7 @@ def test_a_model_and_the_prompts_of_a_config(
             (),
             ("missing argument 'CONFIG', or --model", "--model FOLDER --prompts FILE --out FOLDER"),
         ),
-        (("x.toml", "--prompts", "p.jsonl"), ("--prompts goes with --model",)),
+        (("x.toml", "--prompts", "p.jsonl"), ("--prompts can only be used with --model",)),
         (("--model", "m"), ("--out is missing",)),
         (("--model", "m", "--out", "o"), ("--prompts is missing",)),
         (("--model", "absent", "--out", "o", "--prompts", "p.jsonl"), ("absent", "no such folder")),

@@ -181,7 +181,7 @@ def test_evaluation_switched_off_is_off_everywhere(
     assert not load_config(project, [OFF, sync]).evaluates_at_syncs
     assert not {"accuracy", "reverse_kl"} & set(summary_of(project))
     assert "evaluate" not in states(lopd, project, OFF)
-    lopd("evaluate", project, OFF).refused("evaluate.enabled = false", "evaluate.enabled=true")
+    lopd("evaluate", project, OFF).refused("evaluate.enabled is false", "evaluate.enabled=true")
     config = load_config(project, [OFF])
     assert "evaluate" not in planned_stages(config)
     jobs = make_plan(config, "local", config_file=project).jobs
@@ -246,8 +246,12 @@ def test_a_stage_says_where_it_goes_on(project: Path, lopd: Lopd, stand_ins: Sta
 @pytest.mark.parametrize(
     ("override", "stage", "found"),
     [
-        ("distill.batch_size=25", "distill", "distill.batch_size = 25, of 24 responses"),
-        ("sft.batch_size=25", "sft", "sft.batch_size = 25, of 24 responses"),
+        (
+            "distill.batch_size=25",
+            "distill",
+            "distill.batch_size = 25 is more than the 24 responses",
+        ),
+        ("sft.batch_size=25", "sft", "sft.batch_size = 25 is more than the 24 responses"),
     ],
 )
 def test_a_step_larger_than_all_responses_is_found(

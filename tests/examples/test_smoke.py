@@ -54,9 +54,10 @@ def test_without_gpus_the_nodes_form_says_so_at_once(tmp_path: Path) -> None:
         return
     done = smoke(tmp_path / "work")
     assert done.returncode == 2
-    assert "GPUs; limit: 8; remedy: run the CPU form: --cpu" in " ".join(done.stderr.split()), (
-        done.stderr
-    )
+    assert (
+        "GPUs; limit: at least 8; remedy: use a machine with more GPUs, or add --cpu to run "
+        "the CPU form"
+    ) in " ".join(done.stderr.split()), done.stderr
 
 
 def test_the_nodes_form_is_the_real_model_with_fewer_layers(tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ def test_demonstrations_from_elsewhere_need_no_job() -> None:
 @pytest.mark.parametrize(
     ("target", "overrides", "stages", "expected"),
     [
-        ("local", [], [], "sft.parallel.nodes = 2"),
-        ("slurm", ["sft.parallel.nodes=3"], [], "16 ranks on 3 nodes"),
-        ("slurm", [], ["train"], "no stage 'train'"),
+        ("local", [], [], "sft.parallel.nodes = 2 is too large"),
+        ("slurm", ["sft.parallel.nodes=3"], [], "16 ranks cannot be divided equally among 3 nodes"),
+        ("slurm", [], ["train"], "there is no stage 'train'"),
         ("slurm", ["run.dir=/shared/nemo_run/x"], [], "nemo_run"),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_machine_that_disappears(
     [line] = error_lines(said[left])
     assert f"machine {lost} of 2 has " in line
     assert ("signs of life: see the network" in line) == (loss == "network")
-    assert "the same command resumes" in line
+    assert "run the same command again" in line
     if loss == "network":
         three[lost].regain_network()
     codes, said, _ = spread("sft", run, three[:2], demonstrations)

@@ -211,7 +211,7 @@ def test_llama(tmp_path: Path) -> None:
         (
             LLAMA,
             {"rope_scaling": LLAMA_ROPE | {"factor": None}},
-            "factor = None of the rope scaling",
+            "factor = None of the rope scaling is not supported",
         ),
         (
             LLAMA,
@@ -408,7 +408,10 @@ def test_yarn_is_read_as_qwen_publishes_it(tmp_path: Path) -> None:
             {"engine": "megatron", "top_k": 8},
             "score.top_k = 8, but this scorer returns no top-K scores",
         ),
-        ({"engine": "megatron", "forward": {"parallel": {"ranks": 2, "nodes": 2}}}, "nodes = 2"),
+        (
+            {"engine": "megatron", "forward": {"parallel": {"ranks": 2, "nodes": 2}}},
+            "nodes = 2 is too large",
+        ),
         (
             {"engine": "megatron", "forward": {"parallel": {"ranks": 8, "tensor": 8}}},
             "number of key-value heads (4) does not divide by tensor (8)",

@@ -216,14 +216,14 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew_silently(
         refused = ranks["damaged"]["both"]
         assert (
             "every checkpoint is damaged: step-000003/__0_0.distcp: checksum differs; "
-            "step-000002/__0_0.distcp: checksum differs"
-        ) in refused
-        assert "remedy: remove this folder to begin the training anew" in refused
+            "step-000002/__0_0.distcp: checksum differs" in refused
+        )
+        assert "remedy: remove this folder: the training then starts from step 0" in refused
 
 
 def test_another_dtype_is_refused_by_name(results: list[dict[str, Any]]) -> None:
     assert (
-        "checkpoint was written with dtype = float32; limit: this run has bfloat16"
+        "the checkpoint was written with dtype = float32; limit: exactly dtype = bfloat16"
         in results[0]["refused"]
     )
 

@@ -77,7 +77,8 @@ def test_it_is_refused_with_what_is_missing(
     else:
         (message,) = found
         assert message.startswith(
-            f"distill.parallel: {lack}; limit: context = 1 without it; remedy: set context to 1"
+            f"distill.parallel: {lack}; limit: exactly 1 without Transformer Engine; "
+            "remedy: set context to 1"
         )
     assert not [*engine.context_problems(ParallelSection(ranks=2), dtype)]
 

@@ -139,7 +139,7 @@ def test_a_training_resumes_and_not_from_a_checkpoint_of_the_other_layers(
     found = measured[0]["resumed"]
     assert found["resumed"] == {key: values[-2:] for key, values in found["unbroken"].items()}
     assert (
-        "checkpoint was written with layers = transformer_engine; limit: this run has local"
+        "the checkpoint was written with layers = transformer_engine; limit: exactly layers = local"
         in measured[0]["refused"]
     )
 

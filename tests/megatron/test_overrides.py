@@ -88,7 +88,7 @@ def test_values_of_another_type_are_refused_with_the_right_one(
 
 def test_an_unknown_field_is_refused_with_the_nearest() -> None:
     assert "unknown field overlap_grad_reduc" in refusal(overlap_grad_reduc=True)
-    assert "the nearest is overlap_grad_reduce" in refusal(overlap_grad_reduc=True)
+    assert "the nearest known field is overlap_grad_reduce" in refusal(overlap_grad_reduc=True)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_settings_that_need_other_hardware_are_refused_by_name() -> None:
         assert read_overrides({"moe_grouped_gemm": False}).transformer == {
             "moe_grouped_gemm": False
         }
-    assert "exp_avg_sq_dtype = 'bfloat16' without use_precision_aware_optimizer" in refusal(
+    assert "exp_avg_sq_dtype = 'bfloat16' needs use_precision_aware_optimizer" in refusal(
         exp_avg_sq_dtype="bfloat16"
     )
 

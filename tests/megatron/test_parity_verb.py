@@ -43,7 +43,9 @@ def test_figures_of_differences_made_by_hand() -> None:
     assert found.p99 == pytest.approx(0.25)
     assert found.k3 == pytest.approx((math.expm1(0.5) - 0.5 + math.expm1(-0.25) + 0.25) / 101)
     assert found.worst[0] == (("a", 0), 40, 0.5)
-    with pytest.raises(ValueError, match="100 and 1 log-probabilities"):
+    with pytest.raises(
+        ValueError, match="has 100 log-probabilities in one table and 1 in the other"
+    ):
         agreement([(("a", 0), first, first[:1])])
     with pytest.raises(ValueError, match="no tokens"):
         agreement([])

@@ -30,7 +30,7 @@ def test_a_tied_model_written_by_save_model_is_refused_by_name(tied: Path, tmp_p
     file = folder / "model.safetensors"
     save_model(Qwen3ForCausalLM.from_pretrained(tied), str(file))
     assert KEPT in load_file(file), "save_model now keeps the embedding: docs/surprises.md"
-    with pytest.raises(ArtifactError, match=f"1 tensors missing, e.g. {DROPPED}"):
+    with pytest.raises(ArtifactError, match=f"1 tensors are missing, for example {DROPPED}"):
         CheckpointReader(folder, read_architecture(folder))
 
 

@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_before_the_update(
 def test_unequal_numbers_of_microbatches_are_refused_instead_of_waiting(
     two: list[dict[str, Any]],
 ) -> None:
-    assert "data ranks have between 1 and 2 microbatches; rank 1 has 2" in two[1]["unequal"]
+    assert "data ranks have between 1 and 2 microbatches, and rank 1 has 2" in two[1]["unequal"]
 
 
 # ---- the schedule ----

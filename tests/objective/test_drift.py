@@ -103,7 +103,7 @@ def test_the_rule_of_a_configuration_and_knobs_that_change_nothing() -> None:
     assert RefreshRule.from_config(section) == RefreshRule(5, None, 0.5)
     assert str(RefreshRule.from_config(section)) == "refresh: every 5 steps or chi-square above 0.5"
     assert str(RefreshRule.from_config(DistillSection())) == "refresh: never"
-    with pytest.raises(ConfigError, match="num_responses without a refresh"):
+    with pytest.raises(ConfigError, match="num_responses has no effect without a refresh"):
         RefreshRule.from_config(DistillSection(refresh=RefreshSection(num_responses=64)))
     with pytest.raises(ConfigError, match="ends before the first refresh"):
         RefreshRule.from_config(DistillSection(num_steps=20, refresh=RefreshSection(every=20)))

@@ -98,25 +98,25 @@ def test_the_registry_and_the_configuration_know_the_same_names() -> None:
         (
             {"loss": "top_k_reverse_kl"},
             (
-                "loss = top_k_reverse_kl; limit: needs teacher_top_logprobs: the cache has none; "
-                "with score.top_k = 16, for example,"
+                "loss = top_k_reverse_kl cannot be used: it needs teacher_top_logprobs: the "
+                "cache has none; with score.top_k = 16, for example,"
             ),
         ),
-        ({"loss": "top_k_forward_kl"}, "needs teacher_top_logprobs: the cache has none"),
+        ({"loss": "top_k_forward_kl"}, "it needs teacher_top_logprobs: the cache has none"),
         (
             {"prefix_share": 0.3, "prefix_tokens": 64},
-            "prefix_tokens says how long the prefix is, too",
+            "prefix_tokens also sets the length of the prefix",
         ),
-        ({"keep_end_token": False}, "changes nothing without prefix_share or prefix_tokens"),
-        ({"reference_direction": "reverse"}, "changes nothing without reference_kl"),
-        ({"top_k_support": "renormalised"}, "changes nothing with loss = lightning"),
+        ({"keep_end_token": False}, "has no effect without prefix_share or prefix_tokens"),
+        ({"reference_direction": "reverse"}, "has no effect without reference_kl"),
+        ({"top_k_support": "renormalised"}, "has no effect with loss = lightning"),
         (
             {"loss": "top_k_reverse_kl", "importance_cap": 2.0},
-            "in which the sampled token plays no part",
+            "does not use the sampled token",
         ),
         (
             {"loss": "top_k_reverse_kl", "early_token_gain": 1.0},
-            "in which the sampled token plays no part",
+            "does not use the sampled token",
         ),
     ],
 )

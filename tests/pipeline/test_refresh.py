@@ -422,14 +422,17 @@ def test_responses_of_other_weights_are_not_learnt_from(scored: Path, tmp_path: 
     )
     RefreshRecord(1, 2, "2 steps", version="step-2").request(context.folder)
     with pytest.raises(
-        EngineError, match="responses of the weights stand-in among those of step-2"
+        EngineError,
+        match="the shard has responses sampled with the weights stand-in, but all must come from "
+        "step-2",
     ):
         service.serve_requests()
     asked_for = engine.answered
     RefreshRecord(2, 4, "2 steps", version="step-4").request(context.folder)
     with pytest.raises(
         ArtifactError,
-        match="responses of the weights step-4 are missing, and the server has step-2",
+        match="responses sampled with the weights step-4 are missing, but the server now has the "
+        "weights step-2",
     ):
         service.serve_requests()
     assert engine.answered == asked_for == 8

@@ -298,10 +298,16 @@ REFUSED = [  # what is wrong on any node
         ],
         "keep_teacher keeps the teacher's server on the GPUs",
     ),
-    (["sync.colocate=true"], "sync.colocate = true, and no server lives beside the training"),
+    (
+        ["sync.colocate=true"],
+        "sync.colocate = true has no effect: no server runs during the training",
+    ),
     (
         ["sync.colocate=true", "distill.sync_every=10", "distill.megatron={nccl_ub=true}"],
-        "distill.megatron.nccl_ub with sync.colocate",
+        (
+            "distill.megatron.nccl_ub cannot be used with sync.colocate: only memory that torch "
+            "allocates can be given back and taken again"
+        ),
     ),
     (
         ["sync.transport=distributed", "distill.sync_every=10"],
@@ -314,33 +320,39 @@ REFUSED = [  # what is wrong on any node
     (["sft.checkpoint=hf://org/it@main"], "the equal-compute baseline continues SFT"),
     (
         ["rollout.max_new_tokens=8192"],
-        "rollout.max_new_tokens = 8192; limit: sglang.context_length = 4096",
+        "rollout.max_new_tokens = 8192 is too large; limit: at most sglang.context_length = 4096",
     ),
-    (["sglang.context_length=65536"], "max_position_embeddings of the student: 32768"),
+    (["sglang.context_length=65536"], "at most max_position_embeddings of the student: 32768"),
     (
         ["sglang.tensor=3"],
         "number of attention heads of the teacher (64) does not divide by sglang.tensor (3)",
     ),
     (
         ["distill.max_tokens_per_microbatch=4095"],
-        "distill.max_tokens_per_microbatch = 4095; limit: at least one full sequence: 4096",
+        (
+            "distill.max_tokens_per_microbatch = 4095 is too small; limit: at least one full "
+            "sequence: 4096 tokens"
+        ),
     ),
     (
         ["score.engine=megatron", "score.forward.max_tokens_per_microbatch=1024"],
-        "score.forward.max_tokens_per_microbatch = 1024; limit: at least one",
+        "score.forward.max_tokens_per_microbatch = 1024 is too small; limit: at least one",
     ),
-    (["distill.refresh.keep_teacher=true"], "refresh.keep_teacher without a refresh"),
+    (
+        ["distill.refresh.keep_teacher=true"],
+        "refresh.keep_teacher has no effect without a refresh: no teacher is needed",
+    ),
     (
         ["distill.objective.loss=top_k_reverse_kl"],
-        "loss = top_k_reverse_kl; limit: needs teacher_top_logprobs",
+        "loss = top_k_reverse_kl cannot be used: it needs teacher_top_logprobs",
     ),
     (
         ["sglang.extra_args.chunked_prefill_size='4096'"],
-        "chunked_prefill_size = '4096'; limit: a whole number",
+        "chunked_prefill_size = '4096' has a wrong type; limit: a whole number",
     ),
     (
         ["sglang.student_urls=['http://10.0.0.7:1']", "sync.transport=tensor"],
-        "the transport tensor shares memory, which ends at this machine",
+        "the transport tensor works only on one machine, because it shares memory",
     ),
 ]
 ACCEPTED = [
@@ -399,8 +411,8 @@ def test_the_plan_says_so_and_its_exit_code_too(
     assert shown.exit_code == 2, shown.output
     assert "fits 8 x h100-80gb" in shown.output, "the node is not the trouble"
     assert (
-        "refused sync.colocate: sync.colocate = true, and no server lives beside the training; "
-        "limit:"
+        "refused sync.colocate: sync.colocate = true has no effect: no server runs during "
+        "the training; limit:"
     ) in shown.output
     told = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     assert not told["fits"]
@@ -521,7 +533,7 @@ def test_context_ranks_share_a_microbatch(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("dense_utilization=0.4", "nearest is dense_utilisation"),
+        ("dense_utilization=0.4", "nearest known name is dense_utilisation"),
         ("moe_utilisation=2", "at most 1"),
         ("startup_s=fast", "a number"),
         ("prompt_len=0", "above 0"),
@@ -533,7 +545,7 @@ def test_wrong_assumptions_are_refused(setting: str, expected: str) -> None:
 
 
 def test_an_unknown_gpu_and_an_unknown_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nearest is h100-80gb"):
+    with pytest.raises(ConfigError, match="nearest known GPU is h100-80gb"):
         node_of("h100-80", 8)
     config = config_of(PAPER_8B.replace("Qwen3-8B-Base", "Somebodys-8B"), tmp_path)
     with pytest.raises(ConfigError, match="--student-config FILE"):

@@ -78,7 +78,8 @@ def test_a_poor_run_is_drawn_without_a_warning(
 
 def test_without_metrics_there_is_no_curve(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"no training metrics of stage distill.*run the stage distill first"
+        DataError,
+        match=r"there are no training metrics of the stage distill.*run the stage distill first",
     ):
         draw_learning_curve(tmp_path)
 

@@ -113,7 +113,7 @@ def test_line_torn_by_a_kill_is_dropped(tmp_path: Path) -> None:
 
 def test_damaged_line_is_named(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"kind": "train", "stage": "sft", "step": 1}\n[]\n')
-    with pytest.raises(ArtifactError, match=r"metrics.jsonl:2: not a metrics line"):
+    with pytest.raises(ArtifactError, match=r"metrics.jsonl:2: this is not a line of metrics"):
         read_metrics(tmp_path)
     assert read_metrics(tmp_path / "absent") == []
 

@@ -26,7 +26,11 @@ THERE = "http://192.0.2.7:30000"
     ("fields", "url", "expected"),
     [
         ({"transport": "distributed"}, THERE, r"192\.0\.2\.7.*sync\.host"),
-        ({"transport": "distributed", "host": "127.0.0.2"}, THERE, r"sync\.host = 127\.0\.0\.2"),
+        (
+            {"transport": "distributed", "host": "127.0.0.2"},
+            THERE,
+            r"sync\.host must not be 127\.0\.0\.2",
+        ),
         ({"transport": "tensor", "host": "auto"}, THERE, "shares memory"),
         ({"transport": "distributed", "host": "192.0.2.1"}, THERE, None),
         ({"transport": "distributed", "host": "auto"}, THERE, None),

@@ -315,7 +315,7 @@ def test_servers_can_give_memory_back_and_are_not_started_again(tmp_path: Path) 
     [
         ([], "torch_memory_saver"),
         (["sglang.student_urls=['http://127.0.0.1:1']"], "only servers that lopd starts"),
-        (["distill.parallel={ranks=4, nodes=2}"], "the servers are on the first machine alone"),
+        (["distill.parallel={ranks=4, nodes=2}"], "the servers run only on the first machine"),
         (
             ["distill.refresh={every=2, keep_teacher=true}"],
             "keeps the teacher's server on the GPUs",
@@ -339,7 +339,7 @@ def test_what_cannot_take_turns(
     ("overrides", "message"),
     [
         ("sync.transport=distributed", "NCCL does not broadcast"),
-        ("sync.delta=true", "holds nothing"),
+        ("sync.delta=true", "has no weights"),
     ],
 )
 def test_transports_that_cannot(overrides: str, message: str, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
         == "probe"
     )
     with pytest.raises(
-        EngineError, match=r"0.01 nats a token away from those on record; limit: 0.001"
+        EngineError, match=r"0.01 nats per token from the recorded ones; limit: at most 0.001"
     ):
         check(served, expected(student_dir, probe=[LOGPROB - 0.01] * (PROBE_LEN - 1)))
     with pytest.raises(EngineError, match="nan nats"):
@@ -115,12 +115,17 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
             EngineError,
             r"the served model has architectures \['LlamaForCausalLM'\]",
         ),
-        ("version", "0.4.9", EngineError, "SGLang 0.4.9; limit: 0.5.17"),
+        (
+            "version",
+            "0.4.9",
+            EngineError,
+            "the server runs SGLang 0.4.9, which is too old; limit: at least 0.5.17",
+        ),
         (
             "server_info",
             {"dtype": "bfloat16"},
             ConfigError,
-            "computes in bfloat16; limit: sglang.dtype = float32",
+            "computes in bfloat16; limit: exactly sglang.dtype = float32",
         ),
         (
             "server_info",
@@ -132,13 +137,16 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
             "server_info",
             {"max_req_input_len": 100},
             ConfigError,
-            "takes 100 tokens of prompt and response; limit: sglang.context_length = 128",
+            (
+                "accepts only 100 tokens of prompt and response; limit: at least "
+                "sglang.context_length = 128"
+            ),
         ),
         (
             "server_info",
             {"skip_tokenizer_init": False},
             EngineError,
-            r"the server's tokenizer makes \[4, 6\] of 'w4 w5'",
+            r"the tokenizer of the server turns 'w4 w5' into \[4, 6\]",
         ),
     ],
 )
@@ -188,7 +196,7 @@ def test_the_key_comes_from_the_environment(
         check_external(connect([served.url, served.url], settings(), student_dir), wanted)["url"]
         == [served.url] * 2
     )
-    with pytest.raises(ConfigError, match="'localhost:30000' is no URL"):
+    with pytest.raises(ConfigError, match="'localhost:30000' is not a URL"):
         connect([], settings(teacher_urls=["localhost:30000"]), student_dir)
 
 

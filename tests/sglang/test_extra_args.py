@@ -36,7 +36,14 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         ("schedule_policy", "lmp", "limit: one of lpm, random, fcfs"),
         ("moe_a2a_backend", "deep", "limit: one of none, deepep"),
         # what lopd sets itself, under any of its names
-        ("tp_size", 2, "tp_size is set by lopd; remedy: leave it out; it follows sglang.tensor"),
+        (
+            "tp_size",
+            2,
+            (
+                "tp_size is set by lopd; remedy: remove this argument; lopd takes its value "
+                "from sglang.tensor"
+            ),
+        ),
         ("tensor_parallel_size", 2, "tensor_parallel_size (tp_size) is set by lopd"),
         ("--tp-size", 2, "--tp-size (tp_size) is set by lopd"),
         ("tp", 2, "tp (tp_size) is set by lopd"),
@@ -47,11 +54,11 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
             "cuda_graph_bs",
             [1],
             (
-                "unknown SGLang argument cuda_graph_bs; "
-                "remedy: the nearest one is cuda_graph_bs_decode"
+                "unknown SGLang argument cuda_graph_bs; remedy: the nearest known argument is "
+                "cuda_graph_bs_decode"
             ),
         ),
-        ("schedule-policy", "lpm", "the nearest one is schedule_policy"),
+        ("schedule-policy", "lpm", "the nearest known argument is schedule_policy"),
         # what breaks a server of ours
         ("nnodes", 2, "nnodes = 2; limit: lopd starts a server on one machine"),
         ("ssl_keyfile", "key.pem", "lopd sends requests to its own servers over http"),
@@ -61,7 +68,7 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
             True,
             (
                 "delete_ckpt_after_loading = true; limit: it deletes the model's folder; "
-                "remedy: leave it out"
+                "remedy: remove this argument"
             ),
         ),
     ],
@@ -149,7 +156,7 @@ def test_fields_are_found_where_sglang_0_5_22_has_them(newer: Path) -> None:
         ({"tensor_parallel_size": 2}, "is set by lopd"),
         (
             {"torchao_config": "int4wo"},
-            "unknown SGLang argument torchao_config; remedy: the nearest one is ",
+            "unknown SGLang argument torchao_config; remedy: the nearest known argument is ",
         ),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -159,7 +166,9 @@ def test_fields_are_found_where_sglang_0_5_22_has_them(newer: Path) -> None:
 
 def test_a_version_that_has_them_nowhere_is_an_error_and_no_traceback(newer: Path) -> None:
     (newer / "arg_groups" / "fields" / "model.py").unlink()
-    with pytest.raises(EngineError, match="the fields of ServerArgs are not where they were"):
+    with pytest.raises(
+        EngineError, match="the fields of ServerArgs were not found in the source of SGLang"
+    ):
         read_fields(newer)
 
 

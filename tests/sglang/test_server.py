@@ -92,7 +92,7 @@ def test_the_fields_of_serverargs_are_read_without_importing_sglang() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("atention_backend", "the nearest one is attention_backend"),
+        ("atention_backend", "the nearest known argument is attention_backend"),
         ("api_key", "set by lopd"),
         ("trust_remote_code", "never run"),
         ("tp_size", "sglang.tensor"),
@@ -110,7 +110,7 @@ def test_extra_arguments_are_checked_by_name_before_anything_starts(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can split experts")
 def test_split_experts_are_refused_on_a_cpu(student_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sglang.expert: .* above 1 on a CPU"):
+    with pytest.raises(ConfigError, match=r"sglang.expert: .* above 1 on a machine without a GPU"):
         SGLangServer(student_dir, settings(expert=2), log=tmp_path / "log").start()
 
 
@@ -135,7 +135,7 @@ def test_a_server_listens_where_it_is_told_and_is_reached_there(
 def test_what_is_no_address_is_refused_before_anything_starts(
     student_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="'my-host' is no IP address"):
+    with pytest.raises(ConfigError, match="'my-host' is not an IP address"):
         SGLangServer(student_dir, settings(host="my-host"), log=tmp_path / "log").start()
     assert not (tmp_path / "log").exists()
 
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_gives_the_cause_and_leaves_no_process(
 
 def test_a_context_longer_than_the_models_is_refused(student_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        EngineError, match=r"sglang.context_length = 513 is more than the 512 positions"
+        EngineError, match=r"sglang.context_length = 513 is larger than the 512 positions"
     ):
         SGLangServer(student_dir, settings(context_length=513), log=tmp_path / "log").start()
 

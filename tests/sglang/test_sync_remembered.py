@@ -170,7 +170,7 @@ def test_a_refusal_is_not_repeated(fake: UpdatedFake, student_dir: Path, tmp_pat
 def test_a_server_that_is_being_started_again_is_waited_for() -> None:
     with FakeServer() as first:
         engine = first.engine()
-    with pytest.raises(EngineError, match="is the server running"):
+    with pytest.raises(EngineError, match="check whether the server is running"):
         await_servers([engine], 0.0)
     back: list[FakeServer] = []
     port = int(engine.url.rpartition(":")[2])

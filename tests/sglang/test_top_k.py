@@ -88,11 +88,11 @@ def test_what_the_server_must_not_say() -> None:
     assert scores.top is not None
     assert scores.top.ids.tolist() == [[9, 7], [3, 8]]
     for wrong, message in (
-        (good[:1], "the top 2 of 1 of 2 tokens"),
-        ([good[0], [[-1.0, 3, None]]], "the top 2 of 1 of 2 tokens"),
+        (good[:1], "the top 2 for only 1 of 2 tokens"),
+        ([good[0], [[-1.0, 3, None]]], "the top 2 for only 1 of 2 tokens"),
         (
             [good[0], [[-1.0, 3, None], [-1.7, 8, None]]],
-            "contradicts the log-probabilities of the same tokens",
+            "the log-probabilities of the same tokens do not agree",
         ),
         ([good[0], [[-1.5, 8, None], [-1.0, 3, None]]], "its order"),
         ([good[0], [[None, 3, None], [-1.5, 8, None]]], "log-probability nan"),

@@ -354,7 +354,7 @@ def test_a_server_of_copies_takes_folders_only(
     fake.info["dp_size"] = 2
     with pytest.raises(
         EngineError,
-        match=r"2 data-parallel copies or pipeline stages takes weights from a folder only",
+        match=r"2 data-parallel copies or pipeline stages accepts weights only from a folder",
     ):
         sync(fake, student_dir, tmp_path)
     sync(fake, student_dir, tmp_path, "disk")
@@ -363,7 +363,7 @@ def test_a_server_of_copies_takes_folders_only(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"transport": "tensor", "running_requests": "finish"}, 'needs transport = "disk"'),
+        ({"transport": "tensor", "running_requests": "finish"}, 'only with transport = "disk"'),
         ({"delta": True}, "a folder must hold every tensor"),
     ],
     ids=["finish-in-place", "delta-by-disk"],

@@ -51,7 +51,9 @@ def test_every_layout_by_every_transport(tmp_path: Path) -> None:
         reports, _ = run_ranks(push_from_all_layouts, 2, cases=cases, folder=str(tmp_path))
         for case in cases:
             name = Path(str(case["model"])).name
-            assert "nats a token from the trainer" in reports.pop(f"{name} caught")  # the control
+            assert "nats per token from those of the trainer" in reports.pop(
+                f"{name} caught"
+            )  # the control
             for layout in case["layouts"]:
                 assert reports[f"{name} {layout} tensor scores"]["sent_tensors"] > 20
                 for transport in TRANSPORTS:
@@ -85,6 +87,6 @@ def test_a_parameter_that_no_tensor_feeds_is_named(tmp_path: Path) -> None:
             model,
         )
         with pytest.raises(
-            EngineError, match=r"lm_head\.weight of the served model gets no tensor"
+            EngineError, match=r"is loaded into parameter lm_head\.weight of the served model"
         ):
             to.begin("v1")

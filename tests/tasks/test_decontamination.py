@@ -158,13 +158,13 @@ def test_prepare_writes_reports_and_repeats(lopd: Lopd, tmp_path: Path) -> None:
 def test_prepare_replaces_nothing_that_is_not_its_own(lopd: Lopd, tmp_path: Path) -> None:
     source = write_prompts(tmp_path / "train.jsonl", [{"prompt_id": "a", "question": "Q"}])
     lopd("prompts", "prepare", source, "--out", source).refused(
-        "the file exists", "give another --out"
+        "the file exists", "set --out to another file"
     )
     out = tmp_path / "out.jsonl"
     lopd("prompts", "prepare", source, "--out", out).succeeded()
     out.write_text(out.read_text() + "\n")
     lopd("prompts", "prepare", source, "--out", out).refused(
-        "it is not as lopd prompts has written it"
+        "its content was not written by lopd prompts"
     )
 
 
@@ -172,8 +172,8 @@ def test_prepare_replaces_nothing_that_is_not_its_own(lopd: Lopd, tmp_path: Path
     ("arguments", "fragment"),
     [
         (("--format", "gsm9k"), "format = 'gsm9k'"),
-        (("--max-tokens", "9"), "give --tokenizer"),
-        (("--where", "domain"), "'domain' is not NAME=VALUE"),
+        (("--max-tokens", "9"), "add --tokenizer"),
+        (("--where", "domain"), "'domain' is not of the form NAME=VALUE"),
         (("--duplicates", "maybe"), "duplicates = 'maybe'"),
         (("--against", "absent.jsonl:gsm8k"), "no such file"),
     ],

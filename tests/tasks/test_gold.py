@@ -90,7 +90,7 @@ def test_columns_of_parquet(tmp_path: Path, value: Any, expected: str | None) ->
 
 def test_bytes_that_are_no_text_are_named_by_row(tmp_path: Path) -> None:
     rows = [{"q": "one", "a": b"5"}, {"q": "two", "a": b"\xff"}]
-    with pytest.raises(DataError, match=r"rows.parquet:2: bytes that are no UTF-8"):
+    with pytest.raises(DataError, match=r"rows.parquet:2: the column has bytes that are not UTF-8"):
         read(tmp_path / "rows.parquet", rows)
 
 
@@ -102,7 +102,7 @@ def test_other_fields_that_are_missing_or_no_text(tmp_path: Path) -> None:
     assert two.prompt_id.startswith("fields-")
     assert len(two.prompt_id) == len("fields-") + 16, "a hash"
     for blank in (float("nan"), "  ", None, []):
-        with pytest.raises(DataError, match=r"rows.jsonl:1: no question in this row"):
+        with pytest.raises(DataError, match=r"rows.jsonl:1: this row has no question"):
             read(tmp_path / "rows.jsonl", [{"q": blank, "a": "1"}])
 
 
@@ -292,5 +292,8 @@ def test_lopd_prompts_prepare_names_the_row_and_leaves_it_out(lopd: Lopd, tmp_pa
     assert "left out: none" in output, "as plain text 2 3 is an answer like any other"
     own = write(tmp_path / "own.jsonl", [{"prompt_id": "a", "question": "q", "answer": "assert 1"}])
     wanted = ("prompts", "prepare", own, "--task", "code", "--out", tmp_path / "own_out.jsonl")
-    what = "own.jsonl:1: answer: tests of a problem: the tests' text runs no assertion"
+    what = (
+        "own.jsonl:1: answer: the tests of a problem cannot be used: the code of the tests runs "
+        "no assertion"
+    )
     lopd(*wanted).refused(what)

@@ -79,10 +79,13 @@ def test_without_a_file_the_task_generates() -> None:
     [
         ([GOOD, "{not json"], r":2: not valid JSON"),
         ([GOOD, "", [1, 2]], r":3: a JSON object is needed, but the row is a list"),
-        ([{"question": "q"}], r":1: prompt_id is missing"),
-        ([{"prompt_id": 7, "question": "q"}], r":1: prompt_id is 7; it must be a non-empty string"),
-        ([{"prompt_id": "a"}], r":1: prompt 'a' needs either messages or question"),
-        ([{**GOOD, "messages": []}], r":1: prompt 'a' needs either messages or question"),
+        ([{"question": "q"}], ":1: prompt_id is missing"),
+        (
+            [{"prompt_id": 7, "question": "q"}],
+            ":1: prompt_id is 7, but it must be a non-empty string",
+        ),
+        ([{"prompt_id": "a"}], r":1: prompt 'a' must have either messages or question"),
+        ([{**GOOD, "messages": []}], r":1: prompt 'a' must have either messages or question"),
         ([{"prompt_id": "a", "messages": []}], r":1: messages must be a non-empty list"),
         (
             [{"prompt_id": "a", "messages": [{"role": "user"}]}],
@@ -94,10 +97,13 @@ def test_without_a_file_the_task_generates() -> None:
         ),
         (
             [{"prompt_id": "a", "messages": [{"role": "assistant", "content": "x"}]}],
-            r":1: the last message is the assistant's",
+            r":1: the last message is from the assistant",
         ),
-        ([{**GOOD, "answer": 2}], r":1: answer is 2; it must be a non-empty string"),
-        ([GOOD, {**GOOD, "prompt_id": "b"}, GOOD], r":3: duplicate prompt_id 'a', first on line 1"),
+        ([{**GOOD, "answer": 2}], ":1: answer is 2, but it must be a non-empty string"),
+        (
+            [GOOD, {**GOOD, "prompt_id": "b"}, GOOD],
+            (r":3: the prompt_id 'a' is not unique: it is also on line 1"),
+        ),
         ([GOOD, {"prompt_id": "b", "question": "q"}], r":2: prompt 'b' has no answer"),
         ([], r"the prompt set is empty"),
         (["", " "], r"the prompt set is empty"),
@@ -117,7 +123,7 @@ def test_missing_unreadable_and_short_files(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt_id": "\xe9"}')
     with pytest.raises(DataError, match="cannot be read"):
         read_prompts(PromptSet(file=tmp_path / "latin.jsonl"), TASK)
-    with pytest.raises(DataError, match="num_prompts is 9, the file has 1"):
+    with pytest.raises(DataError, match="num_prompts is 9, but the file has only 1 prompts"):
         read_prompts(PromptSet(file=write_lines(tmp_path / "one.jsonl", GOOD), num_prompts=9), TASK)
 
 
@@ -150,7 +156,8 @@ def test_prompt_that_fills_the_context_is_named_with_its_length_and_the_limit(
 ) -> None:
     render([PROMPT], tokenizer, context_length=28)
     with pytest.raises(
-        DataError, match=r"prompt 'reg-81\+06\+02\+07\+03-10' has 27 tokens.*limit: fewer than 27"
+        DataError,
+        match=r"prompt 'reg-81\+06\+02\+07\+03-10' has 27 tokens.*limit: fewer than 27 tokens",
     ):
         render([PROMPT], tokenizer, context_length=27)
 
@@ -202,12 +209,14 @@ def test_stop_tokens_come_from_every_file(
 
 def test_no_stop_token_at_all_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     without_end = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(DataError, match="no token ends a response"):
+    with pytest.raises(DataError, match="the folder names no token that ends a response"):
         stop_token_ids(tmp_path, without_end)
 
 
 def test_missing_and_damaged_tokenizers_are_refused(architecture: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer.json and no tokenizer_config.json"):
+    with pytest.raises(
+        DataError, match=r"this folder has no tokenizer.json and no tokenizer_config.json"
+    ):
         load_tokenizer(tmp_path)
     folder = shutil.copytree(architecture, tmp_path / "damaged")
     (folder / "tokenizer.json").write_text('{"version": "1.0"')

@@ -239,7 +239,7 @@ def test_messages_end_with_the_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"format": "fields"}, ConfigError, "nothing says which column has the questions"),
+        ({"format": "fields"}, ConfigError, "does not name the column of the questions"),
         ({"format": "fields", "fields": {"question": "a..b"}}, ConfigError, "'a..b' is not a path"),
         (
             {"format": "fields", "fields": {"query": "a"}},
@@ -250,7 +250,7 @@ def test_messages_end_with_the_user(tmp_path: Path) -> None:
         (
             {"format": "fields", "fields": {"question": "b"}},
             DataError,
-            r"rows.parquet:1: no question in this row; limit: its columns: b",
+            "rows.parquet:1: this row has no question; limit: one of the columns of this row: b",
         ),
         ({"format": "fields", "fields": {"question": "c"}}, DataError, r"messages\[0\] is 1"),
         (
@@ -344,7 +344,8 @@ def test_repeated_questions_are_dropped_or_kept(tmp_path: Path) -> None:
 def test_the_same_id_of_two_questions_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": "a", "i": 1}, {"q": "b", "i": 1}])
     with pytest.raises(
-        DataError, match=r"rows.parquet:2: duplicate prompt_id 'fields-1', first on line 1"
+        DataError,
+        match=r"rows.parquet:2: the prompt_id 'fields-1' is not unique: it is also on line 1",
     ):
         read(path, format="fields", fields={"question": "q", "prompt_id": "i"})
 
@@ -413,7 +414,7 @@ def test_a_list_in_json_and_damaged_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no such file"):
             read(tmp_path / name, **FIELDS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no prompts in this folder"):
+    with pytest.raises(DataError, match="this folder has no file of prompts"):
         read(tmp_path / "empty", **FIELDS)
     (tmp_path / "list.jsonl").write_text("[1]\n")
     with pytest.raises(DataError, match=r":1: a JSON object is needed, but the row is a list"):

@@ -92,12 +92,14 @@ def test_a_sets_first_prompts_stay_what_they_were() -> None:
 
 def test_seed_beyond_the_partitions_and_exhausted_partition_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=rf"seed {NUM_PARTITIONS}.*limit: 0 to {NUM_PARTITIONS - 1}.*another seed"
+        ConfigError,
+        match=rf"seed {NUM_PARTITIONS}.*limit: at least 0 and at most "
+        rf"{NUM_PARTITIONS - 1}.*another seed",
     ):
         RegisterArithmetic().generate_prompts(1, seed=NUM_PARTITIONS)
     with pytest.raises(
         ConfigError,
-        match=r"100 prompts were asked for, but seed 0 has only [1-9][0-9]?;.*num_operations",
+        match=r"num_prompts = 100 is too large: seed 0 has only [1-9][0-9]? prompts;.*num_op",
     ):
         RegisterArithmetic(num_operations=1).generate_prompts(100, seed=0)
 

@@ -270,10 +270,7 @@ def test_code_is_refused_where_nothing_protects(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sandbox, "protections", lambda: UNPROTECTED)
     with pytest.raises(
         ConfigError,
-        match=(
-            r"code that a model wrote is not run here: sandbox \(none\): "
-            "limits alone.*allow_weak_sandbox"
-        ),
+        match=r"the code of a model safely: sandbox \(none\): limits alone.*allow_weak",
     ) as caught:
         get_task("code", {}).check_machine()  # type: ignore[attr-defined]
     assert "\n" not in str(caught.value)

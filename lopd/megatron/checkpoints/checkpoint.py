@@ -94,7 +94,7 @@ class Checkpoints:
     def __init__(
         self, folder: Path, *, keep: int, layout: Mapping[str, Any], background: bool = False
     ) -> None:
-        """Remove what a killed training has left half written.
+        """Remove the incomplete files of a training that was killed.
 
         Args:
             folder: The folder of all checkpoints of the training.
@@ -140,7 +140,7 @@ class Checkpoints:
 
         Args:
             step: The number of updates made.
-            trained: What is saved.
+            trained: The model and the optimizer to save.
             state: The caller's state: anything that JSON can hold.
 
         Raises:
@@ -240,8 +240,8 @@ class Checkpoints:
 
         Args:
             trained: The model and the optimizer that take the state.
-            note: Called on rank 0 with a line about each damaged checkpoint, and about a checkpoint
-                of another layout.
+            note: A function that is called on rank 0 with a line about each damaged checkpoint, and
+                about a checkpoint of another layout.
 
         Returns:
             The number of updates made and the caller's state, or None if there is no checkpoint.
@@ -266,7 +266,7 @@ class Checkpoints:
             raise TrainingError(
                 f"every checkpoint is damaged: {what}",
                 where=str(self._folder),
-                remedy="remove this folder to begin the training anew",
+                remedy="remove this folder: the training then starts from step 0",
             )
         if parallel.rank() == 0 and problems:
             self._set_aside(problems, path, note)
@@ -305,9 +305,9 @@ class Checkpoints:
             )
         except READ_ERRORS as error:
             raise TrainingError(
-                f"checkpoint cannot be read ({innermost_reason(error)})",
+                f"the checkpoint cannot be read ({innermost_reason(error)})",
                 where=str(path),
-                remedy="remove this folder; then the checkpoint before it is used",
+                remedy="remove this folder: the training then continues from the one before it",
             ) from error
         changes = _changes(layout, self._layout)
         if not changes:
@@ -344,19 +344,20 @@ def _require_same_format(
 ) -> None:
     if schema != SCHEMA_VERSION:
         raise TrainingError(
-            f"checkpoint of schema {schema}",
+            f"the checkpoint has schema version {schema}",
             where=str(path),
-            limit=f"schema {SCHEMA_VERSION}",
-            remedy="use the version that wrote it, or remove the folder of checkpoints",
+            limit=f"exactly {SCHEMA_VERSION}",
+            remedy="use the version of lopd that wrote this checkpoint, or remove the folder of "
+            "checkpoints",
         )
     # Another dtype has other optimizer state, and other layers have other names of weights.
     for key in ("dtype", "layers"):
         if theirs[key] != ours[key]:
             raise TrainingError(
-                f"checkpoint was written with {key} = {theirs[key]}",
+                f"the checkpoint was written with {key} = {theirs[key]}",
                 where=str(path),
-                limit=f"this run has {ours[key]}",
-                remedy="use the same",
+                limit=f"exactly {key} = {ours[key]}, as in this run",
+                remedy="use the same {key} as the checkpoint",
             )
 
 

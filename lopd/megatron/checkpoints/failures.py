@@ -47,9 +47,9 @@ def explain_failed_save(partial: Path) -> Iterator[None]:
 
 def _not_written(partial: Path, error: BaseException) -> TrainingError:
     return TrainingError(
-        f"checkpoint cannot be written ({innermost_reason(error)})",
+        f"the checkpoint cannot be written ({innermost_reason(error)})",
         where=str(partial),
-        remedy="free space, then run the same command again",
+        remedy="free disk space, then run the same command again",
     )
 
 

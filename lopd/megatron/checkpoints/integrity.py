@@ -24,7 +24,7 @@ def read_about(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's trainer.json.
 
     Raises:
-        ValueError: It is not what was written.
+        ValueError: The file is not the one that was written.
     """
     about: dict[str, Any] = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     if about.pop("sha256", None) != sha256_json(about):

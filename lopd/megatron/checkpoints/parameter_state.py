@@ -34,7 +34,7 @@ class ParameterState(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the state is kept. Loaded tensors are wanted there."""
+        """Return the device that holds the state. Loaded tensors must be on this device."""
 
     def read(self, kinds: tuple[str, ...]) -> dict[str, Tensor]:
         """Return flat float32 tensors by kind. They may be the state itself.
@@ -168,7 +168,7 @@ class HybridState:
             # The optimizer does the same after a step.
             self.main.data.copy_(inner)
         else:
-            # Otherwise the copy on the CPU would continue from the former weights.
+            # Otherwise the copy on the CPU would continue from the previous weights.
             inner.data.copy_(self.main)
 
     def _inner(self) -> Tensor:

@@ -45,6 +45,7 @@ def context_problems(
     yield ConfigError(
         f"context = {parallel.context} needs Transformer Engine, {lack}",
         where=where,
-        limit="context = 1 without it",
-        remedy="set context to 1; tensor divides the activations of long sequences too",
+        limit="exactly 1 without Transformer Engine",
+        remedy="set context to 1; for long sequences use tensor parallelism, which also divides "
+        "the activations",
     )

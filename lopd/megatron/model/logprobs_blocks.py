@@ -47,7 +47,7 @@ class BlockProducts:
 
     @property
     def is_whole(self) -> bool:
-        """Whether one block holds all rows."""
+        """Return whether one block holds all rows."""
         return self._step >= self._rows
 
     def bounds(self) -> Iterator[tuple[int, int]]:

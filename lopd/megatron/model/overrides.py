@@ -84,7 +84,7 @@ def read_overrides(table: Mapping[str, Any], *, where: str = "megatron") -> Over
                 f"unknown field {name}",
                 where=where,
                 limit="a field of " + " or ".join(config.__name__ for config in _CONFIGS.values()),
-                remedy=f"the nearest is {nearest}",
+                remedy=f"the nearest known field is {nearest}",
             )
         # A name that several have must have one value in all of them.
         for kind in owners:
@@ -93,10 +93,12 @@ def read_overrides(table: Mapping[str, Any], *, where: str = "megatron") -> Over
     # Megatron-Core takes more ways of exchange than packed sequences do.
     if table.get("cp_comm_type", "p2p") not in ("p2p", "a2a"):
         raise ConfigError(
-            f"cp_comm_type = {table['cp_comm_type']!r}",
+            f"cp_comm_type = {table['cp_comm_type']!r} is not supported: all_gather "
+            "accepts no packed sequences (Transformer Engine 2.16), and a2a+p2p needs "
+            "process groups of two levels",
             where=where,
-            limit="p2p or a2a for all layers: all_gather takes no packed sequences (Transformer"
-            " Engine 2.16), a2a+p2p needs process groups of two levels",
+            limit="exactly p2p or a2a for all layers",
+            remedy="set cp_comm_type to p2p or a2a",
         )
     return Overrides(**found)
 
@@ -138,7 +140,9 @@ def _refuse_reserved(name: str, where: str) -> None:
         section = where.removesuffix("megatron")
         knob = f"sft.{KNOBS[name]}" if KNOBS[name] == "init_std" else section + KNOBS[name]
         raise ConfigError(
-            f"{name} is set by the knob {knob}", where=where, remedy=f"set {knob} instead"
+            f"{name} cannot be set here: the knob {knob} sets it",
+            where=where,
+            remedy=f"set {knob} instead",
         )
     setter = None
     if name in MODEL_SHAPE:
@@ -146,7 +150,9 @@ def _refuse_reserved(name: str, where: str) -> None:
     elif name in TRAINER:
         setter = f"the trainer ({TRAINER[name]})"
     if setter is not None:
-        raise ConfigError(f"{name} is set by {setter}", where=where, remedy="leave it out")
+        raise ConfigError(
+            f"{name} cannot be set here: {setter} sets it", where=where, remedy="remove this field"
+        )
 
 
 def _value(name: str, value: Any, hint: Any, where: str) -> Any:
@@ -160,7 +166,7 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
     if torch.dtype in options:
         if value not in _DTYPES:
             limit = f"one of {', '.join(_DTYPES)}"
-            raise ConfigError(f"{name} = {value!r}", where=where, limit=limit)
+            raise ConfigError(f"{name} = {value!r} is not a dtype", where=where, limit=limit)
         return _DTYPES[value]
     enums = [
         option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)
@@ -173,11 +179,13 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
     written = [option for option in options if _can_be_written(option)]
     if not written and not enums:
         raise ConfigError(
-            f"{name} takes {_type_text(hint)}, which TOML cannot write",
+            f"{name} needs {_type_text(hint)}, which TOML cannot write",
             where=where,
-            remedy="leave it out",
+            remedy="remove this field",
         )
-    misfit = ConfigError(f"{name} = {value!r} does not fit", where=where, limit=_type_text(hint))
+    misfit = ConfigError(
+        f"{name} = {value!r} has a wrong type", where=where, limit=_type_text(hint)
+    )
     if not written:
         raise misfit
     # Strict: pydantic would otherwise read "1" as a number and 1 as true. JSON, because only there
@@ -234,32 +242,33 @@ def _refuse_missing_hardware(table: Mapping[str, Any], where: str) -> None:
     cuda = torch.cuda.is_available()
     if table.get("optimizer_cpu_offload") and not cuda:
         raise ConfigError(
-            "optimizer_cpu_offload needs CUDA: there is nothing to move away from",
+            "optimizer_cpu_offload needs CUDA: without a GPU there is no memory to move to the CPU",
             where=where,
-            remedy="leave it out on a CPU",
+            remedy="remove this field on a CPU",
         )
     # Looked up and not imported, because an import takes seconds.
     engine = importlib.util.find_spec("transformer_engine") is not None
     if table.get("use_precision_aware_optimizer") and not (engine and cuda):
         missing = "CUDA" if engine else "Transformer Engine (its FusedAdam)"
         raise ConfigError(
-            f"use_precision_aware_optimizer needs {missing}, which is not here",
+            f"use_precision_aware_optimizer needs {missing}, which this machine does not have",
             where=where,
-            remedy="leave it out on this machine",
+            remedy="remove this field on this machine",
         )
     for name in _ENGINE:
         if table.get(name) and not (engine and cuda):
             raise ConfigError(
-                f"{name} needs Transformer Engine and a GPU, which are not here",
+                f"{name} needs Transformer Engine and a GPU, which this machine does not have",
                 where=where,
-                remedy="leave it out on this machine",
+                remedy="remove this field on this machine",
             )
     # Without the precision-aware optimizer these would be ignored, and the memory that the user
     # wanted to save would be used.
     lower = [name for name in _STATE_DTYPES if table.get(name, "float32") != "float32"]
     if lower and not table.get("use_precision_aware_optimizer"):
         raise ConfigError(
-            f"{lower[0]} = {table[lower[0]]!r} without use_precision_aware_optimizer",
+            f"{lower[0]} = {table[lower[0]]!r} needs use_precision_aware_optimizer",
             where=where,
-            remedy="set use_precision_aware_optimizer = true (needs Transformer Engine)",
+            remedy="set use_precision_aware_optimizer = true (this needs Transformer Engine), or "
+            "remove this field",
         )

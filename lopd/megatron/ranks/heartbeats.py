@@ -42,7 +42,7 @@ class HeartbeatMonitor:
         """Make an empty folder for the heartbeat files.
 
         Args:
-            folder: The folder of the heartbeat files. Its former content is removed.
+            folder: The folder of the heartbeat files. Its previous content is removed.
             ranks: The global ranks that run on this machine.
             timeout_s: The seconds without a heartbeat after which a rank counts as silent.
             error_file: The file that a rank writes when it gives up (see rank_errors.py).
@@ -112,7 +112,7 @@ class HeartbeatMonitor:
         return TrainingError(
             f"{what}; all ranks were ended",
             where=str(log),
-            limit=f"timeout_s = {self._timeout_s:g}",
+            limit=f"at most timeout_s = {self._timeout_s:g} without a sign of life",
             remedy=f"find out what stopped the rank; {RESUMES}",
         )
 

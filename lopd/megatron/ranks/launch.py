@@ -82,7 +82,7 @@ def run_ranks(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     error_file = log.with_name(log.name + ERROR_SUFFIX)
-    # A former run may have left its error. It must not be taken for the error of this run.
+    # An earlier run may have left its error. It must not be taken for the error of this run.
     error_file.unlink(missing_ok=True)
     local_ranks = _local_ranks(ranks, node)
     heartbeats = log.with_name(log.name + HEARTBEATS_SUFFIX)
@@ -91,7 +91,7 @@ def run_ranks(
     environment = _rank_environment(env, threads_per_rank, error_file, monitor.folder)
     if node is not None:
         environment |= _node_environment(environment, log, node, join)
-        # The first machine removes what a former run left, before the others can join this one.
+        # The first machine removes what an earlier run left, before the others can join this one.
         if join is None:
             remove_reports_of_others(log, node)
     code = _run_to_end(command, environment, log, monitor, on_line, stop or threading.Event())
@@ -274,7 +274,7 @@ def _failure(
     unexplained = TrainingError(
         f"the trainer ended with code {code}: {' | '.join(_last_words(log))}",
         where=str(log),
-        remedy=f"see the log; {RESUMES}",
+        remedy=f"read the log; {RESUMES}",
     )
     found = monitor.error(log) or report or unexplained
     if node is None:

@@ -28,7 +28,7 @@ HEARTBEATS_SUFFIX = ".heartbeats"
 # The `where` of an error that only says that a rank waited in vain. Its cause is on another rank.
 COLLECTIVE = "collective"
 # The end of the remedies for a training that was interrupted.
-RESUMES = "the same command resumes from the newest checkpoint"
+RESUMES = "run the same command again: it continues from the newest checkpoint"
 # gloo's words for a lost connection, with the address of the other side in brackets.
 _PEER = re.compile(
     r"(?:[Cc]onnection closed by peer|[Rr]ead error|writev) \[(?:::ffff:)?([0-9a-fA-F.:]+)\]"
@@ -50,7 +50,7 @@ def log_of(log: Path, node: Node, index: int) -> Path:
 
 
 def remove_reports_of_others(log: Path, node: Node) -> None:
-    """Remove the error files and heartbeats that other machines left of a former run.
+    """Remove the error files and heartbeats of an earlier run of other machines.
 
     The first machine does this before it announces itself. Later the files belong to this run.
     """

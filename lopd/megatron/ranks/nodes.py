@@ -67,9 +67,9 @@ def this_node(count: int, environment: Mapping[str, str] = os.environ) -> Node |
     if text is None:
         on_each = f"lopd sft --node 0/{count} here and --node 1/{count} there"
         raise ConfigError(
-            f"parallel.nodes = {count}, but nothing says which of the machines this one is",
+            f"parallel.nodes = {count}, but the number of this machine is not given",
             where=NODE,
-            remedy=f"start the command on all machines: use lopd launch, or {on_each}",
+            remedy=f"start the command on all machines with lopd launch, or {on_each}",
         )
     # Otherwise machines would wait for others that nobody has started.
     node = Node.from_text(text)
@@ -77,8 +77,8 @@ def this_node(count: int, environment: Mapping[str, str] = os.environ) -> Node |
         raise ConfigError(
             f"--node is {text}, but parallel.nodes = {count}",
             where=NODE,
-            limit=f"i/{count}",
-            remedy="give both the same number of machines",
+            limit=f"exactly {count} machines: --node i/{count}",
+            remedy="give --node and parallel.nodes the same number of machines",
         )
     return node
 
@@ -104,7 +104,7 @@ def own_address(environment: Mapping[str, str] = os.environ) -> str:
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])
     raise TrainingError(
-        "this machine has no address but loopback",
+        "this machine has no network address except loopback",
         where=socket.gethostname(),
         remedy=f"set {ADDRESS} to the address of this machine",
     )

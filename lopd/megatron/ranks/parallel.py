@@ -55,7 +55,7 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
         raise TrainingError(
             f"{started} ranks were started, but parallel.ranks is {parallel.ranks}",
             where="trainer",
-            remedy="start as many ranks as configured",
+            remedy="start exactly {parallel.ranks} ranks",
         )
     # First, so that nothing of Megatron-Core runs without the patches.
     megatron_patches.apply()
@@ -67,7 +67,7 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-    # Groups of a former layout. Megatron-Core refuses to form them twice.
+    # Groups of an earlier layout. Megatron-Core refuses to form them twice.
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -83,7 +83,7 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
     np.random.seed(seed)
     torch.manual_seed(seed)
     # Megatron-Core keeps one state for what is the same on all tensor ranks and another for what
-    # differs. Forced, because a former layout had its own states.
+    # differs. Forced, because an earlier layout had its own states.
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 

@@ -60,7 +60,7 @@ def _missing_ranks_error(error: RuntimeError, peer: str | None) -> TrainingError
         f"rank {os.environ.get('RANK')} {event} ({first_line})",
         where=COLLECTIVE,
         limit="timeout_s" if peer is None else "",
-        remedy=f"see in the log what the other ranks did; {RESUMES}",
+        remedy=f"read in the log what the other ranks did; {RESUMES}",
     )
 
 

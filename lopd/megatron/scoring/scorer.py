@@ -154,11 +154,11 @@ class MegatronScorer:
             ConfigError: top_k is not 0.
             DataError: A response is empty, or longer than a microbatch.
             EngineError: A value is no log-probability.
-            LopdError: What has ended the ranks.
+            LopdError: The error that ended the ranks.
         """
         if top_k:
             raise ConfigError(
-                f"top_k = {top_k}, and this scorer gives none",
+                f"top_k = {top_k} is set, but this scorer returns no top-K scores",
                 where="score.engine = 'megatron'",
                 remedy="set score.engine = 'sglang'",
             )
@@ -200,16 +200,18 @@ class MegatronScorer:
         """Return the number of tokens of a request that can be scored.
 
         Raises:
-            DataError: It is empty, or longer than a microbatch.
+            DataError: The sequence is empty, or longer than a microbatch.
         """
         name = f"response {request.prompt_id}/{request.sample_index}"
         prompt_len = len(request.prompt_ids)
         response_len = len(request.token_ids)
         if prompt_len == 0 or response_len == 0:
             raise DataError(
-                f"{prompt_len} prompt tokens and {response_len} response tokens",
+                f"the sequence has {prompt_len} prompt tokens and {response_len} response tokens",
                 where=name,
-                limit="at least one of each: the first token of a sequence has no log-probability",
+                limit="at least one of each, because the first token of a sequence has no "
+                "log-probability",
+                remedy="remove this response",
             )
         length = prompt_len + response_len
         parallel = self._settings.parallel
@@ -259,7 +261,9 @@ class MegatronScorer:
         while not path.exists():
             if not self._thread.is_alive():
                 raise self._error or EngineError(
-                    "the ranks ended before they had answered", where=str(self._log)
+                    "the ranks ended before they had answered",
+                    where=str(self._log),
+                    remedy="read the log",
                 )
             time.sleep(POLL_S)
 
@@ -271,9 +275,9 @@ class MegatronScorer:
         if len(bad):
             first = int(bad[0])
             raise EngineError(
-                f"log-probability {logprobs[first]}",
+                f"the model gives the log-probability {logprobs[first]}, which no token can have",
                 where=f"response {request.prompt_id}/{request.sample_index}, token {first}",
-                limit="finite and at most 0",
+                limit="a finite number that is at most 0",
                 remedy=f"check the weights of {self._model}",
             )
         return TeacherScores(

@@ -83,8 +83,8 @@ class StepHealth:
 
     def _count(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         if self._counted is not None:
-            # output[1] is bool [tokens, experts]: the choices that the capacity factor has left.
-            # The router's numbers of layers begin at 1, and count over all pipeline stages.
+            # output[1] is bool [tokens, experts]: the choices that remain after the capacity
+            # factor. The router's numbers of layers begin at 1, and count over all pipeline stages.
             chosen = output[1] & self._counted[:, None]
             self._expert_tokens[router.layer_number - 1] += chosen.sum(dim=0)
 

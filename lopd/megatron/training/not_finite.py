@@ -88,6 +88,6 @@ def not_finite_error(
     return TrainingError(
         f"{what}, on rank {ranks or 'unknown'}{learned}; the weights were not updated",
         where=f"step {step}",
-        remedy="lower the learning rate or look at the data; "
-        f"the last good checkpoint is {'the initial model' if newest is None else newest}",
+        remedy="lower the learning rate, or check the data; the last good checkpoint is "
+        f"{'the initial model' if newest is None else newest}",
     )

@@ -161,7 +161,7 @@ class DeviceMemory:
 
     def _copy_to_host(self, storage: torch.UntypedStorage) -> Tensor:
         copy = self._copies.get(storage._cdata)
-        # Pinning memory is slow, so the former copy is used again where the size is the same.
+        # Pinning memory is slow, so the previous copy is used again where the size is the same.
         if copy is None or len(copy) != storage.nbytes():
             copy = torch.empty(
                 storage.nbytes(), dtype=torch.uint8, pin_memory=torch.cuda.is_available()

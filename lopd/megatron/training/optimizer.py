@@ -71,10 +71,10 @@ def optimizer_config(
     """
     if dtype == torch.float32 and (overrides or {}).get("optimizer_cpu_offload"):
         raise ConfigError(
-            "optimizer_cpu_offload with dtype = float32",
+            "optimizer_cpu_offload cannot be used with dtype = float32: Megatron-Core's "
+            "HybridDeviceOptimizer does not support a part of a float32 weight",
             where="megatron",
-            limit="bfloat16: "
-            "Megatron-Core's HybridDeviceOptimizer takes no part of a float32 weight",
+            limit="exactly bfloat16",
             remedy='set dtype = "bfloat16", or remove optimizer_cpu_offload',
         )
     settings: dict[str, Any] = {

@@ -33,10 +33,10 @@ def require_equal_counts(count: int, *, step: int) -> None:
         least = -int(bounds[1])
         if most != least:
             raise TrainingError(
-                f"data ranks have between {least} and {most} microbatches; "
-                f"rank {parallel.rank()} has {count}",
+                f"data ranks have between {least} and {most} microbatches, and rank "
+                f"{parallel.rank()} has {count}",
                 where=where,
-                limit="the same number on every data rank",
+                limit="exactly the same number on every data rank",
             )
     if count == 0:
         raise TrainingError("there are no microbatches", where=where)

@@ -380,7 +380,7 @@ class Trainer:
         self._checkpoints.save(self.step, self._trained(), state)
 
     def finish_checkpoint(self) -> None:
-        """Wait for a checkpoint that is being written in the background, and publish it."""
+        """Wait for a checkpoint that is written in the background, and make it the newest one."""
         if self._checkpoints is not None:
             self._checkpoints.finish()
 
@@ -388,8 +388,8 @@ class Trainer:
         """Continue from the newest undamaged checkpoint, of this layout or another.
 
         Args:
-            note: Called on rank 0 with a line, if a damaged checkpoint was passed over or the
-                layout is another. None writes the line to stderr.
+            note: A function that is called on rank 0 with a line, if a damaged checkpoint was
+                skipped or the layout is another one. With None, the line is written to stderr.
 
         Returns:
             The caller's state, or None if there is no checkpoint.

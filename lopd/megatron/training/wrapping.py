@@ -31,7 +31,7 @@ def wrap_for_training(
     mark_experts(module)
     if freeze_router:
         _freeze_routers(module)
-    # Gradients of finished layers are exchanged while the backward pass goes on. A CPU has no
+    # Gradients of finished layers are exchanged while the backward pass continues. A CPU has no
     # second queue of work, so there it would only add overhead.
     overlap = torch.cuda.is_available() and parallel.data_context_size() > 1
     config = ddp_config(distributed, overrides, overlap=overlap)

@@ -90,7 +90,9 @@ def _read_table(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LopdError(
-            "no such file", where=str(path), remedy="give the folder of a Hugging Face checkpoint"
+            "no such file",
+            where=str(path),
+            remedy="give the folder of a Hugging Face checkpoint",
         ) from None
     except (OSError, ValueError) as error:
         raise LopdError(f"cannot be read ({error})", where=str(path)) from None
@@ -126,9 +128,9 @@ def layout_problems(
     if arch.num_experts == 0 and (parallel.expert > 1 or parallel.expert_tensor > 1):
         sizes = f"expert = {parallel.expert}, expert_tensor = {parallel.expert_tensor}"
         yield ConfigError(
-            f"{sizes}, but {arch.family} has no experts",
+            f"{sizes} cannot be used: {arch.family} has no experts",
             where=where,
-            limit="1 and 1",
+            limit="exactly 1 for both",
             remedy="set both to 1",
         )
     # Dense layers and experts have grids of their own over the same ranks. What remains of each
@@ -155,7 +157,7 @@ def layout_problems(
             yield ConfigError(
                 f"{what} ({number}) does not divide by {by} ({divisor})",
                 where=where,
-                remedy=f"{by} may be {', '.join(fitting)}",
+                remedy=f"set {by} to a divisor of {number}, for example {', '.join(fitting)}",
             )
 
 
@@ -196,9 +198,9 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
             )
         if arch is not None and score.top_k > arch.vocab_size:
             yield ConfigError(
-                f"score.top_k = {score.top_k}",
+                f"score.top_k = {score.top_k} is too large",
                 where="score",
-                limit=f"the teacher's vocabulary: {arch.vocab_size}",
+                limit=f"at most the vocabulary of the teacher: {arch.vocab_size}",
                 remedy="lower score.top_k",
             )
         return
@@ -212,9 +214,10 @@ def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[
         )
     if score.forward.parallel.nodes > 1:
         yield ConfigError(
-            f"nodes = {score.forward.parallel.nodes}",
+            f"nodes = {score.forward.parallel.nodes} is too large",
             where="score.forward.parallel",
-            limit="1: this scorer runs on one machine",
+            limit="exactly 1, because this scorer runs on one machine",
+            remedy="set score.forward.parallel.nodes to 1",
         )
     if arch is not None:
         yield from layout_problems(arch, score.forward.parallel, where="score.forward.parallel")

@@ -61,7 +61,7 @@ class CheckpointReader:
         for name, shape in wanted.items():
             found = tuple(self.tensor(name).get_shape())
             if found != shape:
-                what = f"{name} has shape {found}, config.json says {shape}"
+                what = f"{name} has shape {found}, but config.json gives {shape}"
                 raise ArtifactError(what, where=str(folder))
 
     def _check_names(self, wanted: dict[str, tuple[int, ...]], arch: Architecture) -> None:
@@ -75,7 +75,7 @@ class CheckpointReader:
         if arch.tied_embeddings:
             unknown = [name for name in unknown if name != "lm_head.weight"]
         problems = [
-            f"{len(names)} tensors {verb}, e.g. {names[0]}"
+            f"{len(names)} tensors are {verb}, for example {names[0]}"
             for names, verb in ((missing, "missing"), (unknown, "unknown"))
             if names
         ]
@@ -127,7 +127,9 @@ class CheckpointReader:
                 self._files[file] = opened.__enter__()
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(
-                    f"damaged ({error})", where=str(path), remedy="copy it again from where it came"
+                    f"the file is damaged ({error})",
+                    where=str(path),
+                    remedy="copy the file again from its source",
                 ) from None
         return self._files[file]
 
@@ -214,7 +216,7 @@ class CheckpointWriter:
             raise ArtifactError(
                 f"cannot be written ({error})",
                 where=str(self._folder),
-                remedy="free disk space or choose another folder",
+                remedy="free disk space, or choose another folder",
             ) from error
 
     def _write_shard(self) -> None:

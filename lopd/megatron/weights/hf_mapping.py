@@ -69,7 +69,7 @@ class Weight:
     num_rows: int = 0
 
     def parts(self, rank: int, size: int) -> tuple[Part, ...]:
-        """Return what one of `size` ranks owns of each Hugging Face tensor."""
+        """Return the slices of Hugging Face tensors that `rank`, one of `size` ranks, holds."""
         axis = _AXES[self.layout]
         parts = []
         for shape in self.shapes:

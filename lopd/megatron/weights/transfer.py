@@ -109,7 +109,8 @@ def save_hf(
         shard_bytes: The size of a safetensors file at most. A single tensor may be larger.
 
     Raises:
-        ArtifactError: It cannot be written, for example because the disk is full. On every rank.
+        ArtifactError: The checkpoint cannot be written, for example because the disk is full. Every
+            rank raises it.
     """
     # Every step goes through run_on_first_rank, so that the other ranks wait for the disk as long
     # as it takes. In a plain collective they would give up: to write 61 GB may take longer than a

@@ -51,9 +51,9 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     num_kv_heads = number(table, where, "num_key_value_heads", "num_attention_heads")
     if num_heads % num_kv_heads:
         raise LopdError(
-            f"num_attention_heads = {num_heads}",
+            f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads",
             where=where,
-            limit=f"a multiple of num_key_value_heads, {num_kv_heads}",
+            limit=f"a multiple of num_key_value_heads = {num_kv_heads}",
         )
     # It has no default here. A wrong one would change every log-probability a little, without an
     # error.
@@ -105,7 +105,7 @@ def number(table: Mapping[str, Any], where: str, *keys: str) -> int:
     """Return the positive whole number under the first of these keys that is there.
 
     Raises:
-        LopdError: None of the keys is there, or the value is not such a number.
+        LopdError: The table has none of the keys, or the value is not a positive whole number.
     """
     for key in keys:
         if table.get(key) is not None:
@@ -172,7 +172,9 @@ def _factor(rope: Mapping[str, Any], where: str) -> float:
     factor = rope.get("factor")
     if not isinstance(factor, int | float) or factor < 1:
         raise LopdError(
-            f"factor = {factor!r} of the rope scaling", where=where, limit="a number of at least 1"
+            f"factor = {factor!r} of the rope scaling is not supported",
+            where=where,
+            limit="at least 1",
         )
     return float(factor)
 
@@ -192,14 +194,14 @@ def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
         raise LopdError(
             f"attention_factor = {attention!r} of the rope scaling is not supported",
             where=where,
-            limit=f"0.1 ln(factor) + 1 = {usual:.6f}, or no such field",
+            limit=f"exactly 0.1 ln(factor) + 1 = {usual:.6f}, or no such field",
         )
     # The defaults are those of the paper. transformers uses them for 0 and null too.
     betas = [rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0]
     # A string would pass through float() below.
     if not all(isinstance(beta, int | float) and beta > 0 for beta in betas):
         raise LopdError(
-            f"beta_fast, beta_slow = {betas} of the rope scaling",
+            f"beta_fast, beta_slow = {betas} of the rope scaling are not supported",
             where=where,
             limit="two positive numbers",
         )

@@ -25,7 +25,7 @@ def qwen3_moe(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     experts_per_token = number(table, where, "num_experts_per_tok")
     if experts_per_token > num_experts:
         raise LopdError(
-            f"num_experts_per_tok = {experts_per_token}",
+            f"num_experts_per_tok = {experts_per_token} is too large",
             where=where,
             limit=f"at most the number of experts, {num_experts}",
         )
