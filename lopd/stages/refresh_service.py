@@ -43,6 +43,7 @@ from lopd.stages.refresh_record import (
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score import check_teacher, score_responses
 from lopd.stages.teacher import serve_teacher
+from lopd.stages.truncation import truncation_figures
 from sglang_rollout.requests.client import OtherWeights
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ class RefreshService:
             version=refresh.version,
         )
         # The reason is an extra figure. The inputs of a manifest say what decides the content.
-        rollouts = writer.finish(reason=refresh.reason)
+        cut = truncation_figures(self._context, folder / ROLLOUTS, "rollout")
+        rollouts = writer.finish(reason=refresh.reason, **cut)
         _check_versions(folder / ROLLOUTS, rollouts, refresh.version)
         return rollouts
 

@@ -23,12 +23,15 @@ LARGE_SHARE = 0.2
 WARNINGS = "warnings"
 
 
-def truncation_figures(context: StageContext, folder: Path) -> dict[str, Any]:
+def truncation_figures(
+    context: StageContext, folder: Path, section: str | None = None
+) -> dict[str, Any]:
     """Return the share of an artifact's responses that were cut off, and log a large one.
 
     Args:
-        context: The stage that has sampled them. Its name is also that of its section.
+        context: The stage that has sampled them.
         folder: The folder of the shards, which no manifest has to list yet.
+        section: The section with the limit. None: that of the stage.
 
     Returns:
         truncated_share, and warnings if it is large; for the manifest. Nothing for a worker, which
@@ -45,7 +48,8 @@ def truncation_figures(context: StageContext, folder: Path) -> dict[str, Any]:
         lengths = pc.list_value_length(table.column("token_ids")).to_numpy()
         count += table.num_rows
         cut_lengths += lengths[cut].tolist()
-    warning = truncation_warning(context.config, context.stage.name, cut_lengths, count)
+    section = section or context.stage.name
+    warning = truncation_warning(context.config, section, cut_lengths, count)
     if warning:
         context.log(f"WARNING: {warning}")
     share = len(cut_lengths) / max(1, count)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from lopd.report.metrics import MetricsLog, read_metrics
+from lopd.stages import training_rank
 from lopd.stages.held_out import HeldOutEvaluation
 from lopd.stages.training_kl import TRAINING_REVERSE_KL, mean_between, rise_of, rises_of
 
@@ -77,3 +78,24 @@ def test_a_sync_reports_it_with_its_name(
     assert lines[0] == "step 0/8: synced weights, accuracy 0.500 on 8 prompts"
     assert lines[1].endswith("reverse KL 0.0150 on the training rollouts of the last 2 steps")
     assert [line for line in lines if "WARNING" in line] == lines[-1:]
+
+
+def test_a_resumed_training_says_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 tells it, and only if there was a checkpoint."""
+    lines: list[str] = []
+    settings = SimpleNamespace(batch_size=1)
+    job: Any = SimpleNamespace(
+        stage="distill", num_steps=16, order_seed=0, settings=settings, initial=None, init="random",
+        config=SimpleNamespace(
+            run=SimpleNamespace(dir=tmp_path, seed=1), sft=SimpleNamespace(init_std=0.02)
+        ),
+        checkpoints=None, print_line=lines.append,
+    )  # fmt: skip
+    monkeypatch.setattr(training_rank.parallel, "rank", lambda: 0)
+    for step in (0, 4):
+        trainer = SimpleNamespace(step=step, resume=lambda note: {})
+        monkeypatch.setattr(training_rank, "Trainer", lambda *_, of=trainer, **__: of)
+        training_rank.Training(job, cast(Any, [object()]), cast(Any, None))
+    assert lines == ["goes on at step 5/16, from the checkpoint of step 4"]
