@@ -314,7 +314,7 @@ def _refuse_another_teacher(context: StageContext, parent: StageContext) -> None
 
 
 def report_changes(config: Config) -> None:
-    """Say which keys differ from the configuration that this run directory was last made from."""
+    """Print which keys differ from the configuration that this run directory was last made from."""
     # Stages decide by their manifests what runs again. This only tells the user beforehand.
     former = _read_table(config.run.dir / _CONFIG)
     if not former:

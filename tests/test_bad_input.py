@@ -134,7 +134,7 @@ def test_a_damaged_file_is_met_before_anything_is_touched(
     for verb, more in ((reader, ()), (reader, (changed,)), ("run", ())):
         lopd(verb, project, *more).refused(
             f"{path}: the file was truncated or changed: its checksum differs",
-            "limit: sha256 ",
+            "limit: exactly the recorded sha256, ",
             "remedy: remove ",
             f"stage {maker}",
         )
@@ -353,7 +353,9 @@ def test_demonstrations_of_nobody_known_need_a_word(
     assert (
         "wrong" not in lopd("check", project, *own, "sft.declared_teacher=teacher").succeeded().out
     )
-    lopd("run", project, *own, "sft.declared_teacher=absent").refused("absent: no config.json")
+    lopd("run", project, *own, "sft.declared_teacher=absent").refused(
+        "absent: there is no config.json"
+    )
 
 
 def test_damaged_demonstrations_from_elsewhere(
@@ -377,7 +379,7 @@ def test_another_tokenizer_is_refused(project: Path, lopd: Lopd, started: StandI
         lopd(verb, project).refused(
             "tokenizer of the student",
             "differs from the tokenizer of the teacher",
-            "limit: sha256",
+            "limit: the same sha256",
             "the same tokenizer.json",
         )
     assert not started.started
@@ -453,7 +455,7 @@ def test_the_folder_of_an_export_matters(project: Path, lopd: Lopd) -> None:
     assert (project.parent / "two" / "model.safetensors").is_file()
     shutil.rmtree(project.parent / "two")
     lopd("run", project, "export.dir=two").refused(
-        "two/README.md: file is missing", "remedy: remove the folder ", "run stage export again"
+        "two/README.md: the file is missing", "remedy: remove the folder ", "run stage export again"
     )
 
 

@@ -176,7 +176,7 @@ def test_an_imported_cache(project: Project) -> None:
     with pytest.raises(
         ConsistencyError,
         match=(
-            "nobody knows which student sampled its responses; "
+            "it is not recorded which student sampled its responses; "
             "its scores are not shown to be by the teacher"
         ),
     ):

@@ -203,7 +203,7 @@ def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:
 
 
 def _accepted(manifest: Manifest) -> str:
-    """Say why a cache is right for the student."""
+    """Return why a cache is right for the student."""
     consistent = bool(manifest.lineage.get("consistent"))
     if manifest.kind == "residualised_cache":
         # The correction is made for a foreign teacher. From the own teacher it takes away what the

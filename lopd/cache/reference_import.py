@@ -54,11 +54,11 @@ IMPORT_LACKS = (
 
 
 def import_reference(
-    file: Path,
-    out: Path,
-    tokenizer_folder: Path,
+    file: str | Path,
+    out: str | Path,
+    tokenizer_folder: str | Path,
     *,
-    teacher: Path | None = None,
+    teacher: str | Path | None = None,
     batch_rows: int = 256,
 ) -> Manifest:
     """Publish a cache with the rows of the file. ``extra.lacks`` says what the rows do not have.
@@ -72,6 +72,10 @@ def import_reference(
     Raises:
         DataError: The file has another format, or a response cannot be used.
     """
+    file = Path(file)
+    out = Path(out)
+    tokenizer_folder = Path(tokenizer_folder)
+    teacher = Path(teacher) if teacher is not None else None
     tokenizer = load_tokenizer(tokenizer_folder)
     # The finish reason is not in the file. A response that ends with one of these ended by itself.
     ends = stop_token_ids(tokenizer_folder, tokenizer)
@@ -172,7 +176,7 @@ def _lineage(teacher: ModelIdentity | None) -> dict[str, Any]:
 
 
 def _lacks(num_rows: int, num_ended: int) -> list[str]:
-    """Say what the imported rows do not have."""
+    """Return what the imported rows lack."""
     # The reference code loses the end token. A file that others have made in this form may have it.
     lacks = [reason for reason in IMPORT_LACKS if reason != _LACKS_END_TOKEN or not num_ended]
     if 0 < num_ended < num_rows:

@@ -284,8 +284,8 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
     Args:
         key: The key of the configuration that names it.
         path: Where it must be on this machine.
-        item: Its name on the hub, if it has one.
-        facts: What the hub has said.
+        item: The item's name on the hub, if it has one.
+        facts: The facts about the machine, with the answers of the hub.
     """
     # What is here is not compared with the hub: a name with a revision does not change.
     if path.exists():

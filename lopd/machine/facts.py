@@ -56,7 +56,7 @@ class Facts:
     """What is known of a machine.
 
     Attributes:
-        gpus: Its GPUs.
+        gpus: The GPUs of the machine.
         gpus_problem: Why no GPU can be seen.
         host_memory: Bytes of memory of the machine, or of the container.
         shm: Bytes of /dev/shm.

@@ -34,7 +34,7 @@ class Misfit:
 
     Attributes:
         name: The package that needs something.
-        since: Its first version that needs it.
+        since: The first version of the package that needs it.
         other: The package that must have it.
         below: The first version of the other package that has it.
         why: The error that occurs otherwise, as a clause.

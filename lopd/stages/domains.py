@@ -26,6 +26,7 @@ from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.truncation import truncation_figures
+from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
@@ -233,4 +234,5 @@ def _sample_part(
         seed=context.config.run.seed,
         purpose=context.stage.name,
         title=f"{title}, {part.domain or 'other domains'}",
+        num_ids=num_shared_ids(context.config),
     )

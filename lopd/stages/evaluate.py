@@ -19,7 +19,7 @@ import numpy as np
 
 from lopd import cache
 from lopd.config import EvaluateSection
-from lopd.records import Ints, Manifest, Prompt, Response
+from lopd.records import Ints, Key, Manifest, Prompt, Response
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score_shards import score_into
@@ -27,9 +27,11 @@ from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
 from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
 from lopd.stages.truncation import truncation_warning
+from lopd.stages.vocabulary import num_shared_ids
 from lopd.tasks import Verifier, get_task
 from lopd.tasks.accuracy import accuracy_figures, response_figures
 from lopd.tasks.tokenizer import load_tokenizer, response_text
+from lopd.tasks.verdict_files import write_verdicts
 from lopd.tasks.verdicts import Judged, judge_all
 
 if TYPE_CHECKING:
@@ -194,6 +196,8 @@ class _HeldOut:
             # It is part of a request's seed: the policy's responses are not the answers again.
             purpose=purpose,
             title=f"{purpose} {name}",
+            # The teacher scores the policy's responses, and the student may have more rows.
+            num_ids=num_shared_ids(self.context.config),
         )
         return part.finish()
 
@@ -210,20 +214,20 @@ class _Judged:
 
 
 def _judge(context: StageContext, folder: Path, manifest: Manifest) -> _Judged:
-    """Read a model's answers, and judge them if the task has a verifier."""
+    """Read a model's answers. If the task has a verifier, judge them and publish the verdicts."""
     config = context.config
     task = get_task(config.task.name, config.task.options)
     tokenizer = load_tokenizer(config.models.student)
     prompts, _ = context.prompts("eval")
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    prompt_ids: list[str] = []
+    keys: list[Key] = []
     lengths: list[int] = []
     truncated: list[bool] = []
 
     def responses() -> Iterator[Response]:
         # The verifier's workers judge earlier responses while later ones are read.
         for response, _ in cache.read_rows(folder, manifest):
-            prompt_ids.append(response.prompt_id)
+            keys.append(response.key)
             lengths.append(len(response.token_ids))
             truncated.append(response.finish_reason == "length")
             yield response
@@ -237,9 +241,11 @@ def _judge(context: StageContext, folder: Path, manifest: Manifest) -> _Judged:
     right: dict[str, list[bool]] = {}
     if isinstance(task, Verifier):
         # Verdicts come in the order of the responses.
-        verdicts = [verdict.right for verdict in judge_all(task, to_judge())]
-        for prompt_id, verdict in zip(prompt_ids, verdicts, strict=True):
-            right.setdefault(prompt_id, []).append(verdict)
+        verdicts = [*judge_all(task, to_judge())]
+        # So that anybody can read later why an answer counts as right or wrong.
+        write_verdicts(folder, zip(keys, verdicts, strict=True))
+        for (prompt_id, _), verdict in zip(keys, verdicts, strict=True):
+            right.setdefault(prompt_id, []).append(verdict.right)
     else:
         # Read for their lengths alone.
         for _ in responses():

@@ -37,7 +37,7 @@ def score_into(
         writer: The writer of the result.
         engine: The teacher. It may be None where nothing is missing.
         source: The folder of the responses.
-        rollouts: Its manifest.
+        rollouts: The manifest of the rollouts.
         title: The text at the progress bar.
         logprob_bits: 32, or 16 for a smaller cache.
         top_k: How many of the teacher's likeliest tokens are kept at each position as well.

@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         values: The row, usually a dict.
-        file: Its file.
+        file: The file of the row.
         number: The number of the line (JSONL) or of the row (Parquet), from 1.
     """
 

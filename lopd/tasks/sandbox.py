@@ -150,8 +150,8 @@ def run(
     Args:
         argv: The program and its arguments.
         files: Name and text of the files in its folder.
-        stdin: Its input.
-        limits: Its limits. None means the defaults.
+        stdin: The input of the program.
+        limits: The limits of the program. None means the defaults.
         packages: Whether it may read what is installed in this environment.
         protections_used: The protections. None means the best ones of this machine.
 

@@ -142,9 +142,8 @@ def _check_value(name: str, value: Any, shown: str) -> None:
     # The one value that works may be given. It changes nothing.
     if name in _ONLY_VALUE and value != _ONLY_VALUE[name][0]:
         raise ConfigError(
-            f"{name} = {shown}",
+            f"{name} = {shown} cannot be used: {_ONLY_VALUE[name][1]}",
             where=_WHERE,
-            limit=_ONLY_VALUE[name][1],
             remedy="remove this argument",
         )
     # This is one of SGLang's choices, so the check of the choices would let it pass.
@@ -160,7 +159,7 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
     is_json = isinstance(value, dict) and name.endswith(_JSON_ENDINGS)
     if not accepts(known.types[name], value) and not is_json:
         raise ConfigError(
-            f"{name} = {shown}",
+            f"{name} = {shown} has a wrong type",
             where=_WHERE,
             limit=type_in_words(known.types[name]),
             remedy=f"change the value of {name}: see this argument in the documentation of SGLang",
@@ -171,10 +170,10 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
     # A plugin can add choices when a server starts, and the source does not show them.
     if choices and any(one not in choices for one in values) and not _has_foreign_plugins():
         raise ConfigError(
-            f"{name} = {shown}",
+            f"{name} = {shown} is not allowed",
             where=_WHERE,
             limit=f"one of {', '.join(map(str, choices))}",
-            remedy="choose one of these, or remove this argument",
+            remedy="choose one of these values, or remove this argument",
         )
 
 

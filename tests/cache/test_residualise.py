@@ -352,5 +352,5 @@ def test_the_verb(
     assert figures["settings"]["folds"] == 3
     assert {"share_over_1_nat_before", "share_over_1_nat_after"} <= set(figures["effect"])
     lopd("cache", "residualise", tmp_path / "a", "--out", tmp_path / "c", "--folds", "1").refused(
-        "folds 1", "2 to 1000"
+        "folds 1", "at least 2 and at most 1000"
     )

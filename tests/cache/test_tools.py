@@ -71,7 +71,7 @@ def test_a_split_that_cannot_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(LopdError, match=message):
             split(source, out, parts)
-    with pytest.raises(LopdError, match=r"no manifest\.json; remedy: run the stage"):
+    with pytest.raises(LopdError, match=r"no manifest\.json in this folder; remedy: run the stage"):
         split(source / "manifest.json", tmp_path / "parts", 2)
     assert not (tmp_path / "parts").exists()
     assert read_manifest(source) == manifest, "the cache is as it was"

@@ -168,7 +168,7 @@ def test_a_stopped_rank_becomes_one_error_that_names_it_and_nothing_is_left_runn
         start("stopped", tmp_path, timeout_s=8)
     log = (tmp_path / "train.log").read_text()
     assert "rank 1 stops itself" in log
-    assert "limit: timeout_s = 8" in str(raised.value)
+    assert "limit: at most timeout_s = 8" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert eventually_none(mark_of(tmp_path))
     assert not list(tmp_path.glob("*heartbeats*"))

@@ -264,7 +264,7 @@ def test_no_server_there_is_an_error_at_once() -> None:
             engine = gone.engine(retries=1, outage_timeout_s=0.2)
         with pytest.raises(
             EngineError,
-            match=r"could not be reached for \d+ s; limit: sglang.outage_timeout_s = 0.2",
+            match=r"could not be reached for \d+ s; limit: at most sglang.outage_timeout_s = 0.2",
         ):
             list(engine.generate(sampling_requests(1), sampling()))
         assert not engine.health()

@@ -113,7 +113,7 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
             "model_info",
             {"architectures": ["LlamaForCausalLM"]},
             EngineError,
-            r"the served model has architectures \['LlamaForCausalLM'\]",
+            r"the served model has architectures = \['LlamaForCausalLM'\]",
         ),
         (
             "version",

@@ -20,10 +20,26 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
     ("name", "value", "said"),
     [
         # a value of another type
-        ("chunked_prefill_size", "4096", "chunked_prefill_size = '4096'; limit: a whole number"),
-        ("chunked_prefill_size", 4096.5, "chunked_prefill_size = 4096.5; limit: a whole number"),
-        ("chunked_prefill_size", True, "chunked_prefill_size = true; limit: a whole number"),
-        ("disable_radix_cache", 1, "disable_radix_cache = 1; limit: true or false"),
+        (
+            "chunked_prefill_size",
+            "4096",
+            "chunked_prefill_size = '4096' has a wrong type; limit: a whole number",
+        ),
+        (
+            "chunked_prefill_size",
+            4096.5,
+            "chunked_prefill_size = 4096.5 has a wrong type; limit: a whole number",
+        ),
+        (
+            "chunked_prefill_size",
+            True,
+            "chunked_prefill_size = true has a wrong type; limit: a whole number",
+        ),
+        (
+            "disable_radix_cache",
+            1,
+            "disable_radix_cache = 1 has a wrong type; limit: true or false",
+        ),
         ("schedule_conservativeness", "high", "limit: a number"),
         ("cuda_graph_bs_decode", [1, "a"], "limit: a list of a whole number"),
         ("custom_sigquit_handler", "f", "limit: nothing that a TOML file can hold"),
@@ -31,7 +47,7 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         (
             "attention_backend",
             "abacus",
-            "attention_backend = 'abacus'; limit: one of triton, torch_native, ",
+            "attention_backend = 'abacus' is not allowed; limit: one of triton, torch_native, ",
         ),
         ("schedule_policy", "lmp", "limit: one of lpm, random, fcfs"),
         ("moe_a2a_backend", "deep", "limit: one of none, deepep"),
@@ -60,14 +76,14 @@ from sglang_rollout.servers.server_fields import installed_fields, read_fields
         ),
         ("schedule-policy", "lpm", "the nearest known argument is schedule_policy"),
         # what breaks a server of ours
-        ("nnodes", 2, "nnodes = 2; limit: lopd starts a server on one machine"),
+        ("nnodes", 2, "nnodes = 2 cannot be used: lopd starts a server on one machine"),
         ("ssl_keyfile", "key.pem", "lopd sends requests to its own servers over http"),
         ("load_format", "dummy", "the weights would be random numbers"),
         (
             "delete_ckpt_after_loading",
             True,
             (
-                "delete_ckpt_after_loading = true; limit: it deletes the model's folder; "
+                "delete_ckpt_after_loading = true cannot be used: it deletes the model's folder; "
                 "remedy: remove this argument"
             ),
         ),
@@ -152,7 +168,7 @@ def test_fields_are_found_where_sglang_0_5_22_has_them(newer: Path) -> None:
     check_extra_args({"schedule_policy": "hrrn", "page_size": 16, "hicache": "whatever"}, fields)
     for extra, said in (
         ({"schedule_policy": "fcfs"}, "limit: one of lpm, hrrn"),
-        ({"page_size": "16"}, "page_size = '16'; limit: a whole number; remedy"),
+        ({"page_size": "16"}, "page_size = '16' has a wrong type; limit: a whole number; remedy"),
         ({"tensor_parallel_size": 2}, "is set by lopd"),
         (
             {"torchao_config": "int4wo"},

@@ -215,7 +215,7 @@ def test_clients_of_other_processes_are_told_that_it_is_the_end(frail: Frail) ->
         EngineError,
         match=(
             r"log: the student server died 2 times in a row .* its log ends: the last line; "
-            r"limit: sglang.restarts = 1"
+            r"limit: at most sglang.restarts = 1"
         ),
     ):
         list(elsewhere.generate(sampling_requests(2), sampling()))

@@ -203,7 +203,7 @@ def test_a_server_stopped_while_it_starts_is_not_waited_for_as_long_as_a_slow_on
 
     with pytest.raises(
         EngineError,
-        match=r"was stopped \(SIGSTOP\) while it started.*limit: sglang.hang_timeout_s = 1",
+        match=r"was stopped \(SIGSTOP\) while it started.*limit: at most sglang.hang_timeout_s = 1",
     ):
         server.start(stop)
     assert not group_alive(groups[0])

@@ -128,7 +128,7 @@ def test_answers_of_known_formats(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["   ", "None", "nan", "\n", 5, float("nan"), [], ["5"]])
 def test_our_own_form_refuses_what_is_no_answer(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path / "own.jsonl", [{"prompt_id": "a", "question": "q", "answer": value}])
-    with pytest.raises(DataError, match=r"own.jsonl:1: answer is ") as caught:
+    with pytest.raises(DataError, match=r"own.jsonl:1: (the )?answer is ") as caught:
         read_prompts(PromptSet(file=path), "math")
     assert caught.value.remedy
 

@@ -244,7 +244,7 @@ def test_messages_end_with_the_user(tmp_path: Path) -> None:
         (
             {"format": "fields", "fields": {"query": "a"}},
             ConfigError,
-            "query = 'a'; limit: the names question",
+            "query = 'a' is not allowed; limit: the names question",
         ),
         ({"format": "fields", "fields": {"question": 3}}, ConfigError, "question = 3"),
         (

@@ -140,7 +140,7 @@ def _refuse_reserved(name: str, where: str) -> None:
         section = where.removesuffix("megatron")
         knob = f"sft.{KNOBS[name]}" if KNOBS[name] == "init_std" else section + KNOBS[name]
         raise ConfigError(
-            f"{name} cannot be set here: the knob {knob} sets it",
+            f"{name} is set by the knob {knob}",
             where=where,
             remedy=f"set {knob} instead",
         )
@@ -150,9 +150,7 @@ def _refuse_reserved(name: str, where: str) -> None:
     elif name in TRAINER:
         setter = f"the trainer ({TRAINER[name]})"
     if setter is not None:
-        raise ConfigError(
-            f"{name} cannot be set here: {setter} sets it", where=where, remedy="remove this field"
-        )
+        raise ConfigError(f"{name} is set by {setter}", where=where, remedy="remove this field")
 
 
 def _value(name: str, value: Any, hint: Any, where: str) -> Any:

@@ -25,8 +25,8 @@ def run_on_first_rank(action: Callable[[], T]) -> T:
     """Run an action on rank 0 and return its result on every rank. Collective.
 
     Args:
-        action: It is called on rank 0 alone. Its result is sent to the other ranks, so it must be
-            small and plain.
+        action: A function that is called only on rank 0. Its result is sent to the other ranks, so
+            it must be small and plain.
 
     Raises:
         LopdError: The action raised it. Every rank raises it. Other errors of the action are

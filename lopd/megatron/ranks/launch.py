@@ -69,7 +69,7 @@ def run_ranks(
         log: What the ranks write to stdout and stderr is appended to this file.
         timeout_s: The seconds without a heartbeat after which a rank counts as lost.
         env: The environment of the ranks. None: the environment of this process.
-        on_line: It is called with each line of the ranks' output.
+        on_line: A function that is called with each line of the ranks' output.
         stop: Another thread sets this event to end all ranks.
         node: This machine, if the training takes several (lopd.megatron.ranks.nodes). Each machine
             runs an equal part of the ranks. The first one announces itself beside the log.

@@ -187,7 +187,8 @@ def await_announcement(
 
     Args:
         path: The file of the announcement.
-        done: It says whether there is nothing to join any more. It is asked before each look.
+        done: A function that returns whether there is nothing to join any more. It is called before
+            each look.
         interval_s: The seconds between two looks.
 
     Returns:

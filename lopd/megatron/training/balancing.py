@@ -24,7 +24,7 @@ def balancing_coefficient(
 
     Args:
         moe_aux_loss: The coefficient of that mean.
-        objective: It says how many items the step is divided by.
+        objective: The objective. It has the number of items that the step is divided by.
         microbatches: The microbatches of this data rank.
     """
     # Megatron's router multiplies the loss of a microbatch by the tokens on its rank, and

@@ -27,8 +27,9 @@ class _Offloaded:
 
     Attributes:
         storage: The storage.
-        num_bytes: Its size when it is back.
-        copy: Its content on the host, uint8 [num_bytes]. None if the content is not kept.
+        num_bytes: The size of the storage when it is on the device.
+        copy: The content of the storage on the host, uint8 [num_bytes]. None if the content is not
+            kept.
     """
 
     storage: torch.UntypedStorage
@@ -50,7 +51,7 @@ class DeviceMemory:
 
         Args:
             model: Megatron-Core's DistributedDataParallel.
-            optimizer: Its chained optimizer.
+            optimizer: The chained optimizer of the model.
         """
         self._model = model
         self._optimizer = optimizer

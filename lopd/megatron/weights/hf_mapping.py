@@ -52,9 +52,9 @@ class Weight:
             query, key and value, interleaved by key-value head. "gate_up": it holds the rank's rows
             of gate, then those of up.
         kv_heads: The number of key-value heads of the model, for the layout "qkv".
-        expert: It is split over expert-tensor ranks instead of tensor ranks.
-        copy: It is a second holder of a tensor that another parameter exports: tied embeddings on
-            the last pipeline stage.
+        expert: Whether it is split over expert-tensor ranks instead of tensor ranks.
+        copy: Whether it is a second copy of a tensor that another parameter exports: tied
+            embeddings on the last pipeline stage.
         num_rows: The rows of the Hugging Face tensor, if the parameter has more. The rows past it
             are zeros, and their number is the same in every layout. 0 means that none were added.
     """
