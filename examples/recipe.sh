@@ -75,7 +75,8 @@ check_machine() {
     say "does this machine have what $recipe needs?"
     local also=() source
     for source in "$@"; do also+=(--also "$source"); done
-    lopd doctor "$config" "${overrides[@]}" "${also[@]}"
+    # 3 means that nothing is wrong, and the next step has something to download.
+    lopd doctor "$config" "${overrides[@]}" "${also[@]}" || [ $? = 3 ]
 }
 
 # fetch_all NAME ...: those of the configuration, and these

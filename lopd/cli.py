@@ -17,8 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lopd import __version__
-from lopd.config import InvalidConfig, known_keys, load_config, nearest_key
-from lopd.errors import EXIT_CODE, ConfigError, LopdError
+from lopd.config import InvalidConfig, known_keys, load_config
+from lopd.errors import EXIT_CODE, EXIT_NOT_FETCHED, LopdError, NotFetched
 from lopd.verbs.arguments import HELP_OPTIONS, AsJson, ConfigFile, Overrides, VerbGroup
 from lopd.verbs.audit import audit
 from lopd.verbs.cache import app as cache_app
@@ -27,6 +27,7 @@ from lopd.verbs.evaluate import evaluate
 from lopd.verbs.generate import CHAT_EPILOG, GENERATE_EPILOG, chat, generate
 from lopd.verbs.init import EPILOG as INIT_EPILOG
 from lopd.verbs.init import init
+from lopd.verbs.knobs import knobs
 from lopd.verbs.launch import launch, with_place
 from lopd.verbs.parity import parity
 from lopd.verbs.pipeline import run_stages
@@ -203,50 +204,28 @@ def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fal
 
     Reads CONFIG, and the models and prompts that it names. The command first checks keys, types and
     bounds. It then checks models, tokenizers, layouts, prompts, demonstrations, servers and ports,
-    folders and disk. It ends with exit code 2 if something is wrong.
+    folders and disk. The exit code is 2 if something is wrong, and 3 if nothing is wrong but lopd
+    fetch must download something first.
     """
-    rows: list[dict[str, Any]]
     try:
         loaded = load_config(config, overrides or [])
     except InvalidConfig as error:
         # Without a valid configuration there is nothing that the other checks could look at.
-        rows = [
-            {"name": "configuration", "ok": False, "finding": str(mistake)}
-            for mistake in error.mistakes
-        ]
-    else:
-        from lopd import checks
+        mistakes = [("configuration", mistake) for mistake in error.mistakes]
+        show_findings(mistakes, config, as_json=as_json)
+        return
+    from lopd import checks
+    from lopd.report.waiting import Waiting
 
-        rows = checks.as_rows(loaded)
-    show_findings(rows, as_json=as_json)
+    with Waiting() as waiting:
+        found = checks.check(loaded, begin=lambda name: waiting.begin(f"looking at: {name}"))
+        show_findings(found, config, as_json=as_json)
 
 
-@app.command(epilog="Example:  lopd knobs distill.optimizer")
-def knobs(
-    prefix: Annotated[
-        str,
-        typer.Argument(
-            metavar="PREFIX", help="Show only keys that start with this.", show_default=False
-        ),
-    ] = "",
-) -> None:
-    """List every knob of a configuration: key, default, type, bounds and meaning.
-
-    The command reads no file and writes none.
-    """
-    from lopd.report.knobs import knob_lines
-
-    # A prefix, not a pattern: distill.optimizer shows the knobs of one table.
-    chosen = {key: field for key, field in known_keys().items() if key.startswith(prefix)}
-    if not chosen:
-        raise ConfigError(
-            f"no knob starts with {prefix!r:.80}",
-            where="lopd knobs",
-            # A mistyped key is the usual reason, so the line ends with what was probably meant.
-            remedy=f"the nearest known key is {nearest_key(prefix)}",
-        )
-    for line in knob_lines(chosen):
-        typer.echo(line)
+app.command(
+    epilog="Example:  lopd knobs distill.optimizer   lopd knobs --search checkpoint   "
+    "lopd knobs --changed examples/tiny_moe.toml"
+)(knobs)
 
 
 def _print_version(wanted: bool) -> None:
@@ -323,12 +302,12 @@ def _explain_usage(error: Any) -> LopdError:
     return LopdError(what[:1].lower() + what[1:], where=command, remedy=remedy)
 
 
-def _fail(error: LopdError) -> NoReturn:
+def _fail(error: LopdError, code: int = EXIT_CODE) -> NoReturn:
     # rich takes a while to import, and most calls end without an error.
     from lopd.report.console import show_error
 
     show_error(error)
-    sys.exit(EXIT_CODE)
+    sys.exit(code)
 
 
 def _prepare_process() -> None:
@@ -359,6 +338,8 @@ def main() -> None:
     try:
         # Without its standalone mode, click raises its errors instead of printing them in a box.
         sys.exit(app(standalone_mode=False))
+    except NotFetched as error:
+        _fail(error, EXIT_NOT_FETCHED)
     except LopdError as error:
         _fail(error)
     except _USAGE_ERROR as error:

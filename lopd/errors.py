@@ -8,6 +8,8 @@ from __future__ import annotations
 
 # 1 is what Python itself exits with after an unexpected error. A script can tell the two apart.
 EXIT_CODE = 2
+# Nothing is wrong, but something must be downloaded first (see NotFetched).
+EXIT_NOT_FETCHED = 3
 
 
 class LopdError(Exception):
@@ -62,3 +64,11 @@ class EngineError(LopdError):
 
 class TrainingError(LopdError):
     """The trainer cannot start or continue."""
+
+
+class NotFetched(ConfigError, DataError):
+    """A model or a prompt file has a name on the hub and is not on this machine yet.
+
+    Nothing is wrong: ``lopd fetch`` downloads it. A command that ends with this error alone has the
+    exit code 3.
+    """

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from lopd.report.console import print_line
 from lopd.stages.context import StageContext
 from lopd.stages.evaluate import LONGER
 from lopd.stages.order import STAGES, is_needed, stage_named
+from lopd.stages.progress import Progress, progress_of
 from lopd.stages.reuse import default_of, inspect, reusable, supersede
 from lopd.stages.training import follow_trainings
 from lopd.summary import Outcome
@@ -140,8 +142,8 @@ def follow(config: Config, name: str, index: int, count: int) -> None:
 def status(config: Config) -> list[dict[str, Any]]:
     """Return a row for each stage, without changing anything.
 
-    A row has name, state, rows, seconds, fingerprint and a note: the keys that differ, or what is
-    damaged.
+    A row has name, state, progress (unit, done, total and part, if it is begun), rows, seconds,
+    fingerprint and a note: the keys that differ, or what is damaged.
     """
     rows: list[dict[str, Any]] = []
     identities: dict[str, ModelIdentity] = {}
@@ -160,20 +162,29 @@ def load_hashes(config: Config) -> None:
 
 def _status_row(context: StageContext) -> dict[str, Any]:
     row: dict[str, Any] = {"name": context.stage.name}
+    progress: Progress | None = None
     # One damaged stage must not hide the state of the others.
     try:
         state, differs = inspect(context)
         manifest = read_manifest(context.folder) if state != "absent" else None
         num_rows = manifest.rows if manifest is not None else 0
         if state == "partial":
+            progress = progress_of(context)
             # The manifest of an artifact that is being made does not list its newest shards.
             num_rows = published_rows(context.folder)
     except LopdError as error:
-        damaged = {"state": "damaged", "rows": 0, "seconds": None, "fingerprint": ""}
+        damaged = {
+            "state": "damaged",
+            "progress": None,
+            "rows": 0,
+            "seconds": None,
+            "fingerprint": "",
+        }
         return {**row, **damaged, "note": str(error)}
     return {
         **row,
         "state": state,
+        "progress": None if progress is None else {**asdict(progress), "text": str(progress)},
         "rows": num_rows,
         "seconds": _read_table(context.folder / _SECONDS).get("seconds"),
         "fingerprint": manifest.fingerprint[:12] if manifest else "",

@@ -10,6 +10,7 @@ import pytest
 
 from lopd import checks
 from lopd.config import load_config
+from lopd.errors import LopdError
 from tests.stand_ins import StandIns
 
 
@@ -26,7 +27,7 @@ def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> StandIns:
 def wrong(config: Path, *overrides: str) -> list[str]:
     """Every finding of lopd check that is wrong, with the name of its check."""
     return [
-        f"{row['name']} | {row['finding']}"
-        for row in checks.as_rows(load_config(config, overrides))
-        if not row["ok"]
+        f"{name} | {finding}"
+        for name, finding in checks.check(load_config(config, overrides))
+        if isinstance(finding, LopdError)
     ]

@@ -590,11 +590,12 @@ def test_what_can_be_downloaded_is_said_to_be(
         "prompts.opd={file='hf://datasets/a/b@main/c.jsonl'}",
     )
     assert any(
-        line.endswith("remedy: download hf://Qwen/Qwen3-8B@49e3418: lopd fetch CONFIG")
+        line.endswith("remedy: lopd fetch CONFIG, or lopd fetch hf://Qwen/Qwen3-8B@49e3418")
         for line in found
     ), found
     assert any(
-        "no such file; remedy: download hf://datasets/a/b@main: lopd fetch CONFIG" in line
+        "hf://datasets/a/b@main is not downloaded yet; remedy: lopd fetch CONFIG, or lopd fetch "
+        "hf://datasets/a/b@main" in line
         for line in found
     ), found
     assert not any(
@@ -661,7 +662,7 @@ def test_too_little_room(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # type: ignore[attr-defined]
     (line,) = wrong(config)
     assert line.startswith("disk | ")
-    assert "the disk has only 0.00 GiB free; limit: at least about 0.0" in line
+    assert "the disk has only 1 MiB free; limit: at least about 11 MiB" in line
 
 
 def test_every_check_belongs_to_stages_that_exist() -> None:

@@ -60,6 +60,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_project(tmp_path_factory.mktemp("project"))
 
 
+TEACHER = Path(__file__).resolve().parents[1] / "examples/tiny_models/teacher"
+
 # ---- help ----
 
 
@@ -104,9 +106,9 @@ def test_help_lists_every_verb_with_its_sentence() -> None:
 def test_every_verb_teaches(verb: str, here: Callable[..., Result]) -> None:
     shown = " ".join(here(verb, "--help").succeeded().out.split())
     expected = {
-        "knobs": ("PREFIX", "default"),
+        "knobs": ("SECTION", "--search", "--changed", "default"),
         "status": ("outdated", "CONFIG"),
-        "check": ("without starting", "exit code 2"),
+        "check": ("without starting", "exit code is 2"),
         "run": ("reused", "Example:"),
     }
     for fragment in expected.get(
@@ -129,7 +131,7 @@ def test_the_version() -> None:
 
 
 def test_knobs_read_well() -> None:
-    shown = lopd("knobs").succeeded().out
+    shown = lopd("knobs", "--all").succeeded().out
     for line in (
         "distill.num_steps = 150  (whole number, >= 1)",
         "run.dir  (path, required, changes no result)",
@@ -143,29 +145,129 @@ def test_knobs_read_well() -> None:
         r"ge=|Ge\(|BeforeValidator|NoneType|typing|<class|PydanticUndefined", shown
     )
     sections = {key.rpartition(".")[0] for key in known_keys()}
-    listed = {line.split()[0] for line in shown.splitlines() if not line.startswith("    ")}
+    listed = {line.split()[0] for line in shown.splitlines() if line[:1] not in ("", " ", "[")}
     assert listed == set(known_keys()) - sections, "every knob and no section"
 
 
 def test_knobs_of_a_section_and_of_none(here: Callable[..., Result]) -> None:
     shown = here("knobs", "distill.optimizer").succeeded().out
-    assert {line.split()[0] for line in shown.splitlines()[::2]} == {
-        key for key in known_keys() if key.startswith("distill.optimizer.")
-    }
+    assert shown.startswith("[distill.optimizer]  AdamW"), "a heading"
+    listed = [line.split()[0] for line in shown.splitlines()[1:] if not line.startswith(" ")]
+    assert listed == [key for key in known_keys() if key.startswith("distill.optimizer.")]
     here("knobs", "distil.optimiser.lr").refused(
         "no knob starts with 'distil.optimiser.lr'", "distill.optimizer.lr"
     )
 
 
+def test_knobs_without_a_section_lists_the_sections(here: Callable[..., Result]) -> None:
+    shown = here("knobs").succeeded().out
+    assert len(shown.splitlines()) < 50, "no wall"
+    sections = {key.rpartition(".")[0] for key in known_keys()} - {"", "prompts"}
+    assert sections <= {line.split()[0] for line in shown.splitlines() if line.strip()}
+
+
+def test_knobs_by_a_word(here: Callable[..., Result]) -> None:
+    shown = here("knobs", "--search", "Checkpoint").succeeded().out
+    # By the key, and by the meaning alone.
+    assert "sft.checkpoint_every = 50" in shown
+    assert "launch.retries = 2" not in shown, "the control"
+    only = here("knobs", "distill", "--search", "checkpoint").succeeded().out
+    assert "sft.checkpoint_every" not in only
+    assert "distill.checkpoint_every" in only
+    here("knobs", "--search", "nosuchword").refused("no knob has 'nosuchword'", "--search")
+
+
+def test_knobs_that_a_configuration_changes(
+    here: Callable[..., Result], project: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "changed.toml"
+    text = project.read_text(encoding="utf-8")
+    config.write_text(f"{text}\n[export]\nshard_bytes = 123456789\n", "utf-8")
+    shown = here("knobs", "--changed", str(config)).succeeded().out
+    (line,) = (line for line in shown.splitlines() if line.startswith("export.shard_bytes"))
+    assert re.fullmatch(r"export\.shard_bytes = 123456789  \(default: \d+\)", line)
+    assert "distill.advantage_clip" not in shown, "what is not set is not shown"
+    assert "run.dir" in shown
+    assert "(has no default)" in shown
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_knobs_fit_the_terminal(columns: int) -> None:
+    env = {**os.environ, "COLUMNS": str(columns)}
+    for arguments in (("knobs",), ("knobs", "--all")):
+        lines = lopd(*arguments, env=env).succeeded().out.splitlines()
+        assert max(map(len, lines)) <= columns
+        assert max(map(len, lines)) > columns - 12, "the control: the width is used"
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     with subprocess.Popen(
-        [LOPD, "knobs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [LOPD, "knobs", "--all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+# ---- options that become knobs, and what is not downloaded yet ----
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "knob"),
+    [
+        (("--model", "absent"), "--model: no such folder", "models."),
+        (("--out", "/dev/null"), "--out: a file is in the way; remedy: give another --out", "run."),
+        (("--format", "bogus"), "--format = 'bogus'", "prompts.eval"),
+        (("--preset", "bogus"), "--preset = 'bogus'", "evaluate.preset"),
+        (("--task", "bogus"), "--task: unknown task 'bogus'", "task.name"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_error_names_the_option_and_not_the_knob(
+    here: Callable[..., Result], tmp_path: Path, given: tuple[str, str], option: str, knob: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt_id": "1", "prompt": "1+1", "answer": "2"}\n', encoding="utf-8")
+    options = {"--model": str(TEACHER), "--prompts": str(prompts), "--out": str(tmp_path / "out")}
+    words = [word for pair in {**options, given[0]: given[1]}.items() for word in pair]
+    refused = here("evaluate", *words)
+    refused.refused(option)
+    assert knob not in refused.err
+
+
+def test_a_knob_that_was_typed_is_named_as_it_was(here: Callable[..., Result]) -> None:
+    """The control: an override stays what it is."""
+    words = ("--model", str(TEACHER), "--prompts", "p.jsonl", "--out", "out")
+    here("evaluate", *words, "evaluate.temperature=-1").refused("evaluate.temperature = -1")
+
+
+def test_prompts_prepare_names_its_options(here: Callable[..., Result], tmp_path: Path) -> None:
+    words = ("prompts", "prepare", "x.jsonl", "--out", str(tmp_path / "y.jsonl"))
+    refused = here(*words, "--format", "bogus")
+    refused.refused("--format = 'bogus'", "gsm8k")
+    assert "Input should be" not in refused.err
+
+
+def test_what_is_not_downloaded_has_its_own_word_and_exit_code(
+    here: Callable[..., Result],
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOPD_HUB", str(tmp_path / "hub"))
+    absent = "models.teacher=hf://someone/tiny@main"
+    shown = here("check", project, absent)
+    assert shown.code == 3
+    assert re.search(r"(?m)^fetch teacher .*someone/tiny@main is not downloaded yet", shown.out)
+    assert "wrong" not in shown.out
+    assert shown.out.endswith(f"not downloaded yet: lopd fetch {project}\n")
+    assert here("run", project, absent).code == 3
+    # The control: a mistake beside it, and a path that no download can fill.
+    assert here("check", project, absent, "sglang.context_length=99999999").code == 2
+    other = here("check", project, "models.student=absent")
+    assert (other.code, "wrong student" in other.out) == (2, True)
 
 
 # ---- typed wrongly ----

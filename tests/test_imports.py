@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # room -> rooms it may import, besides itself
-CORE = {"errors", "records", "config", "processes"}
+CORE = {"errors", "records", "config", "processes", "deferred", "devices"}
 PURE = {*CORE, "artifacts", "cache", "objective", "batching"}
 MEGATRON = {
     "megatron.ranks",
@@ -33,6 +33,8 @@ SGLANG = {
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "processes": set(),
+    "deferred": set(),
+    "devices": set(),
     "records": set(),
     "config": {"errors"},
     "artifacts": {*CORE},
@@ -55,13 +57,13 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {*PURE, *MEGATRON, *SGLANG, "report", "tasks"},
     "pipeline": {*PURE, "report", "stages", "summary"},
     "summary": {*CORE, "artifacts", "report"},
-    "checks": {*PURE, *MEGATRON, *SGLANG, "tasks"},
+    "checks": {*PURE, *MEGATRON, *SGLANG, "planning", "tasks"},
     "planning": {*CORE, *MEGATRON},
     "entry": {*CORE, "artifacts", "checks", "pipeline", "stages", "summary"},
     "launching": {*CORE, "artifacts"},
     "machine": {*CORE, "planning"},
     "smoke": {*PURE, *MEGATRON, *SGLANG, "report", "stages"},
-    "verbs": set(),
+    "verbs": {"errors"},
     "verbs.audit": {*CORE, "artifacts", "audit", "audit.scores", "cache", "report", "verbs"},
     "verbs.cache": {
         *CORE,
@@ -99,6 +101,7 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.parity": {*CORE, *MEGATRON, *SGLANG, "artifacts", "audit", "cache", "report", "verbs"},
     "verbs.pipeline": {*CORE, "entry", "report"},
     "verbs.plan": {*CORE, "checks", "planning", "report", "verbs"},
+    "verbs.knobs": {*CORE, "report"},
     "verbs.prepare": {*CORE, "machine", "report", "verbs"},
     "verbs.prompts": {*CORE, "tasks", "verbs"},
     "cli": {
@@ -112,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.evaluate",
         "verbs.generate",
         "verbs.init",
+        "verbs.knobs",
         "verbs.launch",
         "verbs.parity",
         "verbs.pipeline",

@@ -5,14 +5,16 @@ hides another.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lopd import checks
 from lopd.config import Config, load_config
 from lopd.config.hub import hub_folder, hub_name, local_path
-from lopd.errors import LopdError
+from lopd.errors import LopdError, NotFetched
 from lopd.machine import doctor, hub, versions
 from lopd.machine.facts import Facts, GpuFact, parse_gpus
 from lopd.planning.hardware import gpu_of_device
@@ -48,7 +50,15 @@ def wrong(config: Config, facts: Facts) -> list[tuple[str, str]]:
     return [
         (name, str(finding))
         for name, finding in doctor.findings(config, facts)
-        if isinstance(finding, LopdError)
+        if isinstance(finding, LopdError) and not isinstance(finding, NotFetched)
+    ]
+
+
+def to_fetch(config: Config, facts: Facts) -> list[str]:
+    return [
+        str(finding)
+        for _, finding in doctor.findings(config, facts)
+        if isinstance(finding, NotFetched)
     ]
 
 
@@ -82,6 +92,36 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
     assert [name for name, _ in wrong(trial, with_gpus)] == ["GPUs"]
 
 
+def test_what_is_not_downloaded_yet_is_not_wrong(config: Config, tmp_path: Path) -> None:
+    """The hub has everything, or may not be asked: both are no mistake, and both are said."""
+    has_all = to_fetch(config, facts_of(config, tmp_path))
+    assert has_all
+    assert all("the hub has it; remedy: lopd fetch CONFIG" in line for line in has_all)
+    switched_off = facts_of(config, tmp_path, hub={})
+    assert wrong(config, switched_off) == []
+    assert all("downloads are switched off" in line for line in to_fetch(config, switched_off))
+    # The control: the hub was asked and does not have it.
+    unknown = dict.fromkeys(facts_of(config, tmp_path).hub, "404")
+    assert {name for name, _ in wrong(config, facts_of(config, tmp_path, hub=unknown))} == {
+        "sources"
+    }
+
+
+def test_check_and_doctor_have_one_judge_of_the_disks(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the models on the hub still, both count them, and both say the same words."""
+    for free in (20 * TIB, TIB):
+        disks = dict.fromkeys((config.run.dir, hub_folder()), (1, free))
+        facts = facts_of(config, tmp_path, disks=disks)
+        (seen,) = [text for name, text in doctor.findings(config, facts) if name == "disk"]
+        monkeypatch.setattr(sys.modules["lopd.checks.folders"], "disk_of", disks.__getitem__)
+        (checked,) = [text for name, text in checks.check(config) if name == "disk"]
+        assert str(seen) == str(checked)
+        assert isinstance(seen, LopdError) == (free == TIB), "the control: it depends on the disk"
+    assert f"{config.run.dir} and {hub_folder()}" in str(seen)
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "expected"),
     [
@@ -104,7 +144,7 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
         ),
         ({"gpus": (dataclasses.replace(H100, memory=24 * 2**30),) * 8}, "memory", "does not fit"),
         ({"host_memory": TIB // 4}, "memory", "largest term: optimizer"),
-        ({"disks": {}}, "disk", "0 GiB free"),
+        ({"disks": {}}, "disk", "0 MiB free"),
         ({"cuda": None}, "driver", "has no CUDA"),
         (
             {"gpus": (dataclasses.replace(H100, driver="550.54.15"),) * 8},
@@ -145,7 +185,6 @@ def test_a_trial_on_a_cpu_asks_for_no_gpu(config: Config, tmp_path: Path) -> Non
                 "13.2.0.9"
             ),
         ),
-        ({"hub": {}}, "sources", "downloads are switched off"),
     ],
 )
 def test_each_thing_that_is_wrong(
@@ -163,7 +202,7 @@ def test_all_that_is_wrong_is_told_at_once(config: Config, tmp_path: Path) -> No
             config, Facts(gpus_problem="nvidia-smi is not installed", locked_memory=1)
         )
     ]
-    assert {"GPUs", "memory", "disk", "driver", "limits", "versions", "sources"} <= set(names)
+    assert {"GPUs", "memory", "disk", "driver", "limits", "versions"} <= set(names)
 
 
 def test_run_and_downloads_may_share_a_disk(config: Config, tmp_path: Path) -> None:
@@ -194,9 +233,9 @@ def test_what_the_hub_does_not_have(config: Config, tmp_path: Path) -> None:
 
 def test_what_is_here_is_not_asked_for(config: Config, tmp_path: Path) -> None:
     facts = facts_of(config, tmp_path, hub={})
-    before = len(wrong(config, facts))
+    before = len(to_fetch(config, facts))
     local_path("hf://Qwen/Qwen3-30B-A3B-Base@main").mkdir(parents=True)
-    assert len(wrong(config, facts)) == before - 1
+    assert len(to_fetch(config, facts)) == before - 1
 
 
 def test_nvidia_smis_lines() -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from lopd.artifacts.fingerprints import (
     identify_model,
+    identify_tokenizer,
     sha256_file,
     sha256_json,
     software_versions,
@@ -45,7 +46,7 @@ from lopd.artifacts.publishing import (
     storage_errors,
 )
 from lopd.artifacts.reader import published_rows, read_shard, verify
-from lopd.artifacts.writer import ArtifactWriter, Share
+from lopd.artifacts.writer import ArtifactWriter, Share, expected_shards
 
 __all__ = [
     "EXPORT_MARK",
@@ -55,9 +56,11 @@ __all__ = [
     "ArtifactWriter",
     "Share",
     "check_replaceable",
+    "expected_shards",
     "fingerprint",
     "fsync_folder",
     "identify_model",
+    "identify_tokenizer",
     "origin_of",
     "publish_bytes",
     "publish_json",

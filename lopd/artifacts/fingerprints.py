@@ -79,6 +79,23 @@ def identify_model(folder: str | Path) -> ModelIdentity:
     )
 
 
+def identify_tokenizer(folder: Path) -> ModelIdentity:
+    """Identify the tokenizer of a Hugging Face folder alone. No weight is read.
+
+    The fingerprint of the weights is empty. check_same_tokenizer does not ask for it.
+
+    Raises:
+        ArtifactError: tokenizer_config.json is damaged.
+    """
+    tokenizer = folder / "tokenizer.json"
+    return ModelIdentity(
+        path=str(folder),
+        weights="",
+        tokenizer=sha256_file(tokenizer) if tokenizer.is_file() else "",
+        template=hashlib.sha256(_chat_template(folder)).hexdigest(),
+    )
+
+
 def _chat_template(folder: Path) -> bytes:
     """Return the chat template of a model, in the form that its fingerprint is made of."""
     path = folder / "chat_template.jinja"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,27 @@ from lopd.artifacts.manifests import (
     read_manifest,
     write_manifest,
 )
-from lopd.artifacts.publishing import publish_bytes, storage_errors
+from lopd.artifacts.publishing import publish_bytes, publish_json, storage_errors
 from lopd.artifacts.reader import parse_shard
 from lopd.errors import ArtifactError
 from lopd.records import Manifest, ModelIdentity, ShardInfo
 
+# The file in an artifact's folder that says how many shards it will have.
+EXPECTED = "expected.json"
 # The key of a manifest's `extra` that keeps the shard size for a later writer.
 _SHARD_SIZE = "shard_size"
 # A reader decodes a whole row group to get one response. A row group has about this many tokens.
 _ROW_GROUP_TOKENS = 16384
+
+
+def expected_shards(folder: Path) -> int | None:
+    """Return how many shards the artifact in a folder will have; None if nothing says so."""
+    try:
+        count = json.loads((folder / EXPECTED).read_text(encoding="utf-8"))["shards"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # The file is a convenience, and older artifacts have none.
+        return None
+    return count if isinstance(count, int) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +187,13 @@ class ArtifactWriter:
         """The indices of the shards that are on disk."""
         return self._published
 
+    def expect(self, num_shards: int) -> None:
+        """Say how many shards the artifact will have, for those who ask how far it is.
+
+        The number decides nothing, so it is in a file of its own and not in the manifest.
+        """
+        publish_json(self.folder / EXPECTED, {"shards": num_shards})
+
     def missing(self, num_shards: int) -> list[int]:
         """Return the indices below num_shards that this writer still has to publish."""
         return [
@@ -238,6 +258,7 @@ class ArtifactWriter:
             complete=True,
             extra={**self._manifest.extra, **as_json(extra)},
         )
+        (self.folder / EXPECTED).unlink(missing_ok=True)
         # The fingerprint is of the manifest with all its shards, so it is put in last.
         manifest = dataclasses.replace(manifest, fingerprint=fingerprint(manifest))
         write_manifest(self.folder, manifest)

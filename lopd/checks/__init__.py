@@ -7,7 +7,6 @@ write nothing. Each file has one subject, and each check yields findings.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 from lopd.artifacts.file_hashes import HASHES, STORE
 from lopd.checks import combinations
@@ -34,7 +33,7 @@ from lopd.checks.training import (
     scorer,
 )
 from lopd.config import Config
-from lopd.errors import LopdError
+from lopd.errors import LopdError, NotFetched
 
 # Stages that need a server.
 SERVING = ("demonstrate", "rollout", "score", "distill", "evaluate")
@@ -81,7 +80,9 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
 }
 
 
-def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Finding]]:
+def check(
+    config: Config, stage: str | None = None, *, begin: Callable[[str], None] = lambda name: None
+) -> Iterator[tuple[str, Finding]]:
     """Run every check, or those that matter to one stage.
 
     A check that fails does not keep any other from running.
@@ -89,6 +90,7 @@ def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Findi
     Args:
         config: The configuration.
         stage: The only stage that will run. None means all of them.
+        begin: Called with the name of each check before it runs.
 
     Yields:
         The name of the check, and a finding.
@@ -103,6 +105,7 @@ def check(config: Config, stage: str | None = None) -> Iterator[tuple[str, Findi
     for name, (function, matters_to) in CHECKS.items():
         if stage is not None and stages.isdisjoint(matters_to):
             continue
+        begin(name)
         try:
             for finding in function(config):
                 yield name, finding
@@ -154,15 +157,9 @@ def check_all(config: Config, stage: str | None = None) -> None:
     if not problems:
         return
     # The first problem is often the cause of the others, so it alone is shown in full.
-    first = problems[0]
+    # What is only not downloaded yet is no cause of anything, so a real problem goes before it.
+    wrong = [problem for problem in problems if not isinstance(problem, NotFetched)]
+    first = (wrong or problems)[0]
     more = f" (and {len(problems) - 1} more: lopd check shows all)" if len(problems) > 1 else ""
     # The same class, so that callers can still tell a ConfigError from a ConsistencyError.
     raise type(first)(first.what + more, where=first.where, limit=first.limit, remedy=first.remedy)
-
-
-def as_rows(config: Config) -> list[dict[str, Any]]:
-    """Run all checks, and return one dict for each finding, with the keys name, ok and finding."""
-    return [
-        {"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)}
-        for name, finding in check(config)
-    ]

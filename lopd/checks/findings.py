@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from lopd.config import Config
+from lopd.devices import num_gpus
 from lopd.errors import LopdError
 from lopd.megatron.weights.architecture import Architecture, read_architecture
 
@@ -85,9 +86,7 @@ def devices_for(config: Config) -> tuple[int, str]:
 
 def devices() -> tuple[int, str]:
     """Return how many processes this machine can run at once, and on what."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count(), "GPUs"
+    if count := num_gpus():
+        return count, "GPUs"
     # Not os.cpu_count(): a container or a job may use fewer cores than the machine has.
     return len(os.sched_getaffinity(0)), CORES

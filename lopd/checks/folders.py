@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,7 @@ from lopd.artifacts import EXPORT_MARK, MANIFEST, check_replaceable, read_manife
 from lopd.checks.findings import ALL_STAGES, Finding, attempt
 from lopd.config import Config
 from lopd.errors import ConfigError, LopdError
-
-_GIB = 2**30
-# Times the bytes of the weights that a checkpoint to resume from has: the weights, and two moments
-# of AdamW in float32.
-_CHECKPOINT_COPIES = 3
-# Times the bytes of the weights for the exported models and the weight syncs by disk together.
-_MODEL_COPIES = 6
+from lopd.planning.disk import disk_of, judge_room, room_needed
 
 
 def folders(config: Config) -> Iterator[Finding]:
@@ -109,28 +102,11 @@ def _check_writable(folder: Path, key: str) -> None:
 
 
 def disk(config: Config) -> Iterator[Finding]:
-    """Check that there is room for checkpoints, exports and syncs.
-
-    The estimate follows from the size of the student's weights. lopd plan has a finer one.
-    """
-    # The size of the files, so that no model has to be built for an estimate.
-    weights = sum(path.stat().st_size for path in config.models.student.glob("*.safetensors"))
-    # Each training has one checkpoint more while the newest is written.
-    checkpoints = config.sft.keep_checkpoints + config.distill.keep_checkpoints + 2
-    needed = weights * (_CHECKPOINT_COPIES * checkpoints + _MODEL_COPIES)
+    """Check that there is room for what the run publishes, and for models to fetch."""
     try:
-        parent = next(
-            folder for folder in (config.run.dir, *config.run.dir.parents) if folder.is_dir()
-        )
-    except OSError:
-        # The check of the folders has said so.
+        needs = room_needed(config)
+        disks = {folder: disk_of(folder) for folder in needs}
+    except (LopdError, OSError):
+        # The checks of the models and of the folders have said so.
         return
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ConfigError(
-            f"the disk has only {free / _GIB:.2f} GiB free",
-            where=str(parent),
-            limit=f"at least about {needed / _GIB:.2f} GiB",
-            remedy="delete files on this disk, or set run.dir to another disk",
-        )
-    yield f"{free / _GIB:.1f} GiB free, about {needed / _GIB:.2f} GiB needed"
+    yield from judge_room(needs, disks)

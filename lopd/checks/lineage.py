@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lopd.artifacts import identify_model, read_manifest, verify
+from lopd.artifacts import identify_model, identify_tokenizer, read_manifest, verify
 from lopd.artifacts import lineage as consistency
 from lopd.cache.reader import CacheReader
 from lopd.checks.findings import Finding, architecture_of
 from lopd.checks.training import batch_problem
 from lopd.config import Config
-from lopd.config.hub import hub_name, remedy_for
+from lopd.config.hub import absent, hub_name
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
@@ -31,15 +31,15 @@ def teachers(config: Config) -> Iterator[Finding]:
     models = config.models
     for domain, folder in models.teachers.items():
         if not folder.is_dir():
-            raise ConfigError(
+            raise absent(
+                folder,
                 f"models.teachers.{domain}: no such folder",
-                where=str(folder),
-                remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
+                otherwise="give the folder of a Hugging Face checkpoint",
             )
         # The headers, which name every tensor.
         yield from inspect_checkpoint(folder, read_architecture(folder)).problems
         # A teacher scores the student's token ids, so the ids must mean the same text.
-        consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))
+        consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, models.student)))
         yield f"{domain}: {folder}"
     if not models.teachers:
         return
@@ -87,7 +87,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
         )
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
     yield from inspect_checkpoint(folder, other).problems
-    consistency.check_same_tokenizer(identify_model(config.models.student), identify_model(folder))
+    consistency.check_same_tokenizer(*map(identify_tokenizer, (config.models.student, folder)))
     # A checkpoint does not say who taught it. Only the user can.
     found = consistency.check_scoring_teacher(
         consistency.declared(_declared_teacher(config)),
@@ -140,10 +140,10 @@ def checkpoint_problems(config: Config, *, to_fetch: bool = False) -> Iterator[C
         )
     # lopd plan is used before lopd fetch, so for it a name on the hub is enough.
     if not folder.is_dir() and not (to_fetch and hub_name(folder) is not None):
-        raise ConfigError(
+        raise absent(
+            folder,
             "sft.checkpoint: no such folder",
-            where=str(folder),
-            remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
+            otherwise="give the folder of a Hugging Face checkpoint",
         )
 
 
@@ -231,7 +231,7 @@ def demonstrations(config: Config) -> Iterator[Finding]:
     _require_known_ids(config, folder)
     if "teacher" in manifest.models and (config.models.student / "config.json").is_file():
         consistency.check_same_tokenizer(
-            manifest.models["teacher"], identify_model(config.models.student)
+            manifest.models["teacher"], identify_tokenizer(config.models.student)
         )
     if config.sft.checkpoint is None:
         yield from batch_problem(config, "sft", manifest.rows)

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from lopd.artifacts import identify_model
+from lopd.artifacts import identify_tokenizer
 from lopd.artifacts import lineage as consistency
 from lopd.checks.findings import ROLES, Finding, Shapes, attempt, shapes_of
 from lopd.config import Config
-from lopd.config.hub import remedy_for
+from lopd.config.hub import absent
 from lopd.errors import ConfigError, DataError, LopdError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
-from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
+from lopd.tasks.light_tokenizer import light_tokenizer
+from lopd.tasks.tokenizer import stop_token_ids
 
 
 def teacher(config: Config) -> Iterator[Finding]:
@@ -32,10 +33,10 @@ def _check_model(config: Config, role: str) -> Iterator[Finding]:
     folder: Path = getattr(config.models, role)
     # A name on the hub has become a path by now, and the remedy says how to fetch it.
     if not folder.is_dir():
-        raise ConfigError(
+        raise absent(
+            folder,
             f"models.{role}: no such folder",
-            where=str(folder),
-            remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
+            otherwise="give the folder of a Hugging Face checkpoint",
         )
     architecture = read_architecture(folder)
     # A student with random weights needs no files of weights.
@@ -97,10 +98,10 @@ def tokenizers(config: Config) -> Iterator[Finding]:
     # The teacher scores the token ids that the student sampled, so both must mean the same text.
     if rows.keys() >= set(ROLES):
         folders = [_folder_of(config, role) for role in ROLES]
-        consistency.check_same_tokenizer(*map(identify_model, folders))
+        consistency.check_same_tokenizer(*map(identify_tokenizer, folders))
         yield "teacher and student share one tokenizer"
     if len(rows) > 1 and not problems:
-        yield _about_rows(rows, len(load_tokenizer(config.models.student)))
+        yield _about_rows(rows, len(light_tokenizer(config.models.student)))
 
 
 def _folder_of(config: Config, role: str) -> Path:
@@ -126,7 +127,7 @@ def _about_rows(rows: Mapping[str, int], num_tokens: int) -> str:
 
 def _check_tokenizer(role: str, folder: Path, rows: Mapping[str, int]) -> str:
     """Check that all tokens, the end tokens too, have a row in the model's embedding."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = light_tokenizer(folder)
     size = rows[role]
     # A vocabulary may be larger than the tokenizer (it is padded), never smaller.
     if len(tokenizer) > size:

@@ -12,7 +12,8 @@ from lopd.config import Config
 from lopd.errors import DataError, LopdError
 from lopd.records import Prompt
 from lopd.tasks import Verifier, get_task
-from lopd.tasks.chat_template import prompt_tokenizer, render_time
+from lopd.tasks.chat_template import render_time, template_folder
+from lopd.tasks.light_tokenizer import light_tokenizer
 from lopd.tasks.prompts import load_prompts, read_prompts
 
 # Prompt set -> the training that learns from its responses, and the stage that samples them.
@@ -29,7 +30,7 @@ def prompts(config: Config) -> Iterator[Finding]:
         names.append("sft")
     task = get_task(config.task.name, config.task.options)
     try:
-        tokenizer = prompt_tokenizer(config)
+        tokenizer = light_tokenizer(template_folder(config))
     except LopdError:
         # The check of the tokenizers has said so. The prompts can still be read.
         tokenizer = None

@@ -15,8 +15,9 @@ from lopd.errors import DataError, LopdError
 from lopd.records import Prompt
 from lopd.tasks import get_task
 from lopd.tasks.chat_template import render_time, template_folder, template_text
+from lopd.tasks.light_tokenizer import light_tokenizer
 from lopd.tasks.prompts import read_prompts, render
-from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.tokenizer import decode
 
 # A context length that no prompt reaches.
 _NO_LIMIT = 2**31 - 1
@@ -97,7 +98,7 @@ class _Renderer:
     folder: Path
 
     def __post_init__(self) -> None:
-        self._tokenizer: Any = load_tokenizer(self.folder)
+        self._tokenizer: Any = light_tokenizer(self.folder)
         self._time = render_time(self.config)
 
     def text(self, prompt: Prompt, prompt_set: PromptSet) -> str:

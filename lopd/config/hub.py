@@ -20,6 +20,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lopd.errors import ConfigError, LopdError, NotFetched
+
 # With one slash: a Path makes one slash of two, so both spellings begin with this.
 PREFIX = "hf:/"
 DATASETS = "datasets"
@@ -115,12 +117,23 @@ def hub_name(path: Path) -> HubName | None:
     return HubName(found["owner"], found["name"], found["revision"], kind == DATASETS)
 
 
-def remedy_for(absent: Path, otherwise: str) -> str:
-    """Return what to do about a model or a prompt file that does not exist.
+def absent(
+    path: Path, what: str, *, otherwise: str, kind: type[LopdError] = ConfigError
+) -> LopdError:
+    """Return the error for a model or a prompt file that does not exist.
 
     Args:
-        absent: The path. If it is one of the hub's, the remedy is to download it.
-        otherwise: The remedy for any other path.
+        path: The path. If it is one of the hub's, nothing is wrong, and the remedy is to download.
+        what: The key and what is missing, for a path that is not the hub's.
+        otherwise: The remedy for such a path.
+        kind: The class for such a path.
     """
-    name = hub_name(absent)
-    return otherwise if name is None else f"download {name}: lopd fetch CONFIG"
+    name = hub_name(path)
+    if name is None:
+        return kind(what, where=str(path), remedy=otherwise)
+    key = what.rpartition(":")[0]
+    return NotFetched(
+        f"{key}: {name} is not downloaded yet" if key else f"{name} is not downloaded yet",
+        where=str(path),
+        remedy=f"lopd fetch CONFIG, or lopd fetch {name}",
+    )

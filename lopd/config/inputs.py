@@ -13,7 +13,7 @@ from lopd.config.base import SPEED_ONLY, FilePath, Section
 
 
 class RunSection(Section):
-    """The table [run]."""
+    """The table [run]: where the run is kept, and its seed."""
 
     # SPEED_ONLY: a run directory may be moved without repeating a stage.
     dir: FilePath = Field(
@@ -41,7 +41,7 @@ class RunSection(Section):
 
 
 class ModelsSection(Section):
-    """The table [models]. A folder may also be a name on the Hugging Face hub (hf://...)."""
+    """The table [models]: the models of the run. A folder may be a name on the hub (hf://...)."""
 
     # Both must have the same tokenizer: the teacher scores the student's tokens.
     teacher: FilePath = Field(
@@ -79,7 +79,7 @@ class ModelsSection(Section):
 
 
 class TaskSection(Section):
-    """The table [task]."""
+    """The table [task]: what is asked, and who judges the answers."""
 
     name: str = Field(
         description=(
@@ -95,7 +95,7 @@ class TaskSection(Section):
 
 
 class PromptSet(Section):
-    """The tables [prompts.sft], [prompts.opd] and [prompts.eval] (docs/tasks.md)."""
+    """The tables [prompts.sft], [prompts.opd], [prompts.eval]: prompts, and how they are read."""
 
     # Where the rows come from, and what their columns mean.
 

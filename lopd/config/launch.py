@@ -10,7 +10,7 @@ from lopd.config.base import SPEED_ONLY, Section
 
 
 class SlurmSection(Section):
-    """The table [launch.slurm]."""
+    """The table [launch.slurm]: jobs of a Slurm cluster."""
 
     # nemo-run demands one, also where a cluster has none.
     account: str = Field(
@@ -90,7 +90,7 @@ class KubernetesSection(Section):
 
 
 class SkypilotSection(Section):
-    """The table [launch.skypilot]."""
+    """The table [launch.skypilot]: jobs of SkyPilot."""
 
     infra: str | None = Field(
         default=None,
@@ -128,7 +128,7 @@ class LaunchSection(Section):
         default="gpu",
         description=(
             "What a job asks for: gpu, or cpu for cores alone. With cpu, lopd doctor looks for no "
-            "GPU, and ranks may share cores, which suits a trial."
+            "GPU, lopd plan estimates no hours, and ranks may share cores, which suits a trial."
         ),
         json_schema_extra=SPEED_ONLY,
     )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lopd.config import Config
-from lopd.config.hub import hub_folder
-from lopd.errors import ConfigError, LopdError
+from lopd.errors import ConfigError, LopdError, NotFetched
 from lopd.machine.facts import OPEN_FILES, Facts
 from lopd.machine.hub import Wanted, named_paths, wanted
 from lopd.machine.versions import MIN_DRIVER, judge_versions
 from lopd.planning import Assumptions, Node, Plan, make_plan
+from lopd.planning.disk import judge_room, room_needed
 from lopd.planning.hardware import Gpu, gpu_of_device
 from lopd.planning.models import planned_models
 from lopd.planning.stages import TRAINED, ranks_of_a_node
@@ -27,10 +27,8 @@ _GIB = 2**30
 SHM_PER_GPU = _GIB
 # Bytes that a GPU may show as used although no program uses it: the driver itself, and displays.
 _USED_BY_NOBODY = 2 * _GIB
-# Bytes of a disk without a limit. _judge_disk judges the real disks.
+# Bytes of a disk without a limit. judge_room judges the real disks.
 _ANY_DISK = 2**60
-# Bytes of a parameter in a published checkpoint, which is bfloat16.
-_FETCHED_BYTES = 2.0
 # If the machine has no GPU, the plan is made for the GPU that the recipes are written for.
 _USUAL_DEVICE = "NVIDIA H100 80GB HBM3"
 
@@ -106,7 +104,7 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
             where="this machine",
             limit=f"at least {needed}, the largest number of ranks or servers that run at once",
             remedy="use a machine with more GPUs, or run lopd plan CONFIG --gpus N --suggest to "
-            "find a layout",
+            "find a layout; for a trial on the CPU, set launch.device=cpu",
         )
     # A MIG instance looks like a GPU to torch, and the error would come only from NCCL.
     if any(gpu.mig for gpu in gpus):
@@ -138,7 +136,10 @@ def _judge_gpus(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
 def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     """Yield the plan's verdict on the memory of the GPUs and of the machine."""
     if _is_cpu_trial(config, facts):
-        yield "not judged: the plan is one of GPUs, and launch.device is cpu"
+        yield (
+            f"{facts.host_memory / _GIB:.1f} GiB; what the run takes is not estimated "
+            "(launch.device is cpu, and the plan's sizes are those of GPUs)"
+        )
         return
     if plan is None:
         return
@@ -162,33 +163,9 @@ def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
 
 def _judge_disk(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
     """Yield whether there is room for the run, and for the models that are still to be fetched."""
-    if plan is None:
-        return
-    # Prompt files are small beside models, and are not counted.
-    missing = {item.key for item in wanted(config) if not item.is_there}
-    models = {"models.teacher": plan.teacher_total, "models.student": plan.total}
-    to_fetch = sum(count for key, count in models.items() if key in missing) * _FETCHED_BYTES
-    needs = {config.run.dir: sum(plan.disk.values()), hub_folder(): to_fetch}
-    # If both folders are on one disk, it must have room for the sum.
-    folders_of: dict[int, list[Path]] = {}
-    for folder in needs:
-        disk, _ = facts.disks.get(folder, (0, 0))
-        folders_of.setdefault(disk, []).append(folder)
-    # One finding for each disk, not for each folder.
-    for folders in folders_of.values():
-        needed = sum(needs[folder] for folder in folders)
-        _, free = facts.disks.get(folders[0], (0, 0))
-        where = " and ".join(map(str, folders))
-        # The plan's figure is an estimate, therefore "about".
-        if free < needed:
-            yield ConfigError(
-                f"the disk has only {free / _GIB:,.0f} GiB free",
-                where=where,
-                limit=f"at least about {needed / _GIB:,.0f} GiB",
-                remedy="delete files on this disk, or set run.dir and LOPD_HUB to other disks",
-            )
-        else:
-            yield f"{where}: {free / _GIB:,.0f} GiB free, about {needed / _GIB:,.0f} GiB needed"
+    # Without a plan the shape of a model is not known.
+    if plan is not None:
+        yield from judge_room(room_needed(config), facts.disks)
 
 
 def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
@@ -200,7 +177,8 @@ def _judge_driver(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
         yield ConfigError(
             "the installed torch has no CUDA",
             where="torch",
-            remedy="use the image (docker/), or install the requirements for a GPU",
+            remedy="use the image (docker/), or install the requirements for a GPU; for a trial on "
+            "the CPU, set launch.device=cpu",
         )
         return
     # Without a GPU there is no driver to judge, and _judge_gpus says so.
@@ -298,8 +276,8 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
         )
     # gather() asks the hub for everything that is missing, unless downloads are forbidden.
     if item.name not in facts.hub:
-        return ConfigError(
-            f"{key}: {item.name} is not on this machine, and downloads are switched off",
+        return NotFetched(
+            f"{key}: {item.name} is not downloaded yet, and downloads are switched off",
             where=str(item.path),
             remedy="unset HF_HUB_OFFLINE and run lopd fetch CONFIG, or copy the files there by "
             "other means",
@@ -310,7 +288,11 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
             where="hub",
             remedy="check the name, the revision, the network and the login",
         )
-    return f"{key}: {item.name} is on the hub (lopd fetch CONFIG)"
+    return NotFetched(
+        f"{key}: {item.name} is not downloaded yet; the hub has it",
+        where=str(item.path),
+        remedy="lopd fetch CONFIG",
+    )
 
 
 def _paths_to_read(config: Config) -> dict[str, Path]:

@@ -18,8 +18,10 @@ from pathlib import Path
 from lopd import processes
 from lopd.config import Config
 from lopd.config.hub import HubName, hub_folder
+from lopd.devices import torch_cuda
 from lopd.machine.hub import Wanted, offline, wanted
 from lopd.machine.versions import PACKAGES
+from lopd.planning.disk import disk_of
 
 # Open files that one process must be allowed, an estimate. A server has a connection for each
 # request, and weights, logs and sockets of its processes besides.
@@ -108,9 +110,9 @@ def gather(config: Config, also: Sequence[Wanted] = ()) -> Facts:
         # limit of pinned memory, because nothing raises that one.
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        disks={folder: _disk(folder) for folder in (config.run.dir, hub_folder())},
+        disks={folder: disk_of(folder) for folder in (config.run.dir, hub_folder())},
         versions={name: _version(name) for name in PACKAGES},
-        cuda=_torch_cuda(),
+        cuda=torch_cuda(),
         ports_taken=tuple(port for port in ports if processes.port_taken(port)),
         hub={} if offline() else {name: _ask_hub(name) for name in sorted(missing, key=str)},
     )
@@ -167,26 +169,12 @@ def _host_memory() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def _disk(folder: Path) -> tuple[int, int]:
-    """Return the number of the disk of a folder, and its free bytes."""
-    # The folder itself need not exist yet. The nearest one above it is on the same disk.
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return existing.stat().st_dev, shutil.disk_usage(existing).free
-
-
 def _version(package: str) -> str | None:
     # The installed files are read. Importing the packages would take a minute, or fail.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _torch_cuda() -> str | None:
-    # torch knows with which CUDA it was built even if no driver is there.
-    import torch
-
-    return torch.version.cuda
 
 
 def _ask_hub(name: HubName) -> str | None:

@@ -5,12 +5,16 @@ Nothing here loops over sequences, and nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.interface import TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 Aggregation: TypeAlias = Literal["response_mean", "token_mean", "token_sum"]
 

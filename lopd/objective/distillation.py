@@ -7,9 +7,7 @@ pulled back to the policy that sampled the rollouts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from lopd.errors import ConfigError
 from lopd.objective.aggregation import Aggregation, token_weights
@@ -19,6 +17,9 @@ from lopd.objective.reference import ReferenceKL
 from lopd.objective.selection import Selection, apply_selections, end_tokens
 from lopd.objective.top_k import TopKKL
 from lopd.objective.weighting import Weighting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TokenLoss(Protocol):

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from lopd.deferred import deferred
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
+
 
 # In nats. e^20 = 4.9e8, whose square, summed over millions of tokens, still fits into a float32.
 LOG_WEIGHT_CAP = 20.0

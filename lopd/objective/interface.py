@@ -5,18 +5,27 @@ Only the trainer divides, and only the trainer reduces over microbatches and ran
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, ParamSpec, Protocol, Self, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from lopd.deferred import deferred
 from lopd.errors import DataError
 from lopd.records import Microbatch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The count that a metric is a mean over. Metrics that are missing here are means over num_tokens.
 _COUNT_OF = {
@@ -30,6 +39,18 @@ _COUNT_OF = {
     "end_token_advantage": "num_end_tokens",
 }
 _RENAMED = {"clipped": "clipped_share"}
+
+
+def without_gradient(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that records nothing for a backward pass."""
+
+    # torch.no_grad() as a decorator would import torch while this package is imported.
+    @functools.wraps(function)
+    def unrecorded(*arguments: P.args, **named: P.kwargs) -> R:
+        with torch.no_grad():
+            return function(*arguments, **named)
+
+    return unrecorded
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,19 @@ one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.aggregation import Aggregation, token_weights
 from lopd.objective.interface import LossOutput, TokenBatch
 from lopd.objective.metrics import distillation_sums
 from lopd.objective.selection import end_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
 @dataclass(frozen=True, slots=True)

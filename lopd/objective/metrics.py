@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.aggregation import (
     count_sums,
     expand_to_tokens,
@@ -18,10 +17,16 @@ from lopd.objective.aggregation import (
     sequence_sums,
 )
 from lopd.objective.estimators import reverse_kl_terms, token_importance
-from lopd.objective.interface import TokenBatch
+from lopd.objective.interface import TokenBatch, without_gradient
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
-@torch.no_grad()
+@without_gradient
 def distillation_sums(
     logprobs: Tensor, batch: TokenBatch, *, advantage_clip: float, ends: Tensor
 ) -> dict[str, Tensor]:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.estimators import token_importance
 from lopd.objective.interface import TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
 @dataclass(frozen=True, slots=True)

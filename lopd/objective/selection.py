@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.aggregation import expand_to_tokens, loss_tokens_per_sequence, running_sums
 from lopd.objective.interface import TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
 class Selection(Protocol):

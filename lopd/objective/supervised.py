@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.aggregation import Aggregation, count_sums, token_weights
 from lopd.objective.interface import LossOutput, TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.aggregation import Aggregation
-from lopd.objective.interface import TokenBatch
+from lopd.objective.interface import TokenBatch, without_gradient
 from lopd.objective.metrics import distillation_sums
 from lopd.records import TAIL_FLOOR
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class TopKKL:
         first, second = (student, teacher) if self.direction == "reverse" else (teacher, student)
         return (first.exp() * (first - second)).sum(-1)
 
-    @torch.no_grad()
+    @without_gradient
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch, ends: Tensor) -> dict[str, Tensor]:
         """Return the metrics as sums; see the class."""
         kl = self.token_losses(logprobs, batch).double().sum()

@@ -6,14 +6,18 @@ They change the loss. They do not change what it is divided by.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.objective.aggregation import expand_to_tokens, running_sums, sequence_sums
 from lopd.objective.estimators import token_importance
-from lopd.objective.interface import TokenBatch
+from lopd.objective.interface import TokenBatch, without_gradient
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 # Fixed-point steps per nat. An int64 holds sums up to 2^31 nats: 214 million tokens of 10 nats.
 _FIXED_POINT = 2.0**32
@@ -55,13 +59,13 @@ class TruncatedImportance:
 
     # Without gradient. With one, the student could lower its loss by making the tokens unlikely at
     # which the loss is high, instead of moving towards the teacher.
-    @torch.no_grad()
+    @without_gradient
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         assert batch.sampling_logprobs is not None, "importance weights need sampling_logprobs"
         weight = token_importance(logprobs, batch.sampling_logprobs).clamp(max=self.cap)
         return torch.where(batch.loss_mask, weight, 0.0)
 
-    @torch.no_grad()
+    @without_gradient
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
         assert batch.sampling_logprobs is not None
         capped = (token_importance(logprobs, batch.sampling_logprobs) > self.cap) & batch.loss_mask
@@ -87,7 +91,7 @@ class EarlyTokenGain:
     gain: float = 1.0
     advantage_clip: float = 10.0
 
-    @torch.no_grad()
+    @without_gradient
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         assert batch.teacher_logprobs is not None, (
             "token weights by advantage need teacher_logprobs"

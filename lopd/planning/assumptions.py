@@ -26,6 +26,18 @@ _MAY_BE_ZERO = (
 )
 
 
+# What tokens, operations and disk follow from. The others are rates and sizes of GPUs.
+WORK = (
+    "extra_forward_passes",
+    "prompt_len",
+    "demonstration_share",
+    "rollout_share",
+    "evaluation_share",
+    "file_prompts",
+    "bytes_per_token",
+)
+
+
 def _assume(default: float, meaning: str, source: str = "assumed") -> float:
     """Return a dataclass field with its explanation.
 

@@ -45,6 +45,7 @@ class StageTime:
         flops: Operations.
         utilisation: The model's operations over the peak of the GPUs while it trains (MFU). It is
             0 for a stage that does not train.
+        startup_s: The part of ``seconds`` in which servers or ranks start.
     """
 
     seconds: float
@@ -52,6 +53,13 @@ class StageTime:
     tokens: float
     flops: float
     utilisation: float = 0.0
+    startup_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The rate while the stage computes, without its starts."""
+        computing = self.seconds - self.startup_s
+        return self.tokens / computing if computing > 0 else 0.0
 
     def __add__(self, other: StageTime) -> StageTime:
         """Return the time of two parts, one after the other."""
@@ -62,6 +70,7 @@ class StageTime:
             self.flops + other.flops,
             # A part that does not train has 0, and says nothing about the other one.
             max(self.utilisation, other.utilisation),
+            self.startup_s + other.startup_s,
         )
 
 
@@ -83,8 +92,8 @@ class Amounts:
     @classmethod
     def of(cls, config: Config, assumed: Assumptions) -> Amounts:
         """Return the amounts of a configuration."""
-        # A prompt and its response share the context. What the prompt leaves is never below 1.
-        left = max(1.0, config.sglang.context_length - assumed.prompt_len)
+        # A prompt and its response share the context.
+        left = config.sglang.context_length - prompt_len(config, assumed)
 
         # The share is of what a response may have: its own limit, or what the context leaves.
         def mean_len(section: Sampling, share: float) -> float:
@@ -97,9 +106,17 @@ class Amounts:
             demonstration_len=mean_len(config.demonstrate, assumed.demonstration_share),
             rollout_len=mean_len(config.rollout, assumed.rollout_share),
             answer_len=mean_len(config.evaluate, assumed.evaluation_share),
-            # The tiny examples have contexts that are shorter than the assumed prompt.
-            prompt_len=min(assumed.prompt_len, config.sglang.context_length / 2),
+            prompt_len=prompt_len(config, assumed),
         )
+
+
+def prompt_len(config: Config, assumed: Assumptions) -> float:
+    """Return the mean tokens of a prompt: what is assumed, and at most half of the context.
+
+    The tiny examples have contexts that are shorter than the assumed prompt, and responses all the
+    same.
+    """
+    return min(assumed.prompt_len, config.sglang.context_length / 2)
 
 
 def num_prompts(prompts: PromptSet, assumed: Assumptions) -> float:
@@ -173,6 +190,7 @@ def sampling_time(
         int(server.figures["gpus"]),
         tokens,
         forward_flops(arch, responses, assumed.prompt_len + mean_len),
+        startup_s=assumed.startup_s,
     )
 
 
@@ -202,7 +220,7 @@ def scoring_time(
     )
     # Scoring is bound by operations, since it reads all tokens of a response at once.
     seconds = assumed.startup_s + flops / (gpus * node.gpu.flops * utilisation)
-    return StageTime(seconds, gpus, responses * mean_len, flops)
+    return StageTime(seconds, gpus, responses * mean_len, flops, startup_s=assumed.startup_s)
 
 
 def forward_flops(arch: Architecture, sequences: float, length: float) -> float:
@@ -244,6 +262,7 @@ def training_time(
         num_steps * step.flops,
         # MFU counts no repeated operations, and the steps alone, without the start.
         step.model_flops / (step.seconds * ranks * node.gpu.flops),
+        assumed.startup_s,
     )
 
 

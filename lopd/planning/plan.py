@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from lopd.megatron.weights.architecture import layout_problems, scorer_problems
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.disk import disk_bytes
 from lopd.planning.hardware import Node
-from lopd.planning.hours import Amounts, StageTime
+from lopd.planning.hours import Amounts, StageTime, prompt_len
 from lopd.planning.memory import MemoryUse
 from lopd.planning.models import PlannedModel, teacher_roles
 from lopd.planning.parameters import (
@@ -47,6 +48,8 @@ class Plan:
         syncs: The part of distill that is weight syncs and the evaluations after them.
         disk: Bytes on disk by what takes them.
         problems: Why the run does not fit. It is empty if the run fits.
+        has_gpus: Whether the run is one on GPUs. Without them memory and times mean nothing, and
+            only tokens, operations and disk are shown.
     """
 
     config: Config
@@ -62,6 +65,7 @@ class Plan:
     syncs: StageTime
     disk: Mapping[str, float]
     problems: list[Problem] = field(default_factory=list)
+    has_gpus: bool = True
 
     @property
     def fits(self) -> bool:
@@ -101,6 +105,7 @@ def make_plan(
     *,
     build: bool = True,
     cohost: bool = False,
+    has_gpus: bool = True,
 ) -> Plan:
     """Plan a run on a node.
 
@@ -112,6 +117,7 @@ def make_plan(
         build: Whether to count parameters on the model as Megatron-Core builds it, which takes
             seconds. Otherwise a formula gives them.
         cohost: Whether servers of both models run beside the trainer, as standard OPD needs.
+        has_gpus: Whether the run is one on GPUs. Otherwise whether it fits the node is not asked.
 
     Raises:
         ConfigError: A layout does not divide its model.
@@ -119,6 +125,8 @@ def make_plan(
     # Everything below divides by the sizes of the layouts, so a wrong one must end here.
     _check_layouts(config, models)
     student = models["student"].arch
+    # The table of assumptions then shows the length that is computed with.
+    assumed = dataclasses.replace(assumed, prompt_len=prompt_len(config, assumed))
     per_rank = _count(config, models, build=build)
     # The amounts are the same for memory, time and disk.
     amounts = Amounts.of(config, assumed)
@@ -147,7 +155,8 @@ def make_plan(
         times,
         syncs,
         disk,
-        find_problems(config, memory, disk, node),
+        find_problems(config, memory, disk, node) if has_gpus else [],
+        has_gpus,
     )
 
 

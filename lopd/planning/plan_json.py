@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lopd.planning.assumptions import WORK
 from lopd.planning.memory import MemoryUse
 from lopd.planning.plan import Plan
 from lopd.planning.stages import LIGHTNING
@@ -14,6 +15,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
     Programs read these keys, so none of them changes its name.
     """
+    if not plan.has_gpus:
+        return _without_gpus(plan)
     node = plan.node
     # Stages whose result is given are there with 0 hours, so that all plans have the same keys.
     hours = {stage: plan.gpu_hours(stage) for stage in plan.times}
@@ -25,27 +28,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "host_memory": node.host_memory,
         },
         # The source says whether a shape was read from a file or is what is known of the model.
-        "models": {
-            role: {"name": model.name, "source": model.source}
-            for role, model in plan.models.items()
-        },
-        "parameters": {
-            "total": plan.total,
-            "active": plan.active,
-            # One number for each pipeline stage, since the first and the last one hold more.
-            "per_rank": {
-                name: [stage.total for stage in stages] for name, stages in plan.per_rank.items()
-            },
-        },
+        **_models(plan),
         "fits": plan.fits,
         "tight": plan.tight,
         "problems": [{"stage": problem.stage, "what": problem.what} for problem in plan.problems],
         "memory": {
             stage: _memory_as_json(use, node.gpu.memory) for stage, use in plan.memory.items()
         },
-        "disk": {**plan.disk, "total": sum(plan.disk.values())},
-        "tokens": {stage: time.tokens for stage, time in plan.times.items()},
-        "flops": {stage: time.flops for stage, time in plan.times.items()},
+        **_work(plan),
         "seconds": {stage: time.seconds for stage, time in plan.times.items()},
         # Only trainings have a utilisation. Sampling is bound by memory, where it says nothing.
         "mfu": {stage: plan.times[stage].utilisation for stage in plan.trained},
@@ -58,6 +48,43 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         # With these a program can tell two plans apart that differ in nothing else.
         "assumptions": {name: getattr(plan.assumed, name) for name in plan.assumed.__slots__},
+    }
+
+
+def _without_gpus(plan: Plan) -> dict[str, Any]:
+    """Return what is known of a run on a CPU. What is not estimated has no key, or is None."""
+    return {
+        "node": {"device": "cpu"},
+        **_models(plan),
+        "fits": None,
+        "problems": [],
+        **_work(plan),
+        "assumptions": {name: getattr(plan.assumed, name) for name in WORK},
+    }
+
+
+def _models(plan: Plan) -> dict[str, Any]:
+    return {
+        "models": {
+            role: {"name": model.name, "source": model.source}
+            for role, model in plan.models.items()
+        },
+        "parameters": {
+            "total": plan.total,
+            "active": plan.active,
+            # One number for each pipeline stage, since the first and the last one hold more.
+            "per_rank": {
+                name: [stage.total for stage in stages] for name, stages in plan.per_rank.items()
+            },
+        },
+    }
+
+
+def _work(plan: Plan) -> dict[str, Any]:
+    return {
+        "disk": {**plan.disk, "total": sum(plan.disk.values())},
+        "tokens": {stage: time.tokens for stage, time in plan.times.items()},
+        "flops": {stage: time.flops for stage, time in plan.times.items()},
     }
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lopd.errors import LopdError
-from lopd.planning.assumptions import meanings, sources
+from lopd.planning.assumptions import WORK, meanings, sources
 from lopd.planning.hours import StageTime
 from lopd.planning.layouts import Suggestion
 from lopd.planning.plan import TIGHT, Plan
@@ -34,7 +34,10 @@ def show_plan(plan: Plan, *, assumptions: bool = True) -> None:
         # copied as one line.
         console.print(Text(line), soft_wrap=True)
     # From what most often decides whether a run fits to what seldom does.
-    for table in (_memory_table(plan), _hours_table(plan), _disk_table(plan)):
+    tables = [_memory_table(plan), _hours_table(plan), _disk_table(plan)]
+    if not plan.has_gpus:
+        tables = [_work_table(plan), _disk_table(plan)]
+    for table in tables:
         console.print(table)
     if assumptions:
         console.print(_assumption_table(plan))
@@ -43,6 +46,13 @@ def show_plan(plan: Plan, *, assumptions: bool = True) -> None:
 
 def _show_verdict(plan: Plan, console: Console) -> None:
     """Print one line for each stage that does not fit or is tight, or that all fits."""
+    if not plan.has_gpus:
+        line = (
+            "memory and hours (launch.device is cpu): the plan's rates and sizes are those of "
+            "GPUs. For a node with GPUs: --gpus 8 --gpu h100-80gb"
+        )
+        _print_marked(console, "not estimated", "bold yellow", line)
+        return
     if plan.fits:
         _print_marked(console, "fits", "bold green", f"{plan.node.num_gpus} x {plan.node.gpu.name}")
     # Tight is a warning: the run fits by the plan, and the plan is an estimate.
@@ -116,6 +126,8 @@ def _head(plan: Plan) -> Iterable[str]:
         # One figure for each pipeline stage.
         held = " / ".join(_short(stage.total) for stage in plan.per_rank[name])
         yield f"{name}: {layout}, data {parallel.data}: a rank holds {held} parameters"
+    if not plan.has_gpus:
+        return
     for name, use in plan.memory.items():
         if use.turns:
             turns = ", ".join(f"{program} {_gib(size)}" for program, size in use.turns.items())
@@ -169,7 +181,10 @@ def _concurrency(plan: Plan, stage: str) -> str:
 
 
 def _hours_table(plan: Plan) -> Table:
-    table = Table(title="time, by assumption", title_justify="left")
+    table = Table(
+        title="time, by assumption (hours include the starts, tokens/s do not)",
+        title_justify="left",
+    )
     titles = (
         "stage",
         "tokens",
@@ -207,27 +222,48 @@ def _hours_table(plan: Plan) -> Table:
     return table
 
 
+def _work_table(plan: Plan) -> Table:
+    """Return what each stage does, without how long it takes."""
+    table = Table(title="work, by assumption", title_justify="left")
+    for title in ("stage", "tokens", "operations"):
+        table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
+    for stage, time in plan.times.items():
+        # The result of this stage is given.
+        if time.tokens == 0:
+            table.add_row(stage, "given", "")
+        else:
+            table.add_row(stage, *_work_cells(time))
+    return table
+
+
+def _work_cells(time: StageTime) -> tuple[str, str]:
+    # Operations as a power of ten: the digits behind are far below the error of the plan.
+    return _short(time.tokens), f"{time.flops:.1e}"
+
+
 def _time_cells(time: StageTime) -> tuple[str, ...]:
     """Return the cells of a stage from its tokens to its hours."""
     return (
-        _short(time.tokens),
-        # Operations as a power of ten: the digits behind are far below the error of the plan.
-        f"{time.flops:.1e}",
+        *_work_cells(time),
         str(time.gpus),
-        f"{time.tokens / time.seconds:,.0f}",
+        # Of a tiny model hardly anything but the starts takes time, and a rate says nothing.
+        f"{time.tokens_per_s:,.0f}" if time.startup_s < time.seconds / 2 else "starts",
         f"{time.utilisation:.1%}" if time.utilisation else "",
         f"{time.seconds / 3600:,.2f}",
     )
 
 
 def _disk_table(plan: Plan) -> Table:
-    table = Table(title="disk, GiB", title_justify="left")
+    total = sum(plan.disk.values())
+    # A tiny run would have 0.0 GiB in every row.
+    unit, size_of_unit = ("GiB", _GIB) if total >= _GIB else ("MiB", 2**20)
+    table = Table(title=f"disk, {unit}", title_justify="left")
     table.add_column("")
-    table.add_column("GiB", justify="right")
+    table.add_column(unit, justify="right")
     for term, size in plan.disk.items():
-        table.add_row(term, _gib(size))
+        table.add_row(term, f"{size / size_of_unit:,.1f}")
     table.add_section()
-    table.add_row("all", _gib(sum(plan.disk.values())), style="bold")
+    table.add_row("all", f"{total / size_of_unit:,.1f}", style="bold")
     return table
 
 
@@ -238,6 +274,8 @@ def _assumption_table(plan: Plan) -> Table:
     table.add_column("from", no_wrap=True)
     table.add_column("meaning")
     for name, meaning in meanings().items():
+        if not plan.has_gpus and name not in WORK:
+            continue
         value = getattr(plan.assumed, name)
         # Small sizes, such as bytes per token, read better as numbers.
         is_size = name.endswith("_bytes") and value >= _GIB / 4

@@ -19,6 +19,8 @@ from lopd.records import Floats, Response
 
 # The width of the longest bar of a histogram, in characters.
 _BAR = 40
+# The bar of a bin that has values, but too few for half a character.
+_RARE = "."
 # The style of a token, by an upper bound of the teacher's minus the student's log-probability.
 # The first bound that is not below the value decides. Half a nat to either side has no colour, or
 # every token would have one.
@@ -39,6 +41,7 @@ _HISTOGRAMS = {
     "teacher_tail": "the teacher's probability outside of its top-K",
     "teacher_entropy": "the teacher's entropy, nats",
 }
+_SCALE = f"bars are linear in the share; {_RARE} stands for less than half a #"
 LEGEND = "log pi_teacher - log pi_student of each token, nats:"
 
 
@@ -75,6 +78,8 @@ def show_inspection(figures: Mapping[str, Any]) -> None:
     # Titles are dim and of one width, so that the values can be read as a column.
     for title, value in _inspection_lines(figures):
         console.print(Text.assemble((f"{title:26}", "dim"), value), soft_wrap=True)
+    if any(figures.get(name) for name in _HISTOGRAMS):
+        console.print(Text(f"\n{_SCALE}", style="dim"), soft_wrap=True)
     for name, title in _HISTOGRAMS.items():
         if figures.get(name):
             heading = Text(f"\n{title}: {_moments(figures[name])}", style="bold")
@@ -177,8 +182,11 @@ def histogram_lines(histogram: Mapping[str, Any]) -> list[str]:
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         lower = "-inf" if low is None else f"{low:.4g}"
         upper = "inf" if high is None else f"{high:.4g}"
-        # The length grows with the square root of the count, so that rare bins are seen.
-        bar = "#" * round(_BAR * (count / max(1, counts.max())) ** 0.5)
+        # Linear, so that a bar of twice the length is twice the share.
+        bar = "#" * round(_BAR * count / max(1, counts.max()))
+        # A rare bin is not an empty one.
+        if count and not bar:
+            bar = _RARE
         lines.append(f"{lower:>8} .. {upper:<8} {count / max(1, counts.sum()):8.3%} {bar}")
     return lines
 

@@ -10,6 +10,7 @@ drop it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+# Bytes at the end of metrics.jsonl in which the newest step is looked for. A line has about 1 KiB.
+_END_BYTES = 2**18
 
 
 def read_metrics(
@@ -56,6 +59,30 @@ def read_metrics(
         if matches:
             rows.append(row)
     return rows
+
+
+def last_step(folder: Path, stage: str) -> int:
+    """Return the newest step of a training, from the end of folder/metrics.jsonl; 0 if none.
+
+    Args:
+        folder: The run directory.
+        stage: The name under which the training logs.
+    """
+    path = folder / METRICS
+    try:
+        with path.open("rb") as handle:
+            # The file grows with every step. Its end is enough, since one stage runs at a time.
+            handle.seek(max(0, path.stat().st_size - _END_BYTES))
+            lines = handle.read().decode(errors="replace").splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        # The first line of the end is cut, and the last one may be half written.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if row["kind"] == "train" and row["stage"] == stage:
+                return int(row["step"])
+    return 0
 
 
 def set_aside(folder: Path, stages: Collection[str], archive: Path) -> None:

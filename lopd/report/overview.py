@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lopd.errors import LopdError, NotFetched
 from lopd.report.console import duration
 
 # The colour of a stage's state.
@@ -22,12 +23,15 @@ _STATE_STYLE = {
 }
 
 
+_FINDING_STYLE = {"ok": "green", "fetch": "bold yellow", "wrong": "bold red"}
+
+
 def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
     """Print one line per stage.
 
     Args:
-        rows: ``name``, ``state``, ``rows``, ``seconds`` (of the command that finished the stage, or
-            None), ``fingerprint`` and ``note`` of each stage.
+        rows: ``name``, ``state``, ``progress``, ``rows``, ``seconds`` (of the command that
+            finished the stage, or None), ``fingerprint`` and ``note`` of each stage.
     """
     table = Table()
     for title in ("stage", "state", "rows", "seconds", "fingerprint", "note"):
@@ -40,7 +44,7 @@ def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
         # A stage that never finished has no duration, and one of a model has no rows.
         seconds = duration(row["seconds"]) if row["seconds"] is not None else ""
         count = f"{row['rows']:,}" if row["rows"] else ""
-        cells = (row["name"], row["state"], count, seconds, row["fingerprint"], row["note"])
+        cells = (row["name"], shown_state(row), count, seconds, row["fingerprint"], row["note"])
         # As Text: a path may hold [brackets], which rich would take for markup.
         table.add_row(*(Text(cell) for cell in cells), style=_STATE_STYLE[row["state"]])
     console = Console(highlight=False)
@@ -49,16 +53,30 @@ def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
     console.print(table)
 
 
-def check_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print one line per check.
+def shown_state(row: Mapping[str, Any]) -> str:
+    """Return how far a stage is, or its state where nothing says how far."""
+    progress = row.get("progress")
+    return row["state"] if progress is None else str(progress["text"])
 
-    Args:
-        rows: ``ok``, ``name`` and ``finding`` of each check. The finding is what was found right,
-            or an error line.
+
+def finding_row(name: str, finding: str | LopdError) -> dict[str, Any]:
+    """Return a finding of ``lopd check`` or ``lopd doctor`` as a row.
+
+    Returns:
+        ``name``, ``ok``, ``state`` ("ok", "fetch" or "wrong") and ``finding``, a line.
     """
-    console = Console(highlight=False)
-    for row in rows:
-        mark = ("ok   ", "green") if row["ok"] else ("wrong", "bold red")
-        # An error of another program may have several lines.
-        finding = " ".join(row["finding"].split())
-        console.print(Text.assemble(mark, f" {row['name']:14} ", finding), soft_wrap=True)
+    state = "wrong" if isinstance(finding, LopdError) else "ok"
+    # A download that is still to come is no mistake.
+    if isinstance(finding, NotFetched):
+        state = "fetch"
+    return {"name": name, "ok": state == "ok", "state": state, "finding": str(finding)}
+
+
+def print_finding(row: Mapping[str, Any]) -> None:
+    """Print the row of a finding as one line."""
+    # An error of another program may have several lines.
+    finding = " ".join(row["finding"].split())
+    mark = (f"{row['state']:5}", _FINDING_STYLE[row["state"]])
+    Console(highlight=False).print(
+        Text.assemble(mark, f" {row['name']:14} ", finding), soft_wrap=True
+    )

@@ -155,6 +155,10 @@ class PartWriter(ArtifactWriter):
             table = table.append_column("teacher", column)
         self._whole.publish_shard(self._part.first + index, table)
 
+    def expect(self, num_shards: int) -> None:
+        """Say how many shards there are at least: those up to the end of this part."""
+        self._whole.expect(self._part.first + num_shards)
+
     def finish(self, **extra: Any) -> Manifest:
         raise AssertionError("only the writer of the whole artifact completes it")
 

@@ -124,6 +124,7 @@ def sample_into(
     """
     shards = _Shards(prompts, prompt_ids, samples_per_prompt, writer.shard_size)
     missing = writer.missing(shards.count)
+    writer.expect(shards.count)
     if not missing:
         # The engine is not even asked for its version: it may have other weights by now.
         return

@@ -42,6 +42,7 @@ def score_into(
         logprob_bits: 32, or 16 for a smaller cache.
         top_k: How many of the teacher's likeliest tokens are kept at each position as well.
     """
+    writer.expect(len(rollouts.shards))
     missing = writer.missing(len(rollouts.shards))
     if not missing:
         return

@@ -60,7 +60,7 @@ def prompt_set(settings: dict[str, Any]) -> PromptSet:
         raise ConfigError(
             f"{key} = {first['input']!r:.80} is not allowed",
             where="lopd prompts",
-            limit=first["msg"],
+            limit=str(first.get("ctx", {}).get("expected") or first["msg"]),
             remedy="see lopd prompts formats",
         ) from None
 

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lopd.config.hub import remedy_for
-from lopd.errors import ConfigError, DataError
+from lopd.config.hub import absent
+from lopd.errors import ConfigError, DataError, LopdError
 
 SUFFIXES = (".jsonl", ".parquet", ".json")
 # Parquet rows that are decoded at a time. A row of reasoning data can have 100 KB.
@@ -221,13 +221,14 @@ def _read_parquet(file: Path, columns: Collection[str]) -> Iterator[Row]:
         ) from None
 
 
-def _absent(file: Path) -> DataError:
-    # A name on the hub needs a download, and not another path.
-    remedy = remedy_for(
+def _absent(file: Path) -> LopdError:
+    return absent(
         file,
-        "give the path of a JSONL or Parquet file with prompts, or of a folder with such files",
+        "no such file",
+        otherwise="give the path of a JSONL or Parquet file with prompts, or of a folder with such "
+        "files",
+        kind=DataError,
     )
-    return DataError("no such file", where=str(file), remedy=remedy)
 
 
 def parse_path(path: str, where: str) -> list[str | int]:

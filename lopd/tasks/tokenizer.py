@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -22,6 +22,13 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
 # The files of a fast tokenizer. Without them transformers would look for other forms.
 _FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class KnowsItsEnd(Protocol):
+    """A tokenizer, as far as its end token is asked for."""
+
+    @property
+    def eos_token_id(self) -> Any: ...
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -60,7 +67,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_token_ids(folder: str | Path, tokenizer: KnowsItsEnd) -> tuple[int, ...]:
     """Return the token ids that end a response, in ascending order.
 
     They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of

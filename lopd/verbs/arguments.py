@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+from lopd.errors import LopdError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -36,6 +40,40 @@ Overrides = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")
 ]
+
+
+@contextlib.contextmanager
+def options_named(options: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name the options that the user typed, and not the knobs that they became.
+
+    Args:
+        options: The option by the dotted key of the knob, for options that were given.
+
+    Raises:
+        LopdError: The error of the block, in the words of the command line.
+    """
+    # The longest key first: prompts.eval.file is not prompts.eval with something behind it.
+    keys = sorted(options, key=len, reverse=True)
+    # A whole key, with neither a name before it nor a further part behind it.
+    whole = re.compile("|".join(rf"(?<![\w.-]){re.escape(key)}(?!\w|\.\w)" for key in keys))
+
+    def typed(text: str) -> str:
+        return whole.sub(lambda found: options[found[0]], text)
+
+    try:
+        yield
+    except LopdError as error:
+        if not options:
+            raise
+        # In place, because the classes of errors have constructors of their own.
+        LopdError.__init__(
+            error,
+            typed(error.what),
+            where=typed(error.where),
+            limit=typed(error.limit),
+            remedy=typed(error.remedy),
+        )
+        raise
 
 
 class VerbGroup(typer.Typer):

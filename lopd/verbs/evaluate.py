@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lopd.config import config_from, load_config
+from lopd.config.hub import PREFIX, local_path
 from lopd.errors import ConfigError, LopdError
-from lopd.verbs.arguments import Overrides
+from lopd.verbs.arguments import Overrides, options_named
 from lopd.verbs.launch import Node, run_as_follower
 from lopd.verbs.pipeline import run_stages
 
@@ -23,6 +24,13 @@ EPILOG = (
 )
 
 
+# The options that are knobs under another name.
+_OPTIONS = {
+    "prompts.eval.format": "--format",
+    "task.name": "--task",
+    "evaluate.preset": "--preset",
+    "prompts.eval.num_prompts": "--num-prompts",
+}
 # Text and not a path, because the first override may land here (see below).
 RunConfig = Annotated[
     str | None,
@@ -41,7 +49,7 @@ Model = Annotated[
     ),
 ]
 Prompts = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         help="Prompts with answers: a JSONL or Parquet file, or a folder of them. If absent, "
         "prompts.eval of CONFIG."
@@ -134,16 +142,30 @@ def evaluate(
         "evaluate.preset": preset,
         "prompts.eval.num_prompts": num_prompts,
     }
+    typed = {
+        "models.student": "--model",
+        # A name that is not the user's: a configuration must name a teacher.
+        "models.teacher": "--model",
+        **({} if out is None else {"run.dir": "--out"}),
+        **(
+            {}
+            if prompts is None
+            else {"prompts.eval.file": "--prompts", "prompts.eval": "--prompts"}
+        ),
+        **{key: _OPTIONS[key] for key, value in flags.items() if value is not None},
+    }
     # JSON strings and numbers are TOML values too. What the user overrides comes last and wins.
     settings = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     # From here on the evaluation is a configuration like any other.
-    loaded = _configuration(config, model, prompts, out, [*settings, *given])
+    with options_named(typed):
+        loaded = _configuration(config, model, prompts, out, [*settings, *given])
     # A context length that the user has chosen stays. Otherwise the longest prompt and the longest
     # answer decide.
     has_own_length = config is not None or any(
         key.startswith("sglang.context_length") for key in given
     )
-    _evaluate_model(loaded, shard_size, fit_context=not has_own_length, as_json=as_json)
+    with options_named(typed):
+        _evaluate_model(loaded, shard_size, fit_context=not has_own_length, as_json=as_json)
 
 
 def _run_stage(
@@ -211,7 +233,7 @@ def _evaluate_model(config: Config, shard_size: int, *, fit_context: bool, as_js
 
 
 def _configuration(
-    config: str | None, model: str, prompts: Path | None, out: Path | None, overrides: list[str]
+    config: str | None, model: str, prompts: str | None, out: Path | None, overrides: list[str]
 ) -> Config:
     """Return the configuration that evaluates one checkpoint.
 
@@ -245,7 +267,9 @@ def _configuration(
         f"models.teacher={_quoted(folder)}",
     ]
     if prompts is not None:
-        settings.append(f"prompts.eval.file={_quoted(prompts)}")
+        is_on_hub = prompts.startswith(PREFIX)
+        file = _hub_path(prompts, "--prompts") if is_on_hub else Path(prompts)
+        settings.append(f"prompts.eval.file={_quoted(file)}")
     # In this order a user can override even the model's settings above.
     settings += overrides
     if config is not None:
@@ -262,6 +286,9 @@ def _configuration(
 
 def _model_folder(config: str | None, model: str) -> Path:
     """Return the folder of a model, which may be named as a model of the run."""
+    # A name on the hub is a folder of this machine once it is downloaded.
+    if model.startswith(PREFIX):
+        return _hub_path(model, "--model")
     # A folder of the user's goes first, even one with the name of a model such as `sft`.
     if Path(model).is_dir() or config is None:
         return Path(model)
@@ -271,6 +298,13 @@ def _model_folder(config: str | None, model: str) -> Path:
 
     context = StageContext(load_config(Path(config)), stage_named("evaluate"))
     return models_of(context).get(model, Path(model))
+
+
+def _hub_path(name: str, option: str) -> Path:
+    try:
+        return local_path(name)
+    except ValueError as error:
+        raise ConfigError(f"{name!r:.120} is {error}", where=option) from None
 
 
 def _quoted(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +18,29 @@ if TYPE_CHECKING:
     from lopd.planning.layouts import Suggestion
 
 # Eight H100 are the machine of the paper, and of the recipes in examples/.
-NumGpus = Annotated[int, typer.Option(min=1, help="Number of GPUs of the node.")]
+GPU = "h100-80gb"
+GPUS = 8
+NumGpus = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of GPUs of the node. If absent, 8.", show_default=False),
+]
 # lopd.planning.hardware has all names. An unknown one is refused with the nearest.
-GpuName = Annotated[str, typer.Option(help="Kind of GPU: h100-80gb, h200-141gb, a100-80gb, ...")]
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        help="Kind of GPU: h100-80gb, h200-141gb, a100-80gb, ... If absent, h100-80gb.",
+        show_default=False,
+    ),
+]
+# The formula and Megatron-Core agree; the plan of a changed Megatron-Core is what this is for.
+Build = Annotated[
+    bool,
+    typer.Option(
+        "--build",
+        help="Count parameters on the models as Megatron-Core builds them, which takes seconds, "
+        "and hold the formula against them.",
+    ),
+]
 # The host's memory matters if the optimizer is offloaded to it.
 HostGib = Annotated[
     float | None,
@@ -82,8 +102,8 @@ Suggest = Annotated[
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: NumGpus = 8,
-    gpu: GpuName = "h100-80gb",
+    gpus: NumGpus = None,
+    gpu: GpuName = None,
     host_gib: HostGib = None,
     disk_gib: DiskGib = None,
     student_config: StudentConfig = None,
@@ -91,6 +111,7 @@ def plan(
     assume: Assume = None,
     cohost: Cohost = False,
     suggest: Suggest = False,
+    build: Build = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run will need: memory of GPUs and machine, disk, operations, hours.
@@ -98,10 +119,12 @@ def plan(
     Reads CONFIG and the config.json of the models. Writes nothing and starts nothing. The command
     needs no GPU and no weights.
 
-    Parameters are counted on the model as Megatron-Core builds it, on torch's meta device, with the
-    layouts of sft and distill. What cannot be known before the run is assumed. The plan shows every
-    assumption, and each can be set. The command ends with exit code 2 if the run does not fit, or
-    if lopd check would refuse the configuration on any machine.
+    What cannot be known before the run is assumed. The plan shows every assumption, and each can be
+    set. The command ends with exit code 2 if the run does not fit, or if lopd check would refuse
+    the configuration on any machine.
+
+    Memory and hours are those of GPUs. With launch.device = "cpu", and no --gpu and no --gpus, the
+    plan has tokens, operations and disk, and estimates no memory and no hours.
     """
     loaded = load_config(config, overrides or [])
     from lopd import checks
@@ -111,8 +134,12 @@ def plan(
     from lopd.planning.models import planned_models
     from lopd.planning.stages import given_stages
 
+    # A user who names GPUs plans for them, whatever the configuration's jobs ask for.
+    has_gpus = loaded.launch.device == "gpu" or gpu is not None or gpus is not None
+    if not has_gpus:
+        _refuse_without_gpus({"--suggest": suggest, "--cohost": cohost})
     # The node need not be this machine, so nothing of this machine is looked at.
-    node = node_of(gpu, gpus, host_gib=host_gib, disk_gib=disk_gib)
+    node = node_of(gpu or GPU, gpus or GPUS, host_gib=host_gib, disk_gib=disk_gib)
     files = {"student": student_config, "teacher": teacher_config}
     # A config.json that is given wins over the folder that the configuration names.
     models = planned_models(
@@ -124,7 +151,9 @@ def plan(
     refused = list(checks.check_anywhere(loaded, shapes, given_stages(loaded)))
     made: Plan | ConfigError
     try:
-        made = make_plan(loaded, models, node, assumed, cohost=cohost)
+        made = make_plan(
+            loaded, models, node, assumed, build=build, cohost=cohost, has_gpus=has_gpus
+        )
     except ConfigError as error:
         # The layout does not divide the model. With --suggest other layouts may.
         if not suggest:
@@ -143,6 +172,18 @@ def plan(
     # A script that starts a run can rely on the exit code alone.
     if isinstance(made, ConfigError) or not made.fits or refused:
         raise typer.Exit(EXIT_CODE)
+
+
+def _refuse_without_gpus(options: Mapping[str, bool]) -> None:
+    """Refuse options that ask how a run fits GPUs, where no GPU is planned for."""
+    for option, is_given in options.items():
+        if is_given:
+            raise ConfigError(
+                f"{option} with launch.device = cpu",
+                where="lopd plan",
+                limit="a plan for GPUs",
+                remedy=f"say which: --gpus {GPUS} --gpu {GPU}",
+            )
 
 
 def _as_json(made: Plan | ConfigError, refused: Sequence[LopdError]) -> dict[str, Any]:

@@ -7,13 +7,14 @@ the run names on the hub.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lopd.config import load_config
-from lopd.errors import EXIT_CODE, LopdError
+from lopd.errors import EXIT_CODE, EXIT_NOT_FETCHED, LopdError
 from lopd.verbs.arguments import AsJson, ConfigFile, Overrides
 
 
@@ -35,46 +36,58 @@ def doctor(
     The command starts nothing, downloads nothing and changes nothing.
 
     It looks at GPUs, at their memory and the machine's memory against the plan, at disk, driver,
-    shared memory and limits, at ports and versions, and at the models and prompts. It ends with
-    exit code 2 if something is missing. lopd check looks at the configuration itself, once the
-    models are here.
+    shared memory and limits, at ports and versions, and at the models and prompts. lopd check
+    looks at the configuration itself, once the models are here. The exit code is 2 if something is
+    wrong, and 3 if nothing is wrong but lopd fetch must download something first.
     """
     # The configuration says which machine is needed. Without it nothing can be judged.
     loaded = load_config(config, overrides or [])
     from lopd.machine import doctor as judge
     from lopd.machine import facts, hub
+    from lopd.report.waiting import Waiting
 
     # Recipes need evaluation sets that are not part of their configuration.
     others = [hub.named(name) for name in also or ()]
     # First all facts, then all verdicts: a fact that is slow to get is asked for once.
-    found = judge.findings(loaded, facts.gather(loaded, others), others)
+    with Waiting() as waiting:
+        waiting.begin("looking at this machine, and asking the hub for what is missing")
+        gathered = facts.gather(loaded, others)
+    found = judge.findings(loaded, gathered, others)
     # Findings that are right are shown too: a list without a subject says nothing about it.
-    rows = [
-        {"name": name, "ok": not isinstance(finding, LopdError), "finding": str(finding)}
-        for name, finding in found
-    ]
-    show_findings(rows, as_json=as_json)
+    show_findings(found, config, as_json=as_json)
 
 
-def show_findings(rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    """Print findings as a table or as JSON.
+def show_findings(
+    findings: Iterable[tuple[str, str | LopdError]], config: Path, *, as_json: bool
+) -> None:
+    """Print findings as they come, or all as JSON.
 
     Args:
-        rows: One dict for each finding, with the keys name, ok and finding.
+        findings: The name of each subject, and what was found.
+        config: The TOML file, for the command that downloads.
         as_json: Whether to print JSON.
 
     Raises:
-        typer.Exit: A finding is wrong. The exit code is 2.
+        typer.Exit: A finding is wrong (exit code 2), or something must be downloaded first (3).
     """
-    from lopd.report.overview import check_table
+    from lopd.report.overview import finding_row, print_finding
 
+    rows = []
+    for name, finding in findings:
+        rows.append(finding_row(name, finding))
+        # One after the other: the prompts of a large set take long, and what is known is shown.
+        if not as_json:
+            print_finding(rows[-1])
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
-    else:
-        check_table(rows)
+    states = {row["state"] for row in rows}
+    if "fetch" in states and not as_json:
+        typer.echo(f"not downloaded yet: lopd fetch {config}")
     # The exit code comes last, so that the whole table is shown first.
-    if not all(row["ok"] for row in rows):
+    if "wrong" in states:
         raise typer.Exit(EXIT_CODE)
+    if "fetch" in states:
+        raise typer.Exit(EXIT_NOT_FETCHED)
 
 
 def fetch(

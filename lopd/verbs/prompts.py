@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from lopd.errors import ConfigError
-from lopd.verbs.arguments import HELP_OPTIONS, VerbGroup
+from lopd.verbs.arguments import HELP_OPTIONS, VerbGroup, options_named
 
 app = VerbGroup(
     name="prompts",
@@ -133,6 +133,18 @@ TaskName = Annotated[
 Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
+# The options that are settings of a prompt set under another name.
+_OPTIONS = {
+    "format": "--format",
+    "instruction": "--instruction",
+    "duplicates": "--duplicates",
+    "num_prompts": "--num-prompts",
+    "shuffle_seed": "--shuffle-seed",
+    "max_prompt_chars": "--max-chars",
+    "max_prompt_tokens": "--max-tokens",
+}
+
+
 @app.command(
     epilog="Example:  lopd prompts prepare dapo/ --format dapo_math_17k "
     "--against aime25.jsonl:aime_2025 --out opd.jsonl"
@@ -187,9 +199,12 @@ def prepare(
         "max_prompt_chars": max_chars,
         "max_prompt_tokens": max_tokens,
     }
+    # Around this alone: "format" and "duplicates" are words of other messages too.
+    with options_named(_OPTIONS):
+        chosen = prompt_files.prompt_set(settings)
     # The report says what was left out, and why.
     report = prompt_files.prepare(
-        prompt_files.prompt_set(settings),
+        chosen,
         out,
         against=against or [],
         ngram=ngram,

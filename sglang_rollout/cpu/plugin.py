@@ -22,18 +22,12 @@ from sglang_rollout.cpu import incoming
 from sglang_rollout.cpu.kernels import decode_attention, with_enough_rows
 from sglang_rollout.cpu.memory import MemoryOfTags
 from sglang_rollout.cpu.murmur_hash import murmur_hash32
+from sglang_rollout.cpu.settings import OURS, on_cpu
 from sglang_rollout.server_side import load_files, served_weights
 
-# The environment variable of a server that lopd started.
-OURS = "LOPD_SERVER"
 # A sender uses two buffers in turn.
 _KEPT_MAPPINGS = 2
 _active = False
-
-
-def on_cpu() -> bool:
-    """Return whether this is a process of a server on a CPU. SGLang's own switch says so."""
-    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
 
 
 def activate() -> None:

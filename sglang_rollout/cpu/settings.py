@@ -9,7 +9,14 @@ from lopd.errors import ConfigError
 
 # Tokens in the KV cache. From mem_fraction SGLang would take most of the machine's memory.
 DEFAULT_KV_TOKENS = 32768
+# The environment variable of a server that lopd started.
+OURS = "LOPD_SERVER"
 _MIB = 2**20
+
+
+def on_cpu() -> bool:
+    """Return whether this is a process of a server on a CPU. SGLang's own switch says so."""
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
 
 
 def cpu_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

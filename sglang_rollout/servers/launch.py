@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sglang_rollout.cpu.plugin import OURS, activate, on_cpu
+from sglang_rollout.cpu.settings import OURS, on_cpu
 
 KEY_VARIABLE = "LOPD_SGLANG_KEY"
 SECRETS_VARIABLE = "LOPD_SGLANG_SECRETS"
@@ -48,6 +48,8 @@ def main() -> None:
     # Only now: the stand-ins must be in place before the first import of SGLang.
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
+
+    from sglang_rollout.cpu.plugin import activate
 
     # The plugins of the workers read it: they inherit this environment.
     os.environ[OURS] = "1"

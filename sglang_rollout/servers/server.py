@@ -21,6 +21,7 @@ import httpx
 
 from lopd.config import SGLangSection
 from lopd.config.secrets import holds_secret, scrubbed
+from lopd.devices import num_gpus
 from lopd.errors import EngineError
 from lopd.processes import GuardedProcess, group_stopped, last_lines
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
@@ -436,7 +437,4 @@ class SGLangServer:
 
 
 def _has_gpu() -> bool:
-    # `lopd check` needs this module, but not the second that an import of torch takes.
-    import torch
-
-    return torch.cuda.is_available()
+    return num_gpus() > 0

@@ -116,7 +116,9 @@ def test_histogram_bars_grow_with_counts() -> None:
         line.count("#")
         for line in histogram_lines({"edges": [0, 1, 2, None], "counts": [100, 25, 0]})
     ]
-    assert bars == [40, 20, 0]
+    assert bars == [40, 10, 0], "a quarter of the values has a quarter of the longest bar"
+    rare = histogram_lines({"edges": [0, 1, 2], "counts": [1000, 1]})
+    assert rare[1].endswith("."), "rare is not empty"
 
 
 def test_every_verb_from_split_to_import(lopd: Callable[..., Result], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ sglang_rollout.servers.launch without what keeps log-probabilities at temperatur
 from __future__ import annotations
 
 if __name__ in ("__main__", "__mp_main__"):
-    from sglang_rollout.cpu.plugin import on_cpu
+    from sglang_rollout.cpu.settings import on_cpu
 
     if on_cpu():
         from sglang_rollout.cpu import stand_ins

@@ -9,15 +9,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lopd.errors import ArtifactError
 from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.checkpoint_files import INDEX, SINGLE, inspect_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Files that are copied beside the weights. They are data only, never code.
 COPIED_FILES = (
@@ -176,6 +177,9 @@ class CheckpointWriter:
     def _write_shard(self) -> None:
         # The final names hold the number of shards, which is known only at the end.
         path = self._partial / f"shard-{len(self._shards)}"
+        # Imported here, because it imports torch, and the reader above does not need it.
+        from safetensors.torch import save_file
+
         save_file(self._pending, path, metadata={"format": "pt"})
         _sync(path)
         self._shards.append(list(self._pending))

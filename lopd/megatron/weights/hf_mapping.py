@@ -12,12 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
-from torch import Tensor
-
+from lopd.deferred import deferred
 from lopd.megatron.weights.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 Layout: TypeAlias = Literal["whole", "rows", "columns", "qkv", "gate_up"]
 # One slice for each dimension of a Hugging Face tensor.
