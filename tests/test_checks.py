@@ -278,7 +278,7 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
     ),
     (
         lambda folder: edit_json(folder / "teacher" / "config.json", max_position_embeddings=64),
-        ["context | ", "context_length = 128; limit:", "of the teacher: 64"],
+        ["context | ", "context_length = 128 is too large; limit:", "of the teacher: 64"],
     ),
     (
         lambda folder: (folder / "teacher" / "model.safetensors").unlink(),
