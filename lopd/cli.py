@@ -24,6 +24,9 @@ from lopd.verbs.audit import audit
 from lopd.verbs.cache import app as cache_app
 from lopd.verbs.evaluate import EPILOG as EVALUATE_EPILOG
 from lopd.verbs.evaluate import evaluate
+from lopd.verbs.generate import CHAT_EPILOG, GENERATE_EPILOG, chat, generate
+from lopd.verbs.init import EPILOG as INIT_EPILOG
+from lopd.verbs.init import init
 from lopd.verbs.launch import launch, with_place
 from lopd.verbs.parity import parity
 from lopd.verbs.pipeline import run_stages
@@ -40,7 +43,7 @@ app = VerbGroup(
         "Megatron-Core then trains the student on the stored scores. Training needs no teacher."
     ),
     epilog=(
-        "First steps:  lopd check CONFIG,  then  lopd run CONFIG.   "
+        "First steps:  lopd init FOLDER,  lopd check CONFIG,  lopd run CONFIG.   "
         "An example: examples/tiny_moe.toml.   Every knob: lopd knobs"
     ),
     # `lopd` alone shows the help too (see _options), so it needs no verb.
@@ -51,6 +54,9 @@ app = VerbGroup(
     pretty_exceptions_enable=False,
     context_settings=HELP_OPTIONS,
 )
+
+
+app.command(epilog=INIT_EPILOG)(init)
 
 
 @app.command(
@@ -146,6 +152,8 @@ app.command(
     epilog="Example:  lopd launch examples/tiny_moe.toml launch.device=cpu --on slurm "
     "--render /tmp/jobs"
 )(launch)
+app.command(epilog=GENERATE_EPILOG)(generate)
+app.command(epilog=CHAT_EPILOG)(chat)
 app.add_typer(cache_app, name="cache")
 app.add_typer(prompts_app, name="prompts")
 app.command(

@@ -30,13 +30,13 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: str | Path) -> str:
     """Return the fingerprint of a file's bytes.
 
     A file that has not changed since it was read last is not read again
     (lopd.artifacts.file_hashes).
     """
-    return HASHES.sha256(path)
+    return HASHES.sha256(Path(path))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -45,7 +45,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def identify_model(folder: Path) -> ModelIdentity:
+def identify_model(folder: str | Path) -> ModelIdentity:
     """Identify a Hugging Face folder by its content.
 
     The weights are config.json and every safetensors file. A folder without tokenizer.json has an
@@ -54,6 +54,7 @@ def identify_model(folder: Path) -> ModelIdentity:
     Raises:
         ArtifactError: config.json is missing, or a JSON file of the folder is damaged.
     """
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ArtifactError(
             "there is no config.json in this folder",

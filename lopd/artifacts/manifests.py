@@ -20,17 +20,19 @@ ORIGIN_KEY = b"lopd.origin"
 _MAKE_AGAIN = "remove the stage's folder and run the stage again"
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Publish the manifest of an artifact. See publish_bytes() for the errors."""
+    folder = Path(folder)
     publish_json(folder / MANIFEST, dataclasses.asdict(manifest))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of an artifact.
 
     Raises:
         ArtifactError: The manifest is missing, is not JSON, has a newer schema or wrong fields.
     """
+    folder = Path(folder)
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -68,12 +70,13 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def read_complete(folder: Path) -> Manifest:
+def read_complete(folder: str | Path) -> Manifest:
     """Read the manifest of an artifact that must be complete.
 
     Raises:
         ArtifactError: See read_manifest(), or the artifact is not complete.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     if not manifest.complete:
         raise ArtifactError(

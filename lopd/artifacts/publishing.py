@@ -33,7 +33,7 @@ _STORAGE_ERRORS = {
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: str | Path) -> Iterator[None]:
     """Turn a full, read-only or forbidden disk into one clear error line.
 
     Args:
@@ -42,6 +42,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     Raises:
         ArtifactError: The storage refused, for a reason that the user can correct.
     """
+    path = Path(path)
     try:
         yield
     except OSError as error:
@@ -60,7 +61,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+def publish_bytes(path: str | Path, content: bytes, *, private: bool = False) -> None:
     """Write a file so that after a crash it is there whole or not at all.
 
     Args:
@@ -69,6 +70,7 @@ def publish_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     Raises:
         ArtifactError: The disk is full, read-only or forbidden.
     """
+    path = Path(path)
     # The random part keeps apart the workers of one stage, which may publish the same manifest at
     # the same time. The last rename wins, and each of them is whole.
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
@@ -96,15 +98,17 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def publish_json(path: Path, value: Any, *, private: bool = False) -> None:
+def publish_json(path: str | Path, value: Any, *, private: bool = False) -> None:
     """Publish a value as indented JSON with sorted keys. See publish_bytes() for the errors."""
+    path = Path(path)
     # With sorted keys, equal values are equal files, and two manifests can be compared by eye.
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     publish_bytes(path, (text + "\n").encode(), private=private)
 
 
-def fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: str | Path) -> None:
     """Make the renames inside this folder durable."""
+    folder = Path(folder)
     # A rename changes the folder and not the file, so a fsync of the file does not keep it.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -113,7 +117,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_replaceable(folder: Path, mark: str) -> None:
+def check_replaceable(folder: str | Path, mark: str) -> None:
     """Refuse to replace a folder that we have not written ourselves.
 
     Args:
@@ -122,6 +126,7 @@ def check_replaceable(folder: Path, mark: str) -> None:
     Raises:
         ArtifactError: The folder has files, and the mark is not among them.
     """
+    folder = Path(folder)
     # An empty folder has nothing to lose. The mark decides and not the name of the folder, because
     # export.dir may name any folder of the user.
     if folder.is_dir() and not (folder / mark).is_file() and any(folder.iterdir()):
@@ -134,8 +139,9 @@ def check_replaceable(folder: Path, mark: str) -> None:
         )
 
 
-def remove_folder(folder: Path) -> None:
+def remove_folder(folder: str | Path) -> None:
     """Remove a folder. After a kill it is there whole or not at all, under its own name."""
+    folder = Path(folder)
     # The rename takes the name away at once. The slow removal then works under another name, which
     # nobody reads, and the next call removes what a kill has left there.
     # Beside the folder and not in /tmp: a rename works only within one file system.

@@ -42,12 +42,13 @@ def damaged_shard(path: Path, error: Exception) -> ArtifactError:
     )
 
 
-def read_shard(folder: Path, shard: ShardInfo) -> pa.Table:
+def read_shard(folder: str | Path, shard: ShardInfo) -> pa.Table:
     """Return the rows of one shard.
 
     Raises:
         ArtifactError: The file is missing, or its checksum is not the one of the manifest.
     """
+    folder = Path(folder)
     path = folder / shard.name
     try:
         content = path.read_bytes()
@@ -60,12 +61,13 @@ def read_shard(folder: Path, shard: ShardInfo) -> pa.Table:
     return parse_shard(path, content)
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
+def verify(folder: str | Path, manifest: Manifest) -> None:
     """Check that every file of an artifact is there with its checksum.
 
     Raises:
         ArtifactError: A file is missing or changed. The error names the first one.
     """
+    folder = Path(folder)
     # In the order of the manifest, so that the error is the same at every call.
     paths = [folder / shard.name for shard in manifest.shards]
     for path, shard in zip(paths, manifest.shards, strict=True):
@@ -103,7 +105,7 @@ def _make_again(folder: Path, shard: ShardInfo) -> str:
     return f"remove the folder {folder}, then run stage {folder.name} again"
 
 
-def published_rows(folder: Path) -> int:
+def published_rows(folder: str | Path) -> int:
     """Count the rows of the shards that are on disk, whether a manifest lists them or not.
 
     Only the footers are read.
@@ -111,6 +113,7 @@ def published_rows(folder: Path) -> int:
     Raises:
         ArtifactError: A shard is damaged.
     """
+    folder = Path(folder)
     # This is called for a progress display. Hashing would read gigabytes for one number.
     rows = 0
     for path in folder.glob("shard-*.parquet"):

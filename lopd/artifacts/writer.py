@@ -74,7 +74,7 @@ class ArtifactWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         kind: str,
         inputs: Mapping[str, Any],
@@ -85,6 +85,7 @@ class ArtifactWriter:
         shard_size: int | None = None,
         share: Share | None = None,
     ) -> None:
+        folder = Path(folder)
         self.folder = folder
         self._share = share
         self._manifest = Manifest(
@@ -215,7 +216,7 @@ class ArtifactWriter:
         shard = ShardInfo(name, table.num_rows, _num_tokens(table), checksum)
         self._set_shards([*self._manifest.shards, shard])
 
-    def finish(self, *, files: Iterable[Path] = (), **extra: Any) -> Manifest:
+    def finish(self, *, files: Iterable[str | Path] = (), **extra: Any) -> Manifest:
         """Publish the manifest that makes the artifact complete, and return it.
 
         A writer with a share publishes nothing here and returns the incomplete manifest.
@@ -229,7 +230,8 @@ class ArtifactWriter:
         if self._share is not None:
             return self._manifest
         # Other files have no rows, but a checksum like any shard, so verify() covers them.
-        listed = [ShardInfo(self._name_of(path), 0, 0, sha256_file(path)) for path in sorted(files)]
+        ordered = sorted(map(Path, files))
+        listed = [ShardInfo(self._name_of(path), 0, 0, sha256_file(path)) for path in ordered]
         manifest = dataclasses.replace(
             self._manifest,
             shards=(*self._manifest.shards, *listed),

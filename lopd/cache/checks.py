@@ -20,7 +20,9 @@ from lopd.errors import ArtifactError, LopdError
 from lopd.records import Manifest
 
 
-def check_cache(folder: Path, *, vocab_size: int | None = None) -> tuple[Findings, dict[str, Any]]:
+def check_cache(
+    folder: str | Path, *, vocab_size: int | None = None
+) -> tuple[Findings, dict[str, Any]]:
     """Return everything that is wrong with an artifact of responses.
 
     Args:
@@ -33,6 +35,7 @@ def check_cache(folder: Path, *, vocab_size: int | None = None) -> tuple[Finding
     Raises:
         ArtifactError: There is no manifest that can be read.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     findings = Findings()
     # It is a finding and no error, so that the shards that are there are checked, too.
@@ -113,12 +116,13 @@ def vocabulary(manifest: Manifest) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def require_sound(folder: Path) -> None:
+def require_sound(folder: str | Path) -> None:
     """Refuse a cache in which anything is wrong. Nothing is derived from such a cache.
 
     Raises:
         LopdError: The first finding.
     """
+    folder = Path(folder)
     # The whole cache is checked although one finding is enough: the message counts how many
     # responses have the fault.
     findings, _ = check_cache(folder)

@@ -90,11 +90,12 @@ def without_origin(table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata({ROUTED: found[ROUTED]} if ROUTED in found else None)
 
 
-def column_bytes(folder: Path) -> dict[str, int]:
+def column_bytes(folder: str | Path) -> dict[str, int]:
     """Return the compressed bytes on disk of each column, from the footers of the shards.
 
     ``footers`` has the bytes that belong to no column.
     """
+    folder = Path(folder)
     total: dict[str, int] = {"footers": 0}
     for path in sorted(folder.glob("shard-*.parquet")):
         metadata = pq.read_metadata(path)

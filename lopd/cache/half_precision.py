@@ -57,7 +57,7 @@ def halve(table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata(metadata)
 
 
-def logprob_loss(folder: Path, manifest: Manifest | None = None) -> dict[str, float] | None:
+def logprob_loss(folder: str | Path, manifest: Manifest | None = None) -> dict[str, float] | None:
     """Return what 16 bits changed over all shards, from their footers.
 
     Args:
@@ -66,6 +66,7 @@ def logprob_loss(folder: Path, manifest: Manifest | None = None) -> dict[str, fl
     Returns:
         ``max_abs`` and ``mean_abs`` in nats, or None if the artifact is lossless.
     """
+    folder = Path(folder)
     if manifest is not None:
         # A complete artifact lists its shards. One that is being written has none in its manifest
         # yet.

@@ -24,7 +24,9 @@ _CARRIED = ("vocab_size", "end_token_ids", "logprob_bits", "logprob_loss", "lack
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
-def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -> Manifest:
+def merge(
+    sources: Sequence[str | Path], out: str | Path, *, teacher_column: bool = False
+) -> Manifest:
     """Publish one artifact with the shards of several, in their order.
 
     Args:
@@ -38,13 +40,14 @@ def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -
         ConsistencyError: The sources have several students, or several teachers and no column that
             names them.
     """
-    manifests = [read_complete(folder) for folder in sources]
-    for folder, manifest in zip(sources[1:], manifests[1:], strict=True):
-        _check_alike(folder, manifest, sources[0], manifests[0])
-        _check_models(folder, manifest, sources[0], manifests[0], teacher_column)
-        _check_columns(folder, manifest, sources[0], manifests[0])
+    folders = [Path(source) for source in sources]
+    manifests = [read_complete(folder) for folder in folders]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        _check_alike(folder, manifest, folders[0], manifests[0])
+        _check_models(folder, manifest, folders[0], manifests[0], teacher_column)
+        _check_columns(folder, manifest, folders[0], manifests[0])
     # This reads every shard, so it comes after the checks that read manifests alone.
-    _check_unique(sources, manifests)
+    _check_unique(folders, manifests)
     first = manifests[0]
     writer = ArtifactWriter(
         out,
@@ -61,7 +64,7 @@ def merge(sources: Sequence[Path], out: Path, *, teacher_column: bool = False) -
     # One list of all shards, in which the position of a shard is its number in the result.
     shards = [
         (folder, manifest, shard)
-        for folder, manifest in zip(sources, manifests, strict=True)
+        for folder, manifest in zip(folders, manifests, strict=True)
         for shard in manifest.shards
     ]
     for index, (folder, manifest, shard) in enumerate(shards):

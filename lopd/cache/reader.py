@@ -19,14 +19,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lopd.artifacts import read_complete, sha256_file
+from lopd.cache.columns import flat
 from lopd.cache.table import scored_rows
-from lopd.errors import ArtifactError
+from lopd.errors import ArtifactError, DataError
 from lopd.records import Floats, Response, ShardInfo, TeacherScores
 
 Row: TypeAlias = tuple[Response, Floats | None]
 ScoredRow: TypeAlias = tuple[Response, TeacherScores | None]
 # How many shards are open at a time. Each takes a file descriptor and the memory of its footer.
 _OPEN_SHARDS = 64
+# The columns of the key and of the token ids, which every artifact of responses has.
+_KEY = ("prompt_id", "sample_index")
+_IDS = ("prompt_ids", "token_ids")
 _REMEDY = "run the stage that made the cache again: it makes this shard and keeps the other shards"
 
 
@@ -51,12 +55,13 @@ class CacheReader:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         kept_tokens: int = 1 << 20,
         without_sampling: bool = False,
         leave_out: Collection[str] = (),
     ) -> None:
+        folder = Path(folder)
         self.folder = folder
         self.manifest = read_complete(folder)
         self._without_sampling = without_sampling
@@ -121,10 +126,9 @@ class CacheReader:
         """
         # A set of the keys would take some hundred bytes per row. Their hashes take 8.
         parts: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        names = ["prompt_id", "sample_index"]
         for shard in range(len(self._shards)):
-            table = self._shard(shard).file.read(columns=names, use_threads=False)
-            keys_of_rows = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+            table = self._shard(shard).file.read(columns=[*_KEY], use_threads=False)
+            keys_of_rows = zip(*(table.column(name).to_pylist() for name in _KEY), strict=True)
             parts.append(np.fromiter(map(hash, keys_of_rows), np.int64, table.num_rows))
         hashes = np.concatenate(parts)
         # Sorted, equal hashes are neighbours. The sort is stable, so the later row is the second.
@@ -141,6 +145,38 @@ class CacheReader:
                     where=where,
                     remedy="remove one of the two shards and run the stage that makes it again",
                 )
+
+    def require_ids_below(self, limit: int, owner: str) -> None:
+        """Check that a model has a row for every token id, in one pass over prompts and responses.
+
+        Args:
+            limit: The rows of the model.
+            owner: The model, for the message.
+
+        Raises:
+            DataError: A token id is negative or not below the limit.
+        """
+        for shard in range(len(self._shards)):
+            file = self._shard(shard).file
+            for group in range(file.num_row_groups):
+                # The ids of one row group are in memory at a time.
+                table = file.read_row_group(group, columns=[*_KEY, *_IDS], use_threads=False)
+                for name in _IDS:
+                    self._require_ids_below(table, name, limit, owner, shard)
+
+    def _require_ids_below(
+        self, table: pa.Table, name: str, limit: int, owner: str, shard: int
+    ) -> None:
+        ids, rows = flat(table, name)
+        wrong = np.flatnonzero((ids < 0) | (ids >= limit))
+        if wrong.size:
+            key = tuple(table[column][int(rows[wrong[0]])].as_py() for column in _KEY)
+            raise DataError(
+                f"response {key} has token {int(ids[wrong[0]])} in {name}",
+                where=self._path(shard),
+                limit=f"at least 0 and at most {limit - 1}: {owner} has {limit} rows",
+                remedy="remove this response, or give a model that has such a row",
+            )
 
     def __getitem__(self, index: int) -> Row:
         return self.fetch([index])[0]

@@ -41,7 +41,7 @@ _SCHEMA = pa.schema([("prompt", pa.string()), ("label", pa.string()), ("metadata
 
 
 def export_reference(
-    folder: Path, file: Path, tokenizer_folder: Path | None = None
+    folder: str | Path, file: str | Path, tokenizer_folder: str | Path | None = None
 ) -> dict[str, Any]:
     """Write the file, and beside it ``FILE.json``, which says what the file is made from.
 
@@ -58,6 +58,9 @@ def export_reference(
         DataError: There is no tokenizer.
         ArtifactError: The cache has no teacher log-probabilities, or the file exists.
     """
+    folder = Path(folder)
+    file = Path(file)
+    tokenizer_folder = Path(tokenizer_folder) if tokenizer_folder is not None else None
     manifest = read_complete(folder)
     known = manifest.models.get("teacher")
     # The path of the manifest is that of the machine on which the cache was made.

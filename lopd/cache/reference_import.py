@@ -54,11 +54,11 @@ IMPORT_LACKS = (
 
 
 def import_reference(
-    file: Path,
-    out: Path,
-    tokenizer_folder: Path,
+    file: str | Path,
+    out: str | Path,
+    tokenizer_folder: str | Path,
     *,
-    teacher: Path | None = None,
+    teacher: str | Path | None = None,
     batch_rows: int = 256,
 ) -> Manifest:
     """Publish a cache with the rows of the file. ``extra.lacks`` says what the rows do not have.
@@ -72,6 +72,10 @@ def import_reference(
     Raises:
         DataError: The file has another format, or a response cannot be used.
     """
+    file = Path(file)
+    out = Path(out)
+    tokenizer_folder = Path(tokenizer_folder)
+    teacher = Path(teacher) if teacher is not None else None
     tokenizer = load_tokenizer(tokenizer_folder)
     # The finish reason is not in the file. A response that ends with one of these ended by itself.
     ends = stop_token_ids(tokenizer_folder, tokenizer)

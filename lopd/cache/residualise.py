@@ -36,7 +36,7 @@ def fold_of(prompt_id: str, settings: Settings) -> int:
     return part_of(prompt_id, settings.folds, seed=f"fold {settings.seed}")
 
 
-def residualise(source: Path, out: Path, settings: Settings) -> Manifest:
+def residualise(source: str | Path, out: str | Path, settings: Settings) -> Manifest:
     """Publish the derived cache.
 
     ``extra.residualisation`` of its manifest has the settings, the tables, and what they changed.
@@ -46,6 +46,8 @@ def residualise(source: Path, out: Path, settings: Settings) -> Manifest:
         ArtifactError: The source is not a cache of one teacher with sampling log-probabilities.
         LopdError: The source is not sound, or fewer than two folds have prompts.
     """
+    source = Path(source)
+    out = Path(out)
     _check_settings(settings)
     manifest = read_manifest(source)
     _check_source(source, manifest)

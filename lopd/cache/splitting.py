@@ -15,7 +15,7 @@ from lopd.errors import LopdError
 from lopd.records import Manifest
 
 
-def split(source: Path, out: Path, parts: int) -> list[Manifest]:
+def split(source: str | Path, out: str | Path, parts: int) -> list[Manifest]:
     """Publish ``out/part-00``, ``out/part-01`` and so on.
 
     Every prompt is in exactly one part, with all its responses. A hash of its id decides.
@@ -24,6 +24,8 @@ def split(source: Path, out: Path, parts: int) -> list[Manifest]:
         ArtifactError: The source is not complete or is damaged.
         LopdError: The number of parts or the place of ``out`` is impossible.
     """
+    source = Path(source)
+    out = Path(out)
     manifest = read_complete(source)
     _check_split(source, manifest, out, parts)
     writers = [

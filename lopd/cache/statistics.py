@@ -76,7 +76,7 @@ class Moments:
         }
 
 
-def inspect_cache(folder: Path) -> dict[str, Any]:
+def inspect_cache(folder: str | Path) -> dict[str, Any]:
     """Return all figures of an artifact of responses, as JSON.
 
     The memory that this takes is one shard and about 40 bytes per response.
@@ -84,6 +84,7 @@ def inspect_cache(folder: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: A shard is damaged.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     # With the end tokens of the manifest, the scan can say how many responses end with one.
     scan = _Scan(set(manifest.extra.get("end_token_ids", [])))

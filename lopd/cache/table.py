@@ -271,7 +271,7 @@ def _scores_of(
 
 
 def read_rows(
-    folder: Path, manifest: Manifest | None = None
+    folder: str | Path, manifest: Manifest | None = None
 ) -> Iterator[tuple[Response, Floats | None]]:
     """Yield every response of an artifact with its teacher_logprobs, in the order of the shards.
 
@@ -280,6 +280,7 @@ def read_rows(
     Raises:
         ArtifactError: A shard is damaged, or a response occurs twice.
     """
+    folder = Path(folder)
     manifest = manifest or read_manifest(folder)
     # Some hundred bytes per response. CacheReader.require_unique() does it in 8.
     seen: set[tuple[str, int]] = set()
@@ -298,7 +299,7 @@ def read_rows(
 
 
 def write_responses(
-    folder: Path,
+    folder: str | Path,
     responses: Iterable[Response],
     *,
     kind: str,
@@ -312,6 +313,7 @@ def write_responses(
         shard_size: The number of responses in a shard.
         about: ``parents``, ``models``, ``sampling`` and ``lineage`` of the manifest.
     """
+    folder = Path(folder)
     # Responses come from an iterator, so that they need not all be in memory.
     writer = ArtifactWriter(folder, kind=kind, inputs=inputs, **about)
     pending: list[Response] = []

@@ -6,15 +6,17 @@ lopd.artifacts.lineage has the rules. Here they are applied to what a configurat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lopd.artifacts import identify_model, read_manifest, verify
 from lopd.artifacts import lineage as consistency
-from lopd.checks.findings import Finding
+from lopd.cache.reader import CacheReader
+from lopd.checks.findings import Finding, architecture_of
 from lopd.config import Config
 from lopd.config.hub import hub_name, remedy_for
 from lopd.errors import ConfigError, DataError
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.megatron.weights.hf_files import CheckpointReader
+from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.records import ModelIdentity
 from lopd.tasks import get_task
 from lopd.tasks.prompts import read_prompts
@@ -33,9 +35,8 @@ def teachers(config: Config) -> Iterator[Finding]:
                 where=str(folder),
                 remedy=remedy_for(folder, "give the folder of a Hugging Face checkpoint"),
             )
-        # Opening reads the headers, which name every tensor.
-        with CheckpointReader(folder, read_architecture(folder)):
-            pass
+        # The headers, which name every tensor.
+        yield from inspect_checkpoint(folder, read_architecture(folder)).problems
         # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(identify_model(folder), identify_model(models.student))
         yield f"{domain}: {folder}"
@@ -84,8 +85,7 @@ def checkpoint(config: Config) -> Iterator[Finding]:
             remedy="set models.student to the base model of this checkpoint",
         )
     # Every tensor must be there: a checkpoint cut short would fail only when training reads it.
-    with CheckpointReader(folder, other):
-        pass
+    yield from inspect_checkpoint(folder, other).problems
     consistency.check_same_tokenizer(identify_model(config.models.student), identify_model(folder))
     # A checkpoint does not say who taught it. Only the user can.
     found = consistency.check_scoring_teacher(
@@ -155,6 +155,7 @@ def cache(config: Config) -> Iterator[Finding]:
     if folder is None:
         return
     manifest = read_manifest(folder)
+    _require_known_ids(config, folder)
     student = config.run.dir / "sft" / "model"
     # Before the sft stage there is no student to compare with. distill compares again.
     if not (student / "config.json").is_file():
@@ -168,6 +169,14 @@ def cache(config: Config) -> Iterator[Finding]:
         manifest, folder, identify_model(student), allow_foreign=config.distill.allow_foreign_cache
     )
     yield str(found["cache"]["note"])
+
+
+def _require_known_ids(config: Config, folder: Path) -> None:
+    """Check that the student has a row for every token id of an artifact."""
+    student = architecture_of(config, "student")
+    # Without its shape there is nothing to compare with, and its own check says why.
+    if student is not None:
+        CacheReader(folder).require_ids_below(student.vocab_size, "the student")
 
 
 def lineage(config: Config) -> Iterator[Finding]:
@@ -217,6 +226,7 @@ def demonstrations(config: Config) -> Iterator[Finding]:
         )
     # Checksums: a damaged shard would be noticed only when training reaches it.
     verify(folder, manifest)
+    _require_known_ids(config, folder)
     if "teacher" in manifest.models and (config.models.student / "config.json").is_file():
         consistency.check_same_tokenizer(
             manifest.models["teacher"], identify_model(config.models.student)

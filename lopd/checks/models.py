@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from lopd.artifacts import identify_model
 from lopd.artifacts import lineage as consistency
-from lopd.checks.findings import ROLES, Finding, Shapes, architecture_of, attempt, shapes_of
+from lopd.checks.findings import ROLES, Finding, Shapes, attempt, shapes_of
 from lopd.config import Config
 from lopd.config.hub import remedy_for
-from lopd.errors import ConfigError, DataError
+from lopd.errors import ConfigError, DataError, LopdError
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.megatron.weights.hf_files import CheckpointReader
+from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 
 
 def teacher(config: Config) -> Iterator[Finding]:
     """Check that the teacher's checkpoint is whole."""
-    yield _check_model(config, "teacher")
+    yield from _check_model(config, "teacher")
 
 
 def student(config: Config) -> Iterator[Finding]:
     """Check that the student's checkpoint is whole."""
-    yield _check_model(config, "student")
+    yield from _check_model(config, "student")
 
 
-def _check_model(config: Config, role: str) -> str:
+def _check_model(config: Config, role: str) -> Iterator[Finding]:
     """Check that a folder has a known architecture, and safetensors with every tensor of it."""
     folder: Path = getattr(config.models, role)
     # A name on the hub has become a path by now, and the remedy says how to fetch it.
@@ -41,10 +41,12 @@ def _check_model(config: Config, role: str) -> str:
     # A student with random weights needs no files of weights.
     needs_weights = role == "teacher" or config.sft.init != "random"
     if needs_weights:
-        # Opening reads the headers, which name every tensor and its shape. No weight is read.
-        with CheckpointReader(folder, architecture):
-            pass
-    return (
+        # Headers name every tensor, its shape and its dtype. Every fault is a finding of its own.
+        problems = inspect_checkpoint(folder, architecture).problems
+        yield from problems
+        if problems:
+            return
+    yield (
         f"{architecture.family}, {architecture.num_layers} layers, "
         f"vocabulary {architecture.vocab_size}"
     )
@@ -83,26 +85,49 @@ def context_problems(config: Config, shapes: Shapes) -> Iterator[ConfigError]:
 def tokenizers(config: Config) -> Iterator[Finding]:
     """Check that teacher and student share one tokenizer.
 
-    It must also fit the vocabulary, and the model must know how a response ends.
+    It must also fit the rows of every model, and the models must know how a response ends.
     """
-    readable = {
-        role: getattr(config.models, role)
-        for role in ROLES
-        if architecture_of(config, role) is not None
-    }
+    rows = {role: architecture.vocab_size for role, architecture in shapes_of(config).items()}
+    problems = 0
     # A tokenizer that is wrong does not keep the other one from being looked at.
-    for role, folder in readable.items():
-        yield attempt(partial(_check_tokenizer, role, folder))
+    for role in rows:
+        found = attempt(partial(_check_tokenizer, role, _folder_of(config, role), rows))
+        problems += isinstance(found, LopdError)
+        yield found
     # The teacher scores the token ids that the student sampled, so both must mean the same text.
-    if len(readable) == len(ROLES):
-        consistency.check_same_tokenizer(*(identify_model(folder) for folder in readable.values()))
+    if rows.keys() >= set(ROLES):
+        folders = [_folder_of(config, role) for role in ROLES]
+        consistency.check_same_tokenizer(*map(identify_model, folders))
         yield "teacher and student share one tokenizer"
+    if len(rows) > 1 and not problems:
+        yield _about_rows(rows, len(load_tokenizer(config.models.student)))
 
 
-def _check_tokenizer(role: str, folder: Path) -> str:
+def _folder_of(config: Config, role: str) -> Path:
+    """Return the folder of a model. teachers.math is the teacher of the domain math."""
+    section, _, domain = role.partition(".")
+    folder = getattr(config.models, section)
+    return Path(folder[domain] if domain else folder)
+
+
+def _about_rows(rows: Mapping[str, int], num_tokens: int) -> str:
+    """Say how many rows each model has for the tokens, and what becomes of unequal numbers."""
+    each = ", ".join(f"{role} {count:,}" for role, count in rows.items())
+    least = min(rows.values())
+    line = f"rows of the embeddings: {each}; tokens of the tokenizer: {num_tokens:,}"
+    if least == max(rows.values()):
+        return f"{line}. Every token has a row, and all models know the same ids"
+    return (
+        f"{line}. This is fine: every token has a row in each model, and the rows past the tokens "
+        f"mean no text. A response is cut before an id from {least:,} on, which not all models "
+        "know, and a top-K loss counts such an id among the other tokens"
+    )
+
+
+def _check_tokenizer(role: str, folder: Path, rows: Mapping[str, int]) -> str:
     """Check that all tokens, the end tokens too, have a row in the model's embedding."""
     tokenizer = load_tokenizer(folder)
-    size = read_architecture(folder).vocab_size
+    size = rows[role]
     # A vocabulary may be larger than the tokenizer (it is padded), never smaller.
     if len(tokenizer) > size:
         raise DataError(
@@ -113,12 +138,15 @@ def _check_tokenizer(role: str, folder: Path) -> str:
         )
     # Without an end token every response would run into its limit.
     ends = stop_token_ids(folder, tokenizer)
-    # generation_config.json names the end tokens, and may be left over from another model.
-    if max(ends) >= size:
+    # generation_config.json names the end tokens, and may be left over from another model. The end
+    # tokens of every model end the responses of all, so each must have a row everywhere.
+    least = min(rows.values())
+    if max(ends) >= least:
+        owner = next(name for name, count in rows.items() if count == least)
         raise DataError(
-            f"the {role} has an end token {max(ends)} outside its vocabulary",
+            f"the {role} has an end token {max(ends)} that not every model has a row for",
             where=str(folder),
-            limit=f"below vocab_size {size}",
+            limit=f"below vocab_size of the {owner}: {least}",
             remedy="correct eos_token_id in generation_config.json",
         )
     return f"{role}: {len(tokenizer)} tokens, responses end with {', '.join(map(str, ends))}"

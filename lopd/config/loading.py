@@ -43,7 +43,7 @@ class InvalidConfig(ConfigError):
         )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply the overrides.
 
     Args:
@@ -54,6 +54,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file is missing, or a syntax is wrong.
         InvalidConfig: A key is unknown, or a value has the wrong type or is out of bounds.
     """
+    path = Path(path)
     return config_from(_read_toml(path), overrides, where=str(path), base=path)
 
 

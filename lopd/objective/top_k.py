@@ -93,6 +93,9 @@ class TopKKL:
         assert student is not None, "a top-K KL needs student_top_logprobs"
         assert teacher is not None, "a top-K KL needs teacher_top_logprobs"
         mask = batch.loss_mask[:, None]
+        # A student with fewer rows than the teacher gives some of the K tokens no probability at
+        # all. Such a token cannot be learnt, so it counts among the other tokens for both.
+        teacher = torch.where(torch.isneginf(student), -math.inf, teacher)
         # Equal values make the KL 0 without loss. This value gives the K tokens a probability of
         # 1/2 together, so that the logarithm of the tail, the other half, is finite too.
         even = -math.log(2 * student.shape[1])
@@ -101,15 +104,31 @@ class TopKKL:
     def _on_support(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's log-probabilities on the support."""
         student, teacher = self._chosen(batch)
+        unknown = torch.isneginf(student)  # [T, K]
         if self.support == "renormalised":
-            return torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+            # Two equal numbers add nothing to the KL, where -inf - (-inf) would be nan.
+            return (
+                torch.log_softmax(student, -1).masked_fill(unknown, 0.0),
+                torch.log_softmax(teacher, -1).masked_fill(unknown, 0.0),
+            )
+        unknown = torch.nn.functional.pad(unknown, (0, 1))  # [T, K + 1]: the tail is known.
+        student = _with_tail(student).masked_fill(unknown, 0.0)
+        return student, self._teacher_with_tail(teacher, batch).masked_fill(unknown, 0.0)
+
+    def _teacher_with_tail(self, teacher: Tensor, batch: TokenBatch) -> Tensor:
+        """Append the teacher's log-probability of all other tokens: [T, K] becomes [T, K + 1]."""
         tail = batch.teacher_tail_logprob
         if tail is None:
-            return _with_tail(student), _with_tail(teacher)
+            return _with_tail(teacher)
         # The cache has the tail from a sum in float64, which keeps a small tail where 1 - sum in
         # float32 is rounding. Where there is no loss the tail is the other half, as in _chosen.
-        known = torch.where(batch.loss_mask, tail.to(student.dtype), -math.log(2))[:, None]
-        return _with_tail(student), torch.cat([teacher, known], dim=-1)
+        known = torch.where(batch.loss_mask, tail.to(teacher.dtype), -math.log(2))[:, None]
+        # Tokens that the student does not know are other tokens, so their probability is added.
+        top = batch.teacher_top_logprobs
+        assert top is not None, "a top-K KL needs teacher_top_logprobs"
+        moved = torch.where(torch.isneginf(teacher), top.to(teacher.dtype), -math.inf)
+        known = torch.logsumexp(torch.cat([known, moved], dim=-1), dim=-1, keepdim=True)
+        return torch.cat([teacher, known], dim=-1)
 
 
 def _with_tail(logprobs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ disagree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -182,40 +183,76 @@ def histogram_lines(histogram: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def show_responses(rows: Sequence[tuple[Response, Floats]], text_of: Callable[[int], str]) -> None:
-    """Print responses token by token.
+@dataclass(frozen=True, slots=True)
+class ShownResponse:
+    """A response with the texts that a reader sees.
 
-    A token is red if it is less likely for the teacher than for the student, and green if it is
-    likelier.
+    Attributes:
+        response: The response.
+        scores: The teacher's log-probabilities [R], or None where nothing was scored.
+        prompt: The text of the prompt, with the chat template.
+        pieces: The text that each token adds; one more piece where the last is no whole character.
+        verdict: What the verifier said of an answer, or None where it was not asked.
+    """
 
-    Args:
-        rows: The responses with the teacher's log-probabilities [R].
-        text_of: Returns the text of one token id.
+    response: Response
+    scores: Floats | None
+    prompt: str
+    pieces: Sequence[str]
+    verdict: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the texts for programs."""
+        return {
+            "prompt_id": self.response.prompt_id,
+            "sample_index": self.response.sample_index,
+            "finish_reason": self.response.finish_reason,
+            "prompt": self.prompt,
+            "response": "".join(self.pieces),
+            "verdict": self.verdict,
+            "scores": None if self.scores is None else self.scores.tolist(),
+        }
+
+
+def show_responses(rows: Sequence[ShownResponse]) -> None:
+    """Print prompts and responses as text.
+
+    Where a response has scores, a token is red if it is less likely for the teacher than for the
+    student, and green if it is likelier.
     """
     console = _console()
-    # The legend shows each range in its own colour.
+    if any(row.scores is not None for row in rows):
+        console.print(_legend(), soft_wrap=True)
+    for row in rows:
+        response = row.response
+        # The form in which findings and errors name a response.
+        name = f"{response.prompt_id}/{response.sample_index}"
+        about = f"{len(response.token_ids)} tokens, {response.finish_reason}"
+        # One more piece than tokens has no colour of its own.
+        styles = [""] * len(row.pieces)
+        if row.scores is not None:
+            advantage = row.scores.astype(np.float64) - response.sampling_logprobs
+            # The token to look at first.
+            worst = int(np.argmax(np.abs(advantage)))
+            about += f", sum {advantage.sum():+.2f} nats"
+            about += f", most at token {worst} ({advantage[worst]:+.2f})"
+            styles[: len(advantage)] = [colour(value) for value in advantage]
+        console.print(Text(f"\n{name}: {about}", style="bold"), soft_wrap=True)
+        console.print(Text(row.prompt, style="dim"), soft_wrap=True)
+        coloured = [(piece, style) for piece, style in zip(row.pieces, styles, strict=True)]
+        console.print(Text.assemble(*coloured), soft_wrap=True)
+        if row.verdict is not None:
+            console.print(Text(f"verdict: {row.verdict}", style="bold"), soft_wrap=True)
+
+
+def _legend() -> Text:
+    """Return the ranges of the colours, each in its own colour."""
     legend = Text(f"\n{LEGEND} ", style="bold")
     low = "-inf"
     for bound, style in _COLOURS:
         legend.append(f" {low}..{bound:g} ", style=style)
         low = f"{bound:g}"
-    console.print(legend, soft_wrap=True)
-    for response, teacher in rows:
-        advantage = teacher.astype(np.float64) - response.sampling_logprobs
-        # The token to look at first.
-        worst = int(np.argmax(np.abs(advantage)))
-        # The form in which findings and errors name a response.
-        name = f"{response.prompt_id}/{response.sample_index}"
-        about = f"{len(teacher)} tokens, {response.finish_reason}, sum {advantage.sum():+.2f} nats"
-        most = f"most at token {worst} ({advantage[worst]:+.2f})"
-        console.print(Text(f"\n{name}: {about}, {most}", style="bold"), soft_wrap=True)
-        prompt = "".join(text_of(int(token)) for token in response.prompt_ids)
-        console.print(Text(prompt, style="dim"), soft_wrap=True)
-        # Token by token and not as a whole, so that the colours fall on the tokens. A character of
-        # several tokens is not shown well then.
-        pairs = zip(response.token_ids, advantage, strict=True)
-        coloured = [(text_of(int(token)), colour(value)) for token, value in pairs]
-        console.print(Text.assemble(*coloured), soft_wrap=True)
+    return legend
 
 
 def colour(advantage: float) -> str:

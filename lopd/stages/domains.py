@@ -25,6 +25,7 @@ from lopd.config import Config, Sampling
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
+from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
@@ -231,4 +232,5 @@ def _sample_part(
         seed=context.config.run.seed,
         purpose=context.stage.name,
         title=f"{title}, {part.domain or 'other domains'}",
+        num_ids=num_shared_ids(context.config),
     )

@@ -18,16 +18,18 @@ import numpy as np
 
 from lopd import cache
 from lopd.config import EvaluateSection
-from lopd.records import Ints, Manifest, Prompt
+from lopd.records import Ints, Key, Manifest, Prompt
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score_shards import score_into
 from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
 from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
+from lopd.stages.vocabulary import num_shared_ids
 from lopd.tasks import get_task
 from lopd.tasks.accuracy import accuracy_figures
 from lopd.tasks.tokenizer import load_tokenizer, response_text
+from lopd.tasks.verdict_files import write_verdicts
 from lopd.tasks.verdicts import Judged, judge_all
 
 if TYPE_CHECKING:
@@ -173,36 +175,43 @@ class _HeldOut:
             # It is part of a request's seed: the policy's responses are not the answers again.
             purpose=purpose,
             title=f"{purpose} {name}",
+            # The teacher scores the policy's responses, and the student may have more rows.
+            num_ids=num_shared_ids(self.context.config),
         )
         return part.finish()
 
 
 def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Judge a model's answers. The figures are those of lopd.tasks.accuracy.accuracy_figures."""
+    """Judge a model's answers, and publish the verdicts.
+
+    The figures are those of lopd.tasks.accuracy.accuracy_figures.
+    """
     config = context.config
     task = get_task(config.task.name, config.task.options)
     tokenizer = load_tokenizer(config.models.student)
     prompts, _ = context.prompts("eval")
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    prompt_ids: list[str] = []
+    keys: list[Key] = []
     lengths: list[int] = []
     truncated: list[bool] = []
 
     def responses() -> Iterator[Judged]:
         # The verifier's workers judge earlier responses while later ones are read.
         for response, _ in cache.read_rows(folder, manifest):
-            prompt_ids.append(response.prompt_id)
+            keys.append(response.key)
             lengths.append(len(response.token_ids))
             truncated.append(response.finish_reason == "length")
             text = response_text(tokenizer, response.token_ids, response.finish_reason)
             yield by_id[response.prompt_id], text, response.finish_reason
 
     # Verdicts come in the order of the responses.
-    verdicts = [verdict.right for verdict in judge_all(task, responses())]
+    verdicts = [*judge_all(task, responses())]
+    # So that anybody can read later why an answer counts as right or wrong.
+    write_verdicts(folder, zip(keys, verdicts, strict=True))
     # By prompt: avg@k and pass@k are means over prompts, whose samples belong together.
     right: dict[str, list[bool]] = {}
-    for prompt_id, verdict in zip(prompt_ids, verdicts, strict=True):
-        right.setdefault(prompt_id, []).append(verdict)
+    for (prompt_id, _), verdict in zip(keys, verdicts, strict=True):
+        right.setdefault(prompt_id, []).append(verdict.right)
     return accuracy_figures([*right.values()], lengths, truncated)
 
 

@@ -10,12 +10,14 @@ from lopd.config import Config
 from lopd.errors import EngineError
 from lopd.megatron.ranks import parallel
 from lopd.megatron.ranks.first_rank import run_on_first_rank
+from lopd.records import Response
 from lopd.report.metrics import read_metrics
 from lopd.stages.between_steps import StepHook
 from lopd.stages.sample_shards import sampling_params
 from lopd.stages.student import StudentServer
 from lopd.stages.sync import MAX_SENDS
 from lopd.stages.training import TrainingJob
+from lopd.stages.vocabulary import num_shared_ids, within_ids
 from lopd.tasks import get_task
 from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.prompts import load_prompts
@@ -136,9 +138,11 @@ class HeldOutAnswers:
         self._prompts = prompts[:count]
         self._prompt_ids = prompt_ids[:count]
         # The knobs of evaluate, so that the curve and the final figure can be compared.
+        models = config.models
         self._params = sampling_params(
-            config.evaluate, (config.models.teacher, config.models.student)
+            config.evaluate, (models.teacher, *models.teachers.values(), models.student)
         )
+        self._num_ids = num_shared_ids(config)
 
     def figures(self, version: str) -> dict[str, Any]:
         """Sample one answer to every prompt and judge it.
@@ -158,7 +162,7 @@ class HeldOutAnswers:
         by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
 
         def judged() -> Iterator[Judged]:
-            for response in self._engine.generate(self._requests(), self._params, version=version):
+            for response in self._sampled(version):
                 lengths.append(len(response.token_ids))
                 truncated.append(response.finish_reason == "length")
                 text = response_text(self._tokenizer, response.token_ids, response.finish_reason)
@@ -173,6 +177,11 @@ class HeldOutAnswers:
             "response_len": sum(lengths) / count,
             "truncated_share": sum(truncated) / count,
         }
+
+    def _sampled(self, version: str) -> Iterator[Response]:
+        answers = self._engine.generate(self._requests(), self._params, version=version)
+        # As in evaluate, whose figure closes the curve.
+        return within_ids(answers, self._num_ids, title="held-out answers")
 
     def _requests(self) -> Iterator[SamplingRequest]:
         for prompt, ids in zip(self._prompts, self._prompt_ids, strict=True):

@@ -43,6 +43,7 @@ from lopd.stages.refresh_record import (
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score import check_teacher, score_responses
 from lopd.stages.teacher import serve_teacher
+from lopd.stages.vocabulary import num_shared_ids
 from sglang_rollout.requests.client import OtherWeights
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class RefreshService:
             purpose=f"refresh-{refresh.number}",
             title=f"refresh {refresh.number}: rollouts",
             version=refresh.version,
+            num_ids=num_shared_ids(config),
         )
         # The reason is an extra figure. The inputs of a manifest say what decides the content.
         rollouts = writer.finish(reason=refresh.reason)

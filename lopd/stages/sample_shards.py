@@ -13,6 +13,7 @@ from lopd.records import Ints, Key, Prompt, Response
 from lopd.report.console import progress
 from lopd.stages.open_shards import OpenShards
 from lopd.stages.request_order import in_passes
+from lopd.stages.vocabulary import num_shared_ids, within_ids
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
 
@@ -85,6 +86,7 @@ def sample_stage(
             seed=context.config.run.seed,
             purpose=context.stage.name,
             title=title,
+            num_ids=num_shared_ids(context.config),
         )
 
 
@@ -100,6 +102,7 @@ def sample_into(
     purpose: str,
     title: str,
     version: str | None = None,
+    num_ids: int | None = None,
 ) -> None:
     """Sample the responses that are not published yet.
 
@@ -114,6 +117,7 @@ def sample_into(
         purpose: Tells apart requests for the same prompt, for example "rollout".
         title: The text at the progress bar.
         version: The weight version that the servers must have. None: the one that they have now.
+        num_ids: Responses are cut before a token id from this number on. None: they are not cut.
 
     Raises:
         OtherWeights: A server has another version, because it was started again.
@@ -147,7 +151,8 @@ def sample_into(
     already = total - sum(map(shards.size, missing))
     with progress(title, total=total, done=already, unit="responses") as bar:
         # Responses come in the order in which they are finished.
-        for response in engine.generate(requests(), params, version=version):
+        sampled = engine.generate(requests(), params, version=version)
+        for response in sampled if num_ids is None else within_ids(sampled, num_ids, title=title):
             bar.advance(1)
             complete = open_shards.add(response.key, response)
             if complete is not None:

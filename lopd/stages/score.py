@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lopd.artifacts import ArtifactWriter
 from lopd.artifacts.lineage import check_same_tokenizer, check_scoring_teacher
 from lopd.cache import logprob_loss
+from lopd.cache.reader import CacheReader
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.records import Manifest, ModelIdentity
 from lopd.stages.context import Stage, StageContext
@@ -19,6 +20,7 @@ from lopd.stages.domains import PartWriter, described, parts_in, role_of
 from lopd.stages.sample_shards import end_token_ids
 from lopd.stages.score_shards import score_into
 from lopd.stages.teacher import serve_teacher
+from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
@@ -33,6 +35,7 @@ def run(context: StageContext) -> None:
         return
     # Before the teacher is started, which may take minutes.
     lineage = check_teacher(context, rollouts)
+    _check_ids(context)
     models = {"teacher": context.identity("teacher"), **_sampler_of(rollouts)}
     writer = context.writer(models=models, sampling=rollouts.sampling, lineage=lineage)
     # Workers may have published all shards. Then no teacher is started.
@@ -46,6 +49,16 @@ def run(context: StageContext) -> None:
             rollouts,
             title="teacher log-probabilities",
         )
+
+
+def _check_ids(context: StageContext) -> None:
+    """Check that every teacher has a row for every token of the rollouts.
+
+    Raises:
+        DataError: One has not. A server would refuse the response, after hours perhaps.
+    """
+    reader = CacheReader(context.folder_of("rollout"))
+    reader.require_ids_below(num_shared_ids(context.config), "one of the run's models")
 
 
 def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
@@ -116,6 +129,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     lineages = {
         part.domain: check_teacher(own, part.rollouts(rollouts)) for part, own in parts.items()
     }
+    _check_ids(context)
     teachers = {
         role_of(config, part.domain): own.identity("teacher") for part, own in parts.items()
     }

@@ -12,6 +12,7 @@ from lopd.batching import make_sample
 from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
 from lopd.errors import DataError
+from lopd.megatron.weights.architecture import read_architecture
 from lopd.objective import Objective, needs_top_k, objective_from_config
 from lopd.objective.registry import AVAILABLE, TOP_K
 from lopd.records import Sample
@@ -29,7 +30,8 @@ def load_samples(job: TrainingJob) -> Sequence[Sample]:
     does not grow with their number.
 
     Raises:
-        DataError: There are no responses, or distill finds no teacher log-probabilities.
+        DataError: There are no responses, or distill finds no teacher log-probabilities, or the
+            student has no row for a token.
         ArtifactError: A shard is damaged, or a response is there twice.
     """
     # The bound counts response tokens. A list is faster: a step reads its batch without decoding.
@@ -65,6 +67,10 @@ class CachedSamples(Sequence[Sample]):
                 remedy="run the score stage",
             )
         self._reader.require_unique()
+        # Past the student's rows there is only padding, which would be trained without a sign. The
+        # teacher's top-K may have such ids: TopKKL counts them among the other tokens.
+        rows = read_architecture(job.config.models.student).vocab_size
+        self._reader.require_ids_below(rows, "the student")
         # The weights of each teacher, where the cache has several; a sample has an index into it.
         self._teachers = [*teachers_in(self._reader)] if distill else []
 

@@ -6,8 +6,9 @@ It knows the names of roles and the forms of contents that data sets use.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lopd.errors import DataError
@@ -24,6 +25,18 @@ _ROLES = {
     # The newer name of the same message.
     "developer": "system",
 }
+
+
+def id_from(prefix: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return the prompt id of messages that have none: a prefix and a hash of the messages.
+
+    The same question has the same id in every run and in every file of the same form.
+    """
+    text = json.dumps([dict(message) for message in messages], ensure_ascii=False)
+    # 16 digits: among a million questions no two have the same id by chance. surrogatepass: JSON
+    # may hold half of a surrogate pair, which UTF-8 does not allow.
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"{prefix}-{digest[:16]}"
 
 
 def parsed_messages(text: str, where: str, remedy: str) -> Any:

@@ -1,5 +1,7 @@
 """Reads prompts in our own form: prompt_id, messages or question, answer, domain.
 
+Only the question is needed. A row without a prompt_id gets one from its question.
+
 The form is checked strictly, because a user writes it by hand or with a script: what looks like a
 mistake is refused, with the number of the line.
 """
@@ -11,7 +13,7 @@ from typing import Any
 
 from lopd.errors import DataError
 from lopd.records import Prompt
-from lopd.tasks.messages import content_of, parsed_messages, refusal_of
+from lopd.tasks.messages import content_of, id_from, parsed_messages, refusal_of
 from lopd.tasks.rows import Row
 from lopd.tasks.values import MISSING_TEXTS
 
@@ -35,14 +37,14 @@ def own_prompt(row: Row, domain: str) -> Prompt:
     """
     values = row.values
     where = row.where
-    prompt_id = _text(values, "prompt_id", where)
+    # null is what a table with gaps has in place of an id.
+    given_id = None if values.get("prompt_id") is None else _text(values, "prompt_id", where)
     given = {name for name in ("messages", "question") if values.get(name) is not None}
     # With both it would be open which one counts.
     if len(given) != 1:
+        name = "a prompt" if given_id is None else f"prompt {given_id!r}"
         raise DataError(
-            f"prompt {prompt_id!r} must have either messages or question",
-            where=where,
-            remedy=OWN_FORM,
+            f"{name} must have either messages or question", where=where, remedy=OWN_FORM
         )
     # A question is short for one message of the user.
     told = values.get("messages")
@@ -56,7 +58,8 @@ def own_prompt(row: Row, domain: str) -> Prompt:
         raise DataError(what, where=where, remedy="remove the answer, or write the correct answer")
     own_domain = domain if values.get("domain") is None else _text(values, "domain", where)
     return Prompt(
-        prompt_id=prompt_id,
+        # Of the question alone: it has the same id in every file, whatever its answer.
+        prompt_id=given_id or id_from("lopd", messages),
         messages=messages,
         domain=own_domain,
         answer=answer,

@@ -18,7 +18,7 @@ from lopd.config import PromptSet
 from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.formats import FIELDS, FORMATS, INSTRUCTIONS, OWN, PLAIN, PromptFormat
-from lopd.tasks.messages import content_of, parsed_messages, refusal_of, role_of
+from lopd.tasks.messages import content_of, id_from, parsed_messages, refusal_of, role_of
 from lopd.tasks.own_form import OWN_FORM, own_prompt
 from lopd.tasks.rows import MISSING, Row, parse_path, read_rows, value_at
 from lopd.tasks.values import as_text, is_missing, is_no_answer, scalar_text
@@ -101,7 +101,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
         if before and reader.duplicates == "drop":
             counts.leave_out("repeated", prompt.prompt_id)
             continue
-        if before and reader.own_ids is False:
+        if before and reader.makes_id(row):
             # A repeated question is kept under another id, because ids are the keys of rollouts.
             again = f"{prompt.prompt_id}#{before + 1}"
             prompt = Prompt(again, prompt.messages, prompt.domain, prompt.answer)
@@ -127,7 +127,9 @@ def question_key(prompt: Prompt) -> bytes:
     spoken = [
         (message["role"], " ".join(message["content"].split())) for message in prompt.messages
     ]
-    return hashlib.sha256(json.dumps(spoken, ensure_ascii=False).encode()).digest()[:16]
+    text = json.dumps(spoken, ensure_ascii=False)
+    # JSON may hold half of a surrogate pair, which UTF-8 does not allow.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
 
 
 class _RowReader:
@@ -135,8 +137,6 @@ class _RowReader:
 
     Attributes:
         own: Whether the file has our own form.
-        own_ids: True: the rows have ids. False: repeated questions get new ids. None: repeated
-            questions are dropped.
         paths: For each field the paths where it may stand.
         columns: The top-level columns that are needed. Empty means all.
     """
@@ -155,11 +155,6 @@ class _RowReader:
         self.duplicates = prompt_set.duplicates or self.format.duplicates
         self.instruction = _instruction(prompt_set.instruction, self.format.instruction)
         self.paths = self._paths(prompt_set)
-        self.own_ids: bool | None = None
-        if self.own:
-            self.own_ids = True
-        elif self.duplicates == "keep":
-            self.own_ids = False
         # Paths are parsed once, and not for every row.
         self.where = {
             key: (parse_path(key, "prompts.*.where"), wanted)
@@ -215,6 +210,13 @@ class _RowReader:
             _matches(value_at(row.values, steps), wanted) for steps, wanted in self.where.values()
         )
 
+    def makes_id(self, row: Row) -> bool:
+        """Return whether a repeated question of this row gets an id of ours.
+
+        In our own form an id that is given twice is a mistake. Other data sets repeat theirs.
+        """
+        return not self.own or row.values.get("prompt_id") is None
+
     def prompt(self, row: Row) -> Prompt:
         """Return the prompt of a row."""
         if self.own:
@@ -227,11 +229,8 @@ class _RowReader:
         given = self._value(row, "prompt_id")
         domain = self._value(row, "domain")
         if given is MISSING:
-            # The id is a hash of the messages without the instruction: the same question has the
-            # same id in every run and with every instruction.
-            plain = [dict(message) for message in messages]
-            text = json.dumps(plain, ensure_ascii=False)
-            prompt_id = f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            # Without the instruction: the same question has the same id with every instruction.
+            prompt_id = id_from(self.name, messages)
         else:
             # A number as an id gets the format's name, so that two sets do not share it.
             text = scalar_text(given, row.where)

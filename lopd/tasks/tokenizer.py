@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,14 @@ from lopd.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What stands for bytes that are no character, and the most bytes that a character has in UTF-8.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
 # The files of a fast tokenizer. Without them transformers would look for other forms.
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, from its files alone.
 
     Code that the checkpoint names is not run.
@@ -29,6 +32,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: A file is missing or damaged.
     """
+    folder = Path(folder)
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
@@ -56,7 +60,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_token_ids(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the token ids that end a response, in ascending order.
 
     They are the eos ids of generation_config.json, of config.json and of the tokenizer. All of
@@ -66,6 +70,7 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[in
     Raises:
         DataError: None of the three names an end token.
     """
+    folder = Path(folder)
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -101,6 +106,33 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArra
     )
     assert isinstance(text, str)
     return text
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text that each token adds. Joined, the pieces are the text of all tokens.
+
+    A character may consist of several tokens. It is then the text of the last of them, and the
+    others have none. A token at the end that is no whole character has the replacement character.
+    """
+    # The tokens whose text is still to come, and before them those of the last piece: some
+    # tokenizers write a token differently at the beginning of a text.
+    before: list[int] = []
+    open_ids: list[int] = []
+    for token in token_ids:
+        open_ids.append(token)
+        known = decode(tokenizer, before)
+        text = decode(tokenizer, before + open_ids)
+        # An unfinished character is decoded as this one. A finished one has at most four bytes, so
+        # with more tokens it is no longer awaited: the model has sampled bytes that are no text.
+        if text.endswith(_REPLACEMENT) and len(open_ids) < _LONGEST_CHARACTER:
+            yield ""
+            continue
+        yield text[len(known) :]
+        before = open_ids
+        open_ids = []
+    # What is left is no whole character.
+    if open_ids:
+        yield decode(tokenizer, before + open_ids)[len(decode(tokenizer, before)) :]
 
 
 def response_text(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lopd.errors import EXIT_CODE, LopdError
 from lopd.verbs.arguments import AsJson, VerbGroup
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 app = VerbGroup(
     help=(
@@ -38,8 +35,8 @@ Out = Annotated[
 Tokenizer = Annotated[
     Path | None,
     typer.Option(
-        help="Hugging Face folder with the tokenizer. If absent, the teacher's, in the folder that "
-        "the manifest names."
+        help="Hugging Face folder with the tokenizer. If absent, that of a model of the run, by "
+        "its manifests."
     ),
 ]
 
@@ -81,72 +78,44 @@ def verify(
         raise typer.Exit(EXIT_CODE)
 
 
-@app.command(epilog="Example:  lopd cache inspect runs/tiny_moe/score --sample 3")
+@app.command(epilog="Example:  lopd cache inspect runs/tiny_moe/rollout --sample 3")
 def inspect(
     cache: Cache,
     sample: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Also show this number of responses. The colour of a token shows how far teacher "
-            "and student disagree.",
+            help="Also show the text of this number of prompts and responses. Where they have "
+            "scores, the colour of a token shows how far teacher and student disagree. Answers of "
+            "an evaluation have their verdict.",
         ),
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed for the choice of responses.")] = 0,
     tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a cache holds, and which models made it.
+    """Show what an artifact of responses holds, and which models made it.
 
-    Reads the cache and writes nothing. The command shows sizes, histograms of lengths, the
-    advantages at the start of training, how responses end, and duplicates.
+    Reads a cache, rollouts, demonstrations or the answers of an evaluation (run.dir/demonstrate,
+    run.dir/rollout, run.dir/score, run.dir/evaluate/answers-distilled), and writes nothing. The
+    command shows sizes, histograms of lengths, the advantages at the start of training, how
+    responses end, and duplicates.
     """
     from lopd.cache.statistics import inspect_cache
     from lopd.report.cache_view import show_inspection, show_responses
+    from lopd.verbs.cache_samples import require_responses, sample_of
 
+    require_responses(cache)
     # One pass over the cache, whatever is shown of it.
     figures = inspect_cache(cache)
+    shown = sample_of(cache, sample, seed, tokenizer) if sample else []
     if as_json:
-        _print_json(figures)
+        _print_json({**figures, "sample": [one.as_json() for one in shown]} if sample else figures)
         return
     show_inspection(figures)
     # The responses come after the figures, which are too many to scroll back for.
-    if sample:
-        show_responses(_sample(cache, sample, seed), _token_text(cache, tokenizer))
-
-
-def _sample(folder: Path, count: int, seed: int) -> Any:
-    """Return random rows of a cache as pairs of a response and its teacher scores."""
-    import numpy as np
-
-    from lopd.artifacts import read_manifest
-    from lopd.cache import read_rows
-
-    # The manifest knows the number of rows. Counting would read the whole cache.
-    rows = read_manifest(folder).rows
-    chosen = set(np.random.default_rng(seed).choice(rows, min(count, rows), replace=False).tolist())
-    # read_rows goes through the cache once and in order, so a cache of any size can be shown.
-    found = [row for index, row in enumerate(read_rows(folder)) if index in chosen]
-    # Rows without scores (rollouts that are not scored yet) have no disagreement to show.
-    return [(response, scores) for response, scores in found if scores is not None]
-
-
-def _token_text(folder: Path, tokenizer: Path | None) -> Callable[[int], str]:
-    """Return a function from a token id to its text, or to its number without a tokenizer."""
-    from lopd.artifacts import read_manifest
-    from lopd.tasks.tokenizer import decode, load_tokenizer
-
-    models = read_manifest(folder).models
-    # Teachers of one cache share one tokenizer, so the first one will do.
-    teachers = [identity for role, identity in models.items() if role.startswith("teacher")]
-    source = tokenizer or (Path(teachers[0].path) if teachers else None)
-    # The folder in the manifest may be on another machine. A folder that the user names must be
-    # right, so load_tokenizer reports its mistakes.
-    if source is None or (tokenizer is None and not (source / "tokenizer.json").is_file()):
-        return lambda token: f"{token} "
-    # Each token is decoded on its own, since each is coloured on its own.
-    loaded = load_tokenizer(source)
-    return lambda token: decode(loaded, [token])
+    if shown:
+        show_responses(shown)
 
 
 @app.command(
@@ -358,6 +327,7 @@ def residualise(
     from lopd.cache.residualise import residualise as write_residualised
     from lopd.cache.style import Settings
     from lopd.report.cache_view import show_line, show_residualisation
+    from lopd.verbs.cache_samples import token_text
 
     # The defaults are those of the method: 5 folds, and half of the bias from each table (arXiv
     # 2607.28449). Bins and smoothing are choices of this project.
@@ -375,7 +345,7 @@ def residualise(
             "what is taken away here is not a foreign style but the lesson",
             "yellow",
         )
-    show_residualisation(about, _token_text(cache, tokenizer), show)
+    show_residualisation(about, token_text(cache, tokenizer), show)
 
 
 def _show_new_cache(manifest: Any, out: Path, as_json: bool) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
-from lopd.artifacts.file_hashes import HASHES
 from lopd.config import Config
+from lopd.entry import run
 
 
 def run_stages(config: Config, stage: str | None = None) -> None:
@@ -18,25 +16,9 @@ def run_stages(config: Config, stage: str | None = None) -> None:
     Raises:
         LopdError: A check or a stage failed.
     """
-    # The stages import torch, so this import waits until the configuration is known to be right.
-    from lopd import checks, pipeline
-
-    # Once per command: the checks and the stages then read each file once.
-    if config.run.rehash:
-        HASHES.forget()
-    # All checks come before the first stage: a mistake in the last stage's settings must be
-    # noticed now, not after hours of sampling and training.
-    checks.check_all(config, stage=stage)
-    pipeline.run(config, only=None if stage is None else (stage,))
-    _show_result(config)
-
-
-def _show_result(config: Config) -> None:
-    """Print the accuracies and the seconds of each stage, and where the files are."""
+    summary = run(config, stage=stage)
+    # rich takes a while to import, and a failed check ends before this.
     from lopd.report.console import print_line, show_summary
-    from lopd.summary import FILE
 
-    # The summary is read from its file, not passed on in memory: what the user sees here is
-    # exactly what a program reads later.
-    show_summary(json.loads((config.run.dir / FILE).read_text(encoding="utf-8")))
+    show_summary(summary)
     print_line(f"everything is in {config.run.dir}")

@@ -74,7 +74,7 @@ class SGLangEngine:
         settings: SGLangSection,
         *,
         server: SGLangServer | None = None,
-        weights_file: Path | None = None,
+        weights_file: str | Path | None = None,
         vocab_size: int | None = None,
     ) -> None:
         """
@@ -88,6 +88,7 @@ class SGLangEngine:
                 process records there that it will not start the server again.
             vocab_size: The vocabulary of the served model. The default is to ask when needed.
         """
+        weights_file = Path(weights_file) if weights_file is not None else None
         self.url = url.rstrip("/")
         self.api_key = api_key
         self.settings = settings
@@ -177,14 +178,15 @@ class SGLangEngine:
         Raises:
             EngineError: The server died, returns other ids than it was sent, or returns values that
                 no model gives (sglang_rollout.requests.checks).
-            DataError: A sequence is too long, or its prompt or response is empty.
+            DataError: A sequence is too long, its prompt or response is empty, or the model has no
+                row for a token.
         """
         # Two checks need the size: one for the id that SGLang returns as 0 (scoring.LAST_ID_ECHO),
         # and one for a teacher that guesses uniformly.
         vocabulary = vocab_size if vocab_size is not None else self._served_vocab_size()
 
         async def score_one(calls: Connections, request: ScoreRequest) -> TeacherScores:
-            scoring.check_scorable(request, self.settings.context_length)
+            scoring.check_scorable(request, self.settings.context_length, vocabulary)
             answer = await calls.generate(
                 request, lambda name: scoring.score_payload(request, name, top_k)
             )
@@ -272,7 +274,7 @@ class SGLangEngine:
         # the model computes.
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
         try:
-            with self._client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
+            with self.http_client(httpx.Timeout(_HEALTH_TIMEOUT_S)) as client:
                 return client.post("/generate", json=body).status_code == 200
         except httpx.TransportError:
             return False
@@ -306,7 +308,7 @@ class SGLangEngine:
         while True:
             try:
                 # A client for each attempt: after a restart its connections would be dead.
-                with self._client(timeout) as client:
+                with self.http_client(timeout) as client:
                     reply = client.request(method, path, json=body)
                 break
             except httpx.TransportError as error:
@@ -371,7 +373,8 @@ class SGLangEngine:
             remedy=remedies.get(status, ""),
         )
 
-    def _client(self, timeout: httpx.Timeout) -> httpx.Client:
+    def http_client(self, timeout: httpx.Timeout) -> httpx.Client:
+        """Return a client for plain calls to the server."""
         # With verify=True httpx loads all certificates, which costs every call 50 ms. Plain http
         # needs none of them.
         tls = self.url.startswith("https:")

@@ -105,10 +105,10 @@ def fleet_of(engines: Sequence[SGLangEngine]) -> SGLangEngine:
 
 @contextmanager
 def serve(
-    model_dir: Path,
+    model_dir: str | Path,
     settings: SGLangSection,
     *,
-    log: Path,
+    log: str | Path,
     name: str,
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[SGLangEngine]:
@@ -127,6 +127,8 @@ def serve(
     Raises:
         EngineError: A server does not start.
     """
+    model_dir = Path(model_dir)
+    log = Path(log)
     number = settings.replicas
     # The key and the weights file are shared. A process that knows those of the first server, such
     # as a rank of the trainer, can then reach all of them.

@@ -51,11 +51,17 @@ class ScoreRequest:
         return (self.prompt_id, self.sample_index)
 
 
-def check_scorable(request: ScoreRequest, context_length: int) -> None:
+def check_scorable(request: ScoreRequest, context_length: int, vocab_size: int) -> None:
     """Check that a server can score the response.
 
+    Args:
+        request: The response.
+        context_length: The tokens that a sequence may have.
+        vocab_size: The rows of the served model.
+
     Raises:
-        DataError: The prompt or the response is empty, or both together exceed the context.
+        DataError: The prompt or the response is empty, or both together exceed the context, or the
+            model has no row for a token.
     """
     if len(request.prompt_ids) == 0 or len(request.token_ids) == 0:
         raise DataError(
@@ -74,6 +80,15 @@ def check_scorable(request: ScoreRequest, context_length: int) -> None:
             where=response_name(request.key),
             limit=f"at most sglang.context_length = {context_length}",
             remedy="raise sglang.context_length",
+        )
+    # SGLang would return such an id as 0, which looks as if it served another model.
+    largest = max(int(request.prompt_ids.max()), int(request.token_ids.max()))
+    if largest >= vocab_size:
+        raise DataError(
+            f"the sequence has a token {largest} past the rows of the model",
+            where=response_name(request.key),
+            limit=f"at most {vocab_size - 1}: the served model has {vocab_size} rows",
+            remedy="remove this response: the model that sampled it has more rows",
         )
 
 

@@ -26,9 +26,9 @@ def build_receiver(
     settings: SyncSection,
     engines: Sequence[SGLangEngine],
     *,
-    folder: Path,
-    template_dir: Path,
-    weights_file: Path | None = None,
+    folder: str | Path,
+    template_dir: str | Path,
+    weights_file: str | Path | None = None,
 ) -> WeightReceiver:
     """Return the receiver for the servers of these engines.
 
@@ -46,6 +46,9 @@ def build_receiver(
         ConfigError: sync.verify is "scores". A receiver sees tensors only, and that verification
             needs the trainer's own scores (ScoreVerification, after the sync).
     """
+    folder = Path(folder)
+    template_dir = Path(template_dir)
+    weights_file = Path(weights_file) if weights_file is not None else None
     if settings.verify == "scores":
         raise ConfigError(
             'a receiver cannot verify with "scores": it has no scores of the trainer',

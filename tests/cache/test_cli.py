@@ -5,15 +5,20 @@ lines with exit code 2.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lopd import cache
+from lopd import cache, pipeline
 from lopd.artifacts import read_manifest
-from lopd.report.cache_view import colour, histogram_lines
+from lopd.config import load_config
+from lopd.report.cache_view import LEGEND, colour, histogram_lines
+from lopd.tasks.tokenizer import decode, load_tokenizer
+from lopd.tasks.verdict_files import read_verdicts
+from lopd.tasks.verdicts import Verdict
 from tests.cache.rollouts import TINY_TEACHER, publish_cache, some_responses
 from tests.stand_ins import Result, StandIns, command, write_project
 
@@ -177,3 +182,69 @@ def test_the_score_stage_stores_16_bits_and_says_what_that_lost(
     assert read_manifest(tmp_path / "run" / "score").extra["logprob_loss"] is None, (
         "lossless unless asked otherwise"
     )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a whole run by stand-ins."""
+    folder = tmp_path_factory.mktemp("inspected")
+    with pytest.MonkeyPatch.context() as patch:
+        StandIns().install(patch)
+        pipeline.run(load_config(write_project(folder)))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "name", ["demonstrate", "rollout", "score", "evaluate/answers-sft", "evaluate/policy-sft"]
+)
+def test_what_a_model_answered_can_be_read(
+    lopd: Callable[..., Result], run: Path, name: str
+) -> None:
+    """The text of the prompt and of the response, with the tokenizer that the run itself names."""
+    text = lopd("cache", "inspect", run / name, "--sample", "2").succeeded().out
+    shown = json.loads(lopd("cache", "inspect", run / name, "--sample", "2", "--json").out)
+    rows = {response.key: response for response, _ in cache.read_rows(run / name)}
+    tokenizer = load_tokenizer(TINY_TEACHER)
+    assert len(shown["sample"]) == 2
+    for one in shown["sample"]:
+        response = rows[one["prompt_id"], one["sample_index"]]
+        assert one["response"] == decode(tokenizer, response.token_ids)
+        assert one["prompt"] == decode(tokenizer, response.prompt_ids)
+        assert one["response"].splitlines()[0] in text
+        assert "<|im_start|>user\n" in text
+        # Only a score has advantages to colour, and only answers have a verdict.
+        assert (one["scores"] is not None) == (name == "score")
+        assert (one["verdict"] is not None) == ("answers" in name)
+    assert (LEGEND in text) == (name == "score")
+    assert ("verdict: wrong, " in text) == ("answers" in name)
+
+
+def test_a_run_without_its_models_shows_texts_by_its_own_student(
+    lopd: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    moved = tmp_path / "run/rollout"
+    manifest = json.loads((moved / "manifest.json").read_text())
+    for identity in manifest["models"].values():
+        identity["path"] = "/elsewhere"
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    found = json.loads(lopd("cache", "inspect", moved, "--sample", "1", "--json").out)
+    assert "<|im_start|>" in found["sample"][0]["prompt"]
+    # The control: without any tokenizer ids are shown.
+    shutil.copytree(moved, tmp_path / "alone/rollout")
+    alone = lopd("cache", "inspect", tmp_path / "alone/rollout", "--sample", "1", "--json")
+    assert json.loads(alone.out)["sample"][0]["prompt"].replace(" ", "").isdigit()
+
+
+def test_a_folder_of_artifacts_names_them(lopd: Callable[..., Result], run: Path) -> None:
+    for folder in (run, run / "evaluate"):
+        lopd("cache", "inspect", folder).refused("holds no responses itself")
+    lopd("cache", "inspect", run / "evaluate").refused("answers-base", "policy-teacher")
+
+
+def test_the_verdicts_of_an_evaluation_without_a_run(tmp_path: Path) -> None:
+    (tmp_path / "transcripts").mkdir()
+    line = {"prompt_id": "p", "sample_index": 1, "right": True, "reason": "", "found": "5\u2028"}
+    (tmp_path / "transcripts/a.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n")
+    assert read_verdicts(tmp_path / "answers") == {("p", 1): Verdict(True, "", "5\u2028")}
+    assert read_verdicts(tmp_path / "policy-sft") == {}

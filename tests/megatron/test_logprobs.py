@@ -73,6 +73,32 @@ def test_padded_rows_have_no_probability_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("block_bytes", [SMALL_BLOCK, None])
+def test_a_label_past_the_vocabulary_has_no_probability_and_no_gradient(
+    block_bytes: int | None,
+) -> None:
+    """A teacher's token that the student has no row for, in padding and past it."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(PADDED_FROM + 4, 8, generator=generator, requires_grad=True)
+    labels = torch.tensor([[1, PADDED_FROM], [2, PADDED_FROM + 99], [3, PADDED_FROM - 1]])
+
+    def values(chosen: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
+        return token_logprobs(
+            hidden, weight, chosen, vocab_size=vocab_size, block_bytes=block_bytes
+        )[0]
+
+    found = values(labels, PADDED_FROM)
+    unknown = torch.tensor([[False, True], [False, True], [False, False]])
+    assert torch.equal(torch.isneginf(found), unknown)
+    gradients = torch.autograd.grad(found.masked_fill(unknown, 0.0).sum(), (hidden, weight))
+    known = values(labels, PADDED_FROM)[~unknown].sum()
+    for one, other in zip(gradients, torch.autograd.grad(known, (hidden, weight)), strict=True):
+        assert torch.equal(one, other)
+    # Control: where the rows are part of the vocabulary, they have a probability.
+    assert torch.isfinite(values(labels.clamp(max=PADDED_FROM), None)).all()
+
+
+@pytest.mark.parametrize("block_bytes", [SMALL_BLOCK, None])
 def test_bfloat16_is_computed_in_float32(block_bytes: int | None) -> None:
     """Values as if the same numbers had been given in float32; gradients but for their own
     rounding. Rounded logits would miss the first bound."""

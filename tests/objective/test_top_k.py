@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -203,3 +204,76 @@ def test_token_weights_are_refused() -> None:
         with pytest.raises(ConfigError, match="sampled token"):
             Distillation(TopKKL(), weightings=(weighting,))
         Distillation(Lightning(), weightings=(weighting,))
+
+
+# ---- a student with fewer rows than the teacher ----
+
+KNOWN = 9
+
+
+def fewer_rows(num_chosen: int) -> tuple[Tensor, Tensor, TokenBatch]:
+    """The student's logits over its own rows, the teacher over all, and their batch: a token past
+    the student's rows has the log-probability -inf, as the trainer gives it.
+    """
+    all_logits, teacher = logits_and_teacher()
+    logits = all_logits[:, :KNOWN].detach().requires_grad_()
+    top, ids = teacher.topk(num_chosen, -1)
+    padded = torch.nn.functional.pad(torch.log_softmax(logits, -1), (0, VOCAB_SIZE - KNOWN))
+    student = torch.where(ids < KNOWN, padded.gather(1, ids), -torch.inf)
+    assert ((ids >= KNOWN).any(1)).sum() > 3
+    batch = TokenBatch(
+        loss_mask=torch.tensor([True] * (NUM_TOKENS - 2) + [False] * 2),
+        cu_seqlens=torch.tensor([0, 5, NUM_TOKENS], dtype=torch.int32),
+        num_sequences=2,
+        teacher_logprobs=teacher[:, 0],
+        teacher_top_logprobs=top,
+        student_top_logprobs=student,
+    )
+    return logits, teacher, batch
+
+
+@pytest.mark.parametrize("with_tail", [False, True], ids=["tail computed", "tail of the cache"])
+@pytest.mark.parametrize("support", ["tail", "renormalised"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_tokens_past_the_students_rows_are_other_tokens(
+    direction: Direction, support: Support, with_tail: bool
+) -> None:
+    logits, teacher, batch = fewer_rows(K)
+    if with_tail:
+        outside = 1 - batch.teacher_top_logprobs.exp().sum(-1)  # type: ignore[union-attr]
+        batch = replace(batch, teacher_tail_logprob=outside.log())
+    output = Distillation(TopKKL(direction, support))(torch.log_softmax(logits, -1)[:, 0], batch)
+    loss = output.loss_sum / output.num_items
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    # The reference: of the K tokens those that the student has, one row at a time.
+    ids = [row[row < KNOWN] for row in teacher.topk(K, -1).indices]
+    each = []
+    for row, own in enumerate(ids):
+        student = coarse(torch.log_softmax(logits, -1)[row : row + 1], own[None], support)
+        target = coarse(teacher[row : row + 1], own[None], support)
+        first, second = (student, target) if direction == "reverse" else (target, student)
+        each.append((first * (first.log() - second.log())).sum())
+    mean = torch.stack([torch.stack(each[:5]).mean(), torch.stack(each[5:10]).mean()]).mean()
+    (expected,) = torch.autograd.grad(mean, logits)
+    close(loss, mean, rel=1e-9)
+    within(relative_difference(gradient, expected), 1e-9)
+    # Control: a made-up value of such a token, as a padded row would give it, is noticed.
+    phantom = torch.where(
+        torch.isneginf(batch.student_top_logprobs),  # type: ignore[arg-type]
+        -torch.logsumexp(logits, -1, keepdim=True),
+        batch.student_top_logprobs,  # type: ignore[arg-type]
+    )
+    wrong = Distillation(TopKKL(direction, support))(
+        torch.log_softmax(logits, -1)[:, 0], replace(batch, student_top_logprobs=phantom)
+    )
+    (untrue,) = torch.autograd.grad(wrong.loss_sum / wrong.num_items, logits)
+    apart(relative_difference(untrue, expected), 1e-3, "phantom")
+
+
+def test_the_figures_count_such_tokens_in_the_tails() -> None:
+    logits, _, batch = fewer_rows(K)
+    sums = Distillation(TopKKL())(torch.log_softmax(logits, -1)[:, 0], batch).metric_sums
+    known = torch.isfinite(batch.student_top_logprobs)  # type: ignore[arg-type]
+    inside = (batch.teacher_top_logprobs.exp() * known).sum(-1)  # type: ignore[union-attr]
+    close(sums["teacher_tail"], (1 - inside)[:-2].sum(), rel=1e-9)
+    assert all(torch.isfinite(value) for value in sums.values())

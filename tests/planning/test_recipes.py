@@ -16,6 +16,7 @@ import pytest
 from lopd.config import Config, load_config, result_keys
 from lopd.planning import Assumptions, Plan, make_plan, node_of
 from lopd.planning.models import planned_models
+from lopd.planning.plan_json import as_json
 from tests.planning import filled_hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,3 +234,30 @@ def test_the_plans_json(tmp_path: Path) -> None:
         sum(plan["memory"]["distill"]["gpu"].values())
     )
     assert plan["memory"]["rollout"]["concurrency"] > 1
+
+
+def _page_table(text: str) -> dict[str, tuple[str, str]]:
+    """Return hours and GiB of each stage in the README's table, as they are written there."""
+    block = text.partition("| stage | hours on 8 GPUs |")[2].partition("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in block.splitlines()[2:]]
+    return {row[0].split()[0]: (row[1].strip(), row[2].strip()) for row in rows}
+
+
+def test_the_first_page_quotes_the_plan_of_the_flagship() -> None:
+    plan = planned("qwen3_30b_a3b", "h100-80gb", 8)
+    told = as_json(plan)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    hours = {name: f"{value / 8:.2f}" for name, value in told["gpu_hours"].items()}
+    expected = {
+        name: (hours[name], f"{use['gpu_total'] / 2**30:.1f}")
+        for name, use in told["memory"].items()
+    }
+    table = _page_table(page)
+    assert table == {**expected, "all": (hours["total"], "")}
+    assert f"{told['disk']['total'] / 2**30:,.1f} GiB" in page
+    own = f"{hours['lightning_opd']} hours, or {told['gpu_hours']['lightning_opd']:.1f} GPU hours"
+    assert own in page
+    # Estimates are never shown without this sentence.
+    assert "Nothing of this has run on a GPU" in page
+    changed = page.replace(hours["sft"], "1.00")
+    assert _page_table(changed) != table, "the control"

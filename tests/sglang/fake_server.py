@@ -39,6 +39,16 @@ def reserved_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
+def events(answer: dict[str, Any]) -> bytes:
+    """Return an answer as SGLang streams it: each event has all tokens so far."""
+    ids = answer["output_ids"]
+    parts = [{**answer, "output_ids": ids[:stop]} for stop in range(1, len(ids) + 1)]
+    for part in parts[:-1]:
+        part["meta_info"] = {**answer["meta_info"], "finish_reason": None}
+    lines = [f"data: {json.dumps(part)}\n\n" for part in parts]
+    return "".join([*lines, "data: [DONE]\n\n"]).encode()
+
+
 class FakeServer:
     """Answers like SGLang. Set the attributes to make it fail; read calls and most_at_once to see
     what it was asked.
@@ -173,6 +183,8 @@ class FakeServer:
                     self.close_connection = True
                     return
                 data = json.dumps(answer).encode()
+                if body.get("stream") and status == 200:
+                    data = events(answer)
                 with contextlib.suppress(ConnectionError):  # the client may have left
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(data)))

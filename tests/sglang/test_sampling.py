@@ -148,9 +148,25 @@ def test_wrong_scores_are_refused_by_name(
 
 @pytest.mark.parametrize(("prompt_len", "response_len"), [(0, 3), (3, 0), (10, 11)])
 def test_what_cannot_be_scored_is_named(prompt_len: int, response_len: int) -> None:
-    check_scorable(ScoreRequest("p", 4, int32(range(10)), int32(range(10))), context_length=20)
+    check_scorable(
+        ScoreRequest("p", 4, int32(range(10)), int32(range(10))), context_length=20, vocab_size=10
+    )
     with pytest.raises(DataError, match="response p#4"):
         check_scorable(
             ScoreRequest("p", 4, int32(range(prompt_len)), int32(range(response_len))),
             context_length=20,
+            vocab_size=11,
         )
+
+
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_a_token_past_the_rows_of_the_served_model_is_named_and_not_sent(name: str) -> None:
+    """SGLang gives such an id back as 0, as a server with another model would."""
+    ids = int32([1, 7])
+    request = ScoreRequest("p", 4, int32([1, 8]) if name == "prompt" else ids, int32([8, 1]))
+    check_scorable(request, context_length=20, vocab_size=9)
+    with pytest.raises(
+        DataError, match=r"token 8 past the rows of the model; limit: at most 7: the served"
+    ) as error:
+        check_scorable(request, context_length=20, vocab_size=8)
+    assert error.value.where == "response p#4"

@@ -4,6 +4,7 @@ for what cannot.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.prompts import read_prompts, render
 from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic
-from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
+from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids, token_texts
 
 TASK = RegisterArithmetic()
 GOOD = {"prompt_id": "a", "question": "01+01=?", "answer": "02"}
@@ -79,11 +80,9 @@ def test_without_a_file_the_task_generates() -> None:
     [
         ([GOOD, "{not json"], r":2: the line is not valid JSON"),
         ([GOOD, "", [1, 2]], r":3: a JSON object is needed, but the row is a list"),
-        ([{"question": "q"}], ":1: prompt_id is missing"),
-        (
-            [{"prompt_id": 7, "question": "q"}],
-            ":1: prompt_id is 7, but it must be a non-empty string",
-        ),
+        ([{"prompt_id": " ", "question": "q"}], r":1: prompt_id is ' ', but it must be"),
+        ([{"answer": "1"}], r":1: a prompt must have either messages or question"),
+        ([{"prompt_id": 7, "question": "q"}], r":1: prompt_id is 7, but it must be a non-empty"),
         ([{"prompt_id": "a"}], r":1: prompt 'a' must have either messages or question"),
         ([{**GOOD, "messages": []}], r":1: prompt 'a' must have either messages or question"),
         ([{"prompt_id": "a", "messages": []}], r":1: messages must be a non-empty list"),
@@ -115,6 +114,51 @@ def test_bad_prompt_file_names_the_line(tmp_path: Path, lines: list[object], mes
         read_prompts(PromptSet(file=path), TASK, need_answers=True)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_without_an_id_is_named_by_its_question(tmp_path: Path) -> None:
+    """The id is a hash of the question, whatever the answer, the file and the row's place."""
+    first = write_lines(
+        tmp_path / "first.jsonl",
+        {"question": "What is 1+1?", "answer": "2"},
+        {"prompt_id": None, "question": "What is 2+2?", "answer": "4"},
+        # The same question in the other spelling of the form.
+        {"messages": [{"role": "user", "content": "What is 1+1?"}], "answer": "2"},
+        {"prompt_id": "mine", "question": "What is 1+1?", "answer": "2"},
+        {"question": "What is 1+1?", "answer": "2"},
+    )
+    ids = [prompt.prompt_id for prompt in read_prompts(PromptSet(file=first), TASK)]
+    text = json.dumps([{"role": "user", "content": "What is 1+1?"}])
+    hashed = f"lopd-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    # A repeated question stays, as in a file with ids, and is told apart by a number.
+    assert [ids[0], *ids[2:]] == [hashed, f"{hashed}#2", "mine", f"{hashed}#4"]
+    assert ids[1] not in ids[2:]
+    second = write_lines(tmp_path / "second.jsonl", {"question": "What is 1+1?", "answer": "3"})
+    assert read_prompts(PromptSet(file=second), TASK)[0].prompt_id == hashed
+    # Dropped where the set says so.
+    dropped = read_prompts(PromptSet(file=first, duplicates="drop"), TASK)
+    assert [prompt.prompt_id for prompt in dropped] == ids[:2]
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_the_texts_of_tokens_are_the_text() -> None:
+    """Pieces join to the whole text, and a character of several tokens stands at its last one."""
+    bytes_of: Any = ByteTokenizer()
+    for text in ("12 + 3", "caf\u00e9 \u20ac \U0001f600 end", "\u00e9"):
+        ids = list(text.encode())
+        pieces = [*token_texts(bytes_of, ids)]
+        assert "".join(pieces) == text
+        assert len(pieces) == len(ids)
+    assert [*token_texts(bytes_of, list("\u20ac".encode()))] == ["", "", "\u20ac"]
+    # The control: a cut character is shown as one, and bytes that are no text hold nothing back.
+    assert "".join(token_texts(bytes_of, [97, 0xE2, 0x82])) == "a\N{REPLACEMENT CHARACTER}"
+    assert "".join(token_texts(bytes_of, [0xFF] * 5 + [98])).endswith("b")
 
 
 def test_missing_unreadable_and_short_files(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def token_logprobs(
             r * R to (r + 1) * R.
         labels: int64 [T], or [T, K] for several tokens at each place.
         group: The ranks that divide the vocabulary. None means that this rank has all rows.
-        vocab_size: The rows past it are padding and have no probability. None means that there is
-            no padding.
+        vocab_size: The rows past it are padding and have no probability: such a label has the
+            log-probability -inf and no gradient. None means that there is no padding.
         entropy: Whether the entropies are wanted.
         block_bytes: The bytes of logits at a time, at most about. None means BLOCK_BYTES.
         kernel: "blocks" or "triton". None means the one in KERNELS for the device.
@@ -91,6 +91,11 @@ def token_logprobs(
     logprobs, entropies = _TokenLogprobs.apply(
         hidden, weight, local_labels, rows, group if size > 1 else None, entropy, limit, kernel
     )
+    if vocab_size is not None:
+        # A label past the vocabulary has no logit, so its probability is 0. A teacher with more
+        # rows than the student has such tokens among its K likeliest.
+        is_known = local_labels < known - first
+        logprobs = torch.where(is_known, logprobs, -torch.inf)
     return logprobs.view(labels.shape), entropies if entropy else None
 
 

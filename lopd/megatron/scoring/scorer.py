@@ -108,9 +108,9 @@ class MegatronScorer:
         self._entropy = entropy
         # Here, before the ranks start: a layout that does not fit is then an error in a second, and
         # not after the model was read.
-        validate_layout(
-            read_architecture(model), settings.parallel, where=f"parallel of the {name}"
-        )
+        architecture = read_architecture(model)
+        validate_layout(architecture, settings.parallel, where=f"parallel of the {name}")
+        self._num_rows = architecture.vocab_size
         self._log = folder / f"megatron-{name}.log"
         # The name is unique: a process may have several scorers, and a machine several users.
         self._spool = Path(
@@ -200,7 +200,7 @@ class MegatronScorer:
         """Return the number of tokens of a request that can be scored.
 
         Raises:
-            DataError: The sequence is empty, or longer than a microbatch.
+            DataError: The sequence is empty, or longer than a microbatch, or has an unknown token.
         """
         name = f"response {request.prompt_id}/{request.sample_index}"
         prompt_len = len(request.prompt_ids)
@@ -212,6 +212,15 @@ class MegatronScorer:
                 limit="at least one of each, because the first token of a sequence has no "
                 "log-probability",
                 remedy="remove this response",
+            )
+        # The rows past the vocabulary are padding: their ids would get a value that means nothing.
+        largest = max(int(request.prompt_ids.max()), int(request.token_ids.max()))
+        if largest >= self._num_rows:
+            raise DataError(
+                f"the sequence has a token {largest} past the rows of the model",
+                where=name,
+                limit=f"at most {self._num_rows - 1}: {self._model} has {self._num_rows} rows",
+                remedy="remove this response: the model that sampled it has more rows",
             )
         length = prompt_len + response_len
         parallel = self._settings.parallel

@@ -14,7 +14,7 @@ from typing import Any
 from lopd.config import ParallelSection, ScoreSection
 from lopd.errors import ConfigError, LopdError
 from lopd.megatron.weights.families import FAMILIES
-from lopd.megatron.weights.families.fields import Yarn
+from lopd.megatron.weights.families.fields import Yarn, refuse_quantised
 
 # The vocabulary is padded to a multiple of this number. So it divides by up to 8 tensor ranks, and
 # a checkpoint of the trainer fits every one of these layouts.
@@ -65,15 +65,18 @@ class Architecture:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def read_architecture(folder: Path) -> Architecture:
+def read_architecture(folder: str | Path) -> Architecture:
     """Return the architecture of a Hugging Face checkpoint folder.
 
     Raises:
         LopdError: config.json cannot be read, its model_type is unknown, or it asks for a feature
             that is not supported here. The message names the feature and its value.
     """
+    folder = Path(folder)
     path = folder / "config.json"
     table = _read_table(path)
+    # Before the family: published quantised checkpoints are of supported and other families.
+    refuse_quantised(table, str(path))
     family = table.get("model_type")
     # The value may be of any JSON type, and a list cannot be looked up in a dictionary.
     if not isinstance(family, str) or family not in FAMILIES:

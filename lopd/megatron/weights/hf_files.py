@@ -17,10 +17,8 @@ from torch import Tensor
 
 from lopd.errors import ArtifactError
 from lopd.megatron.weights.architecture import Architecture
-from lopd.megatron.weights.hf_mapping import hf_shapes
+from lopd.megatron.weights.checkpoint_files import INDEX, SINGLE, inspect_checkpoint
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # Files that are copied beside the weights. They are data only, never code.
 COPIED_FILES = (
     "generation_config.json",
@@ -37,55 +35,28 @@ COPIED_FILES = (
 # Files of a checkpoint that are mapped into memory at a time. The pages that were read count as
 # memory of the process until the file is closed.
 MAX_OPEN = 2
-# Buffers that old checkpoints carry. They follow from the config.
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 class CheckpointReader:
     """The tensors of a checkpoint, read slice by slice: ``reader.tensor(name)[0:4, :]``."""
 
     def __init__(self, folder: Path, arch: Architecture) -> None:
-        """Open a checkpoint and compare the names and shapes of its tensors with the architecture.
+        """Open a checkpoint and hold its index, its headers and its architecture together.
 
         Raises:
-            ArtifactError: A file is missing or damaged, a tensor is missing or unknown, or a tensor
-                has another shape.
+            ArtifactError: What inspect_checkpoint finds first. It says how many faults there are.
         """
+        found = inspect_checkpoint(folder, arch)
+        if found.problems:
+            first, *others = found.problems
+            more = f" (and {len(others)} more: lopd check shows all)" if others else ""
+            raise ArtifactError(
+                first.what + more, where=first.where, limit=first.limit, remedy=first.remedy
+            )
         self._folder = folder
         # The open files, the newest last.
         self._files: dict[str, Any] = {}
-        self._file_of = self._read_index()
-        wanted = hf_shapes(arch)
-        self._check_names(wanted, arch)
-        # The headers of the files hold the shapes, so no tensor is read for this.
-        for name, shape in wanted.items():
-            found = tuple(self.tensor(name).get_shape())
-            if found != shape:
-                what = f"{name} has shape {found}, but config.json gives {shape}"
-                raise ArtifactError(what, where=str(folder))
-
-    def _check_names(self, wanted: dict[str, tuple[int, ...]], arch: Architecture) -> None:
-        missing = [name for name in wanted if name not in self._file_of]
-        unknown = [
-            name
-            for name in self._file_of
-            if name not in wanted and not name.endswith(IGNORED_SUFFIXES)
-        ]
-        # Some checkpoints with tied embeddings store the shared tensor twice.
-        if arch.tied_embeddings:
-            unknown = [name for name in unknown if name != "lm_head.weight"]
-        problems = [
-            f"{len(names)} tensors are {verb}, for example {names[0]}"
-            for names, verb in ((missing, "missing"), (unknown, "unknown"))
-            if names
-        ]
-        if problems:
-            # One example of each is enough: a wrong folder lacks hundreds.
-            raise ArtifactError(
-                "; ".join(problems),
-                where=str(self._folder),
-                remedy=f"give a complete {arch.family} checkpoint that fits its config.json",
-            )
+        self._file_of = found.file_of
 
     def __enter__(self) -> Self:
         return self
@@ -98,26 +69,9 @@ class CheckpointReader:
         """Return a tensor that is read when it is sliced, and only where it is sliced."""
         return self._open(self._file_of[name]).get_slice(name)
 
-    def _read_index(self) -> dict[str, str]:
-        """Return the file name of each tensor."""
-        path = self._folder / INDEX
-        if path.exists():
-            try:
-                return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ArtifactError(f"cannot be read ({error})", where=str(path)) from None
-        # Small checkpoints are one file and have no index.
-        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self._folder / file
-            if not path.is_file():
-                raise ArtifactError(
-                    "no such file",
-                    where=str(path),
-                    remedy="give the folder of a Hugging Face checkpoint with safetensors",
-                )
             # The tensors are read in the order of the layers, and shards follow that order. So a
             # file that was closed is rarely opened again.
             while len(self._files) >= MAX_OPEN:

@@ -20,7 +20,7 @@ from lopd.megatron.weights.hf_files import CheckpointReader, CheckpointWriter
 from lopd.megatron.weights.hf_mapping import Weight, global_name, weights
 
 
-def load_hf(model: Any, arch: Architecture, folder: Path) -> None:
+def load_hf(model: Any, arch: Architecture, folder: str | Path) -> None:
     """Read this rank's part of a Hugging Face checkpoint (safetensors) into the model.
 
     The parts of other ranks are not read.
@@ -28,6 +28,7 @@ def load_hf(model: Any, arch: Architecture, folder: Path) -> None:
     Raises:
         ArtifactError: The checkpoint is incomplete, damaged, or not of this architecture.
     """
+    folder = Path(folder)
     # The reader has checked all names and shapes before the first parameter is changed.
     with CheckpointReader(folder, arch) as reader:
         load_tensors(model, arch, reader.tensor)
@@ -95,7 +96,11 @@ def export_hf(
 
 
 def save_hf(
-    buckets: Iterable[list[tuple[str, Tensor]]], folder: Path, *, source: Path, shard_bytes: int
+    buckets: Iterable[list[tuple[str, Tensor]]],
+    folder: str | Path,
+    *,
+    source: str | Path,
+    shard_bytes: int,
 ) -> None:
     """Write buckets of export_hf as a Hugging Face checkpoint. Collective where the buckets are.
 
@@ -112,6 +117,8 @@ def save_hf(
         ArtifactError: The checkpoint cannot be written, for example because the disk is full. Every
             rank raises it.
     """
+    folder = Path(folder)
+    source = Path(source)
     # Every step goes through run_on_first_rank, so that the other ranks wait for the disk as long
     # as it takes. In a plain collective they would give up: to write 61 GB may take longer than a
     # collective may last.

@@ -20,6 +20,9 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+# What config.json may call the type of the weights.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float", "half", "auto")
+
 
 def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the fields that all families share.
@@ -75,9 +78,53 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         "vocab_size": number(table, where, "vocab_size"),
         "max_position_embeddings": number(table, where, "max_position_embeddings"),
         "norm_eps": norm_eps,
-        "tied_embeddings": bool(table.get("tie_word_embeddings", False)),
+        "tied_embeddings": boolean(table, where, "tie_word_embeddings", False),
         **_rope(table, where),
     }
+
+
+def refuse_quantised(table: Mapping[str, Any], where: str) -> None:
+    """Refuse a checkpoint whose weights are no plain floating-point numbers of 16 bits or more.
+
+    Args:
+        table: The parsed config.json.
+        where: The path of the file, for the message.
+
+    Raises:
+        LopdError: It says that the weights are quantised, and how.
+    """
+    methods = []
+    # compressed-tensors has had both names.
+    for key in ("quantization_config", "compression_config"):
+        about = table.get(key)
+        if about:
+            method = about.get("quant_method", "?") if isinstance(about, Mapping) else about
+            methods.append((f"{key}.quant_method", method))
+    for key in ("dtype", "torch_dtype"):
+        dtype = table.get(key)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
+            methods.append((key, dtype))
+    for key, method in methods:
+        raise LopdError(
+            f"the weights are quantised: {key} = {method!r}",
+            where=where,
+            limit="one of float64, float32, float16, bfloat16",
+            remedy="give the checkpoint that was not quantised, or dequantise it first",
+        )
+
+
+def boolean(table: Mapping[str, Any], where: str, key: str, default: bool) -> bool:
+    """Return a field that is true or false.
+
+    Raises:
+        LopdError: It is another value. The text "false" would otherwise count as true.
+    """
+    value = table.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise LopdError(f"{key} = {value!r} is neither true nor false", where=where)
+    return value
 
 
 def refuse(table: Mapping[str, Any], where: str, key: str, *allowed: Any) -> None:
@@ -210,5 +257,5 @@ def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
         original_len=number(rope, where, "original_max_position_embeddings"),
         beta_fast=float(betas[0]),
         beta_slow=float(betas[1]),
-        truncate=bool(rope.get("truncate", True)),
+        truncate=boolean(rope, where, "truncate", True),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lopd.errors import LopdError
-from lopd.megatron.weights.families.fields import decoder, number, refuse
+from lopd.megatron.weights.families.fields import boolean, decoder, number, refuse
 
 
 def qwen3(table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -34,5 +34,5 @@ def qwen3_moe(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         "num_experts": num_experts,
         "experts_per_token": experts_per_token,
         "moe_ffn_hidden_size": number(table, where, "moe_intermediate_size"),
-        "norm_topk_prob": bool(table.get("norm_topk_prob", False)),
+        "norm_topk_prob": boolean(table, where, "norm_topk_prob", False),
     }

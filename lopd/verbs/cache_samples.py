@@ -1,0 +1,106 @@
+"""Chooses responses of an artifact and finds the texts that a reader of them sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lopd.errors import DataError
+from lopd.report.cache_view import ShownResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def require_responses(folder: Path) -> None:
+    """Refuse a folder that has artifacts in it and no responses itself, and name them."""
+    from lopd.artifacts import MANIFEST, read_manifest
+
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    if (folder / MANIFEST).is_file():
+        shards = read_manifest(folder).shards
+        # A folder without any file yet is an artifact that is being made.
+        if not inner and (not shards or any(one.name.endswith(".parquet") for one in shards)):
+            return
+    if inner:
+        raise DataError(
+            "holds no responses itself",
+            where=str(folder),
+            limit=f"one of its folders: {', '.join(inner):.400}",
+            remedy=f"for example: lopd cache inspect {folder / inner[0]} --sample 3",
+        )
+
+
+def sample_of(folder: Path, count: int, seed: int, tokenizer: Path | None) -> list[ShownResponse]:
+    """Return random responses with their texts, scores and verdicts."""
+    import numpy as np
+
+    from lopd.artifacts import read_manifest
+    from lopd.cache import read_rows
+    from lopd.tasks.tokenizer import decode, load_tokenizer, token_texts
+    from lopd.tasks.verdict_files import read_verdicts
+
+    # The manifest knows the number of rows. Counting would read the whole cache.
+    rows = read_manifest(folder).rows
+    chosen = set(np.random.default_rng(seed).choice(rows, min(count, rows), replace=False).tolist())
+    source = _tokenizer_folder(folder, tokenizer)
+    # Without a tokenizer the ids themselves are shown.
+    loaded = load_tokenizer(source) if source is not None else None
+    verdicts = read_verdicts(folder)
+    shown = []
+    # read_rows goes through the cache once and in order, so a cache of any size can be shown.
+    for index, (response, scores) in enumerate(read_rows(folder)):
+        if index not in chosen:
+            continue
+        if loaded is None:
+            prompt = " ".join(map(str, response.prompt_ids.tolist()))
+            pieces = [f"{token} " for token in response.token_ids.tolist()]
+        else:
+            prompt = decode(loaded, response.prompt_ids)
+            pieces = [*token_texts(loaded, response.token_ids.tolist())]
+        verdict = verdicts.get(response.key)
+        told = None if verdict is None else ("right" if verdict.right else "wrong")
+        why = (
+            [] if verdict is None else [verdict.reason, verdict.found and f"found {verdict.found}"]
+        )
+        told = told and ", ".join([told, *filter(None, why)])
+        shown.append(ShownResponse(response, scores, prompt, pieces, told))
+    return shown
+
+
+def _tokenizer_folder(folder: Path, tokenizer: Path | None) -> Path | None:
+    """Return a folder with the tokenizer of an artifact, or None.
+
+    Args:
+        folder: The artifact.
+        tokenizer: The folder that the user names. It must be right, so it is returned as it is, and
+            load_tokenizer reports its mistakes.
+    """
+    from lopd.artifacts import MANIFEST, read_manifest
+
+    if tokenizer is not None:
+        return tokenizer
+    # All models of a run share one tokenizer, so any of them will do. Parts of an evaluation name
+    # no model, so the manifests around them are asked too.
+    around = [folder, folder.parent, *(path.parent for path in folder.parent.glob(f"*/{MANIFEST}"))]
+    named = [
+        Path(identity.path)
+        for one in around
+        if (one / MANIFEST).is_file()
+        for identity in read_manifest(one).models.values()
+    ]
+    # The folders in a manifest may be on another machine. The run has a student of its own.
+    runs = (folder.parent, folder.parent.parent)
+    named += [run / stage / "model" for run in runs for stage in ("sft", "distill")]
+    return next((path for path in named if (path / "tokenizer.json").is_file()), None)
+
+
+def token_text(folder: Path, tokenizer: Path | None) -> Callable[[int], str]:
+    """Return a function from a token id to its text, or to its number without a tokenizer."""
+    from lopd.tasks.tokenizer import decode, load_tokenizer
+
+    source = _tokenizer_folder(folder, tokenizer)
+    if source is None:
+        return lambda token: f"{token} "
+    loaded = load_tokenizer(source)
+    return lambda token: decode(loaded, [token])

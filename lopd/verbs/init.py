@@ -1,0 +1,248 @@
+"""``lopd init``: write a configuration for a user's own models and prompts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lopd.errors import ConfigError
+
+EPILOG = (
+    "Example:  lopd init mine --teacher models/Qwen3-8B --student models/Qwen3-0.6B-Base "
+    "--sft sft.jsonl --opd opd.jsonl --eval eval.jsonl"
+)
+FILE = "config.toml"
+# What a configuration has in place of an option that was not given. The paths are in FOLDER.
+_PLACES = {
+    "teacher": "models/teacher",
+    "student": "models/student",
+    "sft": "sft.jsonl",
+    "opd": "opd.jsonl",
+    "eval": "eval.jsonl",
+}
+# The settings that differ between a machine with a GPU and one without.
+_DEVICES = {
+    "gpu": {
+        "dtype": "bfloat16",
+        "mem_fraction": "0.8",
+        "max_tokens": "16384",
+        "why": "of weights and activations, in servers and trainer",
+    },
+    "cpu": {
+        "dtype": "float32",
+        "mem_fraction": "0.1",
+        "max_tokens": "8192",
+        "why": "on a CPU, where it is as fast as bfloat16 and exact",
+    },
+}
+_TEMPLATE = """\
+# Written by lopd init. Paths are relative to this file's folder. Every knob that is not here has a
+# default: lopd knobs lists them. A line may also be changed for one run:
+#     lopd run config.toml distill.num_steps=8
+
+[run]
+dir = "run" # everything that the run writes
+seed = 17
+
+[models] # Hugging Face folders with one tokenizer, or hf://org/name@revision
+teacher = {teacher}
+student = {student} # the base model that becomes the student
+
+[task]
+name = {task} # how answers are judged: math, code or plain (docs/tasks.md)
+
+# JSONL, one object a line: {{"question": "...", "answer": "..."}}, with prompt_id if there are ids.
+# Another form: format = "gsm8k", or format = "fields" with fields = {{ question = "COLUMN" }}.
+[prompts]
+sft = {{ file = {sft} }} # the teacher answers these, and the student learns from it
+opd = {{ file = {opd} }} # the student answers these, and the teacher scores each token
+eval = {{ file = {eval} }} # held out, with answers; none of them may be in the two others
+
+[sglang] # the servers of teacher and student
+dtype = "{dtype}" # {why}
+context_length = 4096 # the most tokens of a prompt and its response together
+mem_fraction = {mem_fraction} # of the device memory, for weights and KV cache
+tensor = 1 # the GPUs of one server
+replicas = 1 # the number of servers
+
+[demonstrate] # the teacher answers prompts.sft
+temperature = 1.0
+max_new_tokens = 2048
+
+[sft] # the student learns the demonstrations, so that both write alike
+num_steps = {sft_steps} # of batch_size responses each
+batch_size = {sft_batch}
+dtype = "{dtype}"
+max_tokens_per_microbatch = {max_tokens} # lower it where memory is short
+checkpoint_every = 50
+parallel = {{ ranks = 1, tensor = 1 }} # the GPUs, and how they divide the model
+optimizer = {{ lr = 1e-5 }} # larger for small models: 1e-4 for some millions of parameters
+
+[rollout] # the student answers prompts.opd, once
+temperature = 1.0
+max_new_tokens = 2048
+samples_per_prompt = 1
+
+[score] # the teacher's log-probability of each token, once; nothing must be set
+
+[score.forward]
+dtype = "{dtype}"
+
+[distill] # the student learns from the scores; the teacher is not needed any more
+num_steps = {opd_steps} # of batch_size responses each
+batch_size = {opd_batch}
+dtype = "{dtype}"
+max_tokens_per_microbatch = {max_tokens}
+checkpoint_every = 50
+sync_every = 0 # N: every N steps the weights go into a server, and prompts.eval are answered
+parallel = {{ ranks = 1, tensor = 1 }}
+optimizer = {{ lr = 2e-6 }} # the paper's, for billions of parameters; 1e-4 for some millions
+
+[evaluate] # all models answer prompts.eval
+temperature = 0.6
+top_p = 0.95
+max_new_tokens = 2048
+samples_per_prompt = 1
+equal_compute_baseline = false # true: also train a student by SFT for as long, to compare
+"""
+# The defaults of the batch sizes, which a smaller file of prompts lowers.
+_BATCH = 256
+_STEPS = 150
+
+
+def init(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder for config.toml. It is made if it is missing.",
+            show_default=False,
+        ),
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="The teacher: a Hugging Face folder or hf://org/name@main.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="The base student: a folder or hf://org/name@main.")
+    ] = None,
+    sft: Annotated[str | None, typer.Option(help="JSONL or Parquet prompts for SFT.")] = None,
+    opd: Annotated[str | None, typer.Option(help="JSONL or Parquet prompts for rollouts.")] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="JSONL or Parquet held-out prompts with answers.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="The task that judges answers.")] = "math",
+    device: Annotated[
+        str | None,
+        typer.Option(help="gpu or cpu. If absent, gpu where nvidia-smi is installed."),
+    ] = None,
+) -> None:
+    """Write a complete, commented config.toml for your own models and prompts. It asks nothing.
+
+    Reads the number of prompts, and writes FOLDER/config.toml alone. What was given must exist.
+    What was not given gets a place in FOLDER, and the command says what is to be put there.
+    """
+    given = {"teacher": teacher, "student": student, "sft": sft, "opd": opd, "eval": evaluation}
+    _check(folder, given, task)
+    device = device or ("gpu" if shutil.which("nvidia-smi") else "cpu")
+    if device not in _DEVICES:
+        raise ConfigError(f"--device {device!r:.40}", where="lopd init", limit="gpu or cpu")
+    from lopd.artifacts import publish_bytes
+
+    publish_bytes(folder / FILE, config_text(folder, given, task, device).encode())
+    typer.echo(f"wrote {folder / FILE} for a machine with a {device.upper()}")
+    missing = [name for name, value in given.items() if value is None]
+    for name in missing:
+        place = folder / _PLACES[name]
+        if not place.exists():
+            typer.echo(f"missing: {place} (or give --{name}, or change the line in {FILE})")
+    remote = any(value is not None and value.startswith("hf://") for value in given.values())
+    steps = [*(["fetch"] if remote else []), "check", "plan", "run"]
+    purposes = {
+        "fetch": "downloads what the configuration names on the hub",
+        "check": "finds every mistake before anything starts",
+        "plan": "says how much memory and time it takes",
+        "run": "runs all stages; the same command goes on after a kill",
+    }
+    typer.echo("next:")
+    for step in steps:
+        typer.echo(f"  lopd {step} {folder / FILE}    {purposes[step]}")
+
+
+def _check(folder: Path, given: dict[str, str | None], task: str) -> None:
+    """Refuse to overwrite a configuration, and what was given and is not there."""
+    from lopd.tasks import get_task
+
+    if (folder / FILE).exists():
+        raise ConfigError(
+            "the file exists",
+            where=str(folder / FILE),
+            remedy="give another FOLDER, or remove the file",
+        )
+    # It raises for a name that no task has.
+    get_task(task, {})
+    for name, value in given.items():
+        # A name on the hub stands for a folder that lopd fetch fills.
+        if value is None or value.startswith("hf://"):
+            continue
+        path = Path(value).expanduser()
+        if not path.exists():
+            raise ConfigError(
+                "no such file or folder", where=f"--{name} {value}", remedy="correct the path"
+            )
+        if name in ("teacher", "student") and not (path / "config.json").is_file():
+            raise ConfigError(
+                "not a Hugging Face folder: it has no config.json",
+                where=f"--{name} {value}",
+                remedy="give the folder that has config.json, safetensors and tokenizer.json",
+            )
+
+
+def config_text(folder: Path, given: dict[str, str | None], task: str, device: str) -> str:
+    """Return the text of the configuration.
+
+    Args:
+        folder: The folder of the configuration.
+        given: The values of --teacher, --student, --sft, --opd and --eval, or None.
+        task: The name of the task.
+        device: "gpu" or "cpu".
+    """
+    values = {name: _quoted(folder, given[name] or _PLACES[name], given[name]) for name in _PLACES}
+    batches: dict[str, int] = {}
+    for name in ("sft", "opd"):
+        rows = _num_rows(given[name])
+        # A batch larger than the file would hold every response several times.
+        batch = _BATCH if rows is None else max(1, min(_BATCH, rows // 2))
+        batches[f"{name}_batch"] = batch
+        # About three passes over the prompts, and no more steps than the paper's.
+        batches[f"{name}_steps"] = (
+            _STEPS if rows is None else max(1, min(_STEPS, -(-3 * rows // batch)))
+        )
+    return _TEMPLATE.format(**values, **batches, **_DEVICES[device], task=json.dumps(task))
+
+
+def _quoted(folder: Path, value: str, given: str | None) -> str:
+    """Return a path as a TOML string, relative to the folder where it is inside of it."""
+    if given is not None and not given.startswith("hf://"):
+        path = Path(given).expanduser().resolve()
+        root = folder.resolve()
+        value = str(path.relative_to(root) if path.is_relative_to(root) else path)
+    # A JSON string is a TOML string too.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _num_rows(given: str | None) -> int | None:
+    """Return the number of prompts in a JSONL or Parquet file; None if it is not known yet."""
+    path = Path(given or "").expanduser()
+    if given is None or not path.is_file():
+        return None
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return int(pq.read_metadata(path).num_rows)
+    # Blank lines are no rows, for the reader of prompts neither.
+    with path.open("rb") as handle:
+        return sum(bool(line.strip()) for line in handle)
