@@ -233,7 +233,10 @@ NEWER = (
             lambda folder: change_manifest(folder, schema_version="1"),
             "the manifest has schema version 1",
         ),
-        (lambda folder: change_manifest(folder, from_the_future=1), "the manifest has wrong fields"),
+        (
+            lambda folder: change_manifest(folder, from_the_future=1),
+            "the manifest has wrong fields",
+        ),
         (lambda folder: change_manifest(folder, shards=3), "the manifest has wrong fields"),
         (lambda folder: cut(folder / "manifest.json"), "the manifest cannot be read"),
         (
