@@ -206,7 +206,7 @@ def test_damage_of_the_user_s_own_model_changes_its_fingerprint(
     assert states(lopd, project)["demonstrate"] == "outdated"
     cut(project.parent / "teacher" / "model.safetensors", to=0.9)
     lopd("run", project).refused(
-        "teacher/model.safetensors: damaged", "remedy: copy the file again"
+        "teacher/model.safetensors: the file is damaged", "remedy: copy the file again"
     )
     assert not started.started
 
@@ -233,12 +233,15 @@ NEWER = (
             lambda folder: change_manifest(folder, schema_version="1"),
             "the manifest has schema version 1",
         ),
-        (lambda folder: change_manifest(folder, from_the_future=1), "manifest has wrong fields"),
-        (lambda folder: change_manifest(folder, shards=3), "manifest has wrong fields"),
-        (lambda folder: cut(folder / "manifest.json"), "manifest cannot be read"),
+        (
+            lambda folder: change_manifest(folder, from_the_future=1),
+            "the manifest has wrong fields",
+        ),
+        (lambda folder: change_manifest(folder, shards=3), "the manifest has wrong fields"),
+        (lambda folder: cut(folder / "manifest.json"), "the manifest cannot be read"),
         (
             lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe"),
-            "manifest cannot be read",
+            "the manifest cannot be read",
         ),
         (
             lambda folder: (folder / "manifest.json").write_text("[]"),
