@@ -39,10 +39,10 @@ def sha256_file(path: str | Path) -> str:
     return HASHES.sha256(Path(path))
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of a model folder."""
     # The order of the names makes the list the same on every system.
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def identify_model(folder: str | Path) -> ModelIdentity:
