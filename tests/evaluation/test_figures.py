@@ -43,7 +43,7 @@ def test_pass_at_k_is_unbiased(p: float) -> None:
 
 def test_pass_at_k_of_k_outside() -> None:
     for k in (0, 5):
-        with pytest.raises(ValueError, match=f"k = {k} of 4 samples"):
+        with pytest.raises(ValueError, match=f"k = {k} is not between 1 and 4"):
             pass_at(4, 1, k)
     assert ks_of(1) == [1]
     assert ks_of(6) == [1, 2, 4, 6]
