@@ -504,8 +504,8 @@ def test_a_disk_that_is_full_from_the_start(
     project: Path, lopd: Lopd, small_disk: Tmpfs, started: StandIns
 ) -> None:
     lopd("run", project, f"run.dir={small_disk.folder}/run").refused(
-        "GiB free; limit: at least about",
-        "delete files on this disk, or set run.dir to another disk",
+        "MiB free; limit: at least about",
+        "delete files on this disk, or set run.dir",
     )
     assert not started.started
     assert list(small_disk.folder.iterdir()) == []

@@ -133,11 +133,15 @@ class FileHashes:
         entries = {
             key: value for key, value in {**others, **self._known}.items() if _is_current(key)
         }
-        with contextlib.suppress(OSError):
-            partial = store.with_name(f"{store.name}.{os.getpid()}.partial")
+        partial = store.with_name(f"{store.name}.{os.getpid()}.partial")
+        try:
             partial.write_text(json.dumps(entries, indent=0, sort_keys=True), encoding="utf-8")
             partial.replace(store)
             self._is_new = False
+        except OSError:
+            # A full disk, or a run directory that is gone. The half-written file must not stay.
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 # Of this process. A file is read once, whoever asks for its hash.

@@ -79,7 +79,7 @@ def identify_model(folder: str | Path) -> ModelIdentity:
     )
 
 
-def identify_tokenizer(folder: Path) -> ModelIdentity:
+def identify_tokenizer(folder: str | Path) -> ModelIdentity:
     """Identify the tokenizer of a Hugging Face folder alone. No weight is read.
 
     The fingerprint of the weights is empty. check_same_tokenizer does not ask for it.
@@ -87,6 +87,7 @@ def identify_tokenizer(folder: Path) -> ModelIdentity:
     Raises:
         ArtifactError: tokenizer_config.json is damaged.
     """
+    folder = Path(folder)
     tokenizer = folder / "tokenizer.json"
     return ModelIdentity(
         path=str(folder),
