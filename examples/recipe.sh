@@ -76,7 +76,9 @@ check_machine() {
     local also=() source
     for source in "$@"; do also+=(--also "$source"); done
     # 3 means that nothing is wrong, and the next step has something to download.
-    lopd doctor "$config" "${overrides[@]}" "${also[@]}" || [ $? = 3 ]
+    local code=0
+    lopd doctor "$config" "${overrides[@]}" "${also[@]}" || code=$?
+    [ "$code" = 3 ] || return "$code"
 }
 
 # fetch_all NAME ...: those of the configuration, and these
