@@ -87,8 +87,8 @@ STAGE_SUMMARIES = {
         "The Lightning OPD update on Megatron-Core, with weight syncs into a running SGLang server."
     ),
     "evaluate": (
-        "pass@1 on held-out prompts and reverse KL to the teacher, for teacher, base, SFT, "
-        "longer SFT and distilled student."
+        "pass@1 on held-out prompts and reverse KL to the teacher, "
+        "for teacher, base, SFT, distilled student and, if asked for, longer SFT."
     ),
     "export": (
         "The distilled student as a Hugging Face checkpoint, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +46,8 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
     # What is missing in a summary was not made yet under this configuration.
     summary: dict[str, Any] = {"stages": stages}
     # The figures of the other stages come from other knobs. They would not belong to these.
-    made = {
-        name: read_manifest(run_dir / name)
-        for name in ("score", "distill", "evaluate")
-        if name in complete
-    }
+    stages_read = ("demonstrate", "rollout", "score", "distill", "evaluate")
+    made = {name: read_manifest(run_dir / name) for name in stages_read if name in complete}
     if "score" in made:
         summary |= _score_figures(made["score"])
     if "distill" in made:
@@ -66,8 +63,29 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
             summary["notes"] = [f"distill.cache: {note}"]
     if "evaluate" in made:
         summary |= _evaluate_figures(made["evaluate"])
+    _add_warnings(summary, made)
     publish_json(run_dir / FILE, summary)
     return summary
+
+
+def _add_warnings(summary: dict[str, Any], made: Mapping[str, Manifest]) -> None:
+    """Add how much was cut off, and what the stages have warned of."""
+    cut = {name: of.extra["truncated_share"] for name, of in made.items() if _knows_cut(of)}
+    if cut:
+        summary["truncated_share"] = cut
+    # A stage that was reused has warned in an earlier command. Its warning still holds.
+    warnings = [
+        f"WARNING: {name}: {text}"
+        for name, of in made.items()
+        for text in of.extra.get("warnings", ())
+    ]
+    if warnings:
+        summary["notes"] = [*summary.get("notes", ()), *warnings]
+
+
+def _knows_cut(manifest: Manifest) -> bool:
+    # Artifacts of earlier versions do not have the figure.
+    return "truncated_share" in manifest.extra
 
 
 def draw(config: Config) -> None:
@@ -120,17 +138,25 @@ def _teacher_figures(run_dir: Path, score: Manifest, distill: Manifest) -> dict[
 
 
 def _evaluate_figures(evaluate: Manifest) -> dict[str, Any]:
-    """Return accuracy and reverse KL of each model, with standard errors."""
+    """Return accuracy, reverse KL and lengths of each model, with standard errors.
+
+    Without a verifier there is no accuracy.
+    """
     # The counts stand beside the figures, because a figure without them says little.
     extra = evaluate.extra
     counts = {name: extra[name] for name in ("num_prompts", "samples_per_prompt")}
     figures: dict[str, Any] = {}
-    for quantity in ("accuracy", "reverse_kl"):
+    for quantity in [name for name in ("accuracy", "reverse_kl") if name in extra]:
         of_models = extra[quantity]
         means = {name: value["mean"] for name, value in of_models.items()}
         errors = {name: value["standard_error"] for name, value in of_models.items()}
         figures[quantity] = {**means, **counts}
         figures[f"{quantity}_standard_error"] = errors
+    if "accuracy" in extra:
+        intervals = {name: value["interval"] for name, value in extra["accuracy"].items()}
+        figures["accuracy_interval"] = intervals
+    # An evaluation of an earlier version does not have them.
+    figures["responses"] = extra.get("responses", {})
     figures["sft_longer"] = extra["sft_longer"]
     return figures
 

@@ -70,6 +70,7 @@ dtype = "float32"
 sync_every = 0
 [evaluate]
 max_new_tokens = 64
+equal_compute_baseline = true
 """
 
 

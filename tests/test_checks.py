@@ -398,7 +398,12 @@ def test_prompts_that_are_trained_on_and_held_out(config: Path) -> None:
     write_prompts(
         config.parent / "opd.jsonl", [OTHER, {**QUESTION, "prompt_id": "other name, same question"}]
     )
-    (line,) = wrong(config, 'prompts.eval={file="eval.jsonl"}', 'prompts.opd={file="opd.jsonl"}')
+    (line,) = wrong(
+        config,
+        'prompts.eval={file="eval.jsonl"}',
+        'prompts.opd={file="opd.jsonl"}',
+        "distill.batch_size=1",
+    )
     assert (
         "prompts.opd: 1 prompts are also held-out prompts of prompts.eval, for example "
         "'other name, same question'"

@@ -218,7 +218,11 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     ("given", "option", "knob"),
     [
         (("--model", "absent"), "--model: no such folder", "models."),
-        (("--out", "/dev/null"), "set --out to another folder", "run."),
+        (
+            ("--out", "/dev/null"),
+            "--out cannot be created: a file has this path; remedy: set --out to another folder",
+            "run.",
+        ),
         (("--format", "bogus"), "--format = 'bogus'", "prompts.eval"),
         (("--preset", "bogus"), "--preset = 'bogus'", "evaluate.preset"),
         (("--task", "bogus"), "--task: unknown task 'bogus'", "task.name"),

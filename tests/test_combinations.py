@@ -223,7 +223,7 @@ def test_turns_with_nobody_are_refused(project: Path) -> None:
     (line,) = sync_lines(load_config(project, ["sync.colocate=true"]), on_gpu=None)
     assert (
         "sync.colocate = true has no effect: no server runs during the training; limit: "
-        "distill.sync_every above 0, or a refresh"
+        "distill.sync_every above 0 with evaluate.enabled, or a refresh"
     ) in line
     for server in (SYNCED, REFRESHED):
         assert sync_lines(load_config(project, ["sync.colocate=true", server]), on_gpu=None) == []

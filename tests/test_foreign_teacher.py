@@ -33,7 +33,9 @@ def test_scoring_alone_with_another_teacher_names_the_teacher(
     lopd("score", config, "demonstrate.temperature=0.5").refused(
         "score needs rollout, which was made with other settings (parent sft)"
     )
-    lopd("score", config, another, "demonstrate.temperature=0.5").refused("made from other knobs")
+    lopd("score", config, another, "demonstrate.temperature=0.5").refused(
+        "made with other settings"
+    )
     assert started.served == served, "nothing was started"
     assert {name: sha for name, sha in contents(tmp_path / "run").items() if "log" not in name} == {
         n: s for n, s in before.items() if "log" not in n

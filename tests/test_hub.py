@@ -157,7 +157,8 @@ def test_a_broken_download_is_no_model_and_goes_on(config: Config) -> None:
 def test_a_file_that_the_repository_does_not_have(config: Config) -> None:
     item = hub.named("hf://datasets/open-thoughts/OpenThoughts3-1.2M@main/date")
     with pytest.raises(
-        ConfigError, match=r"there is no date in .*it has: data/train-00000\.parquet"
+        ConfigError,
+        match=r"has no file date; remedy: choose one of its files: data/train-00000\.parquet",
     ):
         hub.fetch([item], lambda line: None, snapshot=Downloads())
 
@@ -171,6 +172,6 @@ def test_offline_is_heeded(config: Config, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_foreign_folder_in_the_way_stays(config: Config) -> None:
     config.models.teacher.mkdir(parents=True)
     (config.models.teacher / "mine.txt").write_text("mine")
-    with pytest.raises(LopdError, match="in the way"):
+    with pytest.raises(LopdError, match="this folder exists, and lopd did not fetch it"):
         hub.fetch(hub.wanted(config), lambda line: None, snapshot=Downloads())
     assert (config.models.teacher / "mine.txt").read_text() == "mine"

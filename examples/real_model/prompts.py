@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-SIZES = {"sft": 384, "opd": 768, "eval": 48}
+SIZES = {"sft": 256, "opd": 512, "eval": 48}
 REQUESTS = (
     "Explain {} in one sentence.",
     "Explain {} to a child.",

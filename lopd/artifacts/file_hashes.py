@@ -42,9 +42,9 @@ class FileHashes:
         # Whether there is something that the store does not have.
         self._is_new = False
 
-    def load(self, store: Path) -> None:
+    def load(self, store: str | Path) -> None:
         """Take over what a store has. A store that is missing or damaged has nothing."""
-        stored = _read_store(store)
+        stored = _read_store(Path(store))
         with self._lock:
             # What this process has read itself is at least as new.
             self._known = stored | self._known
@@ -55,12 +55,13 @@ class FileHashes:
             self._known = {}
             self._is_new = False
 
-    def sha256(self, path: Path) -> str:
+    def sha256(self, path: str | Path) -> str:
         """Return the sha256 of a file in hexadecimal digits.
 
         Raises:
             OSError: The file cannot be read.
         """
+        path = Path(path)
         # The state before the reading: a change during the reading then differs from what is kept.
         key, changed_ns = _state(path)
         with self._lock:
@@ -76,19 +77,19 @@ class FileHashes:
                 self._is_new = True
         return digest
 
-    def wrote(self, path: Path, digest: str) -> None:
+    def wrote(self, path: str | Path, digest: str) -> None:
         """Remember the hash of a file that this process has just written.
 
         Here a young file is remembered: its bytes were hashed in memory, and its state is taken
         right after the rename.
         """
-        key, _ = _state(path)
+        key, _ = _state(Path(path))
         with self._lock:
             self._known[key] = digest
             self._is_new = True
 
     def sha256_all(
-        self, paths: Sequence[Path], *, read: Callable[[int], None] | None = None
+        self, paths: Sequence[str | Path], *, read: Callable[[int], None] | None = None
     ) -> list[str]:
         """Return the sha256 of each file, in the order given. Files are read side by side.
 
@@ -110,32 +111,37 @@ class FileHashes:
         # hashlib releases the interpreter's lock, so threads hash on all cores.
         threads = min(_MAX_THREADS, os.cpu_count() or 1, max(1, len(paths)))
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(one, paths))
+            return list(pool.map(one, map(Path, paths)))
 
-    def unknown_bytes(self, paths: Iterable[Path]) -> int:
+    def unknown_bytes(self, paths: Iterable[str | Path]) -> int:
         """Return the total size in bytes of those files whose hash is not stored yet."""
         total = 0
-        for path in paths:
+        for path in map(Path, paths):
             key, _ = _state(path)
             if key not in self._known:
                 total += path.stat().st_size
         return total
 
-    def save(self, store: Path) -> None:
+    def save(self, store: str | Path) -> None:
         """Write what is known into a store. A failure is no error: it only costs time later."""
         if not self._is_new:
             return
+        store = Path(store)
         # What another process has found in the meantime.
         others = _read_store(store)
         # Entries of files that are gone, or have changed, would pile up for ever.
         entries = {
             key: value for key, value in {**others, **self._known}.items() if _is_current(key)
         }
-        with contextlib.suppress(OSError):
-            partial = store.with_name(f"{store.name}.{os.getpid()}.partial")
+        partial = store.with_name(f"{store.name}.{os.getpid()}.partial")
+        try:
             partial.write_text(json.dumps(entries, indent=0, sort_keys=True), encoding="utf-8")
             partial.replace(store)
             self._is_new = False
+        except OSError:
+            # A full disk, or a run directory that is gone. The half-written file must not stay.
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 # Of this process. A file is read once, whoever asks for its hash.

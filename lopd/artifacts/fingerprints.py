@@ -39,10 +39,10 @@ def sha256_file(path: str | Path) -> str:
     return HASHES.sha256(Path(path))
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of a model folder."""
     # The order of the names makes the list the same on every system.
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def identify_model(folder: str | Path) -> ModelIdentity:
@@ -79,7 +79,7 @@ def identify_model(folder: str | Path) -> ModelIdentity:
     )
 
 
-def identify_tokenizer(folder: Path) -> ModelIdentity:
+def identify_tokenizer(folder: str | Path) -> ModelIdentity:
     """Identify the tokenizer of a Hugging Face folder alone. No weight is read.
 
     The fingerprint of the weights is empty. check_same_tokenizer does not ask for it.
@@ -87,6 +87,7 @@ def identify_tokenizer(folder: Path) -> ModelIdentity:
     Raises:
         ArtifactError: tokenizer_config.json is damaged.
     """
+    folder = Path(folder)
     tokenizer = folder / "tokenizer.json"
     return ModelIdentity(
         path=str(folder),

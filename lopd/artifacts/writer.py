@@ -40,10 +40,10 @@ _SHARD_SIZE = "shard_size"
 _ROW_GROUP_TOKENS = 16384
 
 
-def expected_shards(folder: Path) -> int | None:
+def expected_shards(folder: str | Path) -> int | None:
     """Return how many shards the artifact in a folder will have; None if nothing says so."""
     try:
-        count = json.loads((folder / EXPECTED).read_text(encoding="utf-8"))["shards"]
+        count = json.loads((Path(folder) / EXPECTED).read_text(encoding="utf-8"))["shards"]
     except (OSError, ValueError, KeyError, TypeError):
         # The file is a convenience, and older artifacts have none.
         return None

@@ -24,7 +24,14 @@ from lopd.checks.models import context, context_problems, student, teacher, toke
 from lopd.checks.prompts import prompts, verifier
 from lopd.checks.servers import server, server_problems
 from lopd.checks.templates import templates
-from lopd.checks.training import layouts, megatron, microbatch_problems, objective, scorer
+from lopd.checks.training import (
+    batch_problems,
+    layouts,
+    megatron,
+    microbatch_problems,
+    objective,
+    scorer,
+)
 from lopd.config import Config
 from lopd.errors import LopdError, NotFetched
 
@@ -123,6 +130,7 @@ def check_anywhere(
         context_problems(config, shapes),
         combinations.sampling_problems(config),
         microbatch_problems(config, without=without),
+        batch_problems(config, without=without),
         # A given cache need not be on this machine yet, and the objective reads its columns.
         objective(config) if config.distill.cache is None else (),
         combinations.refresh_problems(config),

@@ -21,7 +21,7 @@ _SHARED_BUFFERS = ("nccl_ub", "use_megatron_fsdp")
 
 def serves_beside(config: Config) -> bool:
     """Return whether the student's servers live while distill trains."""
-    return config.distill.sync_every > 0 or config.distill.refresh.is_on
+    return config.evaluates_at_syncs or config.distill.refresh.is_on
 
 
 def sampling(config: Config) -> Iterator[Finding]:
@@ -35,7 +35,7 @@ def sampling_problems(config: Config) -> Iterator[ConfigError]:
     is_sampled = {
         "demonstrate": config.sft.demonstrations is None and config.sft.checkpoint is None,
         "rollout": config.distill.cache is None or config.distill.refresh.is_on,
-        "evaluate": True,
+        "evaluate": config.evaluate.enabled,
     }
     for stage, is_made in is_sampled.items():
         if is_made:
@@ -119,7 +119,7 @@ def sync_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigErro
         yield ConfigError(
             "sync.colocate = true has no effect: no server runs during the training",
             where="sync.colocate",
-            limit="distill.sync_every above 0, or a refresh of the rollouts",
+            limit="distill.sync_every above 0 with evaluate.enabled, or a refresh of the rollouts",
             remedy=f"{no_colocation}, or set distill.sync_every",
         )
     yield from colocation_problems(config, on_gpu=on_gpu)
@@ -167,6 +167,15 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
                 "refresh.keep_teacher",
             )
         return
+    wanted = settings.num_responses
+    # Its steps would learn from the same response several times at once.
+    if wanted is not None and wanted < config.distill.batch_size:
+        yield ConfigError(
+            f"refresh.num_responses = {wanted} is less than a step learns from",
+            where="distill.refresh",
+            limit=f">= distill.batch_size = {config.distill.batch_size}",
+            remedy="raise distill.refresh.num_responses, or lower distill.batch_size",
+        )
     # A refresh adds to the rollouts of the run, and a given cache is not the run's.
     if config.distill.cache is not None:
         yield ConfigError(

@@ -12,6 +12,7 @@ from lopd.artifacts import identify_model, identify_tokenizer, read_manifest, ve
 from lopd.artifacts import lineage as consistency
 from lopd.cache.reader import CacheReader
 from lopd.checks.findings import Finding, architecture_of
+from lopd.checks.training import batch_problem
 from lopd.config import Config
 from lopd.config.hub import absent, hub_name
 from lopd.errors import ConfigError, DataError
@@ -155,6 +156,7 @@ def cache(config: Config) -> Iterator[Finding]:
     if folder is None:
         return
     manifest = read_manifest(folder)
+    yield from batch_problem(config, "distill", manifest.rows)
     _require_known_ids(config, folder)
     student = config.run.dir / "sft" / "model"
     # Before the sft stage there is no student to compare with. distill compares again.
@@ -231,4 +233,6 @@ def demonstrations(config: Config) -> Iterator[Finding]:
         consistency.check_same_tokenizer(
             manifest.models["teacher"], identify_tokenizer(config.models.student)
         )
+    if config.sft.checkpoint is None:
+        yield from batch_problem(config, "sft", manifest.rows)
     yield f"{manifest.rows} from {folder}"

@@ -7,19 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from lopd.checks.findings import Finding
+from lopd.checks.training import batch_problem
 from lopd.config import Config
 from lopd.errors import DataError, LopdError
 from lopd.records import Prompt
-from lopd.tasks import get_task
+from lopd.tasks import Verifier, get_task
 from lopd.tasks.chat_template import render_time, template_folder
 from lopd.tasks.light_tokenizer import light_tokenizer
 from lopd.tasks.prompts import load_prompts, read_prompts
+
+# Prompt set -> the training that learns from its responses, and the stage that samples them.
+_TRAININGS = {"sft": ("sft", "demonstrate"), "opd": ("distill", "rollout")}
+WITHOUT_VERIFIER = "the reverse KL, the length of responses and the share that was cut off"
 
 
 def prompts(config: Config) -> Iterator[Finding]:
     """Check that every prompt set can be read and rendered, and that none has a held-out prompt."""
     # The held-out prompts come first, because the others are compared with them.
-    names = ["eval", "opd"]
+    names = ["eval", "opd"] if config.evaluate.enabled else ["opd"]
     # With given demonstrations or a given student, nobody answers the SFT prompts.
     if config.sft.demonstrations is None and config.sft.checkpoint is None:
         names.append("sft")
@@ -44,6 +49,12 @@ def prompts(config: Config) -> Iterator[Finding]:
             held_out = {_question(prompt) for prompt in chosen}
             yield f"{name}: {len(chosen)}"
             continue
+        # A file says how many prompts there are only when it is read. A given cache has responses
+        # of its own, and its check counts them.
+        if name == "sft" or config.distill.cache is None:
+            training, sampling = _TRAININGS[name]
+            samples = getattr(config, sampling).samples_per_prompt
+            yield from batch_problem(config, training, len(chosen) * samples)
         # Equal questions only. lopd prompts prepare also finds similar ones.
         shared = [prompt.prompt_id for prompt in chosen if _question(prompt) in held_out]
         if shared:
@@ -84,6 +95,13 @@ def _question(prompt: Prompt) -> str:
 
 def verifier(config: Config) -> Iterator[Finding]:
     """Check that this machine can verify answers. Code that a model wrote needs a sandbox."""
+    if not config.evaluate.enabled:
+        yield "evaluation is off (evaluate.enabled): no accuracy, no reverse KL at the end"
+        return
     task = get_task(config.task.name, config.task.options)
+    # No mistake, but a user who expects an accuracy must read here that there will be none.
+    if not isinstance(task, Verifier):
+        yield f"task {task.name} has no verifier: evaluations report {WITHOUT_VERIFIER}"
+        return
     check_machine = getattr(task, "check_machine", None)
     yield str(check_machine()) if check_machine is not None else f"task {task.name}"

@@ -52,6 +52,42 @@ def microbatch_problems(config: Config, *, without: Collection[str] = ()) -> Ite
         )
 
 
+def batch_problem(config: Config, training: str, num_responses: int) -> Iterator[ConfigError]:
+    """Yield a step that is larger than all responses of its training.
+
+    Args:
+        config: The configuration.
+        training: "sft" or "distill".
+        num_responses: The number of responses that the training learns from.
+    """
+    batch_size = getattr(config, training).batch_size
+    if batch_size > num_responses:
+        yield ConfigError(
+            f"{training}.batch_size = {batch_size} is more than the {num_responses} responses, "
+            "and a step learns from different responses",
+            where=training,
+            limit=f"<= {num_responses}",
+            remedy=f"lower {training}.batch_size, or use more prompts",
+        )
+
+
+def batch_problems(config: Config, *, without: Collection[str] = ()) -> Iterator[ConfigError]:
+    """Yield steps that are too large by the configuration alone, without reading any file.
+
+    Args:
+        config: The configuration.
+        without: Stages that this run does not make. Their responses are counted elsewhere.
+    """
+    trainings = (
+        ("sft", "demonstrate", config.prompts.sft),
+        ("distill", "rollout", config.prompts.opd),
+    )
+    for training, sampled, chosen in trainings:
+        if sampled not in without and chosen.num_prompts is not None:
+            samples = getattr(config, sampled).samples_per_prompt
+            yield from batch_problem(config, training, chosen.num_prompts * samples)
+
+
 def _longest(config: Config, training: str) -> int:
     """Return the most tokens that a sequence of a training can have."""
     context = config.sglang.context_length

@@ -244,7 +244,7 @@ class DistillSection(TrainSection):
         ge=0,
         description=(
             "The number of steps between two weight syncs into the running server. "
-            "An evaluation follows each of them. 0 means never."
+            "An evaluation follows each of them. 0 means never, as does evaluate.enabled = false."
         ),
     )
 

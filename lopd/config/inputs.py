@@ -229,4 +229,11 @@ class PromptsSection(Section):
 
     sft: PromptSet = Field(description="The prompts that the teacher demonstrates.")
     opd: PromptSet = Field(description="The prompts of the rollouts.")
-    eval: PromptSet = Field(description="The held-out prompts of the evaluations.")
+    # Without a default it could not be left out, and a run without evaluations has none.
+    eval: PromptSet = Field(
+        default_factory=PromptSet,
+        description=(
+            "The held-out prompts of the evaluations. It may be left out with "
+            "evaluate.enabled = false."
+        ),
+    )

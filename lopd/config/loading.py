@@ -257,9 +257,9 @@ def _explain(problem: Mapping[str, Any], key: str, where: str) -> ConfigError:
     # A validator of a section has said what is wrong, and what to do.
     cause = context.get("error")
     if isinstance(cause, Contradiction):
-        return ConfigError(
-            f"{key}.{cause.what}", where=where, limit=cause.limit, remedy=cause.remedy
-        )
+        # What is wrong between sections has no section of its own.
+        what = f"{key}.{cause.what}" if key else cause.what
+        return ConfigError(what, where=where, limit=cause.limit, remedy=cause.remedy)
     known = known_keys()
     knob = key
     # The key may name an item of a list or a table (models.teachers.math). The table itself has

@@ -29,6 +29,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class EvaluateSection(Sampling):
     """The table [evaluate]: answers of every model to the held-out prompts."""
 
+    # SPEED_ONLY: whether the stage runs changes no figure of it.
+    enabled: bool = Field(
+        default=True,
+        description=(
+            "Evaluate: the stage, and the held-out prompts at a weight sync. "
+            "If false, neither is done, and prompts.eval may be left out."
+        ),
+        json_schema_extra=SPEED_ONLY,
+    )
+
     # To compare with the paper, all four values must be those of the paper.
     preset: Literal["none", "paper_math", "paper_code"] = Field(
         default="none",
@@ -56,9 +66,10 @@ class EvaluateSection(Sampling):
         ),
     )
 
-    # Without it, a gain could come from the additional training alone.
+    # Off, because it takes about as long as distill. For a comparison of methods it is needed:
+    # without it, a gain could come from the additional training alone.
     equal_compute_baseline: bool = Field(
-        default=True,
+        default=False,
         description=(
             "Also train the SFT student further on demonstrations, for as many tokens as distill "
             "used, and evaluate the result. It shows what the same compute gives without OPD."

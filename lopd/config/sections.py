@@ -9,9 +9,9 @@ change of such a knob repeats no stage.
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lopd.config.base import Section
+from lopd.config.base import Contradiction, Section
 from lopd.config.distill import DistillSection
 from lopd.config.engine import SGLangSection, SyncSection
 from lopd.config.inputs import ModelsSection, PromptsSection, RunSection, TaskSection
@@ -43,3 +43,19 @@ class Config(Section):
 
     # Where and how the stages run as jobs (`lopd launch`).
     launch: LaunchSection = Field(default_factory=LaunchSection)
+
+    @property
+    def evaluates_at_syncs(self) -> bool:
+        """Whether distill sends weights to servers that then answer held-out prompts."""
+        return self.evaluate.enabled and self.distill.sync_every > 0
+
+    @model_validator(mode="after")
+    def _has_held_out_prompts(self) -> Config:
+        # An evaluation that finds no prompts would end a run that has already trained.
+        if self.evaluate.enabled and "eval" not in self.prompts.model_fields_set:
+            raise Contradiction(
+                "prompts.eval is missing",
+                limit="the held-out prompts of the evaluations",
+                remedy="add [prompts.eval], or set evaluate.enabled = false",
+            )
+        return self

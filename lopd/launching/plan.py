@@ -146,10 +146,17 @@ def _chosen_stages(config: Config, stages: Sequence[str]) -> list[str]:
             limit=f"one of {', '.join(STAGES)}",
             remedy="give the names of stages, separated by commas",
         )
+    # The same stages as lopd.stages.order leaves out, which imports too much for this file.
+    left_out: set[str] = set()
     # Nobody reads demonstrations of this run if others, or a student, are given.
-    makes_demonstrations = (config.sft.demonstrations or config.sft.checkpoint) is None
-    needed = [stage for stage in STAGES if stage != "demonstrate" or makes_demonstrations]
-    return [stage for stage in needed if not stages or stage in stages]
+    if (config.sft.demonstrations or config.sft.checkpoint) is not None:
+        left_out |= {"demonstrate"}
+    # Nor rollouts and scores, if a cache is given.
+    if config.distill.cache is not None:
+        left_out |= {"rollout", "score"}
+    if not config.evaluate.enabled:
+        left_out |= {"evaluate"}
+    return [stage for stage in STAGES if stage not in left_out and (not stages or stage in stages)]
 
 
 def _check_nodes(config: Config, target: Target, chosen: Sequence[str]) -> None:

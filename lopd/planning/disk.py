@@ -51,6 +51,8 @@ def disk_bytes(
     answers = (
         amounts.eval_prompts * config.evaluate.samples_per_prompt * amounts.answer_len * evaluated
     )
+    if not config.evaluate.enabled:
+        answers = 0.0
     # What the configuration gives lies elsewhere.
     if config.sft.demonstrations is not None or config.sft.checkpoint is not None:
         demonstrations = 0.0

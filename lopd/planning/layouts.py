@@ -109,7 +109,7 @@ def nearest_that_fits(
         base |= chosen
         # Servers that run beside the trainer must be searched together with it.
         is_live = name == "distill" and (
-            cohost or config.distill.sync_every > 0 or config.distill.refresh.is_on
+            cohost or config.evaluates_at_syncs or config.distill.refresh.is_on
         )
         training = _nearest(
             _training_settings(config, models, node, name, is_live=is_live),
@@ -282,7 +282,7 @@ def _live_server_settings(config: Config) -> list[dict[str, Any]]:
         {"sglang.mem_fraction": fraction}
         for fraction in (config.sglang.mem_fraction, *LIVE_FRACTIONS)
     ]
-    return [*smaller, {"distill.sync_every": 0}] if config.distill.sync_every > 0 else smaller
+    return [*smaller, {"distill.sync_every": 0}] if config.evaluates_at_syncs else smaller
 
 
 def _powers_of_two(limit: int) -> list[int]:

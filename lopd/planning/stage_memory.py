@@ -133,7 +133,7 @@ class StageMemory:
         distill = self.config.distill
         length = self.amounts.rollout_len
         servers = {}
-        if distill.sync_every > 0 or distill.refresh.is_on or cohost:
+        if self.config.evaluates_at_syncs or distill.refresh.is_on or cohost:
             servers["student"] = self.server("student", length)
         # A refresh scores the fresh rollouts, so it needs the teacher too.
         if distill.refresh.is_on or cohost:

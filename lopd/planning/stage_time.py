@@ -38,7 +38,7 @@ class StageTimes:
         return self.memory.config
 
     def all_stages(self) -> dict[str, StageTime]:
-        """Return the time of every stage. A stage whose result is given takes none."""
+        """Return the time of every stage. A stage that this run does not make takes none."""
         config = self.config
         amounts = self.memory.amounts
         times = {
@@ -68,7 +68,7 @@ class StageTimes:
         config = self.config
         amounts = self.memory.amounts
         # Without syncs no server runs beside the trainer, and there is no curve.
-        if config.distill.sync_every == 0:
+        if not config.evaluates_at_syncs:
             return NO_TIME
         prompts = min(config.distill.sync_num_prompts, amounts.eval_prompts)
         # After a sync the student answers each of a few held-out prompts once.

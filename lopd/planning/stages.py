@@ -13,11 +13,11 @@ TRAINED = ("sft", "distill")
 
 
 def given_stages(config: Config) -> set[str]:
-    """Return the stages that this run does not make, because their result is given.
+    """Return the stages that this run does not make.
 
-    lopd.pipeline leaves out the same stages.
+    Their result is given, or evaluation is switched off. lopd.pipeline leaves out the same stages.
     """
-    given: set[str] = set()
+    given: set[str] = set() if config.evaluate.enabled else {"evaluate"}
     if config.sft.demonstrations is not None:
         given |= {"demonstrate"}
     # A given SFT student needs no demonstrations either.

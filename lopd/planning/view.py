@@ -198,9 +198,10 @@ def _hours_table(plan: Plan) -> Table:
     for title in titles:
         table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
     for stage, time in plan.times.items():
-        # The result of this stage is given. A row says so, so that nobody misses the stage.
+        # This run does not make the stage. A row says so, so that nobody misses the stage.
         if time.seconds == 0:
-            table.add_row(stage, *[""] * 5, "given", "")
+            # No result of evaluate can be given. It can only be switched off.
+            table.add_row(stage, *[""] * 5, "off" if stage == "evaluate" else "given", "")
             continue
         table.add_row(stage, *_time_cells(time), f"{plan.gpu_hours(stage):,.1f}")
         # This row is part of the row above. It shows what the learning curve costs.

@@ -211,8 +211,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     Args:
         summary: The content of summary.json. Missing entries are not shown.
     """
-    # A run that ends before the evaluation has no accuracies.
-    if summary.get("accuracy"):
+    # A run that ends before the evaluation, or without one, has no figures of models.
+    if summary.get("reverse_kl"):
         _console.print(model_table(summary))
     if summary.get("stages"):
         _console.print(stage_table(summary))
@@ -238,10 +238,14 @@ def teacher_line(work: Mapping[str, float]) -> str:
 def model_table(summary: Mapping[str, Any]) -> Table:
     """Return the models by accuracy (%) and reverse KL (nats per token).
 
-    Each figure has its standard error if the summary has it.
+    Each figure has its standard error if the summary has it. Where a task has no verifier, lengths
+    and the share that was cut off stand in place of the accuracy.
     """
+    if not summary.get("accuracy"):
+        return _table_without_accuracy(summary)
     accuracy = summary["accuracy"]
     accuracy_error = summary.get("accuracy_standard_error", {})
+    intervals = summary.get("accuracy_interval", {})
     divergence = summary.get("reverse_kl", {})
     divergence_error = summary.get("reverse_kl_standard_error", {})
     table = Table(
@@ -256,7 +260,7 @@ def model_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("reverse KL, nats per token", justify="right", no_wrap=True)
     for name, title in MODEL_TITLES.items():
         if name in accuracy:
-            percent = _percent(accuracy[name], accuracy_error.get(name))
+            percent = _percent(accuracy[name], accuracy_error.get(name), intervals.get(name))
             # Without a teacher that scores it, a model has an accuracy only.
             nats = ""
             if divergence.get(name) is not None:
@@ -265,18 +269,56 @@ def model_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def _table_without_accuracy(summary: Mapping[str, Any]) -> Table:
+    """Return the models by reverse KL, mean length and the share that was cut off."""
+    divergence = summary["reverse_kl"]
+    errors = summary.get("reverse_kl_standard_error", {})
+    responses = summary.get("responses", {})
+    table = Table(
+        title="distance to the teacher on held-out prompts (this task has no verifier)",
+        title_justify="left",
+        caption=_caption(summary),
+        caption_justify="left",
+    )
+    table.add_column("model")
+    table.add_column("reverse KL, nats per token", justify="right", no_wrap=True)
+    table.add_column("tokens of a response", justify="right", no_wrap=True)
+    table.add_column("cut off, %", justify="right", no_wrap=True)
+    for name, title in MODEL_TITLES.items():
+        if name in divergence:
+            of_model = responses[name]
+            table.add_row(
+                title,
+                with_error(divergence[name], errors.get(name)),
+                f"{of_model['response_len']:,.1f}",
+                f"{100 * of_model['truncated_share']:.1f}",
+                style="bold" if name == "distilled" else None,
+            )
+    return table
+
+
 def _caption(summary: Mapping[str, Any]) -> str:
-    accuracy = summary["accuracy"]
-    num_prompts = accuracy.get("num_prompts")
-    samples = accuracy.get("samples_per_prompt")
+    """Return what the figures were measured on."""
+    figures = summary.get("accuracy") or summary["reverse_kl"]
+    num_prompts = figures.get("num_prompts")
+    samples = figures.get("samples_per_prompt")
     # Without the sizes a difference of two models cannot be judged.
     sizes = f"{num_prompts:,} prompts x {samples} samples; " if num_prompts and samples else ""
-    return f"{sizes}± one standard error over prompts"
+    # A step's line has a smaller or larger figure of the same name, of other prompts.
+    return (
+        f"{sizes}± one standard error over prompts\n"
+        "measured on prompts.eval, with fresh responses of each model; the reverse KL on a step's "
+        "line is measured on the training rollouts (prompts.opd)"
+    )
 
 
-def _percent(share: float, error: float | None) -> str:
+def _percent(share: float, error: float | None, interval: tuple[float, float] | None = None) -> str:
     # JSON has null for an error that could not be computed, as from one prompt.
     known = error is not None and math.isfinite(error)
+    # Where all prompts are alike the standard error is 0, which is not what is known of the share.
+    if interval is not None and not (known and error):
+        low, high = interval
+        return f"{100 * share:.1f} (95%: {100 * low:.1f} to {100 * high:.1f})"
     return f"{100 * share:.1f}" + (f" ± {100 * error:.1f}" if known and error is not None else "")
 
 

@@ -1,7 +1,8 @@
 """The learning curve of a run as a picture.
 
-It has the loss, the reverse KL and the accuracy at each weight sync, beside the models that were
-evaluated at the end.
+It has a panel for each figure that the run has: the loss, the reverse KL on the training rollouts,
+the reverse KL on the held-out prompts, and the accuracy at each weight sync. The last two show the
+models that were evaluated at the end. A task without a verifier has lengths in place of accuracy.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ _COLOURS = {
     "sft": "#c2571a",
     "sft_longer": "#b3831f",
     "base": "#8a8f98",
+}
+# The panels and their titles.
+PANELS = {
+    "loss": "loss",
+    "training_reverse_kl": (
+        "reverse KL on the training rollouts, nats per token\n"
+        "(frozen responses, weighted by importance)"
+    ),
+    "held_out_reverse_kl": (
+        "reverse KL on the held-out prompts, nats per token\n"
+        "(fresh responses of each model, at the end)"
+    ),
+    "accuracy": "accuracy on held-out prompts, %",
+    "response_len": "tokens of a response to the held-out prompts",
 }
 # The names of the models at the right edge, where there is little space.
 _SHORT = {
@@ -87,18 +102,29 @@ def render_learning_curve(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels = panels_of(evals, summary)
     # Without pyplot, which keeps every figure in a global list and looks for a display.
-    figure = Figure(figsize=(13.5, 4.3), dpi=130, layout="constrained", facecolor="white")
+    size = (4.6 * len(panels), 4.3)
+    figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
     # Agg draws pixels in memory. It needs no window system.
     FigureCanvasAgg(figure)
-    loss, divergence, accuracy = figure.subplots(1, 3)
+    axes_of = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
-    # All three panels have the same axis, so that they can be read across.
+    # All panels have the same axis, so that they can be read across.
     last_step = max(row["step"] for row in train)
-    _draw_loss(loss, train)
-    _draw_divergence(divergence, train, evals, summary.get("reverse_kl", {}), last_step)
-    _draw_accuracy(accuracy, evals, summary.get("accuracy", {}), last_step)
-    for axes in (loss, divergence, accuracy):
+    for panel, axes in axes_of.items():
+        # Each says what its figure was measured on: prompts, and whose responses.
+        axes.set_title(PANELS[panel], loc="left", fontsize=10, color=_INK)
+        if panel == "loss":
+            _draw_loss(axes, train)
+        elif panel == "training_reverse_kl":
+            _draw_training_divergence(axes, train)
+        elif panel == "held_out_reverse_kl":
+            _draw_held_out_divergence(axes, summary["reverse_kl"], last_step)
+        elif panel == "accuracy":
+            _draw_accuracy(axes, evals, summary.get("accuracy", {}), last_step)
+        else:
+            _draw_lengths(axes, evals)
         _style(axes, last_step)
     # In memory, because publish_bytes() needs the whole file.
     picture = io.BytesIO()
@@ -106,60 +132,67 @@ def render_learning_curve(
     return picture.getvalue()
 
 
+def panels_of(evals: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
+    """Return the names of the panels that a run has something for, from left to right."""
+    panels = ["loss", "training_reverse_kl"]
+    # Two figures: one is of old responses to training prompts, the other of fresh responses to
+    # other prompts. They may differ many times over, so one axis would set them against each other.
+    if _models(summary.get("reverse_kl", {})):
+        panels.append("held_out_reverse_kl")
+    if summary.get("accuracy") or _series(evals, "accuracy")[0]:
+        panels.append("accuracy")
+    elif _series(evals, "response_len")[0]:
+        panels.append("response_len")
+    return panels
+
+
 def _draw_loss(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
     steps, values = _series(train, "loss")
     _plot_steps(axes, steps, values)
-    axes.set_title("loss", loc="left", fontsize=10, color=_INK)
     # The optimum of the distillation is a loss of 0, so the axis begins there.
     if values:
         axes.set_ylim(bottom=min(0.0, min(values)))
 
 
-def _draw_divergence(
-    axes: Axes,
-    train: Sequence[Mapping[str, Any]],
-    evals: Sequence[Mapping[str, Any]],
-    models: Mapping[str, Any],
-    last_step: int,
-) -> None:
-    axes.set_title("reverse KL to the teacher, nats per token", loc="left", fontsize=10, color=_INK)
-    axes.set_yscale("log")
-    # 0.01 is easier to read than 10 to the power of -2.
-    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+def _draw_training_divergence(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
+    _logarithmic(axes)
     steps, values = _series([row for row in train if _is_positive(row)], "reverse_kl")
     if values:
-        _plot_steps(axes, steps, values, label="in training, from the frozen rollouts")
-    # The two series are not the same figure: the first weights old responses by importance, the
-    # second has responses of the student as it is. So they look different.
-    at_sync, synced = _series([row for row in evals if _is_positive(row)], "reverse_kl")
-    if synced:
-        dots: dict[str, Any] = {"color": _INK, "marker": "o", "markersize": 5, "linestyle": "none"}
-        axes.plot(at_sync, synced, label="at a sync, from fresh responses", **dots)
+        _plot_steps(axes, steps, values)
+        axes.set_ylim(min(values) / 2, max(values) * 2)
+
+
+def _draw_held_out_divergence(axes: Axes, models: Mapping[str, Any], last_step: int) -> None:
+    _logarithmic(axes)
     # The teacher's divergence from itself is rounding.
     final = _models(models).items()
     levels = {name: value for name, value in final if name != "teacher" and value > 0}
-    everything = [*values, *synced, *levels.values()]
-    # The space below is for the legend.
-    if everything:
-        axes.set_ylim(min(everything) / 3, max(everything) * 2)
+    if levels:
+        axes.set_ylim(min(levels.values()) / 2, max(levels.values()) * 2)
     _draw_levels(axes, levels, last_step, "{:.2g}")
-    if values or synced:
-        axes.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=_INK)
+
+
+def _draw_lengths(axes: Axes, evals: Sequence[Mapping[str, Any]]) -> None:
+    steps, values = _series(evals, "response_len")
+    axes.plot(steps, values, color=_COLOURS["distilled"], marker="o", markersize=5, linewidth=1.6)
+    axes.set_ylim(bottom=0.0)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    # 0.01 is easier to read than 10 to the power of -2.
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
 
 
 def _draw_accuracy(
     axes: Axes, evals: Sequence[Mapping[str, Any]], models: Mapping[str, Any], last_step: int
 ) -> None:
-    axes.set_title("accuracy on held-out prompts, %", loc="left", fontsize=10, color=_INK)
     steps, values = _series(evals, "accuracy")
     percents = [100 * value for value in values]
     if percents:
         colour = _COLOURS["distilled"]
         axes.plot(steps, percents, color=colour, marker="o", markersize=5, linewidth=1.6)
-    # The band needs one number of prompts for all points.
-    sizes = {row["num_prompts"] for row in evals if row.get("num_prompts")}
-    if percents and len(sizes) == 1:
-        _draw_accuracy_band(axes, steps, values, sizes.pop())
+    _draw_accuracy_band(axes, evals)
     # The teacher is shown here: its accuracy is what the student can reach.
     levels = {name: 100 * value for name, value in _models(models).items()}
     everything = [*percents, *levels.values()]
@@ -169,17 +202,18 @@ def _draw_accuracy(
     _draw_levels(axes, levels, last_step, "{:.1f}")
 
 
-def _draw_accuracy_band(
-    axes: Axes, steps: Sequence[int], shares: Sequence[float], num_prompts: int
-) -> None:
-    """Draw a band of one standard error around shares of right answers."""
-    # Of a binomial share: one answer per prompt, and prompts that are independent.
-    errors = [(share * (1 - share) / num_prompts) ** 0.5 for share in shares]
-    pairs = list(zip(shares, errors, strict=True))
-    low = [100 * (share - error) for share, error in pairs]
-    high = [100 * (share + error) for share, error in pairs]
+def _draw_accuracy_band(axes: Axes, evals: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the 95% intervals of the shares of right answers, which the syncs have written."""
+    rows = [row for row in evals if row.get("accuracy_interval") is not None]
+    sizes = {row["num_prompts"] for row in rows}
+    # The note needs one number of prompts for all points.
+    if len(sizes) != 1:
+        return
+    steps = [row["step"] for row in rows]
+    low = [100 * row["accuracy_interval"][0] for row in rows]
+    high = [100 * row["accuracy_interval"][1] for row in rows]
     axes.fill_between(steps, low, high, color=_COLOURS["distilled"], alpha=0.15, linewidth=0)
-    note = f"at each sync: {num_prompts} prompts, band ± one standard error"
+    note = f"at each sync: {sizes.pop()} prompts, band: 95% interval"
     axes.text(0.02, 0.02, note, transform=axes.transAxes, fontsize=7.5, color=_MUTED)
 
 
@@ -246,7 +280,7 @@ def _is_positive(row: Mapping[str, Any]) -> bool:
 
 
 def _style(axes: Axes, last_step: int) -> None:
-    """Set what the three panels have in common."""
+    """Set what the panels have in common."""
     axes.set_xlabel("optimizer step", color=_MUTED, fontsize=9)
     # A little space at both ends, so that the first and the last marker are whole.
     axes.set_xlim(-0.02 * last_step, last_step * 1.02)

@@ -6,6 +6,7 @@ from lopd.artifacts.lineage import demonstrated_by
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import demonstrate_by_domain
 from lopd.stages.sample_shards import sample_stage
+from lopd.stages.truncation import truncation_figures
 
 
 def run(context: StageContext) -> None:
@@ -33,7 +34,7 @@ def run(context: StageContext) -> None:
         model=config.models.teacher,
         title="demonstrations",
     )
-    writer.finish(served=context.served)
+    writer.finish(served=context.served, **truncation_figures(context, writer.folder))
 
 
 STAGE = Stage(

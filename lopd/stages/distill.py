@@ -19,12 +19,14 @@ from typing import Any
 from lopd.artifacts import identify_model, read_manifest
 from lopd.artifacts.lineage import check_given_cache
 from lopd.cache.checks import require_sound
+from lopd.report.metrics import read_metrics
 from lopd.stages.between_steps import StepHooks
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.refresh_record import RefreshRecord, describe
 from lopd.stages.refresh_service import RefreshService
-from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
+from lopd.stages.training import MODEL, TrainingJob, require_batch, train_on_ranks
 from lopd.stages.training_data import distillation_objective, load_samples
+from lopd.stages.training_kl import rises_of
 from sglang_rollout.servers.shared_gpus import training_settings
 
 
@@ -68,7 +70,7 @@ def _between_steps(job: TrainingJob) -> StepHooks:
         return StepHooks()
     # The order matters: the student comes first, because the other hooks use it.
     student = StudentServer(job, job.student)
-    evaluation = [HeldOutEvaluation(job, student)] if job.config.distill.sync_every else []
+    evaluation = [HeldOutEvaluation(job, student)] if job.config.evaluates_at_syncs else []
     refreshes = [RefreshRequester(job, student)] if job.config.distill.refresh.is_on else []
     # An evaluation comes right before a refresh, so one weight sync serves both. The GPUs go back
     # to the trainer after both.
@@ -92,10 +94,12 @@ def run(context: StageContext) -> None:
         num_steps=config.distill.num_steps,
         order_seed=config.run.seed,
     )
+    require_batch(job)
     result = _train_beside_servers(context, job)
     # The model is part of the artifact: its files stand in the manifest with their checksums.
     files = (path for path in job.model.iterdir() if path.is_file())
-    writer.finish(files=files, **_figures(result, context))
+    evals = read_metrics(config.run.dir, kind="eval", stage=job.stage)
+    writer.finish(files=files, warnings=rises_of(evals), **_figures(result, context))
 
 
 def _train_beside_servers(context: StageContext, job: TrainingJob) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def _train_beside_servers(context: StageContext, job: TrainingJob) -> dict[str, 
     # A finished training needs no server: only its result is read. The servers outlive the ranks,
     # because the ranks send them weights until their last line.
     distill = context.config.distill
-    needs_student = distill.sync_every > 0 or distill.refresh.is_on
+    needs_student = context.config.evaluates_at_syncs or distill.refresh.is_on
     if job.result.exists() or not needs_student:
         return train_on_ranks(job)
     with context.serve("student", job.initial, training_settings(context.config)) as student:

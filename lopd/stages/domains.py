@@ -25,6 +25,7 @@ from lopd.config import Config, Sampling
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
+from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ def demonstrate_by_domain(context: StageContext) -> None:
         with own.serve("teacher", own.config.models.teacher) as engine:
             title = "demonstrations"
             _sample_part(context, part_writer, engine, section, part, prompts, prompt_ids, title)
-    writer.finish(served=context.served, parts=described(parts))
+    cut = truncation_figures(context, writer.folder)
+    writer.finish(served=context.served, parts=described(parts), **cut)
 
 
 def roll_out_by_domain(

@@ -1,6 +1,7 @@
 """Evaluate: accuracy on held-out prompts, and reverse KL to the teacher, for every model of a run.
 
-Accuracy is pass@1, as the mean over k samples (avg@k). The reverse KL per token is
+Accuracy is pass@1, as the mean over k samples (avg@k). A task without a verifier has none. The
+reverse KL per token is
 E_{a ~ pi_theta}[log pi_theta(a|s) - log pi_T(a|s)], in nats: the mean over the tokens of responses
 that the model itself sampled at temperature 1, with its standard error over responses. The
 equal-compute baseline continues with SFT for as many tokens as distill has processed.
@@ -9,7 +10,7 @@ equal-compute baseline continues with SFT for as many tokens as distill has proc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,17 @@ import numpy as np
 
 from lopd import cache
 from lopd.config import EvaluateSection
-from lopd.records import Ints, Key, Manifest, Prompt
+from lopd.records import Ints, Key, Manifest, Prompt, Response
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score_shards import score_into
 from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
 from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
+from lopd.stages.truncation import truncation_warning
 from lopd.stages.vocabulary import num_shared_ids
-from lopd.tasks import get_task
-from lopd.tasks.accuracy import accuracy_figures
+from lopd.tasks import Verifier, get_task
+from lopd.tasks.accuracy import accuracy_figures, response_figures
 from lopd.tasks.tokenizer import load_tokenizer, response_text
 from lopd.tasks.verdict_files import write_verdicts
 from lopd.tasks.verdicts import Judged, judge_all
@@ -40,7 +42,7 @@ LONGER = "sft_longer"
 
 
 def run(context: StageContext) -> None:
-    """Publish answers, scores, accuracy and reverse KL of each model."""
+    """Publish answers, scores, accuracy, lengths and reverse KL of each model."""
     config = context.config
     # Before the servers: training and serving need the same GPUs.
     longer = _train_longer(context) if config.evaluate.equal_compute_baseline else None
@@ -72,21 +74,40 @@ def run(context: StageContext) -> None:
             score_into(part, engine, source, policy, title=f"teacher on {name}")
             scores[name] = part.finish()
     # No server is needed any more. Verdicts take CPU time only.
-    accuracy = {
-        name: _accuracy(context, context.folder / f"answers-{name}", manifest)
-        for name, manifest in answers.items()
-    }
     divergence = {
         name: _reverse_kl(context.folder / f"scores-{name}", manifest)
         for name, manifest in scores.items()
     }
     writer.finish(
-        accuracy=accuracy,
+        **_figures(context, answers),
         reverse_kl=divergence,
         num_prompts=len(prompts),
         samples_per_prompt=config.evaluate.samples_per_prompt,
         sft_longer=longer,
     )
+
+
+def _figures(context: StageContext, answers: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Return what the answers of all models come to, for the manifest, and log the warnings.
+
+    Returns:
+        responses and, with a verifier, accuracy: the figures by model. warnings: in words.
+    """
+    # Without a verifier the manifest has no accuracy, and not an empty one.
+    figures: dict[str, Any] = {"responses": {}, "warnings": []}
+    for name, manifest in answers.items():
+        judged = _judge(context, context.folder / f"answers-{name}", manifest)
+        figures["responses"][name] = response_figures(judged.lengths, judged.truncated)
+        if judged.right:
+            of_model = accuracy_figures(judged.right, judged.lengths, judged.truncated)
+            figures.setdefault("accuracy", {})[name] = of_model
+        pairs = zip(judged.lengths, judged.truncated, strict=True)
+        cut = [length for length, is_cut in pairs if is_cut]
+        warning = truncation_warning(context.config, "evaluate", cut, manifest.rows, of=name)
+        if warning:
+            context.log(f"WARNING: {warning}")
+            figures["warnings"].append(warning)
+    return figures
 
 
 def models_of(context: StageContext) -> dict[str, Path]:
@@ -181,11 +202,19 @@ class _HeldOut:
         return part.finish()
 
 
-def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Judge a model's answers, and publish the verdicts.
+@dataclass(frozen=True)
+class _Judged:
+    """One model's answers, as far as figures need them."""
 
-    The figures are those of lopd.tasks.accuracy.accuracy_figures.
-    """
+    # The tokens of each answer, and whether it was cut off.
+    lengths: list[int]
+    truncated: list[bool]
+    # The verdicts of each prompt's answers; empty where the task has no verifier.
+    right: list[list[bool]]
+
+
+def _judge(context: StageContext, folder: Path, manifest: Manifest) -> _Judged:
+    """Read a model's answers. If the task has a verifier, judge them and publish the verdicts."""
     config = context.config
     task = get_task(config.task.name, config.task.options)
     tokenizer = load_tokenizer(config.models.student)
@@ -195,24 +224,33 @@ def _accuracy(context: StageContext, folder: Path, manifest: Manifest) -> dict[s
     lengths: list[int] = []
     truncated: list[bool] = []
 
-    def responses() -> Iterator[Judged]:
+    def responses() -> Iterator[Response]:
         # The verifier's workers judge earlier responses while later ones are read.
         for response, _ in cache.read_rows(folder, manifest):
             keys.append(response.key)
             lengths.append(len(response.token_ids))
             truncated.append(response.finish_reason == "length")
+            yield response
+
+    def to_judge() -> Iterator[Judged]:
+        for response in responses():
             text = response_text(tokenizer, response.token_ids, response.finish_reason)
             yield by_id[response.prompt_id], text, response.finish_reason
 
-    # Verdicts come in the order of the responses.
-    verdicts = [*judge_all(task, responses())]
-    # So that anybody can read later why an answer counts as right or wrong.
-    write_verdicts(folder, zip(keys, verdicts, strict=True))
     # By prompt: avg@k and pass@k are means over prompts, whose samples belong together.
     right: dict[str, list[bool]] = {}
-    for (prompt_id, _), verdict in zip(keys, verdicts, strict=True):
-        right.setdefault(prompt_id, []).append(verdict.right)
-    return accuracy_figures([*right.values()], lengths, truncated)
+    if isinstance(task, Verifier):
+        # Verdicts come in the order of the responses.
+        verdicts = [*judge_all(task, to_judge())]
+        # So that anybody can read later why an answer counts as right or wrong.
+        write_verdicts(folder, zip(keys, verdicts, strict=True))
+        for (prompt_id, _), verdict in zip(keys, verdicts, strict=True):
+            right.setdefault(prompt_id, []).append(verdict.right)
+    else:
+        # Read for their lengths alone.
+        for _ in responses():
+            pass
+    return _Judged(lengths, truncated, [*right.values()])
 
 
 def _reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
@@ -243,7 +281,7 @@ STAGE = Stage(
     name="evaluate",
     summary=(
         "pass@1 on held-out prompts and reverse KL to the teacher, "
-        "for teacher, base, SFT, longer SFT and distilled student."
+        "for teacher, base, SFT, distilled student and, if asked for, longer SFT."
     ),
     kind="evaluation",
     knobs=("task", "sglang", "evaluate"),

@@ -37,8 +37,9 @@ from lopd.records import Ints, Manifest, Prompt, Response, ShardInfo
 from lopd.report.console import print_line, progress
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.sample_shards import sample_into, sampling_params
-from lopd.tasks import Task, get_task
-from lopd.tasks.accuracy import accuracy_figures, ks_of, pass_at
+from lopd.stages.truncation import truncation_warning
+from lopd.tasks import Task, Verifier, get_task
+from lopd.tasks.accuracy import accuracy_figures, ks_of, pass_at, response_figures
 from lopd.tasks.prompts import load_prompts
 from lopd.tasks.tokenizer import load_tokenizer, response_text
 from lopd.tasks.verdicts import Judged, Verdict, judge_all
@@ -69,11 +70,11 @@ ANSWERS = Stage(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One response and its verdict."""
+    """One response and its verdict, which is None where the task has no verifier."""
 
     response: Response
     text: str
-    verdict: Verdict
+    verdict: Verdict | None
 
 
 def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dict[str, Any]:
@@ -105,12 +106,22 @@ def evaluate_model(config: Config, *, fit_context: bool, shard_size: int) -> dic
     prompts, prompt_ids = context.prompts("eval")
     manifest = _sample(context, prompts, prompt_ids, shard_size)
     rows = _judge_answers(context, manifest, prompts, task)
-    summary = {**_figures(rows, prompts), **_about(context, manifest, sandbox)}
+    figures = _figures(rows, prompts)
+    summary = {**figures, **_about(context, manifest, sandbox)}
+    warning = _truncation(config, rows)
+    if warning:
+        print_line(f"WARNING: {warning}")
+        summary["warnings"] = [warning]
     publish_json(config.run.dir / SUMMARY, summary)
     # Made again each time: it takes seconds, and follows from the transcripts.
     lines = [json.dumps(line, ensure_ascii=False) for line in _problem_lines(rows, prompts)]
     publish_bytes(config.run.dir / PROBLEMS, ("\n".join(lines) + "\n").encode())
     return summary
+
+
+def _truncation(config: Config, rows: Sequence[_Row]) -> str:
+    cut = [len(row.response.token_ids) for row in rows if row.response.finish_reason == "length"]
+    return truncation_warning(config, "evaluate", cut, len(rows))
 
 
 def _check_machine(task: Task) -> str:
@@ -210,7 +221,7 @@ def _judge_answers(
             else:
                 # One by one, so that the bar moves: a verdict of code may take seconds.
                 verdicts = []
-                for verdict in judge_all(task, _to_judge(responses, texts, by_id)):
+                for verdict in _verdicts(task, responses, texts, by_id):
                     verdicts.append(verdict)
                     bar.advance(1)
                 _write_transcripts(folder / name, responses, texts, verdicts, by_id)
@@ -221,30 +232,39 @@ def _judge_answers(
     return rows
 
 
-def _to_judge(
-    responses: Sequence[Response], texts: Sequence[str], prompts: dict[str, Prompt]
-) -> Iterator[Judged]:
-    for response, text in zip(responses, texts, strict=True):
-        yield prompts[response.prompt_id], text, response.finish_reason
+def _verdicts(
+    task: Task, responses: Sequence[Response], texts: Sequence[str], prompts: dict[str, Prompt]
+) -> Iterator[Verdict | None]:
+    """Yield the verdict of each response in order, or None where the task has no verifier."""
+    if not isinstance(task, Verifier):
+        yield from [None] * len(responses)
+        return
+
+    def to_judge() -> Iterator[Judged]:
+        for response, text in zip(responses, texts, strict=True):
+            yield prompts[response.prompt_id], text, response.finish_reason
+
+    yield from judge_all(task, to_judge())
 
 
 def _write_transcripts(
     path: Path,
     responses: Sequence[Response],
     texts: Sequence[str],
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[Verdict | None],
     prompts: dict[str, Prompt],
 ) -> None:
     # Everything that a person needs to see why an answer counts as right or wrong.
     lines: list[str] = []
     for response, text, verdict in zip(responses, texts, verdicts, strict=True):
         prompt = prompts[response.prompt_id]
+        judged = {}
+        if verdict is not None:
+            judged = {"right": verdict.right, "reason": verdict.reason, "found": verdict.found}
         line = {
             "prompt_id": response.prompt_id,
             "sample_index": response.sample_index,
-            "right": verdict.right,
-            "reason": verdict.reason,
-            "found": verdict.found,
+            **judged,
             "finish_reason": response.finish_reason,
             "response_len": len(response.token_ids),
             "messages": [dict(message) for message in prompt.messages],
@@ -255,9 +275,12 @@ def _write_transcripts(
     publish_bytes(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass"))
 
 
-def _read_verdicts(path: Path) -> list[Verdict]:
+def _read_verdicts(path: Path) -> list[Verdict | None]:
     lines = path.read_text(encoding="utf-8", errors="surrogatepass").rstrip("\n").split("\n")
-    return [Verdict(row["right"], row["reason"], row["found"]) for row in map(json.loads, lines)]
+    return [
+        Verdict(row["right"], row["reason"], row["found"]) if "right" in row else None
+        for row in map(json.loads, lines)
+    ]
 
 
 def _figures(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -276,19 +299,31 @@ def _figures(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def _figures_of(rows: Sequence[_Row]) -> dict[str, Any]:
-    """Return lopd.tasks.accuracy.accuracy_figures, and how often answers are wrong for what."""
-    right: dict[str, list[bool]] = {}
+    """Return lopd.tasks.accuracy.accuracy_figures, and how often answers are wrong for what.
+
+    Without a verifier there are only those of response_figures.
+    """
+    verdicts: dict[str, list[Verdict]] = {}
     for row in rows:
-        right.setdefault(row.response.prompt_id, []).append(row.verdict.right)
+        of_prompt = verdicts.setdefault(row.response.prompt_id, [])
+        of_prompt += [row.verdict] if row.verdict is not None else []
     lengths = [len(row.response.token_ids) for row in rows]
     truncated = [row.response.finish_reason == "length" for row in rows]
-    # "No answer found" and "wrong answer" call for different remedies.
-    reasons = Counter(row.verdict.reason for row in rows if not row.verdict.right)
+    if not any(verdicts.values()):
+        return {"num_problems": len(verdicts), **response_figures(lengths, truncated)}
+    right = [[verdict.right for verdict in of_prompt] for of_prompt in verdicts.values()]
     return {
         "num_problems": len(right),
-        **accuracy_figures([*right.values()], lengths, truncated),
-        "reasons": dict(reasons.most_common()),
+        **accuracy_figures(right, lengths, truncated),
+        "reasons": _reasons(rows),
     }
+
+
+def _reasons(rows: Sequence[_Row]) -> dict[str, int]:
+    """Return how many answers are wrong for each reason, the commonest first."""
+    # "No answer found" and "wrong answer" call for different remedies.
+    verdicts = [row.verdict for row in rows if row.verdict is not None]
+    return dict(Counter(one.reason for one in verdicts if not one.right).most_common())
 
 
 def _problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
@@ -300,7 +335,6 @@ def _problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[
     for prompt in prompts:
         answers = by_prompt[prompt.prompt_id]
         count = len(answers)
-        num_right = sum(row.verdict.right for row in answers)
         # The answer of a code task is all of its tests.
         expected = prompt.answer or ""
         if len(expected) > 200:
@@ -310,15 +344,25 @@ def _problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[
             "domain": prompt.domain,
             "answer": expected,
             "num_samples": count,
-            "num_right": num_right,
-            "pass_at": {str(k): pass_at(count, num_right, k) for k in ks_of(count)},
-            "found": [row.verdict.found for row in answers],
-            "reasons": dict(
-                Counter(row.verdict.reason for row in answers if not row.verdict.right)
-            ),
+            **_verdict_figures(answers),
             "response_len": float(np.mean([len(row.response.token_ids) for row in answers])),
             "truncated": sum(row.response.finish_reason == "length" for row in answers),
         }
+
+
+def _verdict_figures(answers: Sequence[_Row]) -> dict[str, Any]:
+    """Return the figures of one problem's verdicts; none where the task has no verifier."""
+    verdicts = [row.verdict for row in answers if row.verdict is not None]
+    if not verdicts:
+        return {}
+    count = len(verdicts)
+    num_right = sum(verdict.right for verdict in verdicts)
+    return {
+        "num_right": num_right,
+        "pass_at": {str(k): pass_at(count, num_right, k) for k in ks_of(count)},
+        "found": [verdict.found for verdict in verdicts],
+        "reasons": _reasons(answers),
+    }
 
 
 def _about(context: StageContext, manifest: Manifest, sandbox: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from lopd.stages.sample_shards import sampling_params
 from lopd.stages.student import StudentServer
 from lopd.stages.sync import MAX_SENDS
 from lopd.stages.training import TrainingJob
+from lopd.stages.training_kl import TRAINING_REVERSE_KL, mean_between, rise_of
 from lopd.stages.vocabulary import num_shared_ids, within_ids
-from lopd.tasks import get_task
+from lopd.tasks import Verifier, get_task
+from lopd.tasks.accuracy import wilson_interval
 from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.prompts import load_prompts
 from lopd.tasks.tokenizer import response_text
@@ -98,12 +100,23 @@ class HeldOutEvaluation(StepHook):
             )
         # Only rank 0 has a log. The other ranks got the same figures from it.
         if self._metrics is not None and figures is not None:
-            self._metrics.eval(self._job.stage, step, figures)
-            accuracy = figures["accuracy"]
-            num_prompts = figures["num_prompts"]
-            self._job.print_line(
-                f"{progress}: synced weights, accuracy {accuracy:.3f} on {num_prompts} prompts"
-            )
+            self._report(progress, step, figures)
+
+    def _report(self, progress: str, step: int, figures: dict[str, Any]) -> None:
+        """Write the figures of an evaluation to the metrics and on the screen. Rank 0 alone."""
+        assert self._metrics is not None
+        stage = self._job.stage
+        run_dir = self._job.config.run.dir
+        # From the metrics and not from memory, so that a kill changes nothing.
+        before = ((step - 1) // self._every) * self._every if step > 0 else 0
+        divergence = mean_between(read_metrics(run_dir, kind="train", stage=stage), before, step)
+        if divergence is not None:
+            figures = {**figures, TRAINING_REVERSE_KL: divergence}
+        self._metrics.eval(stage, step, figures)
+        self._job.print_line(f"{progress}: {_told(figures, step - before)}")
+        warning = rise_of(read_metrics(run_dir, kind="eval", stage=stage))
+        if warning:
+            self._job.print_line(f"{progress}: WARNING: {warning}")
 
     def _answer(self) -> tuple[dict[str, Any] | None, str]:
         """Return rank 0's figures and "", or None and which weights answered instead."""
@@ -114,6 +127,24 @@ class HeldOutEvaluation(StepHook):
         except OtherWeights as error:
             # Caught on rank 0: all ranks must decide together to send the weights again.
             return None, error.what
+
+
+def _told(figures: Mapping[str, Any], num_steps: int) -> str:
+    """Return the figures of an evaluation in words, each with what it was measured on."""
+    parts: list[str] = []
+    # A task without a verifier has no accuracy.
+    if "accuracy" in figures:
+        parts.append(f"accuracy {figures['accuracy']:.3f}")
+    else:
+        parts.append(f"{figures['response_len']:,.0f} tokens a response")
+        parts.append(f"{figures['truncated_share']:.0%} cut off")
+    told = f"synced weights, {', '.join(parts)} on {figures['num_prompts']} prompts"
+    if TRAINING_REVERSE_KL in figures:
+        told += (
+            f"; reverse KL {figures[TRAINING_REVERSE_KL]:.4f} on the training rollouts of the "
+            f"last {num_steps} steps"
+        )
+    return told
 
 
 class HeldOutAnswers:
@@ -151,7 +182,8 @@ class HeldOutAnswers:
             version: The weight version that the servers must have.
 
         Returns:
-            accuracy, num_prompts, response_len (mean, in tokens), and truncated_share.
+            num_prompts, response_len (mean, in tokens), and truncated_share. With a verifier also
+            accuracy, and accuracy_interval (95%).
 
         Raises:
             OtherWeights: A response carries another weight version.
@@ -168,11 +200,20 @@ class HeldOutAnswers:
                 text = response_text(self._tokenizer, response.token_ids, response.finish_reason)
                 yield by_id[response.prompt_id], text, response.finish_reason
 
-        # Verdicts are made while later responses are still being sampled.
-        num_right = sum(verdict.right for verdict in judge_all(self._task, judged()))
         count = len(self._prompts)
+        accuracy: dict[str, Any] = {}
+        if isinstance(self._task, Verifier):
+            # Verdicts are made while later responses are still being sampled.
+            share = sum(verdict.right for verdict in judge_all(self._task, judged())) / count
+            accuracy = {
+                "accuracy": share,
+                "accuracy_interval": list(wilson_interval(share, count)),
+            }
+        else:
+            for _ in judged():
+                pass
         return {
-            "accuracy": num_right / count,
+            **accuracy,
             "num_prompts": count,
             "response_len": sum(lengths) / count,
             "truncated_share": sum(truncated) / count,

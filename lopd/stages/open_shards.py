@@ -5,9 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
+from lopd.artifacts import ArtifactWriter
 from lopd.records import Key
+from lopd.report.console import print_line
 
 T = TypeVar("T")
+
+
+def tell_resumed(writer: ArtifactWriter, title: str, num_shards: int) -> None:
+    """Say at which shard an artifact goes on, if a part of it is published."""
+    missing = writer.missing(num_shards)
+    # A part of an artifact also sees the shards of the other parts, so only its own are counted.
+    published = sum(index in writer.published for index in range(num_shards))
+    if published == 0 or not missing:
+        return
+    log = writer.folder / "log.txt"
+    print_line(
+        f"{title}: goes on at shard {missing[0] + 1} of {num_shards} "
+        f"({published} of them are published)",
+        # The parts of an evaluation have no log of their own.
+        log if log.exists() else None,
+    )
 
 
 class OpenShards(Generic[T]):

@@ -23,7 +23,10 @@ def stage_named(name: str) -> Stage:
 
 
 def is_needed(stage: Stage, config: Config) -> bool:
-    """Return whether a run needs a stage. It does not where its result is given from elsewhere."""
+    """Return whether a run needs a stage.
+
+    It does not where its result is given from elsewhere, or where evaluation is switched off.
+    """
     # A student or demonstrations from elsewhere replace the teacher's demonstrations. A teacher
     # cache from elsewhere replaces the rollouts and their scores.
     given = {
@@ -31,4 +34,6 @@ def is_needed(stage: Stage, config: Config) -> bool:
         "rollout": config.distill.cache,
         "score": config.distill.cache,
     }
+    if stage.name == "evaluate":
+        return config.evaluate.enabled
     return given.get(stage.name) is None

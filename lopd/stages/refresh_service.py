@@ -43,6 +43,7 @@ from lopd.stages.refresh_record import (
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score import check_teacher, score_responses
 from lopd.stages.teacher import serve_teacher
+from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
 from sglang_rollout.requests.client import OtherWeights
 
@@ -155,7 +156,8 @@ class RefreshService:
             num_ids=num_shared_ids(config),
         )
         # The reason is an extra figure. The inputs of a manifest say what decides the content.
-        rollouts = writer.finish(reason=refresh.reason)
+        cut = truncation_figures(self._context, folder / ROLLOUTS, "rollout")
+        rollouts = writer.finish(reason=refresh.reason, **cut)
         _check_versions(folder / ROLLOUTS, rollouts, refresh.version)
         return rollouts
 

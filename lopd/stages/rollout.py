@@ -10,6 +10,7 @@ from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import roll_out_by_domain
 from lopd.stages.sample_shards import sample_stage
 from lopd.stages.training import MODEL
+from lopd.stages.truncation import truncation_figures
 
 
 def run(context: StageContext) -> None:
@@ -28,7 +29,8 @@ def run(context: StageContext) -> None:
         # A domain's responses go into shards of their own, so that its teacher can score them
         # alone.
         parts = roll_out_by_domain(context, writer, student)
-        writer.finish(served=context.served, parts=parts)
+        cut = truncation_figures(context, writer.folder)
+        writer.finish(served=context.served, parts=parts, **cut)
         return
     sample_stage(
         context,
@@ -39,7 +41,7 @@ def run(context: StageContext) -> None:
         model=student,
         title="rollouts",
     )
-    writer.finish(served=context.served)
+    writer.finish(served=context.served, **truncation_figures(context, writer.folder))
 
 
 STAGE = Stage(

@@ -11,7 +11,7 @@ from lopd.artifacts import ArtifactWriter
 from lopd.config import Sampling
 from lopd.records import Ints, Key, Prompt, Response
 from lopd.report.console import progress
-from lopd.stages.open_shards import OpenShards
+from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import in_passes
 from lopd.stages.vocabulary import num_shared_ids, within_ids
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
@@ -130,6 +130,7 @@ def sample_into(
     if not missing:
         # The engine is not even asked for its version: it may have other weights by now.
         return
+    tell_resumed(writer, title, shards.count)
     open_shards: OpenShards[Response] = OpenShards()
 
     def requests() -> Iterator[SamplingRequest]:

@@ -11,7 +11,7 @@ from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
 from lopd.records import Manifest, Response, ShardInfo, TeacherScores
 from lopd.report.console import progress
-from lopd.stages.open_shards import OpenShards
+from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
 from sglang_rollout.requests.scoring import ScoreRequest
 
@@ -47,6 +47,7 @@ def score_into(
     if not missing:
         return
     assert engine is not None, "an engine is needed, because shards are missing"
+    tell_resumed(writer, title, len(rollouts.shards))
     is_megatron = isinstance(engine, MegatronScorer)
     # The responses of the shards in flight; their scores are collected beside them.
     responses: dict[int, list[Response]] = {}

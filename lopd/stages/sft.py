@@ -16,7 +16,7 @@ from lopd.config import Config
 from lopd.objective import Supervised
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.sample_shards import end_token_ids
-from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
+from lopd.stages.training import MODEL, TrainingJob, require_batch, train_on_ranks
 from lopd.stages.training_data import load_samples
 from lopd.tasks.chat_template import complete_student_files, template_folder
 
@@ -62,6 +62,7 @@ def run(context: StageContext) -> None:
         num_steps=config.sft.num_steps,
         order_seed=config.run.seed,
     )
+    require_batch(job)
     result = train_on_ranks(job)
     complete_student_files(job.model, template_folder(config), end_token_ids(context.end_models))
     # The model is part of the artifact: its files stand in the manifest with their checksums.

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lopd.artifacts import publish_json, remove_folder
+from lopd.artifacts import publish_json, read_manifest, remove_folder
 from lopd.config import Config, TrainSection
 from lopd.config.secrets import scrubbed
+from lopd.errors import DataError
 from lopd.megatron.ranks.launch import ANNOUNCEMENT_FILE, run_ranks, threads_of
 from lopd.megatron.ranks.nodes import Node, await_announcement, this_node
 from lopd.report.console import print_line
@@ -139,6 +140,24 @@ class TrainingJob:
         return cls(**fields)
 
 
+def require_batch(job: TrainingJob) -> None:
+    """Refuse a step that is larger than all responses. The parent process asks before it starts.
+
+    Raises:
+        DataError: There are fewer responses than ``batch_size``.
+    """
+    # Such a step would learn from the same response several times at once, as if it were many.
+    num_responses = read_manifest(job.data).rows
+    if job.settings.batch_size > num_responses:
+        raise DataError(
+            f"{job.objective}.batch_size = {job.settings.batch_size} is more than the "
+            f"{num_responses} responses, and a step learns from different responses",
+            where=str(job.data),
+            limit=f"<= {num_responses}",
+            remedy=f"lower {job.objective}.batch_size, or use more prompts",
+        )
+
+
 def train_on_ranks(
     job: TrainingJob,
     student: SGLangEngine | None = None,
@@ -161,7 +180,9 @@ def train_on_ranks(
         TrainingError: A rank failed.
     """
     # The result is published last. Where it is, a killed command has finished the training.
-    if not job.result.exists():
+    if job.result.exists():
+        print_line(f"{job.stage}: goes on after its training, which is finished")
+    else:
         _start_ranks(job, student, serve_requests)
     # Folders with weights for the servers are of no use after the training.
     remove_folder(job.folder / "sync")

@@ -81,6 +81,12 @@ class Training:
             "last_loss": None,
             "weight_syncs": 0,
         }
+        # Checkpoints are counted by steps that are done, and lines by the step that comes next.
+        if parallel.rank() == 0 and self.trainer.step > 0:
+            done = self.trainer.step
+            job.print_line(
+                f"goes on at step {done + 1}/{job.num_steps}, from the checkpoint of step {done}"
+            )
         # One process writes the metrics, because a line must not be written twice.
         self.metrics = MetricsLog(job.config.run.dir) if parallel.rank() == 0 else None
         if self.metrics is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from statistics import NormalDist
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +111,59 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def wilson_interval(share: float, count: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of a share of independent trials (Wilson 1927).
+
+    At 0 of 8 it goes from 0 to 0.32. An interval made of the trials' own spread would be empty.
+
+    Args:
+        share: The share of successes, 0 to 1.
+        count: The number of trials.
+        confidence: How often such intervals hold the true share.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    # At a share of 0 or 1 rounding would put the end on the other side of it.
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def accuracy_interval(
+    means: NDArray[np.float64],
+) -> tuple[tuple[float, float], Literal["wilson", "bootstrap"]]:
+    """Return the 95% interval of the mean over problems, and how it was made.
+
+    Args:
+        means: The share of right samples of each problem, float64 [N].
+    """
+    is_binary = bool(np.isin(means, (0.0, 1.0)).all())
+    # Resamples of equal values are all the same, so a bootstrap would show no uncertainty. Shares
+    # between 0 and 1 spread less than verdicts of the same mean, so Wilson's is never too narrow.
+    if is_binary or len(np.unique(means)) == 1:
+        return wilson_interval(float(means.mean()), len(means)), "wilson"
+    return bootstrap_interval(means), "bootstrap"
+
+
+def response_figures(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str, Any]:
+    """Return the figures that need no verifier.
+
+    Args:
+        lengths: The length of every response, in tokens. At least one.
+        truncated: Whether each response was cut off at its limit.
+
+    Returns:
+        response_len, response_len_quantiles {quantile: tokens}, truncated_share.
+    """
+    quantiles = np.quantile(np.asarray(lengths), [0.1, 0.5, 0.9, 1.0])
+    named_quantiles = zip(("0.1", "0.5", "0.9", "1"), quantiles.tolist(), strict=True)
+    return {
+        "response_len": float(np.mean(lengths)),
+        "response_len_quantiles": dict(named_quantiles),
+        "truncated_share": float(np.mean(truncated)),
+    }
+
+
 def accuracy_figures(
     right: Sequence[Sequence[bool]], lengths: Sequence[int], truncated: Sequence[bool]
 ) -> dict[str, Any]:
@@ -121,20 +175,18 @@ def accuracy_figures(
         truncated: Whether each response was cut off at its limit.
 
     Returns:
-        mean (avg@k), standard_error, interval (95%, bootstrap over problems), pass_at {k: share},
-        response_len, response_len_quantiles {quantile: tokens}, truncated_share.
+        mean (avg@k), standard_error, interval (95%, over problems), interval_method ("wilson" or
+        "bootstrap"), pass_at {k: share}, and those of response_figures.
     """
     means = shares(right)
     # pass@k needs k samples of every problem, so the problem with the fewest samples limits k.
     fewest = min(len(samples) for samples in right)
-    quantiles = np.quantile(np.asarray(lengths), [0.1, 0.5, 0.9, 1.0])
-    named_quantiles = zip(("0.1", "0.5", "0.9", "1"), quantiles.tolist(), strict=True)
+    interval, method = accuracy_interval(means)
     return {
         "mean": float(means.mean()),
         "standard_error": standard_error(means),
-        "interval": list(bootstrap_interval(means)),
+        "interval": list(interval),
+        "interval_method": method,
         "pass_at": {str(k): float(pass_shares(right, k).mean()) for k in ks_of(fewest)},
-        "response_len": float(np.mean(lengths)),
-        "response_len_quantiles": dict(named_quantiles),
-        "truncated_share": float(np.mean(truncated)),
+        **response_figures(lengths, truncated),
     }

@@ -1,4 +1,4 @@
-"""The base of tasks whose prompts are read from files: mathematics, plain text and code."""
+"""The bases of tasks whose prompts are read from files: all but register_arithmetic."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ from lopd.tasks.interface import TaskOptions
 from lopd.tasks.verdicts import Verdict, final_part
 
 
-class FileTask(TaskOptions):
-    """A task that generates no prompts.
-
-    A subclass implements ``judge_answer``. What comes before it is the same for all.
-    """
-
-    # Off, because a response without an end would be right by its first attempt at an answer.
-    judge_truncated: bool = Field(
-        default=False,
-        description="Also judge a response that was cut off. If false, such a response is wrong.",
-    )
+class FilePrompts(TaskOptions):
+    """A task that generates no prompts."""
 
     def generate_prompts(self, num: int, seed: int) -> list[Prompt]:
         """Refuse: this task reads its prompts.
@@ -35,8 +26,21 @@ class FileTask(TaskOptions):
             remedy="set prompts.*.file, and for a file of a public data set also prompts.*.format",
         )
 
+
+class FileTask(FilePrompts):
+    """A task that generates no prompts and compares a response with the prompt's answer.
+
+    A subclass implements ``judge_answer``. What comes before it is the same for all.
+    """
+
+    # Off, because a response without an end would be right by its first attempt at an answer.
+    judge_truncated: bool = Field(
+        default=False,
+        description="Also judge a response that was cut off. If false, such a response is wrong.",
+    )
+
     def verify(self, prompt: Prompt, text: str, finish_reason: str) -> bool:
-        """See Task."""
+        """See Verifier."""
         # One rule for both: a verdict and a boolean can never contradict each other.
         return self.judge(prompt, text, finish_reason).right
 

@@ -1,8 +1,8 @@
 """Defines what a task is.
 
-A task makes or reads prompts, and it tells a right response from a wrong one. A new task is one
-module with one class, and one line in ``_TASKS``. The class is a ``TaskOptions`` whose fields are
-the keys of ``task.options``.
+A task makes or reads prompts, and most tasks tell a right response from a wrong one. A new task is
+one module with one class, and one line in ``_TASKS``. The class is a ``TaskOptions`` whose fields
+are the keys of ``task.options``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from lopd.records import Prompt
 
 @runtime_checkable
 class Task(Protocol):
-    """A verifiable task. Its ``name`` is also the domain of its prompts."""
+    """A task. Its ``name`` is also the domain of its prompts.
+
+    A task that can verify is a ``Verifier`` as well. Without one there is no accuracy.
+    """
 
     name: ClassVar[str]
 
@@ -38,6 +41,11 @@ class Task(Protocol):
             ConfigError: The seed is out of range, or the task does not have so many prompts.
         """
         ...
+
+
+@runtime_checkable
+class Verifier(Task, Protocol):
+    """A task that tells a right response from a wrong one."""
 
     def verify(self, prompt: Prompt, text: str, finish_reason: str) -> bool:
         """Return whether a response is right.
@@ -98,6 +106,7 @@ _TASKS = {
     "math": ("lopd.tasks.math", "Math"),
     "plain": ("lopd.tasks.plain", "Plain"),
     "code": ("lopd.tasks.code", "Code"),
+    "open_ended": ("lopd.tasks.open_ended", "OpenEnded"),
 }
 
 

@@ -14,7 +14,7 @@ from lopd.config import PromptSet
 from lopd.errors import ConfigError, DataError
 from lopd.records import Ints, Prompt, int32
 from lopd.tasks.gold import refuse
-from lopd.tasks.interface import Task
+from lopd.tasks.interface import Task, Verifier
 from lopd.tasks.own_form import OWN_FORM
 from lopd.tasks.readers import ReadCounts, read_candidates
 
@@ -42,7 +42,7 @@ def read_prompts(
         prompt_set: The set: a file, or a number of prompts that the task generates.
         domain: The task, or the domain of rows that name none.
         need_answers: Refuse a prompt without an answer, or with one that the task cannot use.
-            Evaluations need this.
+            Evaluations need this. A task without a verifier needs no answers in any case.
         leave_out: A function that returns why a prompt is left out, or "". It is called before
             num_prompts counts the prompt.
         counts: Records what happened to the rows.
@@ -59,6 +59,7 @@ def read_prompts(
         counts = counts if counts is not None else ReadCounts()
         # The domain of rows that name none is the task's name.
         name = domain if isinstance(domain, str) else domain.name
+        need_answers = need_answers and _verifies(domain)
         prompts = _read_file(prompt_set, name, need_answers, leave_out, counts)
         # Only an evaluation must verify; rollouts and demonstrations do without answers.
         if need_answers:
@@ -84,6 +85,12 @@ def read_prompts(
             remedy="set file, or remove format, fields and where",
         )
     return domain.generate_prompts(prompt_set.num_prompts, prompt_set.seed)
+
+
+def _verifies(domain: str | Task) -> bool:
+    """Return whether answers are compared with anything."""
+    # A domain by its name says nothing of a verifier, so the caller's wish stands.
+    return isinstance(domain, str | Verifier)
 
 
 def _read_file(

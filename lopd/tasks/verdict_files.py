@@ -37,6 +37,8 @@ def read_verdicts(answers: Path) -> dict[Key, Verdict]:
         (row["prompt_id"], row["sample_index"]): Verdict(row["right"], row["reason"], row["found"])
         for path in _files(answers)
         for row in map(json.loads, _lines(path))
+        # Transcripts of a task without a verifier have no verdicts.
+        if "right" in row
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from lopd.records import Prompt
-from lopd.tasks.interface import Task
+from lopd.tasks.interface import Verifier
 
 # The prompt, the decoded response and its finish_reason.
 Judged: TypeAlias = tuple[Prompt, str, str]
@@ -50,7 +50,7 @@ class Judge(Protocol):
 
 
 def judge_all(
-    task: Task, responses: Iterable[Judged], *, workers: int | None = None
+    task: Verifier, responses: Iterable[Judged], *, workers: int | None = None
 ) -> Iterator[Verdict]:
     """Yield the verdict of each response, in order.
 

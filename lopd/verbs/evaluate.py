@@ -66,8 +66,8 @@ Format = Annotated[
 TaskName = Annotated[
     str | None,
     typer.Option(
-        help="The task whose verifier judges the answers: math, code, plain, ... If absent, that "
-        "of CONFIG, or math."
+        help="The task whose verifier judges the answers: math, code, plain, ... open_ended has "
+        "none. If absent, that of CONFIG, or math."
     ),
 ]
 # The paper's sampling: temperature 0.6, top-p 0.95, 32 or 4 answers to each problem.
@@ -107,8 +107,9 @@ def evaluate(
 ) -> None:
     """Stage: pass@1 on held-out prompts and reverse KL to the teacher, for each model of the run.
 
-    The models are the teacher, the base student, the SFT student, the SFT student trained longer,
-    and the distilled student.
+    The models are the teacher, the base student, the SFT student and the distilled student, and
+    with evaluate.equal_compute_baseline the SFT student trained longer. A task without a verifier
+    (open_ended) has no pass@1: the lengths of the answers stand in its place.
 
     Reads the models of the run and prompts.eval. Publishes answers, scores, accuracy and reverse KL
     of each model in run.dir/evaluate, with manifest.json and logs. The stages that it reads from
@@ -116,7 +117,7 @@ def evaluate(
     the same command continues.
 
     With --model, CONFIG is not needed. The command then evaluates any checkpoint on any prompts. It
-    writes avg@k, pass@k, bootstrap intervals, lengths, and JSONL files of problems and transcripts
+    writes avg@k, pass@k, 95% intervals, lengths, and JSONL files of problems and transcripts
     into --out.
     """
     given = list(overrides or [])
@@ -196,8 +197,16 @@ def _run_stage(
             remedy="give a TOML file, for example: lopd evaluate examples/tiny_moe.toml; "
             "or --model FOLDER --prompts FILE --out FOLDER",
         )
+    loaded = load_config(Path(config), overrides)
+    # The run leaves this stage out, and its summary would not show the figures.
+    if not loaded.evaluate.enabled:
+        raise ConfigError(
+            "evaluate.enabled is false: this run has no evaluation",
+            where="lopd evaluate",
+            remedy="add evaluate.enabled=true, or give --model, --prompts and --out",
+        )
     # On machine 0, or on the only machine, the stage runs as `lopd run` runs it.
-    run_stages(load_config(Path(config), overrides), stage="evaluate")
+    run_stages(loaded, stage="evaluate")
 
 
 def _evaluate_model(config: Config, shard_size: int, *, fit_context: bool, as_json: bool) -> None:
@@ -305,21 +314,31 @@ def _quoted(path: Path) -> str:
 
 def _summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     """Return the lines on screen. Shares of summary.json become percentages."""
-    # The interval is a bootstrap over problems, not over answers to one problem.
-    low, high = summary["interval"]
     tokens = summary["response_len_quantiles"]
-    # The share of problems that k answers solve at least once.
-    passes = ", ".join(f"pass@{k} {100 * share:.1f}%" for k, share in summary["pass_at"].items())
     lines = [
-        f"avg@{summary['samples_per_problem']}  {100 * summary['mean']:.1f}%  "
-        f"(95%: {100 * low:.1f} to {100 * high:.1f}, over {summary['num_problems']} problems)",
-        passes,
+        *_accuracy_lines(summary),
         f"tokens of a response: mean {summary['response_len']:,.0f}, "
         f"median {tokens['0.5']:,.0f}, longest {tokens['1']:,.0f}; "
         f"cut off {100 * summary['truncated_share']:.1f}%",
     ]
     # Why answers were wrong tells a bad model from a bad verifier or a wrong format.
-    if summary["reasons"]:
+    if summary.get("reasons"):
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary["reasons"].items())
         lines.append(f"wrong: {reasons}")
     return [*lines, f"everything is in {folder}"]
+
+
+def _accuracy_lines(summary: dict[str, Any]) -> list[str]:
+    """Return avg@k and pass@k, or that there is none where the task has no verifier."""
+    if "mean" not in summary:
+        task = summary["task"]["name"]
+        return [f"no accuracy over {summary['num_problems']} problems: {task} has no verifier"]
+    # The interval is over problems, not over answers to one problem.
+    low, high = summary["interval"]
+    # The share of problems that k answers solve at least once.
+    passes = ", ".join(f"pass@{k} {100 * share:.1f}%" for k, share in summary["pass_at"].items())
+    return [
+        f"avg@{summary['samples_per_problem']}  {100 * summary['mean']:.1f}%  "
+        f"(95%: {100 * low:.1f} to {100 * high:.1f}, over {summary['num_problems']} problems)",
+        passes,
+    ]

@@ -53,7 +53,7 @@ teacher = {teacher}
 student = {student} # the base model that becomes the student
 
 [task]
-name = {task} # how answers are judged: math, code or plain (docs/tasks.md)
+name = {task} # how answers are judged: math, code, plain, or open_ended: not at all (docs/tasks.md)
 
 # JSONL, one object a line: {{"question": "...", "answer": "..."}}, with prompt_id if there are ids.
 # Another form: format = "gsm8k", or format = "fields" with fields = {{ question = "COLUMN" }}.
@@ -102,7 +102,7 @@ sync_every = 0 # N: every N steps the weights go into a server, and prompts.eval
 parallel = {{ ranks = 1, tensor = 1 }}
 optimizer = {{ lr = 2e-6 }} # the paper's, for billions of parameters; 1e-4 for some millions
 
-[evaluate] # all models answer prompts.eval
+[evaluate] # all models answer prompts.eval; enabled = false: none does
 temperature = 0.6
 top_p = 0.95
 max_new_tokens = 2048

@@ -43,7 +43,7 @@ def test_pass_at_k_is_unbiased(p: float) -> None:
 
 def test_pass_at_k_of_k_outside() -> None:
     for k in (0, 5):
-        with pytest.raises(ValueError, match=f"k = {k} of 4 samples"):
+        with pytest.raises(ValueError, match=f"k = {k} is not between 1 and 4"):
             pass_at(4, 1, k)
     assert ks_of(1) == [1]
     assert ks_of(6) == [1, 2, 4, 6]
@@ -123,3 +123,43 @@ def test_presets_give_the_papers_sampling_below_what_is_set() -> None:
         ).evaluate.samples_per_prompt
         == 2
     ), "the file's own keys stand"
+
+
+@pytest.mark.parametrize(
+    ("num_right", "count", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_verdicts_have_wilsons_interval(
+    num_right: int, count: int, low: float, high: float
+) -> None:
+    """The reference is table I of Newcombe, Statistics in Medicine 17 (1998), method 3."""
+    right = [[index < num_right] for index in range(count)]
+    figures = accuracy_figures(right, [1] * count, [False] * count)
+    assert figures["interval"] == pytest.approx([low, high], abs=6e-5)
+    assert figures["interval_method"] == "wilson"
+
+
+@pytest.mark.parametrize("num_right", [0, 8])
+def test_equal_verdicts_are_not_known_for_certain(num_right: int) -> None:
+    """The control: a bootstrap of equal verdicts is empty."""
+    right = [[index < num_right] for index in range(8)]
+    low, high = accuracy_figures(right, [1] * 8, [False] * 8)["interval"]
+    assert high - low == pytest.approx(0.3244, abs=1e-4)
+    empty = bootstrap_interval(shares(right))
+    assert empty[0] == empty[1]
+
+
+def test_shares_of_several_samples_have_a_bootstrap_unless_all_are_equal() -> None:
+    spread = accuracy_figures([[True, False], [True, True], [False, False]], [1], [False])
+    assert spread["interval_method"] == "bootstrap"
+    # Every problem is right in half of its samples: resamples of them would all be the same.
+    equal = accuracy_figures([[True, False]] * 8, [1], [False])
+    assert equal["interval_method"] == "wilson"
+    low, high = equal["interval"]
+    assert low < 0.3
+    assert high > 0.7

@@ -252,7 +252,7 @@ def test_a_model_and_the_prompts_of_a_config(
         ),
         (
             ("--model", str(MODEL), "--out", "o", "--prompts", "p.jsonl", "--preset", "paper"),
-            ("evaluate.preset = 'paper'", "paper_math"),
+            ("--preset = 'paper'", "paper_math"),
         ),
         (
             ("--model", str(MODEL), "--out", "o", "--prompts", "p.jsonl", "--task", "maths"),

@@ -162,14 +162,14 @@ def test_a_stage_before_its_parent_names_it(tmp_path: Path) -> None:
 def test_a_stage_whose_parent_is_of_other_knobs_names_it(completed: CompletedRun) -> None:
     with pytest.raises(
         ArtifactError,
-        match=r"rollout needs sft, which was made from other knobs \(sft.optimizer.lr\)",
+        match=r"rollout needs sft, which was made with other settings \(sft.optimizer.lr\)",
     ):
         pipeline.run(
             config_of(completed.folder, [*SHORT, "sft.optimizer.lr=1e-5"]), only=["rollout"]
         )
     with pytest.raises(
         ArtifactError,
-        match=r"distill needs score, which was made from other knobs \(parent rollout\)",
+        match=r"distill needs score, which was made with other settings \(parent rollout\)",
     ):
         pipeline.run(config_of(completed.folder, [*SHORT, "rollout.top_p=0.5"]), only=["distill"])
     assert states(completed.folder, SHORT) == dict.fromkeys(STAGES, "done"), (

@@ -317,7 +317,10 @@ REFUSED = [  # what is wrong on any node
         ["sft.checkpoint=absent", "evaluate.equal_compute_baseline=false"],
         "sft.checkpoint: no such folder",
     ),
-    (["sft.checkpoint=hf://org/it@main"], "the equal-compute baseline continues SFT"),
+    (
+        ["sft.checkpoint=hf://org/it@main", "evaluate.equal_compute_baseline=true"],
+        "the equal-compute baseline continues SFT",
+    ),
     (
         ["rollout.max_new_tokens=8192"],
         "rollout.max_new_tokens = 8192 is too large; limit: at most sglang.context_length = 4096",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lopd.errors import DataError
-from lopd.report.curve import PICTURE, draw_learning_curve, render_learning_curve
+from lopd.report.curve import PANELS, PICTURE, draw_learning_curve, panels_of, render_learning_curve
 from lopd.report.metrics import METRICS
 
 TRAIN = [
@@ -82,3 +82,28 @@ def test_without_metrics_there_is_no_curve(tmp_path: Path) -> None:
         match=r"there are no training metrics of the stage distill.*run the stage distill first",
     ):
         draw_learning_curve(tmp_path)
+
+
+def test_two_reverse_kls_have_two_panels_that_say_what_was_measured() -> None:
+    """One is of frozen responses to training prompts, the other of fresh ones to held-out prompts;
+    without accuracy its panel is not there.
+    """
+    assert panels_of(EVALS, SUMMARY) == [
+        "loss",
+        "training_reverse_kl",
+        "held_out_reverse_kl",
+        "accuracy",
+    ]
+    assert "training rollouts" in PANELS["training_reverse_kl"]
+    assert "held-out prompts" in PANELS["held_out_reverse_kl"]
+    open_ended = [{"step": 0, "response_len": 12.0}]
+    assert panels_of(open_ended, {})[2:] == ["response_len"]
+    size_of(render_learning_curve(TRAIN, open_ended, {}, title="open-ended"))
+
+
+def test_the_band_is_the_interval_of_the_metrics() -> None:
+    """At 0 of 8 it is not empty, as one standard error would be."""
+    bare = [{"step": step, "accuracy": 0.0, "num_prompts": 8} for step in (0, 8)]
+    banded = [{**row, "accuracy_interval": [0.0, 0.32]} for row in bare]
+    pictures = [render_learning_curve(TRAIN, rows, {}, title="band") for rows in (bare, banded)]
+    assert pictures[0] != pictures[1]
