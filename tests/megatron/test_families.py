@@ -175,7 +175,7 @@ def _train(folder: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         trainer = trainer_of(
             folder, settings_of(layout, optimizer={"lr": 1e-2, "weight_decay": 0.1})
         )
-        entry: dict[str, Any] = train(trainer)
+        entry: dict[str, Any] = train(trainer, vocab_size=ODD_VOCAB)
         exported = {
             name: list(tensor.shape) for bucket in trainer.export() for name, tensor in bucket
         }

@@ -150,7 +150,7 @@ def test_scores_and_entropies_are_those_of_transformers(
             list(engine.score([dataclasses.replace(requests[0], prompt_ids=np.zeros(0, np.int32))]))
         with pytest.raises(ConfigError, match="top_k = 5"):
             list(engine.score(requests, top_k=5))
-        with pytest.raises(EngineError, match="token 1: log-probability nan"):
+        with pytest.raises(EngineError, match="token 1: the model gives the log-probability nan"):
             engine._scores(
                 dataclasses.replace(requests[0], token_ids=np.full(2, 5, np.int32)),
                 np.array([-1.0, np.nan]),

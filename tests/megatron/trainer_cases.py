@@ -39,7 +39,7 @@ EPS = 1e-4
 BALANCED: dict[str, Any] = {"moe_aux_loss": 0.5, "optimizer": {"lr": 1e-3}}
 
 
-def samples_of(step: int, count: int = 16) -> list[Sample]:
+def samples_of(step: int, count: int = 16, vocab_size: int = 512) -> list[Sample]:
     """Responses of 2 to 39 tokens whose last part carries loss, with random log-probabilities."""
     generator = np.random.default_rng(step)
     samples = []
@@ -48,16 +48,18 @@ def samples_of(step: int, count: int = 16) -> list[Sample]:
         mask = np.arange(length) >= generator.integers(1, length - 1)
         teacher, sampling = (-3 * generator.random(length, dtype=np.float32) for _ in range(2))
         samples.append(
-            Sample(generator.integers(4, 512, length).astype(np.int32), mask, sampling, teacher)
+            Sample(
+                generator.integers(4, vocab_size, length).astype(np.int32), mask, sampling, teacher
+            )
         )
     return samples
 
 
-def microbatches_of(step: int) -> list[Microbatch]:
+def microbatches_of(step: int, vocab_size: int = 512) -> list[Microbatch]:
     """This data rank's part. Padded to even lengths in every layout, so that all layouts see the
     same tokens.
     """
-    samples = samples_of(step)
+    samples = samples_of(step, vocab_size=vocab_size)
     plan = plan_step([len(sample) for sample in samples], parallel.data_size(), MAX_TOKENS, 2)
     return [
         build_microbatch([samples[index] for index in members], 2)
@@ -97,9 +99,14 @@ def trainer_of(
     )
 
 
-def train(trainer: Trainer, num_steps: int = NUM_STEPS) -> dict[str, list[float]]:
+def train(
+    trainer: Trainer, num_steps: int = NUM_STEPS, vocab_size: int = 512
+) -> dict[str, list[float]]:
     """Steps from where the trainer stands up to num_steps."""
-    steps = [trainer.train_step(microbatches_of(step)) for step in range(trainer.step, num_steps)]
+    steps = [
+        trainer.train_step(microbatches_of(step, vocab_size))
+        for step in range(trainer.step, num_steps)
+    ]
     return {
         "loss": [step.loss for step in steps],
         "grad_norm": [step.grad_norm for step in steps],
