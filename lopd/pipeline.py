@@ -37,6 +37,7 @@ from lopd.stages.progress import Progress, progress_of
 from lopd.stages.reuse import default_of, inspect, reusable, supersede
 from lopd.stages.training import follow_trainings
 from lopd.summary import Outcome
+from lopd.tasks.rendered import write_held
 
 # What this file writes: in the run directory the configuration of the last stage that ran, and in
 # each stage's folder how long it took. Neither decides what is reused.
@@ -65,6 +66,8 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
     load_hashes(config)
     with locked(config.run.dir):
         report_changes(config)
+        # Now that the folder is this command's: what its checks have rendered.
+        write_held(config.run.dir)
         if only is None:
             chosen = [stage for stage in STAGES if is_needed(stage, config)]
         else:

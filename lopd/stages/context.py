@@ -187,6 +187,7 @@ class StageContext:
         from lopd.tasks import get_task
         from lopd.tasks.chat_template import prompt_tokenizer, render_time
         from lopd.tasks.prompts import load_prompts
+        from lopd.tasks.rendered import kept_in
 
         return load_prompts(
             getattr(self.config.prompts, name),
@@ -197,6 +198,7 @@ class StageContext:
             need_answers=name == "eval",
             # Recorded at the first use: every stage renders the prompts of the same moment.
             time=render_time(self.config, record=True),
+            kept=kept_in(self.config.run.dir, name, can_write=True),
         )
 
     @contextlib.contextmanager
