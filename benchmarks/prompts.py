@@ -12,9 +12,8 @@ A run used to render each set twice: its checks with their own tokenizer, and th
 transformers. `before` is both, one call a prompt and in one thread. `first` is a run that has kept
 nothing, and `again` one that finds everything: the check and the stage together. Reading the file
 is the same in all three and is not part of `cpu_ratio`, the processor time of `first` over that of
-`before`.
-`cpu_ratio_distinct` has a set in which no question comes twice. `cores_in_use` is processor time
-over wall time while the tokenizer cuts texts.
+`before`. `cpu_ratio_distinct` has a set in which no question comes twice. `cores_in_use` is
+processor time over wall time while the tokenizer cuts texts.
 
 The three are measured in alternation, in processes of their own, and the medians count.
 """
@@ -29,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,9 @@ def in_a_process(
     function: Callable[[Path, Path, Path], dict[str, float]], *given: Path
 ) -> dict[str, float]:
     # Nothing that one measurement has in memory must help the next one.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, given)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *given).result()
 
 
 def compare(file: Path, folder: Path, repeats: int) -> dict[str, float]:

@@ -57,9 +57,7 @@ def whole_batch(job: TrainingJob, step: int, rank: int) -> list[Microbatch]:
     samples = load_samples(job)
     indices = ResponseOrder(len(samples), BATCH, seed=17).batch_indices(step)
     chosen = [samples[int(index)] for index in indices]
-    plan = plan_step(
-        [len(one) for one in chosen], RANKS, job.settings.max_tokens_per_microbatch, 1
-    )
+    plan = plan_step([len(one) for one in chosen], RANKS, job.settings.max_tokens_per_microbatch, 1)
     return [build_microbatch([chosen[index] for index in part]) for part in plan[rank]]
 
 
