@@ -281,7 +281,8 @@ class CacheReader:
 def _row_lengths(table: pa.Table) -> NDArray[np.int32]:
     """Return prompt and response tokens of each row of a table."""
     lengths = [pc.list_value_length(table.column(name)).to_numpy() for name in _IDS]
-    return np.sum(lengths, axis=0).astype(np.int32)
+    total: NDArray[np.int32] = np.sum(lengths, axis=0).astype(np.int32)
+    return total
 
 
 def _plain(row: ScoredRow) -> Row:

@@ -96,7 +96,7 @@ class Batches:
     def _read(self, step: int) -> Batch:
         places = self.indices(step)
         # The lengths are known without reading: a rank decodes its own responses alone.
-        lengths = self._lengths[places]
+        lengths = self._lengths[places].astype(np.int64)
         # Tensor ranks share a microbatch in equal parts: its length is a multiple of their number.
         multiple = self._settings.parallel.tensor
         # Every rank computes the same plan and takes its own part, so no rank has to tell another.
