@@ -70,7 +70,9 @@ def fingerprints(
 
 
 def _xxh3_of_all(parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[int]:
-    num_bytes = sum(part.numel() * dtype.itemsize for part, dtype in zip(parts, dtypes, strict=True))
+    num_bytes = sum(
+        part.numel() * dtype.itemsize for part, dtype in zip(parts, dtypes, strict=True)
+    )
     num_threads = len(os.sched_getaffinity(0))
     if num_bytes < _THREADED_BYTES or num_threads == 1:
         return [_xxh3(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]

@@ -5,20 +5,17 @@ are needed for many tensors.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.launches import BUCKET_BYTES, Launches, counted, in_buckets, weights
 from sglang_rollout.server_side import fingerprints as module
 from sglang_rollout.server_side.fingerprints import (
     Method,
     fingerprints,
     method_for,
-    sums_of_pieces,
 )
 from sglang_rollout.server_side.parts import Part, cover
 
@@ -76,7 +73,6 @@ def test_the_values_count_as_the_server_rounds_them(method: Method) -> None:
 
 @in_both_methods
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("small_pieces")
 def test_every_bit_counts_alone_and_in_pairs(dtype: torch.dtype, method: Method) -> None:
     tensor = random((4, 8), dtype)
     words = tensor.view(torch.int32 if dtype == torch.float32 else torch.int16).view(-1)
@@ -188,80 +184,30 @@ def test_parts_that_leave_elements_out_are_noticed() -> None:
 # ---- operations ----
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operations that a GPU would get, and the largest result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.largest_bytes = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        # A view is no operation of the device.
-        if not function.is_view:
-            self.counts[function._schema.name] += 1
-            if isinstance(result, torch.Tensor):
-                self.largest_bytes = max(self.largest_bytes, result.nbytes)
-        return result
-
-
-# Qwen3-30B-A3B: shape -> how many of a layer's tensors have it, and the other tensors.
-LAYER = {
-    (768, 2048): 256,
-    (2048, 768): 128,
-    (4096, 2048): 1,
-    (512, 2048): 2,
-    (2048, 4096): 1,
-    (128, 2048): 1,
-    (2048,): 2,
-    (128,): 2,
-}
-OTHERS = [(151936, 2048), (151936, 2048), (2048,)]
-
-
-def shapes_of_30b_a3b() -> list[tuple[int, ...]]:
-    layer = [shape for shape, count in LAYER.items() for _ in range(count)]
-    return [OTHERS[0], *(layer * 48), *OTHERS[1:]]
-
-
-def buckets(shapes: list[tuple[int, ...]], num_bytes: int) -> list[list[torch.Tensor]]:
-    found: list[list[torch.Tensor]] = [[]]
-    size = 0
-    for shape in shapes:
-        tensor = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        if size + tensor.nbytes > num_bytes and found[-1]:
-            found.append([])
-            size = 0
-        found[-1].append(tensor)
-        size += tensor.nbytes
-    return found
-
-
 def test_operations_of_a_sync_of_30b_a3b() -> None:
     """Tensors without data: the operations are counted, not computed."""
-    shapes = shapes_of_30b_a3b()
-    assert len(shapes) == 18867
-    with Launches() as launches:
-        # The trainer has the tensors bucket by bucket, and a server has all of them.
-        for bucket in [*buckets(shapes, 512 * 2**20), *buckets(shapes, 2**60)]:
-            sums_of_pieces(bucket, [torch.bfloat16] * len(bucket))
-    assert launches.counts.total() <= 25_000  # measured: see docs/benchmarks.md
-    assert launches.largest_bytes <= module._TOGETHER_BYTES
+    tensors = weights()
+    assert len(tensors) == 18867
+    # The trainer has the tensors bucket by bucket, and a server has all of them.
+    trainer = counted(in_buckets(tensors, BUCKET_BYTES))
+    server = counted([tensors])
+    assert trainer.counts.total() + server.counts.total() <= 25_000
+    assert max(trainer.largest_bytes, server.largest_bytes) <= module._TOGETHER_BYTES
     # The control: a tensor at a time, as one would write it first.
-    with Launches() as one_by_one:
-        for shape in shapes[:500]:
-            tensor = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-            sums_of_pieces([tensor], [torch.bfloat16])
-    assert one_by_one.counts.total() * len(shapes) / 500 > 250_000
+    one_by_one = counted([[tensor] for tensor in tensors[:500]])
+    assert one_by_one.counts.total() * len(tensors) / 500 > 250_000
 
 
-def test_one_synchronisation_a_call() -> None:
+def test_one_synchronisation_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (waits.append(1), original(self))[1])
     parts = [random(shape, torch.bfloat16) for shape in SHAPES]
     with Launches() as launches:
         fingerprints(parts, [torch.bfloat16] * len(parts), "sums")
+    assert len(waits) == 1
     assert launches.counts["aten::_local_scalar_dense"] == 0, "no .item()"
-    assert launches.counts["aten::is_nonzero"] == 0
-    print(launches.counts)
+    # The control: what one tensor at a time would do.
+    for part in parts:
+        fingerprints([part], [part.dtype], "sums")
+    assert len(waits) == 1 + len(parts)
