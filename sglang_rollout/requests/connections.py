@@ -47,7 +47,8 @@ _RETRIED_STATUS = frozenset({408, 429, 499, 500, 502, 503, 504})
 # Outages that one request may meet on servers that this process does not restart. The request
 # itself may be what ends them, and nobody else counts these deaths.
 _MAX_OUTAGES = 10
-# The server that had a prompt last may have this many requests more open than the idlest one.
+# The server that had a prompt last may have this many requests more open than the idlest one, of
+# the size of the request that is sent.
 _SHARED_PREFIX_SLACK = 4
 _PROMPTS_REMEMBERED = 4096
 
@@ -121,7 +122,7 @@ class Connections:
         # cached prefix.
         prompt = zlib.crc32(requests[0].prompt_ids.tobytes())
         while True:
-            server = await self._choose(prompt)
+            server = await self._choose(prompt, len(requests))
             # Each attempt has names of its own: SGLang refuses an id that it still knows, and the
             # previous attempt may still run there.
             names = [f"{self._stream_name}-{next(self._numbers)}" for _ in requests]
@@ -155,7 +156,7 @@ class Connections:
                         remedy="read the log of the server",
                     ) from None
 
-    async def _choose(self, prompt: int) -> _ServerConnection:
+    async def _choose(self, prompt: int, num_sequences: int) -> _ServerConnection:
         """Return the server for a request, and wait while none can be reached.
 
         It is the server that had the prompt last, unless that one is much busier than the idlest.
@@ -167,8 +168,9 @@ class Connections:
                 # The server that had the prompt last has its prefix in the cache. But a queue in
                 # front of it costs more than another computation of the prefix.
                 chosen = idlest
+                slack = _SHARED_PREFIX_SLACK * num_sequences
                 last = self._last_server.pop(prompt, None)
-                if last in reachable and last.num_open <= idlest.num_open + _SHARED_PREFIX_SLACK:
+                if last in reachable and last.num_open <= idlest.num_open + slack:
                     chosen = last
                 # pop() and this assignment put the prompt at the end, so the first entry of the
                 # table is the one that was used the longest time ago.
@@ -188,6 +190,7 @@ class _ServerConnection:
 
     def __init__(self, engine: Endpoint) -> None:
         self.engine = engine
+        # In sequences.
         self.num_open = 0
         self.num_outages = 0
         # The search for the server, while it cannot be reached.
