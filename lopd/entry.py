@@ -49,7 +49,10 @@ def run(
     names = [one.name for one in STAGES]
     if stage is not None and stage not in names:
         raise ConfigError(
-            f"no stage {stage!r:.60}", where="lopd.run", limit=f"one of {', '.join(names)}"
+            f"there is no stage {stage!r:.60}",
+            where="lopd.run",
+            limit=f"one of {', '.join(names)}",
+            remedy="give one of these names, or None for all stages",
         )
     # Once per command: the checks and the stages then read each file once.
     if config.run.rehash:

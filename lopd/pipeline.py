@@ -30,7 +30,7 @@ from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
 from lopd.records import ModelIdentity
 from lopd.report.console import print_line, progress
-from lopd.stages.context import StageContext
+from lopd.stages.context import Stage, StageContext
 from lopd.stages.evaluate import LONGER
 from lopd.stages.order import STAGES, is_needed, stage_named
 from lopd.stages.progress import Progress, progress_of
@@ -43,6 +43,9 @@ from lopd.tasks.rendered import write_held
 # each stage's folder how long it took. Neither decides what is reused.
 _CONFIG = "config.json"
 _SECONDS = "seconds.json"
+# How often status looks at a stage whose files do not fit together, and the time in between.
+_LOOKS = 3
+_BETWEEN_LOOKS_S = 0.05
 
 
 def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
@@ -153,7 +156,7 @@ def status(config: Config) -> list[dict[str, Any]]:
     load_hashes(config)
     for stage in STAGES:
         if is_needed(stage, config):
-            rows.append(_status_row(StageContext(config, stage, identities)))
+            rows.append(_status_row(config, stage, identities))
     return rows
 
 
@@ -175,29 +178,45 @@ def _reading_bar(num_bytes: int) -> Iterator[Callable[[int], None]]:
         yield bar.advance
 
 
-def _status_row(context: StageContext) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": context.stage.name}
-    progress: Progress | None = None
+def _status_row(
+    config: Config, stage: Stage, identities: dict[str, ModelIdentity]
+) -> dict[str, Any]:
+    """Return what is known of a stage, which another process may be running or moving now."""
+    note = ""
+    for look in range(_LOOKS):
+        # Each look has a context of its own, which remembers nothing of the one before.
+        try:
+            return _row_of(StageContext(config, stage, identities))
+        except (LopdError, OSError) as error:
+            note = " ".join(str(error).split())
+        # A folder that is moved between two readings is whole again at the next look. What stays
+        # is damage.
+        if look + 1 < _LOOKS:
+            time.sleep(_BETWEEN_LOOKS_S)
     # One damaged stage must not hide the state of the others.
-    try:
-        state, differs = inspect(context)
-        manifest = read_manifest(context.folder) if state != "absent" else None
-        num_rows = manifest.rows if manifest is not None else 0
-        if state == "partial":
-            progress = progress_of(context)
-            # The manifest of an artifact that is being made does not list its newest shards.
-            num_rows = published_rows(context.folder)
-    except LopdError as error:
-        damaged = {
-            "state": "damaged",
-            "progress": None,
-            "rows": 0,
-            "seconds": None,
-            "fingerprint": "",
-        }
-        return {**row, **damaged, "note": str(error)}
     return {
-        **row,
+        "name": stage.name,
+        "state": "damaged",
+        "progress": None,
+        "rows": 0,
+        "seconds": None,
+        "fingerprint": "",
+        "note": note,
+    }
+
+
+def _row_of(context: StageContext) -> dict[str, Any]:
+    """Return the row of one look. LopdError, OSError: A file is damaged, or was just moved."""
+    progress: Progress | None = None
+    state, differs = inspect(context)
+    manifest = read_manifest(context.folder) if state != "absent" else None
+    num_rows = manifest.rows if manifest is not None else 0
+    if state == "partial":
+        progress = progress_of(context)
+        # The manifest of an artifact that is being made does not list its newest shards.
+        num_rows = published_rows(context.folder)
+    return {
+        "name": context.stage.name,
         "state": state,
         "progress": None if progress is None else {**asdict(progress), "text": str(progress)},
         "rows": num_rows,

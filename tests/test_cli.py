@@ -11,12 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import typer
 
 from lopd import cli
 from lopd.config import known_keys
 from lopd.stages.order import STAGES as REAL_STAGES
+from lopd.verbs.arguments import input_path
 from tests.stand_ins import CONFIG, STAGES, Result, command, write_project
 
 LOPD = Path(sys.executable).with_name("lopd")
@@ -272,6 +275,37 @@ def test_what_is_not_downloaded_has_its_own_word_and_exit_code(
     assert here("check", project, absent, "sglang.context_length=99999999").code == 2
     other = here("check", project, "models.student=absent")
     assert (other.code, "wrong student" in other.out) == (2, True)
+
+
+def readers_of_paths(group: typer.Typer) -> dict[str, Any]:
+    """Return what reads each path that names a model, a tokenizer or prompts, by the parameter."""
+    found: dict[str, Any] = {}
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        found |= readers_of_paths(inner.typer_instance)
+    for verb in group.registered_commands:
+        assert verb.callback is not None
+        for name, kind in get_type_hints(verb.callback, include_extras=True).items():
+            about = next((one for one in get_args(kind) if hasattr(one, "parser")), None)
+            if about is None or Path not in (get_args(kind)[0], *get_args(get_args(kind)[0])):
+                continue
+            if re.search(r"Hugging Face folder|older of a tokenizer|or Parquet", about.help or ""):
+                found[f"{verb.callback.__name__} {name}"] = about.parser
+    return found
+
+
+def test_every_path_of_a_model_or_of_prompts_may_be_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = readers_of_paths(cli.app)
+    assert {"prepare source", "show tokenizer", "audit teacher", "chat source"} <= set(readers)
+    assert set(readers.values()) == {input_path}, readers
+    monkeypatch.setenv("LOPD_HUB", str(tmp_path))
+    assert input_path("hf://org/it@main") == tmp_path / "models/org--it@main"
+    assert input_path("~/x") == Path.home() / "x"
+    # The control: a path that was made absolute first is no such name any more.
+    absolute = Path("hf://org/it@main").absolute()
+    assert input_path(str(absolute)) == absolute
 
 
 # ---- typed wrongly ----

@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "launching": {*CORE, "artifacts"},
     "machine": {*CORE, "planning"},
     "smoke": {*PURE, *MEGATRON, *SGLANG, "report", "stages"},
-    "verbs": {"errors"},
+    "verbs": {"config", "errors"},
     "verbs.audit": {*CORE, "artifacts", "audit", "audit.scores", "cache", "report", "verbs"},
     "verbs.cache": {
         *CORE,
@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.launch",
         "verbs.pipeline",
     },
-    "verbs.generate": {*CORE, "stages"},
+    "verbs.generate": {*CORE, "stages", "verbs"},
     "verbs.init": {*CORE, "artifacts", "tasks"},
     "verbs.launch": {
         *CORE,

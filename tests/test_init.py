@@ -98,8 +98,10 @@ def test_without_options_it_says_what_is_missing(
 
 def test_what_was_given_must_exist(lopd: Callable[..., Result], tmp_path: Path) -> None:
     new = tmp_path / "mine"
-    lopd("init", new, f"--sft={tmp_path}/absent.jsonl").refused("--sft", "no such file or folder")
+    lopd("init", new, f"--sft={tmp_path}/absent.jsonl").refused(
+        "--sft", "no such file or folder", "leave --sft out"
+    )
     lopd("init", new, f"--teacher={tmp_path}").refused("not a Hugging Face folder")
     lopd("init", new, "--task=maths").refused("unknown task", "math")
-    lopd("init", new, "--device=tpu").refused("gpu or cpu")
+    lopd("init", new, "--device=tpu").refused("'tpu' is not a known", "gpu or cpu", "remedy: ")
     assert not new.exists()

@@ -12,6 +12,7 @@ one leads, and the others follow it.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ CONTAINERS = ("docker", "k8s", "skypilot")
 # and the verifiers need them. The figure is an estimate.
 CORES_PER_GPU = 8
 MIN_CORES = 4
+# What may not be in a path that stands in a batch script without quotes.
+_UNSAFE_IN_SLURM = re.compile(r"[^\w./+@:,=#~^-]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +201,17 @@ def _check_target(config: Config, target: Target) -> None:
             "text everywhere in a job",
             where="run.dir",
             remedy="set run.dir to another folder",
+        )
+    # nemo-run writes this path without quotes, into lines of shell and of Slurm: a blank would cut
+    # it, a shell would replace $HOME, and Slurm would replace %j.
+    unsafe = _UNSAFE_IN_SLURM.search(str(config.run.dir))
+    if target == "slurm" and unsafe is not None:
+        raise ConfigError(
+            f"run.dir {config.run.dir} has the character {unsafe[0]!r}, which changes meaning in a "
+            "batch script",
+            where=f"--on {target}",
+            limit="letters, digits and ./_+-@:,=#~^",
+            remedy="set run.dir to a folder whose path has no other character",
         )
     # Slurm runs with or without a container, and so does this machine.
     if target in CONTAINERS and not config.launch.image:

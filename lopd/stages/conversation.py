@@ -79,14 +79,21 @@ def speaker_of(place: Path, name: str | None, config: Config | None = None) -> S
         return Speaker(place, place)
     name = name or "distilled"
     if name not in NAMES:
-        raise ConfigError(f"no model {name!r:.60}", where="--model", limit=", ".join(NAMES))
+        raise ConfigError(
+            f"there is no model {name!r:.60}",
+            where="--model",
+            limit=f"one of {', '.join(NAMES)}",
+            remedy="give one of these names",
+        )
     folder = _folder_of(place, name, config)
     if not is_model(folder):
         there = [one for one in NAMES if is_model(_folder_of(place, one, config))]
         remedy = "give a Hugging Face folder, a run directory or its TOML file"
         if there:
             remedy = f"run the stage that makes it, or give --model {' or '.join(there)}"
-        raise ConfigError(f"no model {name!r} in {folder}", where=str(place), remedy=remedy)
+        raise ConfigError(
+            f"there is no model {name!r} in {folder}", where=str(place), remedy=remedy
+        )
     # The run asks all of its models with one template. A student that was trained has it.
     trained = [place / path for path in _OF_RUN.values() if is_model(place / path)]
     own = [template_folder(config)] if config is not None else trained

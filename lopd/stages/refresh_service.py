@@ -41,7 +41,7 @@ from lopd.stages.refresh_record import (
     RefreshRecord,
 )
 from lopd.stages.sample_shards import sample_into, sampling_params
-from lopd.stages.score import check_teacher, score_responses
+from lopd.stages.score import check_teacher, complete_cache, score_responses
 from lopd.stages.teacher import serve_teacher
 from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
@@ -211,25 +211,30 @@ class RefreshService:
             lineage=self._lineage,
         )
         # A kill in the middle of scoring keeps the published shards. The next command scores the
-        # rest.
+        # rest, and starts no teacher where nothing is left.
         asked = time.monotonic()
-        with self._served_teacher() as teacher:
-            began = time.monotonic()
-            score_responses(
-                self._context,
-                writer,
-                teacher,
-                folder / ROLLOUTS,
-                rollouts,
-                title=f"refresh {refresh.number}: teacher log-probabilities",
-            )
-            scoring_seconds = time.monotonic() - began
+        scoring_seconds = 0.0
+        if writer.missing(len(rollouts.shards)):
+            with self._served_teacher() as teacher:
+                began = time.monotonic()
+                score_responses(
+                    self._context,
+                    writer,
+                    teacher,
+                    folder / ROLLOUTS,
+                    rollouts,
+                    title=f"refresh {refresh.number}: teacher log-probabilities",
+                )
+                scoring_seconds = time.monotonic() - began
         # The first figure includes the start and the end of the teacher's server.
         seconds = {
             "teacher_seconds": time.monotonic() - asked,
             "scoring_seconds": scoring_seconds,
         }
         publish_json(folder / SECONDS, seconds)
+        # Last: the ranks take shared GPUs back once they see complete scores (sync.colocate), and
+        # a teacher's server that still lives would hold their memory.
+        complete_cache(self._context, writer, rollouts)
 
     @contextlib.contextmanager
     def _served_teacher(self) -> Iterator[SGLangEngine]:

@@ -51,6 +51,7 @@ def run(context: StageContext) -> None:
             rollouts,
             title="teacher log-probabilities",
         )
+        complete_cache(context, writer, rollouts)
 
 
 def _check_ids(context: StageContext) -> None:
@@ -91,9 +92,8 @@ def score_responses(
     rollouts: Manifest,
     *,
     title: str,
-    **extra: Any,
-) -> Manifest:
-    """Score the responses that are not scored yet, and complete the cache.
+) -> None:
+    """Score the responses that are not scored yet. The cache is not complete afterwards.
 
     Args:
         context: The stage.
@@ -102,7 +102,6 @@ def score_responses(
         source: The folder of the responses.
         rollouts: The manifest of the responses.
         title: The text at the progress bar.
-        extra: More metrics for the manifest.
     """
     config = context.config
     score_into(
@@ -114,9 +113,13 @@ def score_responses(
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
     )
+
+
+def complete_cache(context: StageContext, writer: ArtifactWriter, rollouts: Manifest) -> Manifest:
+    """Publish the manifest of a cache of one teacher whose shards are all there."""
     # The reader of a cache checks that no token id is larger than what the teacher knows.
-    vocab_size = read_architecture(config.models.teacher).vocab_size
-    return _complete(context, writer, rollouts, vocab_size=vocab_size, **extra)
+    vocab_size = read_architecture(context.config.models.teacher).vocab_size
+    return _complete(context, writer, rollouts, vocab_size=vocab_size)
 
 
 def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:

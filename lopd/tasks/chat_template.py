@@ -31,6 +31,7 @@ RECORD = "chat_template.json"
 _FILE = "chat_template.jinja"
 # The function of transformers' templates that gives the current time.
 CLOCK = "strftime_now"
+_COPY_AGAIN = "copy the file again from its source"
 
 
 def template_folder(config: Config) -> Path:
@@ -139,7 +140,9 @@ def _read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read ({error})", where=str(path)) from None
+        raise DataError(
+            f"the file cannot be read ({error})", where=str(path), remedy=_COPY_AGAIN
+        ) from None
     if not isinstance(table, dict):
-        raise DataError("is not a JSON object", where=str(path))
+        raise DataError("the file does not hold a JSON object", where=str(path), remedy=_COPY_AGAIN)
     return table

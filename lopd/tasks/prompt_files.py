@@ -18,6 +18,7 @@ import pydantic
 
 from lopd.artifacts import publish_json, sha256_file, sha256_json, storage_errors
 from lopd.config import PromptSet
+from lopd.config.hub import PREFIX
 from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
 from lopd.tasks.decontamination import EvaluationIndex, Match, question_of
@@ -224,7 +225,8 @@ def evaluation_set(text: str) -> PromptSet:
     name, colon, form = text.rpartition(":")
     # A path may hold a colon. Only the name of a format behind it is one.
     path, form = (name, form) if colon and form in FORMATS else (text, "lopd")
-    file = Path(path).expanduser().absolute()
+    # A name on the hub stays as it is: the prompt set knows where its download lies.
+    file = path if path.startswith(PREFIX) else Path(path).expanduser().absolute()
     return prompt_set({"file": file, "format": form, "instruction": "plain", "duplicates": "drop"})
 
 

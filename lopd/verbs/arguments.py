@@ -11,12 +11,37 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from lopd.errors import LopdError
+from lopd.config.hub import PREFIX, local_path
+from lopd.errors import ConfigError, LopdError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 # Both -h and --help show the help of a group of verbs, and with it of each verb in the group.
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+
+def input_path(text: str) -> Path:
+    """Return the path of a file or folder to read. A name on the hub stands for its download.
+
+    Args:
+        text: What the user typed: a path, or ``hf://org/name@revision``.
+
+    Raises:
+        ConfigError: The text begins like a name on the hub and is none.
+    """
+    # Before it becomes a path: an absolute path of such a name would no longer begin like one.
+    if not text.startswith(PREFIX):
+        return Path(text).expanduser()
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{text!r:.120} is not a name on the hub",
+            where="command line",
+            limit="hf://org/name@revision or hf://datasets/org/name@revision/file",
+            remedy="correct the name",
+        ) from error
+
 
 # The first argument of nearly every verb. It is a path to read, so typer must not create it.
 ConfigFile = Annotated[

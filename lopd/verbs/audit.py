@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lopd.errors import EXIT_CODE, DataError
-from lopd.verbs.arguments import AsJson
+from lopd.verbs.arguments import AsJson, input_path
 
 if TYPE_CHECKING:
     from lopd.audit import Scores
@@ -28,8 +28,10 @@ Responses = Annotated[
 Teacher = Annotated[
     Path | None,
     typer.Option(
+        metavar="PATH",
+        parser=input_path,
         help="Hugging Face folder of the teacher. If absent, the columns teacher_logprobs and "
-        "teacher_entropy of RESPONSES are used."
+        "teacher_entropy of RESPONSES are used.",
     ),
 ]
 Temperature = Annotated[

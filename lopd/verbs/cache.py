@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lopd.errors import EXIT_CODE, LopdError
-from lopd.verbs.arguments import AsJson, VerbGroup
+from lopd.verbs.arguments import AsJson, VerbGroup, input_path
 
 app = VerbGroup(
     help=(
@@ -35,8 +35,10 @@ Out = Annotated[
 Tokenizer = Annotated[
     Path | None,
     typer.Option(
+        metavar="PATH",
+        parser=input_path,
         help="Hugging Face folder with the tokenizer. If absent, that of a model of the run, by "
-        "its manifests."
+        "its manifests.",
     ),
 ]
 
@@ -238,6 +240,7 @@ def import_(
         Path,
         typer.Argument(
             metavar="PARQUET",
+            parser=input_path,
             help="The file that the reference code's trainer reads.",
             show_default=False,
         ),
@@ -246,6 +249,8 @@ def import_(
     tokenizer: Annotated[
         Path,
         typer.Option(
+            metavar="PATH",
+            parser=input_path,
             help="Hugging Face folder of the student. Its tokenizer reads the prompts' text.",
             show_default=False,
         ),
@@ -253,8 +258,10 @@ def import_(
     teacher: Annotated[
         Path | None,
         typer.Option(
+            metavar="PATH",
+            parser=input_path,
             help="Hugging Face folder of the teacher. The file does not name it, so the cache "
-            "records it as your own statement."
+            "records it as your own statement.",
         ),
     ] = None,
     as_json: AsJson = False,

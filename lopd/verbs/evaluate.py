@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lopd.config import config_from, load_config
-from lopd.config.hub import PREFIX, local_path
+from lopd.config.hub import PREFIX
 from lopd.errors import ConfigError, LopdError
-from lopd.verbs.arguments import Overrides, options_named
+from lopd.verbs.arguments import Overrides, input_path, options_named
 from lopd.verbs.launch import Node, run_as_follower
 from lopd.verbs.pipeline import run_stages
 
@@ -268,7 +268,7 @@ def _configuration(
     ]
     if prompts is not None:
         is_on_hub = prompts.startswith(PREFIX)
-        file = _hub_path(prompts, "--prompts") if is_on_hub else Path(prompts)
+        file = input_path(prompts) if is_on_hub else Path(prompts)
         settings.append(f"prompts.eval.file={_quoted(file)}")
     # In this order a user can override even the model's settings above.
     settings += overrides
@@ -288,7 +288,7 @@ def _model_folder(config: str | None, model: str) -> Path:
     """Return the folder of a model, which may be named as a model of the run."""
     # A name on the hub is a folder of this machine once it is downloaded.
     if model.startswith(PREFIX):
-        return _hub_path(model, "--model")
+        return input_path(model)
     # A folder of the user's goes first, even one with the name of a model such as `sft`.
     if Path(model).is_dir() or config is None:
         return Path(model)
@@ -298,13 +298,6 @@ def _model_folder(config: str | None, model: str) -> Path:
 
     context = StageContext(load_config(Path(config)), stage_named("evaluate"))
     return models_of(context).get(model, Path(model))
-
-
-def _hub_path(name: str, option: str) -> Path:
-    try:
-        return local_path(name)
-    except ValueError as error:
-        raise ConfigError(f"{name!r:.120} is {error}", where=option) from None
 
 
 def _quoted(path: Path) -> str:

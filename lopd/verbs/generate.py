@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lopd.config import Config, SGLangSection, config_from, load_config
+from lopd.verbs.arguments import input_path
 
 if TYPE_CHECKING:
     from lopd.stages.conversation import Conversation
@@ -27,6 +28,7 @@ Source = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL_OR_RUN",
+        parser=input_path,
         help="Hugging Face folder, run directory, or TOML file of a run.",
         show_default=False,
     ),
@@ -175,7 +177,7 @@ def _conversation(
     """Serve a model, and give a conversation with it."""
     # A TOML file names the run and its models.
     config = load_config(source, overrides) if source.is_file() else None
-    place = config.run.dir if config is not None else source.expanduser()
+    place = config.run.dir if config is not None else source
     from lopd.stages import conversation as talking
 
     speaker = talking.speaker_of(place, name, config)

@@ -149,7 +149,12 @@ def init(
     _check(folder, given, task)
     device = device or ("gpu" if shutil.which("nvidia-smi") else "cpu")
     if device not in _DEVICES:
-        raise ConfigError(f"--device {device!r:.40}", where="lopd init", limit="gpu or cpu")
+        raise ConfigError(
+            f"--device {device!r:.40} is not a known kind of machine",
+            where="lopd init",
+            limit="gpu or cpu",
+            remedy="give one of these, or leave the option out",
+        )
     from lopd.artifacts import publish_bytes
 
     publish_bytes(folder / FILE, config_text(folder, given, task, device).encode())
@@ -178,7 +183,7 @@ def _check(folder: Path, given: dict[str, str | None], task: str) -> None:
 
     if (folder / FILE).exists():
         raise ConfigError(
-            "the file exists",
+            "the file exists already, and lopd init overwrites nothing",
             where=str(folder / FILE),
             remedy="give another FOLDER, or remove the file",
         )
@@ -191,11 +196,13 @@ def _check(folder: Path, given: dict[str, str | None], task: str) -> None:
         path = Path(value).expanduser()
         if not path.exists():
             raise ConfigError(
-                "no such file or folder", where=f"--{name} {value}", remedy="correct the path"
+                "there is no such file or folder",
+                where=f"--{name} {value}",
+                remedy=f"correct the path, or leave --{name} out and put it there later",
             )
         if name in ("teacher", "student") and not (path / "config.json").is_file():
             raise ConfigError(
-                "not a Hugging Face folder: it has no config.json",
+                "this is not a Hugging Face folder, because it has no config.json",
                 where=f"--{name} {value}",
                 remedy="give the folder that has config.json, safetensors and tokenizer.json",
             )

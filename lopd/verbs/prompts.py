@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from lopd.errors import ConfigError
-from lopd.verbs.arguments import HELP_OPTIONS, VerbGroup, options_named
+from lopd.verbs.arguments import HELP_OPTIONS, VerbGroup, input_path, options_named
 
 app = VerbGroup(
     name="prompts",
@@ -25,7 +25,10 @@ app = VerbGroup(
 Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SOURCE", help="JSONL or Parquet file, or a folder of them.", show_default=False
+        metavar="SOURCE",
+        parser=input_path,
+        help="JSONL or Parquet file, or a folder of them.",
+        show_default=False,
     ),
 ]
 Format = Annotated[
@@ -121,7 +124,11 @@ MaxTokens = Annotated[
 # Prompts are measured as a model sees them, so the template counts.
 LengthTokenizer = Annotated[
     Path | None,
-    typer.Option(help="Folder of a tokenizer with a chat template. It measures lengths in tokens."),
+    typer.Option(
+        metavar="PATH",
+        parser=input_path,
+        help="Folder of a tokenizer with a chat template. It measures lengths in tokens.",
+    ),
 ]
 # A prompt whose answer no verifier can use would count as wrong for every model.
 TaskName = Annotated[
@@ -188,7 +195,7 @@ def prepare(
         )
     # The same settings as those of prompts.* in a configuration, under the same names.
     settings = {
-        "file": source.expanduser().absolute(),
+        "file": source.absolute(),
         "format": form,
         "fields": _pairs(field, "--field"),
         "where": _pairs(where, "--where"),
@@ -261,8 +268,10 @@ def show(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
+            metavar="PATH",
+            parser=input_path,
             help="Folder of a tokenizer. With it, the text that a model sees is shown, with the "
-            "chat template."
+            "chat template.",
         ),
     ] = None,
     thinking: Annotated[
@@ -279,7 +288,7 @@ def show(
     from lopd.tasks import prompt_files
 
     settings = {
-        "file": source.expanduser().absolute(),
+        "file": source.absolute(),
         "format": form,
         "fields": _pairs(field, "--field"),
         "instruction": instruction,

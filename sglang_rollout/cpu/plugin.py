@@ -141,8 +141,8 @@ def _make_batch_invariant() -> None:
 def _hash_in_torch() -> None:
     """Replace the hash of seeded sampling, which is a Triton kernel on a CPU as well."""
     # It hashes (seed, position, token id). murmur_hash.py has the same function in torch, bit for
-    # bit. Upstream: sglang/kernels/ops/sampling/murmur_hash.py. Can go: when upstream has a form
-    # for a CPU.
+    # bit. Upstream: sglang/kernels/ops/sampling/murmur_hash.py. Since 0.5.23 there is a form for a
+    # CPU, in sgl_kernel. Can go: when sglang-kernel has a CPU wheel.
     definition = _module("sglang.kernels.ops.sampling.murmur_hash")
     # The sampler binds the name when it is imported, so both places must change.
     sampler = _module("sglang.srt.layers.sampler")
@@ -155,8 +155,8 @@ def _batch_decode_attention() -> None:
     """Compute the decode attention of requests of similar length together."""
     # torch_native computes one request after the other in a Python loop. That is two thirds of a
     # decode step of 64 requests, and kernels.decode_attention is four times as fast. Upstream:
-    # TorchNativeAttnBackend in sglang/srt/layers/attention/torch_native_backend.py ("TODO: this
-    # loop process a sequence per iter"). Can go: when upstream batches it.
+    # TorchNativeAttnBackend in sglang/srt/layers/attention/torch_native_backend.py, which takes one
+    # sequence at a time. Can go: when upstream batches it.
     module = _module("sglang.srt.layers.attention.torch_native_backend")
     backend = _need(module, "TorchNativeAttnBackend")
     original = _need(backend, "_run_sdpa_forward_decode")

@@ -125,6 +125,25 @@ def test_presets_give_the_papers_sampling_below_what_is_set() -> None:
     ), "the file's own keys stand"
 
 
+def solved_score_equation(num_right: int, count: int) -> list[float]:
+    """Return the two shares p for which |share - p| is z standard deviations of p."""
+    share = num_right / count
+    z = 1.959963984540054
+
+    def lies_outside(p: float) -> bool:
+        return abs(share - p) > z * math.sqrt(p * (1 - p) / count)
+
+    ends = []
+    for outer in (0.0, 1.0):
+        # At 0 the deviation is 0 too, so a share of 0 is its own lower end.
+        inside = share
+        while abs(outer - inside) > 1e-13:
+            middle = (outer + inside) / 2
+            outer, inside = (middle, inside) if lies_outside(middle) else (outer, middle)
+        ends.append(inside)
+    return ends
+
+
 @pytest.mark.parametrize(
     ("num_right", "count", "low", "high"),
     [
@@ -137,11 +156,19 @@ def test_presets_give_the_papers_sampling_below_what_is_set() -> None:
 def test_verdicts_have_wilsons_interval(
     num_right: int, count: int, low: float, high: float
 ) -> None:
-    """The reference is table I of Newcombe, Statistics in Medicine 17 (1998), method 3."""
+    """The reference is the score equation itself, solved here by bisection.
+
+    The rounded figures were also computed with scipy 1.17.1's ``proportion_ci(method="wilson")``.
+    """
+    assert [low, high] == pytest.approx(solved_score_equation(num_right, count), abs=6e-5)
     right = [[index < num_right] for index in range(count)]
     figures = accuracy_figures(right, [1] * count, [False] * count)
-    assert figures["interval"] == pytest.approx([low, high], abs=6e-5)
+    assert figures["interval"] == pytest.approx(solved_score_equation(num_right, count), abs=1e-9)
     assert figures["interval_method"] == "wilson"
+    # The control: the simple interval of a normal distribution is another one.
+    share = num_right / count
+    half = 1.959964 * math.sqrt(share * (1 - share) / count)
+    assert figures["interval"] != pytest.approx([share - half, share + half], abs=1e-3)
 
 
 @pytest.mark.parametrize("num_right", [0, 8])

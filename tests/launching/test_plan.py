@@ -121,11 +121,21 @@ def test_demonstrations_from_elsewhere_need_no_job() -> None:
         ("slurm", ["sft.parallel.nodes=3"], [], "16 ranks cannot be divided equally among 3 nodes"),
         ("slurm", [], ["train"], "there is no stage 'train'"),
         ("slurm", ["run.dir=/shared/nemo_run/x"], [], "nemo_run"),
+        ("slurm", ["run.dir=/shared/two words"], [], "the character ' '"),
+        ("slurm", ["run.dir=/shared/%j"], [], "the character '%'"),
+        ("slurm", ["run.dir=/shared/$USER"], [], r"the character '\$'"),
+        ("slurm", ["run.dir=/shared/run(1)"], [], r"the character '\('"),
     ],
 )
 def test_refusals(target: Target, overrides: list[str], stages: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         plan_of(target, overrides, stages=stages)
+
+
+def test_a_path_that_a_batch_script_leaves_alone_is_taken() -> None:
+    """The control: these were run by a real Slurm, and other targets quote the rest."""
+    assert plan_of("slurm", ["run.dir=/shared/ü_1.2/a#1,b=c"]).jobs
+    assert plan_of("local", ["run.dir=/shared/two words/%j"], config=TINY).jobs
 
 
 def test_containers_need_an_image() -> None:

@@ -9,11 +9,14 @@ from typing import Any, cast
 
 import pytest
 
+from lopd import pipeline
 from lopd.artifacts import MANIFEST
+from lopd.config import Config, load_config
 from lopd.report.overview import shown_state
 from lopd.stages.context import StageContext
 from lopd.stages.order import stage_named
 from lopd.stages.progress import progress_of
+from tests.stand_ins import StandIns, write_project
 
 
 def context_of(run_dir: Path, stage: str) -> StageContext:
@@ -98,3 +101,54 @@ def test_the_table_shows_progress_in_place_of_partial() -> None:
     row = {"state": "partial", "progress": {"text": "step 4 of 8"}}
     assert shown_state(row) == "step 4 of 8"
     assert shown_state({"state": "partial", "progress": None}) == "partial"
+
+
+# ---- beside a run that moves files ----
+
+
+@pytest.fixture
+def one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A project whose first stage is done, by stand-ins, and of which status shows that stage."""
+    project = write_project(tmp_path)
+    StandIns().install(monkeypatch)
+    config = load_config(project)
+    pipeline.run(config, ["demonstrate"])
+    monkeypatch.setattr(pipeline, "STAGES", (stage_named("demonstrate"),))
+    return config
+
+
+def test_a_stage_that_is_moved_between_two_readings_is_looked_at_again(
+    one_stage: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = one_stage.run.dir / "demonstrate"
+    [before] = pipeline.status(one_stage)
+    assert before["state"] == "done"
+    read = pipeline.inspect
+
+    def inspect(context: StageContext) -> Any:
+        found = read(context)
+        if folder.exists():
+            folder.rename(folder.with_name("superseded"))
+        return found
+
+    monkeypatch.setattr(pipeline, "inspect", inspect)
+    assert [row["state"] for row in pipeline.status(one_stage)] == ["absent"]
+    # The control: with one look the stage that was moved passes for a damaged one.
+    folder.with_name("superseded").rename(folder)
+    monkeypatch.setattr(pipeline, "_LOOKS", 1)
+    assert [row["state"] for row in pipeline.status(one_stage)] == ["damaged"]
+
+
+def test_a_file_that_vanishes_for_good_is_damage_and_not_the_end_of_status(
+    one_stage: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def gone(context: StageContext) -> Any:
+        looks.append(context)
+        raise FileNotFoundError("shard-00000.parquet\nis gone")
+
+    monkeypatch.setattr(pipeline, "inspect", gone)
+    [row] = json.loads(json.dumps(pipeline.status(one_stage)))
+    assert (row["state"], row["note"]) == ("damaged", "shard-00000.parquet is gone")
+    assert len({id(context) for context in looks}) == len(looks) == 3

@@ -7,6 +7,7 @@ too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +28,9 @@ from lopd.config import Config, load_config
 from lopd.errors import ArtifactError, EngineError, TrainingError
 from lopd.megatron.ranks.launch import run_ranks
 from lopd.report.console import teacher_line
-from lopd.stages import distill
+from lopd.stages import distill, refresh_service
 from lopd.stages.context import StageContext
-from lopd.stages.refresh_record import REQUEST, RefreshRecord
+from lopd.stages.refresh_record import REQUEST, RefreshRecord, completed
 from lopd.stages.refresh_service import RefreshService, next_prompts, num_responses
 from lopd.stages.training import TrainingJob
 from sglang_rollout.requests.client import SGLangEngine
@@ -436,6 +437,49 @@ def test_responses_of_other_weights_are_not_learnt_from(scored: Path, tmp_path: 
     ):
         service.serve_requests()
     assert engine.answered == asked_for == 8
+
+
+def test_scores_are_complete_only_after_the_teachers_server_has_ended(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks take shared GPUs back once the scores are complete."""
+    folder = copied(scored, tmp_path / "project")
+    refresh = RefreshRecord(1, 2, "2 steps", version="stand-in")
+
+    def told(keep_teacher: bool) -> list[bool]:
+        """Return whether the scores were complete when the teacher's server began to end."""
+        config = config_of(folder, f"distill.refresh.keep_teacher={str(keep_teacher).lower()}")
+        context = StageContext(config, distill.STAGE)
+        seen: list[bool] = []
+
+        @contextlib.contextmanager
+        def serve(_: StageContext) -> Iterator[SGLangEngine]:
+            yield cast(SGLangEngine, Engine())
+            seen.append(completed(refresh, context.folder) is not None)
+
+        monkeypatch.setattr(refresh_service, "serve_teacher", serve)
+        context.writer()
+        student = folder / "run" / "sft" / "model"
+        with RefreshService(context, cast(SGLangEngine, StandInVersion()), student) as service:
+            refresh.request(context.folder)
+            service.serve_requests()
+        assert completed(refresh, context.folder) is not None
+        return seen
+
+    assert told(keep_teacher=False) == [False]
+    # All is scored, so no teacher is started, and completing is all that is left to do.
+    (folder / "run/distill/refresh-0001/scores/manifest.json").unlink()
+    assert told(keep_teacher=False) == []
+    # The control: a teacher that lives on beside the training ends after its scores.
+    shutil.rmtree(folder / "run/distill")
+    assert told(keep_teacher=True) == [True]
+
+
+class StandInVersion(Engine):
+    """Says it has the weights that it samples with."""
+
+    def model_info(self) -> dict[str, str]:
+        return {"weight_version": "stand-in"}
 
 
 def test_how_many_responses_and_of_which_prompts(scored: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lopd.config.hub import local_path
 from lopd.records import Prompt
 from lopd.tasks.decontamination import EvaluationIndex
 from tests.models import write_tokenizer
@@ -204,3 +205,27 @@ def test_prompts_are_shown_as_a_model_sees_them(lopd: Lopd, tmp_path: Path) -> N
     shown = lopd(*flags, "--tokenizer", tmp_path / "model").succeeded().out
     assert "(math), answer: 7\n<bos> w4 w7\n--- 3 tokens" in shown
     assert "[user] w4 w8" in lopd(*flags, "--num-prompts", "2").succeeded().out
+
+
+def test_prepare_reads_what_was_downloaded_from_the_hub(
+    lopd: Lopd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOPD_HUB", str(tmp_path / "hub"))
+    name = "hf://datasets/someone/sums@main"
+    evaluation = f"{name}/eval.jsonl:aime_2025"
+    words = ("prompts", "prepare", f"{name}/train.jsonl", "--format", "gsm8k", "--out")
+    absent = lopd(*words, tmp_path / "made.jsonl")
+    assert absent.code == 3
+    assert "lopd fetch hf://datasets/someone/sums@main" in absent.err
+    folder = local_path(name)
+    folder.mkdir(parents=True)
+    rows = [{"question": QUESTION, "answer": "#### 1"}, {"question": "2+2=?", "answer": "#### 4"}]
+    write_prompts(folder / "train.jsonl", rows)
+    assert lopd(*words, tmp_path / "made.jsonl", "--against", evaluation).code == 3
+    write_prompts(folder / "eval.jsonl", [{"problem": QUESTION, "answer": "7", "id": 5}])
+    lopd(*words, tmp_path / "made.jsonl", "--against", evaluation).succeeded()
+    assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 1
+    # The controls: without the evaluation set both stay, and a name that is none is refused.
+    lopd(*words, tmp_path / "all.jsonl").succeeded()
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 2
+    lopd("prompts", "show", "hf://a/../b").refused("not a name on the hub", "hf://org/name@")
