@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {*PURE, *MEGATRON, *SGLANG, "report", "tasks"},
     "pipeline": {*PURE, "report", "stages", "summary"},
     "summary": {*CORE, "artifacts", "report"},
-    "checks": {*PURE, *MEGATRON, *SGLANG, "planning", "tasks"},
+    "checks": {*PURE, *MEGATRON, *SGLANG, "planning", "report", "tasks"},
     "planning": {*CORE, *MEGATRON},
     "entry": {*CORE, "artifacts", "checks", "pipeline", "stages", "summary"},
     "launching": {*CORE, "artifacts"},
