@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.launch",
         "verbs.pipeline",
     },
-    "verbs.generate": {*CORE, "stages"},
+    "verbs.generate": {*CORE, "stages", "verbs"},
     "verbs.init": {*CORE, "artifacts", "tasks"},
     "verbs.launch": {
         *CORE,
@@ -104,6 +104,8 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.knobs": {*CORE, "report"},
     "verbs.prepare": {*CORE, "machine", "report", "verbs"},
     "verbs.prompts": {*CORE, "tasks", "verbs"},
+    "verbs.run_answers": {*CORE, "artifacts", "cache", "report", "tasks"},
+    "verbs.watch": {*CORE, "report", "verbs", "verbs.run_answers"},
     "cli": {
         *PURE,
         "report",
@@ -122,6 +124,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.plan",
         "verbs.prepare",
         "verbs.prompts",
+        "verbs.watch",
     },
     "sglang_rollout.server_side": {*CORE},
     "sglang_rollout.cpu": {*CORE, "sglang_rollout.server_side"},

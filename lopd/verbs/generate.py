@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lopd.config import Config, SGLangSection, config_from, load_config
+from lopd.verbs.interrupts import keyboard_interrupts
 
 if TYPE_CHECKING:
     from lopd.stages.conversation import Conversation
@@ -120,7 +120,7 @@ def chat(
         source, model, overrides or [], temperature, top_p, max_tokens, seed, thinking
     ) as talk:
         typer.echo("Ask something. Ctrl-D ends.", err=True)
-        with _interrupts():
+        with keyboard_interrupts():
             while (question := _read_line()) is not None:
                 if not question.strip():
                     continue
@@ -139,16 +139,6 @@ def _read_line() -> str | None:
         # The shell's prompt must not stand behind ours.
         typer.echo()
         return None
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Let Ctrl-C end an answer and not the command, which would end with code 130."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
 
 
 def _print_answer(talk: Conversation, question: str) -> None:

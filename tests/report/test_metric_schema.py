@@ -18,7 +18,7 @@ from lopd.objective.top_k import TopKKL
 from lopd.report.metric_schema import METRICS, metric_lines, metric_of
 from tests.objective.dense import TableModel
 from tests.objective.pieces import packed_logprobs, samples_with_everything
-from tests.objective.test_top_k import batch_of
+from tests.objective.test_top_k import NUM_TOKENS, batch_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,8 +50,8 @@ def test_the_figures_of_objectives_are_in_the_schema() -> None:
     of_sft = reduce_metrics({name: float(value) for name, value in supervised.items()})
     assert "perplexity" in of_sft
     assert unknown("train", of_sft) == set()
-    logits = torch.randn(batch_tokens := 8, 5)
-    teacher = torch.log_softmax(torch.randn(batch_tokens, 5), -1)
+    logits = torch.randn(NUM_TOKENS, 5)
+    teacher = torch.log_softmax(torch.randn(NUM_TOKENS, 5), -1)
     top = batch_of(logits, teacher, 3)
     sums = TopKKL("reverse", "tail").metric_sums(logits[:, 0], top, top.loss_mask)
     assert unknown("train", sums) <= {"advantage_squared", "clipped", "sequence_log_weight_squared"}
