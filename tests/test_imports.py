@@ -105,6 +105,15 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.prepare": {*CORE, "machine", "report", "verbs"},
     "verbs.prompts": {*CORE, "tasks", "verbs"},
     "verbs.run_answers": {*CORE, "artifacts", "cache", "report", "tasks"},
+    "verbs.run_transcripts": {
+        *CORE,
+        "artifacts",
+        "cache",
+        "report",
+        "tasks",
+        "verbs.run_answers",
+    },
+    "verbs.show": {*CORE, "report", "verbs", "verbs.run_transcripts", "verbs.watch"},
     "verbs.watch": {*CORE, "report", "verbs", "verbs.run_answers"},
     "cli": {
         *PURE,
@@ -124,6 +133,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.plan",
         "verbs.prepare",
         "verbs.prompts",
+        "verbs.show",
         "verbs.watch",
     },
     "sglang_rollout.server_side": {*CORE},

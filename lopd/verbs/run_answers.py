@@ -71,6 +71,7 @@ class NewestAnswers:
         from lopd.cache.newest import last_rows
         from lopd.report.watch_view import Answer
         from lopd.tasks.light_tokenizer import light_tokenizer
+        from lopd.tasks.tokenizer import decode
         from lopd.tasks.verdict_files import read_verdicts
 
         responses = last_rows(path, self.count)
@@ -79,9 +80,8 @@ class NewestAnswers:
         verdicts = read_verdicts(path.parent)
 
         def text(ids: Any) -> str:
-            plain = ids.tolist()
             # Without a tokenizer the ids themselves are shown.
-            return " ".join(map(str, plain)) if tokenizer is None else tokenizer.decode(plain)
+            return " ".join(map(str, ids)) if tokenizer is None else decode(tokenizer, ids)
 
         def answer(response: Response) -> Answer:
             verdict = verdicts.get(response.key)
