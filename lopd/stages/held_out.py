@@ -208,7 +208,10 @@ class HeldOutAnswers:
         # Collected on the way: most of the responses themselves are not kept.
         lengths: list[int] = []
         truncated: list[bool] = []
-        shown: list[dict[str, Any]] = []
+        # By the place of the response. Short answers come first, so the first ones to come would be
+        # of other prompts each time, and no fair choice.
+        shown: dict[int, dict[str, Any]] = {}
+        to_show = {prompt.prompt_id for prompt in self._prompts[:NUM_SHOWN]}
         by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
 
         def judged() -> Iterator[Judged]:
@@ -216,8 +219,9 @@ class HeldOutAnswers:
                 lengths.append(len(response.token_ids))
                 truncated.append(response.finish_reason == "length")
                 text = response_text(self._tokenizer, response.token_ids, response.finish_reason)
-                if len(shown) < NUM_SHOWN:
-                    shown.append(_transcript(by_id[response.prompt_id], response, text))
+                if response.prompt_id in to_show:
+                    place = len(lengths) - 1
+                    shown[place] = _transcript(by_id[response.prompt_id], response, text)
                 yield by_id[response.prompt_id], text, response.finish_reason
 
         count = len(self._prompts)
@@ -226,8 +230,8 @@ class HeldOutAnswers:
             # Verdicts are made while later responses are still being sampled.
             verdicts = [*judge_all(self._task, judged())]
             share = sum(verdict.right for verdict in verdicts) / count
-            for transcript, verdict in zip(shown, verdicts[: len(shown)], strict=True):
-                transcript |= asdict(verdict)
+            for place, transcript in shown.items():
+                transcript |= asdict(verdicts[place])
             accuracy = {
                 "accuracy": share,
                 "accuracy_interval": list(wilson_interval(share, count)),
@@ -235,7 +239,8 @@ class HeldOutAnswers:
         else:
             for _ in judged():
                 pass
-        self.transcripts = shown
+        order = {prompt.prompt_id: index for index, prompt in enumerate(self._prompts)}
+        self.transcripts = sorted(shown.values(), key=lambda row: order[row["prompt_id"]])
         return {
             **accuracy,
             "num_prompts": count,
