@@ -220,7 +220,9 @@ def _work(run_dir: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Work |
         parts = [*folder.glob(f"{part}-*/")]
         if parts:
             done = sum(bool(_read(path / MANIFEST).get("complete")) for path in parts)
-            return Work("model", done, None, part)
+            # The record of the stage before. The other four models are always evaluated.
+            longer = _read(run_dir / "config.json").get("evaluate.equal_compute_baseline")
+            return Work("model", done, None if longer is None else 4 + bool(longer), part)
     return _training(folder / "sft_longer", "sft_longer", rows)
 
 

@@ -100,6 +100,18 @@ def test_shards_have_a_rate(run: Path) -> None:
     assert current.work.seconds_left == pytest.approx(50.0, rel=0.01)
 
 
+def test_an_evaluation_counts_models(run: Path) -> None:
+    manifest(run / "distill", "distill", sft="sft", score="score")
+    for name in ("base", "sft"):
+        manifest(run / f"evaluate/answers-{name}", name)
+    (run / "evaluate/answers-distilled").mkdir()
+    write(run / "config.json", {"evaluate.equal_compute_baseline": True})
+    current = state_of(run).current
+    assert current is not None
+    assert current.work is not None
+    assert (current.work.part, current.work.done, current.work.total) == ("answers", 2, 5)
+
+
 def test_damaged_files_are_no_error(run: Path) -> None:
     for path in (*run.glob("*/*"), run / METRICS):
         path.write_bytes(b"\xff\x00{")

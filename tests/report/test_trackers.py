@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import signal
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -209,6 +211,29 @@ def test_with_wandbs_own_step_points_would_be_lost(tmp_path: Path) -> None:
     wandb.teardown()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert [row["_step"] for row in _wandb_history(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(missing_package("wandb") is not None, reason="wandb is not installed")
+def test_what_wandb_loses_in_a_kill_is_in_the_next_run(tmp_path: Path) -> None:
+    run = tmp_path / "a_run"
+    code = f"""
+import os, pathlib, signal
+from lopd.report.metrics import MetricsLog
+log = MetricsLog(pathlib.Path({str(run)!r}), trackers=["wandb"])
+for step in range(1, 6):
+    log.train("distill", step, {{"loss": 1 / step}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    # The checkpoint is of step 4.
+    write(run, "wandb", 5, 6, resumed=True)
+    first, second = sorted((run / "trackers/distill/wandb").glob("offline-run-*"))
+    assert [row["train/step"] for row in _wandb_history(second) if "train/step" in row] == [
+        *range(1, 7)
+    ]
+    # The control: the killed process has lost points.
+    assert len(_wandb_history(first)) < 5
 
 
 @pytest.mark.skipif(missing_package("mlflow") is not None, reason="mlflow is not installed")
