@@ -15,4 +15,4 @@ def trackers(config: Config) -> Iterator[Finding]:
     problems = [problem for name in names if (problem := missing_package(name)) is not None]
     yield from problems
     if names and not problems:
-        yield f"figures also go to {', '.join(names)}"
+        yield f"the metrics also go to {', '.join(names)}"

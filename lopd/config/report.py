@@ -1,4 +1,4 @@
-"""Knobs of where the figures of a run go."""
+"""Knobs of where the metrics of a run go."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class ReportSection(Section):
-    """The table [report]: the trackers that get the figures of metrics.jsonl too."""
+    """The table [report]: the trackers that get the metrics of metrics.jsonl too."""
 
     # TensorBoard alone comes with lopd. The others are packages of the user's.
     trackers: list[Tracker] = Field(
         default=["tensorboard"],
         description=(
-            "The trackers that get every figure of metrics.jsonl: tensorboard, wandb, mlflow. "
+            "The trackers that get every metric of metrics.jsonl: tensorboard, wandb, mlflow. "
             "An empty list means none."
         ),
         json_schema_extra=SPEED_ONLY,

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-# Which trainings report a figure: every training, SFT alone (sft, sft_longer), or distill alone.
+# Which trainings report a metric: every training, SFT alone (sft, sft_longer), or distill alone.
 Stages = Literal["all", "sft", "distill"]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One figure of a step or of an evaluation.
+    """One metric of a step or of an evaluation.
 
     Attributes:
         name: Its key in metrics.jsonl. A tracker's key is ``KIND/NAME``.
         unit: What one unit of it is.
         stages: The trainings that report it.
         meaning: What it is.
-        kind: "train" for a figure of each step, "eval" for one of each weight sync.
+        kind: "train" for a metric of each step, "eval" for one of each weight sync.
     """
 
     name: str
@@ -105,7 +105,7 @@ _BY_KEY: dict[tuple[str, str], Metric] = {(one.kind, one.name): one for one in M
 
 
 def metric_of(kind: str, name: str) -> Metric | None:
-    """Return the metric of a key of metrics.jsonl; None for the figure of somebody's own objective.
+    """Return the metric of a key of metrics.jsonl; None for the metric of somebody's own objective.
 
     Args:
         kind: "train" or "eval".
@@ -116,7 +116,7 @@ def metric_of(kind: str, name: str) -> Metric | None:
 
 def metric_lines() -> Iterator[str]:
     """Yield the lines of the table in docs/metrics.md."""
-    yield "| figure | unit | reported by | meaning |"
+    yield "| metric | unit | reported by | meaning |"
     yield "|---|---|---|---|"
     reported = {"all": "every training", "sft": "sft", "distill": "distill"}
     for one in METRICS:

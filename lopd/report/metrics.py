@@ -143,7 +143,7 @@ class MetricsLog:
 
     Args:
         folder: The run directory.
-        trackers: The names of the trackers that get the figures too.
+        trackers: The names of the trackers that get the metrics too.
         project: The project that the trackers put the run into.
         knobs: The flat configuration for the trackers, without secrets.
 
@@ -227,7 +227,7 @@ class MetricsLog:
                 del opened[name]
 
     def _open(self, stage: str) -> None:
-        """Open the trackers of a stage at its first figure."""
+        """Open the trackers of a stage at its first metrics."""
         # TensorBoard finds its own files again.
         needs_earlier = any(name != TENSORBOARD for name in self._names)
         # The last line is the one that opens the trackers.
@@ -254,11 +254,11 @@ class MetricsLog:
             if name == TENSORBOARD:
                 raise
             # Every class is caught: each package has its own. A tracker is not worth a training of
-            # days, and metrics.jsonl has all figures.
+            # days, and metrics.jsonl has all metrics.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print_line(
                 f"{stage} WARNING: the tracker {name} has failed ({reason:.200}) and gets no more "
-                f"figures; {METRICS} has them all"
+                f"metrics; {METRICS} has them all"
             )
             return False
         return True

@@ -25,6 +25,9 @@ STAGE_NAMES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate", 
 TRAININGS = ("sft", "distill", "sft_longer")
 # Bytes at the end of a server's log in which its newest batch is looked for.
 _LOG_END = 2**14
+# How many lines of metrics.jsonl are kept, and of the newest ones none is left out.
+_MOST_ROWS = 8192
+_NEWEST_ROWS = 256
 # Steps, or shards, over which a rate is taken.
 _RECENT = 8
 _FIGURE = re.compile(r"(?:, |batch, |^)#?([a-z][a-z -]*?(?: \(token/s\))?): ([\d.]+)")
@@ -140,7 +143,11 @@ class MetricsTail:
     _rows: list[dict[str, Any]] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all whole lines so far. What is no line of metrics is left out."""
+        """Return the whole lines so far. What is no line of metrics is left out.
+
+        The first line, the newest lines and all evaluations are always there. Of a long run, lines
+        of steps in between are left out.
+        """
         try:
             with self.path.open("rb") as handle:
                 about = self.path.stat()
@@ -150,17 +157,26 @@ class MetricsTail:
                     self._rows = []
                     self._inode = about.st_ino
                 handle.seek(self._place)
-                new = handle.read()
+                for line in handle:
+                    # The last line may be half written.
+                    if not line.endswith(b"\n"):
+                        break
+                    self._place += len(line)
+                    self._add(_object(line.decode(errors="replace")))
         except OSError:
-            return self._rows
-        # The last line may be half written.
-        whole = new[: new.rfind(b"\n") + 1]
-        self._place += len(whole)
-        for line in whole.decode(errors="replace").split("\n"):
-            row = _object(line)
-            if {"kind", "stage", "step"} <= row.keys():
-                self._rows.append(row)
+            pass
         return self._rows
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if not {"kind", "stage", "step"} <= row.keys():
+            return
+        self._rows.append(row)
+        if len(self._rows) > _MOST_ROWS:
+            # A curve of one line needs no more. Else a run of 100,000 steps would take a GiB.
+            newest = self._rows[-_NEWEST_ROWS:]
+            older = self._rows[:-_NEWEST_ROWS]
+            kept = [one for n, one in enumerate(older) if n % 2 == 0 or one["kind"] == "eval"]
+            self._rows = kept + newest
 
 
 def state_of(run_dir: Path, tail: MetricsTail | None = None) -> RunState:

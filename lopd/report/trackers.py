@@ -67,10 +67,10 @@ class TrackedTraining:
 
 
 class Tracker(Protocol):
-    """Something that gets figures."""
+    """Something that gets metrics."""
 
     def log(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        """Keep the figures of one step. A figure may be NaN or infinite."""
+        """Keep the metrics of one step. A metric may be NaN or infinite."""
         ...
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class TensorBoardTracker:
     """Event files in ``tensorboard/STAGE``. TensorBoard shows each stage as a run of its own."""
 
     def __init__(self, training: TrackedTraining) -> None:
-        # This import takes seconds, and most commands write no figure.
+        # This import takes seconds, and most commands write no metric.
         from torch.utils.tensorboard import SummaryWriter
 
         # Event files cannot be cut. TensorBoard hides what is in older files from this step on.
@@ -93,7 +93,7 @@ class TensorBoardTracker:
     def log(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
-        # So that a kill loses no figure that is in metrics.jsonl.
+        # So that a kill loses no metric that is in metrics.jsonl.
         self._writer.flush()
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ class WandbTracker:
             settings=wandb.Settings(console="off", silent=True),
         )
         # W&B drops what is logged under a step of its own that is not above the last one, and only
-        # warns. With our step as a figure, steps may come again and nothing is dropped.
+        # warns. With our step as a metric, steps may come again and nothing is dropped.
         for kind in ("train", "eval"):
             self._run.define_metric(f"{kind}/step")
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
@@ -193,7 +193,7 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        # MLflow would write an infinity as the largest float, which is another figure.
+        # MLflow would write an infinity as the largest float, which is another metric.
         metrics = [
             Metric(_mlflow_name(f"{kind}/{name}"), value, now, step)
             for name, value in finite(figures).items()
@@ -214,7 +214,7 @@ _KINDS: dict[str, Callable[[TrackedTraining], Tracker]] = {
 
 
 def open_tracker(name: str, training: TrackedTraining) -> Tracker:
-    """Return a tracker that is ready for figures.
+    """Return a tracker that is ready for metrics.
 
     Raises:
         ConfigError: Its package is not installed.
@@ -241,9 +241,9 @@ def missing_package(name: str) -> ConfigError | None:
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of a line of metrics.jsonl that a tracker can hold.
+    """Return the metrics of a line of metrics.jsonl that a tracker can hold.
 
-    A figure that is not known is None, and an interval is a list. No tracker holds them.
+    A metric that is not known is None, and an interval is a list. No tracker holds them.
     """
     about = ("kind", "stage", "step")
     return {
@@ -254,7 +254,7 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """Return the figures that are finite numbers. metrics.jsonl has null for the others."""
+    """Return the metrics that are finite numbers. metrics.jsonl has null for the others."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 

@@ -17,7 +17,7 @@ from lopd.report.run_state import RunState, ServerState, StageState
 from lopd.report.sparkline import BLOCKS, sparkline
 from lopd.report.text_width import printable
 
-# The figures of a frame: kind, name and format. A figure that a training lacks has no line.
+# The metrics of a frame: kind, name and format. A metric that a training lacks has no line.
 FIGURES = (
     ("train", "loss", ".4f"),
     ("train", "reverse_kl", ".4f"),
@@ -209,7 +209,7 @@ def _stages(stages: Sequence[StageState]) -> Text:
 
 
 def _figures(state: RunState, levels: str, width: int) -> Iterator[tuple[str, ...]]:
-    """Yield name, first value, newest value, curve and unit of each figure."""
+    """Yield name, first value, newest value, curve and unit of each metric."""
     stage = state.training()
     for kind, name, form in FIGURES:
         values = _values(state.rows, stage, kind, name)

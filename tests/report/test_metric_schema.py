@@ -1,4 +1,4 @@
-"""Every figure that the code reports is in the schema, and docs/metrics.md shows the schema."""
+"""Every metric that the code reports is in the schema, and docs/metrics.md shows the schema."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lopd.report import run_state
 from lopd.report.gpus import Gpu, gpus
 from lopd.report.held_out import newest_transcripts, write_transcripts
 from lopd.report.metrics import METRICS, MetricsLog
@@ -161,6 +162,22 @@ def test_the_tail_reads_only_what_is_new(tmp_path: Path) -> None:
     MetricsLog(tmp_path, trackers=[]).truncate_after("sft", 1)
     log.train("sft", 2, {"loss": 9.0})
     assert [(row["step"], row["loss"]) for row in tail.rows()] == [(1, 1.0), (2, 9.0)]
+
+
+def test_the_tail_of_a_long_run_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_state, "_MOST_ROWS", 100)
+    monkeypatch.setattr(run_state, "_NEWEST_ROWS", 10)
+    with (tmp_path / METRICS).open("w") as handle:
+        for step in range(1, 2001):
+            kind = "eval" if step % 500 == 0 else "train"
+            handle.write(json.dumps({"kind": kind, "stage": "sft", "step": step}) + "\n")
+    rows = MetricsTail(tmp_path / METRICS).rows()
+    steps = [row["step"] for row in rows]
+    assert len(rows) <= 100
+    assert steps[0] == 1
+    assert steps[-10:] == [*range(1991, 2001)]
+    assert steps == sorted(steps)
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [500, 1000, 1500, 2000]
 
 
 def test_the_stages_are_those_of_the_pipeline() -> None:

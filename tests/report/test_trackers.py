@@ -1,4 +1,4 @@
-"""Trackers get every figure, also after a resume, and their failure ends no training."""
+"""Trackers get every metric, also after a resume, and their failure ends no training."""
 
 from __future__ import annotations
 
