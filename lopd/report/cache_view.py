@@ -259,7 +259,8 @@ def show_responses(rows: Sequence[ShownResponse]) -> None:
 
 def legend() -> Text:
     """Return the ranges of the colours, each in its own colour."""
-    legend = Text(f"\n{LEGEND} ", style="bold")
+    # Not in the style of the whole text, which would make every colour bold.
+    legend = Text.assemble((f"\n{LEGEND} ", "bold"))
     low = "-inf"
     for bound, style in _COLOURS:
         legend.append(f" {low}..{bound:g} ", style=style)

@@ -19,6 +19,8 @@ from lopd.report.token_pieces import Piece
 _NARROW = 100
 # How many pieces a response names in words, so that it can be read without colours.
 _NAMED = 3
+# What would be shown as 0.00 nats is not named.
+_LEAST_NAMED = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ def _body(one: Transcript) -> Text:
     for piece in one.pieces:
         body.append(printable(piece.text), style="" if piece.value is None else colour(piece.value))
     # In words too: colours are lost in a pipe, and not everybody sees them.
-    valued = [(piece.value, piece) for piece in one.pieces if piece.value is not None]
+    valued = [(piece.value or 0.0, piece) for piece in one.pieces if piece.value is not None]
+    valued = [pair for pair in valued if abs(pair[0]) >= _LEAST_NAMED]
     largest = sorted(valued, key=lambda pair: -abs(pair[0]))[:_NAMED]
     if largest:
         named = ", ".join(f"{piece.text!r} {value:+.2f}" for value, piece in largest)
