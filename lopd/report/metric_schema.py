@@ -80,6 +80,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens_per_s", "tokens per second", "all", "tokens of all sequences, of the trainer"),
     Metric("processed_tokens", "tokens", "all", "prompt and response tokens of the step"),
     Metric("processed_tokens_per_s", "tokens per second", "all", "the same for each second"),
+    Metric(
+        "data_wait_share", _SHARE, "all", "the step's time in which the first rank waited for data"
+    ),
     Metric("padding_share", _SHARE, "all", "padding among the tokens computed"),
     Metric("load_imbalance", "ratio", "all", "the most work of a data rank over the mean"),
     Metric("model_tflops_per_s", "10^12 operations per second", "all", "over all ranks"),
