@@ -103,7 +103,7 @@ def test_a_resumed_training_says_where_it_goes_on(
     for step in (0, 4):
         trainer = SimpleNamespace(step=step, resume=lambda note: {})
         monkeypatch.setattr(training_rank, "Trainer", lambda *_, of=trainer, **__: of)
-        training_rank.Training(job, cast(Any, [object()]), cast(Any, None))
+        training_rank.Training(job, cast(Any, ["a sample"]), cast(Any, None))
     assert lines == ["goes on at step 5/16, from the checkpoint of step 4"]
 
 
