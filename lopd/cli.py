@@ -34,6 +34,10 @@ from lopd.verbs.pipeline import run_stages
 from lopd.verbs.plan import plan
 from lopd.verbs.prepare import doctor, fetch, show_findings
 from lopd.verbs.prompts import app as prompts_app
+from lopd.verbs.show import EPILOG as SHOW_EPILOG
+from lopd.verbs.show import show
+from lopd.verbs.watch import EPILOG as WATCH_EPILOG
+from lopd.verbs.watch import watch
 
 app = VerbGroup(
     name="lopd",
@@ -153,6 +157,8 @@ app.command(
     epilog="Example:  lopd launch examples/tiny_moe.toml launch.device=cpu --on slurm "
     "--render /tmp/jobs"
 )(launch)
+app.command(epilog=WATCH_EPILOG)(watch)
+app.command(epilog=SHOW_EPILOG)(show)
 app.command(epilog=GENERATE_EPILOG)(generate)
 app.command(epilog=CHAT_EPILOG)(chat)
 app.add_typer(cache_app, name="cache")

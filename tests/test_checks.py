@@ -4,6 +4,7 @@ refuse before they start anything.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -70,6 +71,7 @@ def test_a_right_project_passes_and_nothing_is_written_or_started(
         "server",
         "folders",
         "disk",
+        "trackers",
     }
     rows = json.loads(lopd("check", config, "--json").succeeded().out)
     assert all(row["ok"] for row in rows)
@@ -666,6 +668,22 @@ def test_too_little_room(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = wrong(config)
     assert line.startswith("disk | ")
     assert "the disk has only 1 MiB free; limit: at least about 11 MiB" in line
+
+
+def test_a_tracker_whose_package_is_missing(
+    config: Path, lopd: Lopd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "lopd.report.trackers.importlib.util.find_spec",
+        lambda name: None if name == "wandb" else real(name),
+    )
+    chosen = 'report.trackers=["tensorboard", "wandb"]'
+    error = lopd("run", config, chosen).refused("the package wandb is not installed")
+    assert error.endswith("remedy: pip install wandb, or leave wandb out of report.trackers")
+    assert not (config.parent / "run").exists()
+    # The control: without it nothing is wrong.
+    lopd("check", config).succeeded()
 
 
 def test_every_check_belongs_to_stages_that_exist() -> None:

@@ -182,6 +182,63 @@ def test_a_chat_remembers_and_ends_cleanly(
     assert asked.ended == 1
 
 
+def test_a_chat_with_two_models_at_once(
+    lopd: Callable[..., Result],
+    project: Path,
+    asked: Asked,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = iter(["01+01=?", "02+02=?", EOFError()])
+
+    def typed(_: str) -> str:
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    other = str(project / "teacher")
+    done = lopd("chat", project / "run", "--model", "sft", "--compare", other).succeeded()
+    answer = decode(tokenizer(), asked.answer[:-1])
+    assert done.out == f"--- sft\n{answer}\n--- {other}\n{answer}\n" * 2 + "\n"
+    assert [speaker.folder.name for speaker in asked.served] == ["model", "teacher"]
+    # Each model sees its own conversation: both were asked the second question after the first.
+    assert ["01+01" in prompt for prompt in asked.prompts] == [True] * 4
+    assert ["02+02" in prompt for prompt in asked.prompts] == [False, False, True, True]
+    assert asked.ended == 2
+
+
+def test_ctrl_c_at_the_second_model_is_forgotten_by_both(
+    lopd: Callable[..., Result],
+    project: Path,
+    asked: Asked,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = iter(["01+01=?", "02+02=?", KeyboardInterrupt()])
+
+    def typed(_: str) -> str:
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    real = conversation.token_texts
+    pressed = iter([False, True, False, False])
+
+    def pressing(tokens_of: Any, ids: Any) -> Iterator[str]:
+        pieces = real(tokens_of, ids)
+        yield next(pieces)
+        if next(pressed):
+            raise KeyboardInterrupt
+        yield from pieces
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(conversation, "token_texts", pressing)
+    done = lopd("chat", project / "run", "--compare", "sft").succeeded()
+    assert done.err.count("(interrupted)") == 1
+    assert ["01+01" in prompt for prompt in asked.prompts] == [True, True, False, False]
+
+
 def test_ctrl_c_ends_an_answer_and_then_the_chat(
     lopd: Callable[..., Result],
     project: Path,

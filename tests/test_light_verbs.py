@@ -32,6 +32,8 @@ FORBIDDEN = {
     ("knobs", "--all"): HEAVY | ARRAYS,
     ("knobs", "--changed", str(EXAMPLE)): HEAVY | ARRAYS,
     ("check", "--help"): HEAVY | ARRAYS,
+    ("watch", "--help"): HEAVY | ARRAYS,
+    ("show", "--help"): HEAVY | ARRAYS,
     ("status", str(EXAMPLE)): HEAVY,
     ("check", str(EXAMPLE)): HEAVY,
     ("plan", str(EXAMPLE)): HEAVY,

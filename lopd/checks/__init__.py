@@ -24,6 +24,7 @@ from lopd.checks.models import context, context_problems, student, teacher, toke
 from lopd.checks.prompts import prompts, verifier
 from lopd.checks.servers import server, server_problems
 from lopd.checks.templates import templates
+from lopd.checks.trackers import trackers
 from lopd.checks.training import (
     batch_problems,
     layouts,
@@ -77,6 +78,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "server": (server, SERVING),
     "folders": (folders, ALL_STAGES),
     "disk": (disk, ALL_STAGES),
+    "trackers": (trackers, TRAINING),
 }
 
 

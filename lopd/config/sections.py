@@ -1,7 +1,7 @@
 """The whole configuration: one field per table of the TOML file.
 
 The knobs stand in the files of their subjects: inputs.py, sampling.py, training.py, distill.py,
-results.py, engine.py (SGLang and weight sync) and launch.py.
+results.py, engine.py (SGLang and weight sync), report.py and launch.py.
 
 A knob that is marked ``SPEED_ONLY`` changes how fast or where a stage runs, but not its result. A
 change of such a knob repeats no stage.
@@ -16,6 +16,7 @@ from lopd.config.distill import DistillSection
 from lopd.config.engine import SGLangSection, SyncSection
 from lopd.config.inputs import ModelsSection, PromptsSection, RunSection, TaskSection
 from lopd.config.launch import LaunchSection
+from lopd.config.report import ReportSection
 from lopd.config.results import EvaluateSection, ExportSection
 from lopd.config.sampling import DemonstrateSection, RolloutSection, ScoreSection
 from lopd.config.training import SftSection
@@ -40,6 +41,9 @@ class Config(Section):
     sync: SyncSection = Field(default_factory=SyncSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     export: ExportSection = Field(default_factory=ExportSection)
+
+    # Which trackers get the figures.
+    report: ReportSection = Field(default_factory=ReportSection)
 
     # Where and how the stages run as jobs (`lopd launch`).
     launch: LaunchSection = Field(default_factory=LaunchSection)

@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lopd.records import Floats, Response
+from lopd.report.text_width import printable
+from lopd.report.token_pieces import pieces_of
 
 # The width of the longest bar of a histogram, in characters.
 _BAR = 40
@@ -230,32 +232,35 @@ def show_responses(rows: Sequence[ShownResponse]) -> None:
     """
     console = _console()
     if any(row.scores is not None for row in rows):
-        console.print(_legend(), soft_wrap=True)
+        console.print(legend(), soft_wrap=True)
     for row in rows:
         response = row.response
         # The form in which findings and errors name a response.
         name = f"{response.prompt_id}/{response.sample_index}"
         about = f"{len(response.token_ids)} tokens, {response.finish_reason}"
-        # One more piece than tokens has no colour of its own.
-        styles = [""] * len(row.pieces)
-        if row.scores is not None:
+        advantage = None
+        if row.scores is not None and len(row.scores):
             advantage = row.scores.astype(np.float64) - response.sampling_logprobs
             # The token to look at first.
             worst = int(np.argmax(np.abs(advantage)))
             about += f", sum {advantage.sum():+.2f} nats"
             about += f", most at token {worst} ({advantage[worst]:+.2f})"
-            styles[: len(advantage)] = [colour(value) for value in advantage]
         console.print(Text(f"\n{name}: {about}", style="bold"), soft_wrap=True)
-        console.print(Text(row.prompt, style="dim"), soft_wrap=True)
-        coloured = [(piece, style) for piece, style in zip(row.pieces, styles, strict=True)]
+        console.print(Text(printable(row.prompt), style="dim"), soft_wrap=True)
+        # A character of several tokens has the colour of all of them together.
+        coloured = [
+            (printable(piece.text), "" if piece.value is None else colour(piece.value))
+            for piece in pieces_of(row.pieces, advantage, len(response.token_ids))
+        ]
         console.print(Text.assemble(*coloured), soft_wrap=True)
         if row.verdict is not None:
             console.print(Text(f"verdict: {row.verdict}", style="bold"), soft_wrap=True)
 
 
-def _legend() -> Text:
+def legend() -> Text:
     """Return the ranges of the colours, each in its own colour."""
-    legend = Text(f"\n{LEGEND} ", style="bold")
+    # Not in the style of the whole text, which would make every colour bold.
+    legend = Text.assemble((f"\n{LEGEND} ", "bold"))
     low = "-inf"
     for bound, style in _COLOURS:
         legend.append(f" {low}..{bound:g} ", style=style)

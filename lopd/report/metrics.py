@@ -1,8 +1,8 @@
-"""The metrics of a run: ``metrics.jsonl``, and TensorBoard event files in ``tensorboard/STAGE``.
+"""The metrics of a run: ``metrics.jsonl``, and the trackers of ``report.trackers``.
 
 A line of metrics.jsonl is an object with ``kind`` ("train" or "eval"), ``stage``, ``step`` and the
-metrics. Step n is the state after n optimizer steps, and 0 is the start. JSON has no NaN, so a
-figure that is not finite is null.
+metrics (lopd.report.metric_schema). Step n is the state after n optimizer steps, and 0 is the
+start. JSON has no NaN, so a figure that is not finite is null.
 
 One system call writes a line. A kill therefore leaves at most the last line incomplete, and readers
 drop it.
@@ -14,18 +14,25 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lopd.artifacts import publish_bytes, remove_folder, storage_errors
 from lopd.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from lopd.report.console import print_line
+from lopd.report.trackers import (
+    TENSORBOARD,
+    TRACKERS,
+    TrackedTraining,
+    Tracker,
+    missing_package,
+    numbers_of,
+    open_tracker,
+)
 
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 # Bytes at the end of metrics.jsonl in which the newest step is looked for. A line has about 1 KiB.
 _END_BYTES = 2**18
 
@@ -92,7 +99,7 @@ def set_aside(folder: Path, stages: Collection[str], archive: Path) -> None:
 
     Args:
         folder: The run directory.
-        archive: The folder that gets the lines and the event files.
+        archive: The folder that gets the lines and the files of the trackers.
     """
     rows = read_metrics(folder)
     # All lines of a stage move, whatever their kind.
@@ -101,9 +108,10 @@ def set_aside(folder: Path, stages: Collection[str], archive: Path) -> None:
     # where the next call finds them.
     if moved:
         _publish_lines(archive / METRICS, moved)
-    # A list, because the loop takes away what the glob walks over.
-    for events in [path for path in (folder / TENSORBOARD).glob("*") if path.name in stages]:
-        _move_folder(events, archive / TENSORBOARD / events.name)
+    for kind in (TENSORBOARD, TRACKERS):
+        # A list, because the loop takes away what the glob walks over.
+        for files in [path for path in (folder / kind).glob("*") if path.name in stages]:
+            _move_folder(files, archive / kind / files.name)
     if moved:
         _publish_lines(folder / METRICS, (row for row in rows if row["stage"] not in stages))
 
@@ -116,8 +124,9 @@ def bring_back(folder: Path, archive: Path) -> None:
         # A killed call may have brought these lines back already. They must not be there twice.
         others = [row for row in read_metrics(folder) if row["stage"] not in stages]
         _publish_lines(folder / METRICS, [*others, *rows])
-    for events in list((archive / TENSORBOARD).glob("*")):
-        _move_folder(events, folder / TENSORBOARD / events.name)
+    for kind in (TENSORBOARD, TRACKERS):
+        for files in list((archive / kind).glob("*")):
+            _move_folder(files, folder / kind / files.name)
     # Removed last, because a repeated call needs it.
     (archive / METRICS).unlink(missing_ok=True)
 
@@ -134,14 +143,35 @@ class MetricsLog:
 
     Args:
         folder: The run directory.
+        trackers: The names of the trackers that get the metrics too.
+        project: The project that the trackers put the run into.
+        knobs: The flat configuration for the trackers, without secrets.
+
+    Raises:
+        ConfigError: The package of a tracker is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        trackers: Sequence[str] = (TENSORBOARD,),
+        project: str = "lopd",
+        knobs: Mapping[str, Any] | None = None,
+    ) -> None:
         self._folder = folder
         self._path = folder / METRICS
-        # One per stage: TensorBoard shows each stage as a run of its own.
-        self._writers: dict[str, SummaryWriter] = {}
-        self._purge_steps: dict[str, int] = {}
+        # Said at once, and not after the first step.
+        for name in trackers:
+            problem = missing_package(name)
+            if problem is not None:
+                raise problem
+        self._names = tuple(dict.fromkeys(trackers))
+        self._project = project
+        self._knobs = dict(knobs or {})
+        # The open trackers of each stage by their names.
+        self._trackers: dict[str, dict[str, Tracker]] = {}
+        self._first_steps: dict[str, int] = {}
         # What remains of the last line after a kill. The next line would be written behind it.
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             _publish_text(self._path, _whole_lines(self._path))
@@ -160,12 +190,11 @@ class MetricsLog:
         A resumed run repeats these steps, and no line may be in the file twice. Step 0 means that
         there is no checkpoint, so all lines of the stage are removed.
         """
-        # purge_step is a parameter of a new event file.
-        assert stage not in self._writers, "truncate before the stage's first figure is written"
+        # A tracker is told when it is opened.
+        assert stage not in self._trackers, "truncate before the stage's first figure is written"
         # A start from nothing also repeats the evaluation at step 0.
         first_dropped = step + 1 if step > 0 else 0
-        # Event files cannot be cut. TensorBoard hides what is in older files from this step on.
-        self._purge_steps[stage] = first_dropped
+        self._first_steps[stage] = first_dropped
         rows = read_metrics(self._folder)
         kept = [row for row in rows if row["stage"] != stage or row["step"] < first_dropped]
         # Most starts have nothing to drop, and then the file is not written again.
@@ -173,10 +202,11 @@ class MetricsLog:
             _publish_lines(self._path, kept)
 
     def close(self) -> None:
-        """Close the event files."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+        """Close the trackers."""
+        for stage, opened in self._trackers.items():
+            for name, tracker in opened.items():
+                self._guarded(stage, name, tracker.close)
+        self._trackers.clear()
 
     def _write(self, kind: str, stage: str, step: int, figures: Mapping[str, Any]) -> None:
         with storage_errors(self._path):
@@ -188,24 +218,50 @@ class MetricsLog:
                 os.write(descriptor, f"{line}\n".encode())
             finally:
                 os.close(descriptor)
-        writer = self._tensorboard(stage)
-        for name, value in figures.items():
-            # A figure that is not known is None, which an event file cannot hold.
-            if isinstance(value, int | float):
-                writer.add_scalar(f"{kind}/{name}", value, step)
-        # So that a kill loses no figure that is in metrics.jsonl.
-        writer.flush()
+        numbers = numbers_of(figures)
+        if stage not in self._trackers:
+            self._open(stage)
+        opened = self._trackers[stage]
+        for name, tracker in list(opened.items()):
+            if not self._guarded(stage, name, partial(tracker.log, kind, step, numbers)):
+                del opened[name]
 
-    def _tensorboard(self, stage: str) -> SummaryWriter:
-        """Return the event writer of a stage, which is opened at its first figure."""
-        if stage not in self._writers:
-            # This import takes seconds, and most commands write no figure.
-            from torch.utils.tensorboard import SummaryWriter
+    def _open(self, stage: str) -> None:
+        """Open the trackers of a stage at its first metrics."""
+        # TensorBoard finds its own files again.
+        needs_earlier = any(name != TENSORBOARD for name in self._names)
+        # The last line is the one that opens the trackers.
+        earlier = read_metrics(self._folder, stage=stage)[:-1] if needs_earlier else []
+        first_step = self._first_steps.get(stage)
+        about = TrackedTraining(
+            self._folder, stage, self._project, self._knobs, first_step, earlier
+        )
+        opened: dict[str, Tracker] = {}
 
-            self._writers[stage] = SummaryWriter(
-                str(self._folder / TENSORBOARD / stage), purge_step=self._purge_steps.get(stage)
+        def open_one(name: str) -> None:
+            opened[name] = open_tracker(name, about)
+
+        for name in self._names:
+            self._guarded(stage, name, partial(open_one, name))
+        self._trackers[stage] = opened
+
+    def _guarded(self, stage: str, name: str, call: Callable[[], None]) -> bool:
+        """Call a tracker. Return False, after a line on the screen, where it fails."""
+        try:
+            call()
+        except Exception as error:
+            # TensorBoard only writes files of ours. What fails there fails for the run too.
+            if name == TENSORBOARD:
+                raise
+            # Every class is caught: each package has its own. A tracker is not worth a training of
+            # days, and metrics.jsonl has all metrics.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print_line(
+                f"{stage} WARNING: the tracker {name} has failed ({reason:.200}) and gets no more "
+                f"metrics; {METRICS} has them all"
             )
-        return self._writers[stage]
+            return False
+        return True
 
 
 def _publish_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

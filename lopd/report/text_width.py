@@ -1,4 +1,4 @@
-"""How wide plain text on a screen may be."""
+"""How wide plain text on a screen may be, and which characters it may have."""
 
 from __future__ import annotations
 
@@ -37,3 +37,20 @@ def wrapped(text: str, width: int, *, indent: str = "", later: str | None = None
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+# What a terminal would obey instead of showing it, except for line breaks and tabs, as the visible
+# signs of Unicode. U+0080 to U+009F are commands too and have no such sign.
+_SIGNS = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    127: 0x2421,
+    **dict.fromkeys(range(128, 160), 0xFFFD),
+}
+
+
+def printable(text: str) -> str:
+    """Return text of a model or a file with a sign in place of each control character.
+
+    A model may sample an escape sequence, which would change the reader's terminal.
+    """
+    return text.translate(_SIGNS)

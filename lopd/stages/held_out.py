@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from lopd.config import Config
 from lopd.errors import EngineError
 from lopd.megatron.ranks import parallel
 from lopd.megatron.ranks.first_rank import run_on_first_rank
-from lopd.records import Response
+from lopd.records import Prompt, Response
+from lopd.report.held_out import NUM_SHOWN, write_transcripts
 from lopd.report.metrics import read_metrics
 from lopd.stages.between_steps import StepHook
 from lopd.stages.sample_shards import sampling_params
@@ -113,6 +115,8 @@ class HeldOutEvaluation(StepHook):
         divergence = mean_between(read_metrics(run_dir, kind="train", stage=stage), before, step)
         if divergence is not None:
             figures = {**figures, TRAINING_REVERSE_KL: divergence}
+        if self._answers is not None:
+            write_transcripts(self._job.folder, step, self._answers.transcripts)
         self._metrics.eval(stage, step, figures)
         self._job.print_line(f"{progress}: {_told(figures, step - before)}")
         warning = rise_of(read_metrics(run_dir, kind="eval", stage=stage))
@@ -148,6 +152,17 @@ def _told(figures: Mapping[str, Any], num_steps: int) -> str:
     return told
 
 
+def _transcript(prompt: Prompt, response: Response, text: str) -> dict[str, Any]:
+    return {
+        "prompt_id": response.prompt_id,
+        "sample_index": response.sample_index,
+        "finish_reason": response.finish_reason,
+        "response_len": len(response.token_ids),
+        "messages": [dict(message) for message in prompt.messages],
+        "response": text,
+    }
+
+
 class HeldOutAnswers:
     """Answers to the same held-out prompts, with the same seeds, at every evaluation."""
 
@@ -172,6 +187,8 @@ class HeldOutAnswers:
         self._prompt_ids = prompt_ids[:count]
         # The knobs of evaluate, so that the curve and the final figure can be compared.
         models = config.models
+        # The first answers of the newest evaluation. A reader sees how the same answers change.
+        self.transcripts: list[dict[str, Any]] = []
         self._params = sampling_params(
             config.evaluate, (models.teacher, *models.teachers.values(), models.student)
         )
@@ -190,9 +207,13 @@ class HeldOutAnswers:
         Raises:
             OtherWeights: A response carries another weight version.
         """
-        # Collected on the way: the responses themselves are not kept.
+        # Collected on the way: most of the responses themselves are not kept.
         lengths: list[int] = []
         truncated: list[bool] = []
+        # By the place of the response. Short answers come first, so the first ones to come would be
+        # of other prompts each time, and no fair choice.
+        shown: dict[int, dict[str, Any]] = {}
+        to_show = {prompt.prompt_id for prompt in self._prompts[:NUM_SHOWN]}
         by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
 
         def judged() -> Iterator[Judged]:
@@ -200,13 +221,19 @@ class HeldOutAnswers:
                 lengths.append(len(response.token_ids))
                 truncated.append(response.finish_reason == "length")
                 text = response_text(self._tokenizer, response.token_ids, response.finish_reason)
+                if response.prompt_id in to_show:
+                    place = len(lengths) - 1
+                    shown[place] = _transcript(by_id[response.prompt_id], response, text)
                 yield by_id[response.prompt_id], text, response.finish_reason
 
         count = len(self._prompts)
         accuracy: dict[str, Any] = {}
         if isinstance(self._task, Verifier):
             # Verdicts are made while later responses are still being sampled.
-            share = sum(verdict.right for verdict in judge_all(self._task, judged())) / count
+            verdicts = [*judge_all(self._task, judged())]
+            share = sum(verdict.right for verdict in verdicts) / count
+            for place, transcript in shown.items():
+                transcript |= asdict(verdicts[place])
             accuracy = {
                 "accuracy": share,
                 "accuracy_interval": list(wilson_interval(share, count)),
@@ -214,6 +241,8 @@ class HeldOutAnswers:
         else:
             for _ in judged():
                 pass
+        order = {prompt.prompt_id: index for index, prompt in enumerate(self._prompts)}
+        self.transcripts = sorted(shown.values(), key=lambda row: order[row["prompt_id"]])
         return {
             **accuracy,
             "num_prompts": count,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lopd.artifacts import publish_json
+from lopd.config import result_keys
+from lopd.config.secrets import scrubbed
 from lopd.megatron.ranks import parallel
 from lopd.megatron.ranks.rank_errors import reporting_errors
 from lopd.megatron.training.trainer import StepMetrics, Trainer
@@ -88,7 +90,7 @@ class Training:
                 f"goes on at step {done + 1}/{job.num_steps}, from the checkpoint of step {done}"
             )
         # One process writes the metrics, because a line must not be written twice.
-        self.metrics = MetricsLog(job.config.run.dir) if parallel.rank() == 0 else None
+        self.metrics = _metrics_log(job) if parallel.rank() == 0 else None
         if self.metrics is not None:
             # A killed command may have logged steps after its newest checkpoint. They are trained
             # again now and must not be in the log twice.
@@ -157,3 +159,17 @@ class Training:
             self.metrics.close()
         # No rank leaves the process group while rank 0 still writes.
         parallel.barrier()
+
+
+def _metrics_log(job: TrainingJob) -> MetricsLog:
+    """Return the log of a training, with the trackers of its configuration."""
+    config = job.config
+    # What decides results, as config.json of the run has it. A tracker may show it to others.
+    sections = [name for name in type(config).model_fields if name != "run"]
+    knobs = result_keys(config, [*sections, "run.seed"])
+    return MetricsLog(
+        config.run.dir,
+        trackers=config.report.trackers,
+        project=config.report.project,
+        knobs=json.loads(json.dumps(scrubbed(knobs), default=str)),
+    )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +29,13 @@ class KnowsItsEnd(Protocol):
 
     @property
     def eos_token_id(self) -> Any: ...
+
+
+class Decodes(Protocol):
+    """A tokenizer, as far as texts are asked for."""
+
+    @property
+    def decode(self) -> Callable[..., Any]: ...
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -103,7 +110,7 @@ def stop_token_ids(folder: str | Path, tokenizer: KnowsItsEnd) -> tuple[int, ...
     return tuple(sorted(found))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArray[Any]) -> str:
+def decode(tokenizer: Decodes, token_ids: Sequence[int] | NDArray[Any]) -> str:
     """Return the text of token ids, with special tokens and every space."""
     # The ids may be numpy integers, which some tokenizers refuse.
     text = tokenizer.decode(
@@ -115,7 +122,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArra
     return text
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> Iterator[str]:
+def token_texts(tokenizer: Decodes, token_ids: Iterable[int]) -> Iterator[str]:
     """Yield the text that each token adds. Joined, the pieces are the text of all tokens.
 
     A character may consist of several tokens. It is then the text of the last of them, and the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import typer
 
 from lopd.config import Config, SGLangSection, config_from, load_config
 from lopd.verbs.arguments import input_path
+from lopd.verbs.interrupts import keyboard_interrupts
 
 if TYPE_CHECKING:
     from lopd.stages.conversation import Conversation
@@ -49,6 +49,13 @@ Named = Annotated[
         help="Of a run: distilled, sft, sft_longer, base or teacher. If absent, distilled.",
     ),
 ]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compare",
+        help="Also ask this model: a name of the run, or a folder. May be given several times.",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(min=0, max=10, help="Sampling temperature. 0: the likeliest token.")
 ]
@@ -72,12 +79,7 @@ def generate(
     ],
     overrides: Knobs = None,
     model: Named = None,
-    compare: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Also ask this model: a name of the run, or a folder. May be given several times."
-        ),
-    ] = None,
+    compare: Others = None,
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
     max_tokens: MaxTokens = None,
@@ -93,8 +95,7 @@ def generate(
     question = sys.stdin.read() if text == "-" else text
     others = compare or []
     for name in (model, *others):
-        # A name of the run, or else a folder that has a model.
-        place, named = (Path(name), None) if name and Path(name).is_dir() else (source, name)
+        place, named = _place_of(source, name)
         with _conversation(
             place, named, overrides or [], temperature, top_p, max_tokens, seed, thinking
         ) as talk:
@@ -107,6 +108,7 @@ def chat(
     source: Source,
     overrides: Knobs = None,
     model: Named = None,
+    compare: Others = None,
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
     max_tokens: MaxTokens = None,
@@ -116,21 +118,44 @@ def chat(
     """Talk to a model. Ctrl-C ends an answer, and Ctrl-D (or Ctrl-C at the prompt) ends the chat.
 
     Reads the model, starts a server for it, and applies the chat template of the run or of the
-    model's folder. The model sees the whole conversation. Nothing is kept.
+    model's folder. The model sees the whole conversation. Nothing is kept. With --compare every
+    model answers each question, and each sees its own answers alone.
     """
-    with _conversation(
-        source, model, overrides or [], temperature, top_p, max_tokens, seed, thinking
-    ) as talk:
+    with contextlib.ExitStack() as servers:
+        talks = []
+        for name in (model, *(compare or [])):
+            place, named = _place_of(source, name)
+            talk = servers.enter_context(
+                _conversation(
+                    place, named, overrides or [], temperature, top_p, max_tokens, seed, thinking
+                )
+            )
+            talks.append((name or str(source), talk))
         typer.echo("Ask something. Ctrl-D ends.", err=True)
-        with _interrupts():
+        with keyboard_interrupts():
             while (question := _read_line()) is not None:
-                if not question.strip():
-                    continue
-                try:
-                    _print_answer(talk, question)
-                except KeyboardInterrupt:
-                    # The answer is forgotten, and the conversation goes on.
-                    typer.echo("\n(interrupted)", err=True)
+                if question.strip():
+                    _print_answers(talks, question)
+
+
+def _print_answers(talks: Sequence[tuple[str, Conversation]], question: str) -> None:
+    """Print what every model answers, or forget the question where the user presses Ctrl-C."""
+    before = [len(talk.messages) for _, talk in talks]
+    try:
+        for name, talk in talks:
+            if len(talks) > 1:
+                typer.echo(f"--- {name}")
+            _print_answer(talk, question)
+    except KeyboardInterrupt:
+        # All forget it, or the models would no longer be in the same conversation.
+        for count, (_, talk) in zip(before, talks, strict=True):
+            del talk.messages[count:]
+        typer.echo("\n(interrupted)", err=True)
+
+
+def _place_of(source: Path, name: str | None) -> tuple[Path, str | None]:
+    """Return the folder of a model and its name there: a name of the run, or else a folder."""
+    return (Path(name), None) if name and Path(name).is_dir() else (source, name)
 
 
 def _read_line() -> str | None:
@@ -141,16 +166,6 @@ def _read_line() -> str | None:
         # The shell's prompt must not stand behind ours.
         typer.echo()
         return None
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Let Ctrl-C end an answer and not the command, which would end with code 130."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
 
 
 def _print_answer(talk: Conversation, question: str) -> None:

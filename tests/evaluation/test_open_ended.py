@@ -142,6 +142,34 @@ def test_a_sync_reports_what_it_can(project: Path) -> None:
     assert "accuracy 0.000 on 8 prompts" in held_out._told(figures, 4)
 
 
+def test_a_sync_keeps_the_answers_to_the_same_prompts(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers come in the order of their lengths, and the shortest are no fair choice."""
+
+    class Reversed(CutOff):
+        def generate(self, *arguments: Any, **named: Any) -> Any:
+            yield from reversed([*super().generate(*arguments, **named)])
+
+    monkeypatch.setattr(held_out, "NUM_SHOWN", 3)
+    config = load_config(project)
+    write_prompts(
+        project.parent / "eval.jsonl",
+        [{"prompt_id": f"p{n}", "question": f"1+{n}=?", "answer": "7"} for n in range(8)],
+    )
+    verified = config.model_copy(
+        update={"task": config.task.model_copy(update={"name": "plain"})},
+    )
+    for engine in (CutOff(), Reversed()):
+        answers = held_out.HeldOutAnswers(verified, config.models.student, cast(Any, engine))
+        answers.figures("stand-in")
+        rows = answers.transcripts
+        assert [row["prompt_id"] for row in rows] == ["p0", "p1", "p2"]
+        assert [row["messages"][-1]["content"] for row in rows] == ["1+0=?", "1+1=?", "1+2=?"]
+        assert {row["right"] for row in rows} == {False}
+        assert all(row["reason"] for row in rows)
+
+
 def test_one_checkpoint_on_open_ended_prompts(
     project: Path, lopd: Lopd, stand_ins: StandIns
 ) -> None:

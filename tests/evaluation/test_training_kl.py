@@ -9,10 +9,13 @@ from typing import Any, cast
 
 import pytest
 
+from lopd.config import load_config
 from lopd.report.metrics import MetricsLog, read_metrics
 from lopd.stages import training_rank
 from lopd.stages.held_out import HeldOutEvaluation
 from lopd.stages.training_kl import TRAINING_REVERSE_KL, mean_between, rise_of, rises_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def syncs(values: Sequence[float | None]) -> list[dict[str, Any]]:
@@ -66,6 +69,8 @@ def test_a_sync_reports_it_with_its_name(
     )
     hook = HeldOutEvaluation(job, SimpleNamespace(engine=None))  # type: ignore[arg-type]
     hook._metrics = log
+    # It writes the transcripts of answers that it has sampled, and here it samples none.
+    hook._answers = None
     figures = {"accuracy": 0.5, "num_prompts": 8, "response_len": 3.0, "truncated_share": 0.0}
     hook._report("step 0/8", 0, figures)
     for step in range(1, 9):
@@ -94,8 +99,29 @@ def test_a_resumed_training_says_where_it_goes_on(
         checkpoints=None, print_line=lines.append,
     )  # fmt: skip
     monkeypatch.setattr(training_rank.parallel, "rank", lambda: 0)
+    monkeypatch.setattr(training_rank, "_metrics_log", lambda job: MetricsLog(tmp_path))
     for step in (0, 4):
         trainer = SimpleNamespace(step=step, resume=lambda note: {})
         monkeypatch.setattr(training_rank, "Trainer", lambda *_, of=trainer, **__: of)
-        training_rank.Training(job, cast(Any, [object()]), cast(Any, None))
+        training_rank.Training(job, cast(Any, ["a sample"]), cast(Any, None))
     assert lines == ["goes on at step 5/16, from the checkpoint of step 4"]
+
+
+def test_trackers_get_the_knobs_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(
+        ROOT / "examples/tiny_moe.toml",
+        [
+            f"run.dir={tmp_path}",
+            "report.trackers=[]",
+            "report.project=mine",
+            'sglang.extra_args={api_key="hidden from all"}',
+        ],
+    )
+    log = training_rank._metrics_log(cast(Any, SimpleNamespace(config=config)))
+    assert log._names == ()
+    assert log._project == "mine"
+    assert log._knobs["distill.num_steps"] == 16
+    assert "hidden from all" in str(config.model_dump())
+    assert "hidden from all" not in str(log._knobs)
