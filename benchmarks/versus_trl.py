@@ -221,7 +221,7 @@ def run_trl(python: str, work: Path) -> Side:
         "teacher": str(config.models.teacher),
         "prompts": [{"prompt": [dict(one) for one in row.messages]} for row in prompts[:count]],
         "max_new_tokens": config.rollout.max_new_tokens,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": 1,
         "seed": config.run.seed,
         "out": str(out),
     }

@@ -164,28 +164,26 @@ def test_a_second_model_at_the_same_time_has_a_server_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("stages", "stage", "baseline", "prepared"),
+    ("stages", "stage", "prepared"),
     [
-        ({"demonstrate", "sft"}, "demonstrate", False, ["sft"]),
-        ({"demonstrate"}, "demonstrate", False, []),
-        ({"score", "distill"}, "score", False, ["distill"]),
-        ({"evaluate"}, "evaluate", True, ["sft"]),
-        ({"evaluate"}, "evaluate", False, []),
+        ({"demonstrate", "sft"}, "demonstrate", ["sft"]),
+        ({"demonstrate"}, "demonstrate", []),
+        ({"score", "distill"}, "score", ["distill"]),
+        ({"sft", "distill", "evaluate"}, "evaluate", []),
     ],
 )
 def test_only_ranks_that_the_command_needs_wait(
     stages: set[str],
     stage: str,
-    baseline: bool,
     prepared: list[str],
     monkeypatch: pytest.MonkeyPatch,
     load_example: Any,
 ) -> None:
-    config = load_example(f"evaluate.equal_compute_baseline={str(baseline).lower()}")
+    config = load_example()
     found: list[Any] = []
     monkeypatch.setattr(overlap_file, "prepare_ranks", found.append)
     with Overlap(stages) as overlap:
-        overlap.prepare_ranks(stage, config)
+        overlap.prepare_ranks_after(stage, config)
     assert found == [getattr(config, name) for name in prepared]
     assert STANDBY.take(1) is None
 

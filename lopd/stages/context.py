@@ -245,7 +245,7 @@ class StageContext:
         ) as engine:
             if self.overlap is not None:
                 # The server works, and this process mostly waits for it.
-                self.overlap.prepare_ranks(self.stage.name, self.config)
+                self.overlap.prepare_ranks_after(self.stage.name, self.config)
             # A later stage compares the user's servers with this probe, if it has to use them.
             probe = probe_logprobs(engine, vocab_size_of(model)) if is_teacher else None
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopd.config import Config, SGLangSection
+from lopd.config import Config, SGLangSection, TrainSection
 from lopd.devices import num_gpus
 from lopd.errors import EngineError
 from lopd.megatron.ranks.launch import prepare_ranks
@@ -30,13 +30,8 @@ _NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dt
 # What a server calls the weights that it was started with. A stage must not see in its responses
 # whether its server was started for it or kept: the same shards follow from either.
 _FIRST_VERSION = "default"
-# A stage that serves a model -> the stage whose ranks are next. Those of evaluate are an SFT.
-_NEXT_TRAINING = {
-    "demonstrate": "sft",
-    "rollout": "distill",
-    "score": "distill",
-    "evaluate": "evaluate",
-}
+# A stage that serves a model -> the training that comes next.
+_NEXT_TRAINING = {"demonstrate": "sft", "rollout": "distill", "score": "distill"}
 
 
 def architecture_of(model: Path) -> dict[str, Any]:
@@ -128,14 +123,15 @@ class Overlap:
         engine = self._pool.submit(servers.start)
         self._running = _Running(servers, engine, settings, architecture_of(model), model)
 
-    def prepare_ranks(self, stage: str, config: Config) -> None:
+    def prepare_ranks_after(self, stage: str, config: Config) -> None:
         """Let the ranks of the training that follows a stage do their imports."""
         training = _NEXT_TRAINING.get(stage)
-        if training is None or training not in self._stages:
-            return
-        if training == "evaluate" and not config.evaluate.equal_compute_baseline:
-            return
-        prepare_ranks(config.distill if training == "distill" else config.sft)
+        if training in self._stages:
+            self.prepare_ranks(config.distill if training == "distill" else config.sft)
+
+    def prepare_ranks(self, settings: TrainSection) -> None:
+        """Let the ranks of a training do their imports."""
+        prepare_ranks(settings)
 
     @contextlib.contextmanager
     def serve(
