@@ -213,6 +213,7 @@ def run_trl(python: str, work: Path) -> Side:
     subprocess.run(["rm", "-rf", out], check=True)
     out.mkdir()
     config = load_config(EXAMPLE, [f"run.dir={work / 'prepared'}", *OURS])
+    # The prompts that our side rolls out, of which TRL needs fewer.
     prompts, _ = StageContext(config, stage_named("rollout")).prompts("opd")
     count = int(TRL["num_steps"]) * int(TRL["batch_size"])
     order = {
@@ -287,16 +288,18 @@ def described(sides: Sequence[Side], work: Path) -> dict[str, Any]:
     }
 
 
-def evaluate(model_dir: Path, work: Path) -> tuple[float, float]:
+def evaluate(model_dir: Path, work: Path, count: int | None = None) -> tuple[float, float]:
     """Return accuracy and reverse KL (nats a token, exact over the vocabulary) of a student.
 
-    By transformers alone, for both sides: 500 held-out prompts, one response each at temperature 1.
+    By transformers alone, for both sides: the example's held-out prompts (or the first ``count``),
+    one response each at temperature 1.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = load_config(EXAMPLE, [f"run.dir={work / 'prepared'}"])
     prompts, ids = StageContext(config, stage_named("evaluate")).prompts("eval")
+    prompts, ids = prompts[:count], ids[:count]
     task = get_task(config.task.name, config.task.options)
     assert isinstance(task, Verifier)
     tokenizer = load_tokenizer(config.models.student)
