@@ -1,4 +1,4 @@
-"""benchmarks/versus_trl.py: by its evaluator the teacher passes the bar, and the base student not."""
+"""benchmarks/versus_trl.py: its evaluator lets the teacher pass and the base student not."""
 
 from __future__ import annotations
 
