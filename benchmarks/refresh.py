@@ -41,6 +41,10 @@ SETTINGS = (
     f"prompts.opd.num_prompts={NUM_STEPS * BATCH}",  # so that Lightning OPD sees each response once
     f"distill.num_steps={NUM_STEPS}",
     f"distill.batch_size={BATCH}",
+    # The paper's loss, whose rollouts this benchmark renews.
+    "score.top_k=0",
+    "distill.objective.loss=lightning",
+    "sglang.replicas=1",
     "distill.sync_every=0",
     "distill.checkpoint_every=10",
     "distill.log_every=5",

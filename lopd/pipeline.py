@@ -17,6 +17,7 @@ from typing import Any
 
 from lopd import summary
 from lopd.artifacts import (
+    MANIFEST,
     Share,
     publish_json,
     published_rows,
@@ -33,6 +34,7 @@ from lopd.report.console import print_line, progress
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.evaluate import LONGER
 from lopd.stages.order import STAGES, is_needed, stage_named
+from lopd.stages.overlap import Overlap, overlaps
 from lopd.stages.progress import Progress, progress_of
 from lopd.stages.reuse import default_of, inspect, reusable, supersede
 from lopd.stages.training import follow_trainings
@@ -67,18 +69,22 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
     outcomes: list[Outcome] = []
     identities: dict[str, ModelIdentity] = {}
     load_hashes(config)
-    with locked(config.run.dir):
+    if only is None:
+        chosen = [stage for stage in STAGES if is_needed(stage, config)]
+    else:
+        chosen = [stage for stage in STAGES if stage.name in only]
+    names = [stage.name for stage in chosen]
+    # What overlaps ends before the lock is free: the next command must not meet it.
+    with locked(config.run.dir), Overlap(names) as overlap:
         report_changes(config)
         # Now that the folder is this command's: what its checks have rendered.
         write_held(config.run.dir)
-        if only is None:
-            chosen = [stage for stage in STAGES if is_needed(stage, config)]
-        else:
-            chosen = [stage for stage in STAGES if stage.name in only]
         for stage in chosen:
             # What this command has just written or verified need not be read again.
             verified = {outcome.name for outcome in outcomes}
-            outcomes.append(_run_stage(StageContext(config, stage, identities), verified))
+            context = StageContext(config, stage, identities)
+            context.overlap = overlap if overlaps(config) else None
+            outcomes.append(_run_stage(context, verified))
             # After each stage, not at the end: a later stage may fail, or be killed.
             HASHES.save(config.run.dir / STORE)
             publish_json(config.run.dir / _CONFIG, config_record(config))
@@ -298,6 +304,9 @@ def _run_stage(context: StageContext, verified: Collection[str]) -> Outcome:
     with storage_errors(context.folder):
         context.folder.mkdir(parents=True, exist_ok=True)
     context.log(context.stage.summary)
+    # A stage that goes on may have all its shards. Then it needs no server.
+    if not (context.folder / MANIFEST).exists():
+        context.prepare_server()
     # A log, or a library, may also find the disk full.
     with storage_errors(context.folder):
         context.stage.run(context)

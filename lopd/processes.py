@@ -36,6 +36,7 @@ class GuardedProcess:
         command: The program and its arguments.
         env: The complete environment of the command.
         output: Where stdout and stderr of the command go. None means to our own.
+        source: What the command reads as stdin. None means nothing.
         cwd: The command's working directory. None means ours.
 
     Raises:
@@ -48,6 +49,7 @@ class GuardedProcess:
         *,
         env: Mapping[str, str],
         output: IO[bytes] | int | None = None,
+        source: int | None = None,
         cwd: Path | None = None,
     ) -> None:
         read_end, self._write_end = os.pipe()
@@ -57,7 +59,7 @@ class GuardedProcess:
                 [sys.executable, "-m", "lopd.processes", *command],
                 env={**env, _GUARD_FD: str(read_end)},
                 # A server that reads from the terminal would take the keys that the user types.
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if source is None else source,
                 stdout=output,
                 stderr=subprocess.STDOUT if output is not None else None,
                 # The write end is not passed on. If any child held it, the pipe would stay open

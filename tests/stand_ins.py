@@ -197,6 +197,8 @@ class StandIns:
             "serve",
             lambda context, role, model, settings=None: self.serve(context, role, model),
         )
+        patch.setattr(StageContext, "prepare_server", lambda context: None)
+        patch.setattr("lopd.stages.overlap.prepare_ranks", lambda settings: None)
         patch.setattr("sglang_rollout.weight_sync.update_weights_from_disk", lambda *_, **__: None)
         for stage in (sft, distill, evaluate):
             patch.setattr(stage, "train_on_ranks", self.train)

@@ -31,6 +31,16 @@ class RunSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Machines with GPUs are left out by lopd.stages.overlap.overlaps, which says why.
+    overlap: bool = Field(
+        default=True,
+        description=(
+            "On a machine without a GPU, keep one server from stage to stage, and let the ranks of "
+            "the next training start while a stage works. With GPUs nothing overlaps."
+        ),
+        json_schema_extra=SPEED_ONLY,
+    )
+
     # Every request and every step derives its own seed from this one.
     seed: int = Field(
         default=17,

@@ -23,6 +23,7 @@ from lopd.tasks.chat_template import template_inputs
 from lopd.tasks.rows import content_hash
 
 if TYPE_CHECKING:
+    from lopd.stages.overlap import Overlap
     from sglang_rollout.requests.client import SGLangEngine
 
 
@@ -65,6 +66,8 @@ class StageContext:
     _served: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
     # What this process does of a stage that several workers share.
     share: Share | None = None
+    # What the stages of one command share, where they may overlap.
+    overlap: Overlap | None = None
 
     def of_stage(self, stage: Stage) -> StageContext:
         """Return the context of another stage of the same run."""
@@ -232,14 +235,16 @@ class StageContext:
             self._served[role] = lambda: found
             yield engine
             return
-        self.log(f"starting SGLang with {model}")
-        with serve(
-            model,
-            settings or self.config.sglang,
-            log=self.folder / f"sglang-{role}.log",
-            name=role,
-            tell=self.log,
+        is_kept = self.overlap is not None and self.overlap.has_server
+        self.log(f"{'SGLang gets' if is_kept else 'starting SGLang with'} {model}")
+        start = serve if self.overlap is None else self.overlap.serve
+        log = self.folder / f"sglang-{role}.log"
+        with start(
+            model, settings or self.config.sglang, log=log, name=role, tell=self.log
         ) as engine:
+            if self.overlap is not None:
+                # The server works, and this process mostly waits for it.
+                self.overlap.prepare_ranks_after(self.stage.name, self.config)
             # A later stage compares the user's servers with this probe, if it has to use them.
             probe = probe_logprobs(engine, vocab_size_of(model)) if is_teacher else None
 
@@ -249,6 +254,22 @@ class StageContext:
 
             self._served[role] = record
             yield engine
+
+    def prepare_server(self) -> None:
+        """Begin to start the server that this stage will need, where stages may overlap."""
+        config = self.config
+        # With teachers for domains, the first model follows from the prompts.
+        if self.overlap is None or self.overlap.has_server or config.models.teachers:
+            return
+        by_teacher = self.stage.name == "demonstrate"
+        urls = config.sglang.teacher_urls if by_teacher else config.sglang.student_urls
+        if urls or self.stage.name not in ("demonstrate", "rollout", "evaluate"):
+            return
+        # The other two begin with the student, whose architecture is that of its base.
+        model = config.models.teacher if by_teacher else config.models.student
+        role = {"demonstrate": "teacher", "rollout": "student"}.get(self.stage.name, "evaluated")
+        log = self.folder / f"sglang-{role}.log"
+        self.overlap.prepare_server(model, config.sglang, log=log, name=role, tell=self.log)
 
     @property
     def served(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score_shards import score_into
 from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
-from lopd.stages.training import MODEL, TrainingJob, train_on_ranks
+from lopd.stages.training import MODEL, RESULT, TrainingJob, train_on_ranks
 from lopd.stages.truncation import truncation_warning
 from lopd.stages.vocabulary import num_shared_ids
 from lopd.tasks import Verifier, get_task
@@ -44,9 +44,15 @@ LONGER = "sft_longer"
 def run(context: StageContext) -> None:
     """Publish answers, scores, accuracy, lengths and reverse KL of each model."""
     config = context.config
-    # Before the servers: training and serving need the same GPUs.
-    longer = _train_longer(context) if config.evaluate.equal_compute_baseline else None
+    longer: dict[str, Any] | None = None
+    is_trained = (context.folder / LONGER / RESULT).exists()
+    if config.evaluate.equal_compute_baseline and context.overlap is not None and not is_trained:
+        # Its ranks do their imports while this process reads the prompts.
+        context.overlap.prepare_ranks(config.sft)
     prompts, prompt_ids = context.prompts("eval")
+    # Before the servers: training and serving need the same GPUs.
+    if config.evaluate.equal_compute_baseline:
+        longer = _train_longer(context)
     held_out = _HeldOut(context, prompts, prompt_ids)
     writer = context.writer(
         models={"teacher": context.identity("teacher")},
@@ -79,7 +85,7 @@ def run(context: StageContext) -> None:
         for name, manifest in scores.items()
     }
     writer.finish(
-        **_figures(context, answers),
+        **_figures(context, answers, prompts),
         reverse_kl=divergence,
         num_prompts=len(prompts),
         samples_per_prompt=config.evaluate.samples_per_prompt,
@@ -87,7 +93,9 @@ def run(context: StageContext) -> None:
     )
 
 
-def _figures(context: StageContext, answers: Mapping[str, Manifest]) -> dict[str, Any]:
+def _figures(
+    context: StageContext, answers: Mapping[str, Manifest], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
     """Return what the answers of all models come to, for the manifest, and log the warnings.
 
     Returns:
@@ -96,7 +104,7 @@ def _figures(context: StageContext, answers: Mapping[str, Manifest]) -> dict[str
     # Without a verifier the manifest has no accuracy, and not an empty one.
     figures: dict[str, Any] = {"responses": {}, "warnings": []}
     for name, manifest in answers.items():
-        judged = _judge(context, context.folder / f"answers-{name}", manifest)
+        judged = _judge(context, context.folder / f"answers-{name}", manifest, prompts)
         figures["responses"][name] = response_figures(judged.lengths, judged.truncated)
         if judged.right:
             of_model = accuracy_figures(judged.right, judged.lengths, judged.truncated)
@@ -213,12 +221,13 @@ class _Judged:
     right: list[list[bool]]
 
 
-def _judge(context: StageContext, folder: Path, manifest: Manifest) -> _Judged:
+def _judge(
+    context: StageContext, folder: Path, manifest: Manifest, prompts: Sequence[Prompt]
+) -> _Judged:
     """Read a model's answers. If the task has a verifier, judge them and publish the verdicts."""
     config = context.config
     task = get_task(config.task.name, config.task.options)
     tokenizer = load_tokenizer(config.models.student)
-    prompts, _ = context.prompts("eval")
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     keys: list[Key] = []
     lengths: list[int] = []

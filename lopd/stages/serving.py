@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lopd.stages.overlap import architecture_of
 
 if TYPE_CHECKING:
     from lopd.stages.context import StageContext
     from sglang_rollout.requests.client import SGLangEngine
-
-# Keys of config.json that say who wrote the file, or how it is stored, and not what the model is.
-_NOT_ARCHITECTURE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 class ModelServer:
@@ -43,7 +41,7 @@ class ModelServer:
         """
         # The files of a trained model differ from its base in names and versions, not in what
         # SGLang builds from them.
-        architecture = _architecture(model)
+        architecture = architecture_of(model)
         if self._engine is not None and architecture == self._architecture:
             from sglang_rollout.weight_sync import update_weights_from_disk
 
@@ -55,8 +53,3 @@ class ModelServer:
         self._engine = self._open.enter_context(self._context.serve("evaluated", model))
         self._architecture = architecture
         return self._engine
-
-
-def _architecture(model: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}

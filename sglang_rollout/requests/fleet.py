@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,92 @@ def fleet_of(engines: Sequence[SGLangEngine]) -> SGLangEngine:
     return engines[0] if len(engines) == 1 else SGLangFleet(engines)
 
 
+class OwnServers:
+    """sglang.replicas servers of one checkpoint that lopd runs on this machine.
+
+    They share a key and the file with the newest weights.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        settings: SGLangSection,
+        *,
+        log: str | Path,
+        name: str,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            model_dir: The folder of the Hugging Face checkpoint.
+            settings: The section [sglang].
+            log: The log of the server. Several servers have numbered logs beside it.
+            name: The name of the servers in errors and progress lines.
+            tell: A function that gets one line about each restart.
+        """
+        log = Path(log)
+        number = settings.replicas
+        # The key and the weights file are shared. A process that knows those of the first server,
+        # such as a rank of the trainer, can then reach all of them.
+        self._api_key = secrets.token_urlsafe(32)
+        self._settings = settings
+        logs = [log]
+        if number > 1:
+            logs = [log.with_name(f"{log.stem}-{replica}{log.suffix}") for replica in range(number)]
+        self._servers = [
+            SGLangServer(
+                Path(model_dir),
+                settings,
+                log=path,
+                name=name,
+                replica=replica,
+                weights_file=log.with_name(f"{log.name}.weights.json"),
+                api_key=self._api_key,
+                tell=tell,
+            )
+            for replica, path in enumerate(logs)
+        ]
+
+    @property
+    def ready(self) -> bool:
+        """Return whether each server runs and has been healthy since its start."""
+        return all(server.ready() for server in self._servers)
+
+    def start(self) -> SGLangEngine:
+        """Start the servers at the same time, and return one engine for all of them.
+
+        Raises:
+            EngineError: A server does not start. Then all of them are ended.
+        """
+        # At the same time: each start waits a minute and more for its model, most of it idle.
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            starts = [pool.submit(server.start) for server in self._servers]
+            try:
+                # As they end, not in order: the first failure must be seen at once.
+                for start in as_completed(starts):
+                    start.result()
+            except BaseException:
+                # The pool waits for all its threads. Without this the others would still be
+                # loading for minutes before the error appears.
+                self.stop()
+                raise
+        engines = [
+            SGLangEngine(server.url, self._api_key, self._settings, server=server)
+            for server in self._servers
+        ]
+        return fleet_of(engines)
+
+    def adopt(self, model_dir: Path, name: str) -> None:
+        """Count the servers as started with this checkpoint, whose weights they have by now."""
+        for server in self._servers:
+            server.adopt(model_dir, name)
+
+    def stop(self) -> None:
+        """End the servers, also while they start. A second call does nothing."""
+        for server in self._servers:
+            server.stop()
+
+
 @contextmanager
 def serve(
     model_dir: str | Path,
@@ -112,14 +198,7 @@ def serve(
     name: str,
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[SGLangEngine]:
-    """Run sglang.replicas servers of a checkpoint as long as the block lasts.
-
-    Args:
-        model_dir: The folder of the Hugging Face checkpoint.
-        settings: The section [sglang].
-        log: The log of the server. Several servers have numbered logs beside it.
-        name: The name of the servers in errors and progress lines.
-        tell: A function that gets one line about each restart.
+    """Run servers of a checkpoint as long as the block lasts. The arguments are OwnServers'.
 
     Yields:
         One engine for all servers.
@@ -127,51 +206,8 @@ def serve(
     Raises:
         EngineError: A server does not start.
     """
-    model_dir = Path(model_dir)
-    log = Path(log)
-    number = settings.replicas
-    # The key and the weights file are shared. A process that knows those of the first server, such
-    # as a rank of the trainer, can then reach all of them.
-    api_key = secrets.token_urlsafe(32)
-    weights_file = log.with_name(f"{log.name}.weights.json")
-    logs = [log]
-    if number > 1:
-        logs = [log.with_name(f"{log.stem}-{replica}{log.suffix}") for replica in range(number)]
-    servers = [
-        SGLangServer(
-            model_dir,
-            settings,
-            log=path,
-            name=name,
-            replica=replica,
-            weights_file=weights_file,
-            api_key=api_key,
-            tell=tell,
-        )
-        for replica, path in enumerate(logs)
-    ]
-    with ExitStack() as stack:
-        # Registered before the start, so that a failure of one server ends the others as well.
-        for server in servers:
-            stack.callback(server.stop)
-        _start(servers)
-        yield fleet_of(
-            [SGLangEngine(server.url, api_key, settings, server=server) for server in servers]
-        )
-
-
-def _start(servers: Sequence[SGLangServer]) -> None:
-    """Start the servers at the same time."""
-    # At the same time: each start waits a minute and more for its model, most of it idle.
-    with ThreadPoolExecutor(len(servers)) as pool:
-        starts = [pool.submit(server.start) for server in servers]
-        try:
-            # As they end, not in order: the first failure must be seen at once.
-            for start in as_completed(starts):
-                start.result()
-        except BaseException:
-            # The pool waits for all its threads. Without this the others would still be
-            # loading for minutes before the error appears.
-            for server in servers:
-                server.stop()
-            raise
+    servers = OwnServers(model_dir, settings, log=log, name=name, tell=tell)
+    try:
+        yield servers.start()
+    finally:
+        servers.stop()

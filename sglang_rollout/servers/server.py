@@ -88,6 +88,8 @@ class SGLangServer:
         # relaunch() changes model_dir. A restart without newer weights in a folder goes back to
         # this one.
         self._first_model_dir = model_dir
+        # Restarts before adopt(), which concern the former checkpoint.
+        self._former_restarts = 0
         # Nothing is served without a key, not even on loopback: other users of the machine can
         # connect to it too.
         self.api_key = api_key or secrets.token_urlsafe(32)
@@ -120,8 +122,8 @@ class SGLangServer:
 
     @property
     def num_restarts(self) -> int:
-        """Return how often the server was started again."""
-        return self._watcher.num_restarts
+        """Return how often the server was started again, since adopt() if that was called."""
+        return self._watcher.num_restarts - self._former_restarts
 
     @property
     def command(self) -> list[str]:
@@ -220,6 +222,23 @@ class SGLangServer:
         self.model_dir, self._version = remembered_weights(self.weights_file) or first
         self._check_checkpoint()
         self._launch(None)
+
+    def adopt(self, model_dir: Path, name: str) -> None:
+        """Count the server as started with a checkpoint whose weights it has got since.
+
+        A restart and the record for a manifest then name that checkpoint.
+
+        Args:
+            model_dir: The folder of the Hugging Face checkpoint.
+            name: The name of the server in errors and progress lines from now on.
+        """
+        self.name = name
+        # In this order: a restart between the two lines finds the same checkpoint in either place.
+        self._first_model_dir = model_dir
+        self.weights_file.unlink(missing_ok=True)
+        self.model_dir = model_dir
+        self._version = None
+        self._former_restarts = self._watcher.num_restarts
 
     def alive(self) -> bool:
         """Return whether the server's process runs. It may still be unhealthy."""

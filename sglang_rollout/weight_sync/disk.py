@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from lopd.errors import EngineError
 from sglang_rollout.requests.client import SGLangEngine
+from sglang_rollout.server_side.checkpoint import check_same_tensors
 from sglang_rollout.servers.weights_file import remember_weights
 from sglang_rollout.weight_sync.interface import Bucket, Inventory, SyncReport, nbytes, on_all
 from sglang_rollout.weight_sync.session import RunningRequests, UpdateSession
@@ -220,7 +221,12 @@ class DiskWeightReceiver:
 
 
 def update_weights_from_disk(
-    engine: SGLangEngine, model_dir: Path, *, version: str, timeout_s: float = 300.0
+    engine: SGLangEngine,
+    model_dir: Path,
+    *,
+    version: str,
+    like: Path | None = None,
+    timeout_s: float = 300.0,
 ) -> None:
     """Serve the weights of another checkpoint of the same architecture on each server.
 
@@ -231,12 +237,14 @@ def update_weights_from_disk(
         engine: The engine of one server or of a fleet.
         model_dir: The folder of the Hugging Face checkpoint.
         version: The weight version that the servers report from then on.
+        like: A checkpoint of the served model. None: the folder that the servers name, which may
+            be gone after a weight sync.
         timeout_s: The longest time in seconds that one server may need.
 
     Raises:
         EngineError: For the same reasons as load_folder().
     """
-    load_folder(engine.engines, model_dir, version, timeout_s=timeout_s)
+    load_folder(engine.engines, model_dir, version, like=like, timeout_s=timeout_s)
     # Only after the load: a server that dies during it must come back with the weights it had.
     if engine.server is not None:
         remember_weights(engine.server.weights_file, model_dir, version)
@@ -248,6 +256,7 @@ def load_folder(
     version: str,
     *,
     running_requests: RunningRequests = "finish",
+    like: Path | None = None,
     timeout_s: float = 300.0,
 ) -> None:
     """Make servers serve another checkpoint of the same architecture.
@@ -259,6 +268,7 @@ def load_folder(
         model_dir: The folder of the Hugging Face checkpoint.
         version: The weight version that the servers report from then on.
         running_requests: What happens to running requests.
+        like: As for update_weights_from_disk().
         timeout_s: The longest time in seconds that one server may need.
 
     Raises:
@@ -267,7 +277,11 @@ def load_folder(
             another version.
     """
     # Before the session: a folder of another model must not pause a server at all.
-    Inventory(model_dir, str(model_dir)).check_served(engines, timeout_s)
+    inventory = Inventory(model_dir, str(model_dir))
+    if like is None:
+        inventory.check_served(engines, timeout_s)
+    else:
+        check_same_tensors(inventory.shapes, like)
     session = UpdateSession(engines, running_requests, timeout_s)
     session.open(version, in_place=False)
     # Without abandon() a server that refuses would stay paused, with clients waiting for it.

@@ -18,6 +18,9 @@ SECRET = "hunter2"
 SHORT = (
     f"""sglang.extra_args={{hicache_storage_backend_extra_config='{{"token": "{SECRET}"}}'}}""",
     "prompts.opd.num_prompts=1280",
+    "score.top_k=0",
+    "distill.objective.loss=lightning",
+    "sglang.replicas=1",
     f"distill.num_steps={NUM_STEPS}",
     "distill.batch_size=160",
     "distill.optimizer.lr=2e-4",
@@ -28,8 +31,8 @@ SHORT = (
     "rollout.shard_size=256",
     "sft.log_every=1",
 )
-"""The example in less time: each rollout is seen once, at twice the learning rate. The last two
-decide nothing of the result, nor does the first.
+"""The example in less time, with the paper's loss: each rollout is seen once, at twice the learning
+rate. The last two decide nothing of the result, nor does the first.
 """
 
 

@@ -299,7 +299,7 @@ def test_no_process_is_left_and_nothing_listened_but_on_loopback(completed: Comp
     assert completed.processes_left == []
     programs = " ".join(program for _, program in completed.listened)
     assert "sglang_rollout.servers.launch" in programs, "the servers were seen"
-    assert "torchrun" in programs, "the trainer's store was seen"
+    assert "megatron.ranks.forking" in programs, "the trainer's store was seen"
     assert {
         (address, program) for address, program in completed.listened if address not in LOOPBACK
     } == set()

@@ -18,6 +18,7 @@ from pathlib import Path
 from lopd.artifacts import remove_folder
 from lopd.config import ForwardSection, TrainSection
 from lopd.errors import LopdError, TrainingError
+from lopd.megatron.ranks.forking import order_line
 from lopd.megatron.ranks.heartbeats import BEAT_S, HEARTBEATS, MISSED_BEATS, HeartbeatMonitor
 from lopd.megatron.ranks.lost_nodes import (
     COLLECTIVE,
@@ -29,6 +30,7 @@ from lopd.megatron.ranks.lost_nodes import (
 )
 from lopd.megatron.ranks.nodes import ANNOUNCEMENT, NODE, Node, interface_towards, own_address
 from lopd.megatron.ranks.rank_errors import ERROR_FILE, read_report
+from lopd.megatron.ranks.standby import STANDBY
 from lopd.processes import GuardedProcess, die_with_parent, last_lines
 
 # A file beside the log. It tells the other machines where the first one is.
@@ -94,7 +96,14 @@ def run_ranks(
         # The first machine removes what an earlier run left, before the others can join this one.
         if join is None:
             remove_reports_of_others(log, node)
-    code = _run_to_end(command, environment, log, monitor, on_line, stop or threading.Event())
+    # Ranks that wait are of this machine alone, and have done their imports.
+    waiting = STANDBY.take(threads_per_rank) if node is None else None
+    if waiting is not None:
+        waiting.begin(order_line(module, args, ranks, environment))
+        output, process = waiting.output, waiting.process
+    else:
+        output, process = _start(command, environment)
+    code = _run_to_end(output, process, log, monitor, on_line, stop or threading.Event())
     if code != 0:
         raise _failure(code, log, error_file, monitor, node)
 
@@ -128,9 +137,26 @@ def _torchrun_command(
     return [*command, "--module", __name__, module, *args]
 
 
+def prepare_ranks(settings: TrainSection) -> None:
+    """Let ranks of a training do their imports and wait; run_ranks then takes them.
+
+    It does nothing for a training on several machines. Call it only on a machine without GPUs
+    (lopd.megatron.ranks.forking).
+    """
+    if settings.parallel.nodes == 1:
+        threads = threads_of(settings)
+        STANDBY.prepare(_common_environment(None, threads), threads)
+
+
 def _rank_environment(
     env: Mapping[str, str] | None, threads_per_rank: int, error_file: Path, heartbeats: Path
 ) -> dict[str, str]:
+    files = {ERROR_FILE: str(error_file), HEARTBEATS: str(heartbeats)}
+    return _common_environment(env, threads_per_rank) | files
+
+
+def _common_environment(env: Mapping[str, str] | None, threads_per_rank: int) -> dict[str, str]:
+    """Return what all ranks of this machine have in their environment."""
     environment = dict(os.environ if env is None else env)
     environment |= {
         "OMP_NUM_THREADS": str(threads_per_rank),
@@ -138,8 +164,6 @@ def _rank_environment(
         "GLOO_SOCKET_IFNAME": "lo",
         # A line is on screen as soon as it is written.
         "PYTHONUNBUFFERED": "1",
-        ERROR_FILE: str(error_file),
-        HEARTBEATS: str(heartbeats),
     }
     # Megatron and torch write about a hundred lines of warnings. The ranks' own lines would be
     # lost among them.
@@ -192,36 +216,41 @@ def threads_of(settings: TrainSection | ForwardSection) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_per_node)
 
 
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, GuardedProcess]:
+    """Start torchrun, and return where its output is read."""
+    read_end, write_end = os.pipe()
+    try:
+        return read_end, GuardedProcess(command, env=environment, output=write_end)
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        # The child has a copy. The pipe ends only when nobody holds this end any more.
+        os.close(write_end)
+
+
 def _run_to_end(
-    command: Sequence[str],
-    environment: Mapping[str, str],
+    output: int,
+    process: GuardedProcess,
     log: Path,
     monitor: HeartbeatMonitor,
     on_line: Callable[[str], None] | None,
     stop: threading.Event,
 ) -> int:
-    """Run the command, copy its lines to the log and to on_line, and return its exit code."""
-    read_end, write_end = os.pipe()
+    """Copy the lines of the ranks to the log and to on_line, and return the exit code."""
     try:
         with log.open("ab") as log_file:
-            try:
-                process = GuardedProcess(command, env=environment, output=write_end)
-            finally:
-                # The child has a copy. The pipe ends only when nobody holds this end any more.
-                os.close(write_end)
-            try:
-                for line in _output_lines(read_end, process, monitor, stop):
-                    log_file.write(line)
-                    # Flushed at once, because the log is read when this process is killed.
-                    log_file.flush()
-                    if on_line is not None:
-                        on_line(line.decode("utf-8", "replace").rstrip())
-                return process.wait()
-            finally:
-                # on_line may raise, and so does a KeyboardInterrupt: no rank may stay behind.
-                process.stop()
+            for line in _output_lines(output, process, monitor, stop):
+                log_file.write(line)
+                # Flushed at once, because the log is read when this process is killed.
+                log_file.flush()
+                if on_line is not None:
+                    on_line(line.decode("utf-8", "replace").rstrip())
+            return process.wait()
     finally:
-        os.close(read_end)
+        # on_line may raise, and so does a KeyboardInterrupt: no rank may stay behind.
+        process.stop()
+        os.close(output)
         remove_folder(monitor.folder)
 
 
