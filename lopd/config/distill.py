@@ -22,11 +22,13 @@ class ObjectiveSection(Section):
         ),
     )
 
-    top_k_support: Literal["tail", "renormalised"] = Field(
+    top_k_support: Literal["tail", "renormalised", "generalised"] = Field(
         default="tail",
         description=(
             "How a top-K loss treats all other tokens. tail: together they are one more outcome. "
-            "renormalised: they are ignored, and the K probabilities are divided by their sum."
+            "renormalised: they are ignored, and the K probabilities are divided by their sum. "
+            "generalised: they are ignored, and the sum over the K has the terms - p + q of the "
+            "generalised KL, which is lowest where student and teacher agree on each of the K."
         ),
     )
 
