@@ -260,6 +260,7 @@ class Sample:
             stands before it.
         truncated: True if the response was cut off before an end token.
         teacher_index: The number of the teacher that scored it, if there are several.
+        right: Whether a verifier found its answer right, if it was judged.
 
     Example:
         >>> sample = Sample(
@@ -280,6 +281,7 @@ class Sample:
     truncated: bool = False
     teacher_top: TopK | None = None  # [L, K]
     teacher_index: int | None = None
+    right: bool | None = None
 
     def __post_init__(self) -> None:
         columns = ("loss_mask", "sampling_logprobs", "teacher_logprobs", "teacher_top")
@@ -303,6 +305,7 @@ class Microbatch:
         num_sequences: How many sequences are samples. One more may follow, which is padding.
         truncated: True for each sequence that was cut off before an end token.
         teacher_index: The number of the teacher that scored each sequence, if there are several.
+        right: True for each sequence whose answer a verifier found right, if they were judged.
 
     Example:
         The sample above is packed together with a shorter one, [11, 40, 2], whose response is only
@@ -335,6 +338,7 @@ class Microbatch:
     truncated: Bools | None = None  # [S]
     teacher_top: TopK | None = None  # [T, K]
     teacher_index: NDArray[np.int64] | None = None  # [S]
+    right: Bools | None = None  # [S]
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)

@@ -11,6 +11,7 @@ from pathlib import Path
 from lopd.artifacts import identify_model, identify_tokenizer, read_manifest, verify
 from lopd.artifacts import lineage as consistency
 from lopd.cache.reader import CacheReader
+from lopd.cache.verdicts import read_verdict_manifest
 from lopd.checks.findings import Finding, architecture_of
 from lopd.checks.training import batch_problem
 from lopd.config import Config
@@ -171,6 +172,19 @@ def cache(config: Config) -> Iterator[Finding]:
         manifest, folder, identify_model(student), allow_foreign=config.distill.allow_foreign_cache
     )
     yield str(found["cache"]["note"])
+
+
+def verdicts(config: Config) -> Iterator[Finding]:
+    """Check that given verdicts are complete, and say how many responses they find right."""
+    for name in ("verdicts", "teacher_verdicts"):
+        folder = getattr(config.distill, name)
+        if folder is not None:
+            manifest = read_verdict_manifest(folder)
+            verifier = manifest.extra["verifier"]["name"]
+            yield (
+                f"distill.{name}: {manifest.extra['num_right']:,} of {manifest.rows:,} responses "
+                f"right by {verifier}"
+            )
 
 
 def _require_known_ids(config: Config, folder: Path) -> None:

@@ -159,7 +159,7 @@ def _microbatch_problems(
 def objective(config: Config) -> Iterator[Finding]:
     """Check that the parts of the loss go together, and that their inputs will be there."""
     from lopd.objective import RefreshRule, objective_from_config
-    from lopd.objective.registry import AVAILABLE, TOP_K
+    from lopd.objective.registry import AVAILABLE, TOP_K, VERDICTS
 
     has_top_k = config.score.top_k > 0
     missing: set[str] = set()
@@ -170,6 +170,8 @@ def objective(config: Config) -> Iterator[Finding]:
         # A cache that was imported may lack the log-probabilities that it was sampled with.
         missing = {"sampling_logprobs"} - columns
     available = (AVAILABLE | TOP_K if has_top_k else AVAILABLE) - missing
+    if config.distill.verdicts is not None:
+        available |= VERDICTS
     # Building the objective is the check: it refuses parts that do not go together.
     yield str(objective_from_config(config.distill, available))
     # With another distribution than the student's own, the weights are not those of the theory.

@@ -90,6 +90,36 @@ class ObjectiveSection(Section):
         ),
     )
 
+    # Verdicts of the responses (distill.verdicts): left out, weighted, or added to the advantage.
+
+    # Like truncated: what the teacher says of a response that went wrong may teach little.
+    wrong: Literal["learn", "drop"] = Field(
+        default="learn",
+        description=(
+            "What happens to responses whose answer was wrong by distill.verdicts: learn from "
+            "them, or drop them."
+        ),
+    )
+
+    wrong_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description=(
+            "Multiply the loss of responses whose answer was wrong by this. 1 means that all "
+            "responses weigh the same."
+        ),
+    )
+
+    # In nats, like the advantage itself.
+    verdict_reward: float = Field(
+        default=0.0,
+        ge=0,
+        description=(
+            "Add this many nats to the advantage of every token of a right response, and take "
+            "them from that of a wrong one. 0 means that the teacher alone decides."
+        ),
+    )
+
     # A second loss that is added: it holds the student near the policy that wrote the rollouts.
 
     # For trainings in which lengths or the entropy run away.
@@ -201,6 +231,35 @@ class DistillSection(TrainSection):
         description=(
             "Accept a cache even if nothing shows that this SFT student wrote its responses, or "
             "that its teacher scored them. The manifest records it."
+        ),
+    )
+
+    # Verdicts of a verifier beside the teacher (lopd cache judge).
+
+    verdicts: FilePath | None = Field(
+        default=None,
+        description=(
+            "Verdicts of the responses, for distill.objective.wrong, wrong_weight or "
+            "verdict_reward: a folder that lopd cache judge has made. If absent, none."
+        ),
+    )
+
+    # A teacher that cannot solve a prompt scores the student's attempts at it with authority.
+    teacher_verdicts: FilePath | None = Field(
+        default=None,
+        description=(
+            "Verdicts of the teacher's own answers to the prompts: a folder that lopd cache judge "
+            "has made. Prompts that the teacher fails are left out. If absent, all prompts stay."
+        ),
+    )
+
+    teacher_right_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description=(
+            "With distill.teacher_verdicts, a prompt stays if at least this share of the "
+            "teacher's answers to it is right."
         ),
     )
 

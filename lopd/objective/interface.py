@@ -81,6 +81,8 @@ class TokenBatch:
     truncated: Tensor | None = None
     # int64 [S], which of several teachers scored the sequence.
     teacher_index: Tensor | None = None
+    # bool [S], responses whose answer a verifier found right.
+    right: Tensor | None = None
     # float32 [T, K], by the teacher, of its K likeliest tokens.
     teacher_top_logprobs: Tensor | None = None
     # float32 [T], by the teacher, of all other tokens together. If it is None, the tail is 1 minus
@@ -109,6 +111,7 @@ class TokenBatch:
             sampling_logprobs=tensor(microbatch.sampling_logprobs),
             truncated=tensor(microbatch.truncated),
             teacher_index=tensor(microbatch.teacher_index),
+            right=tensor(microbatch.right),
             teacher_top_logprobs=None if top is None else tensor(top.logprobs),
             teacher_tail_logprob=None if top is None else tensor(top.tail_logprob),
         )

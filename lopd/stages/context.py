@@ -142,6 +142,10 @@ class StageContext:
             keys["sft.checkpoint"] = identify_model(config.sft.checkpoint).weights
         if "distill" in self.stage.knobs and config.distill.cache is not None:
             keys["distill.cache"] = read_manifest(config.distill.cache).fingerprint
+        for name in ("verdicts", "teacher_verdicts") if "distill" in self.stage.knobs else ():
+            folder = getattr(config.distill, name)
+            if folder is not None:
+                keys[f"distill.{name}"] = read_manifest(folder).fingerprint
         return keys
 
     def writer(
@@ -174,11 +178,15 @@ class StageContext:
         parameters = section.model_dump(mode="json", exclude={"shard_size"})
         return {**parameters, "dtype": self.config.sglang.dtype}
 
-    def prompts(self, name: str) -> tuple[list[Prompt], list[Any]]:
+    def prompts(
+        self, name: str, *, need_answers: bool | None = None, record: bool = True
+    ) -> tuple[list[Prompt], list[Any]]:
         """Return a prompt set, and the token ids [P] of each prompt with the chat template.
 
         Args:
             name: "sft", "opd" or "eval".
+            need_answers: Whether a prompt without an answer is refused. None: in "eval" alone.
+            record: Whether a template's time may be recorded in the run directory.
 
         Raises:
             DataError: A prompt cannot be used. See lopd.tasks.prompts.
@@ -194,9 +202,9 @@ class StageContext:
             prompt_tokenizer(self.config),
             context_length=self.config.sglang.context_length,
             # The method itself needs no answers. Only held-out prompts are judged.
-            need_answers=name == "eval",
+            need_answers=name == "eval" if need_answers is None else need_answers,
             # Recorded at the first use: every stage renders the prompts of the same moment.
-            time=render_time(self.config, record=True),
+            time=render_time(self.config, record=record),
         )
 
     @contextlib.contextmanager

@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lopd.batching import make_sample
 from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
+from lopd.cache.verdicts import right_of, rows_that_the_teacher_solves
 from lopd.errors import DataError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.objective import Objective, needs_top_k, objective_from_config
-from lopd.objective.registry import AVAILABLE, TOP_K
+from lopd.objective.registry import AVAILABLE, TOP_K, VERDICTS
 from lopd.records import Sample
 from lopd.stages.training import TrainingJob
 
@@ -73,6 +75,11 @@ class CachedSamples(Sequence[Sample]):
         self._reader.require_ids_below(rows, "the student")
         # The weights of each teacher, where the cache has several; a sample has an index into it.
         self._teachers = [*teachers_in(self._reader)] if distill else []
+        # Of each row of the cache, whether its answer was right. None: nobody asks.
+        verdicts = job.config.distill.verdicts if distill else None
+        self._right = None if verdicts is None else right_of(self._reader, verdicts)
+        # The rows of the cache that are learnt from.
+        self._rows = kept_rows(self._reader, job)
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +87,7 @@ class CachedSamples(Sequence[Sample]):
         return self._reader.num_tokens
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -89,20 +96,26 @@ class CachedSamples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         # A slice is read in one go: neighbours lie in the same row group of a shard.
         if isinstance(index, slice):
-            rows = self._reader.fetch_scored(np.arange(len(self))[index])
-            return [self._sample(row) for row in rows]
-        return self._sample(self._reader.fetch_scored([index])[0])
+            chosen = self._rows[index]
+            rows = self._reader.fetch_scored(chosen)
+            return [self._sample(*one) for one in zip(chosen.tolist(), rows, strict=True)]
+        chosen = self._rows[index]
+        return self._sample(int(chosen), self._reader.fetch_scored([chosen])[0])
 
     def all(self) -> list[Sample]:
         """Return all samples, for an artifact that fits into memory."""
-        return [self._sample(row) for row in self._reader.scored_rows()]
+        kept = set(self._rows.tolist())
+        rows = enumerate(self._reader.scored_rows())
+        return [self._sample(index, row) for index, row in rows if index in kept]
 
-    def _sample(self, row: ScoredRow) -> Sample:
+    def _sample(self, index: int, row: ScoredRow) -> Sample:
         response, scores = row
         sample = make_sample(response, scores, with_top=self._with_top)
         if not self._sampled:
             # The reader fills a missing column with NaN. The objective must see that there is none.
             sample = replace(sample, sampling_logprobs=None)
+        if self._right is not None:
+            sample = replace(sample, right=bool(self._right[index]))
         if self._teachers and scores is not None:
             if scores.teacher not in self._teachers:
                 raise DataError(
@@ -114,6 +127,20 @@ class CachedSamples(Sequence[Sample]):
                 )
             sample = replace(sample, teacher_index=self._teachers.index(scores.teacher))
         return sample
+
+
+def kept_rows(reader: CacheReader, job: TrainingJob) -> NDArray[np.int64]:
+    """Return the rows of a job's artifact that it learns from: all, or what the teacher solves.
+
+    Raises:
+        ArtifactError, DataError: See rows_that_the_teacher_solves.
+    """
+    distill = job.config.distill
+    if job.objective != "distill" or distill.teacher_verdicts is None:
+        return np.arange(len(reader))
+    return rows_that_the_teacher_solves(
+        reader, distill.teacher_verdicts, distill.teacher_right_share
+    )
 
 
 def teachers_in(reader: CacheReader) -> dict[str, str]:
@@ -158,4 +185,6 @@ def distillation_objective(job: TrainingJob) -> Objective:
     if "sampling_logprobs" not in reader.columns:
         # A cache that was imported from elsewhere may lack them.
         available -= {"sampling_logprobs"}
+    if job.config.distill.verdicts is not None:
+        available |= VERDICTS
     return objective_from_config(job.config.distill, available, tuple(teachers_in(reader).values()))

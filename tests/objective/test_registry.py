@@ -21,9 +21,18 @@ from lopd.objective import (
     TruncatedImportance,
     objective_from_config,
 )
-from lopd.objective.registry import AVAILABLE, LOSSES, REFERENCE, SELECTIONS, TOP_K, WEIGHTINGS
+from lopd.objective.registry import (
+    AVAILABLE,
+    LOSSES,
+    REFERENCE,
+    SELECTIONS,
+    SHIFTS,
+    TOP_K,
+    VERDICTS,
+    WEIGHTINGS,
+)
 
-WITH_TOP_K = AVAILABLE | TOP_K
+WITH_ALL = AVAILABLE | TOP_K | VERDICTS
 # knob -> (others that it needs, a value that is not the default)
 OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "loss": ({}, "top_k_reverse_kl"),
@@ -36,6 +45,9 @@ OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "reference_kl": ({}, 0.1),
     "reference_direction": ({"reference_kl": 0.1}, "reverse"),
     "top_k_support": ({"loss": "top_k_reverse_kl"}, "renormalised"),
+    "wrong": ({}, "drop"),
+    "wrong_weight": ({}, 0.5),
+    "verdict_reward": ({}, 0.5),
 }
 
 
@@ -68,7 +80,7 @@ def test_pieces_are_built_with_their_knobs() -> None:
         ReferenceKL(0.1, "reverse"),
         ("math", "code"),
     )
-    top_k = objective_from_config(section(loss="top_k_forward_kl"), WITH_TOP_K)
+    top_k = objective_from_config(section(loss="top_k_forward_kl"), WITH_ALL)
     assert top_k == Distillation(TopKKL("forward", "tail", "token_sum"))
 
 
@@ -78,13 +90,13 @@ def test_every_knob_is_read(knob: str) -> None:
     needed, value = OTHER_VALUES[knob]
     assert value != ObjectiveSection.model_fields[knob].default
     assert objective_from_config(
-        section(**needed, **{knob: value}), WITH_TOP_K
-    ) != objective_from_config(section(**needed), WITH_TOP_K)
+        section(**needed, **{knob: value}), WITH_ALL
+    ) != objective_from_config(section(**needed), WITH_ALL)
 
 
 def test_the_registry_and_the_configuration_know_the_same_names() -> None:
     modifiers = {"loss", "keep_end_token", "reference_direction", "top_k_support"}
-    assert set(SELECTIONS | WEIGHTINGS | REFERENCE) | modifiers == set(
+    assert set(SELECTIONS | WEIGHTINGS | SHIFTS | REFERENCE) | modifiers == set(
         ObjectiveSection.model_fields
     )
     assert ObjectiveSection.model_fields["loss"].annotation is not None
