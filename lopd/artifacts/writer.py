@@ -187,6 +187,11 @@ class ArtifactWriter:
         """The indices of the shards that are on disk."""
         return self._published
 
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """The shards that are on disk, by name. No manifest lists them before the last one."""
+        return self._manifest.shards
+
     def expect(self, num_shards: int) -> None:
         """Say how many shards the artifact will have, for those who ask how far it is.
 

@@ -35,6 +35,7 @@ def make_sample(
     """
     teacher_logprobs = teacher.teacher_logprobs if isinstance(teacher, TeacherScores) else teacher
     top = teacher.top if isinstance(teacher, TeacherScores) and with_top else None
+    base = teacher.base_logprobs if isinstance(teacher, TeacherScores) else None
     prompt_len = len(response.prompt_ids)
     response_len = len(response.token_ids)
     if teacher_logprobs is not None and len(teacher_logprobs) != response_len:
@@ -62,6 +63,7 @@ def make_sample(
         # "length" and "abort" both mean that the response has no end token.
         truncated=response.finish_reason != "stop",
         teacher_top=None if top is None else _top_after_prompt(top, prompt_len),
+        base_logprobs=None if base is None else after_prompt(base),
     )
 
 
@@ -126,6 +128,7 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
         teacher_top=_shifted_top(pack, _column(samples, "teacher_top")),
         teacher_index=_of_sequences(teachers, padding, np.int64, is_empty),
         right=_of_sequences(right, padding, np.bool_, is_empty),
+        base_logprobs=shifted_logprobs("base_logprobs"),
     )
 
 

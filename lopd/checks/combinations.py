@@ -184,6 +184,14 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
             where="distill",
             remedy="remove distill.refresh or distill.cache",
         )
+    # A refresh scores once, by the teacher.
+    if config.models.teacher_base is not None:
+        yield ConfigError(
+            "distill.refresh and models.teacher_base cannot be used together: a refresh is scored "
+            "by the teacher alone",
+            where="distill.refresh",
+            remedy="set distill.refresh.every = 0, or remove models.teacher_base",
+        )
     # A refresh starts the servers of one teacher only.
     if config.models.teachers:
         yield ConfigError(

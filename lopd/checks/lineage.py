@@ -16,7 +16,7 @@ from lopd.checks.findings import Finding, architecture_of
 from lopd.checks.training import batch_problem
 from lopd.config import Config
 from lopd.config.hub import absent, hub_name
-from lopd.errors import ConfigError, DataError
+from lopd.errors import ConfigError, DataError, LopdError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.records import ModelIdentity
@@ -42,6 +42,12 @@ def teachers(config: Config) -> Iterator[Finding]:
         # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, models.student)))
         yield f"{domain}: {folder}"
+    if models.teacher_base is not None:
+        yield from _base_problems(config, models.teacher_base)
+        # One cache may serve several trainings, so this is no mistake.
+        is_read = config.distill.objective.advantage == "delta"
+        note = "" if is_read else '; only distill.objective.advantage = "delta" reads its scores'
+        yield f"base of the teacher: {models.teacher_base}{note}"
     if not models.teachers:
         return
     # Servers of the user serve one teacher, and lopd cannot give them another one.
@@ -63,6 +69,30 @@ def teachers(config: Config) -> Iterator[Finding]:
             limit=f"one of the domains of prompts.opd: {', '.join(sorted(domains))}",
             remedy="remove this teacher, or correct the name of its domain",
         )
+
+
+def _base_problems(config: Config, folder: Path) -> Iterator[LopdError]:
+    """Yield why the teacher's base cannot score, or would score for nothing."""
+    if not folder.is_dir():
+        raise absent(
+            folder,
+            "models.teacher_base: no such folder",
+            otherwise="give the folder of a Hugging Face checkpoint",
+        )
+    yield from inspect_checkpoint(folder, read_architecture(folder)).problems
+    consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, config.models.student)))
+    for key, is_used in (
+        ("models.teachers", config.models.teachers),
+        ("sglang.teacher_urls", config.sglang.teacher_urls),
+    ):
+        # Servers of the user serve one model, and each domain's teacher would need a base.
+        if is_used:
+            yield ConfigError(
+                f"models.teacher_base and {key} cannot be used together",
+                where="models.teacher_base",
+                limit="exactly one teacher, whose servers lopd starts",
+                remedy=f"remove models.teacher_base or {key}",
+            )
 
 
 def checkpoint(config: Config) -> Iterator[Finding]:

@@ -32,6 +32,15 @@ class ObjectiveSection(Section):
         ),
     )
 
+    # A teacher's log-probability mixes what its last training taught with what it knew before.
+    advantage: Literal["teacher", "delta"] = Field(
+        default="teacher",
+        description=(
+            "What a token's advantage is. teacher: teacher minus student. delta: teacher minus "
+            "its own base (models.teacher_base), anchored at the policy of the rollouts (OPD2)."
+        ),
+    )
+
     # Weights: a token's loss is multiplied.
 
     # The cap bounds the variance: one unlikely token could otherwise outweigh a batch.

@@ -15,8 +15,8 @@ or calls a collective. In a Megatron-Core loss function with ``calculate_per_tok
   it needs one forward and one backward pass.
 - ``Distillation`` combines a token loss (``Lightning``, ``TopKKL``) with options. ``Prefix``,
   ``DropTruncated`` and ``DropWrong`` select the tokens that carry loss. ``TruncatedImportance``,
-  ``EarlyTokenGain`` and ``WrongWeight`` weight each token. ``VerdictReward`` is added to the
-  advantage. ``ReferenceKL`` pulls the student back to the policy that sampled the rollouts.
+  ``EarlyTokenGain`` and ``WrongWeight`` weight each token. ``VerdictReward`` and ``Delta`` shift
+  its advantage. ``ReferenceKL`` pulls the student back to the policy that sampled the rollouts.
   docs/objectives.md says when to use which.
 - ``objective_from_config`` returns the objective of a configuration. It refuses combinations that
   mean nothing, and gives the reason.
@@ -37,6 +37,7 @@ split a sequence, gather its log-probabilities first.
 """
 
 from lopd.objective.aggregation import Aggregation, token_weights
+from lopd.objective.delta import Delta
 from lopd.objective.distillation import Distillation, TokenLoss
 from lopd.objective.drift import RefreshRule
 from lopd.objective.estimators import reverse_kl_terms, token_importance
@@ -52,6 +53,7 @@ from lopd.objective.weighting import EarlyTokenGain, TruncatedImportance
 
 __all__ = [
     "Aggregation",
+    "Delta",
     "Distillation",
     "DropTruncated",
     "DropWrong",

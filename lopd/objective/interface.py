@@ -77,6 +77,8 @@ class TokenBatch:
     teacher_logprobs: Tensor | None = None
     # float32 [T], by the policy that sampled the responses.
     sampling_logprobs: Tensor | None = None
+    # float32 [T], by the teacher's own base.
+    base_logprobs: Tensor | None = None
     # bool [S], responses that were cut off before an end token.
     truncated: Tensor | None = None
     # int64 [S], which of several teachers scored the sequence.
@@ -109,6 +111,7 @@ class TokenBatch:
             num_sequences=microbatch.num_sequences,
             teacher_logprobs=tensor(microbatch.teacher_logprobs),
             sampling_logprobs=tensor(microbatch.sampling_logprobs),
+            base_logprobs=tensor(microbatch.base_logprobs),
             truncated=tensor(microbatch.truncated),
             teacher_index=tensor(microbatch.teacher_index),
             right=tensor(microbatch.right),

@@ -12,6 +12,7 @@ from typing import Any
 
 from lopd.config import DistillSection, ObjectiveSection
 from lopd.errors import ConfigError
+from lopd.objective.delta import Delta
 from lopd.objective.distillation import Distillation
 from lopd.objective.interface import Objective
 from lopd.objective.lightning import Lightning
@@ -27,6 +28,8 @@ AVAILABLE = frozenset(
 )
 # Fields that a cache with the teacher's top-K gives besides.
 TOP_K = frozenset({"teacher_top_logprobs"})
+# The field that a cache with the scores of the teacher's base gives besides.
+BASE = frozenset({"base_logprobs"})
 # The field that verdicts of the responses (distill.verdicts) give besides.
 VERDICTS = frozenset({"right"})
 # Where each field comes from, for the message that says it is missing.
@@ -35,6 +38,8 @@ _ORIGIN = {
     "sampling_logprobs": "the rollout stage writes them; "
     "a cache imported from elsewhere may lack them",
     "truncated": "it follows from the finish_reason of the rollouts",
+    "base_logprobs": "the cache has no column teacher_base_logprobs; with models.teacher_base the "
+    "score stage writes it",
     "right": "make verdicts of the cache with lopd cache judge, and name them in distill.verdicts",
     "teacher_top_logprobs": "the cache has none; "
     "with score.top_k = 16, for example, the score stage writes the teacher's likeliest tokens",
@@ -109,6 +114,7 @@ WEIGHTINGS: dict[str, Component] = {
     ),
 }
 SHIFTS: dict[str, Component] = {
+    "advantage": Component(("base_logprobs", "sampling_logprobs"), lambda distill: Delta()),
     "verdict_reward": Component(
         ("right",), lambda distill: VerdictReward(distill.objective.verdict_reward)
     ),
@@ -124,7 +130,7 @@ _MODIFIES = {
 # Losses of the sampled token. Token weights and shifts act on these alone, but for the weight of a
 # response, which is the same for every token that might stand in it.
 _TOKEN_WEIGHTED = ("lightning",)
-_OF_THE_TOKEN = ("importance_cap", "early_token_gain", "verdict_reward")
+_OF_THE_TOKEN = ("importance_cap", "early_token_gain", *SHIFTS)
 
 
 def objective_from_config(

@@ -88,7 +88,7 @@ class StageContext:
         """Return a model by its content.
 
         Args:
-            role: "teacher", "student" (the base student), or "teachers.DOMAIN".
+            role: "teacher", "student" (the base student), "teacher_base" or "teachers.DOMAIN".
         """
         if role not in self.identities:
             # Only the first dot separates: the name of a domain may hold others.
@@ -109,11 +109,18 @@ class StageContext:
         names = self.stage.parents(self.config)
         return {name: self.manifest_of(name).fingerprint for name in names}
 
+    @property
+    def prompt_sets(self) -> tuple[str, ...]:
+        """The prompt sets that the stage reads."""
+        # Only with a prompt of the teacher's own does scoring read prompts.
+        is_asked = "score" in self.stage.knobs and self.config.score.teacher_prompt is not None
+        return (*self.stage.prompts, "opd") if is_asked else self.stage.prompts
+
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """Everything but the parents that decides this stage's result, as a flat table."""
         config = self.config
-        prompt_sections = [f"prompts.{name}" for name in self.stage.prompts]
+        prompt_sections = [f"prompts.{name}" for name in self.prompt_sets]
         sections = ("run.seed", *self.stage.knobs, *prompt_sections)
         # A manifest is published, so it holds no secret. Knobs that change only the speed are left
         # out: with another value the artifact is the same.
@@ -126,13 +133,15 @@ class StageContext:
         if "teacher" in self.stage.models:
             for domain in config.models.teachers:
                 keys[f"models.teachers.{domain}"] = self.identity(f"teachers.{domain}").weights
+        if "score" in self.stage.knobs and config.models.teacher_base is not None:
+            keys["models.teacher_base"] = self.identity("teacher_base").weights
         if config.models.teachers and self.stage.prompts:
             # Prompts are sampled domain by domain, so the names of the domains decide the shards.
             keys["models.teachers"] = sorted(config.models.teachers)
         # SFT reads no prompts itself, but the template becomes a file of its student.
-        if self.stage.prompts or "sft" in self.stage.knobs:
+        if self.prompt_sets or "sft" in self.stage.knobs:
             keys |= template_inputs(config)
-        for name in self.stage.prompts:
+        for name in self.prompt_sets:
             file = getattr(config.prompts, name).file
             keys[f"prompts.{name}.file"] = content_hash(file) if file is not None else None
         # What comes from outside of this run has no parent whose fingerprint would stand for it.

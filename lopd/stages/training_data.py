@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.batching import make_sample
-from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
+from lopd.cache.columns import BASE, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
 from lopd.cache.verdicts import right_of, rows_that_the_teacher_solves
 from lopd.errors import DataError
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.objective import Objective, needs_top_k, objective_from_config
-from lopd.objective.registry import AVAILABLE, TOP_K, VERDICTS
+from lopd.objective import Objective, needs_top_k, objective_from_config, registry
 from lopd.records import Sample
 from lopd.stages.training import TrainingJob
 
@@ -51,6 +50,8 @@ class CachedSamples(Sequence[Sample]):
         unread = {"routed_experts", ENTROPY}
         if not self._with_top:
             unread |= {TOP_IDS, TOP_LOGPROBS, TAIL}
+        if not (distill and job.config.distill.objective.advantage == "delta"):
+            unread |= {BASE}
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)
         columns = self._reader.columns
         self._sampled = "sampling_logprobs" in columns
@@ -179,12 +180,14 @@ def distillation_objective(job: TrainingJob) -> Objective:
     # Only the manifest and the columns are looked at. Whether a knob can be used is known from
     # them, before any response is read.
     reader = CacheReader(job.data)
-    available = AVAILABLE
+    available = registry.AVAILABLE
     if "teacher_top_ids" in reader.columns:
-        available |= TOP_K
+        available |= registry.TOP_K
+    if BASE in reader.columns:
+        available |= registry.BASE
     if "sampling_logprobs" not in reader.columns:
         # A cache that was imported from elsewhere may lack them.
         available -= {"sampling_logprobs"}
     if job.config.distill.verdicts is not None:
-        available |= VERDICTS
+        available |= registry.VERDICTS
     return objective_from_config(job.config.distill, available, tuple(teachers_in(reader).values()))

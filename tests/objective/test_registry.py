@@ -23,6 +23,7 @@ from lopd.objective import (
 )
 from lopd.objective.registry import (
     AVAILABLE,
+    BASE,
     LOSSES,
     REFERENCE,
     SELECTIONS,
@@ -32,7 +33,7 @@ from lopd.objective.registry import (
     WEIGHTINGS,
 )
 
-WITH_ALL = AVAILABLE | TOP_K | VERDICTS
+WITH_ALL = AVAILABLE | BASE | TOP_K | VERDICTS
 # knob -> (others that it needs, a value that is not the default)
 OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "loss": ({}, "top_k_reverse_kl"),
@@ -45,6 +46,7 @@ OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "reference_kl": ({}, 0.1),
     "reference_direction": ({"reference_kl": 0.1}, "reverse"),
     "top_k_support": ({"loss": "top_k_reverse_kl"}, "renormalised"),
+    "advantage": ({}, "delta"),
     "wrong": ({}, "drop"),
     "wrong_weight": ({}, 0.5),
     "verdict_reward": ({}, 0.5),
@@ -122,6 +124,14 @@ def test_the_registry_and_the_configuration_know_the_same_names() -> None:
         ({"keep_end_token": False}, "has no effect without prefix_share or prefix_tokens"),
         ({"reference_direction": "reverse"}, "has no effect without reference_kl"),
         ({"top_k_support": "renormalised"}, "has no effect with loss = lightning"),
+        (
+            {"advantage": "delta"},
+            (
+                "it needs base_logprobs: the cache has no column teacher_base_logprobs; "
+                "with models.teacher_base the score stage writes it"
+            ),
+        ),
+        ({"loss": "top_k_reverse_kl", "advantage": "delta"}, "does not use the sampled token"),
         (
             {"loss": "top_k_reverse_kl", "importance_cap": 2.0},
             "does not use the sampled token",
