@@ -200,6 +200,15 @@ class RefreshSection(Section):
         ),
     )
 
+    # Early rollouts of a weak student are worth little beyond their first tokens.
+    horizons: list[int] = Field(
+        default_factory=list,
+        description=(
+            "The longest response of the first, second, ... refresh, in tokens; the last number "
+            "holds for all later refreshes. If empty, it is rollout.max_new_tokens."
+        ),
+    )
+
     # It needs memory for teacher and trainer at the same time.
     keep_teacher: bool = Field(
         default=False,
