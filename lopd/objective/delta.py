@@ -25,13 +25,14 @@ class Delta:
     """The advantage (log pi_T - log pi_B) - (log pi_theta - log pi_ref).
 
     At the start pi_theta is pi_ref, the frozen student that sampled, and the advantage is the delta
-    of the teacher and its base B. The second difference is the anchor: it grows as the student
-    moves, and ends the push where the student has changed as much as the teacher had. As a shift
-    of the ordinary advantage log pi_T - log pi_theta it is log pi_ref - log pi_B.
+    of the teacher and its base B. The second difference is the anchor, as in CompassOPD (arXiv
+    2609.10154): it grows as the student moves, and ends the push where the student has changed as
+    much as the teacher had. As a shift of the ordinary advantage log pi_T - log pi_theta it is
+    log pi_ref - log pi_B.
 
-    The paper subtracts the mean of the delta under the student's distribution and drops tokens
-    where the delta and the ordinary advantage have different signs. The first needs distributions
-    that a cache of one log-probability per token does not hold; neither is done here.
+    OPD2 subtracts the mean of the delta under the student's distribution and drops tokens where the
+    delta and the ordinary advantage have different signs. The first needs distributions that a
+    cache of one log-probability per token does not hold; neither is done here.
 
     The metric is ``delta``, the mean of log pi_T - log pi_B in nats.
     """
