@@ -164,7 +164,7 @@ def score_responses(
         rollouts: The manifest of the responses.
         title: The text at the progress bar.
         base: The scores of the same responses by the teacher's base, if it has scored them.
-        extra: More figures for the manifest.
+        extra: More metrics for the manifest.
     """
     config = context.config
     score_into(
