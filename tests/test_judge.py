@@ -115,6 +115,8 @@ def test_verdicts_are_made_once_and_say_by_whom(
     assert manifest.extra["reasons"] == {"wrong answer": 8}
     right = right_of(CacheReader(project.cache), out)
     assert right.tolist() == [not (row % 2 and (row // 2) % 3 == 0) for row in range(48)]
+    for verb in ("verify", "inspect"):
+        lopd("cache", verb, out).refused("is of kind verdicts and has no responses")
     assert lopd("cache", "judge", project.cache, project.file, "--out", out, "--json").code == 0
 
 

@@ -110,6 +110,21 @@ def rows_that_the_teacher_solves(reader: CacheReader, folder: Path, share: float
     return np.array(kept, dtype=np.int64)
 
 
+def refuse_verdicts(folder: Path, manifest: Manifest) -> None:
+    """Refuse verdicts where an artifact of responses is asked for.
+
+    Raises:
+        ArtifactError: The artifact has verdicts in it, and no responses.
+    """
+    if manifest.kind == VERDICTS:
+        raise ArtifactError(
+            f"this artifact is of kind {VERDICTS} and has no responses",
+            where=str(folder),
+            limit="an artifact of responses: a cache, rollouts, demonstrations or answers",
+            remedy="give the artifact that was judged",
+        )
+
+
 def read_verdict_manifest(folder: Path) -> Manifest:
     """Read the manifest of complete verdicts. ArtifactError: They are not complete verdicts."""
     manifest = read_complete(folder)

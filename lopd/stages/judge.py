@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, identify_tokenizer, read_complete, read_shard
-from lopd.cache.verdicts import VERDICTS
+from lopd.cache.verdicts import VERDICTS, refuse_verdicts
 from lopd.config import Config
 from lopd.config.secrets import scrubbed
 from lopd.errors import ConfigError, DataError
@@ -59,6 +59,7 @@ def judge(config: Config, source: Path, out: Path, prompt_set: str) -> Manifest:
             remedy="set task.name to a task that verifies, such as math, code or plain",
         )
     manifest = read_complete(source)
+    refuse_verdicts(source, manifest)
     _check_tokenizer(config, source, manifest)
     # The parts of the configuration that decide a verdict. A stage of the pipeline names its inputs
     # by the same means.
