@@ -9,7 +9,7 @@ from lopd.errors import DataError
 from lopd.records import Ints, Response, TeacherScores, token_hash
 from lopd.stages.context import StageContext
 from lopd.tasks.chat_template import prompt_tokenizer, render_time
-from lopd.tasks.prompts import render
+from lopd.tasks.rendering import render
 from lopd.tasks.teacher_prompt import teacher_prompts
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,7 @@ class CachedSamples(Sequence[Sample]):
             unread |= {TOP_IDS, TOP_LOGPROBS, TAIL}
         if not (distill and job.config.distill.objective.advantage == "delta"):
             unread |= {BASE}
+        self._lock = threading.Lock()
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)
         columns = self._reader.columns
         self._sampled = "sampling_logprobs" in columns
@@ -83,6 +85,12 @@ class CachedSamples(Sequence[Sample]):
         self._rows = kept_rows(self._reader, job)
 
     @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Prompt and response tokens of each sample, [N]."""
+        with self._lock:
+            return self._reader.lengths[self._rows]
+
+    @property
     def num_tokens(self) -> int:
         """Response tokens of all samples."""
         return self._reader.num_tokens
@@ -95,13 +103,18 @@ class CachedSamples(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> list[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        # A slice is read in one go: neighbours lie in the same row group of a shard.
         if isinstance(index, slice):
-            chosen = self._rows[index]
+            return self.fetch(np.arange(len(self))[index])
+        return self.fetch([index])[0]
+
+    def fetch(self, indices: Sequence[int] | NDArray[Any]) -> list[Sample]:
+        """Return the samples of these indices, in their order. Several threads may call it."""
+        # In one go: neighbours lie in the same row group of a shard. The reader is of one thread at
+        # a time, and a training reads ahead while it looks at samples for a weight sync.
+        chosen = self._rows[np.asarray(indices, dtype=np.int64)]
+        with self._lock:
             rows = self._reader.fetch_scored(chosen)
-            return [self._sample(*one) for one in zip(chosen.tolist(), rows, strict=True)]
-        chosen = self._rows[index]
-        return self._sample(int(chosen), self._reader.fetch_scored([chosen])[0])
+        return [self._sample(*one) for one in zip(chosen.tolist(), rows, strict=True)]
 
     def all(self) -> list[Sample]:
         """Return all samples, for an artifact that fits into memory."""
