@@ -97,7 +97,7 @@ def score_into(
 
 def _with_base(scores: list[TeacherScores], base: ArtifactWriter, name: str) -> list[TeacherScores]:
     """Return the scores with those of the base, which has a shard of the same name."""
-    shard = next(one for one in base.shards if one.name == name)
+    shard = base.shard_named(name)
     found = cache.scored_rows(read_shard(base.folder, shard), where=str(base.folder / name))
     joined = []
     for score, (_, of_base) in zip(scores, found, strict=True):
