@@ -80,6 +80,7 @@ class Prompt:
     Attributes:
         domain: The task that verifies the answers, for example "math".
         answer: The value that the verifier of the domain compares an answer with.
+        hint: What the teacher alone may see (score.teacher_prompt).
 
     Example:
         >>> question = {"role": "user", "content": "What is 1 + 2?"}
@@ -91,6 +92,7 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...]
     domain: str
     answer: str | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,8 @@ class TeacherScores:
         token_hash: Ties the scores to the exact ids that were scored (see token_hash()).
         top: The teacher's likeliest tokens, if the run asked for them.
         entropy: The entropy of the teacher's distribution in nats, if the run asked for it.
+        base_logprobs: The log-probability of every token by the teacher's own base, if the run
+            asked for it.
         teacher: The fingerprint of the teacher's weights in a cache with several teachers.
 
     Example:
@@ -239,10 +243,12 @@ class TeacherScores:
     top: TopK | None = None
     entropy: Floats | None = None  # [R]
     teacher: str = ""
+    base_logprobs: Floats | None = None  # [R]
 
     def __post_init__(self) -> None:
         num_tokens = len(self.teacher_logprobs)
-        _check_lengths(f"scores of {self.key}", self, ("top", "entropy"), num_tokens)
+        columns = ("top", "entropy", "base_logprobs")
+        _check_lengths(f"scores of {self.key}", self, columns, num_tokens)
 
     @property
     def key(self) -> Key:
@@ -260,6 +266,8 @@ class Sample:
             stands before it.
         truncated: True if the response was cut off before an end token.
         teacher_index: The number of the teacher that scored it, if there are several.
+        right: Whether a verifier found its answer right, if it was judged.
+        base_logprobs: By the teacher's own base, if the cache has them.
 
     Example:
         >>> sample = Sample(
@@ -280,9 +288,12 @@ class Sample:
     truncated: bool = False
     teacher_top: TopK | None = None  # [L, K]
     teacher_index: int | None = None
+    right: bool | None = None
+    base_logprobs: Floats | None = None  # [L]
 
     def __post_init__(self) -> None:
-        columns = ("loss_mask", "sampling_logprobs", "teacher_logprobs", "teacher_top")
+        logprobs = ("sampling_logprobs", "teacher_logprobs", "base_logprobs")
+        columns = ("loss_mask", *logprobs, "teacher_top")
         _check_lengths("sample", self, columns, len(self))
 
     def __len__(self) -> int:
@@ -303,6 +314,8 @@ class Microbatch:
         num_sequences: How many sequences are samples. One more may follow, which is padding.
         truncated: True for each sequence that was cut off before an end token.
         teacher_index: The number of the teacher that scored each sequence, if there are several.
+        right: True for each sequence whose answer a verifier found right, if they were judged.
+        base_logprobs: By the teacher's own base, if the cache has them.
 
     Example:
         The sample above is packed together with a shorter one, [11, 40, 2], whose response is only
@@ -335,10 +348,12 @@ class Microbatch:
     truncated: Bools | None = None  # [S]
     teacher_top: TopK | None = None  # [T, K]
     teacher_index: NDArray[np.int64] | None = None  # [S]
+    right: Bools | None = None  # [S]
+    base_logprobs: Floats | None = None  # [T]
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
-        logprobs = ("teacher_logprobs", "sampling_logprobs", "teacher_top")
+        logprobs = ("teacher_logprobs", "sampling_logprobs", "base_logprobs", "teacher_top")
         columns = ("labels", "position_ids", "loss_mask", *logprobs)
         _check_lengths("microbatch", self, columns, length)
         # The attention kernels read these bounds without a check: a wrong one would let tokens of

@@ -74,8 +74,10 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "tasks",
         "verbs",
+        "verbs.cache_judge",
         "verbs.cache_samples",
     },
+    "verbs.cache_judge": {*CORE, "report", "stages", "verbs"},
     "verbs.cache_samples": {*CORE, "artifacts", "cache", "report", "tasks"},
     "verbs.evaluate": {
         *CORE,

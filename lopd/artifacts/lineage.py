@@ -173,6 +173,8 @@ def check_given_cache(
         raise ConsistencyError("; ".join(wrong), where=str(folder), limit=limit, remedy=remedy)
     # The note goes into the summary of the run, so that no table is shown without it.
     note = "FOREIGN: " + "; ".join(wrong) if wrong else _accepted(manifest)
+    if "teacher_prompt" in manifest.lineage:
+        note += "; the teacher saw a prompt of its own (score.teacher_prompt)"
     return {
         **manifest.lineage,
         "consistent": bool(manifest.lineage.get("consistent")),

@@ -195,6 +195,10 @@ class ArtifactWriter:
         """Return whether a shard is on disk."""
         return index in self._published
 
+    def shard_named(self, name: str) -> ShardInfo:
+        """Return a shard that is on disk, also if no manifest lists it yet."""
+        return self._shards[name]
+
     def expect(self, num_shards: int) -> None:
         """Set the number of shards that the artifact will have, so that progress can be shown.
 

@@ -35,6 +35,7 @@ def make_sample(
     """
     teacher_logprobs = teacher.teacher_logprobs if isinstance(teacher, TeacherScores) else teacher
     top = teacher.top if isinstance(teacher, TeacherScores) and with_top else None
+    base = teacher.base_logprobs if isinstance(teacher, TeacherScores) else None
     prompt_len = len(response.prompt_ids)
     response_len = len(response.token_ids)
     if teacher_logprobs is not None and len(teacher_logprobs) != response_len:
@@ -62,6 +63,7 @@ def make_sample(
         # "length" and "abort" both mean that the response has no end token.
         truncated=response.finish_reason != "stop",
         teacher_top=None if top is None else _top_after_prompt(top, prompt_len),
+        base_logprobs=None if base is None else after_prompt(base),
     )
 
 
@@ -106,12 +108,11 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
     token_ids: list[Ints] = [sample.token_ids for sample in samples]
     truncated = [sample.truncated for sample in samples]
     teachers = _column(samples, "teacher_index")
+    right = _column(samples, "right")
     # Per-sequence columns have an entry for the padding sequence too, as cu_seqlens has.
+    padding = [0] if pack.has_padding else []
     if pack.has_padding:
         truncated.append(False)
-        teacher_index = [*teachers, 0]
-    else:
-        teacher_index = teachers
     return Microbatch(
         token_ids=pack.packed(token_ids, np.int64),
         labels=pack.shifted(token_ids, np.int64),
@@ -125,7 +126,9 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
         keys=tuple(sample.key for sample in samples if sample.key is not None),
         truncated=np.array(truncated, dtype=np.bool_),
         teacher_top=_shifted_top(pack, _column(samples, "teacher_top")),
-        teacher_index=np.array(teacher_index, dtype=np.int64) if teachers or is_empty else None,
+        teacher_index=_of_sequences(teachers, padding, np.int64, is_empty),
+        right=_of_sequences(right, padding, np.bool_, is_empty),
+        base_logprobs=shifted_logprobs("base_logprobs"),
     )
 
 
@@ -173,6 +176,13 @@ def _pack_of(lengths: list[int], pad_multiple: int) -> _Pack:
         lengths = [*lengths, padding_len]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return _Pack(cu_seqlens, num_tokens, has_padding=bool(padding_len))
+
+
+def _of_sequences(
+    values: list[Any], padding: list[int], dtype: type[np.generic], is_empty: bool
+) -> NDArray[Any] | None:
+    """Return a value of each sequence, or None where the samples of a microbatch have none."""
+    return np.array([*values, *padding], dtype=dtype) if values or is_empty else None
 
 
 def _column(samples: Sequence[Sample], name: str) -> list[Any]:

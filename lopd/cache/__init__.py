@@ -17,6 +17,7 @@ What is done to a finished cache, and which no stage needs:
     splitting.py         several caches from one, by prompt
     reference_import.py  a cache from the file of the paper's code
     reference_export.py  the file of the paper's code from a cache
+    verdicts.py          the verdicts of a verifier beside a cache
     residualise.py       the correction of a foreign teacher's style (Lightning OPD 2.0)
     style.py             the statistics of that correction
 """

@@ -16,6 +16,7 @@ import pyarrow as pa
 from lopd.artifacts import ORIGIN_KEY, origin_of, read_manifest, read_shard
 from lopd.cache.columns import list_lengths
 from lopd.cache.row_checks import Findings, RowChecks
+from lopd.cache.verdicts import refuse_verdicts
 from lopd.errors import ArtifactError, LopdError
 from lopd.records import Manifest
 
@@ -33,10 +34,11 @@ def check_cache(
         The findings, and ``rows``, ``tokens``, ``shards``, ``vocab_size`` and ``complete``.
 
     Raises:
-        ArtifactError: There is no manifest that can be read.
+        ArtifactError: There is no manifest that can be read, or it is one of verdicts.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    refuse_verdicts(folder, manifest)
     findings = Findings()
     # It is a finding and no error, so that the shards that are there are checked, too.
     if not manifest.complete:

@@ -17,11 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-# The optional columns of docs/cache_format.md. The first two have K values for each token.
+# Optional columns of docs/cache_format.md. The first two have K values for each token.
 TOP_IDS = "teacher_top_ids"
 TOP_LOGPROBS = "teacher_top_logprobs"
 TAIL = "teacher_tail_logprob"
 ENTROPY = "teacher_entropy"
+# One value for each token, by the teacher's own base.
+BASE = "teacher_base_logprobs"
 # The key of a shard's Parquet metadata that says how the column routed_experts is to be read. It is
 # there if the column is. Its value is JSON: {"layers", "k"}.
 ROUTED = b"lopd.routed_experts"

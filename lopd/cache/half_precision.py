@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lopd.cache.columns import TAIL, TOP_LOGPROBS, to_arrays, to_lists
+from lopd.cache.columns import BASE, TAIL, TOP_LOGPROBS, to_arrays, to_lists
 from lopd.errors import ArtifactError
 from lopd.records import Manifest
 
 # The key of a shard's Parquet metadata that holds what 16 bits changed.
 LOSS = b"lopd.logprob_loss"
-_HALVED = ("sampling_logprobs", "teacher_logprobs", TOP_LOGPROBS, TAIL)
+_HALVED = ("sampling_logprobs", "teacher_logprobs", BASE, TOP_LOGPROBS, TAIL)
 
 
 def halve(table: pa.Table) -> pa.Table:

@@ -57,7 +57,7 @@ def merge(
         parents={f"part-{index:03d}": one.fingerprint for index, one in enumerate(manifests)},
         # All identities go along: a later training checks the student, a later verification the
         # teachers.
-        models={**_teachers(manifests), **_student(manifests)},
+        models={**_teachers(manifests), **_base(first), **_student(manifests)},
         sampling=first.sampling,
         lineage=_joint_lineage(manifests),
     )
@@ -140,6 +140,22 @@ def _check_models(
                 where=str(folder),
                 remedy="add --teacher-column",
             )
+    # Its base and what it saw decide a teacher's scores as much as its weights do.
+    for name, ours, theirs in (
+        ("base of the teacher", _base(manifest), _base(first)),
+        (
+            "prompt of the teacher",
+            manifest.lineage.get("teacher_prompt"),
+            first.lineage.get("teacher_prompt"),
+        ),
+    ):
+        if ours != theirs:
+            raise ConsistencyError(
+                f"the {name} is not that of {first_folder}",
+                where=str(folder),
+                limit=f"exactly one {name} in a cache",
+                remedy="train on one of these caches",
+            )
     student = manifest.models.get("student")
     other = first.models.get("student")
     if student is not None and other is not None and student.weights != other.weights:
@@ -208,6 +224,11 @@ def _teachers(manifests: Sequence[Manifest]) -> dict[str, ModelIdentity]:
     if len(found) == 1:
         return {"teacher": next(iter(found.values()))}
     return {f"teacher-{index}": identity for index, identity in enumerate(found.values())}
+
+
+def _base(manifest: Manifest) -> dict[str, ModelIdentity]:
+    """Return the teacher's base, if the cache has its log-probabilities."""
+    return {role: identity for role, identity in manifest.models.items() if role == "base"}
 
 
 def _student(manifests: Sequence[Manifest]) -> dict[str, ModelIdentity]:

@@ -115,6 +115,14 @@ class CacheReader:
         # All shards of an artifact have the columns of its first one.
         return frozenset(self._shard(0).file.schema_arrow.names) if self._shards else frozenset()
 
+    def prompts_of_rows(self) -> list[str]:
+        """Return the prompt_id of every row, in one pass over this column."""
+        names: list[str] = []
+        for shard in range(len(self._shards)):
+            table = self._shard(shard).file.read(columns=["prompt_id"], use_threads=False)
+            names += table.column("prompt_id").to_pylist()
+        return names
+
     def require_unique(self) -> None:
         """Check that no response occurs twice, in one pass over the keys.
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS, flat, list_lengths
+from lopd.cache.columns import BASE, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS, flat, list_lengths
 from lopd.records import FINISH_REASONS, Key
 
 # How many responses a finding names. The others are only counted.
@@ -31,7 +31,7 @@ POSITIVE_SLACK = 1e-6
 ENTROPY_SLACK = 1e-3
 ORDER_SLACK = 1e-6
 MASS_SLACK = 1e-3
-LOGPROBS = ("teacher_logprobs", "sampling_logprobs")
+LOGPROBS = ("teacher_logprobs", "sampling_logprobs", BASE)
 # The kind of a derived cache. Its teacher_logprobs belong to no distribution and may be positive.
 RESIDUALISED = "residualised_cache"
 # Without these columns a row cannot be looked at. sampling_logprobs is not among them: an import

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lopd.artifacts import read_manifest, read_shard
 from lopd.cache.checks import vocabulary
 from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, column_bytes, flat
+from lopd.cache.verdicts import refuse_verdicts
 from lopd.records import Manifest, token_hash
 
 # Edges of histograms, all in nats but those of the shares.
@@ -82,10 +83,11 @@ def inspect_cache(folder: str | Path) -> dict[str, Any]:
     This needs memory for one shard, and about 40 bytes per response.
 
     Raises:
-        ArtifactError: A shard is damaged.
+        ArtifactError: A shard is damaged, or the artifact has verdicts and no responses.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    refuse_verdicts(folder, manifest)
     # With the end tokens of the manifest, the scan can say how many responses end with one.
     scan = _Scan(set(manifest.extra.get("end_token_ids", [])))
     for shard in manifest.shards:

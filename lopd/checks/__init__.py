@@ -19,6 +19,7 @@ from lopd.checks.lineage import (
     demonstrations,
     lineage,
     teachers,
+    verdicts,
 )
 from lopd.checks.models import context, context_problems, student, teacher, tokenizers
 from lopd.checks.prompts import prompts, verifier
@@ -74,6 +75,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "lineage": (lineage, ("score",)),
     "checkpoint": (checkpoint, ("sft", "score", "evaluate")),
     "cache": (cache, ("distill",)),
+    "verdicts": (verdicts, ("distill",)),
     # The machine: devices and ports, folders, disk.
     "server": (server, SERVING),
     "folders": (folders, ALL_STAGES),

@@ -166,7 +166,23 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
                 remedy="set refresh.every, or set a bound of the drift, or remove "
                 "refresh.keep_teacher",
             )
+        if settings.horizons:
+            yield ConfigError(
+                "refresh.horizons has no effect without a refresh",
+                where="distill.refresh",
+                remedy="set refresh.every, or a bound of the drift, or remove refresh.horizons",
+            )
         return
+    # A longer one would not fit into the microbatches, which are made for rollout.max_new_tokens.
+    longest = config.rollout.max_new_tokens
+    wrong = [tokens for tokens in settings.horizons if not 1 <= tokens <= longest]
+    if wrong:
+        yield ConfigError(
+            f"refresh.horizons has {wrong[0]}",
+            where="distill.refresh",
+            limit=f"at least 1 and at most rollout.max_new_tokens = {longest}",
+            remedy="correct distill.refresh.horizons, or raise rollout.max_new_tokens",
+        )
     wanted = settings.num_responses
     # Its steps would learn from the same response several times at once.
     if wanted is not None and wanted < config.distill.batch_size:
@@ -183,6 +199,14 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
             "are added to those of the score stage",
             where="distill",
             remedy="remove distill.refresh or distill.cache",
+        )
+    # A refresh scores once, by the teacher.
+    if config.models.teacher_base is not None:
+        yield ConfigError(
+            "distill.refresh and models.teacher_base cannot be used together: a refresh is scored "
+            "by the teacher alone",
+            where="distill.refresh",
+            remedy="set distill.refresh.every = 0, or remove models.teacher_base",
         )
     # A refresh starts the servers of one teacher only.
     if config.models.teachers:

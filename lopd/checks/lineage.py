@@ -11,11 +11,12 @@ from pathlib import Path
 from lopd.artifacts import identify_model, identify_tokenizer, read_manifest, verify
 from lopd.artifacts import lineage as consistency
 from lopd.cache.reader import CacheReader
+from lopd.cache.verdicts import read_verdict_manifest
 from lopd.checks.findings import Finding, architecture_of
 from lopd.checks.training import batch_problem
 from lopd.config import Config
 from lopd.config.hub import absent, hub_name
-from lopd.errors import ConfigError, DataError
+from lopd.errors import ConfigError, DataError, LopdError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.records import ModelIdentity
@@ -41,6 +42,12 @@ def teachers(config: Config) -> Iterator[Finding]:
         # A teacher scores the student's token ids, so the ids must mean the same text.
         consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, models.student)))
         yield f"{domain}: {folder}"
+    if models.teacher_base is not None:
+        yield from _base_problems(config, models.teacher_base)
+        # One cache may serve several trainings, so this is no mistake.
+        is_read = config.distill.objective.advantage == "delta"
+        note = "" if is_read else '; only distill.objective.advantage = "delta" reads its scores'
+        yield f"base of the teacher: {models.teacher_base}{note}"
     if not models.teachers:
         return
     # Servers of the user serve one teacher, and lopd cannot give them another one.
@@ -62,6 +69,30 @@ def teachers(config: Config) -> Iterator[Finding]:
             limit=f"one of the domains of prompts.opd: {', '.join(sorted(domains))}",
             remedy="remove this teacher, or correct the name of its domain",
         )
+
+
+def _base_problems(config: Config, folder: Path) -> Iterator[LopdError]:
+    """Yield why the teacher's base cannot score, or would score for nothing."""
+    if not folder.is_dir():
+        raise absent(
+            folder,
+            "models.teacher_base: no such folder",
+            otherwise="give the folder of a Hugging Face checkpoint",
+        )
+    yield from inspect_checkpoint(folder, read_architecture(folder)).problems
+    consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, config.models.student)))
+    for key, is_used in (
+        ("models.teachers", config.models.teachers),
+        ("sglang.teacher_urls", config.sglang.teacher_urls),
+    ):
+        # Servers of the user serve one model, and each domain's teacher would need a base.
+        if is_used:
+            yield ConfigError(
+                f"models.teacher_base and {key} cannot be used together",
+                where="models.teacher_base",
+                limit="exactly one teacher, whose servers lopd starts",
+                remedy=f"remove models.teacher_base or {key}",
+            )
 
 
 def checkpoint(config: Config) -> Iterator[Finding]:
@@ -171,6 +202,19 @@ def cache(config: Config) -> Iterator[Finding]:
         manifest, folder, identify_model(student), allow_foreign=config.distill.allow_foreign_cache
     )
     yield str(found["cache"]["note"])
+
+
+def verdicts(config: Config) -> Iterator[Finding]:
+    """Check that given verdicts are complete, and say how many responses they find right."""
+    for name in ("verdicts", "teacher_verdicts"):
+        folder = getattr(config.distill, name)
+        if folder is not None:
+            manifest = read_verdict_manifest(folder)
+            verifier = manifest.extra["verifier"]["name"]
+            yield (
+                f"distill.{name}: {manifest.extra['num_right']:,} of {manifest.rows:,} responses "
+                f"right by {verifier}"
+            )
 
 
 def _require_known_ids(config: Config, folder: Path) -> None:

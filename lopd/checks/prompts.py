@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from lopd.checks.findings import Finding
+from lopd.checks.findings import Finding, refusal
 from lopd.checks.training import batch_problem
 from lopd.config import Config
 from lopd.errors import DataError, LopdError
@@ -16,6 +17,7 @@ from lopd.tasks.chat_template import render_time, template_folder
 from lopd.tasks.light_tokenizer import light_tokenizer
 from lopd.tasks.prompts import load_prompts, read_prompts
 from lopd.tasks.rendered import kept_in
+from lopd.tasks.teacher_prompt import teacher_prompts
 
 # Prompt set -> the training that learns from its responses, and the stage that samples them.
 _TRAININGS = {"sft": ("sft", "demonstrate"), "opd": ("distill", "rollout")}
@@ -56,6 +58,8 @@ def prompts(config: Config) -> Iterator[Finding]:
             training, sampling = _TRAININGS[name]
             samples = getattr(config, sampling).samples_per_prompt
             yield from batch_problem(config, training, len(chosen) * samples)
+        if name == "opd" and config.score.teacher_prompt is not None:
+            yield from refusal(partial(teacher_prompts, chosen, config.score.teacher_prompt))
         # Equal questions only. lopd prompts prepare also finds similar ones.
         shared = [prompt.prompt_id for prompt in chosen if _question(prompt) in held_out]
         if shared:

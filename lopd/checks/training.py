@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from functools import partial
 
+from lopd.cache import columns as columns_of_cache
 from lopd.cache.reader import CacheReader
 from lopd.checks.findings import Finding, architecture_of, attempt, devices_for
 from lopd.config import Config, ForwardSection, ParallelSection, TrainSection
@@ -159,17 +160,23 @@ def _microbatch_problems(
 def objective(config: Config) -> Iterator[Finding]:
     """Check that the parts of the loss go together, and that their inputs will be there."""
     from lopd.objective import RefreshRule, objective_from_config
-    from lopd.objective.registry import AVAILABLE, TOP_K
+    from lopd.objective.registry import AVAILABLE, BASE, TOP_K, VERDICTS
 
     has_top_k = config.score.top_k > 0
+    has_base = config.models.teacher_base is not None
     missing: set[str] = set()
     if config.distill.cache is not None:
         # Of a given cache the columns decide, not the knobs of the score stage.
         columns = CacheReader(config.distill.cache).columns
         has_top_k = "teacher_top_ids" in columns
+        has_base = columns_of_cache.BASE in columns
         # A cache that was imported may lack the log-probabilities that it was sampled with.
         missing = {"sampling_logprobs"} - columns
     available = (AVAILABLE | TOP_K if has_top_k else AVAILABLE) - missing
+    if has_base:
+        available |= BASE
+    if config.distill.verdicts is not None:
+        available |= VERDICTS
     # Building the objective is the check: it refuses parts that do not go together.
     yield str(objective_from_config(config.distill, available))
     # With another distribution than the student's own, the weights are not those of the theory.

@@ -22,11 +22,22 @@ class ObjectiveSection(Section):
         ),
     )
 
-    top_k_support: Literal["tail", "renormalised"] = Field(
+    top_k_support: Literal["tail", "renormalised", "generalised"] = Field(
         default="tail",
         description=(
             "How a top-K loss treats all other tokens. tail: together they are one more outcome. "
-            "renormalised: they are ignored, and the K probabilities are divided by their sum."
+            "renormalised: they are ignored, and the K probabilities are divided by their sum. "
+            "generalised: they are ignored, and the sum over the K has the terms - p + q of the "
+            "generalised KL, which is lowest where student and teacher agree on each of the K."
+        ),
+    )
+
+    # A teacher's log-probability mixes what its last training taught with what it knew before.
+    advantage: Literal["teacher", "delta"] = Field(
+        default="teacher",
+        description=(
+            "What a token's advantage is. teacher: teacher minus student. delta: teacher minus "
+            "its own base (models.teacher_base), anchored at the policy of the rollouts (OPD2)."
         ),
     )
 
@@ -85,6 +96,36 @@ class ObjectiveSection(Section):
         description=(
             "What happens to responses that were cut off at max_new_tokens: learn from them, or "
             "drop them."
+        ),
+    )
+
+    # Verdicts of the responses (distill.verdicts): left out, weighted, or added to the advantage.
+
+    # Like truncated: what the teacher says of a response that went wrong may teach little.
+    wrong: Literal["learn", "drop"] = Field(
+        default="learn",
+        description=(
+            "What happens to responses whose answer was wrong by distill.verdicts: learn from "
+            "them, or drop them."
+        ),
+    )
+
+    wrong_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description=(
+            "Multiply the loss of responses whose answer was wrong by this. 1 means that all "
+            "responses weigh the same."
+        ),
+    )
+
+    # In nats, like the advantage itself.
+    verdict_reward: float = Field(
+        default=0.0,
+        ge=0,
+        description=(
+            "Add this many nats to the advantage of every token of a right response, and take "
+            "them from that of a wrong one. 0 means that the teacher alone decides."
         ),
     )
 
@@ -159,6 +200,15 @@ class RefreshSection(Section):
         ),
     )
 
+    # Early rollouts of a weak student are worth little beyond their first tokens.
+    horizons: list[int] = Field(
+        default_factory=list,
+        description=(
+            "The longest response of the first, second, ... refresh, in tokens; the last number "
+            "holds for all later refreshes. If empty, it is rollout.max_new_tokens."
+        ),
+    )
+
     # It needs memory for teacher and trainer at the same time.
     keep_teacher: bool = Field(
         default=False,
@@ -199,6 +249,35 @@ class DistillSection(TrainSection):
         description=(
             "Accept a cache even if nothing shows that this SFT student wrote its responses, or "
             "that its teacher scored them. The manifest records it."
+        ),
+    )
+
+    # Verdicts of a verifier beside the teacher (lopd cache judge).
+
+    verdicts: FilePath | None = Field(
+        default=None,
+        description=(
+            "Verdicts of the responses, for distill.objective.wrong, wrong_weight or "
+            "verdict_reward: a folder that lopd cache judge has made. If absent, none."
+        ),
+    )
+
+    # A teacher that cannot solve a prompt scores the student's attempts at it with authority.
+    teacher_verdicts: FilePath | None = Field(
+        default=None,
+        description=(
+            "Verdicts of the teacher's own answers to the prompts: a folder that lopd cache judge "
+            "has made. Prompts that the teacher fails are left out. If absent, all prompts stay."
+        ),
+    )
+
+    teacher_right_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description=(
+            "With distill.teacher_verdicts, a prompt stays if at least this share of the "
+            "teacher's answers to it is right."
         ),
     )
 

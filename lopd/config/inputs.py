@@ -71,6 +71,15 @@ class ModelsSection(Section):
         ),
     )
 
+    # Its scores cost a second forward pass over the rollouts.
+    teacher_base: FilePath | None = Field(
+        default=None,
+        description=(
+            "The model that the teacher was before its last training. Its log-probabilities go "
+            'into the cache too, for distill.objective.advantage = "delta". If absent, none.'
+        ),
+    )
+
     # The teacher's is the default, because the student learns from the teacher's answers to prompts
     # of that form.
     chat_template: Literal["teacher", "student"] = Field(
@@ -143,7 +152,7 @@ class PromptSet(Section):
     fields: dict[str, Any] = Field(
         default_factory=dict,
         description=(
-            "The column of question, messages, answer, prompt_id or domain, as a path "
+            "The column of question, messages, answer, prompt_id, domain or hint, as a path "
             "(answer = reward_model.ground_truth). It replaces the format's own column."
         ),
     )

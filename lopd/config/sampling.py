@@ -140,6 +140,16 @@ class ScoreSection(Section):
 
     forward: ForwardSection = Field(default_factory=ForwardSection)
 
+    # What the teacher sees. It may be more than the student: an answer, a hint, instructions.
+    teacher_prompt: str | None = Field(
+        default=None,
+        description=(
+            "The text around {prompt} that the teacher sees in place of the student's last "
+            "message; {answer} and {hint} are those of the prompt. The response stays as it is. "
+            "If absent, the teacher sees what the student saw."
+        ),
+    )
+
     # What the cache keeps of a response token, besides the log-probability of the token itself.
 
     # A cache has a token id and two log-probabilities per token, all of 32 bits by default.

@@ -69,6 +69,7 @@ def named_paths(config: Config) -> dict[str, Path | None]:
         "models.student": config.models.student,
     }
     paths |= {f"models.teachers.{domain}": path for domain, path in config.models.teachers.items()}
+    paths["models.teacher_base"] = config.models.teacher_base
     paths |= {
         f"prompts.{name}.file": getattr(config.prompts, name).file
         for name in ("sft", "opd", "eval")

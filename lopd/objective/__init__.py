@@ -13,10 +13,11 @@ or calls a collective. In a Megatron-Core loss function with ``calculate_per_tok
   what ``lopd.batching.build_microbatch`` builds.
 - ``Lightning`` is Lightning OPD as a Huber loss. Its negative gradient is the method's update, and
   it needs one forward and one backward pass.
-- ``Distillation`` combines a token loss (``Lightning``, ``TopKKL``) with options. ``Prefix`` and
-  ``DropTruncated`` select the tokens that carry loss. ``TruncatedImportance`` and
-  ``EarlyTokenGain`` weight each token. ``ReferenceKL`` pulls the student back to the policy that
-  sampled the rollouts. docs/objectives.md says when to use which.
+- ``Distillation`` combines a token loss (``Lightning``, ``TopKKL``) with options. ``Prefix``,
+  ``DropTruncated`` and ``DropWrong`` select the tokens that carry loss. ``TruncatedImportance``,
+  ``EarlyTokenGain`` and ``WrongWeight`` weight each token. ``VerdictReward`` and ``Delta`` shift
+  its advantage. ``ReferenceKL`` pulls the student back to the policy that sampled the rollouts.
+  docs/objectives.md says when to use which.
 - ``objective_from_config`` returns the objective of a configuration. It refuses combinations that
   mean nothing, and gives the reason.
 - ``Supervised`` is the negative log-likelihood, for the SFT that comes before distillation.
@@ -36,22 +37,26 @@ split a sequence, gather its log-probabilities first.
 """
 
 from lopd.objective.aggregation import Aggregation, token_weights
+from lopd.objective.delta import Delta
 from lopd.objective.distillation import Distillation, TokenLoss
 from lopd.objective.drift import RefreshRule
 from lopd.objective.estimators import reverse_kl_terms, token_importance
 from lopd.objective.interface import LossOutput, Objective, TokenBatch, reduce_metrics
 from lopd.objective.lightning import Lightning
 from lopd.objective.reference import ReferenceKL
-from lopd.objective.registry import needs_top_k, objective_from_config
+from lopd.objective.registry import needs_top_k, needs_verdicts, objective_from_config
 from lopd.objective.selection import DropTruncated, Prefix
 from lopd.objective.supervised import Supervised
 from lopd.objective.top_k import TopKKL
+from lopd.objective.verdicts import DropWrong, VerdictReward, WrongWeight
 from lopd.objective.weighting import EarlyTokenGain, TruncatedImportance
 
 __all__ = [
     "Aggregation",
+    "Delta",
     "Distillation",
     "DropTruncated",
+    "DropWrong",
     "EarlyTokenGain",
     "Lightning",
     "LossOutput",
@@ -64,7 +69,10 @@ __all__ = [
     "TokenLoss",
     "TopKKL",
     "TruncatedImportance",
+    "VerdictReward",
+    "WrongWeight",
     "needs_top_k",
+    "needs_verdicts",
     "objective_from_config",
     "reduce_metrics",
     "reverse_kl_terms",

@@ -6,9 +6,10 @@ pulled back to the policy that sampled the rollouts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from lopd.deferred import deferred
 from lopd.errors import ConfigError
 from lopd.objective.aggregation import Aggregation, token_weights
 from lopd.objective.interface import LossOutput, TokenBatch
@@ -16,10 +17,14 @@ from lopd.objective.metrics import sums_by_teacher
 from lopd.objective.reference import ReferenceKL
 from lopd.objective.selection import Selection, apply_selections, end_tokens
 from lopd.objective.top_k import TopKKL
+from lopd.objective.verdicts import WrongWeight
 from lopd.objective.weighting import Weighting
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
 class TokenLoss(Protocol):
@@ -46,6 +51,18 @@ class TokenLoss(Protocol):
         ...
 
 
+class Shift(Protocol):
+    """Something that is added to the advantage of each token, besides what the teacher says."""
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        """Return nats [T] without gradient. Tokens without loss may have any value."""
+        ...
+
+    def metric_sums(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return the metrics of this shift as sums, float64 [] each."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Distillation:
     """The sum over tokens of (product of weightings) * loss + reference, aggregated.
@@ -61,6 +78,9 @@ class Distillation:
         teachers: The names of the teachers, where several teachers scored the responses (one for
             each domain, for example). The loss needs only each token's log-probability by its own
             teacher. The metrics come for each teacher too, as ``X/NAME``.
+        shifts: What is added to log pi_T before the loss, and so to the advantage, before its
+            clip. The metrics are those of the teacher itself, but for ``clipped_share``, and
+            ``shifted_advantage`` is the mean advantage with the shifts.
 
     Raises:
         ConfigError: The parts do not go together.
@@ -71,12 +91,15 @@ class Distillation:
     weightings: tuple[Weighting, ...] = ()
     reference: ReferenceKL | None = None
     teachers: tuple[str, ...] = ()
+    shifts: tuple[Shift, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss, TopKKL) and self.weightings:
-            names = ", ".join(type(weighting).__name__ for weighting in self.weightings)
+        # The verdict of a response is the same for every token that might stand in it.
+        of_tokens = [one for one in self.weightings if not isinstance(one, WrongWeight)]
+        if isinstance(self.loss, TopKKL) and (of_tokens or self.shifts):
+            names = ", ".join(type(one).__name__ for one in (*of_tokens, *self.shifts))
             raise ConfigError(
-                f"{names} cannot be used with a top-K KL: token weights are functions of "
+                f"{names} cannot be used with a top-K KL: they are about the advantage of "
                 "the sampled token, but a top-K KL is a sum over the teacher's tokens",
                 where="objective",
                 remedy="set loss = lightning, or remove the token weights",
@@ -94,8 +117,11 @@ class Distillation:
         ends = end_tokens(batch)
         # From here on every sum and mean, the metrics included, is over the selected tokens alone.
         batch = apply_selections(batch, self.selections)
-        losses = self.loss.token_losses(logprobs, batch)
+        shifted = self._shifted(batch)
+        losses = self.loss.token_losses(logprobs, shifted)
         sums = self.loss.metric_sums(logprobs, batch, ends)
+        if self.shifts:
+            sums |= self._shift_sums(logprobs, batch, shifted)
         # The factors have no gradient, so each multiplies the gradient of a token's loss as well.
         for weighting in self.weightings:
             losses = losses * weighting(logprobs, batch)
@@ -117,3 +143,25 @@ class Distillation:
         # prefix of 10% would make the loss, and with it the step, ten times smaller.
         weights, num_items = token_weights(batch, self.loss.aggregation, losses.dtype)
         return LossOutput((weights * losses).sum(), num_items, sums)
+
+    def _shifted(self, batch: TokenBatch) -> TokenBatch:
+        """Return the batch with all shifts in teacher_logprobs."""
+        for shift in self.shifts:
+            # Added to the teacher and not to the loss: so the advantage, its clip and the Huber
+            # loss of the residual stay one thing.
+            assert batch.teacher_logprobs is not None
+            batch = replace(batch, teacher_logprobs=batch.teacher_logprobs + shift(batch))
+        return batch
+
+    def _shift_sums(
+        self, logprobs: Tensor, batch: TokenBatch, shifted: TokenBatch
+    ) -> dict[str, Tensor]:
+        """Return what the shifts do to the advantages, and their own metrics, as sums."""
+        assert shifted.teacher_logprobs is not None
+        residual = shifted.teacher_logprobs.double() - logprobs.detach().double()
+        advantage = torch.where(batch.loss_mask, residual, 0.0)
+        beyond = advantage.abs() > self.loss.advantage_clip
+        sums = {"shifted_advantage": advantage.sum(), "clipped": beyond.sum(dtype=torch.float64)}
+        for shift in self.shifts:
+            sums |= shift.metric_sums(batch)
+        return sums

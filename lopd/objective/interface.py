@@ -77,10 +77,14 @@ class TokenBatch:
     teacher_logprobs: Tensor | None = None
     # float32 [T], by the policy that sampled the responses.
     sampling_logprobs: Tensor | None = None
+    # float32 [T], by the teacher's own base.
+    base_logprobs: Tensor | None = None
     # bool [S], responses that were cut off before an end token.
     truncated: Tensor | None = None
     # int64 [S], which of several teachers scored the sequence.
     teacher_index: Tensor | None = None
+    # bool [S], responses whose answer a verifier found right.
+    right: Tensor | None = None
     # float32 [T, K], by the teacher, of its K likeliest tokens.
     teacher_top_logprobs: Tensor | None = None
     # float32 [T], by the teacher, of all other tokens together. If it is None, the tail is 1 minus
@@ -107,8 +111,10 @@ class TokenBatch:
             num_sequences=microbatch.num_sequences,
             teacher_logprobs=tensor(microbatch.teacher_logprobs),
             sampling_logprobs=tensor(microbatch.sampling_logprobs),
+            base_logprobs=tensor(microbatch.base_logprobs),
             truncated=tensor(microbatch.truncated),
             teacher_index=tensor(microbatch.teacher_index),
+            right=tensor(microbatch.right),
             teacher_top_logprobs=None if top is None else tensor(top.logprobs),
             teacher_tail_logprob=None if top is None else tensor(top.tail_logprob),
         )

@@ -12,12 +12,14 @@ from typing import Any
 
 from lopd.config import DistillSection, ObjectiveSection
 from lopd.errors import ConfigError
+from lopd.objective.delta import Delta
 from lopd.objective.distillation import Distillation
 from lopd.objective.interface import Objective
 from lopd.objective.lightning import Lightning
 from lopd.objective.reference import ReferenceKL
 from lopd.objective.selection import DropTruncated, Prefix
 from lopd.objective.top_k import TopKKL
+from lopd.objective.verdicts import DropWrong, VerdictReward, WrongWeight
 from lopd.objective.weighting import EarlyTokenGain, TruncatedImportance
 
 # Fields of TokenBatch that every cache and the trainer give to an objective.
@@ -26,12 +28,19 @@ AVAILABLE = frozenset(
 )
 # Fields that a cache with the teacher's top-K gives besides.
 TOP_K = frozenset({"teacher_top_logprobs"})
+# The field that a cache with the scores of the teacher's base gives besides.
+BASE = frozenset({"base_logprobs"})
+# The field that verdicts of the responses (distill.verdicts) give besides.
+VERDICTS = frozenset({"right"})
 # Where each field comes from, for the message that says it is missing.
 _ORIGIN = {
     "teacher_logprobs": "the score stage writes them",
     "sampling_logprobs": "the rollout stage writes them; "
     "a cache imported from elsewhere may lack them",
     "truncated": "it follows from the finish_reason of the rollouts",
+    "base_logprobs": "the cache has no column teacher_base_logprobs; with models.teacher_base the "
+    "score stage writes it",
+    "right": "make verdicts of the cache with lopd cache judge, and name them in distill.verdicts",
     "teacher_top_logprobs": "the cache has none; "
     "with score.top_k = 16, for example, the score stage writes the teacher's likeliest tokens",
     "student_top_logprobs": "the trainer gives the student's log-probabilities "
@@ -93,12 +102,22 @@ LOSSES: dict[str, Component] = {
 # the default. A prefix needs `truncated` because it keeps the end tokens of finished responses.
 SELECTIONS: dict[str, Component] = {
     "truncated": Component(("truncated",), lambda distill: DropTruncated()),
+    "wrong": Component(("right",), lambda distill: DropWrong()),
     "prefix_share": Component(("truncated",), _prefix_share),
     "prefix_tokens": Component(("truncated",), _prefix_tokens),
 }
 WEIGHTINGS: dict[str, Component] = {
     "importance_cap": Component(("sampling_logprobs",), _importance),
     "early_token_gain": Component(("teacher_logprobs",), _early_token_gain),
+    "wrong_weight": Component(
+        ("right",), lambda distill: WrongWeight(distill.objective.wrong_weight)
+    ),
+}
+SHIFTS: dict[str, Component] = {
+    "advantage": Component(("base_logprobs", "sampling_logprobs"), lambda distill: Delta()),
+    "verdict_reward": Component(
+        ("right",), lambda distill: VerdictReward(distill.objective.verdict_reward)
+    ),
 }
 REFERENCE: dict[str, Component] = {
     "reference_kl": Component(("sampling_logprobs",), _reference_kl),
@@ -108,8 +127,10 @@ _MODIFIES = {
     "keep_end_token": ("prefix_share", "prefix_tokens"),
     "reference_direction": ("reference_kl",),
 }
-# Losses of the sampled token. Token weights act on these alone.
+# Losses of the sampled token. Token weights and shifts act on these alone, but for the weight of a
+# response, which is the same for every token that might stand in it.
 _TOKEN_WEIGHTED = ("lightning",)
+_OF_THE_TOKEN = ("importance_cap", "early_token_gain", *SHIFTS)
 
 
 def objective_from_config(
@@ -128,12 +149,13 @@ def objective_from_config(
     """
     chosen = {
         name: component
-        for name, component in (SELECTIONS | WEIGHTINGS | REFERENCE).items()
+        for name, component in (SELECTIONS | WEIGHTINGS | SHIFTS | REFERENCE).items()
         if is_on(section.objective, name)
     }
     # Contradictions come first: where two knobs exclude each other, it does not help the user to
     # hear that one of them lacks data.
     _refuse_contradictions(section.objective)
+    _refuse_verdicts(section)
     for name, component in ({"loss": LOSSES[section.objective.loss]} | chosen).items():
         _refuse_missing(section.objective, name, component, available)
     loss = LOSSES[section.objective.loss].build(section)
@@ -147,12 +169,20 @@ def objective_from_config(
         )
 
     reference = next(iter(built(REFERENCE)), None)
-    return Distillation(loss, built(SELECTIONS), built(WEIGHTINGS), reference, teachers)
+    return Distillation(
+        loss, built(SELECTIONS), built(WEIGHTINGS), reference, teachers, built(SHIFTS)
+    )
 
 
 def needs_top_k(section: DistillSection) -> bool:
     """Return whether the loss compares the student with the teacher's likeliest tokens."""
     return "teacher_top_logprobs" in LOSSES[section.objective.loss].needs
+
+
+def needs_verdicts(section: DistillSection) -> bool:
+    """Return whether a knob of the objective reads the verdicts of the responses."""
+    tables = SELECTIONS | WEIGHTINGS | SHIFTS
+    return any("right" in part.needs and is_on(section.objective, k) for k, part in tables.items())
 
 
 def is_on(objective: ObjectiveSection, knob: str) -> bool:
@@ -173,13 +203,34 @@ def _refuse_contradictions(objective: ObjectiveSection) -> None:
         reason = f"it has no effect with loss = {objective.loss}"
         remedy = "choose a top-K loss, or remove top_k_support"
         raise _refused(objective, "top_k_support", reason, remedy)
-    for knob in WEIGHTINGS:
+    if is_on(objective, "wrong") and is_on(objective, "wrong_weight"):
+        reason = "wrong_weight has nothing left to weight"
+        raise _refused(objective, "wrong", reason, "remove wrong or wrong_weight")
+    for knob in _OF_THE_TOKEN:
         if is_on(objective, knob) and objective.loss not in _TOKEN_WEIGHTED:
             reason = (
                 f"loss = {objective.loss} is a sum over the teacher's tokens and does not "
                 "use the sampled token"
             )
             raise _refused(objective, knob, reason, f"set loss = lightning, or remove {knob}")
+
+
+def _refuse_verdicts(section: DistillSection) -> None:
+    """Refuse verdicts that nothing reads, and verdicts of responses that do not exist yet."""
+    given = section.verdicts or section.teacher_verdicts
+    default = DistillSection.model_fields["teacher_right_share"].default
+    what, remedy = "", ""
+    if section.verdicts is not None and not needs_verdicts(section):
+        what = "verdicts has no effect: no knob of the objective reads a verdict"
+        remedy = "set distill.objective.wrong, wrong_weight or verdict_reward, or remove verdicts"
+    elif section.teacher_verdicts is None and section.teacher_right_share != default:
+        what = "teacher_right_share has no effect without teacher_verdicts"
+        remedy = "set distill.teacher_verdicts, or remove distill.teacher_right_share"
+    elif given and section.refresh.is_on:
+        what = "refresh cannot be used with verdicts: nobody has judged the fresh responses"
+        remedy = "remove distill.refresh, or distill.verdicts and distill.teacher_verdicts"
+    if what:
+        raise ConfigError(what, where="[distill]", remedy=remedy)
 
 
 def _refuse_missing(

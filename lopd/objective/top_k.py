@@ -45,12 +45,16 @@ class TopKKL:
             probability 1 - sum, at least TAIL_FLOOR. The result is a lower bound of the KL over the
             vocabulary, and exact for K = V. ``renormalised`` divides p and q by their sums. Then
             the loss does not see how much probability the student puts outside of the K tokens. So
-            it alone cannot bring back what has leaked there.
+            it alone cannot bring back what has leaked there. ``generalised`` adds the sum of
+            (second - first) over the K tokens, where the KL is that of first from second: the
+            generalised KL of measures that need not sum to 1 (arXiv 2606.30406). No term is
+            negative, so its minimum is where p and q are equal at each of the K tokens. It is
+            exact for K = V, too.
         aggregation: How token losses become the loss of a batch; see token_weights.
     """
 
     direction: Literal["reverse", "forward"] = "reverse"
-    support: Literal["tail", "renormalised"] = "tail"
+    support: Literal["tail", "renormalised", "generalised"] = "tail"
     aggregation: Aggregation = "response_mean"
 
     @property
@@ -75,7 +79,12 @@ class TopKKL:
         # KL(first || second). The expectation is over the first, so the forward KL weights the
         # student's error at a token by the teacher's probability.
         first, second = (student, teacher) if self.direction == "reverse" else (teacher, student)
-        return (first.exp() * (first - second)).sum(-1)
+        kl = (first.exp() * (first - second)).sum(-1)
+        if self.support == "generalised":
+            # Without this term the sum over K tokens alone would be lowest where the student
+            # leaves them: the reverse one falls below 0 for every q below p.
+            kl = kl + (second.exp() - first.exp()).sum(-1)
+        return kl
 
     @without_gradient
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch, ends: Tensor) -> dict[str, Tensor]:
@@ -116,6 +125,9 @@ class TopKKL:
                 torch.log_softmax(student, -1).masked_fill(unknown, 0.0),
                 torch.log_softmax(teacher, -1).masked_fill(unknown, 0.0),
             )
+        if self.support == "generalised":
+            # Two equal numbers add nothing to any of its terms.
+            return student.masked_fill(unknown, 0.0), teacher.masked_fill(unknown, 0.0)
         unknown = torch.nn.functional.pad(unknown, (0, 1))  # [T, K + 1]: the tail is known.
         student = _with_tail(student).masked_fill(unknown, 0.0)
         return student, self._teacher_with_tail(teacher, batch).masked_fill(unknown, 0.0)

@@ -82,6 +82,10 @@ def room_needed(config: Config) -> dict[Path, float]:
     # Prompt files are small beside models, and are not counted.
     paths = {"teacher": config.models.teacher, "student": config.models.student}
     paths |= {f"teachers.{domain}": folder for domain, folder in config.models.teachers.items()}
+    if config.models.teacher_base is not None:
+        # What the teacher was before has the teacher's size.
+        paths["teacher_base"] = config.models.teacher_base
+        sizes["teacher_base"] = sizes["teacher"]
     # A set, because two roles may have one model, which is fetched once.
     missing = {
         (path, sizes[role])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from lopd.planning.assumptions import WORK
+from lopd.planning.horizon import short_horizon
 from lopd.planning.memory import MemoryUse
 from lopd.planning.plan import Plan
 from lopd.planning.stages import LIGHTNING
@@ -18,6 +20,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     if not plan.has_gpus:
         return _without_gpus(plan)
     node = plan.node
+    shorter = short_horizon(plan)
     # Stages whose result is given are there with 0 hours, so that all plans have the same keys.
     hours = {stage: plan.gpu_hours(stage) for stage in plan.times}
     return {
@@ -46,6 +49,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             # The sum that the paper publishes as the GPU hours of Lightning OPD.
             "lightning_opd": sum(hours[stage] for stage in LIGHTNING),
         },
+        # What rollouts that stop at distill.objective.prefix_tokens would take; None without it.
+        "short_horizon": None if shorter is None else asdict(shorter),
         # With these a program can tell two plans apart that differ in nothing else.
         "assumptions": {name: getattr(plan.assumed, name) for name in plan.assumed.__slots__},
     }

@@ -100,6 +100,9 @@ class StageTimes:
         if self.config.score.engine == "megatron":
             # Megatron-Core scores on ranks of its own, without servers.
             gpus = self.config.score.forward.parallel.ranks
+        # The teacher's base has the teacher's shape, and scores the same responses.
+        if self.config.models.teacher_base is not None:
+            teachers = [*teachers, "teacher"]
         parts = [self._forward(role, share, amounts.rollout_len, gpus) for role in teachers]
         return sum(parts, NO_TIME)
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lopd.errors import LopdError
 from lopd.planning.assumptions import WORK, meanings, sources
+from lopd.planning.horizon import short_horizon
 from lopd.planning.hours import StageTime
 from lopd.planning.layouts import Suggestion
 from lopd.planning.plan import TIGHT, Plan
@@ -39,6 +40,9 @@ def show_plan(plan: Plan, *, assumptions: bool = True) -> None:
         tables = [_work_table(plan), _disk_table(plan)]
     for table in tables:
         console.print(table)
+    shorter = short_horizon(plan)
+    if shorter is not None:
+        console.print(Text(shorter.line), soft_wrap=True)
     if assumptions:
         console.print(_assumption_table(plan))
     _show_verdict(plan, console)

@@ -88,7 +88,7 @@ class StageContext:
         """Return a model by its content.
 
         Args:
-            role: "teacher", "student" (the base student), or "teachers.DOMAIN".
+            role: "teacher", "student" (the base student), "teacher_base" or "teachers.DOMAIN".
         """
         if role not in self.identities:
             # Only the first dot separates: the name of a domain may hold others.
@@ -109,11 +109,18 @@ class StageContext:
         names = self.stage.parents(self.config)
         return {name: self.manifest_of(name).fingerprint for name in names}
 
+    @property
+    def prompt_sets(self) -> tuple[str, ...]:
+        """The prompt sets that the stage reads."""
+        # Only with a prompt of the teacher's own does scoring read prompts.
+        is_asked = "score" in self.stage.knobs and self.config.score.teacher_prompt is not None
+        return (*self.stage.prompts, "opd") if is_asked else self.stage.prompts
+
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """Everything but the parents that decides this stage's result, as a flat table."""
         config = self.config
-        prompt_sections = [f"prompts.{name}" for name in self.stage.prompts]
+        prompt_sections = [f"prompts.{name}" for name in self.prompt_sets]
         sections = ("run.seed", *self.stage.knobs, *prompt_sections)
         # A manifest is published, so it holds no secret. Knobs that change only the speed are left
         # out: with another value the artifact is the same.
@@ -126,13 +133,15 @@ class StageContext:
         if "teacher" in self.stage.models:
             for domain in config.models.teachers:
                 keys[f"models.teachers.{domain}"] = self.identity(f"teachers.{domain}").weights
+        if "score" in self.stage.knobs and config.models.teacher_base is not None:
+            keys["models.teacher_base"] = self.identity("teacher_base").weights
         if config.models.teachers and self.stage.prompts:
             # Prompts are sampled domain by domain, so the names of the domains decide the shards.
             keys["models.teachers"] = sorted(config.models.teachers)
         # SFT reads no prompts itself, but the template becomes a file of its student.
-        if self.stage.prompts or "sft" in self.stage.knobs:
+        if self.prompt_sets or "sft" in self.stage.knobs:
             keys |= template_inputs(config)
-        for name in self.stage.prompts:
+        for name in self.prompt_sets:
             file = getattr(config.prompts, name).file
             keys[f"prompts.{name}.file"] = content_hash(file) if file is not None else None
         # What comes from outside of this run has no parent whose fingerprint would stand for it.
@@ -142,6 +151,10 @@ class StageContext:
             keys["sft.checkpoint"] = identify_model(config.sft.checkpoint).weights
         if "distill" in self.stage.knobs and config.distill.cache is not None:
             keys["distill.cache"] = read_manifest(config.distill.cache).fingerprint
+        for name in ("verdicts", "teacher_verdicts") if "distill" in self.stage.knobs else ():
+            folder = getattr(config.distill, name)
+            if folder is not None:
+                keys[f"distill.{name}"] = read_manifest(folder).fingerprint
         return keys
 
     def writer(
@@ -174,11 +187,15 @@ class StageContext:
         parameters = section.model_dump(mode="json", exclude={"shard_size"})
         return {**parameters, "dtype": self.config.sglang.dtype}
 
-    def prompts(self, name: str) -> tuple[list[Prompt], list[Any]]:
+    def prompts(
+        self, name: str, *, need_answers: bool | None = None, record: bool = True
+    ) -> tuple[list[Prompt], list[Any]]:
         """Return a prompt set, and the token ids [P] of each prompt with the chat template.
 
         Args:
             name: "sft", "opd" or "eval".
+            need_answers: Whether a prompt without an answer is refused. None: in "eval" alone.
+            record: Whether a template's time may be recorded in the run directory.
 
         Raises:
             DataError: A prompt cannot be used. See lopd.tasks.prompts.
@@ -195,10 +212,10 @@ class StageContext:
             prompt_tokenizer(self.config),
             context_length=self.config.sglang.context_length,
             # The method itself needs no answers. Only held-out prompts are judged.
-            need_answers=name == "eval",
+            need_answers=name == "eval" if need_answers is None else need_answers,
             # Recorded at the first use: every stage renders the prompts of the same moment.
-            time=render_time(self.config, record=True),
-            kept=kept_in(self.config.run.dir, name, can_write=True),
+            time=render_time(self.config, record=record),
+            kept=kept_in(self.config.run.dir, name, can_write=record),
         )
 
     @contextlib.contextmanager

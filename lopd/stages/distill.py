@@ -19,13 +19,14 @@ from typing import Any
 from lopd.artifacts import identify_model, read_manifest
 from lopd.artifacts.lineage import check_given_cache
 from lopd.cache.checks import require_sound
+from lopd.cache.reader import CacheReader
 from lopd.report.metrics import read_metrics
 from lopd.stages.between_steps import StepHooks
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.refresh_record import RefreshRecord, describe
 from lopd.stages.refresh_service import RefreshService
 from lopd.stages.training import MODEL, TrainingJob, require_batch, train_on_ranks
-from lopd.stages.training_data import distillation_objective, load_samples
+from lopd.stages.training_data import distillation_objective, kept_rows, load_samples
 from lopd.stages.training_kl import rises_of
 from sglang_rollout.servers.shared_gpus import training_settings
 
@@ -94,7 +95,7 @@ def run(context: StageContext) -> None:
         num_steps=config.distill.num_steps,
         order_seed=config.run.seed,
     )
-    require_batch(job)
+    require_batch(job, _num_kept(context, job))
     result = _train_beside_servers(context, job)
     # The model is part of the artifact: its files stand in the manifest with their checksums.
     files = (path for path in job.model.iterdir() if path.is_file())
@@ -140,6 +141,18 @@ def cache_of(context: StageContext, sft_model: Path) -> tuple[Path, Mapping[str,
     note = lineage["cache"]["note"]
     context.log(f"learns from {given} ({manifest.rows:,} responses): {note}")
     return given, lineage
+
+
+def _num_kept(context: StageContext, job: TrainingJob) -> int:
+    """Return how many responses are learnt from, and say so where it is not all of them."""
+    reader = CacheReader(job.data)
+    num_kept = len(kept_rows(reader, job))
+    if num_kept < len(reader):
+        context.log(
+            f"learns from {num_kept:,} of {len(reader):,} responses: the teacher fails the prompts "
+            "of the others (distill.teacher_verdicts)"
+        )
+    return num_kept
 
 
 def _figures(result: dict[str, Any], context: StageContext) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lopd.artifacts import (
     remove_folder,
 )
 from lopd.batching.order import epoch_permutation
-from lopd.config import Config
+from lopd.config import Config, RolloutSection
 from lopd.errors import ArtifactError, EngineError
 from lopd.records import Manifest, Prompt
 from lopd.stages.context import StageContext
@@ -127,6 +127,7 @@ class RefreshService:
         per_prompt = config.rollout.samples_per_prompt
         count = num_responses(config, refresh.step, len(prompts) * per_prompt)
         chosen = next_prompts(len(prompts), refresh.step, -(-count // per_prompt), config)
+        section = rollout_of(config, refresh.number)
         # The lineage of the SFT student holds for the present student as well: it comes from the
         # same demonstrations, so the same teacher is consistent.
         writer = self._writer(
@@ -135,7 +136,7 @@ class RefreshService:
             refresh,
             self._context.parents,
             models={"base_student": self._context.identity("student")},
-            sampling=self._context.sampling_record(config.rollout),
+            sampling=self._context.sampling_record(section),
             lineage=self._scored.lineage,
             shard_size=config.rollout.shard_size,
         )
@@ -147,7 +148,7 @@ class RefreshService:
             self._engine,
             [prompts[index] for index in chosen],
             [prompt_ids[index] for index in chosen],
-            sampling_params(config.rollout, self._context.end_models),
+            sampling_params(section, self._context.end_models),
             samples_per_prompt=per_prompt,
             seed=config.run.seed,
             purpose=f"refresh-{refresh.number}",
@@ -156,7 +157,12 @@ class RefreshService:
             num_ids=num_shared_ids(config),
         )
         # The reason is an extra figure. The inputs of a manifest say what decides the content.
-        cut = truncation_figures(self._context, folder / ROLLOUTS, "rollout")
+        cut = truncation_figures(
+            self._context,
+            folder / ROLLOUTS,
+            "rollout",
+            is_wanted=section.max_new_tokens < config.rollout.max_new_tokens,
+        )
         rollouts = writer.finish(reason=refresh.reason, **cut)
         _check_versions(folder / ROLLOUTS, rollouts, refresh.version)
         return rollouts
@@ -283,6 +289,21 @@ def num_responses(config: Config, step: int, num_sampled: int) -> int:
     # More than the steps left can use would be wasted, and more than the rollout stage has made
     # would go through the prompts a second time.
     return min(wanted, num_sampled, (config.distill.num_steps - step) * batch_size)
+
+
+def rollout_of(config: Config, number: int) -> RolloutSection:
+    """Return how a refresh samples.
+
+    Args:
+        config: The configuration.
+        number: The number of the refresh, from 1.
+    """
+    horizons = config.distill.refresh.horizons
+    if not horizons:
+        return config.rollout
+    # The number alone decides, so a killed refresh goes on with the same limit.
+    longest = horizons[min(number, len(horizons)) - 1]
+    return config.rollout.model_copy(update={"max_new_tokens": longest})
 
 
 def next_prompts(num_prompts: int, step: int, count: int, config: Config) -> list[int]:

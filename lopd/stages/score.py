@@ -5,6 +5,7 @@ The teacher must be the SAME one that made the demonstrations. Afterwards no tea
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from lopd.artifacts import ArtifactWriter
 from lopd.artifacts.lineage import check_same_tokenizer, check_scoring_teacher
 from lopd.cache import logprob_loss
 from lopd.cache.reader import CacheReader
+from lopd.errors import ConfigError
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.records import Manifest, ModelIdentity
 from lopd.stages.context import Stage, StageContext
@@ -20,10 +22,14 @@ from lopd.stages.domains import PartWriter, described, parts_in, role_of
 from lopd.stages.sample_shards import end_token_ids
 from lopd.stages.score_shards import score_into
 from lopd.stages.teacher import serve_teacher
+from lopd.stages.teacher_prompts import teacher_prompt_ids
 from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
+
+# The folder in the stage's own that has the scores of the teacher's base.
+BASE_SCORES = "base"
 
 
 def run(context: StageContext) -> None:
@@ -36,12 +42,13 @@ def run(context: StageContext) -> None:
     # Before the teacher is started, which may take minutes.
     lineage = check_teacher(context, rollouts)
     _check_ids(context)
-    models = {"teacher": context.identity("teacher"), **_sampler_of(rollouts)}
+    models = {"teacher": context.identity("teacher"), **_base_of(context), **_sampler_of(rollouts)}
     writer = context.writer(models=models, sampling=rollouts.sampling, lineage=lineage)
     # Before the teacher, whose start takes longest.
     writer.expect(len(rollouts.shards))
     # Workers may have published all shards. Then no teacher is started.
     needs_teacher = bool(writer.missing(len(rollouts.shards)))
+    base = _score_by_base(context, rollouts) if "base" in models else None
     with serve_teacher(context) if needs_teacher else nullcontext() as engine:
         score_responses(
             context,
@@ -50,8 +57,57 @@ def run(context: StageContext) -> None:
             context.folder_of("rollout"),
             rollouts,
             title="teacher log-probabilities",
+            base=base,
         )
         complete_cache(context, writer, rollouts)
+
+
+def _score_by_base(context: StageContext, rollouts: Manifest) -> ArtifactWriter:
+    """Score the responses by the teacher's base, into a folder of their own, and return its writer.
+
+    The teacher's shards take their last column from it. Both models need not fit on the GPUs
+    together.
+    """
+    # The same inputs as the whole stage, so a killed command continues here too.
+    part = context.writer(folder=context.folder / BASE_SCORES, kind="base_scores")
+    if part.missing(len(rollouts.shards)):
+        base = context.config.models.teacher_base
+        models = context.config.models.model_copy(update={"teacher": base})
+        config = context.config.model_copy(update={"models": models})
+        # As if the base were the teacher. It is served and scored by the same means.
+        with serve_teacher(dataclasses.replace(context, config=config)) as engine:
+            score_into(
+                part,
+                engine,
+                context.folder_of("rollout"),
+                rollouts,
+                title="log-probabilities of the teacher's base",
+                asked=teacher_prompt_ids(context),
+            )
+    part.finish()
+    return part
+
+
+def _base_of(context: StageContext) -> dict[str, ModelIdentity]:
+    """Return the teacher's base for the manifest, after it was checked.
+
+    Raises:
+        ConfigError: It is the teacher itself.
+        DataError: It has another tokenizer.
+    """
+    if context.config.models.teacher_base is None:
+        return {}
+    base = context.identity("teacher_base")
+    teacher = context.identity("teacher")
+    check_same_tokenizer(base, teacher)
+    if base.weights == teacher.weights:
+        raise ConfigError(
+            "models.teacher_base has the weights of the teacher, so their difference is 0",
+            where=base.path,
+            remedy="give the model that the teacher was before its last training, or remove "
+            "models.teacher_base",
+        )
+    return {"base": base}
 
 
 def _check_ids(context: StageContext) -> None:
@@ -79,6 +135,10 @@ def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
             "WARNING: the scoring teacher did not make the student's demonstrations "
             "(score.allow_foreign_teacher is set)"
         )
+    if context.config.score.teacher_prompt is not None:
+        # With more before its eyes the teacher is another policy than the one that demonstrated,
+        # although its weights are the same.
+        lineage["teacher_prompt"] = context.config.score.teacher_prompt
     # The teacher scores token ids, not text. The same ids must mean the same to both models.
     check_same_tokenizer(teacher, context.identity("student"))
     return lineage
@@ -92,6 +152,7 @@ def score_responses(
     rollouts: Manifest,
     *,
     title: str,
+    base: ArtifactWriter | None = None,
 ) -> None:
     """Score the responses that are not scored yet. The cache is not complete afterwards.
 
@@ -102,6 +163,7 @@ def score_responses(
         source: The folder of the responses.
         rollouts: The manifest of the responses.
         title: The text at the progress bar.
+        base: The scores of the same responses by the teacher's base, if it has scored them.
     """
     config = context.config
     score_into(
@@ -112,6 +174,8 @@ def score_responses(
         title=title,
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
+        asked=teacher_prompt_ids(context),
+        base=base,
     )
 
 
@@ -130,6 +194,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     config = context.config
     # The parts are those of the rollout stage, whose shards the cache repeats one by one.
     parts = {part: part.context(context) for part in parts_in(rollouts)}
+    asked = teacher_prompt_ids(context)
     # All teachers are checked before the first one is started.
     lineages = {
         part.domain: check_teacher(own, part.rollouts(rollouts)) for part, own in parts.items()
@@ -164,6 +229,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
                 title=f"teacher log-probabilities, {part.domain or 'other domains'}",
                 logprob_bits=config.score.logprob_bits,
                 top_k=config.score.top_k,
+                asked=asked,
             )
     # A token id of the cache must be one that every teacher knows.
     sizes = {read_architecture(own.config.models.teacher).vocab_size for own in parts.values()}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
-from lopd.records import Manifest, Response, ShardInfo, TeacherScores
+from lopd.records import Ints, Manifest, Response, ShardInfo, TeacherScores
 from lopd.report.console import progress
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
+from lopd.stages.teacher_prompts import asked_of_teacher, of_response
 from sglang_rollout.requests.scoring import ScoreRequest
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def score_into(
     title: str,
     logprob_bits: int = 32,
     top_k: int = 0,
+    asked: Mapping[str, Ints] | None = None,
+    base: ArtifactWriter | None = None,
 ) -> None:
     """Score the responses of an artifact that are not scored yet.
 
@@ -41,6 +45,9 @@ def score_into(
         title: The text at the progress bar.
         logprob_bits: 32, or 16 for a smaller cache.
         top_k: How many of the teacher's likeliest tokens are kept at each position as well.
+        asked: The teacher's own prompts by prompt_id, as token ids. None: the student's.
+        base: The same responses' scores by the teacher's base, which become one more column. None:
+            there is no such column.
     """
     writer.expect(len(rollouts.shards))
     missing = writer.missing(len(rollouts.shards))
@@ -61,7 +68,8 @@ def score_into(
             responses[index] = _responses_in(source, rollouts.shards[index])
             open_shards.begin(index, [response.key for response in responses[index]])
             for one in by_length(responses[index], prompts_at_once):
-                yield ScoreRequest(one.prompt_id, one.sample_index, one.prompt_ids, one.token_ids)
+                prompt_ids = asked_of_teacher(one, asked)
+                yield ScoreRequest(one.prompt_id, one.sample_index, prompt_ids, one.token_ids)
 
     # Megatron-Core packs the responses of a stream together, and what a response is packed with
     # decides its last bits. With one stream for each shard they do not depend on which shards are
@@ -77,8 +85,28 @@ def score_into(
                 if complete is not None:
                     index, scores = complete
                     rows = responses.pop(index)
-                    table = cache.to_table(rows, scores, logprob_bits=logprob_bits)
+                    pairs = zip(scores, rows, strict=True)
+                    own = [
+                        of_response(one, row, asked_of_teacher(row, asked)) for one, row in pairs
+                    ]
+                    if base is not None:
+                        own = _with_base(own, base, rollouts.shards[index].name)
+                    table = cache.to_table(rows, own, logprob_bits=logprob_bits)
                     writer.publish_shard(index, table)
+
+
+def _with_base(scores: list[TeacherScores], base: ArtifactWriter, name: str) -> list[TeacherScores]:
+    """Return the scores with those of the base, which has a shard of the same name."""
+    shard = base.shard_named(name)
+    found = cache.scored_rows(read_shard(base.folder, shard), where=str(base.folder / name))
+    joined = []
+    for score, (_, of_base) in zip(scores, found, strict=True):
+        # Shard by shard both hold the same responses in the same order. The tokens are compared all
+        # the same: a column that belongs to other tokens would pass for a difference of models.
+        assert of_base is not None
+        assert of_base.token_hash == score.token_hash, score.key
+        joined.append(replace(score, base_logprobs=of_base.teacher_logprobs))
+    return joined
 
 
 def _responses_in(source: Path, shard: ShardInfo) -> list[Response]:

@@ -140,14 +140,19 @@ class TrainingJob:
         return cls(**fields)
 
 
-def require_batch(job: TrainingJob) -> None:
+def require_batch(job: TrainingJob, num_responses: int | None = None) -> None:
     """Refuse a step that is larger than all responses. The parent process asks before it starts.
+
+    Args:
+        job: The training.
+        num_responses: How many responses it learns from. None means all of its artifact.
 
     Raises:
         DataError: There are fewer responses than ``batch_size``.
     """
     # Such a step would learn from the same response several times at once, as if it were many.
-    num_responses = read_manifest(job.data).rows
+    if num_responses is None:
+        num_responses = read_manifest(job.data).rows
     if job.settings.batch_size > num_responses:
         raise DataError(
             f"{job.objective}.batch_size = {job.settings.batch_size} is more than the "

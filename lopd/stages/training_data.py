@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.batching import make_sample
-from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
+from lopd.cache.columns import BASE, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
+from lopd.cache.verdicts import right_of, rows_that_the_teacher_solves
 from lopd.errors import DataError
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.objective import Objective, needs_top_k, objective_from_config
-from lopd.objective.registry import AVAILABLE, TOP_K
+from lopd.objective import Objective, needs_top_k, objective_from_config, registry
 from lopd.records import Sample
 from lopd.stages.training import TrainingJob
 
@@ -51,6 +51,8 @@ class CachedSamples(Sequence[Sample]):
         unread = {"routed_experts", ENTROPY}
         if not self._with_top:
             unread |= {TOP_IDS, TOP_LOGPROBS, TAIL}
+        if not (distill and job.config.distill.objective.advantage == "delta"):
+            unread |= {BASE}
         self._lock = threading.Lock()
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)
         columns = self._reader.columns
@@ -76,12 +78,17 @@ class CachedSamples(Sequence[Sample]):
         self._reader.require_ids_below(rows, "the student")
         # The weights of each teacher, where the cache has several; a sample has an index into it.
         self._teachers = [*teachers_in(self._reader)] if distill else []
+        # Of each row of the cache, whether its answer was right. None: nobody asks.
+        verdicts = job.config.distill.verdicts if distill else None
+        self._right = None if verdicts is None else right_of(self._reader, verdicts)
+        # The rows of the cache that are learnt from.
+        self._rows = kept_rows(self._reader, job)
 
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Prompt and response tokens of each sample, [N]."""
         with self._lock:
-            return self._reader.lengths
+            return self._reader.lengths[self._rows]
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +96,7 @@ class CachedSamples(Sequence[Sample]):
         return self._reader.num_tokens
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -104,20 +111,25 @@ class CachedSamples(Sequence[Sample]):
         """Return the samples of these indices, in their order. Several threads may call it."""
         # In one go: neighbours lie in the same row group of a shard. The reader is of one thread at
         # a time, and a training reads ahead while it looks at samples for a weight sync.
+        chosen = self._rows[np.asarray(indices, dtype=np.int64)]
         with self._lock:
-            rows = self._reader.fetch_scored(indices)
-        return [self._sample(row) for row in rows]
+            rows = self._reader.fetch_scored(chosen)
+        return [self._sample(*one) for one in zip(chosen.tolist(), rows, strict=True)]
 
     def all(self) -> list[Sample]:
         """Return all samples, for an artifact that fits into memory."""
-        return [self._sample(row) for row in self._reader.scored_rows()]
+        kept = set(self._rows.tolist())
+        rows = enumerate(self._reader.scored_rows())
+        return [self._sample(index, row) for index, row in rows if index in kept]
 
-    def _sample(self, row: ScoredRow) -> Sample:
+    def _sample(self, index: int, row: ScoredRow) -> Sample:
         response, scores = row
         sample = make_sample(response, scores, with_top=self._with_top)
         if not self._sampled:
             # The reader fills a missing column with NaN. The objective must see that there is none.
             sample = replace(sample, sampling_logprobs=None)
+        if self._right is not None:
+            sample = replace(sample, right=bool(self._right[index]))
         if self._teachers and scores is not None:
             if scores.teacher not in self._teachers:
                 raise DataError(
@@ -129,6 +141,20 @@ class CachedSamples(Sequence[Sample]):
                 )
             sample = replace(sample, teacher_index=self._teachers.index(scores.teacher))
         return sample
+
+
+def kept_rows(reader: CacheReader, job: TrainingJob) -> NDArray[np.int64]:
+    """Return the rows of a job's artifact that it learns from: all, or what the teacher solves.
+
+    Raises:
+        ArtifactError, DataError: See rows_that_the_teacher_solves.
+    """
+    distill = job.config.distill
+    if job.objective != "distill" or distill.teacher_verdicts is None:
+        return np.arange(len(reader))
+    return rows_that_the_teacher_solves(
+        reader, distill.teacher_verdicts, distill.teacher_right_share
+    )
 
 
 def teachers_in(reader: CacheReader) -> dict[str, str]:
@@ -167,10 +193,14 @@ def distillation_objective(job: TrainingJob) -> Objective:
     # Only the manifest and the columns are looked at. Whether a knob can be used is known from
     # them, before any response is read.
     reader = CacheReader(job.data)
-    available = AVAILABLE
+    available = registry.AVAILABLE
     if "teacher_top_ids" in reader.columns:
-        available |= TOP_K
+        available |= registry.TOP_K
+    if BASE in reader.columns:
+        available |= registry.BASE
     if "sampling_logprobs" not in reader.columns:
         # A cache that was imported from elsewhere may lack them.
         available -= {"sampling_logprobs"}
+    if job.config.distill.verdicts is not None:
+        available |= registry.VERDICTS
     return objective_from_config(job.config.distill, available, tuple(teachers_in(reader).values()))

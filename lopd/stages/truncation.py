@@ -24,7 +24,7 @@ WARNINGS = "warnings"
 
 
 def truncation_figures(
-    context: StageContext, folder: Path, section: str | None = None
+    context: StageContext, folder: Path, section: str | None = None, *, is_wanted: bool = False
 ) -> dict[str, Any]:
     """Return the share of an artifact's responses that were cut off, and log a large one.
 
@@ -32,6 +32,7 @@ def truncation_figures(
         context: The stage that has sampled them.
         folder: The folder of the shards, which no manifest has to list yet.
         section: The section with the limit. None: that of the stage.
+        is_wanted: Whether the limit is meant to cut responses. Then there is no warning.
 
     Returns:
         truncated_share, and warnings if it is large; for the manifest. Nothing for a worker, which
@@ -50,6 +51,8 @@ def truncation_figures(
         cut_lengths += lengths[cut].tolist()
     section = section or context.stage.name
     warning = truncation_warning(context.config, section, cut_lengths, count)
+    if is_wanted:
+        warning = ""
     if warning:
         context.log(f"WARNING: {warning}")
     share = len(cut_lengths) / max(1, count)

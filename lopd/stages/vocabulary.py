@@ -27,7 +27,8 @@ def num_shared_ids(config: Config) -> int:
         LopdError: The config.json of a model cannot be read.
     """
     models = config.models
-    folders = (models.teacher, *models.teachers.values(), models.student)
+    bases = () if models.teacher_base is None else (models.teacher_base,)
+    folders = (models.teacher, *models.teachers.values(), *bases, models.student)
     return min(read_architecture(folder).vocab_size for folder in folders)
 
 

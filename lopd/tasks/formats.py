@@ -24,7 +24,7 @@ PLAIN = "{question}"
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 # The names that prompts.*.instruction knows.
 INSTRUCTIONS = {"plain": PLAIN, "boxed": BOXED}
-FIELDS = ("question", "messages", "answer", "prompt_id", "domain")
+FIELDS = ("question", "messages", "answer", "prompt_id", "domain", "hint")
 # Our own form: prompt_id, messages or question, answer.
 OWN = "lopd"
 
@@ -135,7 +135,7 @@ FORMATS: dict[str, PromptFormat] = {
         domain="",
         # The user has chosen these prompts and their ids, repeated ones included.
         duplicates="keep",
-        note="prompt_id, messages or question, answer, domain",
+        note="prompt_id, messages or question, answer, domain, hint",
     ),
     # Nothing is known of this one: the user's field map says everything.
     "fields": PromptFormat(

@@ -1,4 +1,4 @@
-"""Reads prompts in our own form: prompt_id, messages or question, answer, domain.
+"""Reads prompts in our own form: prompt_id, messages or question, answer, domain, hint.
 
 Only the question is needed. A row without a prompt_id gets one from its question.
 
@@ -63,6 +63,7 @@ def own_prompt(row: Row, domain: str) -> Prompt:
         messages=messages,
         domain=own_domain,
         answer=answer,
+        hint=None if values.get("hint") is None else _text(values, "hint", where),
     )
 
 

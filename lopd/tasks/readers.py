@@ -104,7 +104,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
         if before and reader.makes_id(row):
             # A repeated question is kept under another id, because ids are the keys of rollouts.
             again = f"{prompt.prompt_id}#{before + 1}"
-            prompt = Prompt(again, prompt.messages, prompt.domain, prompt.answer)
+            prompt = replace(prompt, prompt_id=again)
         # Rollouts and caches use the id as a key. Two prompts with one id would be mixed up.
         if prompt.prompt_id in places:
             first = places[prompt.prompt_id]
@@ -193,7 +193,7 @@ class _RowReader:
                 where="prompts.*.fields",
                 remedy=(
                     'set prompts.*.fields = { question = "column" } (other names: '
-                    "messages, answer, prompt_id, domain)"
+                    "messages, answer, prompt_id, domain, hint)"
                 ),
             )
         return paths
@@ -228,6 +228,7 @@ class _RowReader:
         answer = self._value(row, "answer")
         given = self._value(row, "prompt_id")
         domain = self._value(row, "domain")
+        hint = self._value(row, "hint")
         if given is MISSING:
             # Without the instruction: the same question has the same id with every instruction.
             prompt_id = id_from(self.name, messages)
@@ -242,6 +243,7 @@ class _RowReader:
             domain=domain if isinstance(domain, str) else self.domain,
             # An answer may be a number, a list or a date in its column.
             answer=None if is_no_answer(answer) else as_text(answer, row.where),
+            hint=None if hint is MISSING else as_text(hint, row.where),
         )
 
     def _value(self, row: Row, name: str) -> Any:

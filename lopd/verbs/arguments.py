@@ -61,6 +61,15 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+# The folder of a score stage, or an artifact that a verb of lopd cache has made.
+Cache = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CACHE",
+        help="Folder with manifest.json and shards, for example run.dir/score.",
+        show_default=False,
+    ),
+]
 # With this option nothing but JSON goes to stdout, and the exit code stays the same.
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")

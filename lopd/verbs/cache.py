@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from lopd.errors import EXIT_CODE, LopdError
-from lopd.verbs.arguments import AsJson, VerbGroup, input_path
+from lopd.verbs.arguments import AsJson, Cache, VerbGroup, input_path
+from lopd.verbs.cache_judge import EPILOG, judge
 
 app = VerbGroup(
     help=(
@@ -18,15 +19,6 @@ app = VerbGroup(
     ),
     no_args_is_help=True,
 )
-# The folder of a score stage, or an artifact that another command here has made.
-Cache = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CACHE",
-        help="Folder with manifest.json and shards, for example run.dir/score.",
-        show_default=False,
-    ),
-]
 # An artifact of other inputs that is there is not overwritten.
 Out = Annotated[
     Path, typer.Option("--out", help="Folder of the new artifact to write.", show_default=False)
@@ -41,6 +33,10 @@ Tokenizer = Annotated[
         "its manifests.",
     ),
 ]
+
+
+# In its place in the list of verbs: before those that derive another cache.
+app.command(epilog=EPILOG)(judge)
 
 
 def _print_json(value: Any) -> None:

@@ -25,7 +25,12 @@ from tests.models import VOCAB_SIZE, write_qwen3_moe
 
 K = 6
 LIMIT = 1e-4
-DIRECTIONS = ("reverse", "forward")
+# Direction and support of each loss.
+LOSSES = {
+    "reverse": ("reverse", "tail"),
+    "forward": ("forward", "tail"),
+    "generalised": ("reverse", "generalised"),
+}
 # The first comes after all other layers, and the second before them.
 LAYERS = {
     "lm_head.weight": "output_layer.weight",
@@ -46,7 +51,7 @@ def with_top_k(samples: list[Sample]) -> list[Sample]:
 
 
 def body(model: str, tensor: int) -> dict[str, Any]:
-    """Of the first step from the same weights, in each direction: figures, and the gradients of two
+    """Of the first step from the same weights, with each loss: figures, and the gradients of two
     weights (this rank's rows). One microbatch is empty.
     """
     layout = {"tensor": tensor, "expert": tensor}
@@ -60,8 +65,8 @@ def body(model: str, tensor: int) -> dict[str, Any]:
         build_microbatch([], 2),
     ]
     results: dict[str, Any] = {}
-    for direction in DIRECTIONS:
-        objective = Distillation(TopKKL(direction))  # type: ignore[arg-type]
+    for name, (direction, support) in LOSSES.items():
+        objective = Distillation(TopKKL(direction, support))  # type: ignore[arg-type]
         trainer = Trainer(
             settings,
             model_dir=Path(model),
@@ -73,8 +78,8 @@ def body(model: str, tensor: int) -> dict[str, Any]:
         )
         step = trainer.train_step(microbatches).as_dict()
         parameters = dict(trainer.module.named_parameters())
-        gradients = {name: parameters[place].main_grad.tolist() for name, place in LAYERS.items()}
-        results[direction] = {
+        gradients = {layer: parameters[place].main_grad.tolist() for layer, place in LAYERS.items()}
+        results[name] = {
             "loss": step["loss"],
             "grad_norm": step["grad_norm"],
             "top_k_kl": step["top_k_kl"],
@@ -84,9 +89,11 @@ def body(model: str, tensor: int) -> dict[str, Any]:
     return results
 
 
-def reference(model: Path, direction: str) -> dict[str, Any]:
+def reference(model: Path, name: str) -> dict[str, Any]:
     """The same with transformers, all logits, and plain loops."""
     from transformers import AutoModelForCausalLM
+
+    direction, support = LOSSES[name]
 
     student = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
     responses = []
@@ -102,13 +109,17 @@ def reference(model: Path, direction: str) -> dict[str, Any]:
         )
         log_p = torch.as_tensor(sample.teacher_top.logprobs[1:]).double()  # [L - 1, K]
         chosen = log_q.gather(1, torch.as_tensor(sample.teacher_top.ids[1:]).long())
-        both = [
-            torch.cat([values, (1 - values.exp().sum(1, keepdim=True)).log()], 1)
-            for values in (chosen, log_p)
-        ]
+        both = [chosen, log_p]
+        if support == "tail":
+            both = [
+                torch.cat([values, (1 - values.exp().sum(1, keepdim=True)).log()], 1)
+                for values in both
+            ]
         first, second = both if direction == "reverse" else both[::-1]
         mask = torch.as_tensor(sample.loss_mask[1:])
-        responses.append((first.exp() * (first - second)).sum(1)[mask])
+        # The last two terms cancel over whole distributions, which the tail makes of both.
+        terms = first.exp() * (first - second) - first.exp() + second.exp()
+        responses.append(terms.sum(1)[mask])
         tails.append(1 - chosen.exp().sum(1)[mask])
     loss = torch.stack([each.mean() for each in responses]).mean()
     loss.backward()
@@ -129,10 +140,10 @@ def reference(model: Path, direction: str) -> dict[str, Any]:
 def test_step_is_that_of_dense_logits(ranks: int, tmp_path: Path) -> None:
     model = write_qwen3_moe(tmp_path / "model")
     found = run_ranks(body, ranks, model=str(model), tensor=ranks)
-    expected = {direction: reference(model, direction) for direction in DIRECTIONS}
-    for direction in DIRECTIONS:
-        want = expected[direction]
-        got = [rank[direction] for rank in found]
+    expected = {loss: reference(model, loss) for loss in LOSSES}
+    for loss in LOSSES:
+        want = expected[loss]
+        got = [rank[loss] for rank in found]
         for name in ("loss", "grad_norm", "top_k_kl", "tail"):
             close(got[0][name], want[name], rel=LIMIT, name=name)
         for name in LAYERS:
@@ -143,7 +154,7 @@ def test_step_is_that_of_dense_logits(ranks: int, tmp_path: Path) -> None:
                     (gradient - expected[other][name]).abs().max()
                     / expected[other][name].abs().max()
                 ).item()
-                for other in DIRECTIONS
+                for other in LOSSES
             }
-            within(far.pop(direction), LIMIT, name)
-            apart(min(far.values()), 100 * LIMIT, f"the other direction's {name}")
+            within(far.pop(loss), LIMIT, name)
+            apart(min(far.values()), 100 * LIMIT, f"another loss's {name}")

@@ -21,9 +21,19 @@ from lopd.objective import (
     TruncatedImportance,
     objective_from_config,
 )
-from lopd.objective.registry import AVAILABLE, LOSSES, REFERENCE, SELECTIONS, TOP_K, WEIGHTINGS
+from lopd.objective.registry import (
+    AVAILABLE,
+    BASE,
+    LOSSES,
+    REFERENCE,
+    SELECTIONS,
+    SHIFTS,
+    TOP_K,
+    VERDICTS,
+    WEIGHTINGS,
+)
 
-WITH_TOP_K = AVAILABLE | TOP_K
+WITH_ALL = AVAILABLE | BASE | TOP_K | VERDICTS
 # knob -> (others that it needs, a value that is not the default)
 OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "loss": ({}, "top_k_reverse_kl"),
@@ -36,6 +46,10 @@ OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "reference_kl": ({}, 0.1),
     "reference_direction": ({"reference_kl": 0.1}, "reverse"),
     "top_k_support": ({"loss": "top_k_reverse_kl"}, "renormalised"),
+    "advantage": ({}, "delta"),
+    "wrong": ({}, "drop"),
+    "wrong_weight": ({}, 0.5),
+    "verdict_reward": ({}, 0.5),
 }
 
 
@@ -68,7 +82,7 @@ def test_pieces_are_built_with_their_knobs() -> None:
         ReferenceKL(0.1, "reverse"),
         ("math", "code"),
     )
-    top_k = objective_from_config(section(loss="top_k_forward_kl"), WITH_TOP_K)
+    top_k = objective_from_config(section(loss="top_k_forward_kl"), WITH_ALL)
     assert top_k == Distillation(TopKKL("forward", "tail", "token_sum"))
 
 
@@ -78,13 +92,13 @@ def test_every_knob_is_read(knob: str) -> None:
     needed, value = OTHER_VALUES[knob]
     assert value != ObjectiveSection.model_fields[knob].default
     assert objective_from_config(
-        section(**needed, **{knob: value}), WITH_TOP_K
-    ) != objective_from_config(section(**needed), WITH_TOP_K)
+        section(**needed, **{knob: value}), WITH_ALL
+    ) != objective_from_config(section(**needed), WITH_ALL)
 
 
 def test_the_registry_and_the_configuration_know_the_same_names() -> None:
     modifiers = {"loss", "keep_end_token", "reference_direction", "top_k_support"}
-    assert set(SELECTIONS | WEIGHTINGS | REFERENCE) | modifiers == set(
+    assert set(SELECTIONS | WEIGHTINGS | SHIFTS | REFERENCE) | modifiers == set(
         ObjectiveSection.model_fields
     )
     assert ObjectiveSection.model_fields["loss"].annotation is not None
@@ -110,6 +124,14 @@ def test_the_registry_and_the_configuration_know_the_same_names() -> None:
         ({"keep_end_token": False}, "has no effect without prefix_share or prefix_tokens"),
         ({"reference_direction": "reverse"}, "has no effect without reference_kl"),
         ({"top_k_support": "renormalised"}, "has no effect with loss = lightning"),
+        (
+            {"advantage": "delta"},
+            (
+                "it needs base_logprobs: the cache has no column teacher_base_logprobs; "
+                "with models.teacher_base the score stage writes it"
+            ),
+        ),
+        ({"loss": "top_k_reverse_kl", "advantage": "delta"}, "does not use the sampled token"),
         (
             {"loss": "top_k_reverse_kl", "importance_cap": 2.0},
             "does not use the sampled token",

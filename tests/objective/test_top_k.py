@@ -27,7 +27,8 @@ NUM_TOKENS = 12
 VOCAB_SIZE = 13
 K = 4
 Direction = Literal["reverse", "forward"]
-Support = Literal["tail", "renormalised"]
+Support = Literal["tail", "renormalised", "generalised"]
+SUPPORTS: tuple[Support, ...] = ("tail", "renormalised", "generalised")
 
 
 def logits_and_teacher(seed: int = 0, distance: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -62,16 +63,19 @@ def loss_of(objective: TopKKL, logits: Tensor, teacher: Tensor, num_chosen: int)
 
 
 def coarse(logprobs: Tensor, ids: Tensor, support: Support) -> Tensor:
-    """Probabilities on the chosen tokens, and what becomes of the others: one more outcome, or
-    nothing. A plain loop.
+    """Probabilities on the chosen tokens, and what becomes of the others: one more outcome, nothing
+    after a division by the sum, or nothing at all. A plain loop.
     """
     found = []
     for row, chosen in zip(logprobs.exp(), ids, strict=True):
         inside = row[chosen]
         outside = row.sum() - inside.sum()
-        found.append(
-            torch.cat([inside, outside[None]]) if support == "tail" else inside / inside.sum()
-        )
+        made = {
+            "tail": torch.cat([inside, outside[None]]),
+            "renormalised": inside / inside.sum(),
+            "generalised": inside,
+        }
+        found.append(made[support])
     return torch.stack(found)
 
 
@@ -85,10 +89,12 @@ def dense_kl(
     first, second = (student, target) if direction == "reverse" else (target, student)
     # This is KL(first || second), with shape [T].
     each = torch.nn.functional.kl_div(second.log(), first, reduction="none").sum(-1)
+    if support == "generalised":
+        each = each - first.sum(-1) + second.sum(-1)
     return torch.stack([each[:5].mean(), each[5 : NUM_TOKENS - 2].mean()]).mean()
 
 
-@pytest.mark.parametrize("support", ["tail", "renormalised"])
+@pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_loss_and_gradient_equal_the_dense_reference(
     direction: Direction, support: Support
@@ -97,12 +103,12 @@ def test_loss_and_gradient_equal_the_dense_reference(
     loss = loss_of(TopKKL(direction, support), logits, teacher, K)
     (gradient,) = torch.autograd.grad(loss, logits)
     for other_direction in ("reverse", "forward"):
-        for other_support in ("tail", "renormalised"):
+        for other_support in SUPPORTS:
             reference = dense_kl(
                 logits,
                 teacher,
                 other_direction,  # type: ignore[arg-type]
-                other_support,  # type: ignore[arg-type]
+                other_support,
                 K,
             )
             (expected,) = torch.autograd.grad(reference, logits)
@@ -133,23 +139,24 @@ def test_with_a_tail_it_is_a_lower_bound_that_k_of_the_whole_vocabulary_reaches(
     assert bounds[K] < 0.99 * whole
 
 
-def test_only_the_tail_sees_what_leaks_out_of_the_chosen_tokens() -> None:
+def test_only_the_renormalised_kl_does_not_see_what_leaks_out_of_the_chosen_tokens() -> None:
     """A student with the teacher's proportions inside of the K tokens and far more probability
     outside: no loss after renormalising.
     """
     _, teacher = logits_and_teacher()
     ids = teacher.topk(K, -1).indices
     leaking = torch.full_like(teacher, 3.0).scatter(1, ids, teacher.gather(1, ids)).requires_grad_()
-    renormalised, tail = (
-        loss_of(TopKKL("reverse", support), leaking, teacher, K)
-        for support in ("renormalised", "tail")
-    )  # type: ignore[arg-type]
+    tail, renormalised, generalised = (
+        loss_of(TopKKL("reverse", support), leaking, teacher, K) for support in SUPPORTS
+    )
     within(abs(renormalised.item()), 1e-12)
     within(torch.autograd.grad(renormalised, leaking)[0].abs().max(), 1e-12)
     assert tail > 1.0
+    # Not the tail itself, but what is missing at the K tokens.
+    assert generalised > 0.5
 
 
-@pytest.mark.parametrize("support", ["tail", "renormalised"])
+@pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_vanishes_where_student_equals_teacher(direction: Direction, support: Support) -> None:
     logits, teacher = logits_and_teacher(distance=0.0)
@@ -158,6 +165,49 @@ def test_vanishes_where_student_equals_teacher(direction: Direction, support: Su
     within(torch.autograd.grad(loss, logits)[0].abs().max(), 1e-12)
     moved, _ = logits_and_teacher(distance=0.1)
     apart(loss_of(TopKKL(direction, support), moved, teacher, K), 1e-4)
+
+
+class PlainSum(TopKKL):
+    """The sum over the K tokens without the terms that make it a generalised KL."""
+
+    def token_losses(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        student, teacher = self._on_support(batch)
+        first, second = (student, teacher) if self.direction == "reverse" else (teacher, student)
+        return (first.exp() * (first - second)).sum(-1)
+
+
+def lowest(objective: TopKKL) -> tuple[float, float]:
+    """The lowest loss that descent finds, and how far the K probabilities are from the teacher's
+    there.
+    """
+    logits, teacher = logits_and_teacher()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def value() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(objective, logits, teacher, K)
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(value)
+    ids = teacher.topk(K, -1).indices[:-2]
+    student = torch.softmax(logits, -1)[:-2].gather(1, ids)
+    return value(), (student - teacher[:-2].exp().gather(1, ids)).abs().max().item()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_generalised_kl_is_lowest_at_the_teachers_own_probabilities(
+    direction: Direction,
+) -> None:
+    loss, distance = lowest(TopKKL(direction, "generalised"))
+    within(abs(loss), 1e-5)
+    within(distance, 1e-3)
+    # The control goes below 0 and leaves the teacher's probabilities.
+    loss, distance = lowest(PlainSum(direction, "generalised"))
+    assert loss < -1e-2
+    apart(distance, 1e-2)
 
 
 def test_float32_scores_that_add_up_to_more_than_one_stay_finite() -> None:
@@ -170,8 +220,9 @@ def test_float32_scores_that_add_up_to_more_than_one_stay_finite() -> None:
         teacher_top_logprobs=teacher,
         student_top_logprobs=student,
     )
-    for direction in ("reverse", "forward"):
-        losses = TopKKL(direction).token_losses(torch.zeros(1), batch)  # type: ignore[arg-type]
+    for direction, support in itertools.product(("reverse", "forward"), SUPPORTS):
+        objective = TopKKL(direction, support)  # type: ignore[arg-type]
+        losses = objective.token_losses(torch.zeros(1), batch)
         (gradient,) = torch.autograd.grad(losses.sum(), student)
         assert torch.all(torch.isfinite(losses))
         assert torch.all(torch.isfinite(gradient))
@@ -233,7 +284,7 @@ def fewer_rows(num_chosen: int) -> tuple[Tensor, Tensor, TokenBatch]:
 
 
 @pytest.mark.parametrize("with_tail", [False, True], ids=["tail computed", "tail of the cache"])
-@pytest.mark.parametrize("support", ["tail", "renormalised"])
+@pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_tokens_past_the_students_rows_are_other_tokens(
     direction: Direction, support: Support, with_tail: bool
@@ -252,7 +303,10 @@ def test_tokens_past_the_students_rows_are_other_tokens(
         student = coarse(torch.log_softmax(logits, -1)[row : row + 1], own[None], support)
         target = coarse(teacher[row : row + 1], own[None], support)
         first, second = (student, target) if direction == "reverse" else (target, student)
-        each.append((first * (first.log() - second.log())).sum())
+        terms = first * (first.log() - second.log())
+        if support == "generalised":
+            terms = terms - first + second
+        each.append(terms.sum())
     mean = torch.stack([torch.stack(each[:5]).mean(), torch.stack(each[5:10]).mean()]).mean()
     (expected,) = torch.autograd.grad(mean, logits)
     close(loss, mean, rel=1e-9)
