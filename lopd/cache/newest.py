@@ -12,7 +12,7 @@ from lopd.cache.table import scored_rows
 from lopd.records import Response
 
 
-def last_rows(path: Path, count: int) -> list[Response]:
+def last_rows(path: str | Path, count: int) -> list[Response]:
     """Return the last responses of a shard, at most those of its last row group.
 
     The file is not hashed and only its end is read, because a shard may have hundreds of MB.
@@ -27,6 +27,6 @@ def last_rows(path: Path, count: int) -> list[Response]:
             return []
         table = file.read_row_group(groups - 1, use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise damaged_shard(path, error) from None
+        raise damaged_shard(Path(path), error) from None
     newest = table.slice(max(0, table.num_rows - count)).combine_chunks()
     return [response for response, _ in scored_rows(newest, str(path), without_sampling=True)]

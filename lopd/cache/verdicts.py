@@ -24,7 +24,7 @@ VERDICTS = "verdicts"
 Rows: TypeAlias = NDArray[np.int64]
 
 
-def right_of(reader: CacheReader, folder: Path) -> NDArray[np.bool_]:
+def right_of(reader: CacheReader, folder: str | Path) -> NDArray[np.bool_]:
     """Return whether each response of a cache was right [rows].
 
     Args:
@@ -68,7 +68,7 @@ def _name_of(key: Key, tokens: str) -> int:
     return hash((*key, tokens))
 
 
-def rows_that_the_teacher_solves(reader: CacheReader, folder: Path, share: float) -> Rows:
+def rows_that_the_teacher_solves(reader: CacheReader, folder: str | Path, share: float) -> Rows:
     """Return the rows of a cache whose prompts the teacher answers well enough.
 
     Args:
@@ -110,7 +110,7 @@ def rows_that_the_teacher_solves(reader: CacheReader, folder: Path, share: float
     return np.array(kept, dtype=np.int64)
 
 
-def refuse_verdicts(folder: Path, manifest: Manifest) -> None:
+def refuse_verdicts(folder: str | Path, manifest: Manifest) -> None:
     """Refuse verdicts where an artifact of responses is asked for.
 
     Raises:
@@ -125,7 +125,7 @@ def refuse_verdicts(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def read_verdict_manifest(folder: Path) -> Manifest:
+def read_verdict_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of complete verdicts. ArtifactError: They are not complete verdicts."""
     manifest = read_complete(folder)
     if manifest.kind != VERDICTS:
