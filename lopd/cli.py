@@ -34,6 +34,8 @@ from lopd.verbs.pipeline import run_stages
 from lopd.verbs.plan import plan
 from lopd.verbs.prepare import doctor, fetch, show_findings
 from lopd.verbs.prompts import app as prompts_app
+from lopd.verbs.report import EPILOG as REPORT_EPILOG
+from lopd.verbs.report import report
 
 app = VerbGroup(
     name="lopd",
@@ -153,6 +155,7 @@ app.command(
     epilog="Example:  lopd launch examples/tiny_moe.toml launch.device=cpu --on slurm "
     "--render /tmp/jobs"
 )(launch)
+app.command(epilog=REPORT_EPILOG)(report)
 app.command(epilog=GENERATE_EPILOG)(generate)
 app.command(epilog=CHAT_EPILOG)(chat)
 app.add_typer(cache_app, name="cache")

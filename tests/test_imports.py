@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {*CORE},
     "batching": {*CORE},
     "report": {*CORE, "artifacts"},
+    "report.html": {*CORE, "artifacts", "cache", "report", "tasks"},
     "megatron": set(),
     "megatron.ranks": {*CORE, "artifacts", "megatron_patches"},
     "megatron.weights": {*CORE, "megatron.ranks"},
@@ -104,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     "verbs.knobs": {*CORE, "report"},
     "verbs.prepare": {*CORE, "machine", "report", "verbs"},
     "verbs.prompts": {*CORE, "tasks", "verbs"},
+    "verbs.report": {*CORE, "artifacts", "report", "report.html"},
     "cli": {
         *PURE,
         "report",
@@ -122,6 +124,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.plan",
         "verbs.prepare",
         "verbs.prompts",
+        "verbs.report",
     },
     "sglang_rollout.server_side": {*CORE},
     "sglang_rollout.cpu": {*CORE, "sglang_rollout.server_side"},
