@@ -66,7 +66,7 @@ def report(
     path = out if out is not None else runs[0] / "report.html"
     with Waiting() as waiting:
         waiting.begin("reading the responses")
-        page, _ = make_page(
+        page, data = make_page(
             sources,
             docs=docs_beside(path) if docs is None else docs,
             tokenizer=tokenizer,
@@ -75,3 +75,9 @@ def report(
     path.parent.mkdir(parents=True, exist_ok=True)
     publish_bytes(path, page)
     print_line(f"{path}: {len(page) / 1e6:.2f} MB")
+    if png is not None:
+        # matplotlib takes long to import.
+        from lopd.report.html.pictures import write_pictures
+
+        for picture in write_pictures(data, png):
+            print_line(str(picture))

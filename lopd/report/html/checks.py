@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lopd.report.console import MODEL_TITLES
+from lopd.report.html.responses import SETS
 from lopd.report.html.source import Source
+from lopd.report.html.transcripts import Scanned
 from lopd.report.metrics import read_metrics
 
 # A student whose answers became so much longer has learned to go on.
@@ -53,11 +55,14 @@ class Check:
     doc: str = ""
 
 
-def checks_of(source: Source, tokens: Sequence[Mapping[str, Any]]) -> list[Check]:
+def checks_of(
+    source: Source, scans: Sequence[Scanned], tokens: Sequence[Mapping[str, Any]]
+) -> list[Check]:
     """Return all checks for which a source has figures, warnings first.
 
     Args:
         source: The source.
+        scans: All responses of the source.
         tokens: The panels of lopd.report.html.transcripts.token_panels.
     """
     train = []
@@ -66,7 +71,7 @@ def checks_of(source: Source, tokens: Sequence[Mapping[str, Any]]) -> list[Check
     found = [
         *_progress(source),
         *_teacher(source),
-        *_lengths(source),
+        *_lengths(scans),
         *_training(train),
         *_sharp_teacher(tokens),
         *_servers(source),
@@ -118,35 +123,32 @@ def _teacher(source: Source) -> Iterator[Check]:
         yield Check("fine", "one teacher", text, "", doc)
 
 
-def _lengths(source: Source) -> Iterator[Check]:
+def _lengths(scans: Sequence[Scanned]) -> Iterator[Check]:
     """Compare lengths and ends of answers before and after."""
-    responses = source.summary.get("responses", {})
-    before = responses.get("sft")
-    after = responses.get("distilled")
     remedy = (
         'Raise max_new_tokens, or set distill.objective.truncated = "drop", so that no response '
         "without an end is learned."
     )
-    if before and after:
-        ratio = after["response_len"] / max(before["response_len"], 1e-9)
+    held_out = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
+    before = held_out.get("sft")
+    after = held_out.get("distilled")
+    if before is not None and after is not None:
+        means = [sum(one.lengths) / max(1, len(one.lengths)) for one in (before, after)]
+        ratio = means[1] / max(means[0], 1e-9)
         text = (
-            f"The answers have {after['response_len']:,.0f} tokens after distillation and "
-            f"{before['response_len']:,.0f} before ({ratio:.2f} times)."
+            f"The answers have {means[1]:,.0f} tokens after distillation and {means[0]:,.0f} "
+            f"before ({ratio:.2f} times)."
         )
         yield _judged(ratio > _LENGTH_RATIO, "length of answers", text, remedy, _NO_END)
-        cut = after["truncated_share"]
-        text = (
-            f"{cut:.1%} of the answers have no end token after distillation, "
-            f"{before['truncated_share']:.1%} before."
-        )
-        lost = cut > before["truncated_share"] + _CUT_RISE or cut > _CUT_SHARE
+        cut = [one.cut_share for one in (before, after)]
+        text = f"{cut[1]:.1%} of the answers have no end after distillation, {cut[0]:.1%} before."
+        lost = cut[1] > cut[0] + _CUT_RISE or cut[1] > _CUT_SHARE
         yield _judged(lost, "end token", text, remedy, _NO_END)
-    for stage in ("demonstrate", "rollout"):
-        manifest = source.manifests.get(stage)
-        share = manifest.extra.get("truncated_share") if manifest is not None else None
-        if share is not None:
-            text = f"{share:.1%} of the responses of {stage} were cut off at the token limit."
-            yield _judged(share >= _CUT_SHARE, f"ends in {stage}", text, remedy, _NO_END)
+    for one in scans:
+        if one.answers.prompt_set not in ("held_out", "policy"):
+            title = f"ends of the {SETS[one.answers.prompt_set]}"
+            text = f"{one.cut_share:.1%} of these responses were cut off at a token limit."
+            yield _judged(one.cut_share >= _CUT_SHARE, title, text, remedy, _NO_END)
 
 
 def _training(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:

@@ -125,6 +125,6 @@ def _series(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     intervals = [row.get(f"{panel.name}_interval") for row in own]
     if intervals and all(intervals):
-        found["low"] = [panel.scale * low for low, _ in filter(None, intervals)]
-        found["high"] = [panel.scale * high for _, high in filter(None, intervals)]
+        found["low"] = [round(panel.scale * low, 6) for low, _ in filter(None, intervals)]
+        found["high"] = [round(panel.scale * high, 6) for _, high in filter(None, intervals)]
     return found

@@ -25,14 +25,16 @@ def overview_of(source: Source, scans: Sequence[Scanned]) -> dict[str, Any]:
     """Return the figures of the first screen, as JSON.
 
     Returns:
-        kind, headline (a sentence), about (pairs of a title and a text), models (a row for each
-        evaluated model), stages (a row for each stage), and cost (pairs).
+        kind, headline (a sentence), further (sentences), about (pairs of a title and a text),
+        models (a row for each evaluated model), stages (a row for each stage), and cost (pairs).
     """
     models = _models(source, scans)
     stages = [_stage(source, name) for name in STAGES if name in source.manifests]
+    headline, further = _headline(models, scans)
     return {
         "kind": source.kind,
-        "headline": _headline(models, scans),
+        "headline": headline,
+        "further": further,
         "about": _about(source),
         "models": models,
         "stages": stages,
@@ -40,50 +42,58 @@ def overview_of(source: Source, scans: Sequence[Scanned]) -> dict[str, Any]:
     }
 
 
-def _headline(models: Sequence[Mapping[str, Any]], scans: Sequence[Scanned]) -> str:
+def _headline(
+    models: Sequence[Mapping[str, Any]], scans: Sequence[Scanned]
+) -> tuple[str, list[str]]:
+    """Return the result in a sentence, and further sentences."""
     rows = {row["name"]: row for row in models}
     before = rows.get("sft")
     after = rows.get("distilled")
     if before and after and before.get("accuracy") and after.get("accuracy"):
         text = (
-            f"The distilled student is right on {_percent(after['accuracy'])}, "
-            f"the SFT student on {_percent(before['accuracy'])}."
+            f"The distilled student is right on {100 * after['accuracy'][0]:.1f}% of the held-out "
+            f"answers, the SFT student on {100 * before['accuracy'][0]:.1f}%."
         )
-        verdicts = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
-        for name, against in (("sft", ""), ("sft_longer", " Against SFT of equal compute:")):
-            if name in verdicts and "distilled" in verdicts:
-                difference = paired_difference(verdicts[name], verdicts["distilled"])
-                if difference is not None:
-                    text += f"{against} {_told(difference)}"
-        return text
+        return text, _differences(scans)
     if before and after and before.get("reverse_kl") and after.get("reverse_kl"):
-        return (
+        text = (
             f"The reverse KL to the teacher is {after['reverse_kl'][0]:.4f} nats per token for the "
             f"distilled student and {before['reverse_kl'][0]:.4f} for the SFT student, on held-out "
             "prompts."
         )
+        return text, []
     one = next((row for row in models if row.get("accuracy")), None)
     if one is not None:
-        return f"The {one['title']} is right on {_percent(one['accuracy'])}."
+        mean, low, high = (100 * value for value in one["accuracy"])
+        text = f"The {one['title']} is right on {mean:.1f}% of the answers"
+        return f"{text} (95% interval {low:.1f} to {high:.1f}%).", []
     count = sum(len(found.lengths) for found in scans)
-    return f"No evaluation has finished. {count:,} responses can be read below."
+    return f"Nothing was judged. {count:,} responses can be read below.", []
 
 
-def _percent(accuracy: Sequence[float]) -> str:
-    mean, low, high = accuracy
-    return f"{100 * mean:.1f}% (95% interval {100 * low:.1f} to {100 * high:.1f}%)"
+def _differences(scans: Sequence[Scanned]) -> list[str]:
+    """Return how the distilled student compares with SFT, and with SFT of equal compute."""
+    of = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
+    told = []
+    for name in ("sft", "sft_longer"):
+        if name in of and "distilled" in of:
+            difference = paired_difference(of[name], of["distilled"])
+            if difference is not None:
+                title = "SFT of equal compute" if name == "sft_longer" else of[name].answers.title
+                told.append(f"Distilled against {title}: {_told(difference)}")
+    return told
 
 
 def _told(difference: Mapping[str, Any]) -> str:
     low, high = (100 * value for value in difference["interval"])
     sure = (
-        "The interval excludes 0, so this is no chance of these prompts."
+        "The interval is on one side of 0: the difference is more than chance."
         if low > 0 or high < 0
-        else "The interval holds 0, so these prompts do not show a difference."
+        else "The interval holds 0: the difference may be chance."
     )
     return (
-        f"The difference is {100 * difference['mean']:+.1f} points, 95% interval {low:+.1f} to "
-        f"{high:+.1f}, over the same {difference['num_prompts']:,} prompts. {sure}"
+        f"{100 * difference['mean']:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
+        f"over the same {difference['num_prompts']:,} prompts. {sure}"
     )
 
 
@@ -278,7 +288,7 @@ def _tokens(manifest: Manifest | None) -> int:
 
 def differing_knobs(sources: Sequence[Source]) -> list[list[Any]]:
     """Return the knobs in which runs differ: [knob, value of each source]."""
-    configs = [source.config for source in sources]
+    configs = [_knobs(source) for source in sources]
     keys = sorted({key for config in configs for key in config})
     rows = []
     for key in keys:
@@ -286,6 +296,17 @@ def differing_knobs(sources: Sequence[Source]) -> list[list[Any]]:
         if any(value != values[0] for value in values[1:]):
             rows.append([key, *("" if value is None else value for value in values)])
     return rows
+
+
+def _knobs(source: Source) -> dict[str, Any]:
+    """Return the knobs of a source. Models are named by their weights and not by their path."""
+    knobs = dict(source.config)
+    for role, stage in (("teacher", "demonstrate"), ("teacher", "score"), ("student", "sft")):
+        manifest = source.manifests.get(stage)
+        if manifest is not None and role in manifest.models:
+            # The same model in another folder is no difference.
+            knobs[f"models.{role}"] = f"weights {manifest.models[role].weights[:_DIGITS]}"
+    return knobs
 
 
 def comparisons(

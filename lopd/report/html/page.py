@@ -29,6 +29,7 @@ from lopd.report.html.transcripts import (
     Scanned,
     Texts,
     Vocabulary,
+    budgets,
     choose,
     prompt_set,
     scan,
@@ -39,6 +40,8 @@ from lopd.report.html.transcripts import (
 MAX_BYTES = 10_000_000
 # Tokens of transcripts to begin with. A token takes about 8 bytes of the file.
 _MAX_TOKENS = 900_000
+# With fewer tokens of transcripts than this, a page that is too large cannot be made smaller.
+_FEW_TOKENS = 1000
 # In the order in which the browser must run them.
 _SCRIPTS = (
     "page.js",
@@ -73,22 +76,27 @@ def gather(
     """
     scans = scan_all(sources) if scans is None else scans
     vocabulary = Vocabulary()
+    groups = [
+        (number, name, [one for one in found if one.answers.prompt_set == name])
+        for number, found in enumerate(scans)
+        for name in SETS
+    ]
+    groups = [group for group in groups if group[2]]
+    costs = [sum(sum(one.tokens.values()) for one in of_set) for _, _, of_set in groups]
+    shares = dict(zip([group[:2] for group in groups], budgets(costs, max_tokens), strict=True))
     runs = []
-    num_sets = sum(len({one.answers.prompt_set for one in found}) for found in scans)
-    for source, found in zip(sources, scans, strict=True):
+    for number, (source, found) in enumerate(zip(sources, scans, strict=True)):
         texts = Texts(found[0].answers.folder if found else source.folder, tokenizer)
         tokens = token_panels(found, texts)
         sets = []
-        for name in SETS:
-            of_set = [one for one in found if one.answers.prompt_set == name]
-            if of_set:
-                chosen = choose(of_set, max_tokens // num_sets, seed)
-                sets.append(prompt_set(name, of_set, chosen, texts, vocabulary))
+        for _, name, of_set in [group for group in groups if group[0] == number]:
+            chosen = choose(of_set, shares[number, name], seed)
+            sets.append(prompt_set(name, of_set, chosen, texts, vocabulary))
         runs.append(
             {
                 "name": source.name,
                 "overview": overview_of(source, found),
-                "checks": [asdict(check) for check in checks_of(source, tokens)],
+                "checks": [asdict(check) for check in checks_of(source, found, tokens)],
                 "timeline": [asdict(span) for span in timeline_of(source)],
                 "tokens": tokens,
                 "sets": sets,
@@ -154,13 +162,17 @@ def make_page(
         LopdError: See gather(); or the page is too large even with few transcripts.
     """
     scans = scan_all(sources)
-    max_tokens = _MAX_TOKENS
-    while max_tokens > 1000:
+    # Where all transcripts fit, fewer of them are tried at once if the page is too large.
+    needed = sum(sum(one.tokens.values()) for found in scans for one in found)
+    max_tokens = min(_MAX_TOKENS, needed)
+    while True:
         data = gather(sources, tokenizer=tokenizer, seed=seed, max_tokens=max_tokens, scans=scans)
         page = render(data, docs)
         if len(page) < MAX_BYTES:
             return page, data
-        # In proportion, and a little more: a page has more than transcripts.
+        if max_tokens < _FEW_TOKENS:
+            break
+        # In proportion, and a little less: a page has more than transcripts.
         max_tokens = round(max_tokens * min(0.9, 0.9 * MAX_BYTES / len(page)))
     raise DataError(
         f"the page has {len(page):,} bytes even without transcripts",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +24,8 @@ _STARTING = re.compile(r"--- starting the .* server .*, (\d{4}-\d\d-\d\d \d\d:\d
 _READY = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d).*\] The server is fired up")
 # The end of a line of the log with which a command ended a stage.
 _DONE = re.compile(r"done in [\d.]+ s$")
+# Behind the name of a stage whose command has ended, or not yet ended, without a result.
+_UNFINISHED = "(not finished)"
 # Steps that are nearer to each other than this many seconds have nothing between them.
 _LEAST_GAP_S = 1.0
 
@@ -61,7 +63,25 @@ def timeline_of(source: Source) -> list[Span]:
         # The longer SFT is a part of evaluate, and has its time.
         lane = "evaluate" if stage == "sft_longer" else stage
         spans += _steps(source, stage, [span for span in spans if span.lane == lane])
-    return sorted(spans, key=lambda span: span.start)
+    return sorted(_prolonged(spans), key=lambda span: span.start)
+
+
+def _prolonged(spans: Sequence[Span]) -> list[Span]:
+    """Let a command that has not finished last as long as anything that it did."""
+    last: dict[str, float] = {}
+    for span in spans:
+        last[span.lane] = max(last.get(span.lane, span.end), span.end)
+    return [
+        replace(span, end=max(span.end, last[span.lane]))
+        if span.label.endswith(_UNFINISHED) and span == _last_command(spans, span.lane)
+        else span
+        for span in spans
+    ]
+
+
+def _last_command(spans: Sequence[Span], lane: str) -> Span:
+    commands = [one for one in spans if one.lane == lane and one.kind == "stage"]
+    return max(commands, key=lambda one: one.start)
 
 
 def _commands(log: Path, stage: str) -> list[Span]:
@@ -86,13 +106,13 @@ def _commands(log: Path, stage: str) -> list[Span]:
     for at, text in lines[1:]:
         if text == beginning:
             # The former command has ended without a result. Its last sign of life is its end.
-            spans.append(Span(stage, "stage", f"{stage} (not finished)", start, last))
+            spans.append(Span(stage, "stage", f"{stage} {_UNFINISHED}", start, last))
             start = at
         if _DONE.search(text):
             spans.append(Span(stage, "stage", stage, start, at))
         last = at
     if not _DONE.search(lines[-1][1]) and (not spans or spans[-1].start != start):
-        spans.append(Span(stage, "stage", f"{stage} (not finished)", start, last))
+        spans.append(Span(stage, "stage", f"{stage} {_UNFINISHED}", start, last))
     return spans
 
 

@@ -57,6 +57,11 @@ class Scanned:
     lengths: list[int] = field(default_factory=list)
     finish: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def cut_share(self) -> float:
+        """The share of responses that were cut off at a token limit."""
+        return self.finish.get("length", 0) / max(1, len(self.lengths))
+
     def add(self, index: int, response: Response, scores: Floats | None) -> None:
         """Add one response with the teacher's log-probabilities [R], if there are any."""
         name = response.prompt_id
@@ -143,6 +148,22 @@ class Chosen:
     prompt_ids: Sequence[str]
     total: int
     strongest: int
+
+
+def budgets(costs: Sequence[int], total: int) -> list[int]:
+    """Share a number of tokens among sets: what a small set does not need is for the others.
+
+    Args:
+        costs: The tokens of each set.
+        total: The tokens that the page may have.
+    """
+    shares = [0] * len(costs)
+    left = total
+    # The smallest first: each gets what it needs, and at most an equal part of what is left.
+    for done, index in enumerate(sorted(range(len(costs)), key=lambda one: costs[one])):
+        shares[index] = min(costs[index], left // (len(costs) - done))
+        left -= shares[index]
+    return shares
 
 
 def choose(scans: Sequence[Scanned], max_tokens: int, seed: int) -> Chosen:

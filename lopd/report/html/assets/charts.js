@@ -106,7 +106,7 @@ lopd.chart = function (chart) {
       width: Math.max(220, plot.clientWidth), height: 220, series, bands,
       scales: { x: { time: false, range: one ? [data[0][0] - 1, data[0][0] + 1] : undefined },
         y: { distr: chart.log && positive ? 3 : 1 } },
-      axes: [{ ...axis }, { ...axis, size: 62, values }],
+      axes: [{ ...axis, size: 34 }, { ...axis, size: 62, values }],
       cursor: { drag: { x: false, y: false } }, legend: { show: false },
       hooks: { setCursor: [(u) => say(u.cursor.idx)] },
     }, data, plot);
