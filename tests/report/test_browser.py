@@ -200,6 +200,14 @@ def test_special_tokens_are_shown_on_demand(browser: Chromium) -> None:
     assert "user" not in browser.js(seen)
     browser.js("document.getElementById('special').click()")
     assert "<|im_start|>user" in browser.js(seen)
+    # An end token on which teacher and student disagree is seen without asking.
+    browser.js("document.getElementById('special').click()")
+    ends = browser.js(
+        "[...document.querySelectorAll('.answers .special')].map((one) =>"
+        "[/-[123]/.test(one.className), getComputedStyle(one).display !== 'none'])"
+    )
+    assert all(marked == visible for marked, visible in ends)
+    assert {marked for marked, _ in ends} == {True, False}
 
 
 @pytest.mark.parametrize(("name", "width", "dark"), SCHEMES)

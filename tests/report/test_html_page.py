@@ -27,8 +27,9 @@ from lopd.report.html.tokens import Deviations, kind_of
 from lopd.report.html.transcripts import budgets
 from lopd.tasks.verdict_files import read_verdicts
 from tests.cache.rollouts import publish_cache, some_responses
+from tests.evaluation.test_model_evaluation import MODEL, PROBLEMS, SAMPLES, TASK, Oracle
 from tests.report.made_run import NUM_PROMPTS, make_run
-from tests.stand_ins import Result, command
+from tests.stand_ins import Result, StandIns, command, write_prompts
 
 VENDOR = Path(pages.__file__).parent / "vendor"
 
@@ -304,6 +305,43 @@ def test_what_is_no_run_is_one_line(lopd: Callable[..., Result], run: Path, tmp_
     lopd("report", run / "sft").refused("holds no responses itself", f"lopd report {run}")
     lopd("report", run, run).refused("given twice")
     lopd("report", run, "--tokenizer", tmp_path).refused("tokenizer.json")
+
+
+def test_an_evaluation_without_a_run(
+    lopd: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StandIns(engine=Oracle()).install(monkeypatch)
+    prompts = [
+        {"prompt_id": one.prompt_id, "messages": [*map(dict, one.messages)], "answer": one.answer}
+        for one in map(TASK.to_prompt, PROBLEMS)
+    ]
+    file = write_prompts(tmp_path / "prompts.jsonl", prompts)
+    task = ("--task", "register_arithmetic", "--prompts", file, "--out", tmp_path / "out")
+    knobs = (f"evaluate.samples_per_prompt={SAMPLES}", "evaluate.max_new_tokens=64")
+    lopd("evaluate", "--model", MODEL, *task, *knobs, "sglang.dtype=float32").succeeded()
+    data = gather(open_sources([tmp_path / "out"]))
+    found, shown = prompts_of(data, "held_out")
+    assert [model["title"] for model in found["models"]] == ["model"]
+    # Problem i is right in its first i samples, but never in the last one, which is cut off.
+    right = [sum(answer["right"] for answer in prompt["answers"]) for prompt in shown]
+    assert right == [0, 1, 2, 3, 3, 3]
+    assert {answer["reason"] for answer in shown[5]["answers"] if not answer["right"]} != {""}
+    assert "is right on 50.0% of the answers" in data["runs"][0]["overview"]["headline"]
+    assert data["runs"][0]["tokens"] == []
+
+
+def test_samples_of_the_policy_apart_from_the_answers(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    # As where the answers are sampled at another temperature: the teacher scores other samples.
+    (tmp_path / "run/evaluate/policy-sft").mkdir()
+    data = gather(open_sources([tmp_path / "run"]))
+    held_out, prompts = prompts_of(data, "held_out")
+    sft = [model["name"] for model in held_out["models"]].index("sft")
+    answers = [one for prompt in prompts for one in prompt["answers"] if one["model"] == sft]
+    assert not any("teacher" in one for one in answers)
+    assert all("right" in one for one in answers)
+    _, apart = prompts_of(data, "policy")
+    assert all("teacher" in one and "right" not in one for row in apart for one in row["answers"])
 
 
 def test_an_unfinished_run_can_be_reported(run: Path, tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ lopd.showPipeline = function (section) {
         text: (row) => lopd.duration(row.seconds) },
       { title: "processes or GPUs", number: true, value: (row) => row.devices,
         text: (row) => `${row.devices} (${row.device})` },
+      { title: "hours of them", number: true,
+        value: (row) => (row.seconds === null ? null : (row.seconds * row.devices) / 3600),
+        text: (row) => (row.seconds === null ? ""
+          : lopd.fixed((row.seconds * row.devices) / 3600, 3)) },
       { title: "rows", number: true, value: (row) => row.rows,
         text: (row) => (row.rows ? lopd.count(row.rows) : "") },
       { title: "tokens", number: true, value: (row) => row.tokens,

@@ -281,6 +281,8 @@ lopd.showTranscripts = function (section) {
       const level = size > 5 ? 3 : size > 2 ? 2 : size > 0.5 ? 1 : 0;
       if (level) {
         classes.push(`${value < 0 ? "less" : "more"}-${level}`);
+        // An end token on which the models disagree is not hidden: it is what matters most.
+        if (classes.includes("special")) classes.push("marked");
         // A line break has no width that a colour could fill.
         if (text.startsWith("\n")) classes.push("break");
       }
