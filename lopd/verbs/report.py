@@ -12,41 +12,48 @@ EPILOG = (
     "lopd report runs/tiny_moe/score"
 )
 
+Runs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN [RUN ...]",
+        help="Run directories, folders of lopd evaluate, or folders of responses such as "
+        "run.dir/score. Several are shown side by side.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The file to write. If absent, report.html in the first folder."),
+]
+Png = Annotated[
+    Path | None, typer.Option(help="Also write pictures of the report into this folder.")
+]
+Docs = Annotated[
+    str | None,
+    typer.Option(
+        help="Address before the pages of the documentation. If absent, that of a checkout of "
+        "lopd as seen from the file, or none."
+    ),
+]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        help="Hugging Face folder with the tokenizer. If absent, that of a model of the run, by "
+        "its manifests."
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Seed for the choice of transcripts if not all fit.")
+]
+
 
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN [RUN ...]",
-            help="Run directories, folders of lopd evaluate, or folders of responses such as "
-            "run.dir/score. Several are shown side by side.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The file to write. If absent, report.html in the first folder."),
-    ] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Also write pictures of the report into this folder.")
-    ] = None,
-    docs: Annotated[
-        str | None,
-        typer.Option(
-            help="Address before the pages of the documentation. If absent, that of a checkout "
-            "of lopd as seen from the file, or none."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="Hugging Face folder with the tokenizer. If absent, that of a model of the run, "
-            "by its manifests."
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed for the choice of transcripts if not all fit.")
-    ] = 0,
+    runs: Runs,
+    out: Out = None,
+    png: Png = None,
+    docs: Docs = None,
+    tokenizer: Tokenizer = None,
+    seed: Seed = 0,
 ) -> None:
     """Write one HTML file from which runs can be understood.
 

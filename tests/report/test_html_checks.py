@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lopd.report.html.source import open_sources
 from lopd.report.html.timeline import Span, timeline_of
 from lopd.report.html.transcripts import Scanned
 from lopd.report.metrics import METRICS, MetricsLog
+from lopd.tasks.verdicts import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,6 +116,36 @@ def test_answers_that_blow_up_or_lose_their_end(
     ]
     checks = found(tmp_path, scans=scans)
     assert (checks["length of answers"], checks["end token"]) == states
+
+
+def judged(model: str, right: Sequence[bool]) -> Scanned:
+    one = scanned(model, "held_out", [10] * len(right), 0)
+    verdicts = {(f"p{index}", 0): Verdict(value) for index, value in enumerate(right)}
+    one.answers = replace(one.answers, verdicts=verdicts)
+    one.prompts = {f"p{index}": 1 for index in range(len(right))}
+    return one
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state"), [(60, 90, "fine"), (60, 58, "fine"), (60, 30, "warning")]
+)
+def test_a_training_that_did_harm(tmp_path: Path, before: int, after: int, state: str) -> None:
+    scans = [
+        judged("sft", [index < before for index in range(100)]),
+        judged("distilled", [index < after for index in range(100)]),
+    ]
+    assert found(tmp_path, scans=scans)["accuracy of the distilled student"] == state
+    # The same against the baseline of equal compute is no fault, and silent where it is none.
+    scans[0].answers = replace(scans[0].answers, model="sft_longer")
+    expected = "note" if state == "warning" else None
+    assert found(tmp_path, scans=scans).get("equal compute") == expected
+
+
+@pytest.mark.parametrize(("after", "state"), [(0.01, "fine"), (0.2, "warning")])
+def test_a_student_that_left_the_teacher(tmp_path: Path, after: float, state: str) -> None:
+    divergence = {"sft": {"mean": 0.1}, "distilled": {"mean": after}}
+    stage(tmp_path, "evaluate", extra={"reverse_kl": divergence})
+    assert found(tmp_path)["distance to the teacher"] == state
 
 
 def test_rollouts_that_are_cut_off(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lopd.report.console import MODEL_TITLES
+from lopd.report.html.overview import paired_difference
 from lopd.report.html.responses import SETS
 from lopd.report.html.source import Source
 from lopd.report.html.transcripts import Scanned
@@ -70,6 +71,7 @@ def checks_of(
         train = read_metrics(source.folder, kind="train", stage="distill")
     found = [
         *_progress(source),
+        *_results(source, scans),
         *_teacher(source),
         *_lengths(scans),
         *_training(train),
@@ -99,6 +101,41 @@ def _progress(source: Source) -> Iterator[Check]:
     if "evaluate" not in source.manifests or "evaluate" in unfinished:
         text = "No evaluation has finished, so nothing here says how good the student is."
         yield Check("note", "evaluation", text, "Run lopd evaluate CONFIG.", "evaluation.md")
+
+
+def _results(source: Source, scans: Sequence[Scanned]) -> Iterator[Check]:
+    """Say whether the training has done good or harm."""
+    doc = "understand.md#is-the-training-healthy"
+    remedy = (
+        "Look where the curves turn. Lower distill.optimizer.lr, take fewer steps, or use newer "
+        "rollouts."
+    )
+    held_out = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
+    after = held_out.get("distilled")
+    for name, title in (("sft", "the SFT student"), ("sft_longer", "SFT of equal compute")):
+        if after is None or name not in held_out:
+            continue
+        difference = paired_difference(held_out[name], after)
+        if difference is None:
+            continue
+        low, high = (100 * value for value in difference["interval"])
+        text = f"Against {title} it is {low:+.1f} to {high:+.1f} points (95% interval)."
+        if name == "sft":
+            yield _judged(high < 0, "accuracy of the distilled student", text, remedy, doc)
+        elif high < 0:
+            # This is no fault of the run: it says what else the compute could have bought.
+            more = "Compare them on your own task before you choose."
+            page = "evaluation.md#the-baseline-of-equal-compute"
+            yield Check("note", "equal compute", text, more, page)
+    evaluated = source.manifests.get("evaluate")
+    divergence = evaluated.extra.get("reverse_kl", {}) if evaluated is not None else {}
+    if "sft" in divergence and "distilled" in divergence:
+        values = [divergence[name]["mean"] for name in ("sft", "distilled")]
+        text = (
+            f"The reverse KL to the teacher on held-out prompts went from {values[0]:.4f} to "
+            f"{values[1]:.4f} nats per token."
+        )
+        yield _judged(values[1] > values[0], "distance to the teacher", text, remedy, doc)
 
 
 def _teacher(source: Source) -> Iterator[Check]:

@@ -87,22 +87,11 @@ def gather(
     runs = []
     for number, (source, found) in enumerate(zip(sources, scans, strict=True)):
         texts = Texts(found[0].answers.folder if found else source.folder, tokenizer)
-        tokens = token_panels(found, texts)
         sets = []
         for _, name, of_set in [group for group in groups if group[0] == number]:
             chosen = choose(of_set, shares[number, name], seed)
             sets.append(prompt_set(name, of_set, chosen, texts, vocabulary))
-        runs.append(
-            {
-                "name": source.name,
-                "overview": overview_of(source, found),
-                "checks": [asdict(check) for check in checks_of(source, found, tokens)],
-                "timeline": [asdict(span) for span in timeline_of(source)],
-                "tokens": tokens,
-                "sets": sets,
-                "has_tokenizer": texts.has_tokenizer,
-            }
-        )
+        runs.append({**_panels(source, found, texts), "sets": sets})
     return {
         "version": lopd.__version__,
         "runs": runs,
@@ -110,6 +99,19 @@ def gather(
         "knobs": differing_knobs(sources),
         "comparisons": comparisons(sources, scans),
         "vocabulary": vocabulary.rows,
+    }
+
+
+def _panels(source: Source, scans: Sequence[Scanned], texts: Texts) -> dict[str, Any]:
+    """Return all panels of one source but its transcripts."""
+    tokens = token_panels(scans, texts)
+    return {
+        "name": source.name,
+        "overview": overview_of(source, scans),
+        "checks": [asdict(check) for check in checks_of(source, scans, tokens)],
+        "timeline": [asdict(span) for span in timeline_of(source)],
+        "tokens": tokens,
+        "has_tokenizer": texts.has_tokenizer,
     }
 
 

@@ -6,6 +6,10 @@ lopd.showOverview = function (section) {
     section.append(el("h3", {}, "Which run is better"),
       el("ul", {}, comparisons.map((one) => el("li", {}, one.text))));
   }
+  if (runs.length > 1 && !comparisons.length) {
+    section.append(el("p", {}, "These runs have no judged answers to the same held-out prompts, " +
+      "so the page cannot say which one is better."));
+  }
   section.append(el("div", { class: "cards" }, runs.map((run) => card(run))));
   return true;
 
@@ -52,11 +56,11 @@ lopd.showOverview = function (section) {
   function models(rows) {
     const has = (name) => rows.some((row) => row[name]);
     const columns = [{ title: "model", value: (row) => row.title }];
-    if (has("accuracy")) columns.push({ title: "accuracy, % (95% interval)", number: true,
+    if (has("accuracy")) columns.push({ title: "accuracy, % (95%)", number: true,
       value: (row) => row.accuracy ? row.accuracy[0] : null,
       text: (row) => row.accuracy ? `${(100 * row.accuracy[0]).toFixed(1)} ` +
         `(${(100 * row.accuracy[1]).toFixed(1)}\u2013${(100 * row.accuracy[2]).toFixed(1)})` : "" });
-    if (has("reverse_kl")) columns.push({ title: "reverse KL, nats/token (\u00b1 s.e.)",
+    if (has("reverse_kl")) columns.push({ title: "reverse KL, nats per token",
       number: true, value: (row) => row.reverse_kl ? row.reverse_kl[0] : null,
       text: (row) => divergence(row.reverse_kl) });
     columns.push(

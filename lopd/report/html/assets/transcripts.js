@@ -54,6 +54,8 @@ lopd.showTranscripts = function (section) {
         const several = runs.length > 1;
         set.models.forEach((model) => all.columns.push({ source, model: model.name,
           title: several ? `${run.name}: ${model.title}` : model.title }));
+        if (!run.has_tokenizer) all.notes.push(`${run.name}: no tokenizer was found, so texts are ` +
+          "numbers of tokens. Give lopd report --tokenizer FOLDER.");
         if (set.prompts.length < set.total) all.notes.push(sampled(run, set));
         for (const prompt of set.prompts) {
           const key = `${prompt.id}\u0000${prompt.prompt.join(",")}`;
