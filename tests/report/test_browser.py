@@ -282,4 +282,6 @@ def test_a_damaged_page_says_so(chromium: Chromium, page: Path, tmp_path: Path) 
     damaged.write_bytes(page.read_bytes().replace(b'octet-stream">H4', b'octet-stream">AA'))
     chromium.call("Page.navigate", url=damaged.as_uri())
     chromium.wait_for("document.getElementById('state')?.textContent.includes('cannot be shown')")
+    # The control of the other tests: an error of the page is noticed.
+    assert chromium.errors
     chromium.errors.clear()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -360,6 +361,15 @@ def test_the_vendored_library_is_the_one_of_its_readme() -> None:
     for name in ("uPlot.iife.min.js", "uPlot.min.css"):
         digest = hashlib.sha256((VENDOR / name).read_bytes()).hexdigest()
         assert f"`{name}` | `{digest}`" in readme
+
+
+def test_an_installed_lopd_has_all_files_of_the_page() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    patterns = tomllib.loads(text)["tool"]["setuptools"]["package-data"]["lopd.report.html"]
+    package = VENDOR.parent
+    packed_files = {path for pattern in patterns for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*.*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} <= packed_files
 
 
 def test_links_lead_from_the_page_to_the_documentation(tmp_path: Path) -> None:
