@@ -277,6 +277,22 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path) -> None:
     assert [one["name"] for one in data["runs"]] == ["run", "other"]
 
 
+def test_two_runs_hold_the_same_prompts(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    # With other models its own choice would be another one.
+    shutil.rmtree(tmp_path / "other/evaluate/scores-sft")
+    shutil.rmtree(tmp_path / "other/evaluate/answers-base")
+    data = gather(open_sources([run, tmp_path / "other"]), max_tokens=3000)
+    kept = [
+        {prompt["id"] for one in of_run["sets"] for prompt in one["prompts"]}
+        for of_run in data["runs"]
+    ]
+    assert kept[0] == kept[1]
+    totals = [one["total"] for one in data["runs"][0]["sets"] if one["name"] == "held_out"]
+    assert 0 < len(kept[0]) < sum(one["total"] for one in data["runs"][0]["sets"])
+    assert totals == [NUM_PROMPTS]
+
+
 def test_prompts_of_one_name_that_differ_are_not_compared(run: Path) -> None:
     scans = {one.answers.model: one for one in scan_all(open_sources([run]))[0]}
     difference = paired_difference(scans["base"], scans["distilled"])

@@ -26,6 +26,7 @@ from lopd.report.html.responses import SETS, answers_of
 from lopd.report.html.source import Source
 from lopd.report.html.timeline import timeline_of
 from lopd.report.html.transcripts import (
+    Chosen,
     Scanned,
     Texts,
     Vocabulary,
@@ -38,8 +39,9 @@ from lopd.report.html.transcripts import (
 
 # A file that mail and browsers take. The transcripts are what makes a page large.
 MAX_BYTES = 10_000_000
-# Tokens of transcripts to begin with. A token takes about 8 bytes of the file.
-_MAX_TOKENS = 900_000
+# Tokens of transcripts to begin with. A token takes 1 to 8 bytes of the file, and a browser a
+# second for a million of them.
+_MAX_TOKENS = 1_500_000
 # With fewer tokens of transcripts than this, a page that is too large cannot be made smaller.
 _FEW_TOKENS = 1000
 # In the order in which the browser must run them.
@@ -76,21 +78,15 @@ def gather(
     """
     scans = scan_all(sources) if scans is None else scans
     vocabulary = Vocabulary()
-    groups = [
-        (number, name, [one for one in found if one.answers.prompt_set == name])
-        for number, found in enumerate(scans)
-        for name in SETS
-    ]
-    groups = [group for group in groups if group[2]]
-    costs = [sum(sum(one.tokens.values()) for one in of_set) for _, _, of_set in groups]
-    shares = dict(zip([group[:2] for group in groups], budgets(costs, max_tokens), strict=True))
+    chosen = _chosen(scans, max_tokens, seed)
     runs = []
-    for number, (source, found) in enumerate(zip(sources, scans, strict=True)):
+    for source, found in zip(sources, scans, strict=True):
         texts = Texts(found[0].answers.folder if found else source.folder, tokenizer)
         sets = []
-        for _, name, of_set in [group for group in groups if group[0] == number]:
-            chosen = choose(of_set, shares[number, name], seed)
-            sets.append(prompt_set(name, of_set, chosen, texts, vocabulary))
+        for name, prompts in chosen.items():
+            of_set = [one for one in found if one.answers.prompt_set == name]
+            if of_set:
+                sets.append(prompt_set(name, of_set, prompts, texts, vocabulary))
         runs.append({**_panels(source, found, texts), "sets": sets})
     return {
         "version": lopd.__version__,
@@ -99,6 +95,21 @@ def gather(
         "knobs": differing_knobs(sources),
         "comparisons": comparisons(sources, scans),
         "vocabulary": vocabulary.rows,
+    }
+
+
+def _chosen(scans: Sequence[Sequence[Scanned]], max_tokens: int, seed: int) -> dict[str, Chosen]:
+    """Return the prompts of each set that the page holds, the same ones for all sources."""
+    by_set: dict[str, list[Scanned]] = {}
+    for name in SETS:
+        of_set = [one for found in scans for one in found if one.answers.prompt_set == name]
+        if of_set:
+            by_set[name] = of_set
+    costs = [sum(sum(one.tokens.values()) for one in of_set) for of_set in by_set.values()]
+    shares = budgets(costs, max_tokens)
+    return {
+        name: choose(of_set, share, seed)
+        for (name, of_set), share in zip(by_set.items(), shares, strict=True)
     }
 
 

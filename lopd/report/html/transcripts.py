@@ -141,13 +141,11 @@ class Chosen:
 
     Attributes:
         prompt_ids: The chosen prompts, in the order of the artifact.
-        total: How many prompts the set has.
-        strongest: How many of the chosen ones were chosen for their disagreement.
+        strongest: Those that were chosen for their disagreement; empty where all fit.
     """
 
     prompt_ids: Sequence[str]
-    total: int
-    strongest: int
+    strongest: frozenset[str] = frozenset()
 
 
 def budgets(costs: Sequence[int], total: int) -> list[int]:
@@ -170,7 +168,7 @@ def choose(scans: Sequence[Scanned], max_tokens: int, seed: int) -> Chosen:
     """Return the prompts of one set of which the page holds the responses of all models.
 
     Args:
-        scans: Of every model that has answered this set.
+        scans: Of every model of every source that has answered this set.
         max_tokens: How many tokens these responses and prompts may have together.
         seed: For the choice at random.
     """
@@ -182,7 +180,7 @@ def choose(scans: Sequence[Scanned], max_tokens: int, seed: int) -> Chosen:
             strength[name] = max(strength.get(name, 0.0), found.disagreement.get(name, 0.0))
     names = list(cost)
     if sum(cost.values()) <= max_tokens:
-        return Chosen(names, len(names), 0)
+        return Chosen(names)
     drawn = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
     # Sorting is stable, so prompts of equal strength keep their order.
     strongest = sorted(names, key=lambda name: -strength[name]) if any(strength.values()) else []
@@ -198,8 +196,8 @@ def choose(scans: Sequence[Scanned], max_tokens: int, seed: int) -> Chosen:
             elif spent > 0.98 * limit:
                 break
         if queue is strongest:
-            num_strongest = len(kept)
-    return Chosen([name for name in names if name in kept], len(names), num_strongest)
+            chosen_first = frozenset(kept)
+    return Chosen([name for name in names if name in kept], chosen_first)
 
 
 class Vocabulary:
@@ -229,8 +227,11 @@ def prompt_set(
         are known it has the verdict (``right``, ``reason``, ``found``), and the log-probabilities
         of the model (``student``) and the teacher in thousandths of a nat.
     """
+    # Several sources share a choice, and each need not have all of its prompts.
+    names = {name for one in scans for name in one.rows}
+    own = [name for name in chosen.prompt_ids if name in names]
     prompts: dict[str, dict[str, Any]] = {
-        one: {"id": one, "prompt": [], "answers": []} for one in chosen.prompt_ids
+        one: {"id": one, "prompt": [], "answers": []} for one in own
     }
     for number, found in enumerate(scans):
         for response, scores in _chosen_rows(found, chosen):
@@ -243,8 +244,8 @@ def prompt_set(
     return {
         "name": name,
         "title": SETS[name],
-        "total": chosen.total,
-        "strongest": chosen.strongest,
+        "total": len(names),
+        "strongest": len(chosen.strongest & names),
         "models": [{"name": one.answers.model, "title": one.answers.title} for one in scans],
         "prompts": list(prompts.values()),
     }
