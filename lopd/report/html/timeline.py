@@ -160,12 +160,12 @@ def _moments(run_dir: Path, stage: str, kind: str) -> dict[int, float]:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     moments: dict[int, float] = {}
-    # In the order of their beginning: a resumed run repeats steps in a newer file.
-    for path in sorted((run_dir / TENSORBOARD / stage).glob("events.*")):
+    for path in (run_dir / TENSORBOARD / stage).glob("events.*"):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.tag.startswith(f"{kind}/"):
-                    moments[event.step] = event.wall_time
+                    # A resumed run repeats steps in a newer file. What came last is what counts.
+                    moments[event.step] = max(event.wall_time, moments.get(event.step, 0.0))
     return moments
 
 
