@@ -34,6 +34,8 @@ from lopd.verbs.pipeline import run_stages
 from lopd.verbs.plan import plan
 from lopd.verbs.prepare import doctor, fetch, show_findings
 from lopd.verbs.prompts import app as prompts_app
+from lopd.verbs.report import EPILOG as REPORT_EPILOG
+from lopd.verbs.report import report
 from lopd.verbs.show import EPILOG as SHOW_EPILOG
 from lopd.verbs.show import show
 from lopd.verbs.watch import EPILOG as WATCH_EPILOG
@@ -159,6 +161,7 @@ app.command(
 )(launch)
 app.command(epilog=WATCH_EPILOG)(watch)
 app.command(epilog=SHOW_EPILOG)(show)
+app.command(epilog=REPORT_EPILOG)(report)
 app.command(epilog=GENERATE_EPILOG)(generate)
 app.command(epilog=CHAT_EPILOG)(chat)
 app.add_typer(cache_app, name="cache")

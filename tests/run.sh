@@ -12,4 +12,5 @@ ruff check .
 ruff format --check .
 mypy
 bash docs/build.sh
+bash tests/report/install_chromium.sh
 python -m pytest -p no:cacheprovider -n 2 --dist loadscope --no-loadscope-reorder "$@"

@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {*CORE},
     "batching": {*CORE},
     "report": {*CORE, "artifacts"},
+    "report.html": {*CORE, "artifacts", "cache", "report", "tasks"},
     "megatron": set(),
     "megatron.ranks": {*CORE, "artifacts", "megatron_patches"},
     "megatron.weights": {*CORE, "megatron.ranks"},
@@ -117,6 +118,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "verbs.show": {*CORE, "report", "verbs", "verbs.run_transcripts", "verbs.watch"},
     "verbs.watch": {*CORE, "report", "verbs", "verbs.run_answers"},
+    "verbs.report": {*CORE, "artifacts", "report", "report.html"},
     "cli": {
         *PURE,
         "report",
@@ -137,6 +139,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.prompts",
         "verbs.show",
         "verbs.watch",
+        "verbs.report",
     },
     "sglang_rollout.server_side": {*CORE},
     "sglang_rollout.cpu": {*CORE, "sglang_rollout.server_side"},

@@ -40,12 +40,13 @@ def sample_of(folder: Path, count: int, seed: int, tokenizer: Path | None) -> li
     from lopd.artifacts import read_manifest
     from lopd.cache import read_rows
     from lopd.tasks.tokenizer import decode, load_tokenizer, token_texts
+    from lopd.tasks.tokenizer_folder import tokenizer_folder
     from lopd.tasks.verdict_files import read_verdicts
 
     # The manifest knows the number of rows. Counting would read the whole cache.
     rows = read_manifest(folder).rows
     chosen = set(np.random.default_rng(seed).choice(rows, min(count, rows), replace=False).tolist())
-    source = _tokenizer_folder(folder, tokenizer)
+    source = tokenizer_folder(folder, tokenizer)
     # Without a tokenizer the ids themselves are shown.
     loaded = load_tokenizer(source) if source is not None else None
     verdicts = read_verdicts(folder)
@@ -70,38 +71,12 @@ def sample_of(folder: Path, count: int, seed: int, tokenizer: Path | None) -> li
     return shown
 
 
-def _tokenizer_folder(folder: Path, tokenizer: Path | None) -> Path | None:
-    """Return a folder with the tokenizer of an artifact, or None.
-
-    Args:
-        folder: The artifact.
-        tokenizer: The folder that the user names. It must be right, so it is returned as it is, and
-            load_tokenizer reports its mistakes.
-    """
-    from lopd.artifacts import MANIFEST, read_manifest
-
-    if tokenizer is not None:
-        return tokenizer
-    # All models of a run share one tokenizer, so any of them will do. Parts of an evaluation name
-    # no model, so the manifests around them are asked too.
-    around = [folder, folder.parent, *(path.parent for path in folder.parent.glob(f"*/{MANIFEST}"))]
-    named = [
-        Path(identity.path)
-        for one in around
-        if (one / MANIFEST).is_file()
-        for identity in read_manifest(one).models.values()
-    ]
-    # The folders in a manifest may be on another machine. The run has a student of its own.
-    runs = (folder.parent, folder.parent.parent)
-    named += [run / stage / "model" for run in runs for stage in ("sft", "distill")]
-    return next((path for path in named if (path / "tokenizer.json").is_file()), None)
-
-
 def token_text(folder: Path, tokenizer: Path | None) -> Callable[[int], str]:
     """Return a function from a token id to its text, or to its number without a tokenizer."""
     from lopd.tasks.tokenizer import decode, load_tokenizer
+    from lopd.tasks.tokenizer_folder import tokenizer_folder
 
-    source = _tokenizer_folder(folder, tokenizer)
+    source = tokenizer_folder(folder, tokenizer)
     if source is None:
         return lambda token: f"{token} "
     loaded = load_tokenizer(source)

@@ -12,6 +12,16 @@ from lopd.errors import ArtifactError
 from lopd.report.metrics import METRICS, MetricsLog, read_metrics
 
 
+@pytest.fixture(autouse=True)
+def first_files_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads event files by their names, which end with a count of the process: the
+    tenth one of a second would come before the ninth. A resumed run is a new process.
+    """
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
 def train(
     folder: Path,
     first: int,

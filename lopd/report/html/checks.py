@@ -1,0 +1,278 @@
+"""What a report warns of: rules with their figure, their limit, what to do, and where to read on.
+
+Each rule says what it has seen also where all is well, so that a reader knows what was looked at.
+The limits are rules of thumb and decide nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lopd.report.console import MODEL_TITLES
+from lopd.report.html.overview import paired_difference
+from lopd.report.html.responses import SETS
+from lopd.report.html.source import Source
+from lopd.report.html.transcripts import Scanned
+from lopd.report.metrics import read_metrics
+
+# A student whose answers became so much longer has learned to go on.
+_LENGTH_RATIO = 1.5
+# From this share on a stage warns too (lopd.stages.truncation).
+_CUT_SHARE = 0.2
+# So many more answers that are cut off are no chance.
+_CUT_RISE = 0.05
+_EFFECTIVE_SHARE = 0.5
+_CLIPPED_SHARE = 0.03
+# Nats. An advantage that stays below it drives the student off its own samples.
+_ADVANTAGE = -0.3
+_END_ADVANTAGE = -1.0
+# A teacher is sharp where few tokens carry most of the signal and some are clipped.
+_TOP_SHARE = 0.5
+_OVER_CLIP = 0.001
+# The last steps, over which noisy figures of single batches are averaged.
+_LAST_STEPS = 4
+_OBJECTIVE_FIGURES = "objectives.md#the-figures-of-a-step"
+_NO_END = "understand.md#responses-without-an-end"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One rule.
+
+    Attributes:
+        state: "fine", "warning", or "note" for what a reader must know and what is no fault.
+        title: What was looked at.
+        text: What was seen, as a sentence.
+        remedy: What to do about it; "" where all is well.
+        doc: The page of docs/ and the heading that say more.
+    """
+
+    state: Literal["fine", "warning", "note"]
+    title: str
+    text: str
+    remedy: str = ""
+    doc: str = ""
+
+
+def checks_of(
+    source: Source, scans: Sequence[Scanned], tokens: Sequence[Mapping[str, Any]]
+) -> list[Check]:
+    """Return all checks for which a source has figures, warnings first.
+
+    Args:
+        source: The source.
+        scans: All responses of the source.
+        tokens: The panels of lopd.report.html.transcripts.token_panels.
+    """
+    train = []
+    if source.kind == "run":
+        train = read_metrics(source.folder, kind="train", stage="distill")
+    found = [
+        *_progress(source),
+        *_results(source, scans),
+        *_teacher(source),
+        *_lengths(scans),
+        *_training(train),
+        *_sharp_teacher(tokens),
+        *_servers(source),
+        *_from_stages(source),
+    ]
+    order = ("warning", "note", "fine")
+    return sorted(found, key=lambda check: order.index(check.state))
+
+
+def _judged(is_wrong: bool, title: str, text: str, remedy: str, doc: str) -> Check:
+    if is_wrong:
+        return Check("warning", title, text, remedy, doc)
+    return Check("fine", title, text, "", doc)
+
+
+def _progress(source: Source) -> Iterator[Check]:
+    """Say what the run does not have yet."""
+    if source.kind != "run":
+        return
+    unfinished = [name for name, one in source.manifests.items() if not one.complete]
+    doc = "understand.md#where-is-the-run"
+    if unfinished:
+        names = ", ".join(unfinished)
+        yield Check("note", "progress", f"Not finished: {names}.", "Give lopd run again.", doc)
+    if "evaluate" not in source.manifests or "evaluate" in unfinished:
+        text = "No evaluation has finished, so nothing here says how good the student is."
+        yield Check("note", "evaluation", text, "Run lopd evaluate CONFIG.", "evaluation.md")
+
+
+def _results(source: Source, scans: Sequence[Scanned]) -> Iterator[Check]:
+    """Say whether the training has done good or harm."""
+    doc = "understand.md#is-the-training-healthy"
+    remedy = (
+        "Look where the curves turn. Lower distill.optimizer.lr, take fewer steps, or use newer "
+        "rollouts."
+    )
+    held_out = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
+    after = held_out.get("distilled")
+    for name, title in (("sft", "the SFT student"), ("sft_longer", "SFT of equal compute")):
+        if after is None or name not in held_out:
+            continue
+        difference = paired_difference(held_out[name], after)
+        if difference is None:
+            continue
+        low, high = (100 * value for value in difference["interval"])
+        text = f"Against {title} it is {low:+.1f} to {high:+.1f} points (95% interval)."
+        if name == "sft":
+            yield _judged(high < 0, "accuracy of the distilled student", text, remedy, doc)
+        elif high < 0:
+            # This is no fault of the run: it says what else the compute could have bought.
+            more = "Compare them on your own task before you choose."
+            page = "evaluation.md#the-baseline-of-equal-compute"
+            yield Check("note", "equal compute", text, more, page)
+    evaluated = source.manifests.get("evaluate")
+    divergence = evaluated.extra.get("reverse_kl", {}) if evaluated is not None else {}
+    if "sft" in divergence and "distilled" in divergence:
+        values = [divergence[name]["mean"] for name in ("sft", "distilled")]
+        text = (
+            f"The reverse KL to the teacher on held-out prompts went from {values[0]:.4f} to "
+            f"{values[1]:.4f} nats per token."
+        )
+        yield _judged(values[1] > values[0], "distance to the teacher", text, remedy, doc)
+
+
+def _teacher(source: Source) -> Iterator[Check]:
+    """Say whether the teacher that scored also made the demonstrations."""
+    doc = "objectives.md#a-teacher-that-did-not-make-the-demonstrations"
+    scored = source.manifests.get("score") or source.manifests.get("artifact")
+    if scored is None:
+        scored = source.manifests.get("distill")
+    lineage = scored.lineage if scored is not None else {}
+    if "consistent" not in lineage:
+        return
+    evidence = lineage.get("evidence", "unknown")
+    remedy = (
+        "Use one teacher for the demonstrations and the scores, or take the style of this one "
+        "away with lopd cache residualise."
+    )
+    if not lineage["consistent"]:
+        text = "The scoring teacher is not shown to be the one that made the demonstrations."
+        yield Check("warning", "one teacher", text, remedy, doc)
+    else:
+        text = f"The scoring teacher also made the demonstrations (evidence: {evidence})."
+        yield Check("fine", "one teacher", text, "", doc)
+
+
+def _lengths(scans: Sequence[Scanned]) -> Iterator[Check]:
+    """Compare lengths and ends of answers before and after."""
+    remedy = (
+        'Raise max_new_tokens, or set distill.objective.truncated = "drop", so that no response '
+        "without an end is learned."
+    )
+    held_out = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
+    before = held_out.get("sft")
+    after = held_out.get("distilled")
+    if before is not None and after is not None:
+        means = [sum(one.lengths) / max(1, len(one.lengths)) for one in (before, after)]
+        ratio = means[1] / max(means[0], 1e-9)
+        text = (
+            f"The answers have {means[1]:,.0f} tokens after distillation and {means[0]:,.0f} "
+            f"before ({ratio:.2f} times)."
+        )
+        yield _judged(ratio > _LENGTH_RATIO, "length of answers", text, remedy, _NO_END)
+        cut = [one.cut_share for one in (before, after)]
+        text = f"{cut[1]:.1%} of the answers have no end after distillation, {cut[0]:.1%} before."
+        lost = cut[1] > cut[0] + _CUT_RISE or cut[1] > _CUT_SHARE
+        yield _judged(lost, "end token", text, remedy, _NO_END)
+    for one in scans:
+        if one.answers.prompt_set not in ("held_out", "policy"):
+            title = f"ends of the {SETS[one.answers.prompt_set]}"
+            text = f"{one.cut_share:.1%} of these responses were cut off at a token limit."
+            yield _judged(one.cut_share >= _CUT_SHARE, title, text, remedy, _NO_END)
+
+
+def _training(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Look at the figures of the last steps of distill."""
+    share = _last_mean(train, "effective_sample_share")
+    if share is not None:
+        text = f"The effective sample share of the last steps is {share:.2f} (1 is no drift)."
+        remedy = (
+            "Make new rollouts on the way (distill.refresh), or weight tokens by importance "
+            "(distill.objective.importance_cap)."
+        )
+        doc = "refresh.md#what-the-drift-is"
+        yield _judged(share < _EFFECTIVE_SHARE, "drift from the rollouts", text, remedy, doc)
+    clipped = _last_mean(train, "clipped_share")
+    if clipped is not None:
+        text = f"{clipped:.2%} of the tokens of the last steps are beyond the clip."
+        remedy = "Look at single tokens below: is it the right teacher? lopd audit tests it."
+        wrong = clipped > _CLIPPED_SHARE
+        yield _judged(wrong, "clipped share", text, remedy, _OBJECTIVE_FIGURES)
+    advantage = _last_mean(train, "advantage")
+    if advantage is not None:
+        text = f"The mean advantage of the last steps is {advantage:+.3f} nats (0 is the teacher)."
+        remedy = (
+            "The student is still driven off its own samples: train for more steps, use newer "
+            "rollouts, or a smaller distill.advantage_clip."
+        )
+        wrong = advantage < _ADVANTAGE
+        yield _judged(wrong, "mean advantage", text, remedy, _OBJECTIVE_FIGURES)
+    end = _last_mean(train, "end_token_advantage")
+    if end is not None:
+        text = f"The mean advantage of end tokens in the last steps is {end:+.3f} nats."
+        remedy = "The teacher wants longer responses. Watch the lengths at the syncs."
+        wrong = end < _END_ADVANTAGE
+        yield _judged(wrong, "advantage of end tokens", text, remedy, _OBJECTIVE_FIGURES)
+
+
+def _sharp_teacher(tokens: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Say whether few tokens carry the signal: there a sampled token misleads."""
+    panel = next((one for one in tokens if one["set"] in ("rollouts", "responses")), None)
+    if panel is None:
+        return
+    top = panel["overall"]["top_1_percent"]
+    over = panel["overall"]["over_clip"]
+    text = (
+        f"The one percent of tokens with the largest disagreement carries {top:.0%} of it, and "
+        f"{over:.2%} of the tokens are beyond 10 nats."
+    )
+    remedy = (
+        "A sharp teacher gives strong signals at few sampled tokens. Try a smaller "
+        "distill.advantage_clip, newer rollouts (distill.refresh), importance weights, or a top-K "
+        "cache."
+    )
+    wrong = top > _TOP_SHARE and over > _OVER_CLIP
+    yield _judged(wrong, "sharp teacher", text, remedy, "objectives.md#limits")
+
+
+def _servers(source: Source) -> Iterator[Check]:
+    restarts = {
+        stage: sum(
+            int(server.get("num_restarts", 0))
+            for record in manifest.extra.get("served", {}).values()
+            for server in record.get("servers", [])
+        )
+        for stage, manifest in source.manifests.items()
+        if "served" in manifest.extra
+    }
+    if not restarts:
+        return
+    doc = "sglang.md#when-a-server-dies-or-hangs"
+    seen = [f"{count} in {stage}" for stage, count in restarts.items() if count]
+    text = f"Servers were started again: {', '.join(seen)}." if seen else "No server died."
+    yield _judged(bool(seen), "servers", text, "Read the server's log in that stage's folder.", doc)
+
+
+def _from_stages(source: Source) -> Iterator[Check]:
+    """Repeat what the stages have warned of themselves."""
+    for stage, manifest in source.manifests.items():
+        for warning in manifest.extra.get("warnings", ()):
+            # The model's name in it is the one of the folders.
+            text = f"{stage}: {warning}."
+            for name, title in MODEL_TITLES.items():
+                text = text.replace(f" of {name} ", f" of the {title} ")
+            yield Check("warning", f"warning of {stage}", text, "", "understand.md")
+    for warning in source.summary.get("warnings", ()):
+        yield Check("warning", "warning of the evaluation", f"{warning}.", "", _NO_END)
+
+
+def _last_mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None][-_LAST_STEPS:]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,87 @@
+"""Which responses a source has: of whom, to which prompts, with scores or verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lopd.records import Key
+from lopd.report.console import MODEL_TITLES
+from lopd.report.html.source import Source, is_complete
+from lopd.tasks.verdict_files import read_verdicts
+from lopd.tasks.verdicts import Verdict
+
+# The sets of prompts, in the order in which the page offers them.
+SETS = {
+    "held_out": "held-out prompts",
+    "policy": "held-out prompts, sampled at temperature 1",
+    "rollouts": "training prompts (frozen rollouts)",
+    "demonstrations": "demonstrations",
+    "responses": "responses",
+}
+# The models of an evaluation, in the order of the page.
+MODELS = ("base", "sft", "sft_longer", "distilled", "teacher")
+_SHARD = "shard-*.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The responses of one model to one set of prompts.
+
+    Attributes:
+        prompt_set: A key of SETS.
+        model: The name of the model, for example "distilled".
+        title: The name for people.
+        folder: The artifact.
+        verdicts: By the key of the response; {} where nobody judged.
+    """
+
+    prompt_set: str
+    model: str
+    title: str
+    folder: Path
+    verdicts: Mapping[Key, Verdict]
+
+
+def answers_of(source: Source) -> list[Answers]:
+    """Return all complete artifacts of responses of a source, held-out prompts first."""
+    if source.kind == "run":
+        return _of_run(source)
+    if source.kind == "evaluation":
+        folder = source.folder / "answers"
+        if not is_complete(folder):
+            return []
+        return [Answers("held_out", "model", "model", folder, read_verdicts(folder))]
+    manifest = source.manifests["artifact"]
+    if not manifest.complete:
+        return []
+    title = "student" if manifest.kind in ("teacher_cache", "rollouts") else "model"
+    verdicts = read_verdicts(source.folder)
+    return [Answers("responses", title, title, source.folder, verdicts)]
+
+
+def _of_run(source: Source) -> list[Answers]:
+    found: list[Answers] = []
+    folder = source.folder / "evaluate"
+    for model in MODELS:
+        title = MODEL_TITLES[model]
+        answers = folder / f"answers-{model}"
+        scores = folder / f"scores-{model}"
+        # Where the answers were sampled from the policy as it is, the teacher has scored them.
+        # Otherwise it has scored samples of their own, which nobody judged.
+        apart = (folder / f"policy-{model}").is_dir()
+        if is_complete(answers):
+            scored = scores if is_complete(scores) and not apart else answers
+            found.append(Answers("held_out", model, title, scored, read_verdicts(answers)))
+        if apart and is_complete(scores):
+            found.append(Answers("policy", model, title, scores, {}))
+    rollouts = next((one for one in ("score", "rollout") if is_complete(source.folder / one)), None)
+    if rollouts is not None:
+        found.append(Answers("rollouts", "sft", MODEL_TITLES["sft"], source.folder / rollouts, {}))
+    demonstrations = source.folder / "demonstrate"
+    if is_complete(demonstrations):
+        found.append(
+            Answers("demonstrations", "teacher", MODEL_TITLES["teacher"], demonstrations, {})
+        )
+    return found
