@@ -118,7 +118,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "verbs.show": {*CORE, "report", "verbs", "verbs.run_transcripts", "verbs.watch"},
     "verbs.watch": {*CORE, "report", "verbs", "verbs.run_answers"},
-    "verbs.report": {*CORE, "artifacts", "report", "report.html"},
+    "verbs.report": {*CORE, "artifacts", "report", "report.html", "verbs"},
     "cli": {
         *PURE,
         "report",

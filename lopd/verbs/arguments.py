@@ -70,6 +70,16 @@ Cache = Annotated[
         show_default=False,
     ),
 ]
+# Only for text on screen, and for the text that the reference code wants.
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        parser=input_path,
+        help="Hugging Face folder with the tokenizer. If absent, that of a model of the run, by "
+        "its manifests.",
+    ),
+]
 # With this option nothing but JSON goes to stdout, and the exit code stays the same.
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lopd.errors import EXIT_CODE, LopdError
-from lopd.verbs.arguments import AsJson, Cache, VerbGroup, input_path
+from lopd.verbs.arguments import AsJson, Cache, Tokenizer, VerbGroup, input_path
 from lopd.verbs.cache_judge import EPILOG, judge
 
 app = VerbGroup(
@@ -22,16 +22,6 @@ app = VerbGroup(
 # An artifact of other inputs that is there is not overwritten.
 Out = Annotated[
     Path, typer.Option("--out", help="Folder of the new artifact to write.", show_default=False)
-]
-# Only for text on screen, and for the text that the reference code wants.
-Tokenizer = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH",
-        parser=input_path,
-        help="Hugging Face folder with the tokenizer. If absent, that of a model of the run, by "
-        "its manifests.",
-    ),
 ]
 
 

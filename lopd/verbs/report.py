@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lopd.verbs.arguments import Tokenizer
+
 EPILOG = (
     "Examples:  lopd report runs/tiny_moe   lopd report runs/a runs/b --out compare.html   "
     "lopd report runs/tiny_moe/score"
@@ -33,13 +35,6 @@ Docs = Annotated[
     typer.Option(
         help="Address before the pages of the documentation. If absent, that of a checkout of "
         "lopd as seen from the file, or none."
-    ),
-]
-Tokenizer = Annotated[
-    Path | None,
-    typer.Option(
-        help="Hugging Face folder with the tokenizer. If absent, that of a model of the run, by "
-        "its manifests."
     ),
 ]
 Seed = Annotated[

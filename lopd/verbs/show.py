@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lopd.errors import ConfigError
-from lopd.verbs.arguments import AsJson
+from lopd.verbs.arguments import AsJson, Tokenizer
 from lopd.verbs.watch import run_directory
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ def show(
             "several times. If absent: teacher, sft and distilled."
         ),
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the tokenizer. If absent, that of a model of the run."),
-    ] = None,
+    tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the teacher, the SFT student and the distilled student answered, side by side.

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lopd.report.html.source import STAGES, Source
-from lopd.report.metrics import TENSORBOARD, read_metrics
+from lopd.report.metrics import read_metrics
+from lopd.report.trackers import TENSORBOARD
 
 # A line of a stage's log begins with its moment.
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (.*)")
