@@ -150,7 +150,8 @@ class Renderer:
         """
         if self._kept is None or not self._fingerprint:
             return
-        is_known = self._used.keys() == self._found.keys()
+        # A run of fewer prompts keeps the file of all of them: the next one may want them again.
+        is_known = self._used.keys() <= self._found.keys()
         # What a check holds in memory is written even if nothing is new: it is not on the disk.
         if not is_known or (self._kept.can_write and not is_written(self._kept)):
             keep(self._kept, self._fingerprint, self._used)

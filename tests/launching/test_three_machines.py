@@ -41,7 +41,12 @@ SMALL = [
     ),
     *("distill.sync_num_prompts=16",),
 ]
-TIMES = ("seconds", "peak_memory", "per_s")  # in the names of figures that differ from run to run
+TIMES = (
+    "seconds",
+    "data_wait",
+    "peak_memory",
+    "per_s",
+)  # in the names of figures that differ from run to run
 PORT = 30000
 KEY = "key-of-the-third-machine"
 

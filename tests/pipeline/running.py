@@ -324,7 +324,7 @@ def metrics(run_dir: Path, stage: str, kind: str = "train") -> list[dict[str, An
 
 def deterministic(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without what the clock and the memory of a process decide."""
-    volatile = ("seconds", "peak_memory_gib")
+    volatile = ("seconds", "data_wait_share", "peak_memory_gib")
     return [
         {
             name: value

@@ -34,7 +34,13 @@ ARTIFACTS = ("*/*.parquet", "*/manifest.json", "*/model/*", "evaluate/*/*", "ten
 
 
 def artifacts(run_dir: Path) -> dict[str, object]:
-    return {name: state for pattern in ARTIFACTS for name, state in files(run_dir, pattern).items()}
+    """The files of the artifacts. Kept prompts save time, and are none (lopd.tasks.rendered)."""
+    return {
+        name: state
+        for pattern in ARTIFACTS
+        for name, state in files(run_dir, pattern).items()
+        if not name.startswith("prompts/")
+    }
 
 
 def of_what_starts(run_dir: Path) -> dict[str, object]:
