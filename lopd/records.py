@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
 Int16s: TypeAlias = NDArray[np.int16]
+Int8s: TypeAlias = NDArray[np.int8]
 # One byte per token. True is a token that carries loss.
 Bools: TypeAlias = NDArray[np.bool_]
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
@@ -217,6 +218,8 @@ class TeacherScores:
         top: The teacher's likeliest tokens, if the run asked for them.
         entropy: The entropy of the teacher's distribution in nats, if the run asked for it.
         teacher: The fingerprint of the teacher's weights in a cache with several teachers.
+        alignment: What became of each token where the teacher has another tokenizer. It is 0 where
+            the teacher's log-probability could be brought over (lopd.tasks.cross_tokenizer).
 
     Example:
         The teacher gives "3" a probability of 0.90. The student gave it 0.70, so the first
@@ -239,10 +242,12 @@ class TeacherScores:
     top: TopK | None = None
     entropy: Floats | None = None  # [R]
     teacher: str = ""
+    alignment: Int8s | None = None  # [R]
 
     def __post_init__(self) -> None:
         num_tokens = len(self.teacher_logprobs)
-        _check_lengths(f"scores of {self.key}", self, ("top", "entropy"), num_tokens)
+        columns = ("top", "entropy", "alignment")
+        _check_lengths(f"scores of {self.key}", self, columns, num_tokens)
 
     @property
     def key(self) -> Key:

@@ -12,9 +12,10 @@ columns are always there:
     weight_version     string
 
 Others are there if they are known: loss_mask list<bool>, teacher_logprobs list<float32>, and the
-teacher's top-K, its entropy, its name and the sampler's routed experts. Every list but prompt_ids
-has the length of token_ids. If the manifest says ``logprob_bits`` 16, log-probabilities are stored
-as float16 and read as float32. docs/cache_format.md is the specification.
+teacher's top-K, its entropy, its name, the alignment with a teacher of another tokenizer, and the
+sampler's routed experts. Every list but prompt_ids has the length of token_ids.
+If the manifest says ``logprob_bits`` 16, log-probabilities are stored as float16 and read as
+float32. docs/cache_format.md is the specification.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lopd.artifacts import ArtifactWriter, read_manifest, read_shard
-from lopd.cache.columns import ENTROPY, ROUTED, TAIL, TOP_IDS, TOP_LOGPROBS, to_arrays, to_lists
+from lopd.cache.columns import (
+    ALIGNMENT,
+    ENTROPY,
+    ROUTED,
+    TAIL,
+    TOP_IDS,
+    TOP_LOGPROBS,
+    to_arrays,
+    to_lists,
+)
 from lopd.cache.half_precision import halve
 from lopd.errors import ArtifactError
 from lopd.records import Floats, Manifest, Response, TeacherScores, TopK, token_hash
@@ -117,7 +127,7 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
     """Return all columns that the scores have.
 
     Raises:
-        ArtifactError: Only some scores have a top-K or an entropy.
+        ArtifactError: Only some scores have a top-K, an entropy or an alignment.
     """
     columns = {
         # The one column that every score has.
@@ -128,9 +138,11 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
         columns["teacher"] = pa.array([score.teacher for score in scores], pa.string())
     tops = [score.top for score in scores if score.top is not None]
     entropies = [score.entropy for score in scores if score.entropy is not None]
+    alignments = [score.alignment for score in scores if score.alignment is not None]
     # A column of some rows only would need a null in the others, and readers would have to expect
     # it.
-    for name, found in (("a top-K", tops), ("an entropy", entropies)):
+    optional = (("a top-K", tops), ("an entropy", entropies), ("an alignment", alignments))
+    for name, found in optional:
         if found and len(found) != len(scores):
             raise ArtifactError(
                 f"only {len(found)} of {len(scores)} scores have {name}",
@@ -144,6 +156,8 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
         columns[TAIL] = to_lists([top.tail_logprob for top in tops], pa.float32())
     if entropies:
         columns[ENTROPY] = to_lists(entropies, pa.float32())
+    if alignments:
+        columns[ALIGNMENT] = to_lists(alignments, pa.int8())
     return columns
 
 
@@ -267,6 +281,7 @@ def _scores_of(
         top,
         lists.get(ENTROPY),
         teacher,
+        lists.get(ALIGNMENT),
     )
 
 

@@ -140,6 +140,15 @@ class ScoreSection(Section):
 
     forward: ForwardSection = Field(default_factory=ForwardSection)
 
+    # With one tokenizer the teacher scores the very ids that were sampled, which is always better.
+    tokenizer: Literal["same", "aligned"] = Field(
+        default="same",
+        description=(
+            "same: the teacher must have the student's tokenizer. aligned: it has another one; it "
+            "scores the text, and its scores are brought to the student's tokens by their bytes."
+        ),
+    )
+
     # What the cache keeps of a response token, besides the log-probability of the token itself.
 
     # A cache has a token id and two log-probabilities per token, all of 32 bits by default.

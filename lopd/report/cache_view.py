@@ -98,6 +98,7 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     tokens = f"{figures['tokens']:,} tokens"
     yield "responses", f"{prompts}, {tokens}, in {figures['shards']} shards"
     yield from _size_lines(figures)
+    yield from _alignment_lines(figures)
     if figures.get("top_k"):
         yield "teacher's top-K", f"{figures['top_k']} tokens at each place"
     yield from _ending_lines(figures)
@@ -131,6 +132,17 @@ def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "  rows of teacher", f"{figures['teachers'].get(weights) or weights[:12]}: {rows:,}"
     sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
     yield "sampled with", sampling or "unknown"
+
+
+def _alignment_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield what became of the tokens, where the teacher has another tokenizer."""
+    about = figures.get("token_alignment")
+    if about:
+        tokenizers = [str(about.get(f"{name}_tokenizer"))[:12] for name in ("teacher", "student")]
+        told = f"{about.get('method')}, from the tokenizer {tokenizers[0]} to {tokenizers[1]}"
+        yield "other tokenizer", told
+    if figures.get("alignment"):
+        yield "  tokens", figures["alignment_line"]
 
 
 def _size_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -100,8 +100,7 @@ class StageContext:
     @property
     def end_models(self) -> tuple[Path, ...]:
         """The models whose files say how a response ends."""
-        models = self.config.models
-        return models.teacher, *models.teachers.values(), models.student
+        return self.config.student_token_models
 
     @cached_property
     def parents(self) -> dict[str, str]:

@@ -169,10 +169,7 @@ class HeldOutAnswers:
         self._prompts = prompts[:count]
         self._prompt_ids = prompt_ids[:count]
         # The knobs of evaluate, so that the curve and the final figure can be compared.
-        models = config.models
-        self._params = sampling_params(
-            config.evaluate, (models.teacher, *models.teachers.values(), models.student)
-        )
+        self._params = sampling_params(config.evaluate, config.student_token_models)
         self._num_ids = num_shared_ids(config)
 
     def figures(self, version: str) -> dict[str, Any]:

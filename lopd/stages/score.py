@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import ArtifactWriter
-from lopd.artifacts.lineage import check_same_tokenizer, check_scoring_teacher
+from lopd.artifacts.lineage import OR_ALIGNED, check_same_tokenizer, check_scoring_teacher
 from lopd.cache import logprob_loss
 from lopd.cache.reader import CacheReader
+from lopd.cache.token_alignment import alignment_line
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.records import Manifest, ModelIdentity
+from lopd.stages.aligned_scores import alignment_figures, bridge_for
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import PartWriter, described, parts_in, role_of
 from lopd.stages.sample_shards import end_token_ids
@@ -78,8 +80,10 @@ def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
             "WARNING: the scoring teacher did not make the student's demonstrations "
             "(score.allow_foreign_teacher is set)"
         )
-    # The teacher scores token ids, not text. The same ids must mean the same to both models.
-    check_same_tokenizer(teacher, context.identity("student"))
+    # The teacher scores token ids, not text. The same ids must mean the same to both models, unless
+    # the scores are brought over.
+    if not context.config.aligns_tokenizers:
+        check_same_tokenizer(teacher, context.identity("student"), remedy=OR_ALIGNED)
     return lineage
 
 
@@ -113,10 +117,17 @@ def score_responses(
         title=title,
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
+        bridge=bridge_for(context, "opd"),
     )
-    # The reader of a cache checks that no token id is larger than what the teacher knows.
-    vocab_size = read_architecture(config.models.teacher).vocab_size
-    return _complete(context, writer, rollouts, vocab_size=vocab_size, **extra)
+    # The reader of a cache checks that no token id is larger than what the teacher knows. A teacher
+    # with other ids says nothing about the student's.
+    models = config.models
+    owner = models.student if config.aligns_tokenizers else models.teacher
+    vocab_size = read_architecture(owner).vocab_size
+    aligned = alignment_figures(config, writer.folder)
+    if aligned:
+        context.log(f"alignment: {alignment_line(aligned['alignment_counts'])}")
+    return _complete(context, writer, rollouts, vocab_size=vocab_size, **aligned, **extra)
 
 
 def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:

@@ -11,6 +11,7 @@ from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
 from lopd.records import Manifest, Response, ShardInfo, TeacherScores
 from lopd.report.console import progress
+from lopd.stages.aligned_scores import TokenizerBridge
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
 from sglang_rollout.requests.scoring import ScoreRequest
@@ -28,6 +29,7 @@ def score_into(
     title: str,
     logprob_bits: int = 32,
     top_k: int = 0,
+    bridge: TokenizerBridge | None = None,
 ) -> None:
     """Score the responses of an artifact that are not scored yet.
 
@@ -41,6 +43,7 @@ def score_into(
         title: The text at the progress bar.
         logprob_bits: 32, or 16 for a smaller cache.
         top_k: How many of the teacher's likeliest tokens are kept at each position as well.
+        bridge: Where the teacher has another tokenizer.
     """
     writer.expect(len(rollouts.shards))
     missing = writer.missing(len(rollouts.shards))
@@ -61,6 +64,9 @@ def score_into(
             responses[index] = _responses_in(source, rollouts.shards[index])
             open_shards.begin(index, [response.key for response in responses[index]])
             for one in by_length(responses[index], prompts_at_once):
+                if bridge is not None:
+                    yield bridge.request(one)
+                    continue
                 yield ScoreRequest(one.prompt_id, one.sample_index, one.prompt_ids, one.token_ids)
 
     # Megatron-Core packs the responses of a stream together, and what a response is packed with
@@ -77,6 +83,8 @@ def score_into(
                 if complete is not None:
                     index, scores = complete
                     rows = responses.pop(index)
+                    if bridge is not None:
+                        rows, scores = bridge.bring_back(rows, scores)
                     table = cache.to_table(rows, scores, logprob_bits=logprob_bits)
                     writer.publish_shard(index, table)
 

@@ -9,7 +9,7 @@ from typing import overload
 import numpy as np
 
 from lopd.batching import make_sample
-from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
+from lopd.cache.columns import ALIGNMENT, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
 from lopd.errors import DataError
 from lopd.megatron.weights.architecture import read_architecture
@@ -46,7 +46,8 @@ class CachedSamples(Sequence[Sample]):
         distill = job.objective == "distill"
         self._with_top = distill and needs_top_k(job.config.distill)
         # Columns that the objective does not look at are not even decoded.
-        unread = {"routed_experts", ENTROPY}
+        # The loss mask says what of the alignment a training needs.
+        unread = {"routed_experts", ENTROPY, ALIGNMENT}
         if not self._with_top:
             unread |= {TOP_IDS, TOP_LOGPROBS, TAIL}
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)

@@ -26,9 +26,7 @@ def num_shared_ids(config: Config) -> int:
     Raises:
         LopdError: The config.json of a model cannot be read.
     """
-    models = config.models
-    folders = (models.teacher, *models.teachers.values(), models.student)
-    return min(read_architecture(folder).vocab_size for folder in folders)
+    return min(read_architecture(folder).vocab_size for folder in config.student_token_models)
 
 
 def within_ids(responses: Iterable[Response], num_ids: int, *, title: str) -> Iterator[Response]:
