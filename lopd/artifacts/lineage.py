@@ -174,8 +174,7 @@ def check_given_cache(
         if aligned is None or not role.startswith("teacher"):
             check_same_tokenizer(identity, student)
     if aligned is not None:
-        scored = ModelIdentity(str(folder), "", str(aligned.get("student_tokenizer", "")), "")
-        check_same_tokenizer(scored, student)
+        check_same_tokenizer(scored_tokenizer(aligned, folder), student)
     # All faults at once, so that the user does not meet them one after the other.
     wrong = _faults(manifest, student)
     if wrong and not allow_foreign:
@@ -202,6 +201,11 @@ def alignment_of(manifest: Manifest) -> Mapping[str, Any] | None:
     """
     found = manifest.extra.get(TOKEN_ALIGNMENT)
     return found if isinstance(found, Mapping) else None
+
+
+def scored_tokenizer(aligned: Mapping[str, Any], folder: Path) -> ModelIdentity:
+    """Return the tokenizer whose ids a cache has, of what alignment_of() has returned."""
+    return ModelIdentity(str(folder), "", str(aligned.get("student_tokenizer", "")), "")
 
 
 def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:

@@ -229,7 +229,13 @@ def demonstrations(config: Config) -> Iterator[Finding]:
     # Checksums: a damaged shard would be noticed only when training reaches it.
     verify(folder, manifest)
     _require_known_ids(config, folder)
-    if "teacher" in manifest.models and (config.models.student / "config.json").is_file():
+    # Those of a teacher with another tokenizer may have been brought to the student's tokens.
+    aligned = consistency.alignment_of(manifest)
+    if aligned is not None:
+        consistency.check_same_tokenizer(
+            consistency.scored_tokenizer(aligned, folder), identify_tokenizer(config.models.student)
+        )
+    elif "teacher" in manifest.models and (config.models.student / "config.json").is_file():
         consistency.check_same_tokenizer(
             manifest.models["teacher"], identify_tokenizer(config.models.student)
         )

@@ -13,15 +13,14 @@ from lopd.artifacts import ArtifactWriter
 from lopd.artifacts.lineage import OR_ALIGNED, check_same_tokenizer, check_scoring_teacher
 from lopd.cache import logprob_loss
 from lopd.cache.reader import CacheReader
-from lopd.cache.token_alignment import alignment_line
 from lopd.megatron.weights.architecture import read_architecture
 from lopd.records import Manifest, ModelIdentity
-from lopd.stages.aligned_scores import alignment_figures, bridge_for
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import PartWriter, described, parts_in, role_of
 from lopd.stages.sample_shards import end_token_ids
 from lopd.stages.score_shards import score_into
 from lopd.stages.teacher import serve_teacher
+from lopd.stages.tokenizer_bridge import alignment_figures, bridge_for
 from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
@@ -124,9 +123,7 @@ def score_responses(
     models = config.models
     owner = models.student if config.aligns_tokenizers else models.teacher
     vocab_size = read_architecture(owner).vocab_size
-    aligned = alignment_figures(config, writer.folder)
-    if aligned:
-        context.log(f"alignment: {alignment_line(aligned['alignment_counts'])}")
+    aligned = alignment_figures(context, writer.folder)
     return _complete(context, writer, rollouts, vocab_size=vocab_size, **aligned, **extra)
 
 

@@ -11,9 +11,9 @@ from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
 from lopd.records import Manifest, Response, ShardInfo, TeacherScores
 from lopd.report.console import progress
-from lopd.stages.aligned_scores import TokenizerBridge
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
+from lopd.stages.tokenizer_bridge import TokenizerBridge
 from sglang_rollout.requests.scoring import ScoreRequest
 
 if TYPE_CHECKING:

@@ -54,6 +54,29 @@ class Plan:
         parts[self.alignment != Alignment.ALIGNED] = 0.0
         return parts
 
+    def forward(self, student_logprobs: NDArray[Any]) -> Floats:
+        """Return the student's log-probabilities on the teacher's tokens, float32 [Q].
+
+        Each chunk's sum is divided into equal parts.
+
+        Args:
+            student_logprobs: Of the student's tokens [R].
+        """
+        sums = chunk_sums(student_logprobs, self.student_ends)
+        return distribute(sums, self.teacher_ends, np.full(len(self.token_ids), np.nan))
+
+    def is_text(self) -> NDArray[np.bool_]:
+        """Return for each of the teacher's tokens [Q] whether it is the student's text.
+
+        What the student's tokenizer would cut otherwise is text all the same.
+        """
+        is_text = np.isin(self.alignment, (Alignment.ALIGNED, Alignment.NOT_CANONICAL))
+        sizes = np.diff(self.student_ends, prepend=0)
+        # All tokens of a chunk have one reason. A chunk without any of the student's is no text.
+        last = np.maximum(self.student_ends - 1, 0)
+        of_chunk = is_text[last] & (sizes > 0)
+        return np.repeat(of_chunk, np.diff(self.teacher_ends, prepend=0))
+
 
 def plan_response(
     student: TokenBytes,
@@ -61,7 +84,7 @@ def plan_response(
     token_ids: Sequence[int] | NDArray[Any],
     *,
     ends: tuple[int, ...],
-    teacher_end: int,
+    other_end: int,
 ) -> Plan:
     """Write a response of the student in the teacher's tokens, and align the two.
 
@@ -70,7 +93,7 @@ def plan_response(
         teacher: The tokenizer of the model that scores it.
         token_ids: The response [R], with its end token if it has one.
         ends: The student's tokens that end a response.
-        teacher_end: The teacher's token that ends a response. It stands for all of them.
+        other_end: The teacher's token that ends a response. It stands for all of them.
     """
     ids = [int(token) for token in token_ids]
     ended = bool(ids) and ids[-1] in ends
@@ -81,12 +104,12 @@ def plan_response(
         # The end of the response means the same to both models, whatever it is called.
         one = np.ones(1, np.int64)
         chunk = Chunks(one, one, np.ones(1, bool))
-        parts.append(_Part([teacher_end], chunk, np.zeros(1, np.int8)))
+        parts.append(_Part([other_end], chunk, np.zeros(1, np.int8)))
     plan = _joined(parts)
     if len(plan.token_ids):
         return plan
     # Tokens without any text. No loss is on them, but a teacher must be asked for something.
-    return replace(plan, token_ids=int32([teacher_end]))
+    return replace(plan, token_ids=int32([other_end]), teacher_ends=plan.teacher_ends * 0 + 1)
 
 
 @dataclass(frozen=True, slots=True)

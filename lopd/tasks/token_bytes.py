@@ -89,7 +89,7 @@ class TokenBytes:
             return b""
         # An added token stands for its own text, also in a byte-level tokenizer.
         if token in self._added:
-            return self._added[token].encode()
+            return str(self._added[token]).encode()
         text: str | None = self._tokenizer.id_to_token(token)
         # The embedding may have more rows than the tokenizer has tokens.
         if text is None:
