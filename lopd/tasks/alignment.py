@@ -82,12 +82,15 @@ def common_chunks(first: Sequence[bytes], second: Sequence[bytes]) -> Chunks:
         own = _inside(first_offsets, start, length)
         theirs = _inside(second_offsets, other, length)
         cuts = np.intersect1d(own, theirs)
+        if start == other == 0:
+            # Nothing ends at the first byte. Tokens without bytes go with the first chunk.
+            cuts = cuts[cuts > 0]
         # The token that ends at an offset is the last one, if tokens without bytes follow it.
         first_ends.append(np.searchsorted(first_offsets, start + cuts, side="right"))
         second_ends.append(np.searchsorted(second_offsets, other + cuts, side="right"))
         # A chunk that ends at the first cut of a stretch began before it, among other bytes.
         inside = np.ones(len(cuts), bool)
-        inside[:1] = start == 0 and other == 0
+        inside[:1] = start == other == 0
         starts_inside.append(inside)
     return _closed(
         np.concatenate([np.zeros(0, np.int64), *first_ends]),
@@ -119,7 +122,7 @@ def _closed(
 ) -> Chunks:
     """Return the chunks without empty ones, and with one more for what is left at the end."""
     before = (np.diff(first_ends, prepend=0), np.diff(second_ends, prepend=0))
-    # The cut at byte 0, and a cut that two stretches share, end no chunk.
+    # A cut that two stretches share ends no chunk of its own.
     kept = (before[0] > 0) | (before[1] > 0)
     first_ends = first_ends[kept]
     second_ends = second_ends[kept]

@@ -63,16 +63,20 @@ class TokenBytes:
                 limit=f"one of {', '.join(_MODELS)}",
                 remedy="use models whose tokenizers are byte-level or of SentencePiece's kind",
             )
+        self._has_byte_tokens = bool(about["model"].get("byte_fallback"))
         self._tokenizer: Any = Tokenizer.from_str(text)
         # A response may hold the text "<|im_end|>". It must not become the token of that name.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {number: token.content for number, token in added.items() if token.special}
         self._added = {number: token.content for number, token in added.items()}
-        parts = json.dumps([about.get("pre_tokenizer"), about.get("decoder")])
-        self._letters: Mapping[str, int] = byte_level_letters() if "ByteLevel" in parts else {}
+        parts = [about.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+        rules = json.dumps(parts, ensure_ascii=False)
+        self._letters: Mapping[str, int] = byte_level_letters() if "ByteLevel" in rules else {}
+        # A token of SentencePiece's kind writes a space so. Others may mean this very letter.
+        self._space = _SPACE if _SPACE in rules and not self._letters else " "
         # SentencePiece's kind may put a space before a text, which decoding takes away again.
-        self.adds_space = not self._letters and self._begins_with_space()
+        self.adds_space = self._space == _SPACE and self._begins_with_space()
         self._piece = functools.lru_cache(maxsize=2**17)(self._bytes_of)
 
     def _begins_with_space(self) -> bool:
@@ -97,9 +101,9 @@ class TokenBytes:
         if self._letters:
             return bytes(self._letters[letter] for letter in text if letter in self._letters)
         of_byte = _BYTE_TOKEN.fullmatch(text)
-        if of_byte is not None:
+        if of_byte is not None and self._has_byte_tokens:
             return bytes.fromhex(of_byte[1])
-        return text.replace(_SPACE, " ").encode()
+        return text.replace(self._space, " ").encode()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, none of which is a special token.
