@@ -28,6 +28,9 @@ class Alignment(IntEnum):
     NOT_CANONICAL = 3
     # The last chunk of a response that was cut off: what follows would decide its tokens.
     CUT_OFF = 4
+    # Behind what fits into the teacher's context. Its tokens of a text may be more than the
+    # student's.
+    TOO_LONG = 5
 
 
 REASONS = {
@@ -35,6 +38,7 @@ REASONS = {
     Alignment.OTHER_TEXT: "other bytes in the teacher's text",
     Alignment.NOT_CANONICAL: "not what the text encodes to",
     Alignment.CUT_OFF: "at the end of a response that was cut off",
+    Alignment.TOO_LONG: "beyond sglang.context_length in the teacher's tokens",
 }
 
 

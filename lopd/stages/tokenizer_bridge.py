@@ -100,11 +100,15 @@ class TokenizerBridge:
             ends=student.ends,
             other_end=teacher.end,
         )
+        prompt_ids = self.teacher_prompt(response.prompt_id)
+        # What is too long for the teacher is left out here: the response was as long as it may be
+        # in the student's tokens, and a run must not end for it.
+        plan = plan.within(self._config.sglang.context_length - len(prompt_ids))
         self._plans[response.key] = plan
         return ScoreRequest(
             response.prompt_id,
             response.sample_index,
-            self.teacher_prompt(response.prompt_id),
+            prompt_ids,
             plan.token_ids,
         )
 

@@ -54,6 +54,23 @@ class Plan:
         parts[self.alignment != Alignment.ALIGNED] = 0.0
         return parts
 
+    def within(self, limit: int) -> Plan:
+        """Return the plan with at most this number of the teacher's tokens, in whole chunks."""
+        if len(self.token_ids) <= limit:
+            return self
+        num_chunks = int(np.searchsorted(self.teacher_ends, limit, side="right"))
+        # Where not even the first chunk fits, a part of it is asked for and not used.
+        length = int(self.teacher_ends[num_chunks - 1]) if num_chunks else limit
+        first = int(self.student_ends[num_chunks - 1]) if num_chunks else 0
+        alignment = self.alignment.copy()
+        alignment[first:] = Alignment.TOO_LONG
+        return replace(
+            self,
+            token_ids=self.token_ids[:length],
+            teacher_ends=np.minimum(self.teacher_ends, length),
+            alignment=alignment,
+        )
+
     def forward(self, student_logprobs: NDArray[Any]) -> Floats:
         """Return the student's log-probabilities on the teacher's tokens, float32 [Q].
 

@@ -208,6 +208,23 @@ def test_the_last_chunk_of_a_response_that_was_cut_off_is_masked(
     assert (whole.alignment == Alignment.ALIGNED).all()
 
 
+def test_what_is_too_long_for_the_teacher_is_left_out(tokenizers: dict[str, TokenBytes]) -> None:
+    student, teacher = tokenizers["byte_level"], tokenizers["sentencepiece"]
+    ids = [*student.encode(TEXTS["chinese"]), end_of(student)]
+    whole = plan(student, teacher, ids)
+    assert len(whole.token_ids) > 2 * len(ids)
+    for limit in (1, 7, 40, len(whole.token_ids) - 1):
+        part = whole.within(limit)
+        assert 1 <= len(part.token_ids) <= limit
+        num_aligned = int((part.alignment == Alignment.ALIGNED).sum())
+        assert set(part.alignment[num_aligned:].tolist()) == {Alignment.TOO_LONG}
+        theirs, brought = scored(part, len(ids))
+        # Whole chunks: what is asked for is what is used, and nothing more.
+        assert num_aligned == 0 or brought.sum() == pytest.approx(theirs.sum(), rel=1e-5)
+    assert whole.within(len(whole.token_ids)) is whole
+    assert whole.within(1).alignment[0] == Alignment.TOO_LONG
+
+
 def test_ids_without_a_token_are_masked(tokenizers: dict[str, TokenBytes]) -> None:
     """An embedding may have more rows than its tokenizer has tokens."""
     student, teacher = tokenizers["byte_level"], tokenizers["sentencepiece"]
