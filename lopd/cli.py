@@ -331,8 +331,9 @@ def _prepare_process() -> None:
 def main() -> None:
     """Run the command line.
 
-    A LopdError, wrong usage, and a full or forbidden disk become one line on stderr and exit code
-    2. After Ctrl-C or SIGTERM every child process is ended first, and the exit code is 130.
+    A LopdError, wrong usage, a full disk, and a file that may not be read or written become one
+    line on stderr and exit code 2. After Ctrl-C or SIGTERM every child process is ended first,
+    and the exit code is 130.
     """
     _prepare_process()
     try:

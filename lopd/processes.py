@@ -85,7 +85,8 @@ class GuardedProcess:
         """Return the exit code, or None while the command runs.
 
         If a signal ended the command, the code is 128 plus the signal's number, as in a shell. If a
-        signal ended the guard itself, it is the negative number.
+        signal ended the guard, which is the process that starts the command, the code is minus the
+        signal's number.
         """
         return self._process.poll()
 

@@ -45,13 +45,13 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
     ]
     # What is missing in a summary was not made yet under this configuration.
     summary: dict[str, Any] = {"stages": stages}
-    # The figures of the other stages come from other knobs. They would not belong to these.
+    # The metrics of the other stages come from other knobs. They would not belong to these.
     stages_read = ("demonstrate", "rollout", "score", "distill", "evaluate")
     made = {name: read_manifest(run_dir / name) for name in stages_read if name in complete}
     if "score" in made:
         summary |= _score_figures(made["score"])
     if "distill" in made:
-        # The figures that the ranks kept, from the first step on, whatever was killed in between.
+        # The metrics that the ranks kept, from the first step on, whatever was killed in between.
         names = ("num_steps", "num_tokens", "first_loss", "last_loss", "weight_syncs")
         summary["distill"] = {name: made["distill"].extra[name] for name in names}
         if "score" in made:
@@ -142,7 +142,7 @@ def _evaluate_figures(evaluate: Manifest) -> dict[str, Any]:
 
     Without a verifier there is no accuracy.
     """
-    # The counts stand beside the figures, because a figure without them says little.
+    # The counts stand beside the metrics, because a metric without them says little.
     extra = evaluate.extra
     counts = {name: extra[name] for name in ("num_prompts", "samples_per_prompt")}
     figures: dict[str, Any] = {}

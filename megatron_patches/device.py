@@ -115,10 +115,12 @@ def no_streams() -> None:
     without_cuda=True,
 )
 def cpu_random_state() -> None:
-    """Megatron-Core tracks a random state for each kind of parallel region, and forks the CUDA
-    generator for it. Without CUDA there is no such generator, so the CPU's is forked. Megatron-Core
-    then warns that the CPU state changed ("CPU RNG state changed within GPU RNG context"). Here
-    that is intended, so the warning is dropped.
+    """Let Megatron-Core fork the CPU's random generator where it would fork CUDA's.
+
+    Megatron-Core tracks a random state for each kind of parallel region, and forks the CUDA
+    generator for it. Without CUDA there is no such generator. With this patch Megatron-Core warns
+    that the CPU state changed ("CPU RNG state changed within GPU RNG context"). Here that is
+    intended, so the warning is dropped.
     """
     import megatron.core.tensor_parallel.random as random
 

@@ -335,7 +335,7 @@ SPOILED: list[tuple[Callable[[Path], object], list[str]]] = [
         lambda folder: edit_json(folder / "teacher" / "generation_config.json", eos_token_id=99),
         [
             "tokenizers | ",
-            "the teacher has an end token 99 that not every model has a row for; limit",
+            "the end token 99 of the teacher has no row in the embeddings of every model; limit",
         ],
     ),
 ]
@@ -493,7 +493,10 @@ def test_ranks_may_share_cores_where_a_trial_on_a_cpu_is_meant(config: Path) -> 
         ),
         (
             ["sglang.teacher_urls=['http://me:secret@127.0.0.1:1']"],
-            ["sglang.teacher_urls: a URL contains a user name or a password", "LOPD_SGLANG_KEY"],
+            [
+                "the URL of a server must not contain a user name or a password",
+                "LOPD_SGLANG_KEY",
+            ],
         ),
         (
             [f"sglang.student_urls=['{SERVER}', '{SERVER}/']"],

@@ -229,7 +229,7 @@ def test_mixed_teachers_without_a_column_are_refused_by_training(
     (tmp_path / "a" / "manifest.json").write_text(
         json.dumps({**manifest, "models": {**manifest["models"], "teachers.code": second}})
     )
-    with pytest.raises(DataError, match="2 teachers, but no column teacher"):
+    with pytest.raises(DataError, match="2 teachers, but no column with the name 'teacher'"):
         load_samples(job_on(config, tmp_path / "a"))
 
 

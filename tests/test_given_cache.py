@@ -230,7 +230,8 @@ def test_what_is_no_sound_cache_is_refused_before_training(project: Project) -> 
     ):
         project.distill(damaged)
     with pytest.raises(
-        ArtifactError, match="this artifact is of kind rollouts; limit: a complete teacher_cache"
+        ArtifactError,
+        match="is of kind rollouts, but a finished cache is needed; limit: a complete",
     ):
         project.distill(project.folder / "run" / "rollout")
     assert not (project.folder / "run" / "distill" / "job.json").exists()

@@ -162,7 +162,7 @@ def check_given_cache(
         # More shards may still be added to an artifact that is not complete.
         state = "" if manifest.complete else " and is not complete"
         raise ArtifactError(
-            f"this artifact is of kind {manifest.kind}{state}",
+            f"this artifact is of kind {manifest.kind}{state}, but a finished cache is needed",
             where=str(folder),
             limit=f"a complete {' or '.join(CACHES)}",
             remedy="give the folder of a finished cache: see lopd cache --help",

@@ -89,8 +89,8 @@ def read_complete(folder: str | Path) -> Manifest:
 
 def fingerprint(manifest: Manifest) -> str:
     """Return what names an artifact: from what it was made, together with its content."""
-    # The versions of the software, the lineage and the figures stay out. They tell how the content
-    # came about and must not make an artifact another one when the content is the same.
+    # The versions of the software, the lineage and the statistics stay out. They tell how the
+    # content came about and must not make an artifact another one when the content is the same.
     shards = [(shard.name, shard.sha256) for shard in manifest.shards]
     return sha256_json(
         [manifest.kind, manifest.schema_version, manifest.inputs, manifest.parents, shards]

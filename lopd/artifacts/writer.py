@@ -188,7 +188,7 @@ class ArtifactWriter:
         return self._published
 
     def expect(self, num_shards: int) -> None:
-        """Say how many shards the artifact will have, for those who ask how far it is.
+        """Set the number of shards that the artifact will have, so that progress can be shown.
 
         The number decides nothing, so it is in a file of its own and not in the manifest.
         """

@@ -48,7 +48,7 @@ class Agreement:
     worst: tuple[tuple[Key, int, float], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON. Responses are named ``PROMPT_ID/SAMPLE_INDEX``."""
+        """Return the statistics as JSON. Responses are named ``PROMPT_ID/SAMPLE_INDEX``."""
         worst = [
             {"response": f"{key[0]}/{key[1]}", "token": token, "difference": size}
             for key, token, size in self.worst

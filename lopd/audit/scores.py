@@ -24,12 +24,12 @@ _TOKENS_PER_BATCH = 8192
 def score_with_model(
     folder: Path, responses: Sequence[Response], *, temperature: float, top_p: float
 ) -> Scores:
-    """Score every response token with a model, in one forward pass over all sequences.
+    """Compute the log-probability of every response token under a model, in one pass over all.
 
     Args:
         folder: A Hugging Face checkpoint.
-        temperature: The temperature of the distribution in question.
-        top_p: The top-p of the distribution in question.
+        temperature: The temperature at which the log-probabilities are computed.
+        top_p: The top-p to which the distribution is cut, in (0, 1].
 
     Raises:
         DataError: The model cannot be loaded, or its vocabulary is smaller than a token id.

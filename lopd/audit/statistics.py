@@ -78,7 +78,8 @@ class Scores:
         total = int(self.lengths.sum())
         if total != len(self.logprobs):
             raise ValueError(
-                f"audit: the lengths sum to {total}, but there are {len(self.logprobs)} tokens"
+                f"the lengths of the responses sum to {total}, but there are "
+                f"{len(self.logprobs)} log-probabilities"
             )
 
 

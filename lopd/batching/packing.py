@@ -94,7 +94,8 @@ def refuse_too_long(
     # The budget that the longest of all needs, so that one change of the knob is enough.
     needed = -(-longest // pad_multiple) * pad_multiple
     raise DataError(
-        f"prompt and response have {lengths[first]} tokens, which is too many{others}",
+        f"prompt and response have {lengths[first]} tokens together, which is more than a "
+        f"microbatch may have{others}",
         where=f"sample {first if names is None else names[first]}",
         limit=f"at most {capacity} tokens (max_tokens_per_microbatch = {max_tokens}, rounded "
         f"down to a multiple of {pad_multiple})",

@@ -12,7 +12,7 @@ The pipeline uses:
 What is done to a finished cache, and which no stage needs:
 
     checks.py            is the cache what it says it is? row_checks.py has the rules for rows
-    statistics.py        what a cache holds, in figures
+    statistics.py        the statistics of a cache
     merging.py           one cache from several
     splitting.py         several caches from one, by prompt
     reference_import.py  a cache from the file of the paper's code

@@ -97,7 +97,7 @@ def _check_alike(folder: Path, manifest: Manifest, first_folder: Path, first: Ma
     """Raise ArtifactError if the kind or the distribution of the tokens is another one."""
     if manifest.kind != first.kind:
         raise ArtifactError(
-            f"this artifact is of kind {manifest.kind}",
+            f"this artifact is of kind {manifest.kind}, and the first one is of kind {first.kind}",
             where=str(folder),
             limit=f"the kind {first.kind}, which {first_folder} has",
             remedy="give caches of one kind",

@@ -172,7 +172,8 @@ class CacheReader:
         if wrong.size:
             key = tuple(table[column][int(rows[wrong[0]])].as_py() for column in _KEY)
             raise DataError(
-                f"response {key} has token {int(ids[wrong[0]])} in {name}",
+                f"response {key} has token {int(ids[wrong[0]])} in {name}, for which {owner} "
+                "has no row",
                 where=self._path(shard),
                 limit=f"at least 0 and at most {limit - 1}: {owner} has {limit} rows",
                 remedy="remove this response, or give a model that has such a row",

@@ -98,7 +98,7 @@ def _check_source(source: Path, manifest: Manifest) -> None:
     """Raise an error unless the source is a sound cache of one teacher."""
     if manifest.kind != TEACHER_CACHE:
         raise ArtifactError(
-            f"this artifact is of kind {manifest.kind}",
+            f"this artifact is of kind {manifest.kind}, but residualising needs a teacher's cache",
             where=str(source),
             limit=f"exactly {TEACHER_CACHE}",
             remedy="give the cache that the score stage made",

@@ -1,4 +1,4 @@
-"""What a cache holds, in figures.
+"""The statistics of a cache.
 
 These are lengths, log-probabilities, the advantage at the start of the training, endings,
 duplicates and bytes. They come from one pass with one shard in memory.
@@ -60,7 +60,7 @@ class Moments:
             self.most = max(self.most, values.max())
 
     def as_json(self) -> dict[str, Any] | None:
-        """Return the figures, or None if there were no values."""
+        """Return the statistics, or None if there were no values."""
         if not self.number:
             return None
         mean = self.total / self.number
@@ -79,9 +79,9 @@ class Moments:
 
 
 def inspect_cache(folder: str | Path) -> dict[str, Any]:
-    """Return all figures of an artifact of responses, as JSON.
+    """Return all statistics of an artifact that has responses, as JSON.
 
-    The memory that this takes is one shard and about 40 bytes per response.
+    This needs memory for one shard, and about 40 bytes per response.
 
     Raises:
         ArtifactError: A shard is damaged.
@@ -147,7 +147,7 @@ def _sizes(folder: Path, num_tokens: int) -> dict[str, Any]:
 
 
 class _Scan:
-    """Collects the figures of all rows, shard by shard.
+    """Collects the statistics of all rows, shard by shard.
 
     Args:
         end_token_ids: The tokens that end a response. It is empty if the manifest does not say.
@@ -232,7 +232,7 @@ class _Scan:
             self._sequences[token_hash(prompt, response)] += 1
 
     def _add_logprobs(self, table: pa.Table) -> None:
-        # Both columns are read once and serve two figures, their own and the advantage.
+        # Both columns are read once and serve two statistics, their own and the advantage.
         names = [name for name in self._logprobs if name in table.column_names]
         found = {name: flat(table, name)[0] for name in names}
         # Where nothing could be brought over the teacher has no value, and 0 stands in its place.

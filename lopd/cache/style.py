@@ -253,7 +253,7 @@ def _fitted(table: F64, cross_fitted: bool) -> tuple[F64, F64]:
 class Effect:
     """What the correction changed: the deviation before it and after it.
 
-    The figures after an in-sample fit are there for a comparison. They are smaller, by the evidence
+    Figures after an in-sample fit are there for a comparison. They are smaller, by the evidence
     that such a fit would take away.
     """
 
@@ -289,7 +289,7 @@ class Effect:
         self._sums["square_in_sample"] += float(((tokens.deviation - in_sample) ** 2).sum())
 
     def as_json(self) -> dict[str, float]:
-        """Return the figures in nats, and the shares of tokens with a deviation over 1 nat.
+        """Return the statistics in nats, and the shares of tokens with a deviation over 1 nat.
 
         ``mean_before`` and ``mean_after`` are means over responses, the others over tokens. ``rms``
         is the root of the mean square.

@@ -58,7 +58,9 @@ def shapes_of(config: Config) -> Shapes:
 
 
 def problems_of(findings: Iterable[Finding]) -> Iterator[LopdError]:
-    """Yield the findings that are wrong, and an error that ends them."""
+    """Yield the findings that are problems.
+
+    If the checks themselves raise an error, it is the last problem that is yielded."""
     try:
         yield from (finding for finding in findings if isinstance(finding, LopdError))
     except LopdError as error:

@@ -119,7 +119,7 @@ def _folder_of(config: Config, role: str) -> Path:
 
 
 def _about_rows(rows: Mapping[str, int], num_tokens: int) -> str:
-    """Say how many rows each model has for the tokens, and what becomes of unequal numbers."""
+    """Return how many rows each model has for the tokens, and what follows if they differ."""
     each = ", ".join(f"{role} {count:,}" for role, count in rows.items())
     least = min(rows.values())
     line = f"rows of the embeddings: {each}; tokens of the tokenizer: {num_tokens:,}"
@@ -152,7 +152,7 @@ def _check_tokenizer(role: str, folder: Path, rows: Mapping[str, int]) -> str:
     if max(ends) >= least:
         owner = next(name for name, count in rows.items() if count == least)
         raise DataError(
-            f"the {role} has an end token {max(ends)} that not every model has a row for",
+            f"the end token {max(ends)} of the {role} has no row in the embeddings of every model",
             where=str(folder),
             limit=f"below vocab_size of the {owner}: {least}",
             remedy="correct eos_token_id in generation_config.json",

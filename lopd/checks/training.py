@@ -64,7 +64,7 @@ def batch_problem(config: Config, training: str, num_responses: int) -> Iterator
     if batch_size > num_responses:
         yield ConfigError(
             f"{training}.batch_size = {batch_size} is more than the {num_responses} responses, "
-            "and a step learns from different responses",
+            "and a step uses each response at most once",
             where=training,
             limit=f"<= {num_responses}",
             remedy=f"lower {training}.batch_size, or use more prompts",

@@ -110,9 +110,9 @@ class ObjectiveSection(Section):
 
 
 class RefreshSection(Section):
-    """When distill replaces the rollouts that it learns from (docs/refresh.md).
+    """This table decides when distill replaces the rollouts that it learns from (docs/refresh.md).
 
-    With nothing set it never does, which is Lightning OPD.
+    If nothing is set, distill never replaces them. That is Lightning OPD.
     """
 
     # Three reasons for a refresh. Each of them is enough.

@@ -224,8 +224,8 @@ def _check_no_secret(overrides: Sequence[str]) -> None:
         # The value is parsed, because a table may hold a secret inside.
         if holds_secret({key.strip(): value}):
             raise ConfigError(
-                f"{key.strip()} may hold a secret, which lopd would write into the "
-                "scripts of the jobs",
+                f"{key.strip()} may hold a secret, and lopd writes the arguments of a launch into "
+                "the scripts of the jobs",
                 where="command line",
                 remedy="put this key into the TOML file, which the jobs read, or into the secret "
                 "store of the cluster",

@@ -21,7 +21,7 @@ class RefreshRule:
     The two bounds are on w = pi_theta / pi_sampling of the tokens of a step, as distillation_sums
     reports it. For responses sampled at temperature 1 the mean of w^2 - 1 is an unbiased estimate
     of the chi-square divergence of the next token at the states of the rollouts. At another
-    temperature both figures still start at w = 1 and measure the drift since then.
+    temperature both metrics still start at w = 1 and measure the drift since then.
 
     A token's chi-square is far below that of a whole response. The distance between the offline and
     the online gradient is bounded by the latter (arXiv 2604.13010; docs/objectives.md).
@@ -86,7 +86,7 @@ class RefreshRule:
         """
         assert num_steps >= 1, num_steps
         bounded = self.min_effective_share is not None or self.max_chi_square is not None
-        # The figures are missing where a cache was imported without sampling_logprobs. This comes
+        # The metrics are missing where a cache was imported without sampling_logprobs. This comes
         # before the rules. Otherwise it would be noticed only at the first step that `every` does
         # not decide.
         if bounded and not {"effective_sample_share", "chi_square"} <= metrics.keys():

@@ -63,7 +63,7 @@ def distillation_sums(
     # float64, because sums of squares over millions of tokens follow.
     student = logprobs.double()
     teacher = batch.teacher_logprobs.double()
-    # Before the clip. The clip bounds the update; the figures must show how far the two really are
+    # Before the clip. The clip bounds the update; the metrics must show how far the two really are
     # from each other.
     advantage = torch.where(mask, teacher - student, 0.0)  # [T]
     # A selection may have taken the loss from end tokens. Then they do not count here either.
@@ -147,7 +147,7 @@ def sums_by_teacher(
     """
     assert batch.teacher_index is not None, "several teachers need teacher_index"
     # The loss needs no such split: each token has the log-probability of its own teacher. The
-    # figures need it, because the mean over two teachers can hide that one of them disagrees.
+    # metrics need it, because the mean over two teachers can hide that one of them disagrees.
     scored_by = expand_to_tokens(batch.teacher_index, batch)  # [T]
     named: dict[str, Tensor] = {}
     # Every teacher comes in every batch, with sums of 0 where it scored nothing in it: the keys

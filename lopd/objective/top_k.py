@@ -62,8 +62,9 @@ class TopKKL:
         """Return the KL at every position [T]. It is 0 where there is no loss.
 
         Args:
-            logprobs: The student's log-probabilities of the labels [T]. Their values are not used.
-            batch: The packed sequences, with both top-K columns.
+            logprobs: The student's log-probabilities of the labels [T]. Only their shape and device
+                are used.
+            batch: The packed sequences, with teacher_top_logprobs and student_top_logprobs.
         """
         if batch.num_sequences == 0:
             # A microbatch of padding alone has no top-K columns. The rank must still run a backward

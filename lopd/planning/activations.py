@@ -1,6 +1,6 @@
 """Bytes of activations that a layer keeps for its backward pass.
 
-All figures are per token of a microbatch and per rank. They are counted on the modules that run
+All numbers are per token of a microbatch and per rank. They are counted on the modules that run
 here, tensor by tensor. tests/planning/test_measured.py compares the count of the local layers with
 what autograd really saves. With sequence parallelism everything but the rotary tables is divided
 among the tensor ranks.

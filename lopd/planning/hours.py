@@ -40,11 +40,12 @@ class StageTime:
 
     Attributes:
         seconds: Wall-clock time.
-        gpus: GPUs that compute. The node is held as a whole all the same.
+        gpus: The number of GPUs that compute. All GPUs of the node are reserved, even if this is
+            fewer.
         tokens: Tokens that are sampled, scored or trained on.
-        flops: Operations.
-        utilisation: The model's operations over the peak of the GPUs while it trains (MFU). It is
-            0 for a stage that does not train.
+        flops: The number of floating-point operations.
+        utilisation: The model's operations divided by the GPUs' peak while it trains (MFU). It is 0
+            for a stage that does not train.
         startup_s: The part of ``seconds`` in which servers or ranks start.
     """
 

@@ -60,10 +60,11 @@ class StageTimes:
         return times | dict.fromkeys(given_stages(config), NO_TIME)
 
     def syncs(self, distill: MemoryUse) -> StageTime:
-        """Return the part of distill that is weight syncs and the evaluations after them.
+        """Return the time of distill's weight syncs and of the evaluations after them.
 
         Args:
-            distill: The memory of distill. It has what leaves the GPUs while a server works.
+            distill: The memory use of distill. It says how many bytes the trainer moves off the
+                GPUs while a server uses them.
         """
         config = self.config
         amounts = self.memory.amounts

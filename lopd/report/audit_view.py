@@ -20,7 +20,7 @@ _CURVES = {
 
 
 def show_audit(result: Mapping[str, Any], picture: object = None) -> None:
-    """Print the verdict, the figures behind it, and the curves.
+    """Print the verdict, the statistics behind it, and the curves.
 
     Args:
         result: An audit as JSON, with ``temperature`` and ``top_p``.

@@ -1,6 +1,6 @@
 """What ``lopd cache`` shows in a terminal.
 
-These are figures, histograms, and responses in colours that show where teacher and student
+These are statistics, histograms, and responses in colours that show where teacher and student
 disagree.
 """
 
@@ -73,7 +73,7 @@ def show_findings(name: str, findings: Iterable[object], figures: Mapping[str, A
 
 
 def show_inspection(figures: Mapping[str, Any]) -> None:
-    """Print the figures of inspect_cache()."""
+    """Print the statistics of inspect_cache()."""
     console = _console()
     # Titles are dim and of one width, so that the values can be read as a column.
     for title, value in _inspection_lines(figures):
@@ -171,7 +171,7 @@ def _ending_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _moments(figures: Mapping[str, Any]) -> str:
-    """Return the figures of a distribution as one line, for nats or for lengths in tokens."""
+    """Return the statistics of a distribution as one line, for nats or for lengths in tokens."""
     if "standard_deviation" in figures:
         spread = (
             f"mean {figures['mean']:+.4f}, standard deviation {figures['standard_deviation']:.4f}"

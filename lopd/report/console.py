@@ -42,7 +42,7 @@ MODEL_TITLES = {
 # highlight=False: rich would colour numbers and paths in the middle of a line.
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
-# The figures on the line of a training step: their name, title and format. The first three are in
+# The metrics on the line of a training step: their name, title and format. The first three are in
 # nats.
 _STEP_FIGURES = (
     ("loss", "loss", ".4f"),
@@ -211,7 +211,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     Args:
         summary: The content of summary.json. Missing entries are not shown.
     """
-    # A run that ends before the evaluation, or without one, has no figures of models.
+    # A run that ends before the evaluation, or without one, has no metrics of models.
     if summary.get("reverse_kl"):
         _console.print(model_table(summary))
     if summary.get("stages"):
@@ -298,7 +298,7 @@ def _table_without_accuracy(summary: Mapping[str, Any]) -> Table:
 
 
 def _caption(summary: Mapping[str, Any]) -> str:
-    """Return what the figures were measured on."""
+    """Return what the metrics were measured on."""
     figures = summary.get("accuracy") or summary["reverse_kl"]
     num_prompts = figures.get("num_prompts")
     samples = figures.get("samples_per_prompt")

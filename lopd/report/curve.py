@@ -135,7 +135,7 @@ def render_learning_curve(
 def panels_of(evals: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
     """Return the names of the panels that a run has something for, from left to right."""
     panels = ["loss", "training_reverse_kl"]
-    # Two figures: one is of old responses to training prompts, the other of fresh responses to
+    # Two metrics: one is of old responses to training prompts, the other of fresh responses to
     # other prompts. They may differ many times over, so one axis would set them against each other.
     if _models(summary.get("reverse_kl", {})):
         panels.append("held_out_reverse_kl")
@@ -218,7 +218,7 @@ def _draw_accuracy_band(axes: Axes, evals: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _models(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of the models that have one."""
+    """Return the metrics of the models that have one."""
     return {name: float(figures[name]) for name in MODEL_TITLES if figures.get(name) is not None}
 
 
@@ -226,7 +226,7 @@ def _draw_levels(axes: Axes, levels: Mapping[str, float], last_step: int, form: 
     """Draw the models that were evaluated at the end, with their names at the right edge.
 
     Args:
-        form: The format of the figures.
+        form: The format of the metrics.
     """
     for name, value in levels.items():
         colour = _COLOURS[name]

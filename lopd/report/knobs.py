@@ -55,7 +55,9 @@ class Knob:
 
 
 def describe_knob(field: FieldInfo) -> Knob:
-    """Return what a field of a section says. The field is not a section itself."""
+    """Return the name, type, default, bound and sentence of one knob.
+
+    A field that is a section itself is no knob, and must not be given."""
     marks = field.json_schema_extra
     return Knob(
         # The type that a user can write. TOML has no null, so "or None" is of no use.

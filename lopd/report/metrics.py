@@ -1,7 +1,7 @@
 """The metrics of a run: ``metrics.jsonl``, and TensorBoard event files in ``tensorboard/STAGE``.
 
 A line of metrics.jsonl is an object with ``kind`` ("train" or "eval"), ``stage``, ``step`` and the
-figures. Step n is the state after n optimizer steps, and 0 is the start. JSON has no NaN, so a
+metrics. Step n is the state after n optimizer steps, and 0 is the start. JSON has no NaN, so a
 figure that is not finite is null.
 
 One system call writes a line. A kill therefore leaves at most the last line incomplete, and readers
@@ -147,11 +147,11 @@ class MetricsLog:
             _publish_text(self._path, _whole_lines(self._path))
 
     def train(self, stage: str, step: int, figures: Mapping[str, Any]) -> None:
-        """Append the figures of one optimizer step."""
+        """Append the metrics of one optimizer step."""
         self._write("train", stage, step, figures)
 
     def eval(self, stage: str, step: int, figures: Mapping[str, Any]) -> None:
-        """Append the figures of an evaluation after so many steps."""
+        """Append the metrics of an evaluation after so many steps."""
         self._write("eval", stage, step, figures)
 
     def truncate_after(self, stage: str, step: int) -> None:

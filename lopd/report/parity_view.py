@@ -30,13 +30,13 @@ def show_parity(found: Mapping[str, Any]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     figures = [agreement.as_dict() for agreement in found.values()]
     table.add_column("")
-    # One column per pair: a line with so many figures would be cut off on a screen of 80 columns.
+    # One column per pair: a line with so many metrics would be cut off on a screen of 80 columns.
     for title in found:
         table.add_column(title, justify="right")
     for name in ("responses", "tokens"):
         table.add_row(name, *(f"{of[f'num_{name}']:,}" for of in figures))
     for name, title in _FIGURES.items():
-        # Two engines differ by 1e-7 or by 1, so the figures have an exponent.
+        # Two engines differ by 1e-7 or by 1, so the metrics have an exponent.
         table.add_row(title, *(f"{of[name]:.2e}" for of in figures))
     console.print(table)
     for title, agreement in found.items():

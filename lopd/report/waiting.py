@@ -24,7 +24,7 @@ class Waiting:
         self._timer: threading.Timer | None = None
 
     def begin(self, what: str) -> None:
-        """Say that something else is being done now. What was done before is over."""
+        """Note what the command waits for from now on. The wait before it has ended."""
         self.end()
         self._timer = threading.Timer(self._silence_s, _say, (what,))
         # A command that ends must not wait for a line that it no longer needs.
@@ -32,7 +32,7 @@ class Waiting:
         self._timer.start()
 
     def end(self) -> None:
-        """Say that nothing is being done any more."""
+        """Note that the command waits for nothing any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

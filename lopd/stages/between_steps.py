@@ -26,7 +26,7 @@ class StepHook:
         """Act before step ``step``. The weights are those after ``step`` updates."""
 
     def after_step(self, result: StepMetrics) -> dict[str, int]:
-        """Look at the result of a step, and return figures for its line of the metrics."""
+        """Look at the result of a step, and return metrics for its line of the metrics."""
         return {}
 
     def end(self) -> None:
@@ -48,7 +48,7 @@ class StepHooks(StepHook):
             hook.before_step(step)
 
     def after_step(self, result: StepMetrics) -> dict[str, int]:
-        # Each hook names its own figures, so none replaces those of another.
+        # Each hook names its own metrics, so none replaces those of another.
         figures: dict[str, int] = {}
         for hook in self._hooks:
             figures |= hook.after_step(result)

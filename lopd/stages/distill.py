@@ -143,7 +143,7 @@ def cache_of(context: StageContext, sft_model: Path) -> tuple[Path, Mapping[str,
 
 
 def _figures(result: dict[str, Any], context: StageContext) -> dict[str, Any]:
-    """Return the training's figures for the manifest, and of each refresh where and what it is."""
+    """Return the training's metrics for the manifest, and of each refresh where and what it is."""
     if "refreshes" not in result:
         return result
     made = [RefreshRecord(**fields) for fields in result["refreshes"]]

@@ -156,11 +156,13 @@ class PartWriter(ArtifactWriter):
         self._whole.publish_shard(self._part.first + index, table)
 
     def expect(self, num_shards: int) -> None:
-        """Say how many shards there are at least: those up to the end of this part."""
+        """Set the least number of shards of the whole: those up to the end of this part."""
         self._whole.expect(self._part.first + num_shards)
 
     def finish(self, **extra: Any) -> Manifest:
-        raise AssertionError("only the writer of the whole artifact completes it")
+        raise AssertionError(
+            "this writer writes a part of the artifact; call finish() of the whole one"
+        )
 
 
 def demonstrate_by_domain(context: StageContext) -> None:

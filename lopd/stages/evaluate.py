@@ -96,7 +96,7 @@ def _figures(context: StageContext, answers: Mapping[str, Manifest]) -> dict[str
     """Return what the answers of all models come to, for the manifest, and log the warnings.
 
     Returns:
-        responses and, with a verifier, accuracy: the figures by model. warnings: in words.
+        responses and, with a verifier, accuracy: the metrics by model. warnings: in words.
     """
     # Without a verifier the manifest has no accuracy, and not an empty one.
     figures: dict[str, Any] = {"responses": {}, "warnings": []}
@@ -221,7 +221,7 @@ class _HeldOut:
 
 @dataclass(frozen=True)
 class _Judged:
-    """One model's answers, as far as figures need them."""
+    """What the metrics need of one model's answers."""
 
     # The tokens of each answer, and whether it was cut off.
     lengths: list[int]

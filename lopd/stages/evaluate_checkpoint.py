@@ -1,11 +1,11 @@
-"""Evaluate one checkpoint on one prompt set, without a run: sample, judge, and write the figures.
+"""Evaluate one checkpoint on one prompt set, without a run: sample, judge, and write the metrics.
 
 A killed command continues where it was. It publishes:
 
 OUT/answers/         the responses, as an artifact like any other (Parquet shards, manifest)
 OUT/transcripts/     a JSONL file for each shard: prompt, response, verdict
 OUT/problems.jsonl   a line for each problem
-OUT/summary.json     all figures
+OUT/summary.json     all metrics
 
 Other options of the verifier make the transcripts again, without sampling.
 """
@@ -142,7 +142,7 @@ def _fit_context(config: Config, task: Task) -> Config:
     longest_prompt = max(len(ids) for ids in prompt_ids)
     needed = longest_prompt + config.evaluate.max_new_tokens
     if needed > longest:
-        # Some responses may be cut off then. The figures count them, so it is no error.
+        # Some responses may be cut off then. The metrics count them, so it is no error.
         print_line(
             f"the model has {longest} positions: the longest prompt leaves "
             f"{longest - longest_prompt} tokens for its response"
@@ -208,7 +208,7 @@ def _judge_answers(
             # Another verifier, or other options of it, may give another verdict.
             source = sha256_json([shard.sha256, task.name, config.task.options])
             table = read_shard(context.folder, shard)
-            # Decoded also where the verdicts are known. The figures need the responses anyway.
+            # Decoded also where the verdicts are known. The metrics need the responses anyway.
             responses = [response for response, _ in cache.from_table(table, where=shard.name)]
             texts = [
                 response_text(tokenizer, response.token_ids, response.finish_reason)
@@ -284,12 +284,12 @@ def _read_verdicts(path: Path) -> list[Verdict | None]:
 
 
 def _figures(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return the figures of all prompts, and of each domain where there are several domains."""
+    """Return the metrics of all prompts, and of each domain where there are several domains."""
     by_domain: dict[str, set[str]] = {}
     for prompt in prompts:
         by_domain.setdefault(prompt.domain, set()).add(prompt.prompt_id)
     figures = _figures_of(rows)
-    # With one domain its figures would be those of all prompts.
+    # With one domain its metrics would be those of all prompts.
     if len(by_domain) > 1:
         figures["by_domain"] = {
             domain: _figures_of([row for row in rows if row.response.prompt_id in ids])
@@ -351,7 +351,7 @@ def _problem_lines(rows: Sequence[_Row], prompts: Sequence[Prompt]) -> Iterator[
 
 
 def _verdict_figures(answers: Sequence[_Row]) -> dict[str, Any]:
-    """Return the figures of one problem's verdicts; none where the task has no verifier."""
+    """Return the metrics of one problem's verdicts; none where the task has no verifier."""
     verdicts = [row.verdict for row in answers if row.verdict is not None]
     if not verdicts:
         return {}
@@ -366,7 +366,7 @@ def _verdict_figures(answers: Sequence[_Row]) -> dict[str, Any]:
 
 
 def _about(context: StageContext, manifest: Manifest, sandbox: str) -> dict[str, Any]:
-    """Return what the figures were made from."""
+    """Return what the metrics were made from."""
     # With these fields two summaries can be compared, or it can be seen that they cannot.
     config = context.config
     shards: tuple[ShardInfo, ...] = manifest.shards

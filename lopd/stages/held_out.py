@@ -98,12 +98,12 @@ class HeldOutEvaluation(StepHook):
                 where=f"step {step}",
                 remedy="read the log of the server",
             )
-        # Only rank 0 has a log. The other ranks got the same figures from it.
+        # Only rank 0 has a log. The other ranks got the same metrics from it.
         if self._metrics is not None and figures is not None:
             self._report(progress, step, figures)
 
     def _report(self, progress: str, step: int, figures: dict[str, Any]) -> None:
-        """Write the figures of an evaluation to the metrics and on the screen. Rank 0 alone."""
+        """Write the metrics of an evaluation to their file and on the screen. Rank 0 alone."""
         assert self._metrics is not None
         stage = self._job.stage
         run_dir = self._job.config.run.dir
@@ -119,7 +119,7 @@ class HeldOutEvaluation(StepHook):
             self._job.print_line(f"{progress}: WARNING: {warning}")
 
     def _answer(self) -> tuple[dict[str, Any] | None, str]:
-        """Return rank 0's figures and "", or None and which weights answered instead."""
+        """Return rank 0's metrics and "", or None and which weights answered instead."""
         if self._answers is None:
             return None, ""
         try:
@@ -130,7 +130,7 @@ class HeldOutEvaluation(StepHook):
 
 
 def _told(figures: Mapping[str, Any], num_steps: int) -> str:
-    """Return the figures of an evaluation in words, each with what it was measured on."""
+    """Return the metrics of an evaluation in words, each with what it was measured on."""
     parts: list[str] = []
     # A task without a verifier has no accuracy.
     if "accuracy" in figures:
@@ -164,7 +164,7 @@ class HeldOutAnswers:
             need_answers=True,
             time=render_time(config),
         )
-        # The same first prompts at each evaluation, so that its figures are those of a curve.
+        # The same first prompts at each evaluation, so that its metrics are those of a curve.
         count = config.distill.sync_num_prompts
         self._prompts = prompts[:count]
         self._prompt_ids = prompt_ids[:count]

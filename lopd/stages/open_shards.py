@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def tell_resumed(writer: ArtifactWriter, title: str, num_shards: int) -> None:
-    """Say at which shard an artifact goes on, if a part of it is published."""
+    """Print at which shard an artifact continues, if a part of it is published."""
     missing = writer.missing(num_shards)
     # A part of an artifact also sees the shards of the other parts, so only its own are counted.
     published = sum(index in writer.published for index in range(num_shards))
@@ -48,11 +48,11 @@ class OpenShards(Generic[T]):
         self._shard_of.update(dict.fromkeys(keys, index))
 
     def add(self, key: Key, result: T) -> tuple[int, list[T]] | None:
-        """Take a result.
+        """Keep a result until all results of its shard are there.
 
         Returns:
-            The index of the shard and all of its results in the order of its keys, if this was the
-            last one; else None.
+            The index of the shard and all of its results in the order of its keys, if this result
+            completes its shard. Otherwise None.
         """
         index = self._shard_of.pop(key)
         results = self._results[index]

@@ -44,7 +44,7 @@ class Server(Protocol):
 class RefreshRequester(StepHook):
     """Replaces the responses by fresh ones of the present weights when the rule says so.
 
-    Every rank has one and decides alike, because the figures of a step are the same on all ranks.
+    Every rank has one and decides alike, because the metrics of a step are the same on all ranks.
     """
 
     def __init__(self, job: TrainingJob, server: Server) -> None:

@@ -105,7 +105,7 @@ def score_responses(
         source: The folder of the responses.
         rollouts: The manifest of the responses.
         title: The text at the progress bar.
-        extra: More figures for the manifest.
+        extra: More metrics for the manifest.
     """
     config = context.config
     score_into(

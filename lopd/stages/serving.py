@@ -35,7 +35,8 @@ class ModelServer:
 
         Args:
             model: The Hugging Face folder.
-            version: The weight version that responses carry after an exchange.
+            version: The weight version that responses carry if a running server takes these weights
+                in place of its own.
 
         Raises:
             EngineError: The server does not start, or refuses the weights.

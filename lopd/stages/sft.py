@@ -111,7 +111,7 @@ def _take_over(context: StageContext, checkpoint: Path) -> None:
     writer.finish(
         files=(path for path in target.iterdir() if path.is_file()),
         taken_from=str(checkpoint),
-        # The figures of a training without steps.
+        # The metrics of a training without steps.
         num_steps=0,
         num_tokens=0,
         first_loss=None,

@@ -95,7 +95,7 @@ class TrainingJob:
 
     @property
     def result(self) -> Path:
-        """JSON with the training's figures. It is published after the model."""
+        """JSON with the training's metrics. It is published after the model."""
         return self.folder / RESULT
 
     @property
@@ -151,7 +151,7 @@ def require_batch(job: TrainingJob) -> None:
     if job.settings.batch_size > num_responses:
         raise DataError(
             f"{job.objective}.batch_size = {job.settings.batch_size} is more than the "
-            f"{num_responses} responses, and a step learns from different responses",
+            f"{num_responses} responses, and a step uses each response at most once",
             where=str(job.data),
             limit=f"<= {num_responses}",
             remedy=f"lower {job.objective}.batch_size, or use more prompts",

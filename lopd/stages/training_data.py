@@ -137,7 +137,7 @@ def teachers_in(reader: CacheReader) -> dict[str, str]:
             names[identity.weights] = name if known is None else f"{known}+{name}"
     if len(names) > 1 and "teacher" not in reader.columns:
         raise DataError(
-            f"the cache has {len(names)} teachers, but no column teacher",
+            f"the cache has {len(names)} teachers, but no column with the name 'teacher'",
             where=str(reader.folder),
             remedy="merge the caches again with --teacher-column",
         )

@@ -39,7 +39,7 @@ def run_rank(train: Callable[[TrainingJob], None]) -> None:
 
 
 class Training:
-    """The trainer of a job, its running figures, its batches, and what it publishes.
+    """The trainer of a job, its running metrics, its batches, and what it publishes.
 
     Every rank has one. All ranks call its methods together.
     """
@@ -73,8 +73,8 @@ class Training:
             entropy=entropy,
             checkpoint_dir=job.checkpoints,
         )
-        # The running figures. A checkpoint keeps them beside the weights, so a training that was
-        # killed ends with the figures of one that was not. Hooks add keys of their own.
+        # The running metrics. A checkpoint keeps them beside the weights, so a training that was
+        # killed ends with the metrics of one that was not. Hooks add keys of their own.
         self.state: dict[str, Any] = self.trainer.resume(job.print_line) or {
             "num_tokens": 0,
             "first_loss": None,
@@ -102,14 +102,14 @@ class Training:
     def record(
         self, result: StepMetrics, num_tokens: int, hook_figures: Mapping[str, int] | None = None
     ) -> None:
-        """Add a step to the running figures and to the metrics.
+        """Add a step to the running metrics and to the metrics file.
 
         Args:
             result: What the trainer returned for the step.
             num_tokens: Prompt and response tokens of the step, over all ranks.
             hook_figures: More figures for the step's line of the metrics.
         """
-        # These figures are of all ranks together, so every rank keeps the same state.
+        # These metrics are of all ranks together, so every rank keeps the same state.
         self.state["num_tokens"] += num_tokens
         if self.state["first_loss"] is None:
             self.state["first_loss"] = result.loss

@@ -1,4 +1,4 @@
-"""Computes the figures of an evaluation: avg@k, pass@k and their intervals. Pure numpy.
+"""Computes the metrics of an evaluation: avg@k, pass@k and their intervals. Pure numpy.
 
 The input ``right`` has one entry per problem: a list of booleans, one per sample, true if the
 sample is right. Problems are the independent units, so every spread is over problems. Samples of
@@ -146,7 +146,7 @@ def accuracy_interval(
 
 
 def response_figures(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str, Any]:
-    """Return the figures that need no verifier.
+    """Return the metrics that need no verifier.
 
     Args:
         lengths: The length of every response, in tokens. At least one.
@@ -167,7 +167,7 @@ def response_figures(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[
 def accuracy_figures(
     right: Sequence[Sequence[bool]], lengths: Sequence[int], truncated: Sequence[bool]
 ) -> dict[str, Any]:
-    """Return all figures of one evaluation of one model.
+    """Return all metrics of one evaluation of one model.
 
     Args:
         right: See the module. At least one problem with at least one sample.

@@ -113,7 +113,7 @@ def inspect(
         _print_json({**figures, "sample": [one.as_json() for one in shown]} if sample else figures)
         return
     show_inspection(figures)
-    # The responses come after the figures, which are too many to scroll back for.
+    # The responses come after the statistics, which are too many to scroll back for.
     if shown:
         show_responses(shown)
 

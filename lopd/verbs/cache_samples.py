@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def require_responses(folder: Path) -> None:
-    """Refuse a folder that has artifacts in it and no responses itself, and name them."""
+    """Refuse a folder that has no responses itself but contains artifacts that may have some.
+
+    The error lists these artifacts."""
     from lopd.artifacts import MANIFEST, read_manifest
 
     inner = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))

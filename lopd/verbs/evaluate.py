@@ -186,7 +186,7 @@ def _run_stage(
     )
     if is_follower:
         return
-    # Silently ignored options would let a user believe in figures of other prompts.
+    # Silently ignored options would let a user believe in the results of other prompts.
     wrong = [name for name, value in useless.items() if value is not None]
     if config is None or wrong:
         raise ConfigError(
@@ -198,7 +198,7 @@ def _run_stage(
             "or --model FOLDER --prompts FILE --out FOLDER",
         )
     loaded = load_config(Path(config), overrides)
-    # The run leaves this stage out, and its summary would not show the figures.
+    # The run leaves this stage out, and its summary would not show the metrics.
     if not loaded.evaluate.enabled:
         raise ConfigError(
             "evaluate.enabled is false: this run has no evaluation",

@@ -31,8 +31,8 @@ def fork_workers() -> None:
     original = getattr(engine, "_set_envs_and_config", None)
     if original is None:
         raise RuntimeError(
-            "sglang_rollout.cpu.workers: engine._set_envs_and_config is gone; "
-            "this SGLang version needs another patch"
+            "sglang_rollout.cpu.workers: this version of SGLang has no "
+            "engine._set_envs_and_config; the patch must be adapted to it"
         )
 
     def set_envs_and_config(server_args: Any) -> None:

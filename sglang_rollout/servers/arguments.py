@@ -128,7 +128,7 @@ def _checked_url(url: str, where: str) -> str:
     if "@" in parts.netloc:
         # The message does not show the URL, because it may hold a password.
         raise ConfigError(
-            "a URL contains a user name or a password",
+            "the URL of a server must not contain a user name or a password",
             where=where,
             remedy=f"{remedy}, and give the servers' key in LOPD_SGLANG_KEY",
         )

@@ -125,7 +125,10 @@ class SGLangServer:
 
     @property
     def command(self) -> list[str]:
-        """The command line. The key and what may be a secret stand in the environment instead."""
+        """The command line.
+
+        The API key and values that may be secret are not in it. The server gets them in its
+        environment."""
         arguments = json.dumps(scrubbed(self.arguments))
         return [sys.executable, "-m", "sglang_rollout.servers.launch", arguments]
 
@@ -236,10 +239,10 @@ class SGLangServer:
             raise self.death()
 
     def responds(self) -> bool:
-        """Return whether the scheduler shows life.
+        """Return whether the scheduler has sent anything recently.
 
-        SGLang's health check is true where the scheduler has sent anything within 20 seconds. Our
-        limit is shorter where hang_timeout_s is.
+        SGLang's health check is true if the scheduler has sent anything in the last 20 seconds. If
+        hang_timeout_s is less than 20 seconds, it is the limit instead.
         """
         return self._ok("/health_generate")
 

@@ -84,7 +84,7 @@ class TensorWeightReceiver(InPlaceReceiver):
         finished(reading, self._timeout_s + _ANSWER_MARGIN_S)
 
     def abandon(self) -> None:
-        """Give the sync up, as InPlaceReceiver."""
+        """Give the sync up. See InPlaceReceiver.abandon."""
         # A chunk that came late would land in the next sync.
         wait(self._reading.values(), min(self._timeout_s, _CLOSING_TIMEOUT_S))
         self._given_up += self._buffers

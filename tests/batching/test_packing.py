@@ -139,8 +139,8 @@ def test_a_sample_over_the_budget_is_refused_by_name() -> None:
     with pytest.raises(DataError) as caught:
         plan_step([5, 21, 30], 2, 20, 8)
     assert str(caught.value) == (
-        "sample 1: prompt and response have 21 tokens, which is too many "
-        "(and 1 more, the longest of 30 tokens); "
+        "sample 1: prompt and response have 21 tokens together, which is more than a microbatch "
+        "may have (and 1 more, the longest of 30 tokens); "
         "limit: at most 16 tokens (max_tokens_per_microbatch = 20, rounded down to a multiple "
         "of 8); remedy: set max_tokens_per_microbatch to at least 32, or lower max_new_tokens "
         "and sample again"

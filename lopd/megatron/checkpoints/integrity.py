@@ -37,7 +37,7 @@ def sum_files(folder: Path, known: Mapping[str, list[int]]) -> dict[str, list[in
 
     Args:
         folder: The folder of the checkpoint.
-        known: The figures of files that this rank has summed already.
+        known: The checksums of files that this rank has read already.
 
     Returns:
         {name: [size in bytes, CRC-32]} of every file, on every rank.

@@ -65,19 +65,19 @@ _NOTHING = tl.constexpr(-1e30)
 def softmax_statistics(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what a softmax over the first `rows` rows needs.
+    """Return maxima and sums of a softmax over the first `rows` rows of weight.
 
     Args:
         hidden: [T, H].
         weight: [R, H].
-        labels: int64 [T, K], counted from the first row.
-        rows: The rows that belong to the vocabulary. It may be 0.
-        entropy: Whether the third result is wanted.
+        labels: int64 [T, K], indices of rows of weight. They may be outside of the rows.
+        rows: The number of rows that belong to the vocabulary. It may be 0.
+        entropy: Whether to compute the third result.
 
     Returns:
         For the logits x of each token: their maximum m, the sum of exp(x - m), and the sum of
-        exp(x - m) (x - m), or 0 if not wanted, each float32 [T]. Then the logits of the labels,
-        float32 [T, K], which are 0 for labels that are not among the rows.
+        exp(x - m) (x - m), each float32 [T]. Without entropy the third is zeros. Then the logits
+        of the labels, float32 [T, K]. A label that is not among the rows has the logit 0.
     """
     num_tokens = len(hidden)
     tile = TILES[hidden.dtype]

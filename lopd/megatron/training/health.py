@@ -1,10 +1,10 @@
 """What a step reports besides its loss.
 
-The figures say how evenly experts and data ranks are loaded, how much is padding, how many
+The metrics say how evenly experts and data ranks are loaded, how much is padding, how many
 operations are done per second, and how much memory is used.
 
 Every rank fills in its part of one vector. The trainer adds the vectors of all ranks, together with
-its own sums, in one all-reduce. Each rank reads the figures from the sum.
+its own sums, in one all-reduce. Each rank reads the metrics from the sum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GIB = 2**30
 
 
 class StepHealth:
-    """The figures of one step at a time.
+    """The metrics of one step at a time.
 
     Call begin(), then the forward passes inside of counting(), then vector(). Add up the vectors of
     all ranks, and call figures() with the sum.
@@ -69,7 +69,9 @@ class StepHealth:
 
     @contextlib.contextmanager
     def counting(self, microbatch: Microbatch) -> Iterator[None]:
-        """Count the choices of the routers in a forward pass that belongs to the step."""
+        """Count the tokens that each expert is given, in the forward passes of a training step.
+
+        Other forward passes, for example of an evaluation, must be outside of this context."""
         # With sequence parallelism the routers of a tensor rank see a part of the tokens.
         rows = np.split(part_of(microbatch).index, parallel.tensor_size())
         is_real = rows[parallel.tensor_rank()] < _num_real(microbatch)
@@ -110,17 +112,18 @@ class StepHealth:
         return torch.cat([own.to(device), flops.to(device), self._expert_tokens.flatten()])
 
     def figures(self, summed: Sequence[float], seconds: float) -> dict[str, float]:
-        """Return the figures of the step.
+        """Return the metrics of the step.
 
         - num_processed: tokens of all sequences, prompts included.
         - padding_share: the share of padding in all tokens computed.
-        - load_imbalance: the most work of a data rank over the mean, by training_flops. 1 is even.
+        - load_imbalance: the largest work of a data-parallel rank divided by the mean, by
+          training_flops. 1 is balanced.
         - model_tflops_per_s: operations of the model (lopd.megatron.training.flops) over all ranks,
           in 10^12 per second.
-        - mfu: that over the peak of all GPUs, if the peak is known.
+        - mfu: model_tflops_per_s divided by the peak of all GPUs, if the peak is known.
         - peak_memory_gib: of the rank that used most. On CUDA it is what was allocated in this
           step, on a CPU what the process has held since its start.
-        - Of mixture-of-experts models, those of expert_load.
+        - For a mixture of experts also the metrics of expert_load.
 
         Args:
             summed: The sum of all ranks' vectors.

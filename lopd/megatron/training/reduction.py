@@ -65,7 +65,7 @@ class StepSums:
         self._learn_names(outputs)
         # float64, because the sums run over millions of tokens and are compared between layouts.
         num_metrics = len(self._names)
-        # Both kinds of sums in one vector, so that a step has one all-reduce for its figures. Each
+        # Both kinds of sums in one vector, so that a step has one all-reduce for its metrics. Each
         # all-reduce costs a synchronisation of all ranks.
         metrics = torch.zeros(num_metrics, dtype=torch.float64, device=parallel.device())
         # Ranks with the same data rank have the same microbatches. One of them contributes;

@@ -57,7 +57,7 @@ BUCKET_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """The figures of one optimizer step. They are the same on every rank."""
+    """The metrics of one optimizer step. They are the same on every rank."""
 
     # The number of updates made, this one included.
     step: int
@@ -71,11 +71,11 @@ class StepMetrics:
     seconds: float
     # Tokens of all sequences, prompts included, over all ranks.
     tokens_per_s: float
-    # What the objective reports (lopd.objective.reduce_metrics), and the figures of StepHealth.
+    # What the objective reports (lopd.objective.reduce_metrics), and the metrics of StepHealth.
     metrics: Mapping[str, float]
 
     def as_dict(self) -> dict[str, float]:
-        """Return all figures without nesting, for a line of JSON."""
+        """Return all metrics without nesting, for a line of JSON."""
         own = asdict(self)
         return {**own.pop("metrics"), **own}
 
@@ -187,7 +187,7 @@ class Trainer:
                 same ones. Every data rank gives the same number.
 
         Returns:
-            The figures of the step.
+            The metrics of the step.
 
         Raises:
             TrainingError: The numbers of microbatches differ, or the loss or the gradient norm is
@@ -342,7 +342,8 @@ class Trainer:
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Return the log-probability of every label of a microbatch, float32 [T].
 
-        It takes a forward pass alone. Every rank of a data rank's pipeline gets the result.
+        This runs a forward pass and no backward pass. All pipeline ranks of a data-parallel rank
+        get the result.
         """
         return self.logprobs_of([microbatch])[0]
 
