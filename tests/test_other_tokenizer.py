@@ -17,6 +17,7 @@ import pytest
 
 from lopd import pipeline
 from lopd.artifacts import identify_tokenizer, read_manifest
+from lopd.artifacts.lineage import check_given_cache
 from lopd.cache import scored_rows, to_table
 from lopd.cache.checks import check_cache
 from lopd.cache.columns import ALIGNMENT
@@ -28,9 +29,11 @@ from lopd.cache.splitting import split
 from lopd.cache.statistics import inspect_cache
 from lopd.cache.style import Settings
 from lopd.cache.token_alignment import Alignment
+from lopd.checks.lineage import demonstrations as check_demonstrations
 from lopd.config import load_config
-from lopd.errors import ArtifactError
+from lopd.errors import ArtifactError, DataError
 from lopd.records import Response, TeacherScores, float32, token_hash
+from lopd.stages.conversation import speaker_of
 from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import load_samples
 from lopd.tasks.tokenizer import load_tokenizer
@@ -212,6 +215,13 @@ def test_the_whole_run_is_in_the_students_tokens(project: Project) -> None:
             assert teacher.decode(response.prompt_ids.tolist()) != text
             assert response.token_ids[-1] == student.eos_token_id
             assert (response.sampling_logprobs == float32(-0.5)).all()
+    shown = project.lopd("cache", "inspect", run / "demonstrate", "--sample", "1", "--json")
+    (sample,) = json.loads(shown.succeeded().out)["sample"]
+    assert sample["prompt"].startswith("<|im_start|>user\n")
+    # Who asks the teacher himself asks it in its own tokens.
+    config = load_config(project.config)
+    assert speaker_of(run, "teacher", config).template_from == project.folder / "teacher"
+    assert speaker_of(run, "base", config).template_from == project.folder / "student"
     evaluated = read_manifest(run / "evaluate").extra
     assert set(evaluated["reverse_kl"]) == {"base", "sft", "sft_longer", "distilled", "teacher"}
     assert all(np.isfinite(value["mean"]) for value in evaluated["reverse_kl"].values())
@@ -221,6 +231,25 @@ def test_the_whole_run_is_in_the_students_tokens(project: Project) -> None:
     assert project.engine.answered == before
     states = json.loads(project.lopd("status", project.config, "--json").succeeded().out)
     assert {row["state"] for row in states} == {"done"}
+
+
+def test_an_aligned_cache_is_given_to_its_student_alone(project: Project) -> None:
+    config = load_config(project.config)
+    pipeline.run(config, TO_SCORE)
+    manifest = read_manifest(project.score)
+    sampler = manifest.models["student"]
+    found = check_given_cache(manifest, project.score, sampler, allow_foreign=False)
+    assert found["consistent"]
+    # The control: a student with the teacher's tokenizer would read other text in these ids.
+    other = dataclasses.replace(sampler, tokenizer=manifest.models["teacher"].tokenizer)
+    with pytest.raises(DataError, match="tokenizer of the student"):
+        check_given_cache(manifest, project.score, other, allow_foreign=True)
+    # The demonstrations of this run are in its student's tokens, so another run may learn them.
+    given = f"sft.demonstrations={project.folder / 'run' / 'demonstrate'}"
+    lines = [*check_demonstrations(load_config(project.config, [given]))]
+    assert lines[-1].startswith("24 from")
+    with pytest.raises(DataError, match="tokenizer of the student"):
+        [*check_demonstrations(load_config(project.config, [given, "models.student=teacher"]))]
 
 
 def test_a_killed_scoring_goes_on(project: Project) -> None:
