@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lopd import pipeline
@@ -33,7 +34,10 @@ from lopd.checks.lineage import demonstrations as check_demonstrations
 from lopd.config import load_config
 from lopd.errors import ArtifactError, DataError
 from lopd.records import Response, TeacherScores, float32, token_hash
+from lopd.stages.context import StageContext
 from lopd.stages.conversation import speaker_of
+from lopd.stages.score import STAGE
+from lopd.stages.tokenizer_bridge import alignment_figures
 from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import load_samples
 from lopd.tasks.tokenizer import load_tokenizer
@@ -132,7 +136,10 @@ def test_manifest_and_inspection_name_method_and_tokenizers(project: Project) ->
     out = project.lopd("cache", "inspect", project.score).succeeded().out
     assert "byte_chunks_proportional" in out
     assert "tokens carry loss" in out
-    assert "alignment:" in (project.score / "log.txt").read_text()
+    # Of this stand-in's tokens about a third are special ones, all of which the teacher has.
+    log = (project.score / "log.txt").read_text()
+    assert "alignment: " in log
+    assert "WARNING: many tokens" not in log
     assert not [*check_cache(project.score)[0]]
     # Parts of it, and what is joined of them, say the same.
     split(project.score, project.folder / "parts", 2)
@@ -222,6 +229,8 @@ def test_the_whole_run_is_in_the_students_tokens(project: Project) -> None:
     config = load_config(project.config)
     assert speaker_of(run, "teacher", config).template_from == project.folder / "teacher"
     assert speaker_of(run, "base", config).template_from == project.folder / "student"
+    counts = read_manifest(run / "score").extra["alignment_counts"]
+    assert json.loads((run / "summary.json").read_text())["cache"]["alignment"] == counts
     evaluated = read_manifest(run / "evaluate").extra
     assert set(evaluated["reverse_kl"]) == {"base", "sft", "sft_longer", "distilled", "teacher"}
     assert all(np.isfinite(value["mean"]) for value in evaluated["reverse_kl"].values())
@@ -283,7 +292,32 @@ def test_another_tokenizer_needs_the_knob(
     for knob in ("score.top_k=4", "score.entropy=true", 'models.teachers={ math = "teacher" }'):
         name = knob.partition("=")[0].strip()
         lopd("run", config, aligned, own_template, knob).refused(name)
-    assert "by their bytes" in lopd("check", config, aligned, own_template).succeeded().out
+    out = lopd("check", config, aligned, own_template).succeeded().out
+    assert "by their bytes" in out
+    assert "for the teacher and" in out
+    # A teacher that cannot read the prompts is noticed before anything starts.
+    (tmp_path / "teacher" / "chat_template.jinja").unlink()
+    lopd("run", config, aligned, own_template).refused("no chat template")
+
+
+def test_a_teacher_that_can_score_little_is_warned_of(project: Project) -> None:
+    config = load_config(project.config)
+    pipeline.run(config, TO_SCORE)
+    context = StageContext(config, STAGE)
+    response, scores = project.rows()[0]
+    length = len(response.token_ids)
+    for num_masked in (0, 1, length // 2):
+        alignment = np.zeros(length, np.int8)
+        alignment[:num_masked] = Alignment.SPECIAL
+        marked = dataclasses.replace(scores, alignment=alignment)
+        folder = project.folder / f"masked-{num_masked}"
+        folder.mkdir()
+        pq.write_table(to_table([response], [marked]), folder / "shard-00000.parquet")
+        figures = alignment_figures(context, folder)
+        assert figures["alignment_counts"]["special"] == num_masked
+        assert ("warnings" in figures) == (num_masked > 1)
+    assert "special tokens without a counterpart" in figures["warnings"][0]
+    assert "WARNING: many tokens" in (project.score / "log.txt").read_text()
 
 
 def test_a_column_of_another_length_is_refused(project: Project) -> None:

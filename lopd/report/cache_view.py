@@ -252,6 +252,9 @@ def show_responses(rows: Sequence[ShownResponse]) -> None:
         styles = [""] * len(row.pieces)
         if row.scores is not None:
             advantage = row.scores.astype(np.float64) - response.sampling_logprobs
+            # A token without loss may have no score, and a 0 in its place.
+            if response.loss_mask is not None:
+                advantage[~response.loss_mask] = 0.0
             # The token to look at first.
             worst = int(np.argmax(np.abs(advantage)))
             about += f", sum {advantage.sum():+.2f} nats"

@@ -36,6 +36,9 @@ from sglang_rollout.requests.scoring import ScoreRequest
 if TYPE_CHECKING:
     from lopd.stages.context import StageContext
 
+# A smaller share of tokens with loss is warned of: the student learns from a choice of its tokens.
+_ENOUGH = 0.9
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Side:
@@ -300,5 +303,11 @@ def alignment_figures(context: StageContext, folder: Path) -> dict[str, Any]:
     if not about or context.share is not None:
         return about
     counts = alignment_counts(folder)
-    context.log(f"alignment: {alignment_line(counts)}")
-    return {**about, "alignment_counts": counts}
+    line = alignment_line(counts)
+    context.log(f"alignment: {line}")
+    figures = {**about, "alignment_counts": counts}
+    if counts["aligned"] < _ENOUGH * sum(counts[one.name.lower()] for one in Alignment):
+        warning = f"many tokens get no score of the teacher's ({line})"
+        context.log(f"WARNING: {warning}")
+        figures["warnings"] = [warning]
+    return figures
