@@ -33,11 +33,11 @@ from lopd.cache.token_alignment import Alignment
 from lopd.checks.lineage import demonstrations as check_demonstrations
 from lopd.config import load_config
 from lopd.errors import ArtifactError, DataError
-from lopd.records import Response, TeacherScores, float32, token_hash
+from lopd.records import Response, TeacherScores, float32, int32, token_hash
 from lopd.stages.context import StageContext
 from lopd.stages.conversation import speaker_of
 from lopd.stages.score import STAGE
-from lopd.stages.tokenizer_bridge import alignment_figures
+from lopd.stages.tokenizer_bridge import TokenizerBridge, alignment_figures
 from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import load_samples
 from lopd.tasks.tokenizer import load_tokenizer
@@ -259,6 +259,26 @@ def test_an_aligned_cache_is_given_to_its_student_alone(project: Project) -> Non
     assert lines[-1].startswith("24 from")
     with pytest.raises(DataError, match="tokenizer of the student"):
         [*check_demonstrations(load_config(project.config, [given, "models.student=teacher"]))]
+
+
+def test_a_demonstration_that_is_too_long_in_the_students_tokens_is_cut(project: Project) -> None:
+    config = load_config(project.config)
+    pipeline.run(config, ("demonstrate",))
+    folder = project.folder / "run" / "demonstrate"
+    for response, _ in CacheReader(folder).scored_rows():
+        ids = int32([project.teacher_ids[token] for token in response.token_ids.tolist()])
+        sampled = dataclasses.replace(response, token_ids=ids, loss_mask=None)
+        for length in (len(ids), 5):
+            settings = config.sglang.model_copy(
+                update={"context_length": len(response.prompt_ids) + length}
+            )
+            bridge = TokenizerBridge(
+                config.model_copy(update={"sglang": settings}), [], thinking=True
+            )
+            found = bridge.in_student_tokens(sampled, response.prompt_ids)
+            assert found.token_ids.tolist() == response.token_ids[:length].tolist()
+            assert found.finish_reason == ("length" if length == 5 else "stop")
+            assert found.loss_mask.all()
 
 
 def test_a_killed_scoring_goes_on(project: Project) -> None:

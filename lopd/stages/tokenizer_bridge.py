@@ -179,12 +179,16 @@ class TokenizerBridge:
             ends=teacher.ends,
             other_end=student.end,
         )
+        # The student may need more tokens for the text than the teacher.
+        whole = plan
+        plan = whole.within(self._config.sglang.context_length - len(prompt_ids))
         return dataclasses.replace(
             response,
             prompt_ids=prompt_ids,
             token_ids=plan.token_ids,
             # The student's share of a chunk is not known, so its tokens get equal parts.
             sampling_logprobs=plan.forward(response.sampling_logprobs),
+            finish_reason=response.finish_reason if plan is whole else "length",
             loss_mask=plan.is_text(),
             routed_experts=None,
         )

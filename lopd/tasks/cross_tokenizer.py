@@ -64,11 +64,11 @@ class Plan:
         first = int(self.student_ends[num_chunks - 1]) if num_chunks else 0
         alignment = self.alignment.copy()
         alignment[first:] = Alignment.TOO_LONG
+        ends = np.minimum(self.teacher_ends, length)
+        # Where the only chunks that fit have no tokens, one token of the next is asked for.
+        ends[-1] = max(1, ends[-1])
         return replace(
-            self,
-            token_ids=self.token_ids[:length],
-            teacher_ends=np.minimum(self.teacher_ends, length),
-            alignment=alignment,
+            self, token_ids=self.token_ids[: ends[-1]], teacher_ends=ends, alignment=alignment
         )
 
     def forward(self, student_logprobs: NDArray[Any]) -> Floats:

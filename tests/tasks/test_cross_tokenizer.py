@@ -223,6 +223,10 @@ def test_what_is_too_long_for_the_teacher_is_left_out(tokenizers: dict[str, Toke
         assert num_aligned == 0 or brought.sum() == pytest.approx(theirs.sum(), rel=1e-5)
     assert whole.within(len(whole.token_ids)) is whole
     assert whole.within(1).alignment[0] == Alignment.TOO_LONG
+    # A first chunk without any token of the teacher's.
+    unknown = plan(student, teacher, [99_999, *ids]).within(1)
+    assert len(unknown.token_ids) == len(unknown.forward(np.full(len(ids) + 1, -1.0))) == 1
+    assert unknown.is_text().tolist() == [False]
 
 
 def test_ids_without_a_token_are_masked(tokenizers: dict[str, TokenBytes]) -> None:
