@@ -27,7 +27,7 @@ import torch
 
 from lopd.audit import Scores, audit, distribution_scores
 from lopd.tasks import get_task
-from lopd.tasks.prompts import render
+from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
 
 ROOT = Path(__file__).resolve().parents[1]

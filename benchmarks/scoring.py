@@ -289,6 +289,8 @@ def processor_s() -> float:
 
 def bodies(options: argparse.Namespace) -> tuple[list[bytes], int]:
     """The bodies of all requests, and the number of tokens in them."""
+    import orjson
+
     from lopd import cache
     from lopd.artifacts import read_manifest
     from sglang_rollout.requests.scoring import ScoreRequest, score_payload
@@ -300,9 +302,8 @@ def bodies(options: argparse.Namespace) -> tuple[list[bytes], int]:
         request = ScoreRequest(
             response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids
         )
-        found.append(
-            json.dumps(score_payload(request, f"{options.one}-{os.getpid()}-{index}")).encode()
-        )
+        body = score_payload([request], [f"{options.one}-{os.getpid()}-{index}"])
+        found.append(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
         tokens += len(response.prompt_ids) + len(response.token_ids)
     return found, tokens
 

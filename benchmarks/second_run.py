@@ -4,7 +4,8 @@
 
 RUN_CONFIG is the configuration of a finished run, for example examples/tiny_moe.toml. The same
 command is run again, several times in alternation with a command that only imports what it needs.
-`seconds_beyond_imports` is the difference of the medians.
+`seconds_beyond_imports` is the difference of the medians, and `processor_s_beyond_imports` the same
+in processor time.
 
 Models of the example are small, so the part that grows with the models is measured on its own: a
 folder with a sparse weight file of 60 GB is identified twice, as two processes would do it.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,11 +32,14 @@ from lopd.artifacts.file_hashes import HASHES
 IMPORTS = "import lopd.cli, lopd.checks, lopd.pipeline"
 
 
-def seconds(command: list[str]) -> float:
-    """Return the wall time of a command that must succeed."""
+def seconds(command: list[str]) -> tuple[float, float]:
+    """Return the wall time and the processor time of a command that must succeed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    wall = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def second_run(config: str, overrides: list[str], repeats: int) -> dict[str, float]:
@@ -42,17 +47,19 @@ def second_run(config: str, overrides: list[str], repeats: int) -> dict[str, flo
     command = [sys.executable, "-m", "lopd.cli", "run", config, *overrides]
     # Whatever is still missing is done here, and files are read once.
     seconds(command)
-    runs: list[float] = []
-    imports: list[float] = []
+    runs: list[tuple[float, float]] = []
+    imports: list[tuple[float, float]] = []
     for _ in range(repeats):
         runs.append(seconds(command))
         imports.append(seconds([sys.executable, "-c", IMPORTS]))
-    run = statistics.median(runs)
-    imported = statistics.median(imports)
+    run, run_processor = map(statistics.median, zip(*runs, strict=True))
+    imported, imported_processor = map(statistics.median, zip(*imports, strict=True))
     return {
         "seconds_run": run,
         "seconds_imports": imported,
         "seconds_beyond_imports": run - imported,
+        # The same in processor time, which a busy machine changes less.
+        "processor_s_beyond_imports": run_processor - imported_processor,
     }
 
 

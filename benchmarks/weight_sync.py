@@ -13,7 +13,12 @@ distributed  broadcast a bucket over gloo to another process, into memory that i
 
 Where there are two ways of a plain copy, the faster one counts. share_of_raw is the time of the
 plain copy over that of a sync with its calls, without verification, best of all rounds; beside it
-that of the medians, and the time with verification.
+that of the medians.
+
+A sync with verification alternates with these too. Its ratio to the one without is the median over
+the rounds of the ratio within a round. verification_ratio is that of the worst transport, and
+verification_ratios has all. launches are the operations that the fingerprints of a sync of
+Qwen3-30B-A3B would give to GPUs, trainer and server together, counted on tensors without data.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import os
 import shutil
 import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +41,10 @@ from typing import Any
 
 import torch
 
+# Also as a plain script, whose folder alone is searched for modules.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.launches import launches_of_a_sync
 from lopd.config import SGLangSection, SyncSection
 
 VOCABULARY = 4096
@@ -312,33 +322,22 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             )
 
         for transport in TRANSPORTS:
-            plain = receiver(transport)
-            verified = receiver(transport, verify="tensors")
+            # One receiver for both, because a server keeps the memory of one mapped.
+            both = receiver(transport, verify="tensors")
+            ways = {"sync": None, "verified": both._verification}
             seconds: dict[str, list[float]] = {
-                "sync": [],
-                "verified": [],
+                **{way: [] for way in ways},
                 **{f"raw {index}": [] for index in range(len(raw[transport]))},
             }
             for repeat in range(args.repeats + 1):  # the first is to warm up
                 for index, copy in enumerate(raw[transport]):
                     seconds[f"raw {index}"].append(timed(copy))
-                seconds["sync"].append(
-                    timed(
-                        lambda number=repeat, to=plain: sync(
-                            to, f"plain-{number}", named, bucket_bytes
-                        )
-                    )
-                )  # type: ignore[misc]
-            # These do not alternate with those above: a run has one receiver, whose memory its
-            # server keeps mapped.
-            for repeat in range(args.repeats + 1):
-                seconds["verified"].append(
-                    timed(
-                        lambda number=repeat, to=verified: sync(
-                            to, f"verified-{number}", named, bucket_bytes
-                        )
-                    )
-                )  # type: ignore[misc]
+                for way in sorted(ways, reverse=repeat % 2 == 0):
+                    both._verification = ways[way]
+                    version = f"{way}-{repeat}"
+                    began = time.perf_counter()
+                    sync(both, version, named, bucket_bytes)
+                    seconds[way].append(time.perf_counter() - began)
             best = {name: min(values[1:]) for name, values in seconds.items()}
             middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
             for figure in (best, middle):
@@ -353,11 +352,18 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 "share_of_raw": best["raw"] / best["sync"],
                 "share_of_raw_median": middle["raw"] / middle["sync"],
                 "verified_seconds": best["verified"],
+                "verification_ratio": statistics.median(
+                    verified / without
+                    for verified, without in zip(
+                        seconds["verified"][1:], seconds["sync"][1:], strict=True
+                    )
+                ),
+                "verification_ratio_of_best": best["verified"] / best["sync"],
                 "rounds": {
                     name: [round(value, 4) for value in values[1:]]
                     for name, values in seconds.items()
                 },
-                "extra_bytes": plain.report.extra_bytes,
+                "extra_bytes": both.report.extra_bytes,
             }
             say(transport, figures[transport])
         if args.delta:
@@ -367,6 +373,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             }
     for link in links:
         link.send(None)
+    figures["verification_ratios"] = {
+        transport: figures[transport]["verification_ratio"] for transport in TRANSPORTS
+    }
+    figures["verification_ratio"] = max(figures["verification_ratios"].values())
     figures["share_of_raw"] = {
         transport: figures[transport]["share_of_raw"] for transport in TRANSPORTS
     }
@@ -378,7 +388,8 @@ def say(transport: str, row: dict[str, Any]) -> None:
         f"{transport:12} {row['seconds']:.2f} s ({row['bytes_per_s'] / 1e9:.2f} GB/s), "
         f"plain copy {row['raw_seconds']:.2f} s: "
         f"share {row['share_of_raw']:.2f} (of medians {row['share_of_raw_median']:.2f}); "
-        f"with verification {row['verified_seconds']:.2f} s; "
+        f"with verification {row['verified_seconds']:.2f} s, ratio "
+        f"{row['verification_ratio']:.2f} (of best {row['verification_ratio_of_best']:.2f}); "
         f"extra memory {row['extra_bytes'] / 2**20:.0f} MiB",
         flush=True,
     )
@@ -414,6 +425,9 @@ def main() -> None:
         figures = measure(args, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    figures["launches_of"] = launches_of_a_sync()
+    figures["launches"] = sum(figures["launches_of"].values())
+    print(f"operations of a sync of Qwen3-30B-A3B: {figures['launches']:,}")
     for transport, seconds in figures.get("delta", {}).items():
         print(
             f"delta, {transport}: "

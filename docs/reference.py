@@ -55,6 +55,7 @@ PYTHON: dict[str, tuple[str, Sequence[str]]] = {
         [
             "lopd.tasks.interface",
             "lopd.tasks.prompts",
+            "lopd.tasks.rendering",
             "lopd.tasks.verdicts",
             "lopd.tasks.accuracy",
         ],

@@ -54,6 +54,7 @@ def run(
     # Once per command: the checks and the stages then read each file once.
     if config.run.rehash:
         HASHES.forget()
+    pipeline.load_hashes(config)
     # All checks come before the first stage: a mistake in the last stage's settings must be
     # noticed now, not after hours of sampling and training.
     checks.check_all(config, stage=stage)

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from lopd.config import Config, result_keys
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError, ConsistencyError, LopdError
 from lopd.records import ModelIdentity
-from lopd.report.console import print_line
+from lopd.report.console import print_line, progress
 from lopd.stages.context import StageContext
 from lopd.stages.evaluate import LONGER
 from lopd.stages.order import STAGES, is_needed, stage_named
@@ -37,6 +37,7 @@ from lopd.stages.progress import Progress, progress_of
 from lopd.stages.reuse import default_of, inspect, reusable, supersede
 from lopd.stages.training import follow_trainings
 from lopd.summary import Outcome
+from lopd.tasks.rendered import write_held
 
 # What this file writes: in the run directory the configuration of the last stage that ran, and in
 # each stage's folder how long it took. Neither decides what is reused.
@@ -65,6 +66,8 @@ def run(config: Config, only: Sequence[str] | None = None) -> list[Outcome]:
     load_hashes(config)
     with locked(config.run.dir):
         report_changes(config)
+        # Now that the folder is this command's: what its checks have rendered.
+        write_held(config.run.dir)
         if only is None:
             chosen = [stage for stage in STAGES if is_needed(stage, config)]
         else:
@@ -155,9 +158,21 @@ def status(config: Config) -> list[dict[str, Any]]:
 
 
 def load_hashes(config: Config) -> None:
-    """Take over the hashes of files that earlier commands of the run have read."""
+    """Take over the hashes of files that earlier commands of the run have read.
+
+    From now on a bar is shown where many bytes are read all the same.
+    """
+    HASHES.show_with(_reading_bar)
     if not config.run.rehash:
         HASHES.load(config.run.dir / STORE)
+
+
+@contextlib.contextmanager
+def _reading_bar(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    title = "reading files for their checksums"
+    # On stderr: lopd status --json comes here too.
+    with progress(title, total=num_bytes, unit="bytes", on_stderr=True) as bar:
+        yield bar.advance
 
 
 def _status_row(context: StageContext) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import pytest
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, identify_model, read_manifest, sha256_file, verify
 from lopd.errors import ArtifactError
-from lopd.records import Response, TeacherScores, float32, int32, token_hash
+from lopd.records import Manifest, Response, TeacherScores, float32, int32, token_hash
+from lopd.stages.domains import Part, PartWriter
 
 
 def some_responses(count: int, seed: int = 0) -> list[Response]:
@@ -96,19 +97,62 @@ def test_a_resumed_writer_publishes_the_same_files(tmp_path: Path) -> None:
     assert not list((tmp_path / "halved").glob("*.partial"))
 
 
-def test_shards_are_listed_once_not_for_every_index(tmp_path: Path) -> None:
-    """missing() of 12,000 shards took 21 s of a processor while the list was made anew for each
-    index.
-    """
+class CountedSet(set[int]):
+    """Counts how many of its elements are looked at."""
+
+    looked_at = 0
+
+    def __contains__(self, index: object) -> bool:
+        CountedSet.looked_at += 1
+        return super().__contains__(index)
+
+    def __iter__(self) -> Iterator[int]:
+        CountedSet.looked_at += len(self)
+        return super().__iter__()
+
+
+def test_missing_looks_at_each_index_once(tmp_path: Path) -> None:
+    """12,000 shards took 21 s of a processor while their list was made anew for each index."""
+    whole = ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"seed": 1})
+    count = 12_000
+    published = range(0, count, 3)
+    whole._published = CountedSet(published)
+    part = PartWriter(whole, Part("math", (), first=6000, num_shards=3000))
+    for writer, expected in ((whole, count), (part, 3000)):
+        CountedSet.looked_at = 0
+        missing = writer.missing(expected)
+        assert len(missing) == expected * 2 // 3
+        assert CountedSet.looked_at == expected
+    # The control: the whole set for each index, as it was.
+    CountedSet.looked_at = 0
+    wanted = [index for index in range(30) if index not in frozenset(iter(whole._published))]
+    assert wanted == whole.missing(30)
+    assert CountedSet.looked_at > 30 * len(published)
+
+
+def test_publishing_a_shard_looks_at_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest is put together once, when the artifact is complete."""
+    made: list[int] = []
+    real = ArtifactWriter._with_shards
+
+    def with_shards(self: ArtifactWriter) -> Manifest:
+        made.append(len(self._shards))
+        return real(self)
+
+    monkeypatch.setattr(ArtifactWriter, "_with_shards", with_shards)
     writer = ArtifactWriter(tmp_path / "a", kind="rollouts", inputs={"seed": 1})
-    before = writer.published
-    assert writer.missing(3) == [0, 1, 2]
-    assert writer.published is before, (
-        "the list is made when a shard is published, not when it is asked for"
-    )
-    writer.publish_shard(1, cache.to_table(some_responses(4)))
-    assert writer.published == {1}
-    assert writer.missing(3) == [0, 2]
+    for index in (1, 0, 2):
+        writer.publish_shard(index, cache.to_table(some_responses(4)))
+        assert writer.is_published(index)
+    assert made == []
+    assert writer.missing(4) == [3]
+    manifest = writer.finish()
+    assert made == [3]
+    assert [shard.name for shard in manifest.shards] == [
+        f"shard-{index:05d}.parquet" for index in range(3)
+    ]
 
 
 def test_another_input_is_refused(tmp_path: Path) -> None:

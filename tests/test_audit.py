@@ -264,7 +264,7 @@ def test_the_examples_teacher_and_another_temperature() -> None:
     """Scores of a pass over whole sequences are those of sampling; at the temperature it was
     sampled at the teacher is not accused, at another it is.
     """
-    from lopd.tasks.prompts import render
+    from lopd.tasks.rendering import render
 
     prompts = render(
         get_task("register_arithmetic", {}).generate_prompts(80, 5),
@@ -354,7 +354,7 @@ def test_the_verb(lopd: Callable[..., Result], tmp_path: Path) -> None:
 def test_of_demonstrations_by_several_teachers_each_is_asked_about_its_own(
     lopd: Callable[..., Result], tmp_path: Path
 ) -> None:
-    from lopd.tasks.prompts import render
+    from lopd.tasks.rendering import render
 
     prompts = render(
         get_task("register_arithmetic", {}).generate_prompts(40, 5),

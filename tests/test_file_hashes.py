@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lopd.artifacts import file_hashes
 from lopd.artifacts.file_hashes import FileHashes
 
 OLD = 10 * 10**9  # nanoseconds: longer than any file system's tick
@@ -161,3 +164,34 @@ def test_many_files_side_by_side(tmp_path: Path, no_tick: None) -> None:
     assert hashes.sha256_all(files, read=done.append) == expected
     assert sum(done) == sum(len(path.name) for path in files)
     assert hashes.unknown_bytes(files) == 0
+
+
+def test_a_bar_moves_while_a_large_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_hashes, "SHOWN_BYTES", 1 << 20)
+    monkeypatch.setattr(file_hashes, "_TOLD_BYTES", 1 << 20)
+    monkeypatch.setattr(file_hashes, "_TICK_NS", -1)
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_bytes(path.name.encode() * (3 << 20))
+    moved: list[int] = []
+    totals: list[int] = []
+
+    @contextlib.contextmanager
+    def show(num_bytes: int) -> Iterator[Callable[[int], None]]:
+        totals.append(num_bytes)
+        yield moved.append
+
+    hashes = FileHashes()
+    hashes.show_with(show)
+    assert hashes.sha256_all(paths) == [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    ]
+    assert totals == [6 << 20]
+    assert sum(moved) == 6 << 20
+    # Not once for each file.
+    assert len(moved) >= 6
+    # The control: what is known is not read, and no bar is shown.
+    hashes.sha256_all(paths)
+    assert totals == [6 << 20]

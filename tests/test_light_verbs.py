@@ -134,13 +134,13 @@ def test_checks_see_what_transformers_sees(folder: Path, template: str | None) -
     for thinking in (True, False):
         ids = [
             one.apply_chat_template(
-                CHAT,
+                [CHAT],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
                 enable_thinking=thinking,
                 strftime_now=clock,
-            )
+            )[0]
             for one in (light, whole)
         ]
         assert ids[0] == ids[1]

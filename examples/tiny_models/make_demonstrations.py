@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from lopd.artifacts import MANIFEST, read_manifest, sha256_file
 from lopd.cache import write_responses
 from lopd.records import Response, float32, int32
-from lopd.tasks.prompts import render
 from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic
 from lopd.tasks.register_responses import write_corrupted, write_response
+from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import load_tokenizer
 
 KINDS = ("careful", "corrupted", "mixture")

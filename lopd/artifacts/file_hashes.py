@@ -18,15 +18,45 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 
 # A file that was changed less than this many nanoseconds before it was read is not remembered. A
 # second change within one tick of the file system's clock would leave mtime and ctime as they are.
 # Two seconds is the coarsest tick in use (FAT; most file systems have milliseconds).
 _TICK_NS = 2 * 10**9
 _MAX_THREADS = 16
+# Files with fewer bytes to read together take a second or two, and a bar would only be noise.
+SHOWN_BYTES = 2 * 2**30
+# How many bytes of a file are read between two moves of a bar.
+_TOLD_BYTES = 64 * 2**20
+# Shows a bar for this number of bytes, and yields what is called with the bytes that were read.
+ShowReading: TypeAlias = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 # The store, in a run directory.
 STORE = "hashes.json"
+
+
+class _Counted:
+    """A file that says how many bytes have been read from it."""
+
+    def __init__(self, handle: BinaryIO, read: Callable[[int], None]) -> None:
+        self.name = handle.name
+        self._handle = handle
+        self._read = read
+        self._num_new = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = int(self._handle.readinto(buffer))  # type: ignore[attr-defined]
+        self._num_new += count
+        # Not for each block of 256 KiB: many files are read side by side under one bar.
+        if self._num_new >= _TOLD_BYTES or count == 0:
+            self._read(self._num_new)
+            self._num_new = 0
+        return count
 
 
 class FileHashes:
@@ -41,6 +71,11 @@ class FileHashes:
         self._known: dict[str, str] = {}
         # Whether there is something that the store does not have.
         self._is_new = False
+        self._show: ShowReading | None = None
+
+    def show_with(self, show: ShowReading) -> None:
+        """Have a bar shown where many bytes are to be read. This package knows no screen."""
+        self._show = show
 
     def load(self, store: str | Path) -> None:
         """Take over what a store has. A store that is missing or damaged has nothing."""
@@ -55,8 +90,13 @@ class FileHashes:
             self._known = {}
             self._is_new = False
 
-    def sha256(self, path: str | Path) -> str:
+    def sha256(self, path: str | Path, *, read: Callable[[int], None] | None = None) -> str:
         """Return the sha256 of a file in hexadecimal digits.
+
+        Args:
+            path: The file.
+            read: A function that is called with the number of bytes that have been read since the
+                last call. A file whose hash is known is not read.
 
         Raises:
             OSError: The file cannot be read.
@@ -70,7 +110,8 @@ class FileHashes:
             return known
         began_ns = time.time_ns()
         with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            counted = handle if read is None else _Counted(handle, read)
+            digest = hashlib.file_digest(counted, "sha256").hexdigest()  # type: ignore[arg-type]
         if began_ns - changed_ns > _TICK_NS:
             with self._lock:
                 self._known[key] = digest
@@ -95,18 +136,19 @@ class FileHashes:
 
         Args:
             paths: The files.
-            read: A function that is called with the number of bytes of each file once the file is
-                hashed.
+            read: See sha256. Without it a bar is shown if the files are large.
 
         Raises:
             OSError: A file cannot be read.
         """
+        if read is None and self._show is not None:
+            num_bytes = self.unknown_bytes(paths)
+            if num_bytes >= SHOWN_BYTES:
+                with self._show(num_bytes) as advance:
+                    return self.sha256_all(paths, read=advance)
 
         def one(path: Path) -> str:
-            digest = self.sha256(path)
-            if read is not None:
-                read(path.stat().st_size)
-            return digest
+            return self.sha256(path, read=read)
 
         # hashlib releases the interpreter's lock, so threads hash on all cores.
         threads = min(_MAX_THREADS, os.cpu_count() or 1, max(1, len(paths)))

@@ -118,6 +118,9 @@ class ArtifactWriter:
             extra={} if shard_size is None else {_SHARD_SIZE: shard_size},
         )
         self._origin = origin_of(self._manifest).encode()
+        # What is published, by name and by index.
+        self._shards: dict[str, ShardInfo] = {}
+        self._published: set[int] = set()
         if (folder / MANIFEST).exists():
             self._continue(read_manifest(folder))
         else:
@@ -150,9 +153,10 @@ class ArtifactWriter:
         """Count the shards that a killed writer has renamed into place as published."""
         # Shards are not listed one by one: a shard is published before any manifest lists it,
         # because the manifest is written only when the artifact is complete.
-        known = {shard.name: shard for shard in self._manifest.shards}
+        for shard in self._manifest.shards:
+            self._add(shard)
         for path in sorted(self.folder.glob("shard-*.parquet")):
-            if path.name in known:
+            if path.name in self._shards:
                 continue
             table = parse_shard(path, path.read_bytes())
             # Its name alone does not prove that a shard belongs here: it may have been copied.
@@ -163,29 +167,33 @@ class ArtifactWriter:
                     remedy="remove this file and run the stage that makes it again",
                 )
             rows = table.num_rows
-            known[path.name] = ShardInfo(path.name, rows, _num_tokens(table), sha256_file(path))
+            self._add(ShardInfo(path.name, rows, _num_tokens(table), sha256_file(path)))
         # With a share these files may belong to another worker, which is writing them now.
         if self._share is None:
             for leftover in self.folder.glob("*.partial"):
                 leftover.unlink()
-        self._set_shards(known.values())
 
-    def _set_shards(self, shards: Iterable[ShardInfo]) -> None:
+    def _add(self, shard: ShardInfo) -> None:
+        # Shard by shard, without a look at the others: there may be thousands.
+        self._shards[shard.name] = shard
+        self._published.add(int(shard.name.removeprefix("shard-").removesuffix(".parquet")))
+
+    def _with_shards(self) -> Manifest:
+        """Return the manifest with the shards that are published."""
         # By name, which is by index. The fingerprint depends on this order, and workers publish in
         # any.
-        ordered = tuple(sorted(shards, key=lambda shard: shard.name))
+        ordered = tuple(sorted(self._shards.values(), key=lambda shard: shard.name))
         rows = sum(shard.rows for shard in ordered)
-        self._manifest = dataclasses.replace(self._manifest, shards=ordered, rows=rows)
-        # The set is made here and not in the property. missing() asks for every index, and there
-        # may be thousands of shards.
-        self._published = frozenset(
-            int(shard.name.removeprefix("shard-").removesuffix(".parquet")) for shard in ordered
-        )
+        return dataclasses.replace(self._manifest, shards=ordered, rows=rows)
 
     @property
     def published(self) -> frozenset[int]:
-        """The indices of the shards that are on disk."""
-        return self._published
+        """The indices of the shards that are on disk. A loop over indices asks is_published()."""
+        return frozenset(self._published)
+
+    def is_published(self, index: int) -> bool:
+        """Return whether a shard is on disk."""
+        return index in self._published
 
     def expect(self, num_shards: int) -> None:
         """Set the number of shards that the artifact will have, so that progress can be shown.
@@ -199,7 +207,7 @@ class ArtifactWriter:
         return [
             index
             for index in range(num_shards)
-            if index not in self.published and self.is_mine(index)
+            if not self.is_published(index) and self.is_mine(index)
         ]
 
     def is_mine(self, index: int) -> bool:
@@ -222,7 +230,7 @@ class ArtifactWriter:
             ArtifactError: The disk is full, read-only or forbidden. Earlier shards are kept.
         """
         # A published shard never changes, because a reader may have it open.
-        assert index not in self.published, f"shard {index} is already published"
+        assert not self.is_published(index), f"shard {index} is already published"
         # The origin goes into the shard itself, because no manifest lists a shard before the
         # artifact is complete.
         metadata = {**(table.schema.metadata or {}), ORIGIN_KEY: self._origin}
@@ -233,8 +241,7 @@ class ArtifactWriter:
         # read_shard() hashes what it reads, whatever is remembered.
         checksum = hashlib.sha256(content).hexdigest()
         HASHES.wrote(self.folder / name, checksum)
-        shard = ShardInfo(name, table.num_rows, _num_tokens(table), checksum)
-        self._set_shards([*self._manifest.shards, shard])
+        self._add(ShardInfo(name, table.num_rows, _num_tokens(table), checksum))
 
     def finish(self, *, files: Iterable[str | Path] = (), **extra: Any) -> Manifest:
         """Publish the manifest that makes the artifact complete, and return it.
@@ -248,15 +255,16 @@ class ArtifactWriter:
         """
         # One worker cannot know whether the others have published their shards.
         if self._share is not None:
-            return self._manifest
+            return self._with_shards()
         # Other files have no rows, but a checksum like any shard, so verify() covers them.
         ordered = sorted(map(Path, files))
         listed = [ShardInfo(self._name_of(path), 0, 0, sha256_file(path)) for path in ordered]
+        manifest = self._with_shards()
         manifest = dataclasses.replace(
-            self._manifest,
-            shards=(*self._manifest.shards, *listed),
+            manifest,
+            shards=(*manifest.shards, *listed),
             complete=True,
-            extra={**self._manifest.extra, **as_json(extra)},
+            extra={**manifest.extra, **as_json(extra)},
         )
         (self.folder / EXPECTED).unlink(missing_ok=True)
         # The fingerprint is of the manifest with all its shards, so it is put in last.

@@ -77,7 +77,7 @@ def merge(
     ]
     for index, (folder, manifest, shard) in enumerate(shards):
         # A killed merge has published some. They are not read again.
-        if index in writer.published:
+        if writer.is_published(index):
             continue
         table = read_shard(folder, shard)
         # A source that was merged before has the column already.

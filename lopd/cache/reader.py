@@ -98,17 +98,14 @@ class CacheReader:
         """
         # Packing needs all lengths before the first step, and most commands never need them.
         if self._lengths is None:
-            names = ["prompt_ids", "token_ids"]
             # numpy cannot concatenate an empty list, which an empty cache would give.
             parts: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
             for shard in range(len(self._shards)):
                 file = self._shard(shard).file
                 for group in range(file.num_row_groups):
-                    ids = file.read_row_group(group, columns=names, use_threads=False)
-                    # Only the lengths of the lists are used. The ids of one row group are in memory
-                    # at a time.
-                    lengths = [pc.list_value_length(ids.column(n)).to_numpy() for n in names]
-                    parts.append(np.sum(lengths, axis=0).astype(np.int32))
+                    # The ids of one row group are in memory at a time.
+                    ids = file.read_row_group(group, columns=[*_IDS], use_threads=False)
+                    parts.append(_row_lengths(ids))
             self._lengths = np.concatenate(parts)
         return self._lengths
 
@@ -149,6 +146,8 @@ class CacheReader:
     def require_ids_below(self, limit: int, owner: str) -> None:
         """Check that a model has a row for every token id, in one pass over prompts and responses.
 
+        The pass sees the lengths of all rows as well, so that ``lengths`` needs none of its own.
+
         Args:
             limit: The rows of the model.
             owner: The model, for the message.
@@ -156,6 +155,7 @@ class CacheReader:
         Raises:
             DataError: A token id is negative or not below the limit.
         """
+        parts: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
         for shard in range(len(self._shards)):
             file = self._shard(shard).file
             for group in range(file.num_row_groups):
@@ -163,6 +163,8 @@ class CacheReader:
                 table = file.read_row_group(group, columns=[*_KEY, *_IDS], use_threads=False)
                 for name in _IDS:
                     self._require_ids_below(table, name, limit, owner, shard)
+                parts.append(_row_lengths(table))
+        self._lengths = np.concatenate(parts)
 
     def _require_ids_below(
         self, table: pa.Table, name: str, limit: int, owner: str, shard: int
@@ -274,6 +276,13 @@ class CacheReader:
             _, (_, oldest) = self._groups.popitem(last=False)
             self._num_kept -= oldest
         return table
+
+
+def _row_lengths(table: pa.Table) -> NDArray[np.int32]:
+    """Return prompt and response tokens of each row of a table."""
+    lengths = [pc.list_value_length(table.column(name)).to_numpy() for name in _IDS]
+    total: NDArray[np.int32] = np.sum(lengths, axis=0).astype(np.int32)
+    return total
 
 
 def _plain(row: ScoredRow) -> Row:

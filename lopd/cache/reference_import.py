@@ -116,7 +116,7 @@ def import_reference(
             raise DataError(str(finding), where=str(file), remedy=remedy)
         num_rows += len(rows)
         num_ended += sum(response.finish_reason == "stop" for response, _ in rows)
-        if index not in writer.published:
+        if not writer.is_published(index):
             writer.publish_shard(index, table)
     return writer.finish(
         # Warnings on a screen are forgotten. This stays with the cache.

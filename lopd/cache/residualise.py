@@ -72,7 +72,7 @@ def residualise(source: str | Path, out: str | Path, settings: Settings) -> Mani
         bias = tables.bias(tokens)
         effect.add(tokens, bias, tables.bias(tokens, cross_fitted=False))
         # A killed call has published some. The effect is still needed of all of them.
-        if index not in writer.published:
+        if not writer.is_published(index):
             writer.publish_shard(index, _corrected(table, bias))
     num_bytes = sum(cache.column_bytes(out).values())
     carried = {name: manifest.extra[name] for name in _CARRIED if name in manifest.extra}

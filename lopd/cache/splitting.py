@@ -49,7 +49,7 @@ def split(source: str | Path, out: str | Path, parts: int) -> list[Manifest]:
         for part, writer in enumerate(writers):
             rows = np.flatnonzero(np.array(owners, dtype=np.int64) == part)
             # A shard may have no prompt of this part. Numbers of shards may be missing.
-            if len(rows) and index not in writer.published:
+            if len(rows) and not writer.is_published(index):
                 writer.publish_shard(index, table.take(pa.array(rows)))
     return [writer.finish(**carried(manifest)) for writer in writers]
 

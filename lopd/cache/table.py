@@ -338,7 +338,7 @@ def write_responses(
     def flush() -> None:
         nonlocal index
         # A killed call may have published this shard already. Its index still has to be counted.
-        if pending and index not in writer.published:
+        if pending and not writer.is_published(index):
             writer.publish_shard(index, to_table(pending))
         index += bool(pending)
         pending.clear()

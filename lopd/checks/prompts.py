@@ -15,6 +15,7 @@ from lopd.tasks import Verifier, get_task
 from lopd.tasks.chat_template import render_time, template_folder
 from lopd.tasks.light_tokenizer import light_tokenizer
 from lopd.tasks.prompts import load_prompts, read_prompts
+from lopd.tasks.rendered import kept_in
 
 # Prompt set -> the training that learns from its responses, and the stage that samples them.
 _TRAININGS = {"sft": ("sft", "demonstrate"), "opd": ("distill", "rollout")}
@@ -84,6 +85,8 @@ def _read(config: Config, name: str, task: Any, tokenizer: Any) -> list[Prompt]:
         context_length=config.sglang.context_length,
         need_answers=need_answers,
         time=render_time(config),
+        # Read, or held for the stages that follow in this command. A check writes nothing.
+        kept=kept_in(config.run.dir, name),
     )
     return read
 

@@ -197,9 +197,9 @@ def _fingerprint_problems(config: Config) -> Iterator[ConfigError]:
         return
     from sglang_rollout.requests.client import Refused
     from sglang_rollout.requests.external import connect
-    from sglang_rollout.server_side.served_weights import DTYPES
+    from sglang_rollout.server_side.served_weights import LAYOUT
 
-    action = {"action": f"{DTYPES}{config.models.student}"}
+    action = {"action": f"{LAYOUT}{config.models.student}"}
     for engine in connect(urls, config.sglang, config.models.student).engines:
         try:
             engine.call("POST", "/weights_checker", action, timeout_s=_ANSWER_S)

@@ -16,7 +16,8 @@ from lopd.records import Prompt
 from lopd.tasks import get_task
 from lopd.tasks.chat_template import render_time, template_folder, template_text
 from lopd.tasks.light_tokenizer import light_tokenizer
-from lopd.tasks.prompts import read_prompts, render
+from lopd.tasks.prompts import read_prompts
+from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import decode
 
 # A context length that no prompt reaches.

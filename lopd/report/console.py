@@ -116,15 +116,20 @@ class Bar(Protocol):
 
 
 @contextlib.contextmanager
-def progress(title: str, *, total: int, done: int = 0, unit: str = "items") -> Iterator[Bar]:
+def progress(
+    title: str, *, total: int, done: int = 0, unit: str = "items", on_stderr: bool = False
+) -> Iterator[Bar]:
     """Show a progress bar with rate and time left while the body runs.
 
     Args:
         total: How many items there are.
         done: The number of items that an earlier run has done. They do not count in the rate.
+        unit: What is counted, for the screen.
+        on_stderr: Whether the bar goes to stderr, because stdout may have a result for programs.
     """
-    kind = _RichBar if _console.is_terminal else _PlainBar
-    bar = kind(title, total, done, unit)
+    console = _errors if on_stderr else _console
+    kind = _RichBar if console.is_terminal else _PlainBar
+    bar = kind(title, total, done, unit, console)
     # Also after an error: a running rich bar would hide the cursor and overwrite the error.
     try:
         yield bar
@@ -144,7 +149,7 @@ class _Rate(ProgressColumn):
 class _RichBar:
     """A bar on a terminal."""
 
-    def __init__(self, title: str, total: int, done: int, unit: str) -> None:
+    def __init__(self, title: str, total: int, done: int, unit: str, console: Console) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=32),
@@ -153,7 +158,7 @@ class _RichBar:
             _Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
-        self._progress = Progress(*columns, console=_console)
+        self._progress = Progress(*columns, console=console)
         self._task: TaskID = self._progress.add_task(title, total=total, completed=done)
         self._progress.start()
 
@@ -167,7 +172,8 @@ class _RichBar:
 class _PlainBar:
     """Lines in a log, one every PLAIN_INTERVAL_S seconds and one at the end."""
 
-    def __init__(self, title: str, total: int, done: int, unit: str) -> None:
+    def __init__(self, title: str, total: int, done: int, unit: str, console: Console) -> None:
+        self._console = console
         self._title = title
         self._total = total
         self._unit = unit
@@ -184,14 +190,18 @@ class _PlainBar:
             self._last_line = now
             speed = self._speed(now)
             left = f", {duration((self._total - self._done) / speed)} left" if speed else ""
-            print_line(f"{self._title}: {self._count()}, {_rate(speed)}/s{left}")
+            self._print(f"{self._title}: {self._count()}, {_rate(speed)}/s{left}")
 
     def close(self) -> None:
         now = time.monotonic()
         # An error ends the body before everything is done.
         state = "" if self._done >= self._total else "stopped at "
         took = duration(now - self._start)
-        print_line(f"{self._title}: {state}{self._count()}, {_rate(self._speed(now))}/s, {took}")
+        self._print(f"{self._title}: {state}{self._count()}, {_rate(self._speed(now))}/s, {took}")
+
+    def _print(self, line: str) -> None:
+        # As print_line does it.
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def _count(self) -> str:
         return f"{self._done:,}/{self._total:,} {self._unit}"

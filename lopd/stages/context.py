@@ -20,7 +20,7 @@ from lopd.artifacts import (
     identify_tokenizer,
     read_manifest,
 )
-from lopd.artifacts.file_hashes import HASHES
+from lopd.artifacts.file_hashes import HASHES, SHOWN_BYTES
 from lopd.artifacts.fingerprints import weight_files
 from lopd.config import Config, SGLangSection, result_keys
 from lopd.config.secrets import scrubbed_inputs
@@ -31,9 +31,6 @@ from lopd.tasks.rows import content_hash
 
 if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
-
-# A model with more bytes of weights than this is read under a progress bar.
-_SHOWN_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -198,6 +195,7 @@ class StageContext:
         from lopd.tasks import get_task
         from lopd.tasks.chat_template import prompt_tokenizer, render_time
         from lopd.tasks.prompts import load_prompts
+        from lopd.tasks.rendered import kept_in
 
         return load_prompts(
             getattr(self.config.prompts, name),
@@ -208,6 +206,7 @@ class StageContext:
             need_answers=name == "eval",
             # Recorded at the first use: every stage renders the prompts of the same moment.
             time=render_time(self.config, record=True),
+            kept=kept_in(self.config.run.dir, name, can_write=True),
         )
 
     @contextlib.contextmanager
@@ -279,10 +278,11 @@ def _identify(role: str, folder: Path) -> ModelIdentity:
     """Return a model by its content. Show a progress bar if that takes long."""
     files = weight_files(folder)
     num_bytes = HASHES.unknown_bytes(files)
-    # Below it the reading takes a second or two, and a bar would only be noise.
-    if num_bytes < _SHOWN_BYTES:
+    if num_bytes < SHOWN_BYTES:
         return identify_model(folder)
-    with progress(f"reading the weights of the {role}", total=num_bytes, unit="bytes") as bar:
+    # On stderr: lopd status --json comes here too.
+    title = f"reading the weights of the {role}"
+    with progress(title, total=num_bytes, unit="bytes", on_stderr=True) as bar:
         # The hashes are remembered, so that the identity finds all of them known.
         HASHES.sha256_all(files, read=bar.advance)
     return identify_model(folder)

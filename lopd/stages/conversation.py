@@ -20,7 +20,7 @@ from lopd.records import Prompt
 from lopd.stages.sample_shards import end_token_ids
 from lopd.stages.training import MODEL
 from lopd.tasks.chat_template import template_folder
-from lopd.tasks.prompts import render
+from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import load_tokenizer, token_texts
 from sglang_rollout.requests.live import stream_tokens
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed

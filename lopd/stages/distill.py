@@ -53,7 +53,7 @@ def train(job: TrainingJob) -> None:
         # pass; after all of them one update of the weights. No second forward pass for "old"
         # log-probabilities is needed: with one update per batch they are those of this pass.
         result = training.trainer.train_step(batch.microbatches)
-        training.record(result, batch.num_tokens, between_steps.after_step(result))
+        training.record(result, batch, between_steps.after_step(result))
         training.save_checkpoint_if_needed()
     training.trainer.finish_checkpoint()
     between_steps.end()

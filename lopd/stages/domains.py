@@ -141,6 +141,9 @@ class PartWriter(ArtifactWriter):
         # Shards of other parts have indices below 0 or beyond the part. Nobody asks for them.
         return frozenset(index - self._part.first for index in self._whole.published)
 
+    def is_published(self, index: int) -> bool:
+        return self._whole.is_published(self._part.first + index)
+
     def is_mine(self, index: int) -> bool:
         return self._whole.is_mine(self._part.first + index)
 

@@ -23,6 +23,7 @@ from lopd.tasks import Verifier, get_task
 from lopd.tasks.accuracy import wilson_interval
 from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.prompts import load_prompts
+from lopd.tasks.rendered import kept_in
 from lopd.tasks.tokenizer import response_text
 from lopd.tasks.verdicts import Judged, judge_all
 from sglang_rollout.requests.client import OtherWeights, SGLangEngine
@@ -163,6 +164,7 @@ class HeldOutAnswers:
             context_length=config.sglang.context_length,
             need_answers=True,
             time=render_time(config),
+            kept=kept_in(config.run.dir, "eval"),
         )
         # The same first prompts at each evaluation, so that its metrics are those of a curve.
         count = config.distill.sync_num_prompts

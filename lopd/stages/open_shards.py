@@ -16,7 +16,7 @@ def tell_resumed(writer: ArtifactWriter, title: str, num_shards: int) -> None:
     """Print at which shard an artifact continues, if a part of it is published."""
     missing = writer.missing(num_shards)
     # A part of an artifact also sees the shards of the other parts, so only its own are counted.
-    published = sum(index in writer.published for index in range(num_shards))
+    published = sum(writer.is_published(index) for index in range(num_shards))
     if published == 0 or not missing:
         return
     log = writer.folder / "log.txt"

@@ -38,7 +38,7 @@ def train(job: TrainingJob) -> None:
         batch = training.batches.of_step(step)
         # Per microbatch one forward and one backward pass, then one update of the weights.
         result = training.trainer.train_step(batch.microbatches)
-        training.record(result, batch.num_tokens)
+        training.record(result, batch)
         training.save_checkpoint_if_needed()
     training.trainer.finish_checkpoint()
     training.publish_model()

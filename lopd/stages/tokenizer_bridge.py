@@ -10,7 +10,6 @@ student's tokens.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from lopd.records import Ints, Key, Manifest, Prompt, Response, TeacherScores, t
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.tasks.chat_template import render_time
 from lopd.tasks.cross_tokenizer import METHOD, Plan, plan_response
-from lopd.tasks.prompts import render
+from lopd.tasks.rendering import render
 from lopd.tasks.token_bytes import TokenBytes
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 from sglang_rollout.requests.scoring import ScoreRequest
@@ -73,7 +72,6 @@ class TokenizerBridge:
         self._config = config
         self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
         self._thinking = thinking
-        self._rendered: dict[str, Ints] = {}
         # Of the responses in flight, until their shard is complete.
         self._plans: dict[Key, Plan] = {}
 
@@ -83,10 +81,6 @@ class TokenizerBridge:
         # The SFT student has the tokens of its base model, from which it was trained.
         models = self._config.models
         return _side_of(models.teacher), _side_of(models.student)
-
-    @cached_property
-    def _time(self) -> datetime.datetime:
-        return render_time(self._config, record=True)
 
     def request(self, response: Response) -> ScoreRequest:
         """Return the response as the teacher is asked about it.
@@ -123,15 +117,19 @@ class TokenizerBridge:
                 where="prompts",
                 remedy="run the rollout stage again: the teacher needs the messages of its prompts",
             )
-        if prompt_id not in self._rendered:
-            (self._rendered[prompt_id],) = render(
-                [self._prompts[prompt_id]],
-                self._models[0].tokenizer,
-                context_length=self._config.sglang.context_length,
-                thinking=self._thinking,
-                time=self._time,
-            )
-        return self._rendered[prompt_id]
+        return self._teacher_prompts[prompt_id]
+
+    @cached_property
+    def _teacher_prompts(self) -> dict[str, Ints]:
+        # All at once: a prompt that the teacher cannot read is noticed before the first response.
+        rendered = render(
+            list(self._prompts.values()),
+            self._models[0].tokenizer,
+            context_length=self._config.sglang.context_length,
+            thinking=self._thinking,
+            time=render_time(self._config, record=True),
+        )
+        return dict(zip(self._prompts, rendered, strict=True))
 
     def bring_back(
         self, responses: Sequence[Response], scores: Sequence[TeacherScores]
@@ -217,6 +215,9 @@ class InStudentTokens(ArtifactWriter):
     @property
     def published(self) -> frozenset[int]:
         return self._writer.published
+
+    def is_published(self, index: int) -> bool:
+        return self._writer.is_published(index)
 
     @property
     def shard_size(self) -> int:

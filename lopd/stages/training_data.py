@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lopd.batching import make_sample
 from lopd.cache.columns import ALIGNMENT, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
@@ -50,6 +52,7 @@ class CachedSamples(Sequence[Sample]):
         unread = {"routed_experts", ENTROPY, ALIGNMENT}
         if not self._with_top:
             unread |= {TOP_IDS, TOP_LOGPROBS, TAIL}
+        self._lock = threading.Lock()
         self._reader = CacheReader(job.data, without_sampling=distill, leave_out=unread)
         columns = self._reader.columns
         self._sampled = "sampling_logprobs" in columns
@@ -76,6 +79,12 @@ class CachedSamples(Sequence[Sample]):
         self._teachers = [*teachers_in(self._reader)] if distill else []
 
     @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Prompt and response tokens of each sample, [N]."""
+        with self._lock:
+            return self._reader.lengths
+
+    @property
     def num_tokens(self) -> int:
         """Response tokens of all samples."""
         return self._reader.num_tokens
@@ -88,11 +97,17 @@ class CachedSamples(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> list[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        # A slice is read in one go: neighbours lie in the same row group of a shard.
         if isinstance(index, slice):
-            rows = self._reader.fetch_scored(np.arange(len(self))[index])
-            return [self._sample(row) for row in rows]
-        return self._sample(self._reader.fetch_scored([index])[0])
+            return self.fetch(np.arange(len(self))[index])
+        return self.fetch([index])[0]
+
+    def fetch(self, indices: Sequence[int] | NDArray[Any]) -> list[Sample]:
+        """Return the samples of these indices, in their order. Several threads may call it."""
+        # In one go: neighbours lie in the same row group of a shard. The reader is of one thread at
+        # a time, and a training reads ahead while it looks at samples for a weight sync.
+        with self._lock:
+            rows = self._reader.fetch_scored(indices)
+        return [self._sample(row) for row in rows]
 
     def all(self) -> list[Sample]:
         """Return all samples, for an artifact that fits into memory."""

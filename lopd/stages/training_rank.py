@@ -17,7 +17,7 @@ from lopd.objective import Objective
 from lopd.records import Sample
 from lopd.report.console import training_line
 from lopd.report.metrics import MetricsLog
-from lopd.stages.batches import Batches
+from lopd.stages.batches import Batch, Batches
 from lopd.stages.training import TrainingJob
 
 # How many bytes of weights a rank gathers at a time to write the model.
@@ -94,23 +94,26 @@ class Training:
             # again now and must not be in the log twice.
             self.metrics.truncate_after(job.stage, self.trainer.step)
         self.batches = Batches(samples, job)
+        # The first batch is read while the hooks begin, which may wait for servers.
+        if self.trainer.step < job.num_steps:
+            self.batches.read_ahead(self.trainer.step)
 
     def remaining_steps(self) -> range:
         """Return the steps that are still to do, counted from 0."""
         return range(self.trainer.step, self.job.num_steps)
 
     def record(
-        self, result: StepMetrics, num_tokens: int, hook_figures: Mapping[str, int] | None = None
+        self, result: StepMetrics, batch: Batch, hook_figures: Mapping[str, int] | None = None
     ) -> None:
         """Add a step to the running metrics and to the metrics file.
 
         Args:
             result: What the trainer returned for the step.
-            num_tokens: Prompt and response tokens of the step, over all ranks.
+            batch: What the step learnt from.
             hook_figures: More figures for the step's line of the metrics.
         """
         # These metrics are of all ranks together, so every rank keeps the same state.
-        self.state["num_tokens"] += num_tokens
+        self.state["num_tokens"] += batch.num_tokens
         if self.state["first_loss"] is None:
             self.state["first_loss"] = result.loss
         self.state["last_loss"] = result.loss
@@ -118,8 +121,9 @@ class Training:
             return
         figures = {
             **result.as_dict(),
-            "processed_tokens": num_tokens,
-            "processed_tokens_per_s": num_tokens / max(result.seconds, 1e-9),
+            "processed_tokens": batch.num_tokens,
+            "processed_tokens_per_s": batch.num_tokens / max(result.seconds, 1e-9),
+            "data_wait_share": batch.waited_s / max(batch.waited_s + result.seconds, 1e-9),
             **(hook_figures or {}),
         }
         # Every step is in the metrics, and only some are on the screen.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RECORD = "chat_template.json"
 _FILE = "chat_template.jinja"
 # The function of transformers' templates that gives the current time.
-_CLOCK = "strftime_now"
+CLOCK = "strftime_now"
 
 
 def template_folder(config: Config) -> Path:
@@ -62,7 +62,7 @@ def template_inputs(config: Config) -> dict[str, Any]:
     text = template_text(template_folder(config))
     inputs: dict[str, Any] = {"chat_template": hashlib.sha256(text.encode()).hexdigest()}
     # A template that reads the clock renders other prompts at another time.
-    if _CLOCK in text:
+    if CLOCK in text:
         inputs["chat_template.time"] = render_time(config).isoformat()
     return inputs
 

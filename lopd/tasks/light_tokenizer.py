@@ -39,11 +39,12 @@ _PLAIN_CLASSES = frozenset(
         "GPT2TokenizerFast",
     }
 )
-# The files that decide what is read here.
-_FILES = (
+# The files that decide how a text is cut into tokens and how messages become a text.
+FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 # The special tokens that a template finds under their names.
@@ -87,21 +88,26 @@ class LightTokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
         *,
         add_generation_prompt: bool,
         tokenize: bool,
         return_dict: bool,
         **named: Any,
-    ) -> list[int]:
-        """Return the token ids of messages under the chat template."""
+    ) -> list[list[int]]:
+        """Return the token ids of each conversation under the chat template."""
         assert tokenize, "the checks ask for token ids"
         assert not return_dict, "the checks ask for token ids alone"
         values = {"tools": None, "documents": None, **self._special, **named}
-        text = self._compiled.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **values
-        )
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        texts = [
+            self._compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **values
+            )
+            for messages in conversations
+        ]
+        # Without the places of the tokens in the text, which nobody asks for.
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], **_: Any) -> str:
         """Return the text of token ids, with special tokens."""
@@ -121,7 +127,7 @@ def light_tokenizer(folder: Path) -> LightTokenizer | PreTrainedTokenizerBase:
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Return what the files of a tokenizer are known by: name, size and time of change."""
     found = []
-    for name in _FILES:
+    for name in FILES:
         with contextlib.suppress(OSError):
             state = (folder / name).stat()
             found.append((name, state.st_size, state.st_mtime_ns))

@@ -24,8 +24,9 @@ from lopd.tasks.decontamination import EvaluationIndex, Match, question_of
 from lopd.tasks.formats import FORMATS
 from lopd.tasks.gold import REMEDY, Fault, ReadsAnswers, fault, task_for
 from lopd.tasks.interface import Task, get_task
-from lopd.tasks.prompts import load_prompts, read_prompts, render
+from lopd.tasks.prompts import load_prompts, read_prompts
 from lopd.tasks.readers import ReadCounts, read_candidates
+from lopd.tasks.rendering import render
 from lopd.tasks.rows import content_hash
 from lopd.tasks.tokenizer import decode, load_tokenizer
 

@@ -1,22 +1,25 @@
-"""Reads or generates prompt sets, and renders prompts as token ids.
+"""Reads or generates prompt sets, and returns prompts with their token ids.
 
-The chat template is applied in ``render`` and nowhere else.
+The chat template is applied in lopd.tasks.rendering and nowhere else.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
 
 from lopd.config import PromptSet
-from lopd.errors import ConfigError, DataError
-from lopd.records import Ints, Prompt, int32
+from lopd.errors import ConfigError, DataError, LopdError
+from lopd.records import Ints, Prompt
 from lopd.tasks.gold import refuse
 from lopd.tasks.interface import Task, Verifier
 from lopd.tasks.own_form import OWN_FORM
 from lopd.tasks.readers import ReadCounts, read_candidates
+from lopd.tasks.rendered import Kept
+from lopd.tasks.rendering import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +29,8 @@ _NO_LIMIT = 2**31 - 1
 
 # Returns the reason why a prompt is left out, or "" to keep it.
 LeaveOut: TypeAlias = Callable[[Prompt], str]
+# Returns for each prompt whether it has too many tokens.
+TooLong: TypeAlias = Callable[[Sequence[Prompt]], list[bool]]
 
 
 def read_prompts(
@@ -34,6 +39,7 @@ def read_prompts(
     *,
     need_answers: bool = False,
     leave_out: LeaveOut | None = None,
+    too_long: TooLong | None = None,
     counts: ReadCounts | None = None,
 ) -> list[Prompt]:
     """Return the prompts of a set, in order.
@@ -45,6 +51,8 @@ def read_prompts(
             Evaluations need this. A task without a verifier needs no answers in any case.
         leave_out: A function that returns why a prompt is left out, or "". It is called before
             num_prompts counts the prompt.
+        too_long: A function that returns for each of many prompts whether it has too many tokens.
+            Such prompts are left out as well.
         counts: Records what happened to the rows.
 
     Raises:
@@ -60,7 +68,7 @@ def read_prompts(
         # The domain of rows that name none is the task's name.
         name = domain if isinstance(domain, str) else domain.name
         need_answers = need_answers and _verifies(domain)
-        prompts = _read_file(prompt_set, name, need_answers, leave_out, counts)
+        prompts = _read_file(prompt_set, name, need_answers, leave_out, too_long, counts)
         # Only an evaluation must verify; rollouts and demonstrations do without answers.
         if need_answers:
             # Only the chosen prompts are checked, because the check may take a worker's time.
@@ -98,6 +106,7 @@ def _read_file(
     domain: str,
     need_answers: bool,
     leave_out: LeaveOut | None,
+    too_long: TooLong | None,
     counts: ReadCounts,
 ) -> list[Prompt]:
     path = prompt_set.file
@@ -111,23 +120,7 @@ def _read_file(
             return hashlib.sha256(text.encode()).digest()
 
         candidates = sorted(candidates, key=shuffle_key)
-    prompts: list[Prompt] = []
-    for prompt in candidates:
-        if need_answers and prompt.answer is None:
-            where = counts.places[prompt.prompt_id].where
-            what = f"prompt {prompt.prompt_id!r} has no answer to verify a response with"
-            what += f" (field {counts.answer_field})"
-            raise DataError(
-                what, where=where, remedy="add an answer to this prompt, or remove the row"
-            )
-        reason = leave_out(prompt) if leave_out is not None else ""
-        if reason:
-            counts.leave_out(reason, prompt.prompt_id)
-            continue
-        prompts.append(prompt)
-        # The rest of the file is not read: a data set may have millions of rows.
-        if len(prompts) == limit:
-            break
+    prompts = _choose(iter(candidates), limit, need_answers, leave_out, too_long, counts)
     if not prompts:
         raise DataError(
             "the prompt set is empty" + _left_out(counts), where=str(path), remedy=OWN_FORM
@@ -142,6 +135,57 @@ def _read_file(
             remedy=remedy,
         )
     return prompts
+
+
+def _choose(
+    candidates: Iterator[Prompt],
+    limit: int | None,
+    need_answers: bool,
+    leave_out: LeaveOut | None,
+    too_long: TooLong | None,
+    counts: ReadCounts,
+) -> list[Prompt]:
+    """Return the first ``limit`` candidates that are not left out."""
+    prompts: list[Prompt] = []
+    # Of many prompts together it is found which are too long. No more are taken than are missing:
+    # the rest of the file is not read, because a data set may have millions of rows.
+    while limit is None or len(prompts) < limit:
+        taken: list[Prompt] = []
+        missing = None if limit is None else limit - len(prompts)
+        is_last = True
+        try:
+            for prompt in islice(candidates, missing):
+                is_last = False
+                if need_answers and prompt.answer is None:
+                    raise _no_answer(prompt, counts)
+                reason = leave_out(prompt) if leave_out is not None else ""
+                if reason:
+                    counts.leave_out(reason, prompt.prompt_id)
+                else:
+                    taken.append(prompt)
+        except LopdError:
+            # Those before the damaged row come first, as they stand first in the file.
+            if too_long is not None:
+                too_long(taken)
+            raise
+        if is_last:
+            break
+        flags = too_long(taken) if too_long is not None else [False] * len(taken)
+        for prompt, is_too_long in zip(taken, flags, strict=True):
+            if is_too_long:
+                counts.leave_out("too long", prompt.prompt_id)
+            else:
+                prompts.append(prompt)
+    return prompts
+
+
+def _no_answer(prompt: Prompt, counts: ReadCounts) -> DataError:
+    what = f"prompt {prompt.prompt_id!r} has no answer to verify a response with"
+    return DataError(
+        f"{what} (field {counts.answer_field})",
+        where=counts.places[prompt.prompt_id].where,
+        remedy="add an answer to this prompt, or remove the row",
+    )
 
 
 def _left_out(counts: ReadCounts) -> str:
@@ -161,6 +205,7 @@ def load_prompts(
     leave_out: LeaveOut | None = None,
     counts: ReadCounts | None = None,
     time: datetime.datetime | None = None,
+    kept: Kept | None = None,
 ) -> tuple[list[Prompt], list[Ints]]:
     """Return the prompts of a set, and the token ids of each.
 
@@ -174,17 +219,17 @@ def load_prompts(
         need_answers: See read_prompts.
         leave_out: See read_prompts.
         counts: See read_prompts.
-        time: See render.
+        time: See lopd.tasks.rendering.render.
+        kept: Where the run keeps the token ids of this set, so that they are not rendered again.
 
     Returns:
         The prompts, and one int32 array [P] for each, where P is the number of its tokens.
 
     Raises:
-        DataError: See read_prompts and render.
+        DataError: See read_prompts and lopd.tasks.rendering.render.
         ConfigError: See read_prompts. Or max_prompt_tokens leaves no space for a response.
     """
     limit = prompt_set.max_prompt_tokens
-    thinking = prompt_set.thinking
     if limit is not None and limit >= context_length:
         raise ConfigError(
             f"max_prompt_tokens = {limit} is too large: a response needs tokens too",
@@ -192,107 +237,24 @@ def load_prompts(
             limit=f"below sglang.context_length = {context_length}",
             remedy="lower max_prompt_tokens",
         )
-    # Without a limit of tokens a prompt that is too long is an error, and no reason to leave it
-    # out.
-    if prompt_set.file is None or limit is None:
-        prompts = read_prompts(
-            prompt_set, task, need_answers=need_answers, leave_out=leave_out, counts=counts
-        )
-        ids = render(
-            prompts, tokenizer, context_length=context_length, thinking=thinking, time=time
-        )
-        return prompts, ids
+    renderer = Renderer(tokenizer, thinking=prompt_set.thinking, time=time, kept=kept)
 
-    # Each prompt is rendered while the file is read, because num_prompts counts only prompts that
-    # are short enough. The token ids are kept, so that none is rendered twice.
-    kept: dict[str, Ints] = {}
-
-    def too_long(prompt: Prompt) -> str:
-        reason = leave_out(prompt) if leave_out is not None else ""
-        if reason:
-            return reason
-        # No context length here: render would refuse the prompt, but it is to be left out.
-        (rendered,) = render(
-            [prompt], tokenizer, context_length=_NO_LIMIT, thinking=thinking, time=time
-        )
-        if len(rendered) > limit:
-            return "too long"
-        kept[prompt.prompt_id] = rendered
-        return ""
+    def too_long(prompts: Sequence[Prompt]) -> list[bool]:
+        # No context length here: a prompt that fills it is left out and not refused.
+        ids = renderer.render(prompts, context_length=_NO_LIMIT)
+        return [limit is not None and len(one) > limit for one in ids]
 
     prompts = read_prompts(
-        prompt_set, task, need_answers=need_answers, leave_out=too_long, counts=counts
+        prompt_set,
+        task,
+        need_answers=need_answers,
+        leave_out=leave_out,
+        # Without a limit of tokens a prompt that is too long is an error, and no reason to leave it
+        # out.
+        too_long=None if limit is None else too_long,
+        counts=counts,
     )
-    return prompts, [kept[prompt.prompt_id] for prompt in prompts]
-
-
-def render(
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int,
-    thinking: bool = True,
-    time: datetime.datetime | None = None,
-) -> list[Ints]:
-    """Return the token ids of each prompt, with the chat template and the generation prompt.
-
-    Args:
-        prompts: The prompts.
-        tokenizer: The tokenizer of the model that will answer.
-        context_length: The most tokens of a prompt and its response together.
-        thinking: The value of ``enable_thinking`` for templates that know it (Qwen3). Others ignore
-            it.
-        time: The time that a template gets if it asks for the current time. None means the current
-            time.
-
-    Returns:
-        One int32 array [P] for each prompt, where P is the number of its tokens.
-
-    Raises:
-        DataError: A prompt fills the context, the template refuses it, or it has a character that
-            the tokenizer does not know. The message names the prompt.
-    """
-    # For messages: the folder that the tokenizer came from.
-    source = str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
-    # Base models often have none. Without one the prompt would have no marks of roles.
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template",
-            where=source,
-            remedy="add chat_template.jinja to the folder",
-        )
-    # A name in the call hides the template's own clock.
-    clock: dict[str, Any] = {} if time is None else {"strftime_now": time.strftime}
-    rendered: list[Ints] = []
-    for prompt in prompts:
-        try:
-            # Templates may write into the messages, and those of a prompt must not change.
-            messages = [dict(message) for message in prompt.messages]
-            ids: Any = tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                enable_thinking=thinking,
-                **clock,
-            )
-        except Exception as error:
-            # Every class is caught: the template's own raise_exception and the tokenizers library
-            # raise plain Exceptions.
-            raise DataError(
-                f"prompt {prompt.prompt_id!r} cannot be rendered ({error})",
-                where=source,
-                remedy="correct or remove this prompt",
-            ) from error
-        # Equal is too long as well, because the response needs one token at least.
-        if len(ids) >= context_length:
-            has = f"prompt {prompt.prompt_id!r} has {len(ids)} tokens"
-            raise DataError(
-                f"{has}, so no token is left for a response",
-                where=source,
-                limit=f"fewer than {context_length} tokens (sglang.context_length)",
-                remedy="shorten or remove this prompt, or raise sglang.context_length",
-            )
-        # The type that caches have for token ids.
-        rendered.append(int32(ids))
-    return rendered
+    # None is rendered twice: the renderer remembers them.
+    ids = renderer.render(prompts, context_length=context_length)
+    renderer.keep()
+    return prompts, ids

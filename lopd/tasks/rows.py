@@ -9,10 +9,11 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lopd.artifacts import sha256_file
+from lopd.artifacts.file_hashes import HASHES
 from lopd.config.hub import absent
 from lopd.errors import ConfigError, DataError, LopdError
 
@@ -102,28 +103,17 @@ def content_hash(path: Path) -> str | None:
     Returns:
         None if the path does not exist yet. Reading it will say so.
     """
-    # Size and time of change are asked for now: the cache below must not answer for older content.
     if path.is_file():
-        about = path.stat()
-        return _file_hash(path, about.st_size, about.st_mtime_ns)
+        # Remembered from command to command: a data set may have 30 GB.
+        return sha256_file(path)
     if not path.is_dir():
         return None
     # The names count, because the order of the files decides the order of the prompts.
     digest = hashlib.sha256()
-    for file in files_of(path):
-        digest.update(f"{file.relative_to(path)}\0{content_hash(file)}\n".encode())
+    files = files_of(path)
+    for file, of_file in zip(files, HASHES.sha256_all(files), strict=True):
+        digest.update(f"{file.relative_to(path)}\0{of_file}\n".encode())
     return digest.hexdigest()
-
-
-@lru_cache(maxsize=4096)
-def _file_hash(path: Path, size: int, changed_ns: int) -> str:
-    """Return the sha256 of a file. It is kept for this process.
-
-    Every stage asks for it, and a data set may have 30 GB. Size and time of the last change are
-    part of the key, so that a changed file is read again.
-    """
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[Row]:

@@ -148,7 +148,7 @@ def places_in_parameters(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict
         # copies cannot be recorded, and everything is received in memory of its own.
         return {}
     places = {}
-    for name, (_, copies, copied_only) in found.items():
+    for name, (copies, copied_only) in found.items():
         held, source = copies[0]
         num_elements = torch.Size(shapes[name]).numel()
         # A tensor that the loader also changes, or copies to several places, must go through it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ _NOTICED_S = 1.0
 _CONNECT_TIMEOUT_S = 5.0
 _HEALTH_TIMEOUT_S = 10.0
 
-Q = TypeVar("Q", SamplingRequest, ScoreRequest)
+Q = TypeVar("Q")
 A = TypeVar("A")
 
 
@@ -185,14 +185,22 @@ class SGLangEngine:
         # and one for a teacher that guesses uniformly.
         vocabulary = vocab_size if vocab_size is not None else self._served_vocab_size()
 
-        async def score_one(calls: Connections, request: ScoreRequest) -> TeacherScores:
-            scoring.check_scorable(request, self.settings.context_length, vocabulary)
-            answer = await calls.generate(
-                request, lambda name: scoring.score_payload(request, name, top_k)
+        async def score(
+            calls: Connections, requests: Sequence[ScoreRequest]
+        ) -> list[TeacherScores]:
+            for request in requests:
+                scoring.check_scorable(request, self.settings.context_length, vocabulary)
+            answers = await calls.generate_all(
+                requests, lambda names: scoring.score_payload(requests, names, top_k)
             )
-            return scoring.read_scores(request, answer, vocabulary, top_k)
+            return [
+                scoring.read_scores(request, answer, vocabulary, top_k)
+                for request, answer in zip(requests, answers, strict=True)
+            ]
 
-        yield from self._stream(requests, score_one)
+        groups = scoring.together(requests, self.settings.max_in_flight)
+        for found in self._stream(groups, score, weigh=len):
+            yield from found
 
     async def _at_temperature_one(
         self, calls: Connections, response: Response, vocab_size: int
@@ -202,7 +210,9 @@ class SGLangEngine:
             response.prompt_id, response.sample_index, response.prompt_ids, response.token_ids
         )
         # Any of the servers may answer: all of them have the same weights.
-        answer = await calls.generate(request, lambda name: scoring.score_payload(request, name))
+        answer = await calls.generate(
+            request, lambda name: scoring.score_payload([request], [name])
+        )
         return Response(
             prompt_id=response.prompt_id,
             sample_index=response.sample_index,
@@ -216,7 +226,10 @@ class SGLangEngine:
         )
 
     def _stream(
-        self, requests: Iterable[Q], handle: Callable[[Connections, Q], Awaitable[A]]
+        self,
+        requests: Iterable[Q],
+        handle: Callable[[Connections, Q], Awaitable[A]],
+        weigh: Callable[[Q], int] = lambda _: 1,
     ) -> Iterator[A]:
         @asynccontextmanager
         async def open_handler() -> AsyncIterator[Handler[Q, A]]:
@@ -231,6 +244,7 @@ class SGLangEngine:
             # The limit is for each server, so that more servers get more requests.
             in_flight=self.settings.max_in_flight * len(self.engines),
             watch=self.check_alive,
+            weigh=weigh,
         )
 
     def check_alive(self) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import secrets
 import time
 import zlib
@@ -23,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
+import orjson
 
 from lopd.errors import EngineError
 from sglang_rollout.requests.sampling import SamplingRequest
@@ -47,7 +47,8 @@ _RETRIED_STATUS = frozenset({408, 429, 499, 500, 502, 503, 504})
 # Outages that one request may meet on servers that this process does not restart. The request
 # itself may be what ends them, and nobody else counts these deaths.
 _MAX_OUTAGES = 10
-# The server that had a prompt last may have this many requests more open than the idlest one.
+# The server that had a prompt last may have this many requests more open than the idlest one, of
+# the size of the request that is sent.
 _SHARED_PREFIX_SLACK = 4
 _PROMPTS_REMEMBERED = 4096
 
@@ -94,11 +95,23 @@ class Connections:
     async def generate(
         self, request: SamplingRequest | ScoreRequest, payload: Callable[[str], dict[str, Any]]
     ) -> dict[str, Any]:
-        """POST /generate, and repeat it after outages, overload and aborts.
+        """POST /generate for one sequence; the rest is as in generate_all."""
+        answers = await self.generate_all((request,), lambda names: payload(names[0]))
+        return answers[0]
+
+    async def generate_all(
+        self,
+        requests: Sequence[SamplingRequest | ScoreRequest],
+        payload: Callable[[list[str]], dict[str, Any]],
+    ) -> list[dict[str, Any]]:
+        """POST /generate for sequences, and repeat it after outages, overload and aborts.
 
         Args:
-            request: The request to send.
-            payload: Makes the body for a request id.
+            requests: The sequences that are sent in one request.
+            payload: Makes the body for an id of each sequence.
+
+        Returns:
+            The answer for each sequence.
 
         Raises:
             EngineError: The server refuses, or the request has failed too often.
@@ -107,17 +120,17 @@ class Connections:
         outages = 0
         # A checksum keeps the table of prompts small. Two prompts with the same one only lose a
         # cached prefix.
-        prompt = zlib.crc32(request.prompt_ids.tobytes())
+        prompt = zlib.crc32(requests[0].prompt_ids.tobytes())
         while True:
-            server = await self._choose(prompt)
-            # Each attempt has a name of its own: SGLang refuses an id that it still knows, and the
+            server = await self._choose(prompt, len(requests))
+            # Each attempt has names of its own: SGLang refuses an id that it still knows, and the
             # previous attempt may still run there.
-            name = f"{self._stream_name}-{next(self._numbers)}"
+            names = [f"{self._stream_name}-{next(self._numbers)}" for _ in requests]
             outages_before = server.num_outages
             try:
-                return await server.generate(payload(name))
+                return await server.generate(payload(names), len(names))
             except asyncio.CancelledError:
-                await server.abort(name)
+                await server.abort(names)
                 raise
             except _RetryableError as error:
                 if error.lost:
@@ -136,14 +149,14 @@ class Connections:
                 too_many_outages = outages > _MAX_OUTAGES and server.engine.server is None
                 if failures > self._retries or too_many_outages:
                     raise EngineError(
-                        f"request {request.key} failed {max(failures, outages)} times; "
+                        f"request {requests[0].key} failed {max(failures, outages)} times; "
                         f"at last: {error}",
                         where=server.engine.url,
                         limit=f"at most sglang.retries = {self._retries} retries",
                         remedy="read the log of the server",
                     ) from None
 
-    async def _choose(self, prompt: int) -> _ServerConnection:
+    async def _choose(self, prompt: int, num_sequences: int) -> _ServerConnection:
         """Return the server for a request, and wait while none can be reached.
 
         It is the server that had the prompt last, unless that one is much busier than the idlest.
@@ -155,8 +168,9 @@ class Connections:
                 # The server that had the prompt last has its prefix in the cache. But a queue in
                 # front of it costs more than another computation of the prefix.
                 chosen = idlest
+                slack = _SHARED_PREFIX_SLACK * num_sequences
                 last = self._last_server.pop(prompt, None)
-                if last in reachable and last.num_open <= idlest.num_open + _SHARED_PREFIX_SLACK:
+                if last in reachable and last.num_open <= idlest.num_open + slack:
                     chosen = last
                 # pop() and this assignment put the prompt at the end, so the first entry of the
                 # table is the one that was used the longest time ago.
@@ -176,6 +190,7 @@ class _ServerConnection:
 
     def __init__(self, engine: Endpoint) -> None:
         self.engine = engine
+        # In sequences.
         self.num_open = 0
         self.num_outages = 0
         # The search for the server, while it cannot be reached.
@@ -200,7 +215,7 @@ class _ServerConnection:
             await asyncio.gather(self.outage, return_exceptions=True)
         await self._session.close()
 
-    async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def generate(self, body: dict[str, Any], num_sequences: int) -> list[dict[str, Any]]:
         """Make one POST /generate.
 
         Raises:
@@ -209,22 +224,22 @@ class _ServerConnection:
         """
         answered = False
         server = self.engine.server
-        self.num_open += 1
+        self.num_open += num_sequences
         # The watcher of our own server learns from this whether the server hangs.
         if server is not None:
             server.activity.begin()
         try:
-            answer = await self._generate(body)
+            answers = await self._generate(body, num_sequences)
             answered = True
-            return answer
+            return answers
         finally:
             # Also for a cancelled request. Otherwise a server without any request would seem to be
             # silent for ever.
-            self.num_open -= 1
+            self.num_open -= num_sequences
             if server is not None:
                 server.activity.end(answered=answered)
 
-    async def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _generate(self, body: dict[str, Any], num_sequences: int) -> list[dict[str, Any]]:
         status, content = await self._post("/generate", body)
         # The server works, but not on this request: it is overloaded, or has aborted it.
         if status in _RETRIED_STATUS:
@@ -232,22 +247,27 @@ class _ServerConnection:
         if status != 200:
             raise self.engine.refusal("/generate", status, content)
         answer = parsed(content)
-        if not isinstance(answer, dict) or "meta_info" not in answer:
+        # SGLang answers with a list where it was sent one.
+        answers = answer if isinstance(answer, list) else [answer]
+        is_generation = all(isinstance(one, dict) and "meta_info" in one for one in answers)
+        if not is_generation or len(answers) != num_sequences:
             raise EngineError(
-                "the answer of /generate is not a generation",
+                "the answer of /generate is not a generation for each sequence",
                 where=self.engine.url,
                 remedy="check whether this is the address of an SGLang server",
             )
-        # SGLang reports an abort with HTTP 200 as well, together with the tokens so far. They must
-        # not pass for a response.
-        finish_reason = answer["meta_info"]["finish_reason"]
-        if finish_reason["type"] == "abort":
-            raise _RetryableError(f"aborted: {finish_reason.get('message', 'no reason given')}")
-        return answer
+        for one in answers:
+            # SGLang reports an abort with HTTP 200 as well, together with the tokens so far. They
+            # must not pass for a response.
+            finish_reason = one["meta_info"]["finish_reason"]
+            if finish_reason["type"] == "abort":
+                message = finish_reason.get("message", "no reason given")
+                raise _RetryableError(f"aborted: {message}")
+        return answers
 
     async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
-        # No spaces: a request of thousands of ids is shorter by one byte for each of them.
-        data = json.dumps(body, separators=(",", ":")).encode()
+        # Token ids are written as the arrays that they are.
+        data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         try:
             async with self._session.post(self.engine.url + path, data=data) as reply:
                 return reply.status, await reply.read()
@@ -263,15 +283,16 @@ class _ServerConnection:
             what = f"the connection was lost ({type(error).__name__} {error})"
             raise _RetryableError(what, lost=True) from None
 
-    async def abort(self, name: str) -> None:
-        """Tell the server to forget a request.
+    async def abort(self, names: Sequence[str]) -> None:
+        """Tell the server to forget sequences.
 
         By itself SGLang looks for lost clients only every few seconds, and generates for nobody
         until then.
         """
         # The stream is being closed. An abort that fails must not hide the reason.
         with contextlib.suppress(_RetryableError, TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(self._post("/abort_request", {"rid": name}), _ABORT_TIMEOUT_S)
+            posts = (self._post("/abort_request", {"rid": name}) for name in names)
+            await asyncio.wait_for(asyncio.gather(*posts), _ABORT_TIMEOUT_S)
 
     def look_for_server(self) -> None:
         """Hold further requests back until the server accepts a connection."""
@@ -341,7 +362,7 @@ class _RetryableError(Exception):
 def parsed(content: bytes) -> Any:
     """Return parsed JSON, or the text where it is no JSON."""
     try:
-        return json.loads(content)
+        return orjson.loads(content)
     except ValueError:
         return content.decode("utf-8", "replace")
 

@@ -32,6 +32,7 @@ def stream(
     *,
     in_flight: int,
     watch: Callable[[], None],
+    weigh: Callable[[T], int] = lambda _: 1,
 ) -> Iterator[R]:
     """Handle every item and yield the results in the order of completion.
 
@@ -43,13 +44,15 @@ def stream(
             loop and gives the function that handles an item.
         in_flight: The largest number of items that are handled at the same time.
         watch: A function that is called while no result arrives. It raises to give up.
+        weigh: As how many items an item counts for in_flight. One that counts for more is handled
+            alone.
 
     Raises:
         Exception: The first error of an item, of the input or of watch() ends the stream.
     """
     assert in_flight >= 1
     remaining = iter(items)
-    loop = _HandlerThread(open_handler, in_flight)
+    loop = _HandlerThread(open_handler, in_flight, weigh)
     limit = in_flight + pulled_ahead(in_flight)
     num_outstanding = 0
     exhausted = False
@@ -64,16 +67,16 @@ def stream(
                     exhausted = True
                 else:
                     loop.submit(item)
-                    num_outstanding += 1
+                    num_outstanding += weigh(item)
             if num_outstanding == 0:
                 return
             try:
-                outcome = loop.results.get(timeout=_WATCH_INTERVAL_S)
+                outcome, weight = loop.results.get(timeout=_WATCH_INTERVAL_S)
             except queue.Empty:
                 # A dead server that nobody restarts gives no results for ever. watch() finds that.
                 watch()
                 continue
-            num_outstanding -= 1
+            num_outstanding -= weight
             # result() raises the error of a failed item here, in the caller's thread.
             yield outcome.result()
     finally:
@@ -97,13 +100,19 @@ class _HandlerThread(Generic[T, R]):
     the tasks and the waiting items need no lock.
     """
 
-    def __init__(self, open_handler: OpenHandler[T, R], in_flight: int) -> None:
-        # The way back to the caller's thread. A future carries a result or an error across.
-        self.results: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
+    def __init__(
+        self, open_handler: OpenHandler[T, R], in_flight: int, weigh: Callable[[T], int]
+    ) -> None:
+        # The way back to the caller's thread. A future carries a result or an error across. Beside
+        # it stands the weight of the item.
+        self.results: queue.SimpleQueue[tuple[Future[R], int]] = queue.SimpleQueue()
         self._in_flight = in_flight
+        self._weigh = weigh
         self._waiting = deque[T]()
-        # The loop itself has only weak references to tasks. This set keeps them alive.
-        self._tasks: set[asyncio.Task[R]] = set()
+        # The loop itself has only weak references to tasks. This table keeps them alive, with the
+        # weights of their items.
+        self._tasks: dict[asyncio.Task[R], int] = {}
+        self._open_weight = 0
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._main(open_handler, started)),
@@ -140,19 +149,25 @@ class _HandlerThread(Generic[T, R]):
         self._loop.call_soon_threadsafe(self._begin, item)
 
     def _begin(self, item: T) -> None:
-        if len(self._tasks) >= self._in_flight:
-            self._waiting.append(item)
-            return
-        task = asyncio.ensure_future(self._handler(item))
-        self._tasks.add(task)
-        task.add_done_callback(self._finish)
+        self._waiting.append(item)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting:
+            weight = self._weigh(self._waiting[0])
+            if self._tasks and self._open_weight + weight > self._in_flight:
+                return
+            task = asyncio.ensure_future(self._handler(self._waiting.popleft()))
+            self._tasks[task] = weight
+            self._open_weight += weight
+            task.add_done_callback(self._finish)
 
     def _finish(self, task: asyncio.Task[R]) -> None:
-        self._tasks.discard(task)
+        weight = self._tasks.pop(task)
+        self._open_weight -= weight
         # The next item begins before the result is handed over, so that the server is never idle
         # because of the caller.
-        if self._waiting:
-            self._begin(self._waiting.popleft())
+        self._fill()
         # Only close() cancels, and after it nobody takes results any more.
         if task.cancelled():
             return
@@ -162,7 +177,7 @@ class _HandlerThread(Generic[T, R]):
             outcome.set_exception(error)
         else:
             outcome.set_result(task.result())
-        self.results.put(outcome)
+        self.results.put((outcome, weight))
 
     def close(self) -> None:
         # The thread is awaited, so that every abort has reached its server when the stream is

@@ -1,14 +1,14 @@
-"""In a server's processes: fingerprints of the weights that the server really uses.
+"""In a server's processes: where it holds the weights that it really uses, and their fingerprints.
 
-They stand under the names and in the layout of the Hugging Face checkpoint. But SGLang fuses and
+Both stand under the names and in the layout of the Hugging Face checkpoint. But SGLang fuses and
 splits what it loads: query, key and value in one matrix, all experts in another, each rank its
 share. Where the parts of a tensor end up is not written down here. SGLang's own loader is run once
 on tensors without data (device meta), and its copies are recorded instead of made. So this holds
 for every architecture whose loader copies slices, and for every tensor- and expert-parallel layout.
 
 What changes in SGLang: WeightChecker.handle (sglang/srt/utils/weight_checker.py), behind POST
-/weights_checker, learns one more action. SGLang's own checksums are of the fused parameters, which
-cannot be compared with a trainer's tensors, and need a GPU. Versions: 0.5.17 to 0.5.23. Remove it
+/weights_checker, learns two more actions. SGLang's own checksums are of the fused parameters, which
+cannot be compared with a trainer's tensors, and need a GPU. Versions: 0.5.17 to 0.5.23. Remove them
 when SGLang reports checksums of checkpoint tensors.
 """
 
@@ -26,14 +26,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_rollout.server_side.checkpoint import tensor_shapes
-from sglang_rollout.server_side.fingerprints import part_fingerprint
+from sglang_rollout.server_side.fingerprints import fingerprints, method_for
+from sglang_rollout.server_side.parts import Part
 
 # Actions of /weights_checker. The folder of a checkpoint with the tensors' names and shapes follows
 # the colon.
 FINGERPRINTS = "lopd.fingerprints:"
-DTYPES = "lopd.dtypes:"
-# In the place of a tensor's name: the parameters that no tensor goes into.
-NOT_FED = ""
+LAYOUT = "lopd.layout:"
+# In the place of a tensor's name: what holds for the whole rank.
+RANK = ""
 # The attribute of a model that remembers its placements.
 _REMEMBERED = "_lopd_placements"
 # Operations of a loader that move a tensor on its way into a parameter.
@@ -44,18 +45,16 @@ class Placement(NamedTuple):
     """Where a rank holds a checkpoint tensor.
 
     Attributes:
-        columns: The number of columns of the checkpoint tensor.
         copies: Pairs of a part of a parameter and the part of the tensor (without data) in it.
         copied_only: Whether the loader does nothing else to that parameter.
     """
 
-    columns: int
     copies: list[tuple[Tensor, Tensor]]
     copied_only: bool
 
 
 def install() -> None:
-    """Add the action to SGLang's weight checker.
+    """Add the actions to SGLang's weight checker.
 
     Raises:
         RuntimeError: The place upstream has moved.
@@ -74,11 +73,11 @@ def install() -> None:
 
     def handle(self: Any, action: str, *more: Any, **named: Any) -> dict[str, Any] | None:
         kind, colon, folder = action.partition(":")
-        if kind + colon not in (FINGERPRINTS, DTYPES):
+        if kind + colon not in (FINGERPRINTS, LAYOUT):
             result: dict[str, Any] | None = original(self, action, *more, **named)
             return result
         # Each rank answers for what it holds. SGLang collects the answers of all ranks.
-        answer = _answer(self, Path(folder), parts=kind + colon == FINGERPRINTS)
+        answer = _answer(self, Path(folder), numbers=kind + colon == FINGERPRINTS)
         # From 0.5.21 on the role says whether the model or its draft is meant.
         role = {"role": named["role"]} if "role" in parameters else {}
         return {
@@ -128,28 +127,37 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
 
-def _answer(checker: Any, template_dir: Path, *, parts: bool) -> dict[str, str]:
+def _answer(checker: Any, template_dir: Path, *, numbers: bool) -> dict[str, str]:
     """Return what this rank holds of each tensor.
 
     Args:
         checker: SGLang's weight checker.
         template_dir: A checkpoint with the tensors' names and shapes.
-        parts: Whether to compute fingerprints, or only to report dtypes.
+        numbers: Whether to answer with fingerprints, or with dtypes and the method.
 
     Returns:
-        Tensor -> JSON of {"dtype", "parts": [[offset, shape, strides, fingerprint], ...]}, with
-        positions in elements. Under NOT_FED stands the JSON of a list: this rank's parameters that
-        no tensor goes into.
+        Tensor -> JSON of {"parts": [[offset, shape, strides], ...]} with positions in elements, and
+        of "numbers" or "dtype" besides. Under RANK stands the JSON of {"not_fed": the parameters
+        of this rank that no tensor goes into, "method": that of its fingerprints}.
     """
     model = checker._get_model()
     found = layout(model, tensor_shapes(template_dir))
-    answer = {NOT_FED: json.dumps(_not_fed(model, found))}
-    for name, (columns, copies, _) in found.items():
-        entry: dict[str, Any] = {"dtype": str(copies[0][0].dtype).removeprefix("torch.")}
-        if parts:
-            entry["parts"] = [_part(held, source, columns) for held, source in copies]
-        answer[name] = json.dumps(entry)
-    return answer
+    answer: dict[str, Any] = {
+        name: {"parts": [_part(source) for _, source in placement.copies]}
+        for name, placement in found.items()
+    }
+    held = [part for placement in found.values() for part, _ in placement.copies]
+    device = held[0].device if held else torch.device("cpu")
+    if numbers:
+        # All at once: on a GPU tensors of one shape are then one operation.
+        remaining = iter(fingerprints(held, [part.dtype for part in held], method_for(device)))
+        for entry in answer.values():
+            entry["numbers"] = [next(remaining) for _ in entry["parts"]]
+    else:
+        for name, placement in found.items():
+            answer[name]["dtype"] = str(placement.copies[0][0].dtype).removeprefix("torch.")
+    answer[RANK] = {"not_fed": _not_fed(model, found), "method": method_for(device)}
+    return {name: json.dumps(entry) for name, entry in answer.items()}
 
 
 def _not_fed(model: Any, found: Mapping[str, Placement]) -> list[str]:
@@ -167,11 +175,9 @@ def _not_fed(model: Any, found: Mapping[str, Placement]) -> list[str]:
     ]
 
 
-def _part(held: Tensor, source: Tensor, columns: int) -> list[Any]:
+def _part(source: Tensor) -> Part:
     # The tensor without data still knows where its part lies in the whole.
-    offset = int(source.storage_offset())
-    strides = list(source.stride())
-    return [offset, list(source.shape), strides, part_fingerprint(held, offset, strides, columns)]
+    return Part(int(source.storage_offset()), tuple(source.shape), source.stride())
 
 
 def layout(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Placement]:
@@ -216,8 +222,7 @@ def _recorded(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Pl
         # copy_() broadcasts, for example one value into a vector.
         if held.shape != source.shape:
             source = source.expand(held.shape)
-        columns = shapes[name][-1] if shapes[name] else 1
         copied_only = held.untyped_storage().data_ptr() not in recorder.changed
-        placement = found.setdefault(name, Placement(columns, [], copied_only))
+        placement = found.setdefault(name, Placement([], copied_only))
         placement.copies.append((held.detach(), source))
     return found

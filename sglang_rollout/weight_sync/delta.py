@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sglang_rollout.requests.client import SGLangEngine
-from sglang_rollout.server_side.fingerprints import fingerprint
+from sglang_rollout.server_side.fingerprints import fingerprints, method_for
 from sglang_rollout.weight_sync.interface import Bucket, model_info
 
 
@@ -18,9 +18,9 @@ class Unchanged:
 
     def __init__(self) -> None:
         self._version = ""
-        # Tensor -> fingerprint: of the last committed version, and of the version being sent.
-        self._held: dict[str, int] = {}
-        self._sent: dict[str, int] = {}
+        # Tensor -> its fingerprints: of the last committed version, and of the version being sent.
+        self._held: dict[str, tuple[int, ...]] = {}
+        self._sent: dict[str, tuple[int, ...]] = {}
 
     def begin(self, engines: Sequence[SGLangEngine], timeout_s: float) -> None:
         """Start a version.
@@ -37,20 +37,22 @@ class Unchanged:
         ):
             self._held = {}
 
-    def changed(self, bucket: Bucket, known: Mapping[str, int | None]) -> Bucket:
+    def changed(self, bucket: Bucket, known: Mapping[str, tuple[int, ...]]) -> Bucket:
         """Return those tensors of the bucket that must be sent.
 
         Args:
             bucket: Full tensors, by name.
             known: Fingerprints that the verification of this sync has already computed.
         """
+        # Where the server rounds, the verification has the number of the rounded tensor. What is
+        # compared here is the tensor itself.
+        missing = [tensor.detach() for name, tensor in bucket if name not in known]
+        dtypes = [tensor.dtype for tensor in missing]
+        method = method_for(bucket[0][1].device) if bucket else "xxh3"
+        computed = iter(fingerprints(missing, dtypes, method))
         result = []
         for name, tensor in bucket:
-            now = known.get(name)
-            # Where the server rounds, the verification has the number of the rounded tensor. What
-            # is compared here is the tensor itself.
-            if now is None:
-                now = fingerprint(tensor.detach())
+            now = known[name] if name in known else (next(computed),)
             # pop(), not get(): if this sync fails after the tensor was sent, the servers no longer
             # have the old value, and the next sync must send the tensor again.
             if self._held.pop(name, None) != now:

@@ -118,10 +118,9 @@ class DiskWeightReceiver:
         self._num_buckets += 1
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in bucket}
         if self._verification is not None:
-            # From the tensor itself and not from the copy: the fingerprint is then computed where
-            # the tensor lies, on a GPU if it can be.
-            for name, tensor in bucket:
-                self._verification.expect(name, tensor)
+            # From the tensors themselves and not from the copies: the fingerprints are then
+            # computed where the tensors lie, on a GPU if they can be.
+            self._verification.expect(bucket)
         try:
             save_file(tensors, self._partial / file_name, metadata={"format": "pt"})
         # On a full disk safetensors raises its own exception. It comes from Rust and is a

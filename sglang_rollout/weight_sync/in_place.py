@@ -182,8 +182,6 @@ class InPlaceReceiver:
         """
         return lambda: None
 
-    def _expect(self, bucket: Bucket) -> dict[str, int | None]:
-        """Compute the fingerprints that the servers must have. None where there is none."""
-        if self._verification is None:
-            return {}
-        return {name: self._verification.expect(name, tensor) for name, tensor in bucket}
+    def _expect(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
+        """Compute the fingerprints that the servers must have, and return those of the tensors."""
+        return {} if self._verification is None else self._verification.expect(bucket)

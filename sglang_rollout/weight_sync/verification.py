@@ -9,40 +9,48 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lopd.errors import EngineError
 from lopd.records import Floats, Key
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.scoring import ScoreRequest
-from sglang_rollout.server_side.fingerprints import fingerprint
-from sglang_rollout.server_side.served_weights import DTYPES, FINGERPRINTS, NOT_FED
-from sglang_rollout.weight_sync.interface import on_all
+from sglang_rollout.server_side.checkpoint import tensor_shapes
+from sglang_rollout.server_side.fingerprints import Method, fingerprints
+from sglang_rollout.server_side.parts import Part, cover
+from sglang_rollout.server_side.served_weights import FINGERPRINTS, LAYOUT, RANK
+from sglang_rollout.weight_sync.interface import Bucket, on_all
 
 # How many tensors a message names.
 _MAX_NAMED = 5
 # Each call to a server has its own timeout. The wait for all of them lasts this much longer.
 _ANSWER_MARGIN_S = 10
-_MODULUS = 2**64
+
+
+class _Served(NamedTuple):
+    """How the servers hold a tensor: in which type and in which parts."""
+
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
 
 
 class TensorVerification:
-    """Compares the fingerprint of every tensor with the one that the server computes.
+    """Compares the fingerprints of every tensor with those that the server computes.
 
-    The server computes it from the parameters that it really uses. Only servers that lopd started
-    can do that.
+    The server computes them from the parameters that it really uses, one for each part of a tensor
+    that a rank holds. Only servers that lopd started can do that.
     """
 
     def __init__(self, *, timeout_s: float = 300.0) -> None:
         self._timeout_s = timeout_s
         self._template_dir = Path()
-        # Tensor -> the dtype in which the servers keep it. It does not change while they run.
-        self._dtypes: dict[str, torch.dtype] = {}
-        self._expected: dict[str, int] = {}
+        # How the servers hold each tensor. It does not change while they run.
+        self._served: dict[str, _Served] = {}
+        self._method: Method = "xxh3"
+        self._expected: dict[str, dict[Part, int]] = {}
 
     def begin(self, engines: Sequence[SGLangEngine], template_dir: Path) -> None:
         """Start a version.
@@ -52,50 +60,68 @@ class TensorVerification:
             template_dir: A checkpoint with the names and shapes of the tensors.
 
         Raises:
-            EngineError: The servers cannot report fingerprints, or a parameter of the served model
-                gets no tensor of the checkpoint.
+            EngineError: The servers cannot report fingerprints, a parameter of the served model
+                gets no tensor of the checkpoint, or a part of a tensor goes into no parameter.
         """
         self._template_dir = template_dir
         self._expected = {}
-        if self._dtypes:
+        if self._served:
             return
-        # All servers have the same settings, so the first one answers for all of them. It tells
-        # dtypes only: no fingerprint is computed for this answer.
-        ranks = self._ask(engines[:1], DTYPES)[0]
+        # All servers have the same settings, so the first one answers for all of them. No
+        # fingerprint is computed for this answer.
+        ranks = self._ask(engines[:1], LAYOUT)[0]
         # A parameter that no rank fills is an error. One rank alone may have nothing to fill: its
         # share of the vocabulary can be padding.
-        not_fed = set.intersection(*(set(rank.pop(NOT_FED)) for rank in ranks))
-        for name in sorted(not_fed):
+        about = [rank.pop(RANK) for rank in ranks]
+        for name in sorted(set.intersection(*(set(one["not_fed"]) for one in about))):
             raise EngineError(
                 f"no tensor of the checkpoint is loaded into parameter {name} of the served model",
                 where=engines[0].url,
                 remedy="store this tensor in the checkpoint under its own name: this SGLang "
                 "cannot serve, for example, tied embeddings of a mixture of experts",
             )
-        self._dtypes = {
-            name: getattr(torch, held["dtype"]) for rank in ranks for name, held in rank.items()
-        }
+        served = _merged(ranks)
+        shapes = tensor_shapes(template_dir)
+        for name, held in served.items():
+            # Only parts are compared, so an element that is in none of them would never be.
+            if not cover(held.parts, torch.Size(shapes[name]).numel()):
+                raise EngineError(
+                    f"a part of tensor {name} is loaded into no parameter of the served model",
+                    where=engines[0].url,
+                    remedy='set sync.verify to "scores": this architecture cannot be verified '
+                    "tensor by tensor",
+                )
+        self._method = about[0]["method"]
+        self._served = served
 
-    def expect(self, name: str, tensor: Tensor) -> int | None:
-        """Compute the fingerprint that the servers must have for a tensor.
+    def expect(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
+        """Compute the fingerprints that the servers must have for the tensors of a bucket.
 
         Args:
-            name: The Hugging Face name.
-            tensor: The full tensor that is sent.
+            bucket: Full tensors by their Hugging Face names, as they are sent.
 
         Returns:
-            The fingerprint of the tensor itself, or None where it was not computed.
+            The fingerprints of the tensors themselves, where those were computed.
         """
-        dtype = self._dtypes.get(name)
         # No rank holds the output layer of a model that shares its input embedding.
-        if dtype is None:
-            return None
+        held = [(name, tensor.detach()) for name, tensor in bucket if name in self._served]
+        places = [(name, part) for name, _ in held for part in self._served[name].parts]
         # The server rounds what it gets to the dtype of its parameter. Only the rounded bits can be
-        # equal.
-        self._expected[name] = fingerprint(tensor.detach().to(dtype))
-        # Where the server rounds, the number is not that of the tensor that is sent, so it is of no
-        # use to a caller that compares tensors (delta.py).
-        return self._expected[name] if dtype == tensor.dtype else None
+        # equal. All parts at once: on a GPU tensors of one shape are then one operation.
+        numbers = fingerprints(
+            [part.of(tensor) for name, tensor in held for part in self._served[name].parts],
+            [self._served[name].dtype for name, _ in places],
+            self._method,
+        )
+        for (name, part), number in zip(places, numbers, strict=True):
+            self._expected.setdefault(name, {})[part] = number
+        # Where the server rounds, the numbers are not those of the tensor that is sent, so they are
+        # of no use to a caller that compares tensors (delta.py).
+        return {
+            name: tuple(self._expected[name].values())
+            for name, tensor in held
+            if self._served[name].dtype == tensor.dtype
+        }
 
     def check(self, engines: Sequence[SGLangEngine]) -> int:
         """Compare all tensors of the version on every server.
@@ -126,7 +152,7 @@ class TensorVerification:
         return len(self._expected)
 
     def _ask(self, engines: Sequence[SGLangEngine], action: str) -> list[list[dict[str, Any]]]:
-        """Return, for each server and each of its ranks, tensor -> dtype and parts."""
+        """Return, for each server and each of its ranks, what it says of each tensor."""
         body = {"action": f"{action}{self._template_dir.resolve()}"}
 
         def ask(engine: SGLangEngine) -> list[dict[str, Any]]:
@@ -148,25 +174,38 @@ class TensorVerification:
         return on_all(engines, ask, self._timeout_s + _ANSWER_MARGIN_S)
 
 
-def _difference(expected: int, ranks: Sequence[Mapping[str, Any]]) -> str:
+def _merged(ranks: Sequence[Mapping[str, Any]]) -> dict[str, _Served]:
+    """Return how all ranks of a server together hold each tensor."""
+    parts: dict[str, dict[Part, None]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for rank in ranks:
+        for name, held in rank.items():
+            dtypes[name] = getattr(torch, held["dtype"])
+            # Norms and small heads are held by every rank. Such a part counts once.
+            parts.setdefault(name, {}).update(
+                dict.fromkeys(Part.from_json(part) for part in held["parts"])
+            )
+    return {name: _Served(dtypes[name], tuple(found)) for name, found in parts.items()}
+
+
+def _difference(expected: Mapping[Part, int], ranks: Sequence[Mapping[str, Any]]) -> str:
     """Return what is wrong with one tensor, or "" where nothing is.
 
     Args:
-        expected: The fingerprint of the full tensor.
+        expected: The fingerprint of each part of the tensor.
         ranks: The answers of the ranks that hold a part of it.
     """
-    parts: dict[str, int] = {}
+    found: dict[Part, int] = {}
     for rank in ranks:
-        for offset, shape, strides, total in rank["parts"]:
-            # Norms and small heads are held by every rank. Such a part counts once, and all its
-            # holders must agree.
-            place = json.dumps([offset, shape, strides])
-            if parts.setdefault(place, total) != total:
+        for value, number in zip(rank["parts"], rank["numbers"], strict=True):
+            # All holders of a part must agree.
+            if found.setdefault(Part.from_json(value), number) != number:
                 return "its ranks hold different values"
-    if not parts:
+    if not found:
         return "no rank holds it"
-    # The fingerprints of the parts of a tensor add up to that of the tensor.
-    return "" if sum(parts.values()) % _MODULUS == expected else "other values"
+    if found.keys() != expected.keys():
+        return "its ranks hold other parts than before"
+    return "" if found == expected else "other values"
 
 
 @dataclass(frozen=True)

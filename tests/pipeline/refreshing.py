@@ -24,6 +24,7 @@ from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.fleet import fleet_of
 from sglang_rollout.servers import shared_gpus
 from tests.pipeline.holding import hold_after_shards
+from tests.sglang.answers import sequences
 from tests.sglang.fake_server import KEY, FakeServer
 
 DELAY = "LOPD_TEST_DELAY_S"  # of each answer
@@ -70,7 +71,8 @@ class RecordingServer(FakeServer):
         if path == "/generate" and len(body["input_ids"]) > 1:
             if os.environ.get(REFUSES) == self._role:
                 return 400, {"error": {"message": "as told"}}
-            self._note({"scored": body["input_ids"]})
+            for one in sequences(body):
+                self._note({"scored": one["input_ids"]})
         return super()._answer(path, body)
 
     def _note(self, what: dict[str, Any]) -> None:

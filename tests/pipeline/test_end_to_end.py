@@ -21,7 +21,8 @@ from lopd.artifacts import ArtifactWriter, read_manifest
 from lopd.config import Config, load_config
 from lopd.records import TeacherScores, token_hash
 from lopd.tasks import get_task
-from lopd.tasks.prompts import read_prompts, render
+from lopd.tasks.prompts import read_prompts
+from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest

@@ -11,6 +11,23 @@ VOCAB_SIZE = 512
 LOGPROB = -0.5
 
 
+def sequences(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The bodies that would ask for each sequence of a body alone."""
+    if not isinstance(body.get("rid"), list):
+        return [body]
+    names = ("rid", "input_ids", "logprob_start_len")
+    return [
+        {**body, **dict(zip(names, values, strict=True))}
+        for values in zip(*(body[name] for name in names), strict=True)
+    ]
+
+
+def generations(body: dict[str, Any], weight_version: str) -> Any:
+    """The answer to a body, a list where it has several sequences."""
+    found = [generation(one, weight_version) for one in sequences(body)]
+    return found if isinstance(body.get("rid"), list) else found[0]
+
+
 def generation(body: dict[str, Any], weight_version: str) -> dict[str, Any]:
     """Three tokens that depend on prompt and seed, then the stop token; or the echo of a sequence
     to score.

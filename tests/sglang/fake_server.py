@@ -15,7 +15,7 @@ from typing import Any
 
 from lopd.config import SGLangSection
 from sglang_rollout.requests.client import SGLangEngine
-from tests.sglang.answers import LOGPROB, STOP_ID, VOCAB_SIZE, generation
+from tests.sglang.answers import LOGPROB, STOP_ID, VOCAB_SIZE, generation, sequences
 
 __all__ = ["KEY", "LOGPROB", "STOP_ID", "VOCAB_SIZE", "FakeServer", "reserved_port"]
 KEY = "the-key"
@@ -115,17 +115,16 @@ class FakeServer:
                 f"{self._at_once} of {count} requests are open"
             )
 
-    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/generate":
             with self._changed:
                 failure = self.failures.pop(0) if self.failures else None
             time.sleep(self.delay_s)
             self.answering.wait(_PATIENCE_S)
-            return (
-                (200, self.change(generation(body, self.weight_version)))
-                if failure is None
-                else (failure, {"error": {"message": "as told"}})
-            )
+            if failure is not None:
+                return failure, {"error": {"message": "as told"}}
+            found = [self.change(generation(one, self.weight_version)) for one in sequences(body)]
+            return 200, found if isinstance(body.get("rid"), list) else found[0]
         if path == "/server_info":
             return 200, {"version": self.version, **self.server_info}
         if path == "/tokenize":

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.sglang.answers import generation
+from tests.sglang.answers import generations
 
 
 class _Connection(asyncio.Protocol):
@@ -51,9 +51,9 @@ class _Connection(asyncio.Protocol):
             )
 
 
-def _answer(path: str, body: bytes) -> dict[str, Any]:
+def _answer(path: str, body: bytes) -> Any:
     if path == "/generate":
-        return generation(json.loads(body), "default")
+        return generations(json.loads(body), "default")
     return {"version": "0.5.17", "weight_version": "default", "model_path": ""}
 
 

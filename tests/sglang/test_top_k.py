@@ -81,8 +81,8 @@ def answer(request: ScoreRequest, top: list[Any]) -> dict[str, Any]:
 
 def test_what_the_server_must_not_say() -> None:
     request = ScoreRequest("p0", 0, int32([5]), int32([7, 8]))
-    assert score_payload(request, "a", 2)["top_logprobs_num"] == 2
-    assert "top_logprobs_num" not in score_payload(request, "a")
+    assert score_payload([request], ["a"], 2)["top_logprobs_num"] == 2
+    assert "top_logprobs_num" not in score_payload([request], ["a"])
     good = [[[-0.5, 9, None], [-1.5, 7, None]], [[-1.0, 3, None], [-1.5, 8, None]]]
     scores = read_scores(request, answer(request, good), 32, 2)
     assert scores.top is not None

@@ -15,8 +15,9 @@ import pytest
 from lopd.config import PromptSet
 from lopd.errors import ConfigError, DataError
 from lopd.records import Prompt
-from lopd.tasks.prompts import read_prompts, render
+from lopd.tasks.prompts import read_prompts
 from lopd.tasks.register_arithmetic import Problem, RegisterArithmetic
+from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids, token_texts
 
 TASK = RegisterArithmetic()

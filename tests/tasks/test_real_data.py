@@ -16,7 +16,8 @@ import pytest
 from lopd.config import PromptSet
 from lopd.records import Prompt
 from lopd.tasks import get_task
-from lopd.tasks.prompts import load_prompts, read_prompts, render
+from lopd.tasks.prompts import load_prompts, read_prompts
+from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import decode, load_tokenizer, stop_token_ids
 from lopd.tasks.verdicts import judge_all
 
