@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
 Int16s: TypeAlias = NDArray[np.int16]
+Int8s: TypeAlias = NDArray[np.int8]
 # One byte per token. True is a token that carries loss.
 Bools: TypeAlias = NDArray[np.bool_]
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
@@ -221,6 +222,8 @@ class TeacherScores:
         base_logprobs: The log-probability of every token by the teacher's own base, if the run
             asked for it.
         teacher: The fingerprint of the teacher's weights in a cache with several teachers.
+        alignment: What became of each token where the teacher has another tokenizer. It is 0 where
+            the teacher's log-probability could be brought over (lopd.tasks.cross_tokenizer).
 
     Example:
         The teacher gives "3" a probability of 0.90. The student gave it 0.70, so the first
@@ -244,10 +247,11 @@ class TeacherScores:
     entropy: Floats | None = None  # [R]
     teacher: str = ""
     base_logprobs: Floats | None = None  # [R]
+    alignment: Int8s | None = None  # [R]
 
     def __post_init__(self) -> None:
         num_tokens = len(self.teacher_logprobs)
-        columns = ("top", "entropy", "base_logprobs")
+        columns = ("top", "entropy", "base_logprobs", "alignment")
         _check_lengths(f"scores of {self.key}", self, columns, num_tokens)
 
     @property

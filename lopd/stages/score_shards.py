@@ -15,6 +15,7 @@ from lopd.report.console import progress
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
 from lopd.stages.teacher_prompts import asked_of_teacher, of_response
+from lopd.stages.tokenizer_bridge import TokenizerBridge
 from sglang_rollout.requests.scoring import ScoreRequest
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def score_into(
     top_k: int = 0,
     asked: Mapping[str, Ints] | None = None,
     base: ArtifactWriter | None = None,
+    bridge: TokenizerBridge | None = None,
 ) -> None:
     """Score the responses of an artifact that are not scored yet.
 
@@ -45,9 +47,11 @@ def score_into(
         title: The text at the progress bar.
         logprob_bits: 32, or 16 for a smaller cache.
         top_k: How many of the teacher's likeliest tokens are kept at each position as well.
-        asked: The teacher's own prompts by prompt_id, as token ids. None: the student's.
+        asked: The teacher's own prompts by prompt_id, as token ids. None: the student's, or those
+            of the bridge.
         base: The same responses' scores by the teacher's base, which become one more column. None:
             there is no such column.
+        bridge: Where the teacher has another tokenizer.
     """
     writer.expect(len(rollouts.shards))
     missing = writer.missing(len(rollouts.shards))
@@ -68,8 +72,7 @@ def score_into(
             responses[index] = _responses_in(source, rollouts.shards[index])
             open_shards.begin(index, [response.key for response in responses[index]])
             for one in by_length(responses[index], prompts_at_once):
-                prompt_ids = asked_of_teacher(one, asked)
-                yield ScoreRequest(one.prompt_id, one.sample_index, prompt_ids, one.token_ids)
+                yield _request_of(one, asked, bridge)
 
     # Megatron-Core packs the responses of a stream together, and what a response is packed with
     # decides its last bits. With one stream for each shard they do not depend on which shards are
@@ -85,14 +88,34 @@ def score_into(
                 if complete is not None:
                     index, scores = complete
                     rows = responses.pop(index)
-                    pairs = zip(scores, rows, strict=True)
-                    own = [
-                        of_response(one, row, asked_of_teacher(row, asked)) for one, row in pairs
-                    ]
+                    rows, own = _of_rows(rows, scores, asked, bridge)
                     if base is not None:
                         own = _with_base(own, base, rollouts.shards[index].name)
                     table = cache.to_table(rows, own, logprob_bits=logprob_bits)
                     writer.publish_shard(index, table)
+
+
+def _request_of(
+    response: Response, asked: Mapping[str, Ints] | None, bridge: TokenizerBridge | None
+) -> ScoreRequest:
+    """Return a response as the teacher is asked about it."""
+    if bridge is not None:
+        return bridge.request(response)
+    prompt_ids = asked_of_teacher(response, asked)
+    return ScoreRequest(response.prompt_id, response.sample_index, prompt_ids, response.token_ids)
+
+
+def _of_rows(
+    rows: list[Response],
+    scores: list[TeacherScores],
+    asked: Mapping[str, Ints] | None,
+    bridge: TokenizerBridge | None,
+) -> tuple[list[Response], list[TeacherScores]]:
+    """Return the rows of a shard as they are kept, with the teacher's scores of their tokens."""
+    if bridge is not None:
+        return bridge.bring_back(rows, scores)
+    pairs = zip(scores, rows, strict=True)
+    return rows, [of_response(one, row, asked_of_teacher(row, asked)) for one, row in pairs]
 
 
 def _with_base(scores: list[TeacherScores], base: ArtifactWriter, name: str) -> list[TeacherScores]:
