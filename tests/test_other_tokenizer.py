@@ -36,6 +36,7 @@ from lopd.errors import ArtifactError, DataError
 from lopd.records import Response, TeacherScores, float32, int32, token_hash
 from lopd.stages.context import StageContext
 from lopd.stages.conversation import speaker_of
+from lopd.stages.judge import judge
 from lopd.stages.score import STAGE
 from lopd.stages.tokenizer_bridge import TokenizerBridge, alignment_figures
 from lopd.stages.training import TrainingJob
@@ -281,6 +282,50 @@ def test_a_demonstration_that_is_too_long_in_the_students_tokens_is_cut(project:
             assert found.loss_mask.all()
 
 
+def test_a_prompt_of_the_teachers_own_is_in_the_teachers_tokens(project: Project) -> None:
+    added = "score.teacher_prompt='{prompt} {answer}'"
+    pipeline.run(load_config(project.config), TO_SCORE)
+    plain = dict(project.engine.asked)
+    pipeline.run(load_config(project.config, [added]), TO_SCORE)
+    teacher = load_tokenizer(project.folder / "teacher")
+    rows = project.rows()
+    assert len(rows) == 24
+    for response, scores in rows:
+        before = plain[response.key]
+        request = project.engine.asked[response.key]
+        # The answer has two digits, before the end of the user's turn.
+        seen = teacher.decode(request.prompt_ids.tolist())
+        old = teacher.decode(before.prompt_ids.tolist())
+        assert len(request.prompt_ids) == len(before.prompt_ids) + 3
+        question, end = old.split("<|im_end|>", 1)
+        assert seen.startswith(question)
+        assert seen.endswith(end)
+        # What the student saw and wrote stays, and so does where each token's score goes.
+        prompt = response.prompt_ids.tolist()
+        assert before.prompt_ids.tolist() == [project.teacher_ids[token] for token in prompt]
+        assert request.token_ids.tolist() == before.token_ids.tolist()
+        aligned = scores.alignment == Alignment.ALIGNED
+        expected = float32(-0.01 * request.token_ids - 0.001)
+        assert scores.teacher_logprobs[aligned].tolist() == expected[aligned].tolist()
+    manifest = read_manifest(project.score)
+    assert manifest.lineage["teacher_prompt"] == "{prompt} {answer}"
+    assert manifest.inputs["score.teacher_prompt"] == "{prompt} {answer}"
+    assert manifest.extra["token_alignment"]["method"] == "byte_chunks_proportional"
+
+
+def test_verdicts_are_of_the_text_in_the_students_tokens(project: Project) -> None:
+    config = load_config(project.config)
+    pipeline.run(config, TO_SCORE)
+    run = project.folder / "run"
+    for stage, prompt_set in (("score", "opd"), ("demonstrate", "sft")):
+        verdicts = judge(config, run / stage, project.folder / f"judged-{stage}", prompt_set)
+        assert verdicts.rows == 24
+    # The control: with the teacher's tokenizer the same ids are another text.
+    other = load_config(project.config, ["models.student=teacher"])
+    with pytest.raises(DataError, match="has another one"):
+        judge(other, run / "score", project.folder / "wrong", "opd")
+
+
 def test_a_killed_scoring_goes_on(project: Project) -> None:
     config = load_config(project.config)
     pipeline.run(config, TO_SCORE)
@@ -309,8 +354,19 @@ def test_another_tokenizer_needs_the_knob(
     renumber_tokens(tmp_path / "teacher")
     lopd("run", config).refused("differs", aligned)
     lopd("run", config, aligned).refused("models.chat_template")
-    for knob in ("score.top_k=4", "score.entropy=true", 'models.teachers={ math = "teacher" }'):
+    for knob in (
+        "score.top_k=4",
+        "score.entropy=true",
+        'models.teachers={ math = "teacher" }',
+        'models.teacher_base="student"',
+    ):
         name = knob.partition("=")[0].strip()
+        refused = f'{name} cannot be used with score.tokenizer = "aligned"'
+        # A plan reads no weights, and says the same.
+        for verb in ("check", "plan"):
+            result = lopd(verb, config, aligned, own_template, knob)
+            assert result.code == 2
+            assert refused in " ".join(result.out.split())
         lopd("run", config, aligned, own_template, knob).refused(name)
     out = lopd("check", config, aligned, own_template).succeeded().out
     assert "by their bytes" in out

@@ -167,14 +167,9 @@ def check_given_cache(
             limit=f"a complete {' or '.join(CACHES)}",
             remedy="give the folder of a finished cache: see lopd cache --help",
         )
-    # Not even allow_foreign helps here: with another tokenizer the ids mean other text. The teacher
-    # of an aligned cache has another one, and its scores are of the student's tokens all the same.
-    aligned = alignment_of(manifest)
-    for role, identity in manifest.models.items():
-        if aligned is None or not role.startswith("teacher"):
-            check_same_tokenizer(identity, student)
-    if aligned is not None:
-        check_same_tokenizer(scored_tokenizer(aligned, folder), student)
+    # Not even allow_foreign helps here: with another tokenizer the ids mean other text.
+    for identity in tokenizers_of_rows(manifest, folder).values():
+        check_same_tokenizer(identity, student)
     # All faults at once, so that the user does not meet them one after the other.
     wrong = _faults(manifest, student)
     if wrong and not allow_foreign:
@@ -203,6 +198,23 @@ def alignment_of(manifest: Manifest) -> Mapping[str, Any] | None:
     """
     found = manifest.extra.get(TOKEN_ALIGNMENT)
     return found if isinstance(found, Mapping) else None
+
+
+def tokenizers_of_rows(manifest: Manifest, folder: Path) -> dict[str, ModelIdentity]:
+    """Return the models whose tokenizer must be that of the rows, by role.
+
+    The teacher of an aligned artifact is not among them: it has another tokenizer, and the rows are
+    in the student's tokens all the same.
+    """
+    aligned = alignment_of(manifest)
+    if aligned is None:
+        return dict(manifest.models)
+    others = {
+        role: identity
+        for role, identity in manifest.models.items()
+        if not role.startswith("teacher")
+    }
+    return {**others, "the aligned rows": scored_tokenizer(aligned, folder)}
 
 
 def scored_tokenizer(aligned: Mapping[str, Any], folder: Path) -> ModelIdentity:

@@ -57,6 +57,14 @@ def alignment_problems(config: Config) -> Iterator[ConfigError]:
             limit="exactly one teacher",
             remedy="remove models.teachers, or use teachers with the student's tokenizer",
         )
+    # Its scores would need an alignment of their own, and the column holds one.
+    if models.teacher_base is not None:
+        yield ConfigError(
+            'models.teacher_base cannot be used with score.tokenizer = "aligned"',
+            where="models.teacher_base",
+            limit="a teacher and its base with the student's tokenizer",
+            remedy="remove models.teacher_base, or use a teacher with the student's tokenizer",
+        )
     # The prompts of rollouts are rendered in the template's own tokens.
     if models.chat_template != "student":
         yield ConfigError(

@@ -82,7 +82,9 @@ def _base_problems(config: Config, folder: Path) -> Iterator[LopdError]:
             otherwise="give the folder of a Hugging Face checkpoint",
         )
     yield from inspect_checkpoint(folder, read_architecture(folder)).problems
-    consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, config.models.student)))
+    # That no base goes together with a teacher of another tokenizer is refused by its own check.
+    if not config.aligns_tokenizers:
+        consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, config.models.student)))
     for key, is_used in (
         ("models.teachers", config.models.teachers),
         ("sglang.teacher_urls", config.sglang.teacher_urls),

@@ -53,6 +53,8 @@ def score_into(
             there is no such column.
         bridge: Where the teacher has another tokenizer.
     """
+    # lopd check refuses a base that would need a bridge, too.
+    assert bridge is None or (asked is None and base is None), "a bridge has its own prompts"
     writer.expect(len(rollouts.shards))
     missing = writer.missing(len(rollouts.shards))
     if not missing:
