@@ -200,7 +200,7 @@ def alignment_of(manifest: Manifest) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
-def tokenizers_of_rows(manifest: Manifest, folder: Path) -> dict[str, ModelIdentity]:
+def tokenizers_of_rows(manifest: Manifest, folder: str | Path) -> dict[str, ModelIdentity]:
     """Return the models whose tokenizer must be that of the rows, by role.
 
     The teacher of an aligned artifact is not among them: it has another tokenizer, and the rows are
@@ -217,7 +217,7 @@ def tokenizers_of_rows(manifest: Manifest, folder: Path) -> dict[str, ModelIdent
     return {**others, "the aligned rows": scored_tokenizer(aligned, folder)}
 
 
-def scored_tokenizer(aligned: Mapping[str, Any], folder: Path) -> ModelIdentity:
+def scored_tokenizer(aligned: Mapping[str, Any], folder: str | Path) -> ModelIdentity:
     """Return the tokenizer whose ids a cache has, of what alignment_of() has returned."""
     return ModelIdentity(str(folder), "", str(aligned.get("student_tokenizer", "")), "")
 
