@@ -82,7 +82,7 @@ def run(context: StageContext) -> None:
                 folder=context.folder / f"scores-{name}", kind="evaluation_scores"
             )
             source = context.folder / f"{policy_purpose}-{name}"
-            score_into(part, engine, source, policy, title=f"teacher on {name}", bridge=bridge)
+            score_into(part, engine, source, policy, title=f"teacher on {name}", asked=bridge)
             scores[name] = part.finish()
     # No server is needed any more. Verdicts take CPU time only.
     divergence = {

@@ -22,7 +22,7 @@ from lopd.stages.domains import PartWriter, described, parts_in, role_of
 from lopd.stages.sample_shards import end_token_ids
 from lopd.stages.score_shards import score_into
 from lopd.stages.teacher import serve_teacher
-from lopd.stages.teacher_prompts import teacher_prompt_ids
+from lopd.stages.teacher_prompts import prompts_for_scoring
 from lopd.stages.tokenizer_bridge import alignment_figures, bridge_for
 from lopd.stages.vocabulary import num_shared_ids
 
@@ -83,7 +83,7 @@ def _score_by_base(context: StageContext, rollouts: Manifest) -> ArtifactWriter:
                 context.folder_of("rollout"),
                 rollouts,
                 title="log-probabilities of the teacher's base",
-                asked=teacher_prompt_ids(context),
+                asked=prompts_for_scoring(context),
             )
     part.finish()
     return part
@@ -179,9 +179,8 @@ def score_responses(
         title=title,
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
-        asked=None if bridge is not None else teacher_prompt_ids(context),
+        asked=bridge or prompts_for_scoring(context),
         base=base,
-        bridge=bridge,
     )
 
 
@@ -204,7 +203,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     config = context.config
     # The parts are those of the rollout stage, whose shards the cache repeats one by one.
     parts = {part: part.context(context) for part in parts_in(rollouts)}
-    asked = teacher_prompt_ids(context)
+    asked = prompts_for_scoring(context)
     # All teachers are checked before the first one is started.
     lineages = {
         part.domain: check_teacher(own, part.rollouts(rollouts)) for part, own in parts.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
-from lopd.records import Ints, Manifest, Response, ShardInfo, TeacherScores
+from lopd.records import Manifest, Response, ShardInfo, TeacherScores
 from lopd.report.console import progress
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
-from lopd.stages.teacher_prompts import asked_of_teacher, of_response
+from lopd.stages.teacher_prompts import TeacherPrompts
 from lopd.stages.tokenizer_bridge import TokenizerBridge
 from sglang_rollout.requests.scoring import ScoreRequest
 
@@ -31,9 +31,8 @@ def score_into(
     title: str,
     logprob_bits: int = 32,
     top_k: int = 0,
-    asked: Mapping[str, Ints] | None = None,
+    asked: TeacherPrompts | TokenizerBridge | None = None,
     base: ArtifactWriter | None = None,
-    bridge: TokenizerBridge | None = None,
 ) -> None:
     """Score the responses of an artifact that are not scored yet.
 
@@ -47,18 +46,15 @@ def score_into(
         title: The text at the progress bar.
         logprob_bits: 32, or 16 for a smaller cache.
         top_k: How many of the teacher's likeliest tokens are kept at each position as well.
-        asked: The teacher's own prompts by prompt_id, as token ids. None: the student's, or those
-            of the bridge.
+        asked: What the teacher is asked. None: the responses after their own prompts.
         base: The same responses' scores by the teacher's base, which become one more column. None:
             there is no such column.
-        bridge: Where the teacher has another tokenizer.
     """
-    # lopd check refuses a base that would need a bridge, too.
-    assert bridge is None or (asked is None and base is None), "a bridge has its own prompts"
     writer.expect(len(rollouts.shards))
     missing = writer.missing(len(rollouts.shards))
     if not missing:
         return
+    asked = asked or TeacherPrompts()
     assert engine is not None, "an engine is needed, because shards are missing"
     tell_resumed(writer, title, len(rollouts.shards))
     is_megatron = isinstance(engine, MegatronScorer)
@@ -74,7 +70,7 @@ def score_into(
             responses[index] = _responses_in(source, rollouts.shards[index])
             open_shards.begin(index, [response.key for response in responses[index]])
             for one in by_length(responses[index], prompts_at_once):
-                yield _request_of(one, asked, bridge)
+                yield asked.request(one)
 
     # Megatron-Core packs the responses of a stream together, and what a response is packed with
     # decides its last bits. With one stream for each shard they do not depend on which shards are
@@ -89,35 +85,11 @@ def score_into(
                 complete = open_shards.add(score.key, score)
                 if complete is not None:
                     index, scores = complete
-                    rows = responses.pop(index)
-                    rows, own = _of_rows(rows, scores, asked, bridge)
+                    rows, own = asked.bring_back(responses.pop(index), scores)
                     if base is not None:
                         own = _with_base(own, base, rollouts.shards[index].name)
                     table = cache.to_table(rows, own, logprob_bits=logprob_bits)
                     writer.publish_shard(index, table)
-
-
-def _request_of(
-    response: Response, asked: Mapping[str, Ints] | None, bridge: TokenizerBridge | None
-) -> ScoreRequest:
-    """Return a response as the teacher is asked about it."""
-    if bridge is not None:
-        return bridge.request(response)
-    prompt_ids = asked_of_teacher(response, asked)
-    return ScoreRequest(response.prompt_id, response.sample_index, prompt_ids, response.token_ids)
-
-
-def _of_rows(
-    rows: list[Response],
-    scores: list[TeacherScores],
-    asked: Mapping[str, Ints] | None,
-    bridge: TokenizerBridge | None,
-) -> tuple[list[Response], list[TeacherScores]]:
-    """Return the rows of a shard as they are kept, with the teacher's scores of their tokens."""
-    if bridge is not None:
-        return bridge.bring_back(rows, scores)
-    pairs = zip(scores, rows, strict=True)
-    return rows, [of_response(one, row, asked_of_teacher(row, asked)) for one, row in pairs]
 
 
 def _with_base(scores: list[TeacherScores], base: ArtifactWriter, name: str) -> list[TeacherScores]:

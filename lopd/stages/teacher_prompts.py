@@ -16,13 +16,14 @@ from lopd.stages.context import StageContext
 from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.rendering import render
 from lopd.tasks.teacher_prompt import teacher_prompts
+from sglang_rollout.requests.scoring import ScoreRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def teacher_prompt_ids(context: StageContext) -> dict[str, Ints] | None:
-    """Return the token ids [P'] of the teacher's prompts by prompt_id; None for the student's own.
+def prompts_for_scoring(context: StageContext) -> TeacherPrompts:
+    """Return what the teacher is asked about the rollouts: their own prompts, or its own.
 
     The chat template of the run renders them, by the same rules as every other prompt.
 
@@ -32,14 +33,15 @@ def teacher_prompt_ids(context: StageContext) -> dict[str, Ints] | None:
     """
     config = context.config
     if config.score.teacher_prompt is None:
-        return None
+        return TeacherPrompts()
     prompts, _ = context.prompts("opd")
-    return render_for_teacher(
+    asked = render_for_teacher(
         config,
         with_teacher_prompt(config, prompts),
         prompt_tokenizer(config),
         thinking=config.prompts.opd.thinking,
     )
+    return TeacherPrompts(asked)
 
 
 def with_teacher_prompt(config: Config, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
@@ -76,14 +78,51 @@ def render_for_teacher(
     return {prompt.prompt_id: ids for prompt, ids in zip(prompts, rendered, strict=True)}
 
 
-def asked_of_teacher(response: Response, asked: Mapping[str, Ints] | None) -> Ints:
+class TeacherPrompts:
+    """Asks a teacher about responses in their own tokens, after a prompt of its own or theirs.
+
+    A TokenizerBridge has the same methods, for a teacher with another tokenizer.
+    """
+
+    def __init__(self, asked: Mapping[str, Ints] | None = None) -> None:
+        """Remember the teacher's own prompts by prompt_id, or None for those of the responses."""
+        self._asked = asked
+
+    def request(self, response: Response) -> ScoreRequest:
+        """Return the response as the teacher is asked about it.
+
+        Raises:
+            DataError: The response answers no prompt of the run.
+        """
+        prompt_ids = response.prompt_ids
+        if self._asked is not None:
+            prompt_ids = prompt_of(response, self._asked)
+        return ScoreRequest(
+            response.prompt_id, response.sample_index, prompt_ids, response.token_ids
+        )
+
+    def bring_back(
+        self, responses: Sequence[Response], scores: Sequence[TeacherScores]
+    ) -> tuple[list[Response], list[TeacherScores]]:
+        """Return the responses, and the scores as those of each response with its own prompt."""
+        pairs = zip(responses, scores, strict=True)
+        return list(responses), [self._of_response(*pair) for pair in pairs]
+
+    def _of_response(self, response: Response, score: TeacherScores) -> TeacherScores:
+        # The engine names what it was sent. Only if that was this response after the teacher's
+        # prompt may the name of the response take its place.
+        sent = token_hash(self.request(response).prompt_ids, response.token_ids)
+        assert score.token_hash == sent, score.key
+        name = token_hash(response.prompt_ids, response.token_ids)
+        return dataclasses.replace(score, token_hash=name)
+
+
+def prompt_of(response: Response, asked: Mapping[str, Ints]) -> Ints:
     """Return the prompt that the teacher scores a response after, as token ids.
 
     Raises:
         DataError: The response answers no prompt of the run.
     """
-    if asked is None:
-        return response.prompt_ids
     if response.prompt_id not in asked:
         raise DataError(
             f"response {response.key} answers a prompt that the run does not have",
@@ -92,19 +131,3 @@ def asked_of_teacher(response: Response, asked: Mapping[str, Ints] | None) -> In
             remedy="run the stage that sampled the responses again",
         )
     return asked[response.prompt_id]
-
-
-def of_response(score: TeacherScores, response: Response, asked: Ints) -> TeacherScores:
-    """Return the scores as those of the response with its own prompt.
-
-    Args:
-        score: The teacher's scores, which name the tokens that were scored.
-        response: The response that they are for.
-        asked: The prompt that the teacher had.
-    """
-    # The engine names what it was sent. Only if that was this response after the teacher's prompt
-    # may the name of the response take its place.
-    assert score.token_hash == token_hash(asked, response.token_ids), score.key
-    return dataclasses.replace(
-        score, token_hash=token_hash(response.prompt_ids, response.token_ids)
-    )

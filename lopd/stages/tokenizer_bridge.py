@@ -25,7 +25,7 @@ from lopd.config import Config
 from lopd.records import Ints, Key, Manifest, Prompt, Response, TeacherScores, token_hash
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.teacher_prompts import (
-    asked_of_teacher,
+    prompt_of,
     render_for_teacher,
     with_teacher_prompt,
 )
@@ -99,7 +99,7 @@ class TokenizerBridge:
             ends=student.ends,
             other_end=teacher.end,
         )
-        prompt_ids = asked_of_teacher(response, self._teacher_prompts)
+        prompt_ids = prompt_of(response, self._teacher_prompts)
         # What is too long for the teacher is left out here: the response was as long as it may be
         # in the student's tokens, and a run must not end for it.
         plan = plan.within(self._config.sglang.context_length - len(prompt_ids))
