@@ -47,7 +47,7 @@ PAGES_FROM = {
 # Page of the Python reference -> its title and the modules that it shows.
 PYTHON: dict[str, tuple[str, Sequence[str]]] = {
     "cache": ("Teacher cache", ["lopd.cache", "lopd.cache.reader", "lopd.artifacts"]),
-    "records": ("Records and errors", ["lopd.records", "lopd.errors"]),
+    "records": ("Records and errors", ["lopd.records", "lopd.manifests", "lopd.errors"]),
     "batching": ("Batching", ["lopd.batching", "lopd.batching.context"]),
     "objective": ("Objectives", ["lopd.objective"]),
     "tasks": (

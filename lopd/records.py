@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lopd.manifests import Manifest as Manifest
+from lopd.manifests import ModelIdentity as ModelIdentity
+from lopd.manifests import ShardInfo as ShardInfo
 
 # The arrays of the records. Token ids are int32 and log-probabilities float32: half the bytes of
 # what Python and numpy choose by themselves, for every token of a run.
 Ints: TypeAlias = NDArray[np.int32]
 Floats: TypeAlias = NDArray[np.float32]
 Int16s: TypeAlias = NDArray[np.int16]
+Int8s: TypeAlias = NDArray[np.int8]
 # One byte per token. True is a token that carries loss.
 Bools: TypeAlias = NDArray[np.bool_]
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
@@ -221,6 +226,8 @@ class TeacherScores:
         base_logprobs: The log-probability of every token by the teacher's own base, if the run
             asked for it.
         teacher: The fingerprint of the teacher's weights in a cache with several teachers.
+        alignment: What became of each token where the teacher has another tokenizer. It is 0 where
+            the teacher's log-probability could be brought over (lopd.tasks.cross_tokenizer).
 
     Example:
         The teacher gives "3" a probability of 0.90. The student gave it 0.70, so the first
@@ -244,10 +251,11 @@ class TeacherScores:
     entropy: Floats | None = None  # [R]
     teacher: str = ""
     base_logprobs: Floats | None = None  # [R]
+    alignment: Int8s | None = None  # [R]
 
     def __post_init__(self) -> None:
         num_tokens = len(self.teacher_logprobs)
-        columns = ("top", "entropy", "base_logprobs")
+        columns = ("top", "entropy", "base_logprobs", "alignment")
         _check_lengths(f"scores of {self.key}", self, columns, num_tokens)
 
     @property
@@ -363,101 +371,3 @@ class Microbatch:
             raise ValueError(
                 f"microbatch: cu_seqlens {bounds.tolist()[:3]}.. does not cover {length} tokens"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """One published file of an artifact.
-
-    Attributes:
-        rows: The number of responses. It is 0 for a file that is not a Parquet shard.
-        tokens: The number of response tokens.
-        sha256: The checksum of the whole file, in hexadecimal digits.
-
-    Example:
-        >>> shard = ShardInfo("shard-00000.parquet", rows=256, tokens=318_464, sha256="5f2b91ac")
-        >>> shard.tokens // shard.rows
-        1244
-    """
-
-    name: str
-    rows: int
-    tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """A checkpoint by its content. Each fingerprint is a sha256 in hexadecimal digits.
-
-    Attributes:
-        path: Where the checkpoint was then. It tells people something and decides nothing.
-        weights: Of config.json and all safetensors files.
-        tokenizer: Of tokenizer.json.
-        template: Of the chat template.
-
-    Example:
-        Two models can be teacher and student of each other only if they have one tokenizer. (Real
-        fingerprints have 64 digits.)
-
-        >>> teacher = ModelIdentity("/models/Qwen3-32B", "9c1d40e7", "aeb13307", "a55ee1b1")
-        >>> student = ModelIdentity("/models/Qwen3-8B-Base", "04be7c12", "aeb13307", "1d3f8a60")
-        >>> teacher.tokenizer == student.tokenizer
-        True
-    """
-
-    path: str
-    weights: str
-    tokenizer: str
-    template: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What an artifact is, from what it was made, and by whom.
-
-    lopd.artifacts reads and writes it. docs/cache_format.md specifies every key.
-
-    Attributes:
-        complete: True once the last shard is published.
-        inputs: Every configuration key that the content depends on, with its value.
-        parents: The fingerprint of each parent artifact, by the parent's kind.
-        models: The models by their role, for example "teacher".
-        sampling: The sampling parameters of the responses.
-        lineage: Which teacher made the demonstrations behind the artifact, and which checks the
-            user has switched off.
-        fingerprint: Names the artifact with its content. It is empty until complete is True.
-        extra: Figures of the stage, for example steps, losses and seconds.
-
-    Example:
-        >>> shard = ShardInfo("shard-00000.parquet", rows=256, tokens=318_464, sha256="5f2b91ac")
-        >>> manifest = Manifest(
-        ...     kind="teacher_cache",
-        ...     schema_version=1,
-        ...     complete=True,
-        ...     inputs={"seed": 0, "score.top_k": 0},
-        ...     parents={"rollouts": "71e0c2d9"},
-        ...     models={},
-        ...     sampling={"temperature": 0.8, "top_p": 1.0, "max_new_tokens": 4096},
-        ...     lineage={"sft_teacher": "9c1d40e7", "score_teacher": "9c1d40e7"},
-        ...     rows=256,
-        ...     shards=(shard,),
-        ...     versions={"sglang": "0.5.17"},
-        ... )
-        >>> manifest.rows == sum(shard.rows for shard in manifest.shards)
-        True
-    """
-
-    kind: str
-    schema_version: int
-    complete: bool
-    inputs: Mapping[str, Any]
-    parents: Mapping[str, str]
-    models: Mapping[str, ModelIdentity]
-    sampling: Mapping[str, Any]
-    lineage: Mapping[str, Any]
-    rows: int
-    shards: tuple[ShardInfo, ...]
-    versions: Mapping[str, str]
-    fingerprint: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)

@@ -109,6 +109,9 @@ def _score_figures(score: Manifest) -> dict[str, Any]:
         },
         "teacher": dict(score.lineage),
     }
+    # How much the student could learn from a teacher with another tokenizer.
+    if "alignment_counts" in score.extra:
+        figures["cache"]["alignment"] = dict(score.extra["alignment_counts"])
     # The method assumes one teacher. Who reads only the summary must see that it was not so.
     if not score.lineage["consistent"]:
         figures["notes"] = [

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of lopd/records.py are true."""
+"""The examples in the docstrings of lopd/records.py and lopd/manifests.py are true."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lopd import records
+from lopd import manifests, records
 from lopd.batching.microbatch import build_microbatch, make_sample
 from lopd.records import Microbatch, Response, Sample, TeacherScores
 
+MODULES = (records.__name__, manifests.__name__)
+
 
 def examples() -> Iterator[doctest.DocTest]:
-    return (found for found in doctest.DocTestFinder().find(records) if found.examples)
+    finder = doctest.DocTestFinder()
+    found = [*finder.find(records), *finder.find(manifests)]
+    return (one for one in found if one.examples)
 
 
 def evaluate(name: str) -> dict[str, Any]:
@@ -30,7 +34,7 @@ def test_every_record_has_an_example() -> None:
     public = {
         name
         for name, value in vars(records).items()
-        if dataclasses.is_dataclass(value) and value.__module__ == records.__name__
+        if dataclasses.is_dataclass(value) and value.__module__ in MODULES
     }
     assert len(public) == 9
     assert public <= {found.name.rpartition(".")[2] for found in examples()}

@@ -24,6 +24,14 @@ DECLARED = "declared"
 UNKNOWN = "unknown"
 # The kinds of artifact that a training can learn from.
 CACHES = ("teacher_cache", "residualised_cache")
+# The key of a manifest that names the method and both tokenizers, where these differ.
+TOKEN_ALIGNMENT = "token_alignment"
+# What helps where two tokenizers differ, and where the scores could be brought over.
+ONE_FAMILY = "use a teacher and a student of one model family, with the same tokenizer.json"
+OR_ALIGNED = (
+    f'{ONE_FAMILY}, or set score.tokenizer="aligned", which brings the scores to the student\'s '
+    "tokens by their bytes"
+)
 
 
 def demonstrated_by(teacher: ModelIdentity) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def check_given_cache(
             remedy="give the folder of a finished cache: see lopd cache --help",
         )
     # Not even allow_foreign helps here: with another tokenizer the ids mean other text.
-    for identity in manifest.models.values():
+    for identity in tokenizers_of_rows(manifest, folder).values():
         check_same_tokenizer(identity, student)
     # All faults at once, so that the user does not meet them one after the other.
     wrong = _faults(manifest, student)
@@ -181,6 +189,37 @@ def check_given_cache(
         "cache": {"kind": manifest.kind, "fingerprint": manifest.fingerprint, "note": note},
         "allow_foreign_cache": bool(wrong),
     }
+
+
+def alignment_of(manifest: Manifest) -> Mapping[str, Any] | None:
+    """Return the method and the tokenizers of a cache whose teacher has another tokenizer.
+
+    It is None for a cache whose teacher has scored the very ids that were sampled.
+    """
+    found = manifest.extra.get(TOKEN_ALIGNMENT)
+    return found if isinstance(found, Mapping) else None
+
+
+def tokenizers_of_rows(manifest: Manifest, folder: str | Path) -> dict[str, ModelIdentity]:
+    """Return the models whose tokenizer must be that of the rows, by role.
+
+    The teacher of an aligned artifact is not among them: it has another tokenizer, and the rows are
+    in the student's tokens all the same.
+    """
+    aligned = alignment_of(manifest)
+    if aligned is None:
+        return dict(manifest.models)
+    others = {
+        role: identity
+        for role, identity in manifest.models.items()
+        if not role.startswith("teacher")
+    }
+    return {**others, "the aligned rows": scored_tokenizer(aligned, folder)}
+
+
+def scored_tokenizer(aligned: Mapping[str, Any], folder: str | Path) -> ModelIdentity:
+    """Return the tokenizer whose ids a cache has, of what alignment_of() has returned."""
+    return ModelIdentity(str(folder), "", str(aligned.get("student_tokenizer", "")), "")
 
 
 def _faults(manifest: Manifest, student: ModelIdentity) -> list[str]:
@@ -233,8 +272,15 @@ def _named(model: ModelIdentity) -> str:
     return f"{model.path} (weights {model.weights[:12]})"
 
 
-def check_same_tokenizer(teacher: ModelIdentity, student: ModelIdentity) -> None:
+def check_same_tokenizer(
+    teacher: ModelIdentity, student: ModelIdentity, *, remedy: str = ONE_FAMILY
+) -> None:
     """Refuse two models whose tokenizers differ: the teacher would score ids that mean other text.
+
+    Args:
+        teacher: The one model.
+        student: The other model.
+        remedy: What the user can do.
 
     Raises:
         DataError: The fingerprints of tokenizer.json differ.
@@ -249,5 +295,5 @@ def check_same_tokenizer(teacher: ModelIdentity, student: ModelIdentity) -> None
             where=teacher.path,
             limit=f"the same sha256 of tokenizer.json: the teacher has {theirs}, the student "
             f"has {ours}",
-            remedy="use a teacher and a student of one model family, with the same tokenizer.json",
+            remedy=remedy,
         )

@@ -24,6 +24,8 @@ TAIL = "teacher_tail_logprob"
 ENTROPY = "teacher_entropy"
 # One value for each token, by the teacher's own base.
 BASE = "teacher_base_logprobs"
+# Where the teacher has another tokenizer: what became of each token. 0 is aligned.
+ALIGNMENT = "alignment"
 # The key of a shard's Parquet metadata that says how the column routed_experts is to be read. It is
 # there if the column is. Its value is JSON: {"layers", "k"}.
 ROUTED = b"lopd.routed_experts"

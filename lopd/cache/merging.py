@@ -15,11 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lopd.artifacts import ArtifactWriter, read_complete, read_shard
+from lopd.artifacts.lineage import TOKEN_ALIGNMENT
 from lopd.errors import ArtifactError, ConsistencyError, DataError
 from lopd.records import Key, Manifest, ModelIdentity
 
 # The keys of a manifest's `extra` that stay true of a cache made from it.
-_CARRIED = ("vocab_size", "end_token_ids", "logprob_bits", "logprob_loss", "lacks")
+_CARRIED = (
+    "vocab_size",
+    "end_token_ids",
+    "logprob_bits",
+    "logprob_loss",
+    "lacks",
+    TOKEN_ALIGNMENT,
+)
 # The sampling parameters that decide the distribution of the tokens.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 

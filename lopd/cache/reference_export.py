@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lopd.artifacts import publish_json, read_complete, read_shard, sha256_file, storage_errors
+from lopd.artifacts.lineage import alignment_of
 from lopd.errors import ArtifactError, DataError
 from lopd.records import Manifest
 from lopd.tasks.tokenizer import decode, load_tokenizer
@@ -62,7 +63,9 @@ def export_reference(
     file = Path(file)
     tokenizer_folder = Path(tokenizer_folder) if tokenizer_folder is not None else None
     manifest = read_complete(folder)
-    known = manifest.models.get("teacher")
+    # Whose tokens the rows have. A teacher with another tokenizer cannot read them.
+    owner = "teacher" if alignment_of(manifest) is None else "student"
+    known = manifest.models.get(owner)
     # The path of the manifest is that of the machine on which the cache was made.
     place = tokenizer_folder or (Path(known.path) if known is not None else None)
     if place is None or not place.is_dir():

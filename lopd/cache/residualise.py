@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_manifest, read_shard
+from lopd.artifacts.lineage import alignment_of
 from lopd.cache.checks import require_sound, vocabulary
 from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS, flat, without_origin
 from lopd.cache.row_checks import RESIDUALISED
@@ -101,6 +102,15 @@ def _check_source(source: Path, manifest: Manifest) -> None:
             where=str(source),
             limit=f"exactly {TEACHER_CACHE}",
             remedy="give the cache that the score stage made",
+        )
+    # Its masked tokens have no scores, and its other scores are parts of sums over chunks: what
+    # they deviate by is not a style of single tokens.
+    if alignment_of(manifest) is not None:
+        raise ArtifactError(
+            "this cache holds scores of a teacher with another tokenizer",
+            where=str(source),
+            limit="scores of the very tokens that were sampled",
+            remedy="train on this cache as it is",
         )
     # One table for two styles would fit neither of them.
     if sum(role.startswith("teacher") for role in manifest.models) > 1:

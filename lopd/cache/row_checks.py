@@ -15,7 +15,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lopd.cache.columns import BASE, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS, flat, list_lengths
+from lopd.cache.columns import (
+    ALIGNMENT,
+    BASE,
+    ENTROPY,
+    TAIL,
+    TOP_IDS,
+    TOP_LOGPROBS,
+    flat,
+    list_lengths,
+)
 from lopd.records import FINISH_REASONS, Key
 
 # How many responses a finding names. The others are only counted.
@@ -148,7 +157,7 @@ class RowChecks:
         for name in ("prompt_ids", "token_ids"):
             self._check_ids(table, name, keys)
         # A wrong length shifts every value behind it to another token.
-        for name in (*LOGPROBS, "loss_mask", ENTROPY, TAIL):
+        for name in (*LOGPROBS, "loss_mask", ENTROPY, TAIL, ALIGNMENT):
             if name in table.column_names:
                 wrong = list_lengths(table, name) != lengths
                 what = f"{name} has another length than token_ids"
@@ -160,6 +169,8 @@ class RowChecks:
             self._check_top_k(table, keys, lengths)
         if ENTROPY in table.column_names:
             self._check_entropy(table, keys)
+        if ALIGNMENT in table.column_names:
+            self._check_alignment(table, keys)
         self._check_teachers(table, keys)
         return True
 
@@ -252,6 +263,18 @@ class RowChecks:
         what = f"{ENTROPY} that no distribution over the vocabulary has"
         # Negated, so that a NaN, for which every comparison is false, counts as impossible.
         self._flag_rows(keys, rows[~possible], "entropy", what)
+
+    def _check_alignment(self, table: pa.Table, keys: list[Key]) -> None:
+        what = "loss on a token to which no log-probability of the teacher could be brought"
+        if "loss_mask" not in table.column_names:
+            self._flag(keys, np.ones(len(keys), bool), "unaligned loss", what)
+            return
+        alignment, rows = flat(table, ALIGNMENT)
+        mask, _ = flat(table, "loss_mask")
+        # Of columns of different lengths the check of lengths has told.
+        if len(alignment) == len(mask):
+            wrong = (alignment != 0) & mask.astype(bool)
+            self._flag_rows(keys, rows[wrong], "unaligned loss", what)
 
     def _check_teachers(self, table: pa.Table, keys: list[Key]) -> None:
         if "teacher" in table.column_names and self._teachers:

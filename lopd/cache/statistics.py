@@ -15,8 +15,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lopd.artifacts import read_manifest, read_shard
+from lopd.artifacts.lineage import alignment_of
 from lopd.cache.checks import vocabulary
-from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, column_bytes, flat
+from lopd.cache.columns import ALIGNMENT, ENTROPY, TAIL, TOP_IDS, column_bytes, flat
+from lopd.cache.token_alignment import Alignment, alignment_line, count_alignment
 from lopd.cache.verdicts import refuse_verdicts
 from lopd.records import Manifest, token_hash
 
@@ -126,6 +128,7 @@ def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "logprob_loss": manifest.extra.get("logprob_loss"),
         "lacks": manifest.extra.get("lacks", []),
         "residualisation": manifest.extra.get("residualisation"),
+        "token_alignment": alignment_of(manifest),
         "shards": len(manifest.shards),
     }
 
@@ -173,6 +176,10 @@ class _Scan:
         self._tail = Moments(SHARE_EDGES)
         self._entropy = Moments(ENTROPY_EDGES)
         self._num_top_ids = 0
+        # Of a teacher with another tokenizer: the tokens by what became of them.
+        self._alignment: Counter[str] = Counter()
+        # Those whose teacher's log-probability is one: all but the masked ones.
+        self._num_scored = 0
         # The advantage is counted apart from its histogram, whose edges need not be 1 and 10.
         self._advantage = Moments(ADVANTAGE_EDGES)
         self._num_over_one = 0
@@ -183,6 +190,7 @@ class _Scan:
         """Add the rows of one shard."""
         self._add_names(table)
         self._add_sequences(table)
+        self._alignment.update(count_alignment(table))
         self._add_logprobs(table)
         # The other optional columns.
         if TOP_IDS in table.column_names:
@@ -229,6 +237,12 @@ class _Scan:
         # Both columns are read once and serve two statistics, their own and the advantage.
         names = [name for name in self._logprobs if name in table.column_names]
         found = {name: flat(table, name)[0] for name in names}
+        # Where nothing could be brought over the teacher has no value, and 0 stands in its place.
+        # It would count as a teacher that is certain.
+        if ALIGNMENT in table.column_names:
+            is_scored = flat(table, ALIGNMENT)[0] == Alignment.ALIGNED
+            fits = all(len(values) == len(is_scored) for values in found.values())
+            found = {name: values[is_scored] for name, values in found.items()} if fits else found
         for name, values in found.items():
             self._logprobs[name].add(values)
         # The policy that sampled is the student at the start, so the difference is the advantage of
@@ -236,6 +250,7 @@ class _Scan:
         if len(found) == 2 and len({len(values) for values in found.values()}) == 1:
             advantage = found["teacher_logprobs"].astype(np.float64) - found["sampling_logprobs"]
             self._advantage.add(advantage)
+            self._num_scored += len(advantage)
             self._num_over_one += int((np.abs(advantage) > 1).sum())
             self._num_clipped += int((np.abs(advantage) > ADVANTAGE_CLIP).sum())
 
@@ -253,8 +268,8 @@ class _Scan:
         advantage = self._advantage.as_json()
         if advantage is not None:
             advantage |= {
-                "share_over_1_nat": self._num_over_one / tokens,
-                "share_clipped": self._num_clipped / tokens,
+                "share_over_1_nat": self._num_over_one / max(1, self._num_scored),
+                "share_clipped": self._num_clipped / max(1, self._num_scored),
             }
         return {
             "rows": rows,
@@ -270,6 +285,8 @@ class _Scan:
             "duplicate_keys": sum(count - 1 for count in self._keys.values()),
             "duplicate_sequences": sum(count - 1 for count in self._sequences.values()),
             "rows_by_teacher": dict(self._teachers),
+            "alignment": dict(self._alignment),
+            "alignment_line": alignment_line(self._alignment) if self._alignment else "",
             **{name: moments.as_json() for name, moments in self._logprobs.items()},
             "advantage_at_start": advantage,
             "top_k": self._num_top_ids // tokens,

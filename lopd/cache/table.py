@@ -12,10 +12,10 @@ columns are always there:
     weight_version     string
 
 Others are there if they are known: loss_mask list<bool>, teacher_logprobs list<float32>, and the
-teacher's top-K, its entropy, its base's log-probabilities, its name and the sampler's routed
-experts. Every list but prompt_ids
-has the length of token_ids. If the manifest says ``logprob_bits`` 16, log-probabilities are stored
-as float16 and read as float32. docs/cache_format.md is the specification.
+teacher's top-K, its entropy, its base's log-probabilities, its name, the alignment with a teacher
+of another tokenizer, and the sampler's routed experts. Every list but prompt_ids has the length of
+token_ids. If the manifest says ``logprob_bits`` 16, log-probabilities are stored as float16 and
+read as float32. docs/cache_format.md is the specification.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from lopd.artifacts import ArtifactWriter, read_manifest, read_shard
 from lopd.cache.columns import (
+    ALIGNMENT,
     BASE,
     ENTROPY,
     ROUTED,
@@ -127,7 +128,8 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
     """Return all columns that the scores have.
 
     Raises:
-        ArtifactError: Only some scores have a top-K, an entropy or the base's log-probabilities.
+        ArtifactError: Only some scores have a top-K, an entropy, the base's log-probabilities or an
+            alignment.
     """
     columns = {
         # The one column that every score has.
@@ -139,12 +141,14 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
     tops = [score.top for score in scores if score.top is not None]
     entropies = [score.entropy for score in scores if score.entropy is not None]
     bases = [score.base_logprobs for score in scores if score.base_logprobs is not None]
+    alignments = [score.alignment for score in scores if score.alignment is not None]
     # A column of some rows only would need a null in the others, and readers would have to expect
     # it.
     optional = (
         ("a top-K", tops),
         ("an entropy", entropies),
         ("the base's log-probabilities", bases),
+        ("an alignment", alignments),
     )
     for name, found in optional:
         if found and len(found) != len(scores):
@@ -162,6 +166,8 @@ def _teacher_columns(scores: Sequence[TeacherScores]) -> dict[str, pa.Array]:
         columns[ENTROPY] = to_lists(entropies, pa.float32())
     if bases:
         columns[BASE] = to_lists(bases, pa.float32())
+    if alignments:
+        columns[ALIGNMENT] = to_lists(alignments, pa.int8())
     return columns
 
 
@@ -282,10 +288,11 @@ def _scores_of(
         # Of the ids that were read, so that a later check compares with what is in the file.
         token_hash(response.prompt_ids, response.token_ids),
         logprobs,
-        top,
-        lists.get(ENTROPY),
-        teacher,
-        lists.get(BASE),
+        top=top,
+        entropy=lists.get(ENTROPY),
+        teacher=teacher,
+        base_logprobs=lists.get(BASE),
+        alignment=lists.get(ALIGNMENT),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from lopd.artifacts.file_hashes import HASHES, STORE
 from lopd.checks import combinations
+from lopd.checks.alignment import alignment, alignment_problems
 from lopd.checks.findings import ALL_STAGES, CORES, Finding, Shapes, devices, problems_of
 from lopd.checks.folders import disk, folders
 from lopd.checks.lineage import (
@@ -59,6 +60,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "teachers": (teachers, ("demonstrate", "rollout", "score", "distill")),
     "context": (context, SERVING),
     "tokenizers": (tokenizers, SERVING),
+    "alignment": (alignment, SERVING),
     # Knobs against each other, against the models, and against this machine.
     "sampling": (combinations.sampling, ("demonstrate", "rollout", "distill", "evaluate")),
     "layouts": (layouts, TRAINING),
@@ -138,6 +140,7 @@ def check_anywhere(
         # A given cache need not be on this machine yet, and the objective reads its columns.
         objective(config) if config.distill.cache is None else (),
         combinations.refresh_problems(config),
+        alignment_problems(config),
         combinations.sync_problems(config, on_gpu=None),
         checkpoint_problems(config, to_fetch=True),
         server_problems(config, shapes),

@@ -39,8 +39,10 @@ def teachers(config: Config) -> Iterator[Finding]:
             )
         # The headers, which name every tensor.
         yield from inspect_checkpoint(folder, read_architecture(folder)).problems
-        # A teacher scores the student's token ids, so the ids must mean the same text.
-        consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, models.student)))
+        # A teacher scores the student's token ids, so the ids must mean the same text. That there
+        # is one teacher alone with another tokenizer is refused by its own check.
+        if not config.aligns_tokenizers:
+            consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, models.student)))
         yield f"{domain}: {folder}"
     if models.teacher_base is not None:
         yield from _base_problems(config, models.teacher_base)
@@ -80,7 +82,9 @@ def _base_problems(config: Config, folder: Path) -> Iterator[LopdError]:
             otherwise="give the folder of a Hugging Face checkpoint",
         )
     yield from inspect_checkpoint(folder, read_architecture(folder)).problems
-    consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, config.models.student)))
+    # That no base goes together with a teacher of another tokenizer is refused by its own check.
+    if not config.aligns_tokenizers:
+        consistency.check_same_tokenizer(*map(identify_tokenizer, (folder, config.models.student)))
     for key, is_used in (
         ("models.teachers", config.models.teachers),
         ("sglang.teacher_urls", config.sglang.teacher_urls),
@@ -273,7 +277,13 @@ def demonstrations(config: Config) -> Iterator[Finding]:
     # Checksums: a damaged shard would be noticed only when training reaches it.
     verify(folder, manifest)
     _require_known_ids(config, folder)
-    if "teacher" in manifest.models and (config.models.student / "config.json").is_file():
+    # Those of a teacher with another tokenizer may have been brought to the student's tokens.
+    aligned = consistency.alignment_of(manifest)
+    if aligned is not None:
+        consistency.check_same_tokenizer(
+            consistency.scored_tokenizer(aligned, folder), identify_tokenizer(config.models.student)
+        )
+    elif "teacher" in manifest.models and (config.models.student / "config.json").is_file():
         consistency.check_same_tokenizer(
             manifest.models["teacher"], identify_tokenizer(config.models.student)
         )

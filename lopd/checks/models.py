@@ -89,16 +89,23 @@ def tokenizers(config: Config) -> Iterator[Finding]:
     It must also fit the rows of every model, and the models must know how a response ends.
     """
     rows = {role: architecture.vocab_size for role, architecture in shapes_of(config).items()}
+    aligned = config.aligns_tokenizers
     problems = 0
     # A tokenizer that is wrong does not keep the other one from being looked at.
     for role in rows:
-        found = attempt(partial(_check_tokenizer, role, _folder_of(config, role), rows))
+        # A teacher with another tokenizer has ids of its own, which no other model needs to know.
+        known = {role: rows[role]} if aligned else rows
+        found = attempt(partial(_check_tokenizer, role, _folder_of(config, role), known))
         problems += isinstance(found, LopdError)
         yield found
+    if aligned:
+        return
     # The teacher scores the token ids that the student sampled, so both must mean the same text.
     if rows.keys() >= set(ROLES):
         folders = [_folder_of(config, role) for role in ROLES]
-        consistency.check_same_tokenizer(*map(identify_tokenizer, folders))
+        consistency.check_same_tokenizer(
+            *map(identify_tokenizer, folders), remedy=consistency.OR_ALIGNED
+        )
         yield "teacher and student share one tokenizer"
     if len(rows) > 1 and not problems:
         yield _about_rows(rows, len(light_tokenizer(config.models.student)))

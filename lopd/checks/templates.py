@@ -45,9 +45,23 @@ def templates(config: Config) -> Iterator[Finding]:
             remedy="use a template without random choices",
         )
     other = models.student if models.chat_template == "teacher" else models.teacher
-    if template_text(other) != template_text(owner):
+    if config.aligns_tokenizers:
+        yield from _each_its_own(config, prompt, rendered)
+    elif template_text(other) != template_text(owner):
         yield from _difference(config, prompt, rendered, other)
     yield from _thinking(config, prompt, own)
+
+
+def _each_its_own(config: Config, prompt: Prompt, rendered: str) -> Iterator[Finding]:
+    """Show one prompt as the teacher and as the student see it, where their tokenizers differ."""
+    try:
+        theirs = _Renderer(config, config.models.teacher).text(prompt, config.prompts.opd)
+    except LopdError as error:
+        # A teacher that cannot read the prompts would be noticed after the rollouts.
+        yield error
+        return
+    name = f"prompt {prompt.prompt_id!r}"
+    yield f"{name} is {theirs!r} for the teacher and {rendered!r} for the student"
 
 
 def _difference(config: Config, prompt: Prompt, rendered: str, other: Path) -> Iterator[Finding]:

@@ -140,6 +140,15 @@ class ScoreSection(Section):
 
     forward: ForwardSection = Field(default_factory=ForwardSection)
 
+    # With one tokenizer the teacher scores the very ids that were sampled, which is always better.
+    tokenizer: Literal["same", "aligned"] = Field(
+        default="same",
+        description=(
+            "same: the teacher must have the student's tokenizer. aligned: it has another one; it "
+            "scores the text, and its scores are brought to the student's tokens by their bytes."
+        ),
+    )
+
     # What the teacher sees. It may be more than the student: an answer, a hint, instructions.
     teacher_prompt: str | None = Field(
         default=None,

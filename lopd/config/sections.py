@@ -9,6 +9,8 @@ change of such a knob repeats no stage.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
 from lopd.config.base import Contradiction, Section
@@ -52,6 +54,19 @@ class Config(Section):
     def evaluates_at_syncs(self) -> bool:
         """Whether distill sends weights to servers that then answer held-out prompts."""
         return self.evaluate.enabled and self.distill.sync_every > 0
+
+    @property
+    def aligns_tokenizers(self) -> bool:
+        """Whether the teacher has a tokenizer of its own, and scores are brought over."""
+        return self.score.tokenizer == "aligned"
+
+    @property
+    def student_token_models(self) -> tuple[Path, ...]:
+        """The folders of the models whose token ids are those of the student."""
+        models = self.models
+        if self.aligns_tokenizers:
+            return (models.student,)
+        return models.teacher, *models.teachers.values(), models.student
 
     @model_validator(mode="after")
     def _has_held_out_prompts(self) -> Config:

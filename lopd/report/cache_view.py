@@ -100,6 +100,7 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     tokens = f"{figures['tokens']:,} tokens"
     yield "responses", f"{prompts}, {tokens}, in {figures['shards']} shards"
     yield from _size_lines(figures)
+    yield from _alignment_lines(figures)
     if figures.get("top_k"):
         yield "teacher's top-K", f"{figures['top_k']} tokens at each place"
     yield from _ending_lines(figures)
@@ -133,6 +134,17 @@ def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "  rows of teacher", f"{figures['teachers'].get(weights) or weights[:12]}: {rows:,}"
     sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
     yield "sampled with", sampling or "unknown"
+
+
+def _alignment_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield what became of the tokens, where the teacher has another tokenizer."""
+    about = figures.get("token_alignment")
+    if about:
+        tokenizers = [str(about.get(f"{name}_tokenizer"))[:12] for name in ("teacher", "student")]
+        told = f"{about.get('method')}, from the tokenizer {tokenizers[0]} to {tokenizers[1]}"
+        yield "other tokenizer", told
+    if figures.get("alignment"):
+        yield "  tokens", figures["alignment_line"]
 
 
 def _size_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -241,6 +253,9 @@ def show_responses(rows: Sequence[ShownResponse]) -> None:
         advantage = None
         if row.scores is not None and len(row.scores):
             advantage = row.scores.astype(np.float64) - response.sampling_logprobs
+            # A token without loss may have no score, and a 0 in its place.
+            if response.loss_mask is not None:
+                advantage[~response.loss_mask] = 0.0
             # The token to look at first.
             worst = int(np.argmax(np.abs(advantage)))
             about += f", sum {advantage.sum():+.2f} nats"

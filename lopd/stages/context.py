@@ -12,7 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopd.artifacts import MANIFEST, ArtifactWriter, Share, identify_model, read_manifest
+from lopd.artifacts import (
+    MANIFEST,
+    ArtifactWriter,
+    Share,
+    identify_model,
+    identify_tokenizer,
+    read_manifest,
+)
 from lopd.artifacts.file_hashes import HASHES, SHOWN_BYTES
 from lopd.artifacts.fingerprints import weight_files
 from lopd.config import Config, SGLangSection, result_keys
@@ -100,8 +107,7 @@ class StageContext:
     @property
     def end_models(self) -> tuple[Path, ...]:
         """The models whose files say how a response ends."""
-        models = self.config.models
-        return models.teacher, *models.teachers.values(), models.student
+        return self.config.student_token_models
 
     @cached_property
     def parents(self) -> dict[str, str]:
@@ -135,6 +141,11 @@ class StageContext:
                 keys[f"models.teachers.{domain}"] = self.identity(f"teachers.{domain}").weights
         if "score" in self.stage.knobs and config.models.teacher_base is not None:
             keys["models.teacher_base"] = self.identity("teacher_base").weights
+        if config.aligns_tokenizers and "demonstrate" in self.stage.knobs:
+            # The teacher's answers are kept in the student's tokens, behind the student's prompt.
+            keys["score.tokenizer"] = config.score.tokenizer
+            tokenizer = identify_tokenizer(config.models.student)
+            keys["models.student.tokenizer"] = [tokenizer.tokenizer, tokenizer.template]
         if config.models.teachers and self.stage.prompts:
             # Prompts are sampled domain by domain, so the names of the domains decide the shards.
             keys["models.teachers"] = sorted(config.models.teachers)

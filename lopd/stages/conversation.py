@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lopd.artifacts import read_manifest
+from lopd.artifacts import identify_tokenizer, read_manifest
 from lopd.config import Config, SGLangSection
 from lopd.errors import ConfigError, LopdError
 from lopd.megatron.weights.architecture import read_architecture
@@ -97,6 +97,10 @@ def speaker_of(place: Path, name: str | None, config: Config | None = None) -> S
     # The run asks all of its models with one template. A student that was trained has it.
     trained = [place / path for path in _OF_RUN.values() if is_model(place / path)]
     own = [template_folder(config)] if config is not None else trained
+    # A teacher with another tokenizer reads no ids but its own.
+    tokenizers = {identify_tokenizer(one).tokenizer for one in (folder, *own[:1])}
+    if name == "teacher" and len(tokenizers) > 1:
+        return Speaker(folder, folder)
     return Speaker(folder, next(iter(own), folder))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from lopd.artifacts import identify_tokenizer
 from lopd.artifacts.lineage import demonstrated_by
+from lopd.megatron.weights.architecture import read_architecture
 from lopd.stages.context import Stage, StageContext
 from lopd.stages.domains import demonstrate_by_domain
 from lopd.stages.sample_shards import sample_stage
+from lopd.stages.tokenizer_bridge import demonstrate_in_student_tokens, tokenizer_figures
 from lopd.stages.truncation import truncation_figures
 
 
@@ -18,13 +21,26 @@ def run(context: StageContext) -> None:
         return
     # By content: a teacher in another folder is the same teacher, an updated one is not.
     teacher = context.identity("teacher")
+    models = {"teacher": teacher}
+    if config.aligns_tokenizers:
+        # Whose tokens the rows have.
+        models["base_student"] = identify_tokenizer(config.models.student)
     writer = context.writer(
-        models={"teacher": teacher},
+        models=models,
         sampling=context.sampling_record(config.demonstrate),
         # Every later artifact carries this on, so that the score stage knows the teacher.
         lineage=demonstrated_by(teacher),
         shard_size=config.demonstrate.shard_size,
     )
+    if config.aligns_tokenizers:
+        # The teacher answers in its own tokens, and the student learns the text in its own.
+        demonstrate_in_student_tokens(context, writer)
+        more = {
+            **tokenizer_figures(config),
+            "vocab_size": read_architecture(config.models.student).vocab_size,
+        }
+        writer.finish(served=context.served, **more, **truncation_figures(context, writer.folder))
+        return
     sample_stage(
         context,
         writer,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lopd import cache
+from lopd.artifacts import ArtifactWriter
 from lopd.config import EvaluateSection
 from lopd.records import Ints, Key, Manifest, Prompt, Response
 from lopd.stages.context import Stage, StageContext
@@ -25,6 +26,7 @@ from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.score_shards import score_into
 from lopd.stages.serving import ModelServer
 from lopd.stages.sft import demonstrations_of
+from lopd.stages.tokenizer_bridge import InStudentTokens, TokenizerBridge, bridge_for
 from lopd.stages.training import MODEL, RESULT, TrainingJob, train_on_ranks
 from lopd.stages.truncation import truncation_warning
 from lopd.stages.vocabulary import num_shared_ids
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 # The equal-compute baseline: its name and its folder.
 LONGER = "sft_longer"
+# The name of the teacher among the models.
+TEACHER = "teacher"
 
 
 def run(context: StageContext) -> None:
@@ -53,7 +57,8 @@ def run(context: StageContext) -> None:
     # Before the servers: training and serving need the same GPUs.
     if config.evaluate.equal_compute_baseline:
         longer = _train_longer(context)
-    held_out = _HeldOut(context, prompts, prompt_ids)
+    bridge = bridge_for(context, "eval")
+    held_out = _HeldOut(context, prompts, prompt_ids, bridge)
     writer = context.writer(
         models={"teacher": context.identity("teacher")},
         lineage=context.manifest_of("distill").lineage,
@@ -77,7 +82,7 @@ def run(context: StageContext) -> None:
                 folder=context.folder / f"scores-{name}", kind="evaluation_scores"
             )
             source = context.folder / f"{policy_purpose}-{name}"
-            score_into(part, engine, source, policy, title=f"teacher on {name}")
+            score_into(part, engine, source, policy, title=f"teacher on {name}", asked=bridge)
             scores[name] = part.finish()
     # No server is needed any more. Verdicts take CPU time only.
     divergence = {
@@ -126,7 +131,7 @@ def models_of(context: StageContext) -> dict[str, Path]:
         LONGER: context.folder / LONGER / MODEL,
         "distilled": context.folder_of("distill") / MODEL,
         # Last, because it then scores the responses of all the others.
-        "teacher": context.config.models.teacher,
+        TEACHER: context.config.models.teacher,
     }
     if not context.config.evaluate.equal_compute_baseline:
         del models[LONGER]
@@ -171,6 +176,8 @@ class _HeldOut:
     context: StageContext
     prompts: Sequence[Prompt]
     prompt_ids: Sequence[Ints]
+    # Where the teacher has another tokenizer.
+    bridge: TokenizerBridge | None
 
     def sample(self, engine: SGLangEngine, name: str, purpose: str) -> Manifest:
         """Publish a model's responses to all prompts.
@@ -181,7 +188,8 @@ class _HeldOut:
             purpose: "answers" with the knobs of evaluate, or "policy": one response a prompt,
                 sampled from the policy as it is.
         """
-        section = self.context.config.evaluate
+        config = self.context.config
+        section = config.evaluate
         samples_per_prompt = section.samples_per_prompt
         changes: dict[str, Any] = {}
         if purpose == "policy":
@@ -193,19 +201,28 @@ class _HeldOut:
             # A shard holds as many responses as there are prompts. It is what a kill loses.
             shard_size=len(self.prompts),
         )
+        writer: ArtifactWriter = part
+        prompt_ids = self.prompt_ids
+        ends: Sequence[Path] = self.context.end_models
+        # The teacher sees its own template, and what it answers is kept in the student's tokens.
+        is_other = self.bridge is not None and name == TEACHER
+        if self.bridge is not None and is_other:
+            writer = InStudentTokens(part, self.bridge, self.prompts, self.prompt_ids)
+            prompt_ids = [self.bridge.teacher_prompt(prompt.prompt_id) for prompt in self.prompts]
+            ends = (config.models.teacher,)
         sample_into(
-            part,
+            writer,
             engine,
             self.prompts,
-            self.prompt_ids,
-            sampling_params(section, self.context.end_models, **changes),
+            prompt_ids,
+            sampling_params(section, ends, **changes),
             samples_per_prompt=samples_per_prompt,
-            seed=self.context.config.run.seed,
+            seed=config.run.seed,
             # It is part of a request's seed: the policy's responses are not the answers again.
             purpose=purpose,
             title=f"{purpose} {name}",
             # The teacher scores the policy's responses, and the student may have more rows.
-            num_ids=num_shared_ids(self.context.config),
+            num_ids=None if is_other else num_shared_ids(config),
         )
         return part.finish()
 
@@ -273,9 +290,12 @@ def _reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
         assert teacher_logprobs is not None, "scored shards carry teacher log-probabilities"
         # The sampling log-probabilities are at temperature 1, as the teacher's are.
         difference = response.sampling_logprobs - teacher_logprobs  # [R]
+        # Where the teacher has another tokenizer, some tokens have no value of it.
+        if response.loss_mask is not None:
+            difference = difference[response.loss_mask]
         sums.append(float(np.sum(difference, dtype=np.float64)))
-        counts.append(len(response.token_ids))
-    num_tokens = sum(counts)
+        counts.append(len(difference))
+    num_tokens = max(1, sum(counts))
     num_responses = len(sums)
     mean = sum(sums) / num_tokens
     # The mean is a ratio of two sums over responses, which are the independent units: tokens of a

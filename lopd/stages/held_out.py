@@ -186,12 +186,9 @@ class HeldOutAnswers:
         self._prompts = prompts[:count]
         self._prompt_ids = prompt_ids[:count]
         # The knobs of evaluate, so that the curve and the final figure can be compared.
-        models = config.models
         # The first answers of the newest evaluation. A reader sees how the same answers change.
         self.transcripts: list[dict[str, Any]] = []
-        self._params = sampling_params(
-            config.evaluate, (models.teacher, *models.teachers.values(), models.student)
-        )
+        self._params = sampling_params(config.evaluate, config.student_token_models)
         self._num_ids = num_shared_ids(config)
 
     def figures(self, version: str) -> dict[str, Any]:

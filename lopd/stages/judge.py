@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, identify_tokenizer, read_complete, read_shard
+from lopd.artifacts.lineage import tokenizers_of_rows
 from lopd.cache.verdicts import VERDICTS, refuse_verdicts
 from lopd.config import Config
 from lopd.config.secrets import scrubbed
@@ -98,7 +99,7 @@ _STAGE = Stage(
 
 def _check_tokenizer(config: Config, source: Path, manifest: Manifest) -> None:
     ours = identify_tokenizer(config.models.student)
-    for role, identity in manifest.models.items():
+    for role, identity in tokenizers_of_rows(manifest, source).items():
         # Decoded with another tokenizer, the tokens would be another text.
         if identity.tokenizer != ours.tokenizer:
             raise DataError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import ArtifactWriter
-from lopd.artifacts.lineage import check_same_tokenizer, check_scoring_teacher
+from lopd.artifacts.lineage import OR_ALIGNED, check_same_tokenizer, check_scoring_teacher
 from lopd.cache import logprob_loss
 from lopd.cache.reader import CacheReader
 from lopd.errors import ConfigError
@@ -22,7 +22,8 @@ from lopd.stages.domains import PartWriter, described, parts_in, role_of
 from lopd.stages.sample_shards import end_token_ids
 from lopd.stages.score_shards import score_into
 from lopd.stages.teacher import serve_teacher
-from lopd.stages.teacher_prompts import teacher_prompt_ids
+from lopd.stages.teacher_prompts import prompts_for_scoring
+from lopd.stages.tokenizer_bridge import alignment_figures, bridge_for
 from lopd.stages.vocabulary import num_shared_ids
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _score_by_base(context: StageContext, rollouts: Manifest) -> ArtifactWriter:
                 context.folder_of("rollout"),
                 rollouts,
                 title="log-probabilities of the teacher's base",
-                asked=teacher_prompt_ids(context),
+                asked=prompts_for_scoring(context),
             )
     part.finish()
     return part
@@ -139,8 +140,10 @@ def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
         # With more before its eyes the teacher is another policy than the one that demonstrated,
         # although its weights are the same.
         lineage["teacher_prompt"] = context.config.score.teacher_prompt
-    # The teacher scores token ids, not text. The same ids must mean the same to both models.
-    check_same_tokenizer(teacher, context.identity("student"))
+    # The teacher scores token ids, not text. The same ids must mean the same to both models, unless
+    # the scores are brought over.
+    if not context.config.aligns_tokenizers:
+        check_same_tokenizer(teacher, context.identity("student"), remedy=OR_ALIGNED)
     return lineage
 
 
@@ -166,6 +169,8 @@ def score_responses(
         base: The scores of the same responses by the teacher's base, if it has scored them.
     """
     config = context.config
+    # It renders the teacher's prompts itself, in the teacher's tokens.
+    bridge = bridge_for(context, "opd")
     score_into(
         writer,
         engine,
@@ -174,16 +179,20 @@ def score_responses(
         title=title,
         logprob_bits=config.score.logprob_bits,
         top_k=config.score.top_k,
-        asked=teacher_prompt_ids(context),
+        asked=bridge or prompts_for_scoring(context),
         base=base,
     )
 
 
 def complete_cache(context: StageContext, writer: ArtifactWriter, rollouts: Manifest) -> Manifest:
     """Publish the manifest of a cache of one teacher whose shards are all there."""
-    # The reader of a cache checks that no token id is larger than what the teacher knows.
-    vocab_size = read_architecture(context.config.models.teacher).vocab_size
-    return _complete(context, writer, rollouts, vocab_size=vocab_size)
+    config = context.config
+    # The reader of a cache checks that no token id is larger than what the teacher knows. A teacher
+    # with other ids says nothing about the student's.
+    owner = config.models.student if config.aligns_tokenizers else config.models.teacher
+    vocab_size = read_architecture(owner).vocab_size
+    aligned = alignment_figures(context, writer.folder)
+    return _complete(context, writer, rollouts, vocab_size=vocab_size, **aligned)
 
 
 def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
@@ -194,7 +203,7 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     config = context.config
     # The parts are those of the rollout stage, whose shards the cache repeats one by one.
     parts = {part: part.context(context) for part in parts_in(rollouts)}
-    asked = teacher_prompt_ids(context)
+    asked = prompts_for_scoring(context)
     # All teachers are checked before the first one is started.
     lineages = {
         part.domain: check_teacher(own, part.rollouts(rollouts)) for part, own in parts.items()

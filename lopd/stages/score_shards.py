@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
-from lopd.records import Ints, Manifest, Response, ShardInfo, TeacherScores
+from lopd.records import Manifest, Response, ShardInfo, TeacherScores
 from lopd.report.console import progress
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
-from lopd.stages.teacher_prompts import asked_of_teacher, of_response
+from lopd.stages.teacher_prompts import TeacherPrompts
+from lopd.stages.tokenizer_bridge import TokenizerBridge
 from sglang_rollout.requests.scoring import ScoreRequest
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def score_into(
     title: str,
     logprob_bits: int = 32,
     top_k: int = 0,
-    asked: Mapping[str, Ints] | None = None,
+    asked: TeacherPrompts | TokenizerBridge | None = None,
     base: ArtifactWriter | None = None,
 ) -> None:
     """Score the responses of an artifact that are not scored yet.
@@ -45,7 +46,7 @@ def score_into(
         title: The text at the progress bar.
         logprob_bits: 32, or 16 for a smaller cache.
         top_k: How many of the teacher's likeliest tokens are kept at each position as well.
-        asked: The teacher's own prompts by prompt_id, as token ids. None: the student's.
+        asked: What the teacher is asked. None: the responses after their own prompts.
         base: The same responses' scores by the teacher's base, which become one more column. None:
             there is no such column.
     """
@@ -53,6 +54,7 @@ def score_into(
     missing = writer.missing(len(rollouts.shards))
     if not missing:
         return
+    asked = asked or TeacherPrompts()
     assert engine is not None, "an engine is needed, because shards are missing"
     tell_resumed(writer, title, len(rollouts.shards))
     is_megatron = isinstance(engine, MegatronScorer)
@@ -68,8 +70,7 @@ def score_into(
             responses[index] = _responses_in(source, rollouts.shards[index])
             open_shards.begin(index, [response.key for response in responses[index]])
             for one in by_length(responses[index], prompts_at_once):
-                prompt_ids = asked_of_teacher(one, asked)
-                yield ScoreRequest(one.prompt_id, one.sample_index, prompt_ids, one.token_ids)
+                yield asked.request(one)
 
     # Megatron-Core packs the responses of a stream together, and what a response is packed with
     # decides its last bits. With one stream for each shard they do not depend on which shards are
@@ -84,11 +85,7 @@ def score_into(
                 complete = open_shards.add(score.key, score)
                 if complete is not None:
                     index, scores = complete
-                    rows = responses.pop(index)
-                    pairs = zip(scores, rows, strict=True)
-                    own = [
-                        of_response(one, row, asked_of_teacher(row, asked)) for one, row in pairs
-                    ]
+                    rows, own = asked.bring_back(responses.pop(index), scores)
                     if base is not None:
                         own = _with_base(own, base, rollouts.shards[index].name)
                     table = cache.to_table(rows, own, logprob_bits=logprob_bits)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.batching import make_sample
-from lopd.cache.columns import BASE, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
+from lopd.cache.columns import ALIGNMENT, BASE, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
 from lopd.cache.verdicts import right_of, rows_that_the_teacher_solves
 from lopd.errors import DataError
@@ -48,7 +48,8 @@ class CachedSamples(Sequence[Sample]):
         distill = job.objective == "distill"
         self._with_top = distill and needs_top_k(job.config.distill)
         # Columns that the objective does not look at are not even decoded.
-        unread = {"routed_experts", ENTROPY}
+        # The loss mask says what of the alignment a training needs.
+        unread = {"routed_experts", ENTROPY, ALIGNMENT}
         if not self._with_top:
             unread |= {TOP_IDS, TOP_LOGPROBS, TAIL}
         if not (distill and job.config.distill.objective.advantage == "delta"):

@@ -26,9 +26,9 @@ def num_shared_ids(config: Config) -> int:
     Raises:
         LopdError: The config.json of a model cannot be read.
     """
-    models = config.models
-    bases = () if models.teacher_base is None else (models.teacher_base,)
-    folders = (models.teacher, *models.teachers.values(), *bases, models.student)
+    base = config.models.teacher_base
+    bases = () if base is None else (base,)
+    folders = (*config.student_token_models, *bases)
     return min(read_architecture(folder).vocab_size for folder in folders)
 
 

@@ -17,16 +17,19 @@ def tokenizer_folder(folder: Path, named: Path | None) -> Path | None:
     """
     if named is not None:
         return named
-    # All models of a run share one tokenizer, so any of them will do. Parts of an evaluation name
-    # no model, so the manifests around them are asked too.
+    # The rows have the student's tokens. Only a teacher may have others, so it comes last. Parts of
+    # an evaluation name no model, so the manifests around them are asked too.
     around = [folder, folder.parent, *(path.parent for path in folder.parent.glob(f"*/{MANIFEST}"))]
-    paths = [
-        Path(identity.path)
+    models = [
+        (role.startswith("teacher"), identity.path)
         for one in around
         if (one / MANIFEST).is_file()
-        for identity in read_manifest(one).models.values()
+        for role, identity in read_manifest(one).models.items()
     ]
+    students = [Path(path) for is_teacher, path in models if not is_teacher]
+    teachers = [Path(path) for is_teacher, path in models if is_teacher]
     # The folders in a manifest may be on another machine. The run has a student of its own.
     runs = (folder.parent, folder.parent.parent)
-    paths += [run / stage / "model" for run in runs for stage in ("sft", "distill")]
-    return next((path for path in paths if (path / "tokenizer.json").is_file()), None)
+    trained = [run / stage / "model" for run in runs for stage in ("sft", "distill")]
+    candidates = [*students, *trained, *teachers]
+    return next((path for path in candidates if (path / "tokenizer.json").is_file()), None)

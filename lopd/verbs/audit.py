@@ -105,6 +105,7 @@ def audit(
     inconsistent (exit code 2), or cannot tell.
     """
     from lopd.artifacts import read_manifest
+    from lopd.artifacts.lineage import alignment_of
     from lopd.audit import as_json as result_as_json
     from lopd.audit import audit as test_responses
     from lopd.report.audit_picture import draw_audit
@@ -112,6 +113,13 @@ def audit(
 
     # The manifest says how the responses were sampled, and how many there are.
     manifest = read_manifest(responses)
+    if alignment_of(manifest) is not None:
+        raise DataError(
+            "these responses are not in the teacher's own tokens, and the test is about tokens",
+            where=str(responses),
+            limit="responses that the teacher's tokenizer has made",
+            remedy="compare the texts of both models instead: lopd cache inspect --sample",
+        )
     conditions = _sampling_conditions(responses, manifest, temperature, top_p)
     scores = _scores(responses, manifest, teacher, conditions, max_responses, seed)
     # The conditions belong to the verdict: it holds for this temperature and top-p only.

@@ -75,6 +75,13 @@ def compare(config: Config, *, num_responses: int, seed: int) -> dict[str, Agree
             where="models.teachers",
             remedy="compare each teacher alone: add models.teachers={} models.teacher=FOLDER",
         )
+    if config.aligns_tokenizers:
+        raise ConfigError(
+            'parity compares scores of the same tokens, but with score.tokenizer = "aligned" the '
+            "teacher has others",
+            where="score.tokenizer",
+            remedy="compare each model in a configuration of its own, as teacher and student",
+        )
     # The same responses for all four sources, so that they can be compared token by token.
     rollouts, cached, engine = _sample(config, num_responses, seed)
     teacher = config.models.teacher
