@@ -178,7 +178,12 @@ def test_training_goes_on_after_a_rank_was_killed(
 def test_interrupted_while_a_server_starts(number: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = Command("demonstrate", run_dir, SHORT)
-    command.wait_until(lambda: bool(command.processes("sglang_rollout.servers.launch")), "a server")
+    # The server's start may begin before the stage has written anything.
+    manifest = run_dir / "demonstrate" / "manifest.json"
+    command.wait_until(
+        lambda: bool(command.processes("sglang_rollout.servers.launch")) and manifest.exists(),
+        "a server beside a stage that has begun",
+    )
     interrupted = kill(command, number)
     assert interrupted.code == 130
     assert_one_line(interrupted)
