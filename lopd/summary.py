@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from lopd.records import Manifest
 from lopd.report.console import print_line
 
 FILE = "summary.json"
+# Standard errors of a difference from which on the distilled student counts as worse.
+_ERRORS_OF_HARM = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
             summary["notes"] = [f"distill.cache: {note}"]
     if "evaluate" in made:
         summary |= _evaluate_figures(made["evaluate"])
+        # A larger or smaller accuracy means little to a reader who does not know these.
+        section = config.evaluate
+        summary["evaluation"] = {"temperature": section.temperature, "top_p": section.top_p}
     _add_warnings(summary, made)
     publish_json(run_dir / FILE, summary)
     return summary
@@ -79,8 +85,28 @@ def _add_warnings(summary: dict[str, Any], made: Mapping[str, Manifest]) -> None
         for name, of in made.items()
         for text in of.extra.get("warnings", ())
     ]
+    warnings += warnings_of_harm(summary)
     if warnings:
         summary["notes"] = [*summary.get("notes", ()), *warnings]
+
+
+def warnings_of_harm(summary: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each metric by which the distilled student is worse than before."""
+    found: list[str] = []
+    for name, title, sign in (("accuracy", "accuracy", 1), ("reverse_kl", "the reverse KL", -1)):
+        values = summary.get(name, {})
+        errors = summary.get(f"{name}_standard_error", {})
+        if "sft" not in values or "distilled" not in values:
+            continue
+        error = math.hypot(errors.get("sft") or 0.0, errors.get("distilled") or 0.0)
+        # Two errors of the difference: chance alone does this in one run of forty.
+        if sign * (values["distilled"] - values["sft"]) < -_ERRORS_OF_HARM * error:
+            found.append(
+                f"WARNING: distill: {title} got worse than that of the SFT student, from "
+                f"{values['sft']:.4f} to {values['distilled']:.4f}; lower distill.optimizer.lr, "
+                "take fewer steps, or use the top-K loss (docs/understand.md)"
+            )
+    return found
 
 
 def _knows_cut(manifest: Manifest) -> bool:

@@ -72,6 +72,7 @@ def test_every_line_is_a_knob(tmp_path: Path, device: str) -> None:
     (tmp_path / "config.toml").write_text(text)
     loaded = load_config(tmp_path / "config.toml")
     assert loaded.models.teacher == tmp_path / "models/teacher"
+    assert loaded.launch.device == device, "lopd plan must not tell a laptop about eight GPUs"
     assert loaded.sglang.dtype == loaded.sft.dtype == loaded.distill.dtype
     # A line for each stage that has knobs, so that a reader sees where they go.
     stages = {"demonstrate", "sft", "rollout", "score", "distill", "evaluate"}

@@ -314,9 +314,13 @@ def _caption(summary: Mapping[str, Any]) -> str:
     samples = figures.get("samples_per_prompt")
     # Without the sizes a difference of two models cannot be judged.
     sizes = f"{num_prompts:,} prompts x {samples} samples; " if num_prompts and samples else ""
+    drawn = summary.get("evaluation")
+    how = ""
+    if summary.get("accuracy") and drawn:
+        how = f"accuracy at temperature {drawn['temperature']:g}, top-p {drawn['top_p']:g}; "
     # A step's line has a smaller or larger figure of the same name, of other prompts.
     return (
-        f"{sizes}± one standard error over prompts\n"
+        f"{sizes}± one standard error over prompts\n{how}reverse KL at temperature 1\n"
         "measured on prompts.eval, with fresh responses of each model; the reverse KL on a step's "
         "line is measured on the training rollouts (prompts.opd)"
     )

@@ -108,6 +108,9 @@ top_p = 0.95
 max_new_tokens = 2048
 samples_per_prompt = 1
 equal_compute_baseline = false # true: also train a student by SFT for as long, to compare
+
+[launch] # what lopd doctor, lopd plan and lopd launch expect of the machine
+device = "{device}"
 """
 # The defaults of the batch sizes, which a smaller file of prompts lowers.
 _BATCH = 256
@@ -228,7 +231,9 @@ def config_text(folder: Path, given: dict[str, str | None], task: str, device: s
         batches[f"{name}_steps"] = (
             _STEPS if rows is None else max(1, min(_STEPS, -(-3 * rows // batch)))
         )
-    return _TEMPLATE.format(**values, **batches, **_DEVICES[device], task=json.dumps(task))
+    return _TEMPLATE.format(
+        **values, **batches, **_DEVICES[device], device=device, task=json.dumps(task)
+    )
 
 
 def _quoted(folder: Path, value: str, given: str | None) -> str:
