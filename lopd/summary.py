@@ -14,6 +14,7 @@ from lopd.config import Config
 from lopd.errors import DataError
 from lopd.records import Manifest
 from lopd.report.console import print_line
+from lopd.report.metrics import LOW_EFFECTIVE_SHARE, mean_of_last, read_metrics
 
 FILE = "summary.json"
 # Standard errors of a difference from which on the distilled student counts as worse.
@@ -69,12 +70,12 @@ def write(config: Config, outcomes: Sequence[Outcome], complete: Collection[str]
         # A larger or smaller accuracy means little to a reader who does not know these.
         section = config.evaluate
         summary["evaluation"] = {"temperature": section.temperature, "top_p": section.top_p}
-    _add_warnings(summary, made)
+    _add_warnings(run_dir, summary, made)
     publish_json(run_dir / FILE, summary)
     return summary
 
 
-def _add_warnings(summary: dict[str, Any], made: Mapping[str, Manifest]) -> None:
+def _add_warnings(run_dir: Path, summary: dict[str, Any], made: Mapping[str, Manifest]) -> None:
     """Add how much was cut off, and what the stages have warned of."""
     cut = {name: of.extra["truncated_share"] for name, of in made.items() if _knows_cut(of)}
     if cut:
@@ -86,6 +87,8 @@ def _add_warnings(summary: dict[str, Any], made: Mapping[str, Manifest]) -> None
         for text in of.extra.get("warnings", ())
     ]
     warnings += warnings_of_harm(summary)
+    if "distill" in made:
+        warnings += warnings_of_drift(read_metrics(run_dir, kind="train", stage="distill"))
     if warnings:
         summary["notes"] = [*summary.get("notes", ()), *warnings]
 
@@ -107,6 +110,23 @@ def warnings_of_harm(summary: Mapping[str, Any]) -> list[str]:
                 "take fewer steps, or use the top-K loss (docs/understand.md)"
             )
     return found
+
+
+def warnings_of_drift(train: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a warning where the last steps of distill were far from the rollouts' policy.
+
+    Args:
+        train: The lines of the training steps in metrics.jsonl.
+    """
+    share = mean_of_last(train, "effective_sample_share")
+    if share is None or share >= LOW_EFFECTIVE_SHARE:
+        return []
+    return [
+        f"WARNING: distill: effective_sample_share of the last steps is {share:.2f}, below "
+        f"{LOW_EFFECTIVE_SHARE}: the student is far from the policy of its rollouts; first lower "
+        "distill.optimizer.lr or let it decay (distill.optimizer.schedule), then set "
+        "distill.refresh.every (docs/understand.md)"
+    ]
 
 
 def _knows_cut(manifest: Manifest) -> bool:

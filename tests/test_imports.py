@@ -91,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "verbs.pipeline",
     },
     "verbs.generate": {*CORE, "stages", "verbs"},
-    "verbs.init": {*CORE, "artifacts", "tasks"},
+    "verbs.init": {*CORE, "artifacts", "planning", "tasks"},
     "verbs.launch": {
         *CORE,
         *MEGATRON,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -10,16 +11,14 @@ from pathlib import Path
 import pytest
 
 from lopd.config import load_config
+from lopd.megatron.weights.architecture import read_architecture
+from lopd.planning.first_values import batch_and_steps
 from lopd.verbs.init import config_text
 from tests.stand_ins import Result, StandIns, command, states, write_project, write_prompts
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/your_run.md"
+ROLES = ("teacher", "student")
 NOTHING = dict.fromkeys(("teacher", "student", "sft", "opd", "eval"))
-# The example's models have 128 positions.
-SMALL = (
-    "sglang.context_length=128",
-    *(f"{stage}.max_new_tokens=64" for stage in ("demonstrate", "rollout", "evaluate")),
-)
 
 
 @pytest.fixture
@@ -57,13 +56,62 @@ def test_what_it_writes_runs_as_it_is(
     assert f"lopd run {config}" in out
     assert "lopd fetch" not in out
     loaded = load_config(config)
-    # Half of the file a batch, about three passes.
-    assert (loaded.sft.batch_size, loaded.sft.num_steps) == (4, 6)
+    # Three passes over eight prompts, one response a step.
+    assert (loaded.sft.batch_size, loaded.sft.num_steps) == (1, 24)
     assert loaded.prompts.opd.file == tmp_path / "opd.jsonl"
     StandIns().install(monkeypatch)
-    lopd("check", config, *SMALL).succeeded()
-    lopd("run", config, *SMALL).succeeded()
-    assert set(states(lopd, config, *SMALL).values()) == {"done"}
+    lopd("check", config).succeeded()
+    lopd("run", config).succeeded()
+    assert set(states(lopd, config).values()) == {"done"}
+
+
+def test_the_models_decide_context_and_learning_rates(tmp_path: Path, given: list[str]) -> None:
+    options = {**NOTHING, **{role: str(tmp_path / "models" / role) for role in ROLES}}
+    known = tomllib.loads(config_text(tmp_path / "mine", options, "math", "cpu"))
+    shape = read_architecture(tmp_path / "models/student")
+    assert known["sglang"]["context_length"] == shape.max_position_embeddings < 4096
+    limits = {known[stage]["max_new_tokens"] for stage in ("demonstrate", "rollout", "evaluate")}
+    assert limits == {shape.max_position_embeddings // 2}
+    assert known["distill"]["optimizer"] == {"lr": 1e-3, "schedule": "cosine"}
+    # The control: without the models, the paper's values for billions of parameters.
+    unknown = tomllib.loads(config_text(tmp_path / "mine", NOTHING, "math", "cpu"))
+    assert unknown["sglang"]["context_length"] == 4096
+    assert unknown["distill"]["optimizer"] == {"lr": 2e-6}
+    # The shape of a public model is known by its name, and its size with it.
+    public = config_text(
+        tmp_path, {**NOTHING, "student": "hf://Qwen/Qwen3-0.6B-Base@main"}, "math", "gpu"
+    )
+    assert tomllib.loads(public)["distill"]["optimizer"] == {"lr": 1e-5}
+    assert "Size of the student: 596,049,920 parameters." in public
+
+
+def test_the_teacher_with_fewer_positions_decides(tmp_path: Path, given: list[str]) -> None:
+    path = tmp_path / "models/teacher/config.json"
+    table = json.loads(path.read_text())
+    path.write_text(json.dumps({**table, "max_position_embeddings": 48}))
+    options = {**NOTHING, **{role: str(tmp_path / "models" / role) for role in ROLES}}
+    text = config_text(tmp_path, options, "math", "cpu")
+    assert tomllib.loads(text)["sglang"]["context_length"] == 48
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch", "steps"),
+    [(1, 1, 3), (8, 1, 24), (11, 1, 33), (200, 18, 34), (10_000, 256, 118), (10**6, 256, 150)],
+)
+def test_few_prompts_make_small_batches_and_not_few_steps(
+    prompts: int, batch: int, steps: int
+) -> None:
+    assert batch_and_steps(prompts) == (batch, steps)
+
+
+def test_the_commented_lines_are_a_loss(tmp_path: Path) -> None:
+    text = config_text(tmp_path, NOTHING, "math", "cpu")
+    for line in ("top_k = 8", "objective = { loss"):
+        assert f"\n# {line}" in text
+        text = text.replace(f"\n# {line}", f"\n{line}")
+    (tmp_path / "config.toml").write_text(text)
+    loaded = load_config(tmp_path / "config.toml")
+    assert (loaded.score.top_k, loaded.distill.objective.loss) == (8, "top_k_reverse_kl")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])

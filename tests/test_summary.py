@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lopd.report.console import show_summary
-from lopd.summary import warnings_of_harm
+from lopd.summary import warnings_of_drift, warnings_of_harm
 
 
 def summary_of(accuracy: float, reverse_kl: float) -> dict[str, Any]:
@@ -41,6 +41,18 @@ def test_a_student_that_got_worse_is_told_of(
     for line, metric in zip(found, metrics, strict=True):
         assert line.startswith(f"WARNING: distill: {metric} got worse than that of the SFT student")
         assert "lower distill.optimizer.lr" in line
+
+
+def test_a_student_that_left_its_rollouts_is_told_of() -> None:
+    def steps(*shares: float | None) -> list[dict[str, Any]]:
+        return [{"effective_sample_share": share} for share in shares]
+
+    (line,) = warnings_of_drift(steps(1.0, 0.4, 0.4, 0.4, 0.44))
+    assert line.startswith("WARNING: distill: effective_sample_share of the last steps is 0.41")
+    assert line.index("distill.optimizer.lr") < line.index("distill.refresh")
+    # The controls: it was low and has come back, and no step has the figure.
+    assert warnings_of_drift(steps(0.1, 0.1, 0.6, 0.6, 0.6, 0.6)) == []
+    assert warnings_of_drift(steps(None)) == warnings_of_drift([]) == []
 
 
 def test_a_run_without_both_models_has_nothing_to_compare() -> None:

@@ -55,7 +55,7 @@ def planned_models(config: Config, given: Mapping[str, Path]) -> dict[str, Plann
     # Teachers of domains have no option for their config.json. They need a folder or a known name.
     for domain, folder in config.models.teachers.items():
         folders[f"teachers.{domain}"] = Path(folder)
-    return {role: _planned_model(role, folder, given.get(role)) for role, folder in folders.items()}
+    return {role: planned_model(role, folder, given.get(role)) for role, folder in folders.items()}
 
 
 def teacher_roles(models: Mapping[str, PlannedModel]) -> list[str]:
@@ -63,7 +63,12 @@ def teacher_roles(models: Mapping[str, PlannedModel]) -> list[str]:
     return [role for role in models if role.startswith("teacher")]
 
 
-def _planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
+def planned_model(role: str, folder: Path, given: Path | None) -> PlannedModel:
+    """Return a model from a given config.json, from its folder, or from its public name.
+
+    Raises:
+        LopdError: The shape of the model cannot be found.
+    """
     # The order is from the surest source to the least sure one.
     name = public_name(folder)
     if given is not None:

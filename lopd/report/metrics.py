@@ -35,6 +35,16 @@ from lopd.report.trackers import (
 METRICS = "metrics.jsonl"
 # Bytes at the end of metrics.jsonl in which the newest step is looked for. A line has about 1 KiB.
 _END_BYTES = 2**18
+# Below it the rollouts are no longer those of the student that trains. A rule of thumb.
+LOW_EFFECTIVE_SHARE = 0.5
+# The last steps, over which noisy figures of single batches are averaged.
+_LAST_STEPS = 4
+
+
+def mean_of_last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the mean of a figure over the last steps that have it; None if none has it."""
+    values = [row[name] for row in rows if row.get(name) is not None][-_LAST_STEPS:]
+    return sum(values) / len(values) if values else None
 
 
 def read_metrics(

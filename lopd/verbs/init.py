@@ -64,14 +64,14 @@ eval = {{ file = {eval} }} # held out, with answers; none of them may be in the 
 
 [sglang] # the servers of teacher and student
 dtype = "{dtype}" # {why}
-context_length = 4096 # the most tokens of a prompt and its response together
+context_length = {context} # the most tokens of a prompt and its response together
 mem_fraction = {mem_fraction} # of the device memory, for weights and KV cache
 tensor = 1 # the GPUs of one server
 replicas = 1 # the number of servers
 
 [demonstrate] # the teacher answers prompts.sft
 temperature = 1.0
-max_new_tokens = 2048
+max_new_tokens = {new_tokens} # the prompt must fit in what is left of context_length
 
 [sft] # the student learns the demonstrations, so that both write alike
 num_steps = {sft_steps} # of batch_size responses each
@@ -80,14 +80,15 @@ dtype = "{dtype}"
 max_tokens_per_microbatch = {max_tokens} # lower it where memory is short
 checkpoint_every = 50
 parallel = {{ ranks = 1, tensor = 1 }} # the GPUs, and how they divide the model
-optimizer = {{ lr = 1e-5 }} # larger for small models: 1e-4 for some millions of parameters
+optimizer = {{ {sft_optimizer} }} # by the student's size: see [distill]
 
 [rollout] # the student answers prompts.opd, once
 temperature = 1.0
-max_new_tokens = 2048
+max_new_tokens = {new_tokens}
 samples_per_prompt = 1
 
 [score] # the teacher's log-probability of each token, once; nothing must be set
+# top_k = 8 # for the objective that is commented out in [distill]
 
 [score.forward]
 dtype = "{dtype}"
@@ -100,21 +101,22 @@ max_tokens_per_microbatch = {max_tokens}
 checkpoint_every = 50
 sync_every = 0 # N: every N steps the weights go into a server, and prompts.eval are answered
 parallel = {{ ranks = 1, tensor = 1 }}
-optimizer = {{ lr = 2e-6 }} # the paper's, for billions of parameters; 1e-4 for some millions
+# A rule of thumb: 2e-6 (the paper's) for billions of parameters, 1e-4 for some millions, and up to
+# 1e-3 with schedule = "cosine" below one million. {size}
+optimizer = {{ {distill_optimizer} }}
+# Few rollouts carry a stronger signal with this top-K loss, which needs score.top_k = 8:
+# objective = {{ loss = "top_k_reverse_kl" }}
 
 [evaluate] # all models answer prompts.eval; enabled = false: none does
 temperature = 0.6
 top_p = 0.95
-max_new_tokens = 2048
+max_new_tokens = {new_tokens}
 samples_per_prompt = 1
 equal_compute_baseline = false # true: also train a student by SFT for as long, to compare
 
 [launch] # what lopd doctor, lopd plan and lopd launch expect of the machine
 device = "{device}"
 """
-# The defaults of the batch sizes, which a smaller file of prompts lowers.
-_BATCH = 256
-_STEPS = 150
 
 
 def init(
@@ -145,8 +147,9 @@ def init(
 ) -> None:
     """Write a complete, commented config.toml for your own models and prompts. It asks nothing.
 
-    Reads the number of prompts, and writes FOLDER/config.toml alone. What was given must exist.
-    What was not given gets a place in FOLDER, and the command says what is to be put there.
+    Reads the number of prompts and the sizes of the models, and writes FOLDER/config.toml alone.
+    What was given must exist. What was not given gets a place in FOLDER, and the command says what
+    is to be put there.
     """
     given = {"teacher": teacher, "student": student, "sft": sft, "opd": opd, "eval": evaluation}
     _check(folder, given, task)
@@ -220,20 +223,53 @@ def config_text(folder: Path, given: dict[str, str | None], task: str, device: s
         task: The name of the task.
         device: "gpu" or "cpu".
     """
+    from lopd.planning.first_values import batch_and_steps
+
     values = {name: _quoted(folder, given[name] or _PLACES[name], given[name]) for name in _PLACES}
-    batches: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for name in ("sft", "opd"):
-        rows = _num_rows(given[name])
-        # A batch larger than the file would hold every response several times.
-        batch = _BATCH if rows is None else max(1, min(_BATCH, rows // 2))
-        batches[f"{name}_batch"] = batch
-        # About three passes over the prompts, and no more steps than the paper's.
-        batches[f"{name}_steps"] = (
-            _STEPS if rows is None else max(1, min(_STEPS, -(-3 * rows // batch)))
-        )
+        numbers[f"{name}_batch"], numbers[f"{name}_steps"] = batch_and_steps(_num_rows(given[name]))
+    models = {role: _model_path(folder, role, given[role]) for role in ("teacher", "student")}
     return _TEMPLATE.format(
-        **values, **batches, **_DEVICES[device], device=device, task=json.dumps(task)
+        **values,
+        **numbers,
+        **_of_models(models),
+        **_DEVICES[device],
+        device=device,
+        task=json.dumps(task),
     )
+
+
+def _model_path(folder: Path, role: str, given: str | None) -> Path:
+    # A name on the hub is kept as it is: the shapes of public models are known by their names.
+    return folder / _PLACES[role] if given is None else Path(given).expanduser()
+
+
+def _of_models(models: dict[str, Path]) -> dict[str, str]:
+    """Return what follows from the sizes of the models, as far as these are known.
+
+    Args:
+        models: The folders of teacher and student, or their names on the hub.
+    """
+    from lopd.planning.first_values import CONTEXT, learning_rates, shape_of
+    from lopd.planning.parameters import total_and_active
+
+    shapes = {role: shape_of(path) for role, path in models.items()}
+    # Both models read a prompt and its response, so the one with fewer positions decides.
+    positions = [shape.max_position_embeddings for shape in shapes.values() if shape is not None]
+    context = min([CONTEXT, *positions])
+    student = shapes["student"]
+    count = None if student is None else total_and_active(student)[0]
+    rates = learning_rates(count)
+    decay = "" if rates.schedule == "constant" else f', schedule = "{rates.schedule}"'
+    size = "unknown" if count is None else f"{count:,} parameters"
+    return {
+        "context": str(context),
+        "new_tokens": str(max(1, context // 2)),
+        "sft_optimizer": f"lr = {rates.sft}{decay}",
+        "distill_optimizer": f"lr = {rates.distill}{decay}",
+        "size": f"Size of the student: {size}.",
+    }
 
 
 def _quoted(folder: Path, value: str, given: str | None) -> str:

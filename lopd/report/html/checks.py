@@ -15,7 +15,7 @@ from lopd.report.html.overview import paired_difference
 from lopd.report.html.responses import SETS
 from lopd.report.html.source import Source
 from lopd.report.html.transcripts import Scanned
-from lopd.report.metrics import read_metrics
+from lopd.report.metrics import LOW_EFFECTIVE_SHARE, mean_of_last, read_metrics
 
 # A student whose answers became so much longer has learned to go on.
 _LENGTH_RATIO = 1.5
@@ -23,7 +23,6 @@ _LENGTH_RATIO = 1.5
 _CUT_SHARE = 0.2
 # So many more answers that are cut off are no chance.
 _CUT_RISE = 0.05
-_EFFECTIVE_SHARE = 0.5
 _CLIPPED_SHARE = 0.03
 # Nats. An advantage that stays below it drives the student off its own samples.
 _ADVANTAGE = -0.3
@@ -31,8 +30,6 @@ _END_ADVANTAGE = -1.0
 # A teacher is sharp where few tokens carry most of the signal and some are clipped.
 _TOP_SHARE = 0.5
 _OVER_CLIP = 0.001
-# The last steps, over which noisy figures of single batches are averaged.
-_LAST_STEPS = 4
 _OBJECTIVE_FIGURES = "objectives.md#the-figures-of-a-step"
 _NO_END = "understand.md#responses-without-an-end"
 
@@ -190,22 +187,23 @@ def _lengths(scans: Sequence[Scanned]) -> Iterator[Check]:
 
 def _training(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
     """Look at the figures of the last steps of distill."""
-    share = _last_mean(train, "effective_sample_share")
+    share = mean_of_last(train, "effective_sample_share")
     if share is not None:
         text = f"The effective sample share of the last steps is {share:.2f} (1 is no drift)."
         remedy = (
-            "Make new rollouts on the way (distill.refresh), or weight tokens by importance "
+            "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make "
+            "new rollouts on the way (distill.refresh), or weight tokens by importance "
             "(distill.objective.importance_cap)."
         )
-        doc = "refresh.md#what-the-drift-is"
-        yield _judged(share < _EFFECTIVE_SHARE, "drift from the rollouts", text, remedy, doc)
-    clipped = _last_mean(train, "clipped_share")
+        doc = "understand.md#a-low-effective-sample-share"
+        yield _judged(share < LOW_EFFECTIVE_SHARE, "drift from the rollouts", text, remedy, doc)
+    clipped = mean_of_last(train, "clipped_share")
     if clipped is not None:
         text = f"{clipped:.2%} of the tokens of the last steps are beyond the clip."
         remedy = "Look at single tokens below: is it the right teacher? lopd audit tests it."
         wrong = clipped > _CLIPPED_SHARE
         yield _judged(wrong, "clipped share", text, remedy, _OBJECTIVE_FIGURES)
-    advantage = _last_mean(train, "advantage")
+    advantage = mean_of_last(train, "advantage")
     if advantage is not None:
         text = f"The mean advantage of the last steps is {advantage:+.3f} nats (0 is the teacher)."
         remedy = (
@@ -214,7 +212,7 @@ def _training(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
         )
         wrong = advantage < _ADVANTAGE
         yield _judged(wrong, "mean advantage", text, remedy, _OBJECTIVE_FIGURES)
-    end = _last_mean(train, "end_token_advantage")
+    end = mean_of_last(train, "end_token_advantage")
     if end is not None:
         text = f"The mean advantage of end tokens in the last steps is {end:+.3f} nats."
         remedy = "The teacher wants longer responses. Watch the lengths at the syncs."
@@ -271,8 +269,3 @@ def _from_stages(source: Source) -> Iterator[Check]:
             yield Check("warning", f"warning of {stage}", text, "", "understand.md")
     for warning in source.summary.get("warnings", ()):
         yield Check("warning", "warning of the evaluation", f"{warning}.", "", _NO_END)
-
-
-def _last_mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [row[name] for row in rows if row.get(name) is not None][-_LAST_STEPS:]
-    return sum(values) / len(values) if values else None
