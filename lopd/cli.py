@@ -196,12 +196,13 @@ def status(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fa
     # before anything heavy is imported.
     from lopd import pipeline
     from lopd.report.overview import status_table
+    from lopd.report.run_state import holder_of
 
     rows = pipeline.status(loaded)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        status_table(rows, loaded.run.dir)
+        status_table(rows, loaded.run.dir, holder_of(loaded.run.dir))
 
 
 @app.command(

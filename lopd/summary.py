@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lopd.artifacts import publish_json, read_manifest
 from lopd.config import Config
+from lopd.config.distill import LOSS_TITLES
 from lopd.errors import DataError
 from lopd.records import Manifest
 from lopd.report.console import print_line
@@ -140,7 +141,8 @@ def draw(config: Config) -> None:
     from lopd.report.curve import draw_learning_curve
 
     try:
-        draw_learning_curve(config.run.dir)
+        title = f"Distillation by {LOSS_TITLES[config.distill.objective.loss]}"
+        draw_learning_curve(config.run.dir, title=title)
     except DataError as error:
         # A run without a curve is still a run.
         print_line(f"no learning curve: {error}", config.run.dir / "log.txt")

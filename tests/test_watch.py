@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -96,6 +97,23 @@ def test_a_run_that_is_done_and_its_toml_file(lopd: Callable[..., Result], proje
     assert "newest responses of evaluate/answers-distilled" in shown
     # Without a terminal, one line for a run that is done.
     assert lopd("watch", project / "run").succeeded().out == "7 of 7 stages are done  loss 0.5000\n"
+
+
+def test_status_says_that_a_command_runs_now(lopd: Callable[..., Result], project: Path) -> None:
+    config = project / "config.toml"
+    lock = project / "run/.lock"
+    lock.write_text(f"{os.getpid()}\n")
+    line = f"process {os.getpid()} runs a command here now"
+    changed = ("distill.optimizer.lr=5e-3",)
+    with lock.open("r+") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        out = lopd("status", config, *changed).succeeded().out
+        assert "outdated" in out
+        assert line in out
+        assert "repeat them after lopd status CONFIG" in out
+        json.loads(lopd("status", config, "--json").succeeded().out)
+    # The control: the file stays, and nobody holds it.
+    assert line not in lopd("status", config, *changed).succeeded().out
 
 
 def test_a_frame_for_programs(lopd: Callable[..., Result], running: Path) -> None:

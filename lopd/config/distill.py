@@ -9,6 +9,14 @@ from pydantic import Field
 from lopd.config.base import SPEED_ONLY, FilePath, Section
 from lopd.config.training import TrainSection
 
+# The values of distill.objective.loss in words: by what a student was distilled. A top-K loss uses
+# the rollouts and the cache of Lightning OPD too, but its update is another one.
+LOSS_TITLES = {
+    "lightning": "Lightning OPD",
+    "top_k_reverse_kl": "the top-K reverse KL",
+    "top_k_forward_kl": "the top-K forward KL",
+}
+
 
 class ObjectiveSection(Section):
     """The parts of the distillation loss (lopd/objective/registry.py, docs/objectives.md)."""

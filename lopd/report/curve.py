@@ -56,12 +56,15 @@ _SHORT = {
 }
 
 
-def draw_learning_curve(
-    run_dir: Path, *, stage: str = "distill", title: str = "Lightning OPD"
-) -> Path:
+def draw_learning_curve(run_dir: Path, *, title: str, stage: str = "distill") -> Path:
     """Draw learning_curve.png into the run directory, and return its path.
 
     The picture is made from metrics.jsonl, and from summary.json if it is there.
+
+    Args:
+        run_dir: The run directory.
+        title: The title of the picture: which loss the student has learned by.
+        stage: The stage whose steps are drawn.
 
     Raises:
         DataError: The stage has no metrics.

@@ -26,12 +26,16 @@ _STATE_STYLE = {
 _FINDING_STYLE = {"ok": "green", "fetch": "bold yellow", "wrong": "bold red"}
 
 
-def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
-    """Print one line per stage.
+def status_table(
+    rows: Sequence[Mapping[str, Any]], run_dir: Path, process: int | None = None
+) -> None:
+    """Print one line per stage, and that a command is running.
 
     Args:
         rows: ``name``, ``state``, ``progress``, ``rows``, ``seconds`` (of the command that
             finished the stage, or None), ``fingerprint`` and ``note`` of each stage.
+        run_dir: The run directory.
+        process: The process of this machine that runs a command there now, if there is one.
     """
     table = Table()
     for title in ("stage", "state", "rows", "seconds", "fingerprint", "note"):
@@ -51,6 +55,14 @@ def status_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
     # Not as the title of the table, which would break a long path.
     console.print(Text(f"run {run_dir}"), soft_wrap=True)
     console.print(table)
+    if process is not None:
+        # Nothing on disk has the overrides of a command before its first stage is done. Without
+        # them its stages look outdated.
+        line = (
+            f"process {process} runs a command here now. If it has overrides (KEY=VALUE), repeat "
+            "them after lopd status CONFIG to see its state; lopd watch needs none"
+        )
+        console.print(Text(line), soft_wrap=True)
 
 
 def shown_state(row: Mapping[str, Any]) -> str:

@@ -198,7 +198,7 @@ def state_of(run_dir: Path, tail: MetricsTail | None = None) -> RunState:
         rows=rows,
         servers=_servers(folder) if folder is not None else (),
         age_s=_age(run_dir, folder),
-        process=_holder(run_dir / ".lock"),
+        process=holder_of(run_dir),
         last_line=_last_line(folder),
         summary=_read(run_dir / "summary.json"),
     )
@@ -289,8 +289,9 @@ def _age(run_dir: Path, folder: Path | None) -> float | None:
     return max(0.0, time.time() - max(times)) if times else None
 
 
-def _holder(lock: Path) -> int | None:
+def holder_of(run_dir: Path) -> int | None:
     """Return the process of this machine that holds the run, without touching the lock."""
+    lock = run_dir / ".lock"
     try:
         inode = lock.stat().st_ino
         held = Path("/proc/locks").read_text(encoding="ascii").splitlines()

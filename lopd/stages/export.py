@@ -19,6 +19,7 @@ from lopd.artifacts import (
     remove_folder,
     storage_errors,
 )
+from lopd.config.distill import LOSS_TITLES
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError
 from lopd.stages.context import Stage, StageContext
@@ -95,11 +96,18 @@ def _card(context: StageContext) -> str:
         same = "the teacher of the demonstrations"
     first_loss = f"{figures['first_loss']:.4g}"
     last_loss = f"{figures['last_loss']:.4g}"
+    loss = config.distill.objective.loss
+    tags = "lightning-opd, distillation"
+    method = "offline on-policy distillation, arXiv 2604.13010"
+    # The card names the loss that was used, which need not be the paper's.
+    if loss != "lightning":
+        tags = "distillation"
+        method = f"`{loss}`, on rollouts and a cache as in Lightning OPD, arXiv 2604.13010"
     return f"""---
 library_name: transformers
-tags: [lightning-opd, distillation]
+tags: [{tags}]
 ---
-Distilled by Lightning OPD (offline on-policy distillation, arXiv 2604.13010) with lopd.
+Distilled by {LOSS_TITLES[loss]} ({method}) with lopd.
 
 - base student: `{config.models.student.name}`
 - teacher: `{config.models.teacher.name}` ({same}; evidence: {evidence})

@@ -202,7 +202,11 @@ def _conversation(
     )
     # Kept only where something fails: the error then names the log.
     folder = Path(tempfile.mkdtemp(prefix="lopd-conversation-"))
-    typer.echo(f"starting SGLang with {speaker.folder}", err=True)
+    line = f"starting SGLang with {speaker.folder}"
+    # A start takes far longer than a look, and the answers of a run are there already.
+    if (place / "evaluate").is_dir():
+        line += f" (answers that are there already need no start: lopd show {place})"
+    typer.echo(line, err=True)
     with talking.served(speaker, settings, folder / "sglang.log") as engine:
         yield talking.conversation_with(
             speaker,

@@ -47,9 +47,9 @@ def size_of(png: bytes) -> tuple[int, int]:
 
 def test_curve_is_drawn_from_the_run_directory(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in TRAIN + EVALS))
-    before_summary = draw_learning_curve(tmp_path).read_bytes()
+    before_summary = draw_learning_curve(tmp_path, title="a loss").read_bytes()
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
-    path = draw_learning_curve(tmp_path)
+    path = draw_learning_curve(tmp_path, title="a loss")
     assert path == tmp_path / PICTURE
     width, height = size_of(path.read_bytes())
     assert width > 3 * height
@@ -81,7 +81,7 @@ def test_without_metrics_there_is_no_curve(tmp_path: Path) -> None:
         DataError,
         match=r"there are no training metrics of the stage distill.*run the stage distill first",
     ):
-        draw_learning_curve(tmp_path)
+        draw_learning_curve(tmp_path, title="a loss")
 
 
 def test_two_reverse_kls_have_two_panels_that_say_what_was_measured() -> None:
