@@ -117,6 +117,8 @@ def test_the_answer_alone_goes_to_stdout(
     lopd: Callable[..., Result], project: Path, asked: Asked, place: str
 ) -> None:
     done = lopd("generate", project / place, "01+01=?", "--temperature", "0").succeeded()
+    # Who only wants to look need not wait for a server. A bare model has no answers to look at.
+    assert (f"need no start: lopd show {project / 'run'})" in done.err) == (place != "student")
     # Without its end token, and with nothing else.
     assert done.out == decode(tokenizer(), asked.answer[:-1]) + "\n"
     assert asked.prompts == ["<|im_start|>user\n01+01=?<|im_end|>\n<|im_start|>assistant\n"]
