@@ -158,7 +158,7 @@ def test_an_override_with_a_secret_is_refused_where_it_would_stand_in_scripts(
         overrides=["sglang.tensor=1", "sft.num_steps=2"],
     ).jobs
     with pytest.raises(
-        ConfigError, match="lopd would write into the scripts of the jobs"
+        ConfigError, match="lopd writes the arguments of a launch into the scripts of the jobs"
     ) as caught:
         make_plan(
             config,

@@ -18,11 +18,12 @@ sums  A weighted sum of 64-bit words, in plain torch, for a GPU: the weights do 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import xxhash
@@ -83,16 +84,21 @@ def _xxh3_of_all(parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
 
 
 def _xxh3(part: Tensor, dtype: torch.dtype) -> int:
-    if part.is_contiguous() and part.dtype == dtype and part.device.type == "cpu":
-        return xxhash.xxh3_64_intdigest(_bytes(part))
     state = xxhash.xxh3_64()
+    if part.is_contiguous() and part.dtype == dtype and part.device.type == "cpu":
+        _add_bytes(state, part)
+        return state.intdigest()
     for piece in _pieces(part, _COPIED_BYTES // dtype.itemsize):
-        state.update(_bytes(piece.to("cpu", dtype).contiguous()))
+        _add_bytes(state, piece.to("cpu", dtype).contiguous())
     return state.intdigest()
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _add_bytes(state: xxhash.xxh3_64, tensor: Tensor) -> None:
+    """Add the bytes of a contiguous tensor in host memory to the state of a hash."""
+    num_bytes = tensor.numel() * tensor.element_size()
+    # Not tensor.numpy(): a storage that numpy has seen can never be resized again, and a server on
+    # a CPU empties the storages of its weights while the trainer has the memory.
+    state.update((ctypes.c_char * num_bytes).from_address(tensor.data_ptr()))
 
 
 # ---- sums ----

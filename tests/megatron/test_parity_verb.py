@@ -172,6 +172,9 @@ def test_the_score_stage_runs_on_megatron_and_keeps_entropies(run: Path, tmp_pat
     write_responses(tmp_path / "run/rollout", responses, kind="rollouts", inputs={}, shard_size=8)
     forward = [
         "score.engine=megatron",
+        # This engine has no top-K, which the example asks for.
+        "score.top_k=0",
+        "distill.objective.loss=lightning",
         "score.entropy=true",
         "score.forward.max_tokens_per_microbatch=256",
         "score.allow_foreign_teacher=true",

@@ -211,3 +211,16 @@ def test_one_synchronisation_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in parts:
         fingerprints([part], [part.dtype], "sums")
     assert len(waits) == 1 + len(parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_storage_can_be_emptied_afterwards(dtype: torch.dtype) -> None:
+    """A server on a CPU empties its weights while the trainer has the memory (sync.colocate)."""
+    weight = torch.ones(4, 6, dtype=dtype)
+    fingerprints([weight, weight[:, 1:3]], [dtype, torch.float32], "xxh3")
+    weight.untyped_storage().resize_(0)
+    # The control: numpy holds on to a storage that it has seen.
+    seen = torch.ones(4, 6)
+    seen.numpy()
+    with pytest.raises(RuntimeError, match="not resizable"):
+        seen.untyped_storage().resize_(0)
