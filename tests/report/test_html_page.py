@@ -20,7 +20,7 @@ import pytest
 from lopd.cache import read_rows
 from lopd.records import Response, float32, int32
 from lopd.report.html import page as pages
-from lopd.report.html.overview import paired_difference
+from lopd.report.html.overview import paired_difference, verdict_of
 from lopd.report.html.page import docs_beside, gather, make_page, packed, render, scan_all
 from lopd.report.html.pictures import write_pictures
 from lopd.report.html.source import open_sources
@@ -273,7 +273,7 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"right": false', '"right": true'))
     data = gather(open_sources([run, other]))
     assert [row[0] for row in data["knobs"]] == ["distill.optimizer.lr"]
-    assert "+50.0 points" in data["comparisons"][0]["text"]
+    assert "by 50.0 points" in data["comparisons"][0]["text"]
     assert [one["name"] for one in data["runs"]] == ["run", "other"]
 
 
@@ -391,3 +391,20 @@ def test_an_installed_lopd_has_all_files_of_the_page() -> None:
 def test_links_lead_from_the_page_to_the_documentation(tmp_path: Path) -> None:
     found = tmp_path / docs_beside(tmp_path / "report.html") / "understand.md"
     assert found.resolve().is_file()
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "begin", "part"),
+    [
+        (0.64, (0.608, 0.672), "b is better than a by 64.0 points", "(95% interval 60.8 to 67.2)"),
+        (-0.64, (-0.672, -0.608), "a is better than b by 64.0 points", "60.8 to 67.2"),
+        (-0.01, (-0.03, 0.01), "a is ahead of b by 1.0 points", "may be chance"),
+    ],
+)
+def test_the_better_run_is_named_first(
+    mean: float, interval: tuple[float, float], begin: str, part: str
+) -> None:
+    text = verdict_of(("a", "b"), {"mean": mean, "interval": interval, "num_prompts": 500})
+    assert text.startswith(begin)
+    assert part in text
+    assert "other seeds" in text

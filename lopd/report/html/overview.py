@@ -325,12 +325,37 @@ def comparisons(
         difference = paired_difference(finals[0], other)
         if difference is None:
             continue
-        text = (
-            f"{source.name} ({other.answers.title}) against {sources[0].name} "
-            f"({finals[0].answers.title}): {_told(difference)}"
-        )
-        rows.append({"text": text, **difference})
+        names = [
+            f"{of.name} ({final.answers.title})"
+            for of, final in ((sources[0], finals[0]), (source, other))
+        ]
+        rows.append({"text": verdict_of(names, difference), **difference})
     return rows
+
+
+def verdict_of(names: Sequence[str], difference: Mapping[str, Any]) -> str:
+    """Return which of two sources is better, the better one first.
+
+    Args:
+        names: The first source and the other one.
+        difference: How much more often the other one is right (paired_difference).
+    """
+    # The better one first: a negative difference of the other one is read wrongly in a hurry.
+    better, worse = names if difference["mean"] <= 0 else (names[1], names[0])
+    low, high = sorted(abs(100 * value) for value in difference["interval"])
+    points = f"{abs(100 * difference['mean']):.1f} points"
+    prompts = f"over the same {difference['num_prompts']:,} prompts"
+    # What a second training with another seed would give is not in the interval.
+    seeds = "Each is one training: the interval knows nothing of other seeds."
+    if min(difference["interval"]) <= 0 <= max(difference["interval"]):
+        return (
+            f"{better} is ahead of {worse} by {points} {prompts}, which may be chance: the 95% "
+            f"interval holds 0. {seeds}"
+        )
+    return (
+        f"{better} is better than {worse} by {points} (95% interval {low:.1f} to {high:.1f}), "
+        f"{prompts}. {seeds}"
+    )
 
 
 def _final(scans: Sequence[Scanned]) -> Scanned | None:
