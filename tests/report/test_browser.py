@@ -283,8 +283,8 @@ def test_a_damaged_page_says_so(chromium: Chromium, page: Path, tmp_path: Path) 
     damaged.write_bytes(page.read_bytes().replace(b'octet-stream">H4', b'octet-stream">AA'))
     chromium.call("Page.navigate", url=damaged.as_uri())
     chromium.wait_for("document.getElementById('state')?.textContent.includes('cannot be shown')")
-    # The control of the other tests: an error of the page is noticed. Its message may come after the
-    # text has changed, and it is read with the answer to a later question.
+    # The control of the other tests: an error of the page is noticed. Its message may come after
+    # the text has changed, and it is read with the answer to a later question.
     deadline = time.monotonic() + 30
     while not chromium.errors and time.monotonic() < deadline:
         chromium.js("1")
