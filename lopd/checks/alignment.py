@@ -18,7 +18,8 @@ def alignment(config: Config) -> Iterator[Finding]:
         return
     problems = [*alignment_problems(config)]
     yield from problems
-    teacher, student = config.models.teacher, config.models.student
+    teacher = config.models.teacher
+    student = config.models.student
     # Without the folders there is nothing to read, and their own checks say so.
     if problems or not (teacher.is_dir() and student.is_dir()):
         return
@@ -40,7 +41,8 @@ def alignment_problems(config: Config) -> Iterator[ConfigError]:
     """Yield knobs that do not go together with a teacher of another tokenizer."""
     if not config.aligns_tokenizers:
         return
-    score, models = config.score, config.models
+    score = config.score
+    models = config.models
     # The ids and the entropy are of the teacher's vocabulary, at the places of its own tokens.
     for name, is_set in (("top_k", score.top_k > 0), ("entropy", score.entropy)):
         if is_set:

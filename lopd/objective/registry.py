@@ -219,7 +219,8 @@ def _refuse_verdicts(section: DistillSection) -> None:
     """Refuse verdicts that nothing reads, and verdicts of responses that do not exist yet."""
     given = section.verdicts or section.teacher_verdicts
     default = DistillSection.model_fields["teacher_right_share"].default
-    what, remedy = "", ""
+    what = ""
+    remedy = ""
     if section.verdicts is not None and not needs_verdicts(section):
         what = "verdicts has no effect: no knob of the objective reads a verdict"
         remedy = "set distill.objective.wrong, wrong_weight or verdict_reward, or remove verdicts"

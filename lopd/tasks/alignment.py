@@ -140,7 +140,8 @@ def _closed(
 def _matches(first: bytes, second: bytes) -> list[tuple[int, int, int]]:
     """Return the stretches in which two texts agree: start in each, and length."""
     found: list[tuple[int, int, int]] = []
-    here, there = 0, 0
+    here = 0
+    there = 0
     while True:
         length = _common_length(first, second, here, there)
         found.append((here, there, length))

@@ -100,7 +100,8 @@ def run_ranks(
     waiting = STANDBY.take(threads_per_rank) if node is None else None
     if waiting is not None:
         waiting.begin(order_line(module, args, ranks, environment))
-        output, process = waiting.output, waiting.process
+        output = waiting.output
+        process = waiting.process
     else:
         output, process = _start(command, environment)
     code = _run_to_end(output, process, log, monitor, on_line, stop or threading.Event())
