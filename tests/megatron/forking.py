@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+from lopd.megatron.ranks.forking import fork_store, rank_environment
 from lopd.processes import die_with_parent
 
 IMPORTS = (
@@ -34,43 +35,6 @@ IMPORTS = (
     "lopd.megatron.weights.transfer",
     "lopd.stages.training_data",
 )
-
-
-def fork_store() -> tuple[int, int]:
-    """(process id, port) of the ranks' store, held by a process of its own as by torchrun: no other
-    program can take the port before rank 0 has bound it.
-    """
-    from lopd.megatron.ranks.torchrun import open_store
-
-    read_end, write_end = os.pipe()
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        die_with_parent(parent)
-        store = open_store()
-        os.write(write_end, f"{store.port}\n".encode())
-        while True:
-            signal.pause()
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        return child, int(pipe.readline())
-
-
-def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank of its place."""
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": num_ranks,
-        "LOCAL_WORLD_SIZE": num_ranks,
-        "MASTER_PORT": port,
-        "TORCHELASTIC_RESTART_COUNT": 0,
-    }
-    return {
-        **{name: str(value) for name, value in place.items()},
-        "MASTER_ADDR": "127.0.0.1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
 
 
 def run(

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.megatron.forking import fork_store, rank_environment
+from lopd.megatron.ranks.forking import fork_store, rank_environment
 from tests.megatron.trainer_cases import microbatches_of, settings_of, trainer_of, weights_digest
 
 LAYOUT = {"tensor": 2, "expert": 2}

@@ -44,7 +44,7 @@ def main() -> int:
     order = json.loads(line)
     # Objects that exist now are never collected, so the ranks do not copy their memory.
     gc.freeze()
-    store, port = _fork_store()
+    store, port = fork_store()
     number = int(order["ranks"])
     ranks: list[int] = []
     for rank in range(number):
@@ -77,7 +77,7 @@ def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
     }
 
 
-def _fork_store() -> tuple[int, int]:
+def fork_store() -> tuple[int, int]:
     """Return the process of the ranks' store, and its port."""
     from lopd.megatron.ranks.torchrun import open_store
 
