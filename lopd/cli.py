@@ -10,7 +10,6 @@ import errno
 import io
 import json
 import os
-import signal
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +18,7 @@ import typer
 from lopd import __version__
 from lopd.config import InvalidConfig, known_keys, load_config
 from lopd.errors import EXIT_CODE, EXIT_NOT_FETCHED, LopdError, NotFetched
+from lopd.interruption import INTERRUPTED_CODE, INTERRUPTION, Interrupted
 from lopd.verbs.arguments import HELP_OPTIONS, AsJson, ConfigFile, Overrides, VerbGroup
 from lopd.verbs.audit import audit
 from lopd.verbs.cache import app as cache_app
@@ -260,18 +260,6 @@ def _options(
         raise typer.Exit(EXIT_CODE)
 
 
-class Interrupted(BaseException):
-    """The user pressed Ctrl-C, or the process received SIGTERM.
-
-    This is no KeyboardInterrupt. typer would handle that one and exit before the servers and the
-    ranks are ended.
-    """
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise Interrupted
-
-
 # typer brings its own copy of click in some versions. BadParameter is one of its classes, and the
 # class above it is click's UsageError, wherever click comes from.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -322,9 +310,7 @@ def _fail(error: LopdError, code: int = EXIT_CODE) -> NoReturn:
 
 def _prepare_process() -> None:
     """Set signals, streams and environment before any verb runs."""
-    # Clusters end a job with SIGTERM. It must end servers and ranks as Ctrl-C does.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    INTERRUPTION.install()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # An ASCII terminal shows `?` for a character that it lacks. Without this, one such
@@ -368,8 +354,9 @@ def main() -> None:
         sys.stderr.write(
             "lopd: interrupted; what is published stays: the same command continues from there\n"
         )
-        # 128 + 2: the shell's exit code for a process that SIGINT ended.
-        sys.exit(130)
+        sys.exit(INTERRUPTED_CODE)
+    finally:
+        INTERRUPTION.ends()
 
 
 if __name__ == "__main__":

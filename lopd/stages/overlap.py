@@ -120,8 +120,14 @@ class Overlap:
             name=name,
             tell=lambda line: self._tell(line),
         )
-        engine = self._pool.submit(servers.start)
-        self._running = _Running(servers, engine, settings, architecture_of(model), model)
+        architecture = architecture_of(model)
+        try:
+            engine = self._pool.submit(servers.start)
+            self._running = _Running(servers, engine, settings, architecture, model)
+        # A Ctrl-C between the two lines: nobody else would end a server that is not kept yet.
+        except BaseException:
+            servers.stop()
+            raise
 
     def prepare_ranks_after(self, stage: str, config: Config) -> None:
         """Let the ranks of the training that follows a stage do their imports."""

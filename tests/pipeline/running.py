@@ -97,7 +97,8 @@ class Command:
         except subprocess.TimeoutExpired:
             self.send(signal.SIGKILL)
             raise AssertionError(
-                f"still running after {timeout_s} s; its output ends:\n{self.output[-2000:]}"
+                f"still running after {timeout_s} s; its output ends:\n{self.output[-2000:]}\n"
+                f"{self._stderr.read_text(errors='replace')[-2000:]}"
             ) from None
         return Finished(
             code,
