@@ -162,6 +162,7 @@ def _sampling_conditions(
             f"{sampling.get('min_p')}",
             where=str(folder),
             limit="only responses sampled with temperature and top-p",
+            remedy="audit responses that were sampled with top_k = -1 and min_p = 0",
         )
     return float(temperature), float(top_p)
 
@@ -222,7 +223,11 @@ def _random_rows(folder: Path, manifest: Manifest, count: int, seed: int) -> Any
     from lopd.artifacts import read_shard
 
     if manifest.rows == 0:
-        raise DataError("the folder has no responses", where=str(folder))
+        raise DataError(
+            "the folder has no responses",
+            where=str(folder),
+            remedy="give the folder of rollouts or of a cache",
+        )
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(manifest.rows, min(count, manifest.rows), replace=False))
     tables = []

@@ -269,45 +269,51 @@ def import_(
         show_line(f"lacks {reason}", "yellow")
 
 
+# Five folds, as in the paper. A token must not be corrected by its own response.
+Folds = Annotated[
+    int,
+    typer.Option(
+        help="Number of folds. Prompts are divided into folds, and the bias of a token is "
+        "fitted on the other folds."
+    ),
+]
+PositionBins = Annotated[int, typer.Option(help="Number of bins for the position in the response.")]
+# Geometric steps: most tokens have a surprisal near 0, and few have a large one.
+SurprisalBins = Annotated[
+    int,
+    typer.Option(
+        help="Number of bins for the student's surprisal, in geometric steps from 0.01 to 8 nats."
+    ),
+]
+# Cells with few tokens would otherwise fit noise.
+Smoothing = Annotated[
+    float,
+    typer.Option(help="Weight of the global mean in each cell, as a number of responses."),
+]
+TokenShare = Annotated[
+    float,
+    typer.Option(
+        help="Share of the token table in the bias. The table of position and surprisal has the "
+        "rest."
+    ),
+]
+FoldSeed = Annotated[int, typer.Option(help="Seed for the division into folds.")]
+ShowTokens = Annotated[
+    int, typer.Option(min=0, help="Number of tokens of the token table to show.")
+]
+
+
 @app.command(epilog="Example:  lopd cache residualise runs/foreign/score --out caches/residualised")
 def residualise(
     cache: Cache,
     out: Out,
-    # Five folds, as in the paper. A token must not be corrected by its own response.
-    folds: Annotated[
-        int,
-        typer.Option(
-            help="Number of folds. Prompts are divided into folds, and the bias of a token is "
-            "fitted on the other folds."
-        ),
-    ] = 5,
-    position_bins: Annotated[
-        int, typer.Option(help="Number of bins for the position in the response.")
-    ] = 10,
-    # Geometric steps: most tokens have a surprisal near 0, and few have a large one.
-    surprisal_bins: Annotated[
-        int,
-        typer.Option(
-            help="Number of bins for the student's surprisal, in geometric steps from 0.01 to 8 "
-            "nats."
-        ),
-    ] = 8,
-    # Cells with few tokens would otherwise fit noise.
-    smoothing: Annotated[
-        float,
-        typer.Option(help="Weight of the global mean in each cell, as a number of responses."),
-    ] = 1.0,
-    token_share: Annotated[
-        float,
-        typer.Option(
-            help="Share of the token table in the bias. The table of position and surprisal has "
-            "the rest."
-        ),
-    ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seed for the division into folds.")] = 0,
-    show: Annotated[
-        int, typer.Option(min=0, help="Number of tokens of the token table to show.")
-    ] = 15,
+    folds: Folds = 5,
+    position_bins: PositionBins = 10,
+    surprisal_bins: SurprisalBins = 8,
+    smoothing: Smoothing = 1.0,
+    token_share: TokenShare = 0.5,
+    seed: FoldSeed = 0,
+    show: ShowTokens = 15,
     tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:

@@ -142,30 +142,41 @@ def evaluate(
         "evaluate.preset": preset,
         "prompts.eval.num_prompts": num_prompts,
     }
-    typed = {
-        "models.student": "--model",
-        # A name that is not the user's: a configuration must name a teacher.
-        "models.teacher": "--model",
-        **({} if out is None else {"run.dir": "--out"}),
-        **(
-            {}
-            if prompts is None
-            else {"prompts.eval.file": "--prompts", "prompts.eval": "--prompts"}
-        ),
-        **{key: _OPTIONS[key] for key, value in flags.items() if value is not None},
-    }
+    typed = _typed_options(flags, has_prompts=prompts is not None, has_out=out is not None)
     # JSON strings and numbers are TOML values too. What the user overrides comes last and wins.
     settings = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    # From here on the evaluation is a configuration like any other.
-    with options_named(typed):
-        loaded = _configuration(config, model, prompts, out, [*settings, *given])
     # A context length that the user has chosen stays. Otherwise the longest prompt and the longest
     # answer decide.
     has_own_length = config is not None or any(
         key.startswith("sglang.context_length") for key in given
     )
+    # From here on the evaluation is a configuration like any other.
     with options_named(typed):
+        loaded = _configuration(config, model, prompts, out, [*settings, *given])
         _evaluate_model(loaded, shard_size, fit_context=not has_own_length, as_json=as_json)
+
+
+def _typed_options(flags: dict[str, Any], *, has_prompts: bool, has_out: bool) -> dict[str, str]:
+    """Return the options that the user has typed, by the knobs that they set.
+
+    Args:
+        flags: The values of the options in _OPTIONS, by their knobs. None was not typed.
+        has_prompts: Whether --prompts was typed.
+        has_out: Whether --out was typed.
+    """
+    typed = {
+        "models.student": "--model",
+        # A name that is not the user's: a configuration must name a teacher.
+        "models.teacher": "--model",
+        **{key: _OPTIONS[key] for key, value in flags.items() if value is not None},
+    }
+    if has_out:
+        typed["run.dir"] = "--out"
+    if has_prompts:
+        # An error may name the file or the table that it stands in.
+        typed["prompts.eval.file"] = "--prompts"
+        typed["prompts.eval"] = "--prompts"
+    return typed
 
 
 def _run_stage(

@@ -170,13 +170,18 @@ def init(
         place = folder / _PLACES[name]
         if not place.exists():
             typer.echo(f"missing: {place} (or give --{name}, or change the line in {FILE})")
+    _print_next_steps(folder, given)
+
+
+def _print_next_steps(folder: Path, given: dict[str, str | None]) -> None:
+    """Print the commands that lead from the new file to a run, in their order."""
     remote = any(value is not None and value.startswith("hf://") for value in given.values())
     steps = [*(["fetch"] if remote else []), "check", "plan", "run"]
     purposes = {
         "fetch": "downloads what the configuration names on the hub",
         "check": "finds every mistake before anything starts",
         "plan": "says how much memory and time it takes",
-        "run": "runs all stages; the same command goes on after a kill",
+        "run": "runs all stages; the same command continues after a kill",
     }
     typer.echo("next:")
     for step in steps:

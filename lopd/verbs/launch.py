@@ -40,6 +40,31 @@ Node = Annotated[
         show_default=False,
     ),
 ]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="WHERE",
+        help="Where the jobs run: local, docker, slurm, k8s or skypilot.",
+    ),
+]
+# A text with commas and no repeated option: stages are few, and their order follows from the run.
+Stages = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help="Run only these stages. The stages that they read from must be done.",
+        show_default=False,
+    ),
+]
+Render = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Write into this folder what would be submitted, and submit nothing.",
+        show_default=False,
+    ),
+]
 # A verb of a stage without its option.
 Verb = Callable[[Path, list[str] | None], None]
 # Stages of independent requests: their shards can be shared among any number of machines.
@@ -120,30 +145,9 @@ def _with_shards(stage: str, whole: Verb) -> Callable[..., None]:
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,
-    on: Annotated[
-        str,
-        typer.Option(
-            "--on",
-            metavar="WHERE",
-            help="Where the jobs run: local, docker, slurm, k8s or skypilot.",
-        ),
-    ] = "local",
-    stages: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B",
-            help="Run only these stages. The stages that they read from must be done.",
-            show_default=False,
-        ),
-    ] = "",
-    render: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Write into this folder what would be submitted, and submit nothing.",
-            show_default=False,
-        ),
-    ] = None,
+    on: On = "local",
+    stages: Stages = "",
+    render: Render = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the stages as jobs on this machine, in containers, or on a cluster.

@@ -140,11 +140,7 @@ def plan(
         _refuse_without_gpus({"--suggest": suggest, "--cohost": cohost})
     # The node need not be this machine, so nothing of this machine is looked at.
     node = node_of(gpu or GPU, gpus or GPUS, host_gib=host_gib, disk_gib=disk_gib)
-    files = {"student": student_config, "teacher": teacher_config}
-    # A config.json that is given wins over the folder that the configuration names.
-    models = planned_models(
-        loaded, {role: path for role, path in files.items() if path is not None}
-    )
+    models = planned_models(loaded, _config_files(student_config, teacher_config))
     assumed = read_assumptions(assume or [])
     shapes = {role: model.arch for role, model in models.items()}
     # A plan that fits is of no use if lopd check then refuses the configuration on the node.
@@ -161,17 +157,18 @@ def plan(
         made = error
     # The search makes hundreds of plans, so it runs only if it is asked for.
     found = nearest_that_fits(loaded, models, node, assumed, cohost=cohost) if suggest else None
-    if as_json:
-        # One JSON value on stdout, whatever happens, so that a program can always read it.
-        table = _as_json(made, refused)
-        if suggest:
-            table["suggestion"] = found.as_json() if found else None
-        typer.echo(json.dumps(table, indent=1))
-    else:
-        _show(made, refused, found, suggest=suggest)
+    show = _print_json if as_json else _show
+    show(made, refused, found, suggest=suggest)
     # A script that starts a run can rely on the exit code alone.
     if isinstance(made, ConfigError) or not made.fits or refused:
         raise typer.Exit(EXIT_CODE)
+
+
+def _config_files(student: Path | None, teacher: Path | None) -> dict[str, Path]:
+    """Return the files of --student-config and --teacher-config that are given, by role."""
+    # A config.json that is given wins over the folder that the configuration names.
+    files = {"student": student, "teacher": teacher}
+    return {role: path for role, path in files.items() if path is not None}
 
 
 def _refuse_without_gpus(options: Mapping[str, bool]) -> None:
@@ -184,6 +181,20 @@ def _refuse_without_gpus(options: Mapping[str, bool]) -> None:
                 limit="a plan for GPUs",
                 remedy=f"say which: --gpus {GPUS} --gpu {GPU}",
             )
+
+
+def _print_json(
+    made: Plan | ConfigError,
+    refused: Sequence[LopdError],
+    found: Suggestion | None,
+    *,
+    suggest: bool,
+) -> None:
+    """Print one JSON value, whatever happens, so that a program can always read it."""
+    table = _as_json(made, refused)
+    if suggest:
+        table["suggestion"] = found.as_json() if found else None
+    typer.echo(json.dumps(table, indent=1))
 
 
 def _as_json(made: Plan | ConfigError, refused: Sequence[LopdError]) -> dict[str, Any]:

@@ -209,7 +209,6 @@ def prepare(
     # Around this alone: "format" and "duplicates" are words of other messages too.
     with options_named(_OPTIONS):
         chosen = prompt_files.prompt_set(settings)
-    # The report says what was left out, and why.
     report = prompt_files.prepare(
         chosen,
         out,
@@ -219,11 +218,18 @@ def prepare(
         tokenizer=tokenizer,
         task=task,
     )
+    _print_report(report, as_json=as_json)
+
+
+def _print_report(report: dict[str, Any], *, as_json: bool) -> None:
+    """Print the report of a prompt file."""
+    from lopd.tasks import prompt_files
+
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
-    else:
-        for line in prompt_files.report_lines(report):
-            typer.echo(line)
+        return
+    for line in prompt_files.report_lines(report):
+        typer.echo(line)
 
 
 def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:

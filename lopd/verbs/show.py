@@ -14,6 +14,7 @@ from lopd.verbs.watch import run_directory
 
 if TYPE_CHECKING:
     from lopd.records import Key
+    from lopd.report.transcripts_view import Comparison
     from lopd.verbs.run_transcripts import Source
 
 EPILOG = "Example:  lopd show runs/tiny_moe --worst 5   lopd show runs/tiny_moe --fixed 3"
@@ -23,42 +24,51 @@ _BEFORE = "sft"
 _AFTER = "distilled"
 
 
+Run = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Run directory, TOML file of a run, or one artifact of responses.",
+        show_default=False,
+    ),
+]
+PromptName = Annotated[
+    str | None, typer.Option(help="A prompt's name, or one response as NAME/SAMPLE.")
+]
+Worst = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1000,
+        help="The responses of the last model on whose tokens it disagrees most with the "
+        "teacher, by the mean over tokens. The choice if none is made.",
+    ),
+]
+# These two compare the verdicts on the same prompt before and after distill.
+Fixed = Annotated[
+    int | None,
+    typer.Option(min=1, max=1000, help="Wrong by the SFT student, right after distill."),
+]
+Broken = Annotated[
+    int | None,
+    typer.Option(min=1, max=1000, help="Right by the SFT student, wrong after distill."),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A model to show: teacher, base, sft, sft_longer or distilled. May be given "
+        "several times. If absent: teacher, sft and distilled."
+    ),
+]
+
+
 def show(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="Run directory, TOML file of a run, or one artifact of responses.",
-            show_default=False,
-        ),
-    ],
-    prompt: Annotated[
-        str | None, typer.Option(help="A prompt's name, or one response as NAME/SAMPLE.")
-    ] = None,
-    worst: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1000,
-            help="The responses of the last model on whose tokens it disagrees most with the "
-            "teacher, by the mean over tokens. The choice if none is made.",
-        ),
-    ] = None,
-    fixed: Annotated[
-        int | None,
-        typer.Option(min=1, max=1000, help="Wrong by the SFT student, right after distill."),
-    ] = None,
-    broken: Annotated[
-        int | None,
-        typer.Option(min=1, max=1000, help="Right by the SFT student, wrong after distill."),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A model to show: teacher, base, sft, sft_longer or distilled. May be given "
-            "several times. If absent: teacher, sft and distilled."
-        ),
-    ] = None,
+    run: Run,
+    prompt: PromptName = None,
+    worst: Worst = None,
+    fixed: Fixed = None,
+    broken: Broken = None,
+    model: Models = None,
     tokenizer: Tokenizer = None,
     as_json: AsJson = False,
 ) -> None:
@@ -96,7 +106,12 @@ def show(
     found = transcripts.compare(sources, keys, place, tokenizer)
     if as_json:
         typer.echo(json.dumps([one.as_json() for one in found], indent=1))
-        return
+    else:
+        _print(found)
+
+
+def _print(found: list[Comparison]) -> None:
+    """Print the responses as text: beside each other on a terminal, below each other in a file."""
     from rich.console import Console
 
     from lopd.report.text_width import text_width
