@@ -130,6 +130,7 @@ def _check_models(
             "the teachers' tokenizers differ: the same token ids stand for different text",
             where=str(folder),
             limit=f"that of {first_folder}",
+            remedy="merge only caches whose teachers have the same tokenizer",
         )
     if not teacher_column:
         # A known and an unknown teacher count as two.

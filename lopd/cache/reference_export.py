@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,21 @@ _METADATA = pa.struct(
 _SCHEMA = pa.schema([("prompt", pa.string()), ("label", pa.string()), ("metadata", _METADATA)])
 
 
+@dataclass
+class _Counts:
+    """What an export has written.
+
+    Attributes:
+        rows: Responses.
+        tokens: Tokens of these responses.
+        prompts_changed: Prompts whose text, tokenised again, gives other ids.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    prompts_changed: int = 0
+
+
 def export_reference(
     folder: str | Path, file: str | Path, tokenizer_folder: str | Path | None = None
 ) -> dict[str, Any]:
@@ -61,19 +77,8 @@ def export_reference(
     """
     folder = Path(folder)
     file = Path(file)
-    tokenizer_folder = Path(tokenizer_folder) if tokenizer_folder is not None else None
     manifest = read_complete(folder)
-    # Whose tokens the rows have. A teacher with another tokenizer cannot read them.
-    owner = "teacher" if alignment_of(manifest) is None else "student"
-    known = manifest.models.get(owner)
-    # The path of the manifest is that of the machine on which the cache was made.
-    place = tokenizer_folder or (Path(known.path) if known is not None else None)
-    if place is None or not place.is_dir():
-        raise DataError(
-            "there is no tokenizer to write the prompts as text",
-            where=str(place or folder),
-            remedy="add --tokenizer FOLDER",
-        )
+    place = _tokenizer_folder(folder, manifest, tokenizer_folder)
     # A training of that code may be reading it.
     if file.exists():
         raise ArtifactError(
@@ -82,10 +87,55 @@ def export_reference(
             limit="a new file: lopd replaces no file here",
             remedy="remove the file, or set --out to another file",
         )
-    tokenizer = load_tokenizer(place)
-    num_changed = 0
-    num_rows = 0
-    num_tokens = 0
+    counts = _write(folder, manifest, file, load_tokenizer(place))
+    # Of the finished file, with its footer.
+    size = file.stat().st_size
+    about = {
+        "rows": counts.rows,
+        "tokens": counts.tokens,
+        "bytes": size,
+        "bytes_per_token": size / max(1, counts.tokens),
+        "prompts_changed": counts.prompts_changed,
+        "loses": list(EXPORT_LOSES),
+    }
+    # The file itself cannot say from which cache it is.
+    source = {"from": manifest.fingerprint, "tokenizer": sha256_file(place / "tokenizer.json")}
+    publish_json(file.with_name(file.name + ".json"), {**about, **source})
+    return about
+
+
+def _tokenizer_folder(folder: Path, manifest: Manifest, given: str | Path | None) -> Path:
+    """Return the folder of the tokenizer whose ids the rows have.
+
+    Args:
+        folder: The folder of the cache, for the message.
+        manifest: Its manifest.
+        given: The folder that the user names, if any.
+
+    Raises:
+        DataError: There is no such folder on this machine.
+    """
+    # Whose tokens the rows have. A teacher with another tokenizer cannot read them.
+    owner = "teacher" if alignment_of(manifest) is None else "student"
+    known = manifest.models.get(owner)
+    # The path of the manifest is that of the machine on which the cache was made.
+    place = Path(known.path) if known is not None else None
+    if given is not None:
+        place = Path(given)
+    if place is None or not place.is_dir():
+        raise DataError(
+            "there is no tokenizer to write the prompts as text",
+            where=str(place or folder),
+            remedy="add --tokenizer FOLDER",
+        )
+    return place
+
+
+def _write(
+    folder: Path, manifest: Manifest, file: Path, tokenizer: PreTrainedTokenizerBase
+) -> _Counts:
+    """Write the rows of all shards into the file, and return how many there are."""
+    counts = _Counts()
     # Written under another name: a file that a killed export leaves behind must not look complete.
     partial = file.with_name(file.name + ".partial")
     with storage_errors(file):
@@ -95,24 +145,11 @@ def export_reference(
             for table in _tables(folder, manifest):
                 rows, changed = _reference_rows(table, tokenizer)
                 writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-                num_changed += changed
-                num_rows += len(rows)
-                num_tokens += sum(len(row["metadata"]["response_tokens"]) for row in rows)
+                counts.prompts_changed += changed
+                counts.rows += len(rows)
+                counts.tokens += sum(len(row["metadata"]["response_tokens"]) for row in rows)
         partial.rename(file)
-    # Of the finished file, with its footer.
-    size = file.stat().st_size
-    about = {
-        "rows": num_rows,
-        "tokens": num_tokens,
-        "bytes": size,
-        "bytes_per_token": size / max(1, num_tokens),
-        "prompts_changed": num_changed,
-        "loses": list(EXPORT_LOSES),
-    }
-    # The file itself cannot say from which cache it is.
-    source = {"from": manifest.fingerprint, "tokenizer": sha256_file(place / "tokenizer.json")}
-    publish_json(file.with_name(file.name + ".json"), {**about, **source})
-    return about
+    return counts
 
 
 def _tables(folder: Path, manifest: Manifest) -> Iterator[pa.Table]:

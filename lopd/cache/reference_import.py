@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,26 +94,11 @@ def import_reference(
         models={} if identity is None else {"teacher": identity},
         lineage=_lineage(identity),
     )
-    findings = Findings()
-    checks = RowChecks(findings, vocab_size=len(tokenizer), kind=TEACHER_CACHE)
-    # How many responses each prompt has so far. The file does not number them.
-    seen: Counter[str] = Counter()
     num_rows = 0
     num_ended = 0
     # The file may be larger than the memory. One batch is one shard.
-    for index, batch in enumerate(source.iter_batches(batch_size=batch_rows)):
-        rows: list[tuple[Response, TeacherScores]] = []
-        for raw in batch.to_pylist():
-            _check_lengths(file, num_rows + len(rows), raw["metadata"])
-            rows.append(_imported(raw, tokenizer, ends, seen))
-        table = cache.to_table([response for response, _ in rows], [score for _, score in rows])
-        # A record has this column always. These responses have no such values.
-        table = table.drop_columns(["sampling_logprobs"])
-        # The rows are checked before they are published: nothing unsound gets into a cache.
-        checks.add(table, file.name)
-        for finding in findings:
-            remedy = "remove these rows, or score them again"
-            raise DataError(str(finding), where=str(file), remedy=remedy)
+    batches = source.iter_batches(batch_size=batch_rows)
+    for index, (rows, table) in enumerate(_tables(file, batches, tokenizer, ends)):
         num_rows += len(rows)
         num_ended += sum(response.finish_reason == "stop" for response, _ in rows)
         if not writer.is_published(index):
@@ -163,6 +148,45 @@ def _open(file: Path) -> pq.ParquetFile:
             remedy="give the file that ends in -precomputed.parquet",
         )
     return source
+
+
+def _tables(
+    file: Path,
+    batches: Iterable[pa.RecordBatch],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+) -> Iterator[tuple[list[tuple[Response, TeacherScores]], pa.Table]]:
+    """Yield the rows of each batch, as records and as a checked table of a cache.
+
+    Args:
+        file: The file that the batches are from.
+        batches: Its rows.
+        tokenizer: The student's tokenizer, which reads the text of the prompts.
+        ends: The token ids that end a response.
+
+    Raises:
+        DataError: A row cannot be used.
+    """
+    findings = Findings()
+    checks = RowChecks(findings, vocab_size=len(tokenizer), kind=TEACHER_CACHE)
+    # How many responses each prompt has so far. The file does not number them.
+    seen: Counter[str] = Counter()
+    num_rows = 0
+    for batch in batches:
+        rows: list[tuple[Response, TeacherScores]] = []
+        for raw in batch.to_pylist():
+            _check_lengths(file, num_rows + len(rows), raw["metadata"])
+            rows.append(_imported(raw, tokenizer, ends, seen))
+        num_rows += len(rows)
+        table = cache.to_table([response for response, _ in rows], [score for _, score in rows])
+        # A record has this column always. These responses have no such values.
+        table = table.drop_columns(["sampling_logprobs"])
+        # The rows are checked before they are published: nothing unsound gets into a cache.
+        checks.add(table, file.name)
+        for finding in findings:
+            remedy = "remove these rows, or score them again"
+            raise DataError(str(finding), where=str(file), remedy=remedy)
+        yield rows, table
 
 
 def _lineage(teacher: ModelIdentity | None) -> dict[str, Any]:

@@ -227,7 +227,9 @@ def scored_rows(
             response = _response_of(about, own, shape)
             scores = _scores_of(response, own, teachers[row] if teachers is not None else "")
         except ValueError as error:
-            raise ArtifactError(str(error), where=where) from None
+            raise ArtifactError(
+                str(error), where=where, remedy="run the stage that makes this artifact again"
+            ) from None
         yield response, scores
 
 
