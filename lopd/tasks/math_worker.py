@@ -26,9 +26,6 @@ def main() -> None:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from sympy import Eq
 
-    from lopd.tasks.math_exact import contradicts, unlike, unlike_members
-    from lopd.tasks.math_text import is_braced_set
-
     in_box = [LatexExtractionConfig(boxed_match_priority=0)]
     anywhere = [LatexExtractionConfig(), ExprExtractionConfig()]
 
@@ -63,22 +60,26 @@ def main() -> None:
             # be right for 204.
             right = equal(gold, [answer[0].lhs])
         if right:
-            right = not wrongly_right(gold[0], answer[0], job)
+            right = not _wrongly_right(gold[0], answer[0], job)
         return {"right": right}
-
-    def wrongly_right(gold: Any, answer: Any, job: dict[str, Any]) -> bool:
-        """Return whether math-verify accepts too much: it rounds, and takes a set for a tuple."""
-        texts = (job["gold"], job["answer"])
-        # Without written braces the list 3,4 is parsed as a set too. Then only its members count.
-        braces = any(is_braced_set(text) for text in texts)
-        if (unlike if braces else unlike_members)(gold, answer):
-            return True
-        # 50\% is both 0.5 and 50 (docs/tasks.md), so there is no one number to compare.
-        return not any("%" in text for text in texts) and contradicts(gold, answer)
 
     # What is built at the first use is built here, before the first limit runs.
     compute({"gold": "\\frac{1}{2}", "answer": "0.5"})
     serve(compute)
+
+
+def _wrongly_right(gold: Any, answer: Any, job: dict[str, Any]) -> bool:
+    """Return whether math-verify accepts too much: it rounds, and takes a set for a tuple."""
+    from lopd.tasks.math_exact import contradicts, unlike, unlike_members
+    from lopd.tasks.math_text import is_braced_set
+
+    texts = (job["gold"], job["answer"])
+    # Without written braces the list 3,4 is parsed as a set too. Then only its members count.
+    braces = any(is_braced_set(text) for text in texts)
+    if (unlike if braces else unlike_members)(gold, answer):
+        return True
+    # 50\% is both 0.5 and 50 (docs/tasks.md), so there is no one number to compare.
+    return not any("%" in text for text in texts) and contradicts(gold, answer)
 
 
 if __name__ == "__main__":

@@ -147,9 +147,6 @@ def prepare(
     # The filter works while the file is read, so that num_prompts counts only what is kept.
     filtered = _Filter(index if evaluation else None, None if task is None else get_task(task, {}))
     prompts, lengths = _read(chosen, tokenizer, filtered)
-    counts = filtered.counts
-    # At most so many of the faults: a data set may have thousands.
-    faults = filtered.faults[:_FAULTS_SHOWN]
     # The file first and the report last: a report says that its file is complete.
     _write(out, prompts)
     report: dict[str, Any] = {
@@ -157,14 +154,7 @@ def prepare(
         "sha256": sha256_file(out),
         "source": str(chosen.file),
         "format": chosen.format,
-        "rows": counts.rows,
-        "prompts": len(prompts),
-        "with_answer": sum(prompt.answer is not None for prompt in prompts),
-        "left_out": counts.left_out,
-        "left_out_examples": counts.examples,
-        "unusable_answers": [{**asdict(one), "remedy": REMEDY} for one in faults],
-        "chars": _quantiles([len(question_of(prompt)) for prompt in prompts]),
-        "tokens": None if lengths is None else _quantiles(lengths),
+        **_read_figures(prompts, lengths, filtered),
         "decontamination": None,
     }
     if evaluation:
@@ -192,6 +182,25 @@ def _read(
             raise
         what = f"{error.what}; first: {filtered.faults[0].line()}"
         raise DataError(what, where=error.where, limit=error.limit, remedy=REMEDY) from None
+
+
+def _read_figures(
+    prompts: Sequence[Prompt], lengths: Sequence[int] | None, filtered: _Filter
+) -> dict[str, Any]:
+    """Return the part of the report that says what was read, kept and left out."""
+    counts = filtered.counts
+    # At most so many of the faults: a data set may have thousands.
+    faults = filtered.faults[:_FAULTS_SHOWN]
+    return {
+        "rows": counts.rows,
+        "prompts": len(prompts),
+        "with_answer": sum(prompt.answer is not None for prompt in prompts),
+        "left_out": counts.left_out,
+        "left_out_examples": counts.examples,
+        "unusable_answers": [{**asdict(one), "remedy": REMEDY} for one in faults],
+        "chars": _quantiles([len(question_of(prompt)) for prompt in prompts]),
+        "tokens": None if lengths is None else _quantiles(lengths),
+    }
 
 
 def shown(chosen: PromptSet, num_prompts: int, tokenizer: Path | None) -> Iterator[str]:

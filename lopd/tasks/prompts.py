@@ -188,6 +188,15 @@ def _no_answer(prompt: Prompt, counts: ReadCounts) -> DataError:
     )
 
 
+def _too_large_limit(limit: int, context_length: int) -> ConfigError:
+    return ConfigError(
+        f"max_prompt_tokens = {limit} is too large: a response needs tokens too",
+        where="prompts",
+        limit=f"below sglang.context_length = {context_length}",
+        remedy="lower max_prompt_tokens",
+    )
+
+
 def _left_out(counts: ReadCounts) -> str:
     """Return why rows are missing, as an addition to a message."""
     # An empty set is most often the work of one of these reasons.
@@ -231,12 +240,7 @@ def load_prompts(
     """
     limit = prompt_set.max_prompt_tokens
     if limit is not None and limit >= context_length:
-        raise ConfigError(
-            f"max_prompt_tokens = {limit} is too large: a response needs tokens too",
-            where="prompts",
-            limit=f"below sglang.context_length = {context_length}",
-            remedy="lower max_prompt_tokens",
-        )
+        raise _too_large_limit(limit, context_length)
     renderer = Renderer(tokenizer, thinking=prompt_set.thinking, time=time, kept=kept)
 
     def too_long(prompts: Sequence[Prompt]) -> list[bool]:

@@ -107,16 +107,20 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
             prompt = replace(prompt, prompt_id=again)
         # Rollouts and caches use the id as a key. Two prompts with one id would be mixed up.
         if prompt.prompt_id in places:
-            first = places[prompt.prompt_id]
-            place = f"on line {first.number}" if first.file == row.file else f"at {first.where}"
-            raise DataError(
-                f"the prompt_id {prompt.prompt_id!r} is not unique: it is also {place}",
-                where=row.where,
-                remedy="give every prompt its own prompt_id",
-            )
+            raise _repeated_id(prompt.prompt_id, row, places[prompt.prompt_id])
         # Without the values, which would keep the whole data set in memory.
         places[prompt.prompt_id] = Row(None, row.file, row.number)
         yield prompt
+
+
+def _repeated_id(prompt_id: str, row: Row, first: Row) -> DataError:
+    """Return the error for an id that two rows have."""
+    place = f"on line {first.number}" if first.file == row.file else f"at {first.where}"
+    return DataError(
+        f"the prompt_id {prompt_id!r} is not unique: it is also {place}",
+        where=row.where,
+        remedy="give every prompt its own prompt_id",
+    )
 
 
 def question_key(prompt: Prompt) -> bytes:
