@@ -158,6 +158,11 @@ def main() -> None:
         sys.stderr.write(f"{name}: {given.draws} draws in {time.monotonic() - began:.0f} s\n")
     if given.json:
         given.json.write_text(json.dumps(done, indent=1) + "\n")
+    print_table(done)
+
+
+def print_table(done: dict[str, list[dict[str, Any]]]) -> None:
+    """One line for each model, over all its draws."""
     print(
         "| responses by | draws | accuracy, % | tokens of a draw | mean drift, nats per token "
         "| consistent | inconsistent | cannot tell |"

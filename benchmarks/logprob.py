@@ -142,24 +142,12 @@ def measure(options: argparse.Namespace, form: Callable[..., Any]) -> dict[str, 
     generator = torch.Generator(device).manual_seed(0)
 
     def inputs(tokens: int) -> tuple[Any, Any, Any]:
-        hidden = (
-            torch.randn(tokens, options.hidden, generator=generator, device=device)
-            .to(dtype)
-            .requires_grad_()
-        )
-        weight = (
-            (
-                torch.randn(options.vocab, options.hidden, generator=generator, device=device)
-                * options.hidden**-0.5
-            )
-            .to(dtype)
-            .requires_grad_()
-        )
-        return (
-            hidden,
-            weight,
-            torch.randint(0, options.vocab, (tokens,), generator=generator, device=device),
-        )
+        # From one generator, so that every form gets the same numbers.
+        where = {"generator": generator, "device": device}
+        hidden = torch.randn(tokens, options.hidden, **where)
+        weight = torch.randn(options.vocab, options.hidden, **where) * options.hidden**-0.5
+        labels = torch.randint(0, options.vocab, (tokens,), **where)
+        return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
 
     def both_passes(hidden: Any, weight: Any, labels: Any) -> Any:
         hidden.grad = weight.grad = None

@@ -120,28 +120,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             environment = {**os.environ, KEY: server.api_key, "OMP_NUM_THREADS": "1"}
             for index in range(options.rounds + 1):  # the first warms up
                 for way, number in cases if index % 2 else cases[::-1]:
-                    command = [
-                        sys.executable,
-                        __file__,
-                        "--one",
-                        way,
-                        "--in-flight",
-                        str(number),
-                        "--url",
-                        server.url,
-                        "--folder",
-                        str(scratch),
-                    ]
-                    command += [
-                        "--model",
-                        str(options.model),
-                        "--dtype",
-                        options.dtype,
-                        "--prompt",
-                        str(options.prompt),
-                        "--length",
-                        str(options.length),
-                    ]
+                    command = client_command(options, way, number, server.url, scratch)
                     run = subprocess.run(
                         command, env=environment, stdout=subprocess.PIPE, text=True, check=True
                     )
@@ -166,6 +145,24 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "unbounded": rows[f"unbounded {last}"]["peak_mb"],
         },
     }
+
+
+def client_command(
+    options: argparse.Namespace, way: str, number: int, url: str, folder: Path
+) -> list[str]:
+    """The command of a process that scores all responses once."""
+    given = {
+        "--one": way,
+        "--in-flight": number,
+        "--url": url,
+        "--folder": folder,
+        "--model": options.model,
+        "--dtype": options.dtype,
+        "--prompt": options.prompt,
+        "--length": options.length,
+    }
+    words = [word for option, value in given.items() for word in (option, str(value))]
+    return [sys.executable, __file__, *words]
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, float]:

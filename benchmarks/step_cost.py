@@ -215,7 +215,15 @@ def compare(
             differences["max_parameter_change"] = largest_difference(
                 ours.module.parameters(), initial
             )
-    figures = dict(differences)
+    return {**differences, **cost_figures(costs)}
+
+
+def cost_figures(costs: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Medians, and the speedup as the median of the ratios within a pair.
+
+    Each cost is seconds and processor seconds.
+    """
+    figures: dict[str, float] = {}
     for place, prefix in enumerate(("", "processor_")):
         spent = {way: [cost[place] for cost in found] for way, found in costs.items()}
         figures[f"{prefix}speedup"] = statistics.median(

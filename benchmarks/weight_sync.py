@@ -26,15 +26,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,12 +42,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.launches import launches_of_a_sync
+from benchmarks.plain_copies import (
+    Named,
+    copy_by_broadcast,
+    copy_by_disk,
+    copy_by_shared_memory,
+    flat,
+    take_broadcasts,
+    take_from_shared_memory,
+)
 from lopd.config import SGLangSection, SyncSection
 
 VOCABULARY = 4096
 SMALL_PIECE = 32 * 2**20  # bytes
 TRANSPORTS = ("disk", "tensor", "distributed")
-Named = list[tuple[str, torch.Tensor]]
 
 
 # ---- the model ----
@@ -130,117 +135,6 @@ def in_buckets(named: Named, bucket_bytes: int) -> Iterator[Named]:
         yield bucket
 
 
-# ---- the plain copies ----
-
-
-def flat(bucket: Named) -> torch.Tensor:
-    """The bucket's bytes in one piece; made before any clock runs."""
-    return torch.cat([tensor.view(torch.uint8).flatten() for _, tensor in bucket])
-
-
-def copy_by_disk(pieces: list[torch.Tensor], folder: Path) -> Callable[[], None]:
-    target = torch.empty(sum(len(piece) for piece in pieces), dtype=torch.uint8)
-    target.fill_(0)
-    places = target.split([len(piece) for piece in pieces])
-
-    def copy() -> None:
-        folder.mkdir()
-        for index, piece in enumerate(pieces):
-            (folder / str(index)).write_bytes(piece.numpy().data)
-        for index, place in enumerate(places):
-            with (folder / str(index)).open("rb", buffering=0) as file:
-                assert file.readinto(place.numpy().data) == len(place)
-        shutil.rmtree(folder)
-
-    return copy
-
-
-def copy_by_shared_memory(
-    pieces: list[torch.Tensor], link: Connection, num_buffers: int = 1
-) -> Callable[[], None]:
-    """With two buffers the other process copies out of one while the next piece is copied into the
-    other.
-    """
-    size = max(len(piece) for piece in pieces)
-    shared = [shared_memory.SharedMemory(create=True, size=size) for _ in range(num_buffers)]
-    views = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared]
-    link.send(([one.name for one in shared], [len(piece) for piece in pieces]))
-
-    def copy() -> None:
-        # This function holds the shared memory, which therefore lives as long as the function.
-        assert all(size <= one.size for one in shared)
-        for index, piece in enumerate(pieces):
-            if index >= num_buffers:
-                link.recv()
-            views[index % num_buffers][: len(piece)].copy_(piece)
-            link.send((index % num_buffers, index))
-        for _ in range(min(num_buffers, len(pieces))):
-            link.recv()
-
-    return copy
-
-
-def take_from_shared_memory(link: Connection) -> None:
-    torch.set_num_threads(1)
-    names, lengths = link.recv()
-    shared = [shared_memory.SharedMemory(name=name) for name in names]
-    sources = [torch.frombuffer(one.buf, dtype=torch.uint8) for one in shared]
-    target = torch.empty(sum(lengths), dtype=torch.uint8).fill_(0)
-    places = target.split(lengths)
-    while (told := link.recv()) is not None:
-        buffer, index = told
-        places[index].copy_(sources[buffer][: lengths[index]])
-        link.send(None)
-    for one in shared:
-        one.unlink()
-    os._exit(0)  # views of the buffers would forbid closing them
-
-
-def gloo_group(rank: int, port: int) -> Any:
-    """Two processes on loopback."""
-    import datetime
-
-    import torch.distributed as dist
-
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch_distributed: Any = dist
-    timeout = datetime.timedelta(seconds=120)
-    store = torch_distributed.TCPStore("127.0.0.1", port, 2, rank == 0, timeout)
-    return torch_distributed.ProcessGroupGloo(store, rank, 2, timeout)
-
-
-def copy_by_broadcast(buckets: list[list[torch.Tensor]], link: Connection) -> Callable[[], None]:
-    """Those of a bucket all at once, then the next bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    link.send((port, [[len(piece) for piece in bucket] for bucket in buckets]))
-    group = gloo_group(0, port)
-
-    def copy() -> None:
-        link.send(True)
-        for bucket in buckets:
-            for work in [group.broadcast(piece, 0) for piece in bucket]:
-                work.wait()
-        link.recv()
-
-    return copy
-
-
-def take_broadcasts(link: Connection) -> None:
-    torch.set_num_threads(1)
-    port, lengths = link.recv()
-    group = gloo_group(1, port)
-    target = torch.empty(sum(map(sum, lengths)), dtype=torch.uint8).fill_(0)
-    places = target.split([sum(bucket) for bucket in lengths])
-    while link.recv() is not None:
-        for place, bucket in zip(places, lengths, strict=True):
-            for work in [group.broadcast(piece, 0) for piece in place.split(bucket)]:
-                work.wait()
-        link.send(None)
-    os._exit(0)
-
-
 # ---- the measurement ----
 
 
@@ -264,39 +158,14 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from sglang_rollout.servers.server import SGLangServer
     from sglang_rollout.weight_sync import build_receiver
 
-    dtype = getattr(torch, args.dtype)
-    num_bytes = write_model(scratch / "model", args.megabytes, dtype)
+    num_bytes = write_model(scratch / "model", args.megabytes, getattr(torch, args.dtype))
     named: Named = [
         (name, tensor.clone())
         for name, tensor in load_file(scratch / "model" / "model.safetensors").items()
     ]
     bucket_bytes = int(args.bucket_mib * 2**20)
-    buckets = [*in_buckets(named, bucket_bytes)]
-    pieces = [flat(bucket) for bucket in buckets]
-    context = multiprocessing.get_context("spawn")
-    links = []
-
-    def other_process(target: Callable[[Connection], None]) -> Connection:
-        ours, theirs = context.Pipe()
-        context.Process(target=target, args=(theirs,), daemon=True).start()
-        links.append(ours)
-        return ours
-
-    small_pieces = [part for piece in pieces for part in piece.split(SMALL_PIECE)]
-    bytes_of_tensors = [[flat([one]) for one in bucket] for bucket in buckets]
-    raw = {
-        "disk": [copy_by_disk(pieces, scratch / "raw")],
-        "tensor": [
-            copy_by_shared_memory(pieces, other_process(take_from_shared_memory)),
-            copy_by_shared_memory(
-                small_pieces, other_process(take_from_shared_memory), num_buffers=2
-            ),
-        ],
-        "distributed": [
-            copy_by_broadcast([[piece] for piece in pieces], other_process(take_broadcasts)),
-            copy_by_broadcast(bytes_of_tensors, other_process(take_broadcasts)),
-        ],
-    }
+    links: list[Connection] = []
+    raw = raw_copies([*in_buckets(named, bucket_bytes)], scratch / "raw", links)
     figures: dict[str, Any] = {
         "bytes": num_bytes,
         "tensors": len(named),
@@ -324,47 +193,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for transport in TRANSPORTS:
             # One receiver for both, because a server keeps the memory of one mapped.
             both = receiver(transport, verify="tensors")
-            ways = {"sync": None, "verified": both._verification}
-            seconds: dict[str, list[float]] = {
-                **{way: [] for way in ways},
-                **{f"raw {index}": [] for index in range(len(raw[transport]))},
-            }
-            for repeat in range(args.repeats + 1):  # the first is to warm up
-                for index, copy in enumerate(raw[transport]):
-                    seconds[f"raw {index}"].append(timed(copy))
-                for way in sorted(ways, reverse=repeat % 2 == 0):
-                    both._verification = ways[way]
-                    version = f"{way}-{repeat}"
-                    began = time.perf_counter()
-                    sync(both, version, named, bucket_bytes)
-                    seconds[way].append(time.perf_counter() - began)
-            best = {name: min(values[1:]) for name, values in seconds.items()}
-            middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-            for figure in (best, middle):
-                figure["raw"] = min(
-                    value for name, value in figure.items() if name.startswith("raw")
-                )
-            figures[transport] = {
-                "seconds": best["sync"],
-                "bytes_per_s": num_bytes / best["sync"],
-                "raw_seconds": best["raw"],
-                "raw_bytes_per_s": num_bytes / best["raw"],
-                "share_of_raw": best["raw"] / best["sync"],
-                "share_of_raw_median": middle["raw"] / middle["sync"],
-                "verified_seconds": best["verified"],
-                "verification_ratio": statistics.median(
-                    verified / without
-                    for verified, without in zip(
-                        seconds["verified"][1:], seconds["sync"][1:], strict=True
-                    )
-                ),
-                "verification_ratio_of_best": best["verified"] / best["sync"],
-                "rounds": {
-                    name: [round(value, 4) for value in values[1:]]
-                    for name, values in seconds.items()
-                },
-                "extra_bytes": both.report.extra_bytes,
-            }
+            seconds = time_transport(both, raw[transport], named, bucket_bytes, args.repeats)
+            figures[transport] = figures_of(seconds, num_bytes)
+            figures[transport]["extra_bytes"] = both.report.extra_bytes
             say(transport, figures[transport])
         if args.delta:
             figures["delta"] = {
@@ -373,14 +204,94 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             }
     for link in links:
         link.send(None)
-    figures["verification_ratios"] = {
-        transport: figures[transport]["verification_ratio"] for transport in TRANSPORTS
-    }
+    for key, name in (
+        ("verification_ratio", "verification_ratios"),
+        ("share_of_raw", "share_of_raw"),
+    ):
+        figures[name] = {transport: figures[transport][key] for transport in TRANSPORTS}
     figures["verification_ratio"] = max(figures["verification_ratios"].values())
-    figures["share_of_raw"] = {
-        transport: figures[transport]["share_of_raw"] for transport in TRANSPORTS
-    }
     return figures
+
+
+def raw_copies(
+    buckets: list[Named], folder: Path, links: list[Connection]
+) -> dict[str, list[Callable[[], None]]]:
+    """The plain copies of each transport. The links to the processes that take them are added."""
+    context = multiprocessing.get_context("spawn")
+    pieces = [flat(bucket) for bucket in buckets]
+    small_pieces = [part for piece in pieces for part in piece.split(SMALL_PIECE)]
+    bytes_of_tensors = [[flat([one]) for one in bucket] for bucket in buckets]
+
+    def other_process(target: Callable[[Connection], None]) -> Connection:
+        ours, theirs = context.Pipe()
+        context.Process(target=target, args=(theirs,), daemon=True).start()
+        links.append(ours)
+        return ours
+
+    return {
+        "disk": [copy_by_disk(pieces, folder)],
+        "tensor": [
+            copy_by_shared_memory(pieces, other_process(take_from_shared_memory)),
+            copy_by_shared_memory(
+                small_pieces, other_process(take_from_shared_memory), num_buffers=2
+            ),
+        ],
+        "distributed": [
+            copy_by_broadcast([[piece] for piece in pieces], other_process(take_broadcasts)),
+            copy_by_broadcast(bytes_of_tensors, other_process(take_broadcasts)),
+        ],
+    }
+
+
+def time_transport(
+    receiver: Any,
+    copies: list[Callable[[], None]],
+    named: Named,
+    bucket_bytes: int,
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Seconds by round of a sync, of a sync with verification, and of each plain copy."""
+    ways = {"sync": None, "verified": receiver._verification}
+    seconds: dict[str, list[float]] = {
+        **{way: [] for way in ways},
+        **{f"raw {index}": [] for index in range(len(copies))},
+    }
+    # All take turns, so that a busy moment of the machine meets all of them. One round more than
+    # asked for: the first is to warm up.
+    for repeat in range(repeats + 1):
+        for index, copy in enumerate(copies):
+            seconds[f"raw {index}"].append(timed(copy))
+        for way in sorted(ways, reverse=repeat % 2 == 0):
+            receiver._verification = ways[way]
+            version = f"{way}-{repeat}"
+            began = time.perf_counter()
+            sync(receiver, version, named, bucket_bytes)
+            seconds[way].append(time.perf_counter() - began)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def figures_of(seconds: dict[str, list[float]], num_bytes: int) -> dict[str, Any]:
+    """The figures of one transport, from the seconds of its rounds."""
+    best = {name: min(values) for name, values in seconds.items()}
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    for figure in (best, middle):
+        figure["raw"] = min(value for name, value in figure.items() if name.startswith("raw"))
+    ratios = [
+        verified / without
+        for verified, without in zip(seconds["verified"], seconds["sync"], strict=True)
+    ]
+    return {
+        "seconds": best["sync"],
+        "bytes_per_s": num_bytes / best["sync"],
+        "raw_seconds": best["raw"],
+        "raw_bytes_per_s": num_bytes / best["raw"],
+        "share_of_raw": best["raw"] / best["sync"],
+        "share_of_raw_median": middle["raw"] / middle["sync"],
+        "verified_seconds": best["verified"],
+        "verification_ratio": statistics.median(ratios),
+        "verification_ratio_of_best": best["verified"] / best["sync"],
+        "rounds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
+    }
 
 
 def say(transport: str, row: dict[str, Any]) -> None:
