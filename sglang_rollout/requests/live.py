@@ -70,7 +70,11 @@ def _new_tokens(lines: Iterator[str], url: str) -> Iterator[list[int]]:
         reason = answer.get("meta_info", {}).get("finish_reason") or {}
         if "error" in answer or reason.get("type") == "abort":
             told = reason.get("message") or message_of(json.dumps(answer).encode())
-            raise EngineError(f"the request was aborted: {told}", where=url)
+            raise EngineError(
+                f"the request was aborted: {told}",
+                where=url,
+                remedy="ask again; if it is aborted again, read the server's log",
+            )
         ids = answer["output_ids"]
         yield ids[seen:]
         seen = len(ids)

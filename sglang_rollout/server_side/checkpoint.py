@@ -24,7 +24,11 @@ def tensor_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
                 names = file.keys()
                 shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
         except (OSError, SafetensorError) as error:
-            raise EngineError(f"the file cannot be read ({error})", where=str(path)) from None
+            raise EngineError(
+                f"the file cannot be read ({error})",
+                where=str(path),
+                remedy="copy the file again from its source",
+            ) from None
     if not shapes:
         raise EngineError(
             "the folder has no safetensors files",

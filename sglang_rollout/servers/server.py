@@ -23,7 +23,7 @@ from lopd.config import SGLangSection
 from lopd.config.secrets import holds_secret, scrubbed
 from lopd.devices import num_gpus
 from lopd.errors import EngineError
-from lopd.processes import GuardedProcess, group_stopped, last_lines
+from lopd.processes import GuardedProcess, group_stopped
 from sglang_rollout.cpu.settings import cpu_arguments, cpu_environment
 from sglang_rollout.servers.addresses import interface_of
 from sglang_rollout.servers.arguments import check_host, server_arguments
@@ -32,10 +32,10 @@ from sglang_rollout.servers.launch import KEY_VARIABLE, SECRETS_VARIABLE
 from sglang_rollout.servers.log_summary import START_LINE, log_summary
 from sglang_rollout.servers.ports import AddressTaken, choose_port, reachable_host
 from sglang_rollout.servers.scratch import Scratch
+from sglang_rollout.servers.start_up import check_checkpoint, wait_until_healthy
 from sglang_rollout.servers.supervision import Activity, Watcher
 from sglang_rollout.servers.weights_file import remembered_weights
 
-_POLL_S = 0.05
 _PROBE_TIMEOUT_S = 30.0
 # Another program can take a free port in the seconds until the server listens.
 _PORT_ATTEMPTS = 3
@@ -169,7 +169,7 @@ class SGLangServer:
         assert self._process is None, "start() once"
         check_extra_args(self.settings.extra_args)
         check_host(self.settings.host)
-        self._check_checkpoint()
+        check_checkpoint(self.model_dir, self.name)
         for attempt in range(_PORT_ATTEMPTS):
             self.port = choose_port(self.settings, self.replica)
             try:
@@ -220,7 +220,7 @@ class SGLangServer:
         # Weights of the first start have no version of their own, and SGLang calls them "default".
         first = (self._first_model_dir, None)
         self.model_dir, self._version = remembered_weights(self.weights_file) or first
-        self._check_checkpoint()
+        check_checkpoint(self.model_dir, self.name)
         self._launch(None)
 
     def adopt(self, model_dir: Path, name: str) -> None:
@@ -244,6 +244,11 @@ class SGLangServer:
         """Return whether the server's process runs. It may still be unhealthy."""
         process = self._process
         return process is not None and process.poll() is None
+
+    def suspended(self) -> bool:
+        """Return whether the whole process group is stopped (SIGSTOP)."""
+        process = self._process
+        return process is not None and group_stopped(process.pid)
 
     def ready(self) -> bool:
         """Return whether the process runs and has been healthy since its start."""
@@ -311,30 +316,16 @@ class SGLangServer:
     ) -> None:
         self.stop()
 
-    def _check_checkpoint(self) -> None:
-        """Find now what SGLang would report after a minute of imports, deep in a traceback."""
-        config = self.model_dir / "config.json"
-        try:
-            json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EngineError(
-                f"the {self.name} checkpoint has no readable config.json ({error})",
-                where=str(self.model_dir),
-                remedy="give the folder of a Hugging Face checkpoint",
-            ) from None
-        if not any(self.model_dir.glob("*.safetensors")):
-            raise EngineError(
-                f"the {self.name} checkpoint has no safetensors files",
-                where=str(self.model_dir),
-                remedy="give the folder of a Hugging Face checkpoint",
-            )
-
     def _launch(self, progress: Callable[[float], None] | None) -> None:
         with self._changing:
             # stop() may have come while a restart was on its way here. It has ended the old process
             # and would never see a new one.
             if self._watcher.stopping:
-                raise EngineError(f"the {self.name} server was stopped", where=str(self.log))
+                raise EngineError(
+                    f"the {self.name} server was stopped",
+                    where=str(self.log),
+                    remedy="run the same command again: finished work is kept",
+                )
             # A new folder for each process: the previous one may have left sockets behind.
             self._scratch = Scratch()
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +342,8 @@ class SGLangServer:
                 environment = self._environment(self._scratch.path)
                 self._process = GuardedProcess(self.command, env=environment, output=output)
         # Not under the lock: stop() must be able to end a server that starts.
-        self._wait_until_healthy(progress)
+        with self._client() as client:
+            wait_until_healthy(self, client, progress)
         self._healthy = True
 
     def _client(self) -> httpx.Client:
@@ -383,79 +375,6 @@ class SGLangServer:
             interface = "lo" if everywhere else interface_of(host)
             environment.update(cpu_environment(self.settings.tensor, interface))
         return environment
-
-    def _wait_until_healthy(self, progress: Callable[[float], None] | None) -> None:
-        began = time.monotonic()
-        last_ran = began
-        with self._client() as client:
-            while True:
-                waited = time.monotonic() - began
-                process = self._process
-                # The process is None where stop() has just taken it. _check_start() then finds it
-                # dead.
-                if process is None or not group_stopped(process.pid):
-                    last_ran = time.monotonic()
-                self._check_start(waited, time.monotonic() - last_ran)
-                # A server that accepts the request and then hangs must not hold this loop longer
-                # than it would hold the watcher.
-                left = self.settings.start_timeout_s - waited
-                if self._answers(client, min(left, self.settings.hang_timeout_s)):
-                    return
-                if progress is not None:
-                    progress(waited)
-                time.sleep(_POLL_S)
-
-    def _check_start(self, waited_s: float, stopped_s: float) -> None:
-        """Raise EngineError where the server will not become healthy any more.
-
-        Args:
-            waited_s: Seconds since the start.
-            stopped_s: Seconds for which the whole process group has been stopped (SIGSTOP).
-        """
-        hang_timeout_s = self.settings.hang_timeout_s
-        # A long start may still end well, so it gets start_timeout_s. A stopped one cannot end, so
-        # it gets only the patience for a server that hangs.
-        if stopped_s > hang_timeout_s:
-            raise self._not_started(
-                f"the {self.name} server was stopped (SIGSTOP) while it started",
-                limit=f"at most sglang.hang_timeout_s = {hang_timeout_s:g}",
-                remedy="do not stop the server while it starts",
-            )
-        if not self.alive():
-            # The HTTP server inside SGLang writes this line when its bind fails.
-            if "address already in use" in " ".join(last_lines(self.log, 40)):
-                raise AddressTaken(
-                    f"port {self.port} was taken while the {self.name} server started",
-                    where=str(self.log),
-                )
-            raise self._not_started(
-                f"the {self.name} server did not start",
-                remedy="read the log and correct its error, then run the same command again",
-            )
-        if waited_s > self.settings.start_timeout_s:
-            raise self._not_started(
-                f"the {self.name} server is not healthy after {waited_s:.0f} s",
-                limit=f"at most sglang.start_timeout_s = {self.settings.start_timeout_s:g}",
-                remedy="read the log; if the log has no error, raise sglang.start_timeout_s",
-            )
-
-    def _not_started(self, what: str, *, remedy: str, limit: str = "") -> EngineError:
-        what = f"{what}; its log ends: {log_summary(self.log)}"
-        return EngineError(what, where=str(self.log), limit=limit, remedy=remedy)
-
-    def _answers(self, client: httpx.Client, patience_s: float) -> bool:
-        """Return whether the server generates a token.
-
-        Nothing listens on the port until the workers have loaded the model.
-        """
-        # A token and not a health check: it shows that the model computes, and it is the warm-up.
-        # On this machine a connection comes at once or not at all.
-        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-        timeout = httpx.Timeout(max(patience_s, 1.0), connect=1.0)
-        try:
-            return client.post("/generate", json=body, timeout=timeout).status_code == 200
-        except httpx.TransportError:
-            return False
 
 
 def _has_gpu() -> bool:

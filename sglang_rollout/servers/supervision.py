@@ -185,7 +185,9 @@ class Watcher:
         server = self._server
         if self._restart_requested():
             return EngineError(
-                f"a restart of the {server.name} server was requested", where=str(server.log)
+                f"a restart of the {server.name} server was requested",
+                where=str(server.log),
+                remedy="read the log, then run the same command again: finished work is kept",
             )
         silent = server.activity.silence_s() >= self._hang_timeout_s
         if silent:

@@ -60,20 +60,43 @@ def build_receiver(
     # None is the default. Where it should be "scores", the caller has decided that already.
     if settings.verify in (None, "tensors"):
         verification = TensorVerification(timeout_s=settings.timeout_s)
+    if settings.transport == "disk":
+        return _by_disk(settings, engines, folder, template_dir, weights_file, verification)
+    return _in_place(settings, engines, template_dir, weights_file, verification)
+
+
+def _by_disk(
+    settings: SyncSection,
+    engines: Sequence[SGLangEngine],
+    folder: Path,
+    template_dir: Path,
+    weights_file: Path | None,
+    verification: TensorVerification | None,
+) -> WeightReceiver:
+    """Return the receiver that writes a folder and has the servers load it."""
     # A folder is loaded by one call, so requests can finish with the old weights first. A folder
     # must have all tensors, so there is no delta. And a call that fails leaves no half of an
     # update, so nothing has to be restarted.
-    if settings.transport == "disk":
-        remember_folder = partial(remember_weights, weights_file) if weights_file else None
-        return DiskWeightReceiver(
-            engines,
-            folder,
-            template_dir,
-            running_requests=settings.running_requests or "finish",
-            timeout_s=settings.timeout_s,
-            verification=verification,
-            remember=remember_folder,
-        )
+    remember_folder = partial(remember_weights, weights_file) if weights_file else None
+    return DiskWeightReceiver(
+        engines,
+        folder,
+        template_dir,
+        running_requests=settings.running_requests or "finish",
+        timeout_s=settings.timeout_s,
+        verification=verification,
+        remember=remember_folder,
+    )
+
+
+def _in_place(
+    settings: SyncSection,
+    engines: Sequence[SGLangEngine],
+    template_dir: Path,
+    weights_file: Path | None,
+    verification: TensorVerification | None,
+) -> WeightReceiver:
+    """Return the receiver that changes the tensors inside the running servers."""
     # In place the weights change over many calls. Requests must be paused for all of them, and a
     # failure in between leaves a server with a mixture, which only a restart or another sync
     # repairs.

@@ -138,7 +138,11 @@ class Colocation(SeparateMemory):
             EngineError: The server holds the memory already, or it refuses.
         """
         if self.holder == "server":
-            raise EngineError("the server already holds the GPU memory", where="sync.colocate")
+            raise EngineError(
+                "the server already holds the GPU memory",
+                where="sync.colocate",
+                remedy="call to_trainer() before the next sync",
+            )
         assert self.holder == "trainer", "only a trainer on the device has weights to send"
         trainer = self._trainer
         assert trainer is not None, "attach_trainer() first"
