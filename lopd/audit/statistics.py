@@ -165,16 +165,10 @@ def audit(
     detectable = reach * deviation / number
     # The detectable drift falls with the square root of the number of tokens.
     needed = math.ceil(reach**2 * float(variance.mean()) / tolerance**2)
-    verdict: Verdict = "cannot tell"
     # Impossible tokens decide by themselves: no drift is needed if a token had the probability 0.
-    if p_value < alpha or impossible > _IMPOSSIBLE_SHARE * number:
-        # Checked first: with enough evidence against the teacher, the number of tokens does not
-        # matter.
-        verdict = "inconsistent"
-    elif detectable <= tolerance:
-        verdict = "consistent"
+    is_refuted = p_value < alpha or impossible > _IMPOSSIBLE_SHARE * number
     return Audit(
-        verdict=verdict,
+        verdict=_verdict(is_refuted=is_refuted, is_sharp=detectable <= tolerance),
         z=z,
         p_value=p_value,
         mean=total / number,
@@ -191,6 +185,20 @@ def audit(
         by_entropy=_by_entropy(drift, variance, scores.entropy),
         by_kind=_by_kind(drift, variance, scores.token_kinds),
     )
+
+
+def _verdict(*, is_refuted: bool, is_sharp: bool) -> Verdict:
+    """Return the verdict.
+
+    Args:
+        is_refuted: Whether there is enough evidence against the teacher.
+        is_sharp: Whether there are enough tokens to see a drift of the tolerated size.
+    """
+    # Checked first: with enough evidence against the teacher, the number of tokens does not matter.
+    if is_refuted:
+        return "inconsistent"
+    # Without a drift, only an audit that would have seen one says anything.
+    return "consistent" if is_sharp else "cannot tell"
 
 
 def spread(drift: F64, scores: Scores) -> F64:

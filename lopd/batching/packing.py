@@ -146,6 +146,23 @@ def plan_step(
     _, pad_multiple = padding_multiples(context, pad_multiple)
     capacity = microbatch_capacity(max_tokens, pad_multiple)
     costs = sample_costs(lengths)
+    # Sorted, so that a microbatch keeps the order of the step whatever its packing was.
+    bins = _pack(lengths, costs, capacity, num_ranks)
+    members = [np.sort(np.array(chosen, dtype=np.int64)) for chosen in bins]
+    return _deal(members, costs, num_ranks)
+
+
+def _pack(
+    lengths: Indices, costs: NDArray[np.float64], capacity: int, num_ranks: int
+) -> list[list[int]]:
+    """Return microbatches of samples. Their number is a multiple of the number of ranks.
+
+    Args:
+        lengths: The number of tokens of each sample [N] in the microbatch.
+        costs: The work of each sample [N].
+        capacity: How many tokens fit into a microbatch.
+        num_ranks: The number of data-parallel ranks.
+    """
     # Long samples first. A long one at the end would find every microbatch half full, or make one
     # microbatch much costlier than the others.
     longest_first = np.argsort(-lengths, kind="stable").tolist()
@@ -167,9 +184,7 @@ def plan_step(
         # Balancing can fail where first-fit succeeds, as it fills all microbatches evenly and
         # leaves no large gap. An uneven plan is better than one more microbatch for every rank.
         bins = _spread(tight, num_ranks * enough)
-    # Sorted, so that a microbatch keeps the order of the step whatever its packing was.
-    members = [np.sort(np.array(chosen, dtype=np.int64)) for chosen in bins]
-    return _deal(members, costs, num_ranks)
+    return bins
 
 
 def _first_fit(lengths: list[int], order: list[int], capacity: int) -> list[list[int]]:

@@ -155,24 +155,36 @@ def refresh(config: Config) -> Iterator[Finding]:
 
 def refresh_problems(config: Config) -> Iterator[ConfigError]:
     """Yield settings that do not go together with distill.refresh."""
-    settings = config.distill.refresh
-    if not settings.is_on:
-        # The knob says what becomes of the teacher's server between refreshes. Without refreshes it
-        # has no meaning, and the user may have meant to turn them on.
-        if settings.keep_teacher:
-            yield ConfigError(
-                "refresh.keep_teacher has no effect without a refresh: no teacher is needed",
-                where="distill.refresh",
-                remedy="set refresh.every, or set a bound of the drift, or remove "
-                "refresh.keep_teacher",
-            )
-        if settings.horizons:
-            yield ConfigError(
-                "refresh.horizons has no effect without a refresh",
-                where="distill.refresh",
-                remedy="set refresh.every, or a bound of the drift, or remove refresh.horizons",
-            )
+    if not config.distill.refresh.is_on:
+        yield from _useless_knobs(config)
         return
+    yield from _amount_problems(config)
+    yield from _source_problems(config)
+    yield from _port_problems(config)
+
+
+def _useless_knobs(config: Config) -> Iterator[ConfigError]:
+    """Yield knobs of a refresh that are set although none is made."""
+    settings = config.distill.refresh
+    # The knob says what becomes of the teacher's server between refreshes. Without refreshes it
+    # has no meaning, and the user may have meant to turn them on.
+    if settings.keep_teacher:
+        yield ConfigError(
+            "refresh.keep_teacher has no effect without a refresh: no teacher is needed",
+            where="distill.refresh",
+            remedy="set refresh.every, or set a bound of the drift, or remove refresh.keep_teacher",
+        )
+    if settings.horizons:
+        yield ConfigError(
+            "refresh.horizons has no effect without a refresh",
+            where="distill.refresh",
+            remedy="set refresh.every, or a bound of the drift, or remove refresh.horizons",
+        )
+
+
+def _amount_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield lengths and numbers of fresh responses that a training cannot use."""
+    settings = config.distill.refresh
     # A longer one would not fit into the microbatches, which are made for rollout.max_new_tokens.
     longest = config.rollout.max_new_tokens
     wrong = [tokens for tokens in settings.horizons if not 1 <= tokens <= longest]
@@ -192,6 +204,10 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
             limit=f">= distill.batch_size = {config.distill.batch_size}",
             remedy="raise distill.refresh.num_responses, or lower distill.batch_size",
         )
+
+
+def _source_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield caches and teachers to which no fresh rollouts can be added."""
     # A refresh adds to the rollouts of the run, and a given cache is not the run's.
     if config.distill.cache is not None:
         yield ConfigError(
@@ -216,6 +232,10 @@ def refresh_problems(config: Config) -> Iterator[ConfigError]:
             limit="exactly one teacher, which scores the fresh rollouts",
             remedy="set distill.refresh.every = 0, or distil each domain in its own run",
         )
+
+
+def _port_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield a port that two servers would need at the same time."""
     # A refresh starts the teacher's server while the student's still lives. Both would want the one
     # port.
     starts_both = (

@@ -273,7 +273,10 @@ def _number(name: str, text: str) -> float:
     # In Python True is an int. In a plan it is no number.
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(
-            f"{name} = {text!r:.60} is not a number", where="--assume", limit="a number"
+            f"{name} = {text!r:.60} is not a number",
+            where="--assume",
+            limit="a number",
+            remedy=f"write for example --assume {name}=0.5",
         )
     return float(value)
 

@@ -162,14 +162,7 @@ def sampling_time(
     # Servers are full until few responses are left. The efficiency has that last part in it.
     # With few responses the servers are never full.
     batch = max(1.0, min(server.figures["concurrency"], responses / server.figures["copies"]))
-    # Share of the weights that one step reads.
-    touched = 1.0
-    if arch.num_experts:
-        all_experts = (
-            3 * arch.hidden_size * arch.moe_ffn_hidden_size * arch.num_experts * arch.num_layers
-        )
-        idle = (1 - arch.experts_per_token / arch.num_experts) ** batch
-        touched = 1 - idle * all_experts / parameters
+    touched = _share_of_weights_read(arch, parameters, batch)
     # Bytes that one GPU reads in a step. Tensor ranks read their shares at the same time.
     weights = parameters * SIZES[settings.dtype] / settings.tensor * touched
     # Over its whole life a response is half as long as at its end.
@@ -193,6 +186,19 @@ def sampling_time(
         forward_flops(arch, responses, assumed.prompt_len + mean_len),
         startup_s=assumed.startup_s,
     )
+
+
+def _share_of_weights_read(arch: Architecture, parameters: int, batch: float) -> float:
+    """Return the share of the weights that one decoding step of a batch reads."""
+    if not arch.num_experts:
+        return 1.0
+    # An expert of SwiGLU has three matrices: gate, up and down.
+    all_experts = (
+        3 * arch.hidden_size * arch.moe_ffn_hidden_size * arch.num_experts * arch.num_layers
+    )
+    # The share of experts that no token of the batch has chosen.
+    idle = (1 - arch.experts_per_token / arch.num_experts) ** batch
+    return 1 - idle * all_experts / parameters
 
 
 def scoring_time(

@@ -107,10 +107,7 @@ def nearest_that_fits(
             continue
         base = {key: value for key, value in neutral.items() if not key.startswith(f"{name}.")}
         base |= chosen
-        # Servers that run beside the trainer must be searched together with it.
-        is_live = name == "distill" and (
-            cohost or config.evaluates_at_syncs or config.distill.refresh.is_on
-        )
+        is_live = name == "distill" and _has_live_servers(config, cohost=cohost)
         training = _nearest(
             _training_settings(config, models, node, name, is_live=is_live),
             base,
@@ -125,6 +122,11 @@ def nearest_that_fits(
     changes = {key: value for key, value in chosen.items() if _value_at(config, key) != value}
     plan = make_plan(changed(config, changes), models, node, assumed, build=build, cohost=cohost)
     return Suggestion(changes, plan)
+
+
+def _has_live_servers(config: Config, *, cohost: bool) -> bool:
+    """Return whether servers run beside the trainer, so that both must be searched together."""
+    return cohost or config.evaluates_at_syncs or config.distill.refresh.is_on
 
 
 def _nearest(

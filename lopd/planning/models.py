@@ -117,5 +117,6 @@ def _read_shape(path: Path) -> Architecture:
             f"model_type {family!r} is not supported",
             where=str(path),
             limit=f"one of {', '.join(sorted(FAMILIES))}",
+            remedy="choose a model of one of these families",
         )
     return Architecture(**FAMILIES[family](table, str(path)))

@@ -124,7 +124,6 @@ def make_plan(
     """
     # Everything below divides by the sizes of the layouts, so a wrong one must end here.
     _check_layouts(config, models)
-    student = models["student"].arch
     # The table of assumptions then shows the length that is computed with.
     assumed = dataclasses.replace(assumed, prompt_len=prompt_len(config, assumed))
     per_rank = _count(config, models, build=build)
@@ -139,7 +138,7 @@ def make_plan(
     syncs = stage_times.syncs(memory["distill"])
     times["distill"] += syncs
     # These are the published sizes, without the padding of the vocabulary.
-    total, active = total_and_active(student)
+    total, active = total_and_active(models["student"].arch)
     # A checkpoint has the whole student, whatever its layout.
     disk = disk_bytes(config, total, amounts, assumed)
     return Plan(
