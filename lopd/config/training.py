@@ -289,7 +289,9 @@ class TrainSection(Section):
     # Off, because the copy needs host memory for weights and optimizer state.
     checkpoint_in_background: bool = Field(
         default=False,
-        description=("Write a checkpoint from a copy in host memory, while the training goes on."),
+        description=(
+            "Write a checkpoint from a copy in host memory, while the training continues."
+        ),
         json_schema_extra=SPEED_ONLY,
     )
 

@@ -109,7 +109,7 @@ class WandbTracker:
         import wandb
 
         training.folder.mkdir(parents=True, exist_ok=True)
-        goes_on = f"goes on at step {training.first_step}" if training.earlier else None
+        continued = f"continues at step {training.first_step}" if training.earlier else None
         self._teardown = wandb.teardown
         self._run = wandb.init(
             project=training.project,
@@ -117,7 +117,7 @@ class WandbTracker:
             name=training.name,
             dir=str(training.folder),
             mode=os.environ.get("WANDB_MODE", "offline"),
-            notes=goes_on,
+            notes=continued,
             config=dict(training.knobs),
             # The lines of a rank belong to the trainer, and W&B would read them all.
             settings=wandb.Settings(console="off", silent=True),

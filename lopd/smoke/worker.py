@@ -216,6 +216,8 @@ def check_attention(form: Form, trainer: Trainer) -> None:
             "each sequence alone",
             where=f"attention ({type(core).__name__})",
             limit=f"at most {form.attention_tolerance:g}",
+            remedy="install the versions that docs/image.md names: a training with this attention "
+            "would let sequences see each other",
         )
     print_line(
         f"attention: {type(core).__name__} over packed sequences, {difference:.0e} from torch's "

@@ -81,6 +81,8 @@ def _check_loads(folder: Path) -> None:
             "transformers cannot load the exported weights without changes: "
             f"{json.dumps(problems)[:300]}",
             where=str(folder),
+            remedy="install the version of transformers that lopd pins, and run the stage export "
+            "again",
         )
 
 

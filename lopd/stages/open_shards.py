@@ -21,7 +21,7 @@ def tell_resumed(writer: ArtifactWriter, title: str, num_shards: int) -> None:
         return
     log = writer.folder / "log.txt"
     print_line(
-        f"{title}: goes on at shard {missing[0] + 1} of {num_shards} "
+        f"{title}: continues at shard {missing[0] + 1} of {num_shards} "
         f"({published} of them are published)",
         # The parts of an evaluation have no log of their own.
         log if log.exists() else None,

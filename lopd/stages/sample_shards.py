@@ -132,36 +132,44 @@ def sample_into(
         return
     tell_resumed(writer, title, shards.count)
     open_shards: OpenShards[Response] = OpenShards()
-
-    def requests() -> Iterator[SamplingRequest]:
-        # The engine takes the next request when one is finished, so later shards are not begun
-        # before there is room for them.
-        for index in missing:
-            members = [*shards.members(index)]
-            open_shards.begin(index, [key for key, _ in members])
-            by_prompt: dict[str, list[tuple[Key, Ints]]] = {}
-            for key, ids in members:
-                by_prompt.setdefault(key[0], []).append((key, ids))
-            # One sample of every prompt, then a second one: the server has the prompt's prefix by
-            # then.
-            for key, ids in in_passes([*by_prompt.values()], len(by_prompt)):
-                # A request's own seed derives from the run's seed, the prompt, the sample index and
-                # the purpose. So a killed stage asks for the same responses again.
-                yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
-
+    requests = _requests(shards, missing, open_shards, seed=seed, purpose=purpose)
     # One version for the whole call: a server that is restarted in the middle must not mix two.
     version = version or str(engine.model_info()["weight_version"])
     total = sum(shards.size(index) for index in range(shards.count) if writer.is_mine(index))
     already = total - sum(map(shards.size, missing))
     with progress(title, total=total, done=already, unit="responses") as bar:
         # Responses come in the order in which they are finished.
-        sampled = engine.generate(requests(), params, version=version)
+        sampled = engine.generate(requests, params, version=version)
         for response in sampled if num_ids is None else within_ids(sampled, num_ids, title=title):
             bar.advance(1)
             complete = open_shards.add(response.key, response)
             if complete is not None:
                 index, responses = complete
                 writer.publish_shard(index, cache.to_table(responses))
+
+
+def _requests(
+    shards: _Shards,
+    missing: Sequence[int],
+    open_shards: OpenShards[Response],
+    *,
+    seed: int,
+    purpose: str,
+) -> Iterator[SamplingRequest]:
+    """Yield the requests of the missing shards, and begin each shard with its first request."""
+    # The engine takes the next request when one is finished, so later shards are not begun before
+    # there is room for them.
+    for index in missing:
+        members = [*shards.members(index)]
+        open_shards.begin(index, [key for key, _ in members])
+        by_prompt: dict[str, list[tuple[Key, Ints]]] = {}
+        for key, ids in members:
+            by_prompt.setdefault(key[0], []).append((key, ids))
+        # One sample of every prompt, then a second one: the server has the prompt's prefix by then.
+        for key, ids in in_passes([*by_prompt.values()], len(by_prompt)):
+            # A request's own seed derives from the run's seed, the prompt, the sample index and the
+            # purpose. So a killed stage asks for the same responses again.
+            yield SamplingRequest(*key, ids, request_seed(seed, *key, purpose))
 
 
 class _Shards:

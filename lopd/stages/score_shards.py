@@ -72,28 +72,40 @@ def score_into(
             for one in by_length(responses[index], prompts_at_once):
                 yield asked.request(one)
 
-    # Megatron-Core packs the responses of a stream together, and what a response is packed with
-    # decides its last bits. With one stream for each shard they do not depend on which shards are
-    # missing.
-    streams = [[index] for index in missing] if is_megatron else [missing]
     total = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
     already = total - sum(rollouts.shards[index].rows for index in missing)
     with progress(title, total=total, done=already, unit="responses") as bar:
-        for indices in streams:
+        for indices in _streams(missing, apart=is_megatron):
             for score in engine.score(requests(indices), top_k=top_k):
                 bar.advance(1)
                 complete = open_shards.add(score.key, score)
                 if complete is not None:
                     index, scores = complete
                     rows, own = asked.bring_back(responses.pop(index), scores)
-                    if base is not None:
-                        own = _with_base(own, base, rollouts.shards[index].name)
+                    own = _with_base(own, base, rollouts.shards[index].name)
                     table = cache.to_table(rows, own, logprob_bits=logprob_bits)
                     writer.publish_shard(index, table)
 
 
-def _with_base(scores: list[TeacherScores], base: ArtifactWriter, name: str) -> list[TeacherScores]:
-    """Return the scores with those of the base, which has a shard of the same name."""
+def _streams(missing: Sequence[int], *, apart: bool) -> list[Sequence[int]]:
+    """Return which shards are scored together, in one stream of requests.
+
+    Args:
+        missing: The shards.
+        apart: Whether each shard must have a stream of its own, as Megatron-Core needs it.
+    """
+    # Megatron-Core packs the responses of a stream together, and what a response is packed with
+    # decides its last bits. With one stream for each shard they do not depend on which shards are
+    # missing.
+    return [[index] for index in missing] if apart else [missing]
+
+
+def _with_base(
+    scores: list[TeacherScores], base: ArtifactWriter | None, name: str
+) -> list[TeacherScores]:
+    """Return the scores with those of the base, if there is one. It has a shard of this name."""
+    if base is None:
+        return scores
     shard = base.shard_named(name)
     found = cache.scored_rows(read_shard(base.folder, shard), where=str(base.folder / name))
     joined = []

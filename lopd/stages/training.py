@@ -186,7 +186,7 @@ def train_on_ranks(
     """
     # The result is published last. Where it is, a killed command has finished the training.
     if job.result.exists():
-        print_line(f"{job.stage}: goes on after its training, which is finished")
+        print_line(f"{job.stage}: continues after its training, which is finished")
     else:
         _start_ranks(job, student, serve_requests)
     # Folders with weights for the servers are of no use after the training.

@@ -87,7 +87,7 @@ class Training:
         if parallel.rank() == 0 and self.trainer.step > 0:
             done = self.trainer.step
             job.print_line(
-                f"goes on at step {done + 1}/{job.num_steps}, from the checkpoint of step {done}"
+                f"continues at step {done + 1}/{job.num_steps}, from the checkpoint of step {done}"
             )
         # One process writes the metrics, because a line must not be written twice.
         self.metrics = _metrics_log(job) if parallel.rank() == 0 else None

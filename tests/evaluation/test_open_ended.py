@@ -264,9 +264,9 @@ def test_a_stage_says_where_it_goes_on(project: Path, lopd: Lopd, stand_ins: Sta
     stand_ins.engine.fail_after = (18, ConfigError("stopped on purpose", where="here"))
     shown = lopd("demonstrate", project)
     assert shown.code == 2
-    assert "goes on" not in shown.out
+    assert "continues at" not in shown.out
     stand_ins.engine.fail_after = None
-    told = "goes on at shard 3 of 3 (2 of them are published)"
+    told = "continues at shard 3 of 3 (2 of them are published)"
     assert told in lopd("demonstrate", project).succeeded().out
     assert told in (project.parent / "run" / "demonstrate" / "log.txt").read_text()
 

@@ -104,7 +104,7 @@ def test_a_resumed_training_says_where_it_goes_on(
         trainer = SimpleNamespace(step=step, resume=lambda note: {})
         monkeypatch.setattr(training_rank, "Trainer", lambda *_, of=trainer, **__: of)
         training_rank.Training(job, cast(Any, ["a sample"]), cast(Any, None))
-    assert lines == ["goes on at step 5/16, from the checkpoint of step 4"]
+    assert lines == ["continues at step 5/16, from the checkpoint of step 4"]
 
 
 def test_trackers_get_the_knobs_without_secrets(

@@ -164,7 +164,12 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
     if torch.dtype in options:
         if value not in _DTYPES:
             limit = f"one of {', '.join(_DTYPES)}"
-            raise ConfigError(f"{name} = {value!r} is not a dtype", where=where, limit=limit)
+            raise ConfigError(
+                f"{name} = {value!r} is not a dtype",
+                where=where,
+                limit=limit,
+                remedy="write one of these names",
+            )
         return _DTYPES[value]
     enums = [
         option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)
@@ -182,7 +187,10 @@ def _value(name: str, value: Any, hint: Any, where: str) -> Any:
             remedy="remove this field",
         )
     misfit = ConfigError(
-        f"{name} = {value!r} has a wrong type", where=where, limit=_type_text(hint)
+        f"{name} = {value!r} has a wrong type",
+        where=where,
+        limit=_type_text(hint),
+        remedy="write a value of this type, or remove the field",
     )
     if not written:
         raise misfit

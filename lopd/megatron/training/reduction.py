@@ -37,9 +37,12 @@ def require_equal_counts(count: int, *, step: int) -> None:
                 f"{parallel.rank()} has {count}",
                 where=where,
                 limit="exactly the same number on every data rank",
+                remedy="divide the step by lopd.batching.plan_step on every rank",
             )
     if count == 0:
-        raise TrainingError("there are no microbatches", where=where)
+        raise TrainingError(
+            "there are no microbatches", where=where, remedy="give each step at least one"
+        )
 
 
 class StepSums:

@@ -19,6 +19,7 @@ from lopd.megatron.weights.families.fields import Yarn, refuse_quantised
 # The vocabulary is padded to a multiple of this number. So it divides by up to 8 tensor ranks, and
 # a checkpoint of the trainer fits every one of these layouts.
 VOCAB_MULTIPLE = 8
+_COPY = "copy the file again from the source of the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ def read_architecture(folder: str | Path) -> Architecture:
             f"model_type {family!r} is not supported",
             where=str(path),
             limit=f"one of {', '.join(sorted(FAMILIES))}",
+            remedy="choose a model of one of these families",
         )
     return Architecture(**FAMILIES[family](table, str(path)))
 
@@ -98,9 +100,9 @@ def _read_table(path: Path) -> dict[str, Any]:
             remedy="give the folder of a Hugging Face checkpoint",
         ) from None
     except (OSError, ValueError) as error:
-        raise LopdError(f"cannot be read ({error})", where=str(path)) from None
+        raise LopdError(f"cannot be read ({error})", where=str(path), remedy=_COPY) from None
     if not isinstance(table, dict):
-        raise LopdError("the file does not hold a JSON object", where=str(path))
+        raise LopdError("the file does not hold a JSON object", where=str(path), remedy=_COPY)
     return table
 
 

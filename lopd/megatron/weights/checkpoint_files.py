@@ -248,6 +248,7 @@ def _tensor_problems(
             yield ArtifactError(
                 f"{name} has shape {tensors[name].shape}, but config.json gives {shape}",
                 where=str(folder),
+                remedy="copy config.json and the weights again from one source",
             )
             # One example is enough: with a wrong width every tensor is another.
             break

@@ -66,7 +66,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             is_sane = len(begin) == _LENGTH_BYTES and 0 < length <= _MAX_HEADER_BYTES
             content = file.read(length) if is_sane else begin + file.read(len(_LFS_POINTER))
     except OSError as error:
-        raise ArtifactError(f"the file cannot be read ({error})", where=str(path)) from None
+        raise _unreadable(path, error) from None
     if content.startswith(_LFS_POINTER):
         raise _damaged(path, "it is a pointer of git-lfs and not the file itself")
     first = _LENGTH_BYTES + length
@@ -127,6 +127,14 @@ def _damaged(path: Path, why: str) -> ArtifactError:
     return ArtifactError(f"the file is damaged ({why})", where=str(path), remedy=_REMEDY)
 
 
+def _unreadable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"the file cannot be read ({error})",
+        where=str(path),
+        remedy="give yourself permission to read it, or copy it again from its source",
+    )
+
+
 def read_rows(path: Path, tensor: TensorHeader, rows: range) -> list[bytes]:
     """Return the bytes of some rows of a matrix.
 
@@ -141,5 +149,5 @@ def read_rows(path: Path, tensor: TensorHeader, rows: range) -> list[bytes]:
                 file.seek(tensor.start + row * row_bytes)
                 found.append(file.read(row_bytes))
     except OSError as error:
-        raise ArtifactError(f"the file cannot be read ({error})", where=str(path)) from None
+        raise _unreadable(path, error) from None
     return found

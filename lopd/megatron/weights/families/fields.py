@@ -19,6 +19,10 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Where a field is nonsense, the file is damaged or was edited.
+_BROKEN = "copy config.json again from the source of the model, or correct this field"
+# Where a field is sound, the model computes something that the trainer does not.
+_UNSUPPORTED = "choose a model without this feature: docs/models.md lists what is supported"
 
 # What config.json may call the type of the weights.
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float", "half", "auto")
@@ -47,6 +51,7 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"layer_types has {kind!r}, which is not supported",
                 where=where,
                 limit="every layer must be 'full_attention'",
+                remedy=_UNSUPPORTED,
             )
     hidden_size = number(table, where, "hidden_size")
     num_heads = number(table, where, "num_attention_heads")
@@ -57,12 +62,15 @@ def decoder(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"num_attention_heads = {num_heads} is not a multiple of num_key_value_heads",
             where=where,
             limit=f"a multiple of num_key_value_heads = {num_kv_heads}",
+            remedy=_BROKEN,
         )
     # It has no default here. A wrong one would change every log-probability a little, without an
     # error.
     norm_eps = table.get("rms_norm_eps")
     if not isinstance(norm_eps, float) or norm_eps <= 0:
-        raise LopdError(f"rms_norm_eps = {norm_eps!r} is not a positive number", where=where)
+        raise LopdError(
+            f"rms_norm_eps = {norm_eps!r} is not a positive number", where=where, remedy=_BROKEN
+        )
     # Without a field of its own the size of a head follows from the hidden size.
     head_dim = hidden_size // num_heads
     if table.get("head_dim") is not None:
@@ -123,7 +131,7 @@ def boolean(table: Mapping[str, Any], where: str, key: str, default: bool) -> bo
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise LopdError(f"{key} = {value!r} is neither true nor false", where=where)
+        raise LopdError(f"{key} = {value!r} is neither true nor false", where=where, remedy=_BROKEN)
     return value
 
 
@@ -145,6 +153,7 @@ def refuse(table: Mapping[str, Any], where: str, key: str, *allowed: Any) -> Non
             f"{key} = {value!r} is not supported",
             where=where,
             limit=f"{key} must be {' or '.join(map(repr, allowed))}",
+            remedy=_UNSUPPORTED,
         )
 
 
@@ -159,9 +168,13 @@ def number(table: Mapping[str, Any], where: str, *keys: str) -> int:
             value = table[key]
             # JSON's true would pass as the number 1.
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise LopdError(f"{key} = {value!r} is not a positive whole number", where=where)
+                raise LopdError(
+                    f"{key} = {value!r} is not a positive whole number",
+                    where=where,
+                    remedy=_BROKEN,
+                )
             return value
-    raise LopdError(f"{keys[0]} is missing", where=where)
+    raise LopdError(f"{keys[0]} is missing", where=where, remedy=_BROKEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +221,13 @@ def _rope(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"rope scaling of type {kind!r} is not supported",
             where=where,
             limit="rope_type must be 'default', 'llama3' or 'yarn'",
+            remedy=_UNSUPPORTED,
         )
     # JSON often has it as a whole number.
     if not isinstance(theta, int | float) or theta <= 0:
-        raise LopdError(f"rope_theta = {theta!r} is not a positive number", where=where)
+        raise LopdError(
+            f"rope_theta = {theta!r} is not a positive number", where=where, remedy=_BROKEN
+        )
     return {"rope_theta": float(theta), "rope_factor": factor, "yarn": yarn}
 
 
@@ -222,6 +238,7 @@ def _factor(rope: Mapping[str, Any], where: str) -> float:
             f"factor = {factor!r} of the rope scaling is not supported",
             where=where,
             limit="at least 1",
+            remedy=_BROKEN,
         )
     return float(factor)
 
@@ -242,6 +259,7 @@ def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
             f"attention_factor = {attention!r} of the rope scaling is not supported",
             where=where,
             limit=f"exactly 0.1 ln(factor) + 1 = {usual:.6f}, or no such field",
+            remedy=_UNSUPPORTED,
         )
     # The defaults are those of the paper. transformers uses them for 0 and null too.
     betas = [rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0]
@@ -251,6 +269,7 @@ def _yarn(rope: Mapping[str, Any], where: str) -> Yarn:
             f"beta_fast, beta_slow = {betas} of the rope scaling are not supported",
             where=where,
             limit="two positive numbers",
+            remedy=_BROKEN,
         )
     return Yarn(
         factor=factor,

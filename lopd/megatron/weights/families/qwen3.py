@@ -28,6 +28,7 @@ def qwen3_moe(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"num_experts_per_tok = {experts_per_token} is too large",
             where=where,
             limit=f"at most the number of experts, {num_experts}",
+            remedy="copy config.json again from the source of the model, or correct this field",
         )
     return {
         **qwen3(table, where),
