@@ -43,6 +43,7 @@ def judge(
     from lopd.report.cache_view import show_line
     from lopd.stages.judge import judge as write_verdicts
 
+    # The prompts have the right answers. The cache alone knows only which prompt was answered.
     if prompts not in _SETS:
         raise LopdError(
             f"there is no prompt set {prompts!r}",
@@ -61,5 +62,6 @@ def judge(
         f"{about['verifier']['name']}; {about['prompts_never_right']:,} of "
         f"{about['num_prompts']:,} prompts have no right response"
     )
+    # The reasons tell a weak model from answers in a form that the verifier cannot read.
     for reason, count in about["reasons"].items():
         show_line(f"  {count:,} {reason}")

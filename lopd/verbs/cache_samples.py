@@ -18,6 +18,8 @@ def require_responses(folder: Path) -> None:
     The error lists these artifacts."""
     from lopd.artifacts import MANIFEST, read_manifest
 
+    # A user names the folder of a stage, and evaluate keeps one artifact for each model inside of
+    # it.
     inner = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
     if (folder / MANIFEST).is_file():
         shards = read_manifest(folder).shards

@@ -42,6 +42,7 @@ Knobs = Annotated[
         show_default=False,
     ),
 ]
+# Names and not folders: where the models of a run lie is a matter of the run.
 Named = Annotated[
     str | None,
     typer.Option(
@@ -56,6 +57,7 @@ Others = Annotated[
         help="Also ask this model: a name of the run, or a folder. May be given several times.",
     ),
 ]
+# The defaults below are those of the paper's evaluations: temperature 0.6 and top-p 0.95.
 Temperature = Annotated[
     float, typer.Option(min=0, max=10, help="Sampling temperature. 0: the likeliest token.")
 ]
@@ -94,6 +96,7 @@ def generate(
     """
     question = sys.stdin.read() if text == "-" else text
     others = compare or []
+    # One server after the other, so that the models need not fit on the device at the same time.
     for name in (model, *others):
         place, named = _place_of(source, name)
         with _conversation(
@@ -121,6 +124,7 @@ def chat(
     model's folder. The model sees the whole conversation. Nothing is kept. With --compare every
     model answers each question, and each sees its own answers alone.
     """
+    # Each model keeps its server for the whole chat. A start takes far longer than an answer.
     with contextlib.ExitStack() as servers:
         talks = []
         for name in (model, *(compare or [])):
@@ -131,6 +135,7 @@ def chat(
                 )
             )
             talks.append((name or str(source), talk))
+        # On stderr, so that the answers alone are in a file to which stdout is written.
         typer.echo("Ask something. Ctrl-D ends.", err=True)
         with keyboard_interrupts():
             while (question := _read_line()) is not None:
@@ -140,6 +145,8 @@ def chat(
 
 def _print_answers(talks: Sequence[tuple[str, Conversation]], question: str) -> None:
     """Print what every model answers, or forget the question where the user presses Ctrl-C."""
+    # A talk whose answer is interrupted drops its own question, but the models before it have
+    # answered.
     before = [len(talk.messages) for _, talk in talks]
     try:
         for name, talk in talks:
@@ -155,6 +162,7 @@ def _print_answers(talks: Sequence[tuple[str, Conversation]], question: str) -> 
 
 def _place_of(source: Path, name: str | None) -> tuple[Path, str | None]:
     """Return the folder of a model and its name there: a name of the run, or else a folder."""
+    # A folder goes first, so that any model can stand beside those of a run.
     return (Path(name), None) if name and Path(name).is_dir() else (source, name)
 
 
@@ -218,6 +226,7 @@ def _conversation(
             seed=seed,
             thinking=thinking,
         )
+    # Not in a `finally`: an error leaves the folder, because its message names the log in it.
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -232,5 +241,6 @@ def _with_overrides(section: dict[str, object], overrides: Sequence[str]) -> SGL
         "prompts": {"sft": dict(unused), "opd": dict(unused), "eval": dict(unused)},
         "sglang": section,
     }
+    # A whole configuration is read, so that a knob has the same checks and messages as in a run.
     made: Config = config_from(table, overrides, where="lopd generate", base=Path("lopd.toml"))
     return made.sglang

@@ -39,6 +39,7 @@ _DEVICES = {
         "why": "on a CPU, where it is as fast as bfloat16 and exact",
     },
 }
+# A text and no generated table: the file is for people, and its comments are the half of it.
 _TEMPLATE = """\
 # Written by lopd init. Paths are relative to this file's folder. Every knob that is not here has a
 # default: lopd knobs lists them. A line may also be changed for one run:
@@ -152,6 +153,7 @@ def init(
     is to be put there.
     """
     given = {"teacher": teacher, "student": student, "sft": sft, "opd": opd, "eval": evaluation}
+    # Everything that the user has given is checked before the file is written.
     _check(folder, given, task)
     device = device or ("gpu" if shutil.which("nvidia-smi") else "cpu")
     if device not in _DEVICES:
@@ -168,6 +170,7 @@ def init(
     missing = [name for name, value in given.items() if value is None]
     for name in missing:
         place = folder / _PLACES[name]
+        # The user may have put it there already.
         if not place.exists():
             typer.echo(f"missing: {place} (or give --{name}, or change the line in {FILE})")
     _print_next_steps(folder, given)
@@ -176,6 +179,7 @@ def init(
 def _print_next_steps(folder: Path, given: dict[str, str | None]) -> None:
     """Print the commands that lead from the new file to a run, in their order."""
     remote = any(value is not None and value.startswith("hf://") for value in given.values())
+    # Only models and prompts on the hub need a download.
     steps = [*(["fetch"] if remote else []), "check", "plan", "run"]
     purposes = {
         "fetch": "downloads what the configuration names on the hub",
@@ -233,6 +237,8 @@ def config_text(folder: Path, given: dict[str, str | None], task: str, device: s
     values = {name: _quoted(folder, given[name] or _PLACES[name], given[name]) for name in _PLACES}
     numbers: dict[str, int] = {}
     for name in ("sft", "opd"):
+        # The steps follow from the number of prompts. A fixed number would pass over a small file
+        # many times.
         numbers[f"{name}_batch"], numbers[f"{name}_steps"] = batch_and_steps(_num_rows(given[name]))
     models = {role: _model_path(folder, role, given[role]) for role in ("teacher", "student")}
     return _TEMPLATE.format(
@@ -270,6 +276,7 @@ def _of_models(models: dict[str, Path]) -> dict[str, str]:
     size = "unknown" if count is None else f"{count:,} parameters"
     return {
         "context": str(context),
+        # The other half of the context is for the prompt.
         "new_tokens": str(max(1, context // 2)),
         "sft_optimizer": f"lr = {rates.sft}{decay}",
         "distill_optimizer": f"lr = {rates.distill}{decay}",
@@ -281,6 +288,8 @@ def _quoted(folder: Path, value: str, given: str | None) -> str:
     """Return a path as a TOML string, relative to the folder where it is inside of it."""
     if given is not None and not given.startswith("hf://"):
         path = Path(given).expanduser().resolve()
+        # A path inside the folder stays right when the folder is moved. A path outside must be
+        # absolute.
         root = folder.resolve()
         value = str(path.relative_to(root) if path.is_relative_to(root) else path)
     # A JSON string is a TOML string too.

@@ -48,6 +48,7 @@ def knobs(
     chosen = _chosen(section, search)
     if changed is not None:
         lines = changed_lines(load_config(changed), chosen, width)
+    # Any choice shows whole knobs. Without one, all knobs would fill many screens.
     elif all_knobs or section or search is not None:
         lines = section_lines(chosen, width)
     else:
@@ -74,6 +75,7 @@ def _chosen(section: str, search: str | None) -> dict[str, FieldInfo]:
         )
     if search is None:
         return chosen
+    # Users write KL, kl or Kl. The case says nothing about which knob they want.
     word = search.lower()
     found = {
         key: field

@@ -64,17 +64,21 @@ def report(
     from lopd.report.html.source import open_sources
     from lopd.report.waiting import Waiting
 
+    # Before anything is read: a folder that holds no run is refused at once.
     sources = open_sources(runs)
     path = out if out is not None else runs[0] / "report.html"
     with Waiting() as waiting:
         waiting.begin("reading the responses")
         page, data = make_page(
             sources,
+            # Relative to the file, so that links work wherever the file and the checkout are moved
+            # together.
             docs=docs_beside(path) if docs is None else docs,
             tokenizer=tokenizer,
             seed=seed,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    # As a whole: a browser that has the file open never loads half of a page.
     publish_bytes(path, page)
     print_line(f"{path}: {len(page) / 1e6:.2f} MB")
     if png is not None:

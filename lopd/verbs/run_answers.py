@@ -34,13 +34,20 @@ class NewestAnswers:
         folder = state.run_dir / (state.current.name if state.current is not None else "distill")
         # A file may be replaced, or be of another version, at any moment.
         with contextlib.suppress(LopdError, OSError, ValueError, KeyError):
+            # A training has no shards of responses. What it samples are the answers after a weight
+            # sync.
             if folder.name == "distill" and not state.is_done and (found := self._of_syncs(folder)):
                 return found
+            # A stage that samples publishes its shards in its folder. evaluate has a folder for
+            # each model.
             shards = [*folder.glob("shard-*.parquet"), *folder.glob("answers-*/shard-*.parquet")]
+            # Of a finished run the result is shown: what the distilled student answers.
             if state.is_done:
                 shards = [*state.run_dir.glob("evaluate/answers-distilled/shard-*.parquet")]
             if shards:
                 newest = max(shards, key=lambda path: path.stat().st_mtime)
+                # A shard never changes once it is published, so the same name has the same
+                # responses.
                 if newest != self._file:
                     self._found = self._of_shard(newest, state.run_dir)
                     self._file = newest
@@ -102,6 +109,7 @@ def tokenizer_of(run_dir: Path) -> Path | None:
     """
     from lopd.artifacts import MANIFEST, read_manifest
 
+    # The run's own students first: they are on this machine if the run is.
     own = [run_dir / stage / "model" for stage in ("distill", "sft")]
     named = []
     for path in sorted(run_dir.glob(f"*/{MANIFEST}")):

@@ -53,12 +53,15 @@ def sources_of(place: Path, models: Sequence[str], *, scored: bool) -> list[Sour
     Raises:
         DataError: There are none.
     """
+    # An artifact that the user names has its scores in it, if it has any.
     if (place / MANIFEST).is_file():
         return [Source(place.name, place, place)]
     evaluate = place / "evaluate"
     # Where answers are not sampled from the policy as it is, other responses were scored.
     purpose = "policy" if scored and any(evaluate.glob("policy-*")) else "answers"
     found = []
+    # A model of the default choice that the run does not have is left out. One that the user has
+    # named must be there.
     for name in models or _SHOWN:
         responses = evaluate / f"{purpose}-{name}"
         scores = evaluate / f"scores-{name}"
@@ -99,6 +102,7 @@ def worst(source: Source, count: int) -> list[Key]:
         mean = _disagreement(response, scores)
         if mean is None:
             continue
+        # With the key behind the mean, so that equal means are ordered the same in every call.
         entry = (mean, response.key)
         if len(rows) < count:
             heapq.heappush(rows, entry)
@@ -130,6 +134,7 @@ def changed(before: Source, after: Source, count: int, *, to_right: bool) -> lis
             limit="a task with a verifier, whose stage evaluate is done",
             remedy="choose by --worst or --prompt",
         )
+    # One response for each prompt, so that a short list shows many prompts.
     chosen: dict[str, Key] = {}
     for key, verdict in now.items():
         if key in was and verdict.right == to_right and was[key].right != to_right:
@@ -153,6 +158,7 @@ def of_prompt(sources: Sequence[Source], name: str) -> list[Key]:
         prompt_id, index = response.key
         if name in (prompt_id, f"{prompt_id}/{index}"):
             found[response.key] = None
+        # A mistyped name is easiest to correct beside real ones.
         elif len(examples) < 3 and prompt_id not in examples:
             examples.append(prompt_id)
     if not found:
@@ -177,11 +183,14 @@ def compare(
     prompts: dict[Key, str] = {}
     columns: dict[Key, list[Transcript]] = {key: [] for key in keys}
     for source in sources:
+        # Scores may be an artifact of their own, whose rows are found by the same keys.
         scores = dict(_chosen(source.scores, keys)) if source.scores is not None else {}
         verdicts = read_verdicts(source.responses)
         for key, (response, own) in _chosen(source.responses, keys):
+            # A cache has the scores beside its responses. Then no other artifact is asked.
             known = own if own is not None else _scores_for(response, scores.get(key))
             columns[key].append(_transcript(source, response, known, verdicts.get(key), loaded))
+            # All models were asked the same prompt, so the first one's text is enough.
             prompts.setdefault(key, _text(loaded, response.prompt_ids))
     return [Comparison(*key, prompts[key], tuple(found)) for key, found in columns.items() if found]
 
@@ -189,6 +198,7 @@ def compare(
 def _chosen(
     folder: Path, keys: Collection[Key]
 ) -> Iterator[tuple[Key, tuple[Response, Floats | None]]]:
+    # A set, because each row of the artifact is looked up in it.
     wanted = set(keys)
     for row in read_rows(folder):
         if row[0].key in wanted:
@@ -229,6 +239,7 @@ def _transcript(
 
 def _advantage(response: Response, scores: Floats) -> Any:
     """Return log pi_T - log pi_S, float64 [R]."""
+    # In float64: both are stored in 16 or 32 bits, and their difference is small beside them.
     return scores.astype(np.float64) - response.sampling_logprobs
 
 
@@ -244,6 +255,8 @@ def _text(tokenizer: Decodes | None, ids: Any) -> str:
 
 def _tokenizer(place: Path) -> Path | None:
     """Return the tokenizer of a run, or of the run that an artifact lies in."""
+    # The place is a run, a stage of one (run/score), or an artifact inside a stage
+    # (run/evaluate/answers-sft).
     for run_dir in (place, place.parent, place.parent.parent):
         found = tokenizer_of(run_dir)
         if found is not None:

@@ -45,6 +45,7 @@ def watch(
     Nothing is written or locked. Without a terminal a line is printed whenever the run gets on.
     --json prints one frame for programs.
     """
+    # Before rich is imported: a mistyped folder is refused at once.
     run_dir = run_directory(run)
     from rich.console import Console
 
@@ -95,6 +96,8 @@ class _Watcher:
 
         self._run_dir = run_dir
         self._console = console
+        # These two remember what they have read, so a frame of a long run costs no more than its
+        # news.
         self._tail = MetricsTail(run_dir / METRICS)
         self._answers = NewestAnswers(num_answers)
         self._num_answers = num_answers
@@ -113,6 +116,7 @@ class _Watcher:
         found, source = self._answers.of(state) if self._num_answers else ([], "")
         # The GPUs of this machine are those of the run only if it is here.
         here = gpus() if state.process is not None else []
+        # A terminal with another encoding cannot show the blocks of a curve.
         levels = BLOCKS if self._console.encoding.startswith("utf") else PLAIN
         return frame(state, found, source, here, width=self._console.width, levels=levels)
 
@@ -146,6 +150,7 @@ def _show_frames(watcher: _Watcher, console: Console, every: float) -> None:
 def _print_lines(watcher: _Watcher, every: float) -> None:
     from lopd.report.watch_view import progress_of, status_line
 
+    # A file must not get the same line every two seconds, so only a change is printed.
     said = None
     while True:
         state = watcher.state()
