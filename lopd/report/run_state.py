@@ -30,6 +30,7 @@ _MOST_ROWS = 8192
 _NEWEST_ROWS = 256
 # Steps, or shards, over which a rate is taken.
 _RECENT = 8
+# SGLang writes "Decode batch, #running-req: 4, token usage: 0.02, ..." once every few batches.
 _FIGURE = re.compile(r"(?:, |batch, |^)#?([a-z][a-z -]*?(?: \(token/s\))?): ([\d.]+)")
 # What a server's line says of its load, and its names here.
 _LOAD = {
@@ -129,6 +130,7 @@ class RunState:
         named = {row["stage"] for row in self.rows}
         # The equal-compute baseline is the newest training and seldom the one to look at.
         part = self.current.work.part if self.current is not None and self.current.work else ""
+        # What runs now goes first. After the run the distillation is what a reader wants to see.
         wanted = (part, self.current.name if self.current is not None else "", "distill", "sft")
         return next((name for name in wanted if name in named), None)
 
@@ -218,6 +220,8 @@ def _stages(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[StageState
             same = all(made.get(parent) == known for parent, known in parents.items())
             made[name] = str(manifest.get("fingerprint"))
             states.append(StageState(name, "done" if same else "outdated", seconds))
+        # A folder without a complete manifest: the stage is at work, or was killed in the middle of
+        # it.
         elif folder.is_dir():
             states.append(StageState(name, "begun", None, _work(run_dir, name, rows)))
         else:
@@ -257,6 +261,7 @@ def _training(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Wor
 def _shards(folder: Path) -> Work | None:
     times = sorted(_changed_at(path) for path in folder.glob("shard-*.parquet"))
     newest = times[-_RECENT:]
+    # The times of change are enough for a rate, and a stage writes no other clock.
     took = newest[-1] - newest[0] if newest else 0.0
     rate = (len(newest) - 1) / took if took > 0 else None
     total = expected_shards(folder)
@@ -266,12 +271,14 @@ def _shards(folder: Path) -> Work | None:
 def _servers(folder: Path) -> list[ServerState]:
     found = []
     for log in sorted(folder.glob("sglang-*.log")):
+        # Only the end of the log: a server of a long stage writes many megabytes.
         batches = [line for line in _end(log, _LOG_END) if " batch, #" in line]
         load = {}
         if batches:
             for name, value in _FIGURE.findall(batches[-1]):
                 if name in _LOAD:
                     load[_LOAD[name]] = float(value)
+        # Beside the weights file each server counts its own starts.
         starts = [_number(path) for path in folder.glob(f"{log.name}.weights.json.*.starts")]
         name = f"{folder.name}/{log.stem}"
         age = time.time() - _changed_at(log)
@@ -295,6 +302,7 @@ def holder_of(run_dir: Path) -> int | None:
     try:
         inode = lock.stat().st_ino
         held = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+        # The holder has written its number into the lock.
         process = int(lock.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None

@@ -93,6 +93,7 @@ class Comparison:
 def show_comparisons(comparisons: Sequence[Comparison], console: Console) -> None:
     """Print comparisons: side by side where there is room, else below each other."""
     scored = [one.disagreement is not None for each in comparisons for one in each.transcripts]
+    # The legend explains colours, so it stands there only if there are any.
     if any(scored):
         console.print(legend(), soft_wrap=True)
     for each in comparisons:
@@ -100,6 +101,7 @@ def show_comparisons(comparisons: Sequence[Comparison], console: Console) -> Non
         console.print(Text(f"\n{printable(name)}", style="bold"), soft_wrap=True)
         console.print(Text(printable(each.prompt), style="dim"))
         if console.width >= _NARROW and len(each.transcripts) > 1:
+            # Equal widths, so that the same place of two responses is easy to compare.
             table = Table(expand=True, show_lines=True)
             for one in each.transcripts:
                 table.add_column(_heading(one), ratio=1, overflow="fold")
@@ -133,6 +135,7 @@ def _body(one: Transcript) -> Text:
     # In words too: colours are lost in a pipe, and not everybody sees them.
     valued = [(piece.value or 0.0, piece) for piece in one.pieces if piece.value is not None]
     valued = [pair for pair in valued if abs(pair[0]) >= _LEAST_NAMED]
+    # Both signs count: what the teacher would rather not say is as telling as what it misses.
     largest = sorted(valued, key=lambda pair: -abs(pair[0]))[:_NAMED]
     if largest:
         named = ", ".join(f"{piece.text!r} {value:+.2f}" for value, piece in largest)

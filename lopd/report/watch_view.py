@@ -78,6 +78,7 @@ def frame(
     parts += [_stage_line(state), _stages(state.stages)]
     if state.last_line:
         parts.append(Text(_cut(state.last_line, width), style="dim"))
+    # A curve of fewer columns than 8 shows nothing. A narrow terminal then wraps the line instead.
     figures = [*_figures(state, levels, max(8, min(_CURVE, width - _NO_CURVE)))]
     if figures:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -87,6 +88,7 @@ def frame(
         for cells in figures:
             table.add_row(*(Text(cell) for cell in cells))
         parts += ["", table]
+    # The table compares models, so it waits until all of them are evaluated.
     if state.is_done and state.summary.get("reverse_kl"):
         parts += ["", model_table(state.summary)]
     if state.servers or gpus:
@@ -100,6 +102,7 @@ def status_line(state: RunState) -> str:
     """Return a run as one line, for a file or a pipe."""
     parts = [_stage_line(state).plain]
     stage = state.training()
+    # One line has room for three: the loss, the reverse KL and the accuracy at syncs.
     for kind, name, form in FIGURES[:2] + FIGURES[5:6]:
         values = _values(state.rows, stage, kind, name)
         if values:
@@ -117,6 +120,8 @@ def progress_of(state: RunState) -> tuple[object, ...]:
 def as_json(state: RunState, answers: Sequence[Answer], gpus: Sequence[Gpu]) -> dict[str, Any]:
     """Return a frame for programs."""
     stage = state.training()
+    # The last line of each kind. Evaluations are rarer than steps, so the two are of different
+    # steps.
     newest: dict[str, Any] = {}
     for row in state.rows:
         if row["stage"] == stage:
@@ -234,6 +239,7 @@ def _values(
 def _server_line(server: ServerState) -> Text:
     load = server.load
     parts = []
+    # Only what the server has written. A server that has just started has told nothing of its load.
     if "running" in load:
         parts.append(f"{load['running']:.0f} running, {load.get('queued', 0):.0f} queued")
     if "cache_use" in load:
@@ -264,6 +270,7 @@ def _answer_lines(answers: Sequence[Answer], width: int) -> Iterator[Text]:
 
 def _cut(text: str, width: int, *, from_end: bool = False) -> str:
     """Return text as one line of so many characters."""
+    # A response may contain control characters, which would move the cursor of the terminal.
     line = " ".join(printable(text).split())
     if len(line) <= width:
         return line

@@ -149,6 +149,8 @@ def _matches(first: bytes, second: bytes) -> list[tuple[int, int, int]]:
         there += length
         if here >= len(first) or there >= len(second):
             return found
+        # Only a window of the rest is searched. A search of the whole rest would take quadratic
+        # time.
         skips = _resumption(first[here : here + 2 * _WINDOW], second[there : there + 2 * _WINDOW])
         if skips is None:
             # The rest has no common text that could be told from a chance agreement.
@@ -187,6 +189,8 @@ def _resumption(first: bytes, second: bytes) -> tuple[int, int] | None:
 
 def chunk_sums(logprobs: NDArray[Any], ends: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the sum of the log-probabilities in each chunk, float64 [C]."""
+    # In float64: the difference of two running sums of a long response would lose digits in
+    # float32.
     totals = np.concatenate([[0.0], np.cumsum(logprobs, dtype=np.float64)])
     sums: NDArray[np.float64] = np.diff(totals[ends], prepend=0.0)
     return sums
@@ -215,6 +219,7 @@ def distribute(
     """
     sizes = np.diff(ends, prepend=0)
     num_chunks = len(ends)
+    # Which chunk each of the student's tokens belongs to.
     chunk = np.repeat(np.arange(num_chunks), sizes)
     own = np.asarray(own_logprobs, dtype=np.float64)
     totals = np.bincount(chunk, own, minlength=num_chunks)
@@ -229,4 +234,6 @@ def distribute(
     order = np.lexsort((np.abs(parts), chunk))
     largest = order[(np.cumsum(sizes) - 1)[sizes > 0]]
     parts[largest] = float32(parts[largest] + missing[sizes > 0])
+    # The correction above may have lifted a value that was nearly 0 above it, and a log-probability
+    # is never positive.
     return np.minimum(parts, 0.0, out=parts)

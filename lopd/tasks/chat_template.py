@@ -114,6 +114,8 @@ def complete_student_files(folder: Path, template_from: Path, end_ids: Sequence[
         ArtifactError: A file cannot be written.
         DataError: A file is damaged.
     """
+    # Each file is published only if it changes. A second call leaves names and times of change
+    # alone, so no checksum has to be computed again.
     config_path = folder / "tokenizer_config.json"
     about = _read_table(config_path)
     source = _read_table(template_from / "tokenizer_config.json")
@@ -125,6 +127,7 @@ def complete_student_files(folder: Path, template_from: Path, end_ids: Sequence[
             changed[key] = source[key]
     if changed != about:
         publish_json(config_path, changed)
+    # A source without a template is no reason to take away the one that the student has.
     if text and template_text(folder) != text:
         publish_bytes(folder / _FILE, text.encode())
     generation_path = folder / "generation_config.json"

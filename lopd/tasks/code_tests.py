@@ -313,6 +313,7 @@ def _value(text: Any, *, strict: bool = False) -> Any:
             return parse(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
+    # An argument that nobody can read would be passed as text, and a right program would fail.
     if strict:
         raise _unreadable(f"an argument is neither JSON nor Python ({text[:40]!r})")
     return text

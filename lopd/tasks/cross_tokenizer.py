@@ -51,6 +51,7 @@ class Plan:
         """
         sums = chunk_sums(teacher_logprobs, self.teacher_ends)
         parts = distribute(sums, self.student_ends, student_logprobs)
+        # Exactly 0 and not NaN: a NaN would survive a multiplication by a loss mask of 0.
         parts[self.alignment != Alignment.ALIGNED] = 0.0
         return parts
 
@@ -58,6 +59,8 @@ class Plan:
         """Return the plan with at most this number of the teacher's tokens, in whole chunks."""
         if len(self.token_ids) <= limit:
             return self
+        # Whole chunks only: the sum over a part of a chunk has no counterpart among the student's
+        # tokens.
         num_chunks = int(np.searchsorted(self.teacher_ends, limit, side="right"))
         # Where not even the first chunk fits, a part of it is asked for and not used.
         length = int(self.teacher_ends[num_chunks - 1]) if num_chunks else limit
@@ -80,6 +83,7 @@ class Plan:
             student_logprobs: Of the student's tokens [R].
         """
         sums = chunk_sums(student_logprobs, self.student_ends)
+        # NaN stands for proportions that nobody knows. distribute() then uses equal parts.
         return distribute(sums, self.teacher_ends, np.full(len(self.token_ids), np.nan))
 
     def is_text(self) -> NDArray[np.bool_]:
@@ -115,6 +119,8 @@ def plan_response(
     ids = [int(token) for token in token_ids]
     ended = bool(ids) and ids[-1] in ends
     parts = [*_parts(student, teacher, ids[:-1] if ended else ids)]
+    # A response that was cut off may end in the middle of a word, which the teacher would go on
+    # with. Its probability for the text so far says nothing about such an end.
     if not ended and parts and parts[-1].chunks.same.size:
         parts[-1].mark_last(Alignment.CUT_OFF)
     if ended:

@@ -75,6 +75,8 @@ class LightTokenizer:
         """
         self.name_or_path = str(folder)
         self.chat_template = template
+        # The verb asks every tokenizer for its end, so the attribute is there also where there is
+        # none.
         self.eos_token_id: int | None = None
         if "eos_token" in special:
             self.eos_token_id = tokenizer.token_to_id(special["eos_token"])
@@ -96,8 +98,11 @@ class LightTokenizer:
         **named: Any,
     ) -> list[list[int]]:
         """Return the token ids of each conversation under the chat template."""
+        # transformers has these arguments and would return text or a dictionary for other values.
         assert tokenize, "the checks ask for token ids"
         assert not return_dict, "the checks ask for token ids alone"
+        # Templates ask for these two by name, and transformers defines them even where there are
+        # none.
         values = {"tools": None, "documents": None, **self._special, **named}
         texts = [
             self._compiled.render(
@@ -162,6 +167,8 @@ def _read(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> LightTokeniz
 
 def _special_tokens(folder: Path, about: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens by name. tokenizer_config.json wins over the older file."""
+    # Older folders name their special tokens in a file of its own. Newer ones have them in one
+    # file.
     older = folder / "special_tokens_map.json"
     tables: list[Mapping[str, Any]] = [about]
     if older.is_file():

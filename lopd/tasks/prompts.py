@@ -151,6 +151,8 @@ def _choose(
     # the rest of the file is not read, because a data set may have millions of rows.
     while limit is None or len(prompts) < limit:
         taken: list[Prompt] = []
+        # Each round takes what is still missing, because the former round may have lost some to
+        # their length.
         missing = None if limit is None else limit - len(prompts)
         is_last = True
         try:
@@ -170,6 +172,7 @@ def _choose(
             raise
         if is_last:
             break
+        # Asked after leave_out: rendering is the most expensive of the reasons.
         flags = too_long(taken) if too_long is not None else [False] * len(taken)
         for prompt, is_too_long in zip(taken, flags, strict=True):
             if is_too_long:

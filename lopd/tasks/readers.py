@@ -90,6 +90,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
             counts.leave_out("not chosen by where")
             continue
         prompt = reader.prompt(row)
+        # Counted after the instruction was added, because the model reads it too.
         num_chars = sum(len(message["content"]) for message in prompt.messages)
         if prompt_set.max_prompt_chars is not None and num_chars > prompt_set.max_prompt_chars:
             counts.leave_out("too long", prompt.prompt_id)
@@ -98,6 +99,7 @@ def read_candidates(prompt_set: PromptSet, domain: str, counts: ReadCounts) -> I
         key = question_key(prompt)
         before = questions.get(key, 0)
         questions[key] = before + 1
+        # The first one stays, so that the order of a file decides which rows are kept.
         if before and reader.duplicates == "drop":
             counts.leave_out("repeated", prompt.prompt_id)
             continue
@@ -397,4 +399,5 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, bytes):
         # Only compared with a condition, so bytes that are no text may become anything.
         return value.decode(errors="replace")
+    # TOML has no decimals, so a condition on such a column holds a float.
     return float(value) if isinstance(value, Decimal) else value

@@ -87,6 +87,7 @@ def fingerprint_of(tokenizer: Any, thinking: bool, time: datetime.datetime | Non
         return ""
     # Some checkpoints have several templates by name.
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    # The present time is another one at the next call, so nothing that is kept could be right then.
     if CLOCK in template and time is None:
         return ""
     return sha256_json(
@@ -108,6 +109,7 @@ def read_kept(kept: Kept, fingerprint: str) -> TokenIds:
     A file that is missing, damaged or of another fingerprint has nothing: it saves time and proves
     nothing.
     """
+    # What is held is newer than the file: the checks of this process have just rendered it.
     held_fingerprint, held = _HELD.get(kept.path, ("", {}))
     if held_fingerprint == fingerprint:
         return held
@@ -164,6 +166,7 @@ def _write(path: Path, fingerprint: str, token_ids: Mapping[bytes, Ints]) -> Non
         table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()}),
         sink,
         compression="zstd",
+        # The smallest and the largest key of a page help nobody: the whole file is always read.
         write_statistics=False,
         write_page_checksum=True,
         store_schema=True,
@@ -172,6 +175,7 @@ def _write(path: Path, fingerprint: str, token_ids: Mapping[bytes, Ints]) -> Non
 
 
 def _from_table(table: pa.Table) -> TokenIds:
+    # A column without rows has no chunk whose buffers could be taken below.
     if not table.num_rows:
         return {}
     column = table.column("token_ids").chunk(0)

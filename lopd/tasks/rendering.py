@@ -113,6 +113,7 @@ class Renderer:
         self._found: TokenIds = {}
         if kept is not None and self._fingerprint:
             self._found = read_kept(kept, self._fingerprint)
+        # Nothing that was kept means that there is nothing to check.
         self._is_checked = not self._found
         # The ids of all prompts that were asked for: what will be kept.
         self._used: TokenIds = {}
@@ -131,6 +132,8 @@ class Renderer:
                 new.setdefault(key, place)
         places = list(new.values())
         with _bar(len(places)) as bar:
+            # In batches: the tokenizer's threads need many prompts at once, and the bar must move
+            # in between.
             for start in range(0, len(places), _BATCH):
                 batch = places[start : start + _BATCH]
                 ids = self._batch(prompts, batch, context_length)
@@ -161,6 +164,7 @@ class Renderer:
         # The ids may have been made by the checks' own tokenizer, which stands in for transformers.
         # A fingerprint cannot say that the two agree.
         self._is_checked = True
+        # Spread over the whole set, because sets of several sources differ from part to part.
         known = [place for place, key in enumerate(keys) if key in self._found]
         sample = known[:: max(1, len(known) // _SAMPLE)][:_SAMPLE]
         if not sample:
@@ -216,6 +220,7 @@ class Renderer:
         with _all_cores():
             ids: Any = self._tokenizer.apply_chat_template(
                 conversations,
+                # The prompt ends where the response begins, with the mark of the assistant's turn.
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,

@@ -128,6 +128,7 @@ def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[Row]:
         DataError: The file is missing or unreadable, or a row is not JSON. The message has the file
             and the line.
     """
+    # File by file, in the order of their names: it decides the order of the prompts.
     for file in files_of(path):
         if file.suffix == ".parquet":
             yield from _read_parquet(file, columns)
@@ -178,6 +179,7 @@ def _read_json(file: Path) -> Iterator[Row]:
         raise DataError(
             f"cannot be read ({error})", where=str(file), remedy="give a JSON file in UTF-8"
         ) from None
+    # A line of JSONL is an object, so such a text begins with a brace.
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(file)
         return

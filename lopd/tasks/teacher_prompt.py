@@ -18,6 +18,7 @@ from lopd.records import Prompt
 
 # What a template may contain. {prompt} is the last message, as the student sees it.
 FIELDS = ("prompt", "answer", "hint")
+# Words of one or two letters are no fields, so that braces of LaTeX such as {x} stay text.
 _FIELD = re.compile(r"\{([a-z_]{3,})\}")
 _WHERE = "score.teacher_prompt"
 
@@ -58,6 +59,7 @@ def teacher_prompts(prompts: Sequence[Prompt], template: str) -> list[Prompt]:
         ConfigError: See check_template.
         DataError: A prompt lacks what the template names.
     """
+    # Checked again here, because the library may be used without a configuration.
     check_template(template)
     return [_asked(prompt, template) for prompt in prompts]
 

@@ -70,6 +70,7 @@ class TokenBytes:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {number: token.content for number, token in added.items() if token.special}
         self._added = {number: token.content for number, token in added.items()}
+        # Tokenizers name the byte-level form, or the sign for a space, in one of these three parts.
         parts = [about.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
         rules = json.dumps(parts, ensure_ascii=False)
         self._letters: Mapping[str, int] = byte_level_letters() if "ByteLevel" in rules else {}
@@ -77,6 +78,7 @@ class TokenBytes:
         self._space = _SPACE if _SPACE in rules and not self._letters else " "
         # SentencePiece's kind may put a space before a text, which decoding takes away again.
         self.adds_space = self._space == _SPACE and self._begins_with_space()
+        # Responses repeat the same tokens. The size is about that of a whole vocabulary.
         self._piece = functools.lru_cache(maxsize=2**17)(self._bytes_of)
 
     def _begins_with_space(self) -> bool:
@@ -127,6 +129,7 @@ class TokenBytes:
         """Return the token ids of a text, and the bytes of each without an added first space."""
         ids = self.encode(text)
         pieces = self.pieces(ids)
+        # The first tokens are enough to count the spaces at the beginning.
         joined = b"".join(pieces[:8])
         # Only the space that the tokenizer itself has put there is taken away.
         if self.adds_space and _spaces(joined) == _spaces(text.encode()) + 1:

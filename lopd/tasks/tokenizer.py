@@ -85,6 +85,7 @@ def stop_token_ids(folder: str | Path, tokenizer: KnowsItsEnd) -> tuple[int, ...
         DataError: None of the three names an end token.
     """
     folder = Path(folder)
+    # A set, because the same id usually stands in two of the three places.
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name

@@ -28,6 +28,7 @@ def write_verdicts(answers: Path, verdicts: Iterable[tuple[Key, Verdict]]) -> No
     for (prompt_id, sample_index), verdict in verdicts:
         line = {"prompt_id": prompt_id, "sample_index": sample_index, "right": verdict.right}
         lines.append(json.dumps({**line, "reason": verdict.reason, "found": verdict.found}))
+    # All at once: a reader finds the verdicts of all answers, or no file.
     publish_bytes(_file_of(answers), ("\n".join(lines) + "\n").encode())
 
 
