@@ -93,6 +93,8 @@ class Manifest:
         True
     """
 
+    # The kind decides which stage may read the artifact, and a newer schema is refused by older
+    # code.
     kind: str
     schema_version: int
     complete: bool

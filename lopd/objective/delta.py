@@ -41,10 +41,14 @@ class Delta:
     def __call__(self, batch: TokenBatch) -> Tensor:
         assert batch.base_logprobs is not None, "the delta needs the base's log-probabilities"
         assert batch.sampling_logprobs is not None, "the delta is anchored at the sampling policy"
+        # The student that sampled is pi_ref, and the cache has its log-probabilities of these very
+        # tokens.
         return batch.sampling_logprobs - batch.base_logprobs
 
     def metric_sums(self, batch: TokenBatch) -> dict[str, Tensor]:
         assert batch.teacher_logprobs is not None
         assert batch.base_logprobs is not None
+        # The delta alone and without the anchor: it belongs to the cache and does not change during
+        # a training.
         delta = batch.teacher_logprobs.double() - batch.base_logprobs.double()
         return {"delta": torch.where(batch.loss_mask, delta, 0.0).sum()}

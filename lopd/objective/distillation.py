@@ -118,6 +118,7 @@ class Distillation:
         # From here on every sum and mean, the metrics included, is over the selected tokens alone.
         batch = apply_selections(batch, self.selections)
         shifted = self._shifted(batch)
+        # The loss sees the shifted teacher, and the metrics below see the teacher itself.
         losses = self.loss.token_losses(logprobs, shifted)
         sums = self.loss.metric_sums(logprobs, batch, ends)
         if self.shifts:
@@ -160,6 +161,8 @@ class Distillation:
         assert shifted.teacher_logprobs is not None
         residual = shifted.teacher_logprobs.double() - logprobs.detach().double()
         advantage = torch.where(batch.loss_mask, residual, 0.0)
+        # The clip acts on the shifted advantage, so this figure replaces the one of the plain
+        # advantage.
         beyond = advantage.abs() > self.loss.advantage_clip
         sums = {"shifted_advantage": advantage.sum(), "clipped": beyond.sum(dtype=torch.float64)}
         for shift in self.shifts:

@@ -84,6 +84,7 @@ class RefreshRule:
             DataError: There is a bound, but the step has no figure for it, because its samples have
                 no sampling_logprobs.
         """
+        # Before the first step the responses are fresh, and there are no metrics of a step.
         assert num_steps >= 1, num_steps
         bounded = self.min_effective_share is not None or self.max_chi_square is not None
         # The metrics are missing where a cache was imported without sampling_logprobs. This comes

@@ -72,6 +72,8 @@ def distillation_sums(
     sums["advantage"] = advantage.sum()
     sums["advantage_squared"] = advantage.square().sum()
     sums["clipped"] = (advantage.abs() > advantage_clip).sum(dtype=torch.float64)
+    # A count of its own: a truncated response has no end token, so the mean is over fewer
+    # responses.
     sums["num_end_tokens"] = ends.sum(dtype=torch.float64)
     sums["end_token_advantage"] = torch.where(ends, advantage, 0.0).sum()
     return {**sums, **_weight_sums(student, teacher, batch), **_entropy_sums(batch)}
@@ -100,6 +102,8 @@ def _weight_sums(student: Tensor, teacher: Tensor, batch: TokenBatch) -> dict[st
         )
         return dict.fromkeys((*tokens, *responses), zero)
     sampling = batch.sampling_logprobs.double()
+    # The weight of a token is its ratio alone. The ratio of a whole response is the product, whose
+    # logarithm follows below.
     weight = torch.where(mask, token_importance(student, sampling), 0.0)  # [T]
     log_weight = torch.where(mask, student - sampling, 0.0)  # [T]
     sequence = sequence_sums(log_weight, batch)  # [S]

@@ -156,6 +156,7 @@ def objective_from_config(
     # hear that one of them lacks data.
     _refuse_contradictions(section.objective)
     _refuse_verdicts(section)
+    # The loss first: where it lacks its data, what modifies it does not matter.
     for name, component in ({"loss": LOSSES[section.objective.loss]} | chosen).items():
         _refuse_missing(section.objective, name, component, available)
     loss = LOSSES[section.objective.loss].build(section)

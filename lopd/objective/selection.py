@@ -59,6 +59,8 @@ class Prefix:
             assert self.num_tokens is not None
             limit = torch.full_like(batch.cu_seqlens[1:], self.num_tokens, dtype=torch.int64)  # [S]
         else:
+            # In float64: in float32 the tolerance below would be smaller than the rounding of a
+            # long response.
             share = loss_tokens_per_sequence(batch).double() * self.share
             # 30 tokens * 0.1 is 3.0000000000000004 in float64, and must stay 3 tokens.
             limit = torch.ceil(share - 1e-9).long()

@@ -40,5 +40,6 @@ class Supervised:
         losses = torch.where(batch.loss_mask, -logprobs, 0.0)  # [T]
         weights, num_items = token_weights(batch, self.aggregation, losses.dtype)
         sums = count_sums(batch)
+        # In float64, because the sums of all microbatches and ranks are added up.
         sums["nll"] = losses.detach().double().sum()
         return LossOutput((weights * losses).sum(), num_items, sums)

@@ -42,6 +42,7 @@ class WrongWeight:
 
     @without_gradient
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        # Not normalised, so that a batch of wrong responses counts as little as the knob says.
         return torch.where(_right_tokens(batch), 1.0, self.weight).to(logprobs.dtype)
 
     def metric_sums(self, logprobs: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
@@ -79,5 +80,6 @@ def _right_tokens(batch: TokenBatch) -> Tensor:
 
 
 def _right_share(batch: TokenBatch) -> dict[str, Tensor]:
+    # By tokens and not by responses, as the loss counts them.
     right = _right_tokens(batch) & batch.loss_mask
     return {"right_share": right.sum(dtype=torch.float64)}

@@ -63,6 +63,8 @@ class TruncatedImportance:
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         assert batch.sampling_logprobs is not None, "importance weights need sampling_logprobs"
         weight = token_importance(logprobs, batch.sampling_logprobs).clamp(max=self.cap)
+        # Exactly 0 without loss: sampling_logprobs of prompt tokens may be anything, and infinity
+        # times 0 is nan.
         return torch.where(batch.loss_mask, weight, 0.0)
 
     @without_gradient
@@ -96,6 +98,8 @@ class EarlyTokenGain:
         assert batch.teacher_logprobs is not None, (
             "token weights by advantage need teacher_logprobs"
         )
+        # Clipped as in the loss, so that one token with a huge advantage does not use up the whole
+        # sum.
         disagreement = (batch.teacher_logprobs - logprobs).abs().clamp(max=self.advantage_clip)
         size = torch.where(batch.loss_mask, disagreement, 0.0)  # [T]
         # The sums are over whole numbers. A running sum of floats depends on what else is packed

@@ -87,6 +87,7 @@ def speaker_of(place: Path, name: str | None, config: Config | None = None) -> S
         )
     folder = _folder_of(place, name, config)
     if not is_model(folder):
+        # A run that is not finished has some of its models, and those can be asked already.
         there = [one for one in NAMES if is_model(_folder_of(place, one, config))]
         remedy = "give a Hugging Face folder, a run directory or its TOML file"
         if there:
@@ -119,6 +120,7 @@ def _folder_of(run: Path, name: str, config: Config | None) -> Path:
     if name in _OF_RUN:
         return run / _OF_RUN[name]
     if config is not None:
+        # The configuration goes before a manifest, which may name folders of another machine.
         return config.models.student if name == "base" else config.models.teacher
     stage, role = _GIVEN[name]
     try:
@@ -139,8 +141,10 @@ def settings_for(
         config: The configuration of the run, if it is at hand.
         has_gpu: Whether the machine has a GPU.
     """
+    # A server refuses a context that the model has no positions for.
     longest = read_architecture(speaker.folder).max_position_embeddings
     section: dict[str, Any] = {
+        # A CPU computes float32 as fast as bfloat16, and exactly.
         "dtype": "bfloat16" if has_gpu else "float32",
         "context_length": min(_CONTEXT_LENGTH, longest),
     }
@@ -163,6 +167,7 @@ def _recorded(run: Path) -> Mapping[str, Any]:
     """Return the knobs of [sglang] that decide an answer, from the record of a run."""
     path = run / "config.json"
     keys = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # Speed knobs of the run are left out. They fit its servers, and not one server for one reader.
     names = ("dtype", "tensor", "expert", "context_length")
     return {name: keys[f"sglang.{name}"] for name in names if f"sglang.{name}" in keys}
 
@@ -209,6 +214,8 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": question}]
         prompt = Prompt("conversation", tuple(asked), "", None)
+        # The whole conversation is rendered again for each question: a template may write earlier
+        # turns in another way than the newest one.
         (ids,) = render(
             [prompt], self.tokenizer, context_length=self.context_length, thinking=self.thinking
         )
@@ -216,6 +223,7 @@ class Conversation:
         seed = request_seed(self.seed, "conversation", len(self.messages), "conversation")
         request = SamplingRequest("conversation", len(self.messages), ids, seed)
         ends = set(self.params.stop_token_ids)
+        # True until the end token comes: an answer that reaches its limit has none.
         self.was_cut = True
 
         def tokens() -> Iterator[int]:
@@ -231,6 +239,8 @@ class Conversation:
         for piece in token_texts(self.tokenizer, tokens()):
             pieces.append(piece)
             yield piece
+        # Only now, behind the last piece: a reader who stops before leaves the conversation as it
+        # was.
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
 
@@ -252,6 +262,7 @@ def conversation_with(
         top_k=-1,
         min_p=0.0,
         max_new_tokens=max_new_tokens,
+        # A base student may name no end of a turn, although the template of the run uses one.
         stop_token_ids=end_token_ids([speaker.folder, speaker.template_from]),
     )
     tokenizer = load_tokenizer(speaker.template_from)

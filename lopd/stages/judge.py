@@ -60,6 +60,7 @@ def judge(config: Config, source: Path, out: Path, prompt_set: str) -> Manifest:
             remedy="set task.name to a task that verifies, such as math, code or plain",
         )
     manifest = read_complete(source)
+    # Verdicts have the form of an artifact too, and their folder is easily given by mistake.
     refuse_verdicts(source, manifest)
     _check_tokenizer(config, source, manifest)
     # The parts of the configuration that decide a verdict. A stage of the pipeline names its inputs
@@ -72,8 +73,11 @@ def judge(config: Config, source: Path, out: Path, prompt_set: str) -> Manifest:
     writer = ArtifactWriter(
         out,
         kind=VERDICTS,
+        # The same inputs and parents find their verdicts again, and a second call judges nothing
+        # twice.
         inputs=context.inputs,
         parents={manifest.kind: manifest.fingerprint},
+        # These three are the source's: verdicts say nothing new of models, sampling or lineage.
         models=manifest.models,
         sampling=manifest.sampling,
         lineage=manifest.lineage,
@@ -185,9 +189,11 @@ def figures_of(folder: Path, manifest: Manifest) -> dict[str, Any]:
     answers: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for path in sorted(folder.glob("shard-*.parquet")):
+        # From the published shards, because some of them may be the work of an earlier call.
         table = pq.read_table(path, columns=["prompt_id", "right", "reason"])
         for row in table.to_pylist():
             answers[row["prompt_id"]] += 1
+            # Added also where it is 0, so that a prompt without any right response has an entry.
             right[row["prompt_id"]] += row["right"]
             if not row["right"]:
                 reasons[row["reason"]] += 1

@@ -34,6 +34,8 @@ def prompts_for_scoring(context: StageContext) -> TeacherPrompts:
     config = context.config
     if config.score.teacher_prompt is None:
         return TeacherPrompts()
+    # The messages are needed and not only the ids, because the template writes around the last
+    # message.
     prompts, _ = context.prompts("opd")
     asked = render_for_teacher(
         config,
@@ -73,6 +75,7 @@ def render_for_teacher(
         tokenizer,
         context_length=config.sglang.context_length,
         thinking=thinking,
+        # The time of the run's first stage, so that the teacher reads the same date as the student.
         time=render_time(config, record=True),
     )
     return {prompt.prompt_id: ids for prompt, ids in zip(prompts, rendered, strict=True)}
@@ -123,6 +126,7 @@ def prompt_of(response: Response, asked: Mapping[str, Ints]) -> Ints:
     Raises:
         DataError: The response answers no prompt of the run.
     """
+    # A cache that was made from other prompts, or prompts that were changed since the rollouts.
     if response.prompt_id not in asked:
         raise DataError(
             f"response {response.key} answers a prompt that the run does not have",

@@ -99,6 +99,8 @@ class TokenizerBridge:
             ends=student.ends,
             other_end=teacher.end,
         )
+        # The teacher reads the question in its own template and tokens. The student's ids mean
+        # other tokens to it.
         prompt_ids = prompt_of(response, self._teacher_prompts)
         # What is too long for the teacher is left out here: the response was as long as it may be
         # in the student's tokens, and a run must not end for it.
@@ -135,8 +137,11 @@ class TokenizerBridge:
         masked: list[Response] = []
         brought: list[TeacherScores] = []
         for response, score in zip(responses, scores, strict=True):
+            # Popped: a plan is needed once, and a run may have millions of responses.
             plan = self._plans.pop(response.key)
             aligned = plan.alignment == Alignment.ALIGNED
+            # A mask that the response had before stays. The alignment can only take more tokens
+            # away.
             if response.loss_mask is not None:
                 aligned &= response.loss_mask
             masked.append(dataclasses.replace(response, loss_mask=aligned))
@@ -144,6 +149,8 @@ class TokenizerBridge:
                 TeacherScores(
                     response.prompt_id,
                     response.sample_index,
+                    # The hash of the student's tokens: the scores are now about them, and a reader
+                    # compares it.
                     token_hash(response.prompt_ids, response.token_ids),
                     plan.bring_back(score.teacher_logprobs, response.sampling_logprobs),
                     alignment=plan.alignment,
@@ -180,6 +187,7 @@ class TokenizerBridge:
             sampling_logprobs=plan.forward(response.sampling_logprobs),
             finish_reason=response.finish_reason if plan is whole else "length",
             loss_mask=plan.is_text(),
+            # The experts were chosen for the teacher's tokens, of which the row has none any more.
             routed_experts=None,
         )
 
@@ -250,7 +258,10 @@ def demonstrate_in_student_tokens(context: StageContext, writer: ArtifactWriter)
             InStudentTokens(writer, bridge, prompts, prompt_ids),
             engine,
             prompts,
+            # The teacher is asked in its own template. The published rows have the student's
+            # prompt.
             [bridge.teacher_prompt(prompt.prompt_id) for prompt in prompts],
+            # The end tokens of the teacher alone: ids of the student mean other tokens here.
             sampling_params(section, [config.models.teacher]),
             samples_per_prompt=section.samples_per_prompt,
             seed=config.run.seed,

@@ -45,6 +45,7 @@ def rise_of(evals: Sequence[Mapping[str, Any]]) -> str:
         evals: The metrics of the evaluations at the syncs, in the order of their steps.
     """
     known = [row for row in evals if row.get(TRAINING_REVERSE_KL) is not None]
+    # Three rises need four figures.
     newest = known[-RISES - 1 :]
     if len(newest) <= RISES:
         return ""
@@ -62,5 +63,6 @@ def rise_of(evals: Sequence[Mapping[str, Any]]) -> str:
 
 def rises_of(evals: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what to say of a whole training: the last rise that was seen, if there was one."""
+    # At each sync as it was then, so that a resumed training says what an unbroken one says.
     said = [rise_of(evals[:end]) for end in range(len(evals) + 1)]
     return [text for text in said if text][-1:]

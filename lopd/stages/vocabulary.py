@@ -46,8 +46,10 @@ def within_ids(responses: Iterable[Response], num_ids: int, *, title: str) -> It
     Raises:
         DataError: The first token of a response is such an id, so nothing of it is left.
     """
+    # Cut and not thrown away: a shard is complete only with a response to each of its requests.
     num_cut = 0
     for response in responses:
+        # Checkpoints pad the vocabulary. A model can sample a row past the tokenizer's tokens.
         outside = np.flatnonzero(response.token_ids >= num_ids)
         if not outside.size:
             yield response
@@ -77,5 +79,7 @@ def _cut(response: Response, length: int, num_ids: int) -> Response:
         # It has no end token, as where the limit of tokens cut it.
         finish_reason="length",
         loss_mask=None if response.loss_mask is None else response.loss_mask[:length],
+        # One row for each token that was fed in. The last token of a response is sampled and not
+        # fed in.
         routed_experts=None if routed is None else routed[: len(response.prompt_ids) + length - 1],
     )
