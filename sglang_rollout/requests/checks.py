@@ -107,6 +107,7 @@ def check_not_uniform(key: Key, logprobs: Floats, vocab_size: int) -> None:
         EngineError: Every token has a probability of about 1 / vocab_size. That happens when a
             server has started without loading the weights of its output layer.
     """
+    # A few tokens can be near the uniform value by chance.
     if len(logprobs) < UNIFORM_MIN_TOKENS:
         return
     # Every token must be near -ln V. Single tokens of a good model are there by chance.

@@ -89,6 +89,7 @@ class SGLangEngine:
             vocab_size: The vocabulary of the served model. The default is to ask when needed.
         """
         weights_file = Path(weights_file) if weights_file is not None else None
+        # A user may write the URL with a slash, and paths begin with one.
         self.url = url.rstrip("/")
         self.api_key = api_key
         self.settings = settings
@@ -188,6 +189,8 @@ class SGLangEngine:
         async def score(
             calls: Connections, requests: Sequence[ScoreRequest]
         ) -> list[TeacherScores]:
+            # A request that the model cannot score is refused here, where the error can name the
+            # response.
             for request in requests:
                 scoring.check_scorable(request, self.settings.context_length, vocabulary)
             answers = await calls.generate_all(
@@ -198,6 +201,7 @@ class SGLangEngine:
                 for request, answer in zip(requests, answers, strict=True)
             ]
 
+        # Responses to one prompt go to the server together, which then computes the prompt once.
         groups = scoring.together(requests, self.settings.max_in_flight)
         for found in self._stream(groups, score, weigh=len):
             yield from found
@@ -255,6 +259,8 @@ class SGLangEngine:
         Raises:
             EngineError: The process of the server has ended and is not started again.
         """
+        # The owner of the process knows of its death at once. Other processes only see what it
+        # writes.
         if self.server is not None:
             self.server.check()
         # The watcher of another process leaves its verdict beside the weights file.
@@ -316,6 +322,8 @@ class SGLangEngine:
             EngineError: There is no connection, no answer in time, or a dead server.
             Refused: The server answers with an HTTP error.
         """
+        # Connecting gets a limit of its own: a long request is usual, and a long connection attempt
+        # is a lost host.
         timeout = httpx.Timeout(
             timeout_s or self.settings.request_timeout_s, connect=_CONNECT_TIMEOUT_S
         )

@@ -27,6 +27,7 @@ from sglang_rollout.server_side.checkpoint import check_same_tensors, tensor_sha
 from sglang_rollout.servers.arguments import check_urls
 from sglang_rollout.servers.launch import CONTEXT_MARGIN, KEY_VARIABLE
 
+# The oldest version whose replies this package was tested with (docs/sglang.md).
 OLDEST_VERSION = (0, 5, 17)
 # In tokens. The first of them has no log-probability.
 PROBE_LEN = 64
@@ -74,6 +75,7 @@ def connect(urls: Sequence[str], settings: SGLangSection, model_dir: Path) -> SG
         ConfigError: A value is no URL.
     """
     check_urls(settings)
+    # From the environment alone: a key in the configuration would end in manifests and logs.
     key = os.environ.get(KEY_VARIABLE, "")
     # From our copy of the model: the folder of a server on another machine may be unreadable.
     vocab_size = vocab_size_of(model_dir)
@@ -135,7 +137,9 @@ def probe_logprobs(engine: SGLangEngine, vocab_size: int) -> list[float]:
     Returns:
         63 natural logarithms at temperature 1, or fewer where the context is shorter.
     """
+    # A tiny model may have a context that is shorter than the probe.
     ids = int32(probe_ids(vocab_size)[: engine.settings.context_length])
+    # The first token is the prompt: there is nothing before it that could give it a probability.
     request = ScoreRequest("probe", 0, ids[:1], ids[1:])
     [scores] = engine.score([request], vocab_size=vocab_size)
     return [float(value) for value in scores.teacher_logprobs]
@@ -232,6 +236,7 @@ def _check_tokenizer(engine: SGLangEngine, expected: Expected, server: Mapping[s
     lopd sends token ids, so the server's tokenizer is never used. But another tokenizer shows that
     the server was started for another model.
     """
+    # The servers that lopd starts have none, and neither may this one.
     if server.get("skip_tokenizer_init"):
         return
     for text, ids in expected.tokenized.items():
@@ -250,6 +255,7 @@ def _check_weights(
     engine: SGLangEngine, expected: Expected, served: Path, vocab_size: int
 ) -> tuple[str, list[float] | None]:
     """Return how the weights are known, and the log-probabilities of the probe if it was asked."""
+    # A server on another machine may name a folder that does not exist here.
     readable = (served / "config.json").is_file()
     if expected.loads_weights:
         # These weights will be replaced, so it does not matter which they are.

@@ -22,6 +22,8 @@ class SGLangFleet(SGLangEngine):
     """
 
     def __init__(self, engines: Sequence[SGLangEngine]) -> None:
+        # The base class speaks with one server. What it asks of a model, such as its vocabulary,
+        # any of them can answer.
         first = engines[0]
         super().__init__(
             first.url,
@@ -100,6 +102,7 @@ class SGLangFleet(SGLangEngine):
 
 def fleet_of(engines: Sequence[SGLangEngine]) -> SGLangEngine:
     """Return one engine for all of these."""
+    # One server needs no pool of threads, and its errors keep their plain form.
     return engines[0] if len(engines) == 1 else SGLangFleet(engines)
 
 
@@ -133,6 +136,8 @@ class OwnServers:
         self._api_key = secrets.token_urlsafe(32)
         self._settings = settings
         logs = [log]
+        # Each server has a log of its own: the lines of several would be mixed, and a cause of
+        # death would be lost among them.
         if number > 1:
             logs = [log.with_name(f"{log.stem}-{replica}{log.suffix}") for replica in range(number)]
         self._servers = [

@@ -35,8 +35,10 @@ def stream_tokens(
         DataError: The prompt fills the context.
     """
     allowed = new_tokens_allowed(request, params, engine.settings.context_length)
+    # A name of our own, because only a named request can be aborted.
     name = f"live-{secrets.token_hex(6)}"
     body = generate_payload(request, params, allowed, name)
+    # A person reads the text alone.
     body |= {"stream": True, "return_logprob": False}
     timeout = httpx.Timeout(engine.settings.request_timeout_s, connect=_CONNECT_TIMEOUT_S)
     try:
@@ -48,6 +50,7 @@ def stream_tokens(
                 raise engine.refusal("/generate", reply.status_code, reply.read())
             yield from _new_tokens(reply.iter_lines(), engine.url)
     except httpx.TransportError as error:
+        # The death of the server explains more than the lost connection that it caused.
         engine.check_alive()
         what = f"the connection was lost ({type(error).__name__} {error})".rstrip()
         raise EngineError(what, where=engine.url, remedy="ask again") from None

@@ -18,6 +18,7 @@ from pathlib import Path
 def install() -> None:
     """Replace SGLang's function that names the file, if there is one."""
     try:
+        # Imported by name, because versions before and after may not have it.
         module = importlib.import_module("sglang.srt.managers.load_snapshot")
         original = module.shm_path_for
     except (ImportError, AttributeError):

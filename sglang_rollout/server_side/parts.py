@@ -43,6 +43,7 @@ class Part(NamedTuple):
             for length, stride in zip(self.shape, self.strides, strict=True)
             if length != 1
         ]
+        # A dimension whose stride equals the run so far continues it, as in a row-major tensor.
         while outer and outer[-1][1] == run:
             run *= outer.pop()[0]
         return run, [length for length, _ in outer], [stride for _, stride in outer]
@@ -50,12 +51,16 @@ class Part(NamedTuple):
 
 def cover(parts: Collection[Part], num_elements: int) -> bool:
     """Return whether every element of a tensor is in one of the parts, and none is outside."""
+    # A part without elements covers nothing, and its offset may lie behind the end.
     parts = [part for part in parts if math.prod(part.shape)]
+    # The largest number that divides every offset, run and stride. All elements of such a unit lie
+    # in the same parts.
     unit = num_elements
     for part in parts:
         last = part.offset + sum(
             (length - 1) * stride for length, stride in zip(part.shape, part.strides, strict=True)
         )
+        # as_strided() below does not check this, and would write outside of the marks.
         if min(part.offset, *part.strides, 0) < 0 or last >= num_elements:
             return False
         run, _, strides = part._runs()

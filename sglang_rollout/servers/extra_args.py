@@ -179,6 +179,7 @@ def _check_type(name: str, value: Any, shown: str, known: ServerFields) -> None:
 
 def _true_name(name: str, known: ServerFields) -> str:
     """Return the field that a name of SGLang's command line means: --tp-size, tp, and so on."""
+    # Users copy arguments from a command line, where a field has dashes.
     bare = name.lstrip("-").replace("-", "_")
     # The field itself, another name that SGLang has for it, or the short name of a size.
     candidates = (bare, known.other_names.get(bare, bare), f"{bare}_size")
@@ -187,6 +188,7 @@ def _true_name(name: str, known: ServerFields) -> str:
 
 def _shown(value: Any) -> str:
     """Return a value as TOML has it, cut to the length that a message has room for."""
+    # TOML writes true and false in small letters, and Python does not.
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 

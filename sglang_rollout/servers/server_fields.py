@@ -84,6 +84,8 @@ def read_fields(source: Path) -> ServerFields:
     Raises:
         EngineError: The fields are in none of the known places.
     """
+    # Newer versions spread the fields over a folder of files. Both forms are read, so that one lopd
+    # serves several versions.
     main = source / "server_args.py"
     parts = sorted((source / "arg_groups" / "fields").glob("*.py"))
     types: dict[str, ast.expr] = {}
@@ -174,6 +176,7 @@ def _deprecated_flags(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """Yield (old name, field) of calls such as
     ``add_argument("--cuda-graph-bs", dest="cuda_graph_bs_decode")``.
     """
+    # These calls stand inside of a method, so the whole tree is searched.
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
@@ -184,6 +187,7 @@ def _deprecated_flags(tree: ast.Module) -> Iterator[tuple[str, str]]:
             for keyword in node.keywords
             if isinstance(keyword.value, ast.Constant)
         }
+        # Without `dest` the flag and the field have one name.
         if isinstance(keywords.get("dest"), str):
             for one in node.args:
                 if isinstance(one, ast.Constant) and isinstance(one.value, str):

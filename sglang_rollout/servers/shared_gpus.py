@@ -20,6 +20,8 @@ def training_settings(config: Config) -> SGLangSection:
     """
     if not config.sync.colocate:
         return config.sglang
+    # With this argument SGLang allocates weights and cache so that they can be given back and taken
+    # again.
     extra_args = {**config.sglang.extra_args, "enable_memory_saver": True}
     # A restarted server takes its memory at once, but at that moment the memory may be the
     # trainer's. So there is no restart, and no client waits for one (outage_timeout_s = 0): the
@@ -55,6 +57,7 @@ def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[Conf
             limit="no URL in sglang.student_urls with sync.colocate",
             remedy=f"remove the URLs, or {off}",
         )
+    # The trainer's ranks on another machine would wait for GPUs that no server there gives back.
     nodes = config.distill.parallel.nodes
     if nodes > 1:
         yield ConfigError(

@@ -84,6 +84,7 @@ class SyncReport:
     def line(self) -> str:
         """Return one line for the log."""
         sent = f"{self.sent_bytes / _MIB:.0f} MiB by {self.transport} in {self.seconds:.2f} s"
+        # With sync.delta the tensors that did not change are counted and not sent.
         num_unchanged = self.num_tensors - self.sent_tensors
         unchanged = ""
         if num_unchanged > 0:
@@ -110,6 +111,8 @@ class Inventory:
         Raises:
             EngineError: The checkpoint cannot be read.
         """
+        # From a folder of this machine: the trainer's side must know the tensors before any server
+        # is asked.
         self.shapes = tensor_shapes(template_dir)
         self._where = where
         self._version = ""
@@ -256,7 +259,7 @@ def finished(futures: Mapping[str, Future[T]], timeout_s: float) -> list[T]:
         late = ", ".join(name for name, future in futures.items() if future in waiting)
         raise EngineError(
             f"these servers did not answer within {timeout_s:g} s: {late}",
-            limit="at most sync.timeout_s = {timeout_s:g}",
+            limit=f"at most sync.timeout_s = {timeout_s:g}",
             remedy="read the log of the server; if it is only slow, raise sync.timeout_s",
         )
     # All have ended. Their results come in the order of the mapping.

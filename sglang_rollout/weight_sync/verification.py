@@ -49,6 +49,8 @@ class TensorVerification:
         self._template_dir = Path()
         # How the servers hold each tensor. It does not change while they run.
         self._served: dict[str, _Served] = {}
+        # Replaced by the servers' own method in begin(). Fingerprints by two methods are never
+        # equal.
         self._method: Method = "xxh3"
         self._expected: dict[str, dict[Part, int]] = {}
 
@@ -64,7 +66,9 @@ class TensorVerification:
                 gets no tensor of the checkpoint, or a part of a tensor goes into no parameter.
         """
         self._template_dir = template_dir
+        # Those of the former version must not be compared with the new weights.
         self._expected = {}
+        # The layout is asked for once. Later versions have the same tensors in the same parts.
         if self._served:
             return
         # All servers have the same settings, so the first one answers for all of them. No
@@ -135,6 +139,8 @@ class TensorVerification:
         # All tensors of the version are compared, also those that a delta did not send.
         answers = self._ask(engines, FINGERPRINTS)
         for engine, ranks in zip(engines, answers, strict=True):
+            # All differing tensors are collected first: which ones they are shows what went wrong
+            # in the sync.
             wrong = []
             for name, expected in self._expected.items():
                 difference = _difference(expected, [rank[name] for rank in ranks if name in rank])
@@ -153,6 +159,8 @@ class TensorVerification:
 
     def _ask(self, engines: Sequence[SGLangEngine], action: str) -> list[list[dict[str, Any]]]:
         """Return, for each server and each of its ranks, what it says of each tensor."""
+        # The folder travels inside the name of the action, because SGLang's call has no other field
+        # for it.
         body = {"action": f"{action}{self._template_dir.resolve()}"}
 
         def ask(engine: SGLangEngine) -> list[dict[str, Any]]:
@@ -255,6 +263,7 @@ class ScoreVerification:
                 # NaN counts as infinite, because it compares as false with everything and would
                 # pass as the best value.
                 difference = float(np.nan_to_num(differences, nan=np.inf).mean())
+                # The worst response of a server is named, and not the first bad one.
                 if difference > worst:
                     worst = difference
                     key = scores.key

@@ -357,7 +357,7 @@ def _require_same_format(
                 f"the checkpoint was written with {key} = {theirs[key]}",
                 where=str(path),
                 limit=f"exactly {key} = {ours[key]}, as in this run",
-                remedy="use the same {key} as the checkpoint",
+                remedy=f"use the same {key} as the checkpoint",
             )
 
 
