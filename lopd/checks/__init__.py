@@ -48,6 +48,7 @@ Check = Callable[[Config], Iterator[Finding]]
 
 
 def _sync(config: Config) -> Iterator[Finding]:
+    # The machine is asked here and not in the check, which lopd plan uses for other machines.
     return combinations.sync(config, on_gpu=devices()[1] != CORES)
 
 
@@ -101,6 +102,8 @@ def check(
     Yields:
         The name of the check, and a finding.
     """
+    # Hashes of large files are remembered from earlier commands. Without them every check of a
+    # large model would read all its weights.
     if not config.run.rehash:
         HASHES.load(config.run.dir / STORE)
     # Of a check it matters only whether one of these stages needs it.
@@ -111,8 +114,10 @@ def check(
     for name, (function, matters_to) in CHECKS.items():
         if stage is not None and stages.isdisjoint(matters_to):
             continue
+        # Before the check runs, so that a slow one is named while it works.
         begin(name)
         try:
+            # One by one: what is found before an error is shown, too.
             for finding in function(config):
                 yield name, finding
         except LopdError as error:

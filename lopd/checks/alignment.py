@@ -23,6 +23,8 @@ def alignment(config: Config) -> Iterator[Finding]:
     # Without the folders there is nothing to read, and their own checks say so.
     if problems or not (teacher.is_dir() and student.is_dir()):
         return
+    # With one tokenizer the teacher can score the very ids. Alignment would lose the tokens to
+    # which the text does not encode again.
     if identify_tokenizer(teacher).tokenizer == identify_tokenizer(student).tokenizer:
         yield ConfigError(
             'score.tokenizer = "aligned" gains nothing: both models have one tokenizer',

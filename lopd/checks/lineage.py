@@ -214,6 +214,7 @@ def verdicts(config: Config) -> Iterator[Finding]:
         folder = getattr(config.distill, name)
         if folder is not None:
             manifest = read_verdict_manifest(folder)
+            # The name is shown, because verdicts of another task would be about another question.
             verifier = manifest.extra["verifier"]["name"]
             yield (
                 f"distill.{name}: {manifest.extra['num_right']:,} of {manifest.rows:,} responses "

@@ -68,6 +68,7 @@ def _difference(config: Config, prompt: Prompt, rendered: str, other: Path) -> I
     """Show one prompt under both templates, where they differ."""
     name = "student" if config.models.chat_template == "teacher" else "teacher"
     try:
+        # repr(), because two renderings may differ in line breaks and spaces alone.
         theirs = repr(_Renderer(config, other).text(prompt, config.prompts.opd))
     except LopdError as error:
         # A base model often has no template at all. It will get one.
@@ -84,6 +85,7 @@ def _thinking(config: Config, prompt: Prompt, own: _Renderer) -> Iterator[Findin
     sets = {name: getattr(config.prompts, name) for name in ("sft", "opd", "eval")}
     # The same prompt for all sets, so only the knob can make a difference.
     texts = {name: own.text(prompt, chosen) for name, chosen in sets.items()}
+    # Compared with the SFT set: the student learns its form, and the others should be asked in it.
     for name in ("opd", "eval"):
         if texts[name] != texts["sft"]:
             yield (
@@ -114,6 +116,7 @@ class _Renderer:
 
     def __post_init__(self) -> None:
         self._tokenizer: Any = light_tokenizer(self.folder)
+        # The check writes nothing, so the time is not recorded here.
         self._time = render_time(self.config)
 
     def text(self, prompt: Prompt, prompt_set: PromptSet) -> str:

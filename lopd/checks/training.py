@@ -85,6 +85,8 @@ def batch_problems(config: Config, *, without: Collection[str] = ()) -> Iterator
     )
     for training, sampled, chosen in trainings:
         if sampled not in without and chosen.num_prompts is not None:
+            # Only where the configuration gives the number: the rows of a file are counted by
+            # another check.
             samples = getattr(config, sampled).samples_per_prompt
             yield from batch_problem(config, training, chosen.num_prompts * samples)
 
@@ -202,6 +204,7 @@ def megatron(config: Config) -> Iterator[Finding]:
     for name, section in tables.items():
         # While it is imported, Megatron-Core warns at length of packages that are not installed.
         with warnings.catch_warnings(action="ignore"):
+            # An error of one table must not hide those of the other one.
             yield attempt(partial(_megatron_fields, f"{name}.megatron", section, architecture))
     if not tables:
         yield "no fields beside the knobs"

@@ -60,6 +60,7 @@ class HubName:
     def folder(self) -> Path:
         """The folder on this machine. It may not exist yet."""
         kind = DATASETS if self.dataset else MODELS
+        # The revision is part of the name, so two revisions of one model lie beside each other.
         return hub_folder() / kind / f"{self.owner}--{self.name}@{self.revision}"
 
     @property
@@ -107,6 +108,7 @@ def local_path(text: str) -> Path:
 def hub_name(path: Path) -> HubName | None:
     """Return the repository that holds a path, or None if the path is not in the hub's folder."""
     try:
+        # The name is read back from the path: after loading, a configuration holds paths alone.
         kind, folder, *_ = path.relative_to(hub_folder()).parts
     except ValueError:
         # The path lies elsewhere, or it is the hub's folder itself.
@@ -131,6 +133,8 @@ def absent(
     name = hub_name(path)
     if name is None:
         return kind(what, where=str(path), remedy=otherwise)
+    # The configuration's key stays in the message, so that a user sees which line needs the
+    # download.
     key = what.rpartition(":")[0]
     return NotFetched(
         f"{key}: {name} is not downloaded yet" if key else f"{name} is not downloaded yet",

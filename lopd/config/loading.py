@@ -31,6 +31,7 @@ class InvalidConfig(ConfigError):
     """
 
     def __init__(self, mistakes: Sequence[ConfigError], keys: Sequence[str]) -> None:
+        # The first in the order of the sections, which is the order in which a user reads the file.
         first = mistakes[0]
         self.mistakes = tuple(mistakes)
         more = ""
@@ -96,6 +97,7 @@ def config_from(
             where=where,
             remedy="change to a folder that exists, then run the command again",
         ) from None
+    # Absolute from here on: ranks and workers may run in other folders.
     return cast(Config, _absolute(config, folder))
 
 

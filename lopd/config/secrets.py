@@ -63,6 +63,7 @@ def holds_secret(arguments: Mapping[str, Any]) -> bool:
 
 
 def _is_secret(name: str) -> bool:
+    # By whole words: "token" in num_tokens must not hide a number.
     words = [word.lower() for word in _WORD.findall(name)]
     # ["key", "id"] is the end of aws_access_key_id.
     return bool(words) and (

@@ -80,6 +80,7 @@ def show_inspection(figures: Mapping[str, Any]) -> None:
     # Titles are dim and of one width, so that the values can be read as a column.
     for title, value in _inspection_lines(figures):
         console.print(Text.assemble((f"{title:26}", "dim"), value), soft_wrap=True)
+    # The scale is explained once, above the first histogram.
     if any(figures.get(name) for name in _HISTOGRAMS):
         console.print(Text(f"\n{_SCALE}", style="dim"), soft_wrap=True)
     for name, title in _HISTOGRAMS.items():
@@ -122,6 +123,7 @@ def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     lineage = figures["lineage"]
     # Several teachers have a line each, further below.
     if len(figures["teachers"]) < 2:
+        # 12 of the 64 digits are enough to tell models apart on a screen.
         known = teacher and f"{teacher['path']} (weights {teacher['weights'][:12]})"
         yield "teacher", known or "unknown"
     yield "student", figures["student"] or "unknown"
@@ -152,6 +154,7 @@ def _size_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     size = f"{figures['bytes_per_token']:.2f} in all"
     smaller = f"{figures['bytes_per_token_without_sampling_logprobs']:.2f}"
     yield "bytes per token", f"{size}, {smaller} without sampling log-probabilities"
+    # The largest column first: it is the one worth leaving out.
     columns = sorted(figures["bytes_per_token_by_column"].items(), key=lambda item: -item[1])
     # What would be shown as 0.00 is left out.
     yield "  by column", ", ".join(f"{name} {size:.2f}" for name, size in columns if size >= 0.005)
@@ -174,6 +177,8 @@ def _ending_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _moments(figures: Mapping[str, Any]) -> str:
     """Return the statistics of a distribution as one line, for nats or for lengths in tokens."""
+    # Two kinds of figures: values around 0 need a sign and a spread, lengths need a middle and a
+    # tail.
     if "standard_deviation" in figures:
         spread = (
             f"mean {figures['mean']:+.4f}, standard deviation {figures['standard_deviation']:.4f}"

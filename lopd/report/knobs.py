@@ -181,6 +181,7 @@ def _about(section: str) -> str:
     kind: Any = Config
     for part in section.split("."):
         kind = _without_none(kind.model_fields[part].annotation)
+    # The docstring is the only description of a section, so pages and commands say the same.
     text = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
     # Some docstrings begin with the name of the table, which stands before the text here.
     about = re.sub(r"^The tables? \[.*?: ", "", text)

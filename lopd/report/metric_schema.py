@@ -104,6 +104,7 @@ METRICS: tuple[Metric, ...] = (
         "training_reverse_kl", _NATS, "distill", "reverse_kl since the last weight sync", "eval"
     ),
 )
+# By kind and name: a training and a weight sync may report the same name.
 _BY_KEY: dict[tuple[str, str], Metric] = {(one.kind, one.name): one for one in METRICS}
 
 

@@ -59,6 +59,7 @@ def run(context: StageContext) -> None:
         longer = _train_longer(context)
     bridge = bridge_for(context, "eval")
     held_out = _HeldOut(context, prompts, prompt_ids, bridge)
+    # The record of the whole stage. Each model's answers and scores are artifacts inside of it.
     writer = context.writer(
         models={"teacher": context.identity("teacher")},
         lineage=context.manifest_of("distill").lineage,
@@ -73,6 +74,7 @@ def run(context: StageContext) -> None:
             engine = server.use(model, version=name)
             # All that a model has to answer is asked while the server holds it.
             answers[name] = held_out.sample(engine, name, "answers")
+            # Answers that were sampled from the policy as it is serve both purposes.
             policies[name] = answers[name]
             if policy_purpose == "policy":
                 policies[name] = held_out.sample(engine, name, "policy")
@@ -144,6 +146,7 @@ def _train_longer(context: StageContext) -> dict[str, Any]:
     # prompt and response tokens that go through the model, which is what a training costs.
     sft = context.manifest_of("sft").extra
     distilled = context.manifest_of("distill").extra
+    # The mean over the first SFT, whose data the baseline goes through again.
     tokens_per_step = sft["num_tokens"] / sft["num_steps"]
     demonstrations, _ = demonstrations_of(context)
     job = TrainingJob(
@@ -193,6 +196,8 @@ class _HeldOut:
         samples_per_prompt = section.samples_per_prompt
         changes: dict[str, Any] = {}
         if purpose == "policy":
+            # One response for each prompt: the reverse KL is a mean over tokens, and has many of
+            # them already.
             samples_per_prompt = 1
             changes = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
         part = self.context.writer(

@@ -36,6 +36,7 @@ _NEXT_TRAINING = {"demonstrate": "sft", "rollout": "distill", "score": "distill"
 
 def architecture_of(model: Path) -> dict[str, Any]:
     """Return what SGLang builds a model from, without its weights."""
+    # Weights can be sent to a running server, but its shape is fixed when it starts.
     config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
 
@@ -74,6 +75,7 @@ class Overlap:
         self._running: _Running | None = None
         self._in_use = False
         self._tell: Callable[[str], None] = lambda line: None
+        # One thread is enough: there is one kept server.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="server-start")
 
     def __enter__(self) -> Overlap:
@@ -171,6 +173,7 @@ class Overlap:
         if engine is None:
             self.prepare_server(model, settings, log=log, name=name, tell=tell)
             engine = self._started().engine.result()
+        # From here on ranks may sync weights into it, which this process does not see.
         self._started().untouched = False
         self._in_use = True
         try:
@@ -187,6 +190,7 @@ class Overlap:
         from sglang_rollout.weight_sync import update_weights_from_disk
 
         running = self._running
+        # Stages may want other settings, such as a longer context. A server cannot change them.
         if running is None or running.settings != settings:
             return None
         if running.architecture != architecture_of(model):
