@@ -35,6 +35,7 @@ def apply() -> None:
             the versions.
     """
     for entry in listing():
+        # apply() is called wherever Megatron is first needed, and a patch must go on once.
         if entry.name in _applied or not is_needed(entry):
             continue
         try:

@@ -161,6 +161,8 @@ class FileHashes:
         for path in map(Path, paths):
             key, _ = _state(path)
             if key not in self._known:
+                # In bytes and not in files: one file of a large model takes as long as all others
+                # together.
                 total += path.stat().st_size
         return total
 

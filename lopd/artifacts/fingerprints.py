@@ -91,6 +91,7 @@ def identify_tokenizer(folder: str | Path) -> ModelIdentity:
     tokenizer = folder / "tokenizer.json"
     return ModelIdentity(
         path=str(folder),
+        # Left empty: a tokenizer is compared without reading gigabytes of weights.
         weights="",
         tokenizer=sha256_file(tokenizer) if tokenizer.is_file() else "",
         template=hashlib.sha256(_chat_template(folder)).hexdigest(),

@@ -214,6 +214,7 @@ def tokenizers_of_rows(manifest: Manifest, folder: str | Path) -> dict[str, Mode
         for role, identity in manifest.models.items()
         if not role.startswith("teacher")
     }
+    # The teacher's own tokenizer says nothing of the rows, which are in the student's tokens.
     return {**others, "the aligned rows": scored_tokenizer(aligned, folder)}
 
 

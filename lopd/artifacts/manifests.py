@@ -78,6 +78,8 @@ def read_complete(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    # An incomplete artifact has sound shards. A reader that took them for all would learn from a
+    # part.
     if not manifest.complete:
         raise ArtifactError(
             "the artifact is not complete",

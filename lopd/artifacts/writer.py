@@ -210,6 +210,8 @@ class ArtifactWriter:
         """Return the indices below num_shards that this writer still has to publish."""
         return [
             index
+            # In ascending order, so that what a kill leaves is a beginning and a few shards in
+            # flight.
             for index in range(num_shards)
             if not self.is_published(index) and self.is_mine(index)
         ]

@@ -171,8 +171,10 @@ class _Pack:
 def _pack_of(lengths: list[int], pad_multiple: int) -> _Pack:
     assert all(lengths), "a sample has at least one token"
     num_tokens = sum(lengths)
+    # An empty microbatch has padding alone: its rank must still take part in every exchange.
     padding_len = -num_tokens % pad_multiple if lengths else pad_multiple
     if padding_len:
+        # The padding is a sequence of its own, so that no real token attends to it.
         lengths = [*lengths, padding_len]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return _Pack(cu_seqlens, num_tokens, has_padding=bool(padding_len))
@@ -201,6 +203,7 @@ def _column(samples: Sequence[Sample], name: str) -> list[Any]:
 def _shifted_top(pack: _Pack, tops: list[TopK]) -> TopK | None:
     if not tops:
         return None
+    # The arrays of all samples become one, which has one width.
     widths = {top.ids.shape[1] for top in tops}
     if len(widths) > 1:
         raise DataError(

@@ -236,6 +236,7 @@ def _spread(bins: list[list[int]], num_bins: int) -> list[list[int]]:
     """Return num_bins microbatches: new ones take single samples from those that hold most."""
     bins = [list(members) for members in bins]
     while len(bins) < num_bins:
+        # From a microbatch with several samples, so that none becomes empty by it.
         fullest = max(bins, key=len, default=[])
         bins.append([fullest.pop()] if len(fullest) > 1 else [])
     return bins

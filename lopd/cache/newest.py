@@ -25,6 +25,7 @@ def last_rows(path: str | Path, count: int) -> list[Response]:
         groups = file.metadata.num_row_groups
         if groups == 0:
             return []
+        # The last group alone: a shard may have thousands of long responses, and a few are shown.
         table = file.read_row_group(groups - 1, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise damaged_shard(Path(path), error) from None

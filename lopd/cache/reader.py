@@ -119,6 +119,7 @@ class CacheReader:
         """Return the prompt_id of every row, in one pass over this column."""
         names: list[str] = []
         for shard in range(len(self._shards)):
+            # One column of names: the token ids of a whole cache would not fit into memory.
             table = self._shard(shard).file.read(columns=["prompt_id"], use_threads=False)
             names += table.column("prompt_id").to_pylist()
         return names
@@ -178,6 +179,7 @@ class CacheReader:
         self, table: pa.Table, name: str, limit: int, owner: str, shard: int
     ) -> None:
         ids, rows = flat(table, name)
+        # An id without a row would read other memory in an embedding, or fail deep inside of it.
         wrong = np.flatnonzero((ids < 0) | (ids >= limit))
         if wrong.size:
             key = tuple(table[column][int(rows[wrong[0]])].as_py() for column in _KEY)

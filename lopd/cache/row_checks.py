@@ -178,6 +178,7 @@ class RowChecks:
         for key in keys:
             if key in self._keys:
                 what = "the same prompt_id and sample_index twice"
+                # Two responses under one key would be one to every reader that looks by key.
                 self._findings.add("duplicate key", what, _name(key))
             self._keys.add(key)
 
@@ -221,6 +222,7 @@ class RowChecks:
 
     def _has_whole_top_k(self, table: pa.Table) -> bool:
         present = [name for name in _TOP_K if name in table.column_names]
+        # The columns are of use together alone: ids without their log-probabilities train nothing.
         if 0 < len(present) < len(_TOP_K):
             what = "of the teacher's top-K only a part is there"
             self._findings.add("missing column", what, ", ".join(present))

@@ -40,6 +40,7 @@ class Moments:
 
     def __init__(self, edges: tuple[float, ...]) -> None:
         self.edges = edges
+        # Sums and extremes are kept instead of values, because a cache has billions of tokens.
         self.counts = np.zeros(len(edges) - 1, np.int64)
         self.number = 0
         self.total = 0.0

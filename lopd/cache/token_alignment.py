@@ -51,6 +51,7 @@ def count_alignment(table: pa.Table) -> dict[str, int]:
         return {}
     values, rows = flat(table, ALIGNMENT)
     counts = {one.name.lower(): int((values == one).sum()) for one in Alignment}
+    # minlength counts the responses behind the last aligned token, too.
     num_aligned = np.bincount(rows[values == Alignment.ALIGNED], minlength=table.num_rows)
     return counts | {"responses_without_loss": int((num_aligned == 0).sum())}
 
@@ -78,6 +79,7 @@ def alignment_line(counts: Mapping[str, int]) -> str:
         for one, count in reasons.items()
         if count and one is not Alignment.ALIGNED
     ]
+    # Such a response takes its place in a batch and teaches nothing.
     silent = counts["responses_without_loss"]
     if silent:
         masked.append(f"{silent:,} responses have none at all")

@@ -37,8 +37,10 @@ def right_of(reader: CacheReader, folder: str | Path) -> NDArray[np.bool_]:
     """
     verdicts = read_verdict_manifest(folder)
     known: dict[int, bool] = {}
+    # The verdicts are a fraction of the cache, so they are all held while the cache is read once.
     for shard in verdicts.shards:
         for row in read_shard(folder, shard).to_pylist():
+            # By key and tokens: the same prompt may have been answered again since it was judged.
             known[_name_of((row["prompt_id"], row["sample_index"]), row["token_hash"])] = row[
                 "right"
             ]
@@ -49,6 +51,8 @@ def right_of(reader: CacheReader, folder: str | Path) -> NDArray[np.bool_]:
         if name in known:
             right[index] = known[name]
         else:
+            # Counted to the end: the number tells whether the wrong folder was named or the judging
+            # was cut short.
             lacking.append(response.key)
     if lacking:
         raise DataError(
@@ -88,6 +92,8 @@ def rows_that_the_teacher_solves(reader: CacheReader, folder: str | Path, share:
         for prompt_id, is_right in zip(prompts, table.column("right").to_pylist(), strict=True):
             answers[prompt_id] += 1
             right[prompt_id] += is_right
+    # The cache and the teacher's answers share prompts and not responses, so the prompts are
+    # compared.
     asked = reader.prompts_of_rows()
     unknown = sorted({name for name in asked if name not in answers})
     if unknown:
@@ -98,6 +104,7 @@ def rows_that_the_teacher_solves(reader: CacheReader, folder: str | Path, share:
             limit=f"a verdict for every prompt of {reader.folder}",
             remedy="let the teacher answer the prompts of prompts.opd, and judge these answers",
         )
+    # Multiplied and not divided, so that no rounding decides at the very share.
     kept = [row for row, name in enumerate(asked) if right[name] >= share * answers[name]]
     if not kept:
         raise DataError(

@@ -11,6 +11,8 @@ from lopd.report.trackers import missing_package
 
 def trackers(config: Config) -> Iterator[Finding]:
     """Check that the packages of report.trackers are installed."""
+    # A tracker that cannot be imported ends no training, so without this check its absence is
+    # noticed too late.
     names = config.report.trackers
     problems = [problem for name in names if (problem := missing_package(name)) is not None]
     yield from problems

@@ -231,6 +231,7 @@ class RefreshSection(Section):
     def is_on(self) -> bool:
         """Return whether a knob is set that can cause a refresh."""
         return (
+            # Any of the three rules can ask for a refresh.
             self.every > 0
             or self.min_effective_share is not None
             or self.max_chi_square is not None

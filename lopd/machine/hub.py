@@ -239,6 +239,7 @@ def _listing(folder: Path) -> list[str]:
     files = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
+        # The note is lopd's own and not part of the download.
         if path.is_file() and path.name != NOTE
     )
     return files[:_LISTED] or ["nothing"]

@@ -94,5 +94,6 @@ def count_sums(batch: TokenBatch) -> dict[str, Tensor]:
     counts = loss_tokens_per_sequence(batch)
     return {
         "num_tokens": counts.sum(dtype=torch.float64),
+        # A response whose loss a selection has taken away is not counted.
         "num_responses": (counts > 0).sum(dtype=torch.float64),
     }

@@ -192,6 +192,8 @@ def is_on(objective: ObjectiveSection, knob: str) -> bool:
 
 
 def _refuse_contradictions(objective: ObjectiveSection) -> None:
+    # Refused and not ignored: a knob without an effect would stand in a manifest as if it had had
+    # one.
     if is_on(objective, "prefix_share") and is_on(objective, "prefix_tokens"):
         reason = "prefix_tokens also sets the length of the prefix"
         raise _refused(objective, "prefix_share", reason, "remove prefix_share or prefix_tokens")

@@ -61,6 +61,7 @@ def _without_gpus(plan: Plan) -> dict[str, Any]:
     return {
         "node": {"device": "cpu"},
         **_models(plan),
+        # Not true and not false: whether it fits was not asked.
         "fits": None,
         "problems": [],
         **_work(plan),

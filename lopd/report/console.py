@@ -178,6 +178,7 @@ class _PlainBar:
         self._total = total
         self._unit = unit
         self._done = done
+        # What an earlier command has done must not count in this one's rate.
         self._done_before = done
         self._start = time.monotonic()
         self._last_line = self._start

@@ -120,6 +120,7 @@ def metric_of(kind: str, name: str) -> Metric | None:
 
 def metric_lines() -> Iterator[str]:
     """Yield the lines of the table in docs/metrics.md."""
+    # A test compares this with the page, so that neither can lack a metric.
     yield "| metric | unit | reported by | meaning |"
     yield "|---|---|---|---|"
     reported = {"all": "every training", "sft": "sft", "distill": "distill"}

@@ -191,6 +191,7 @@ def state_of(run_dir: Path, tail: MetricsTail | None = None) -> RunState:
     rows = (tail or MetricsTail(run_dir / METRICS)).rows()
     stages = _stages(run_dir, rows)
     begun = [stage for stage in stages if stage.state == "begun"]
+    # The first one: a later stage cannot be at work before it is done.
     current = begun[0] if begun else None
     folder = run_dir / current.name if current is not None else None
     return RunState(

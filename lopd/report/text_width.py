@@ -34,6 +34,7 @@ def wrapped(text: str, width: int, *, indent: str = "", later: str | None = None
         width,
         initial_indent=indent,
         subsequent_indent=indent if later is None else later,
+        # Paths and keys are copied from the screen, so they are never cut.
         break_long_words=False,
         break_on_hyphens=False,
     )

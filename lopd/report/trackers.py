@@ -185,6 +185,7 @@ class MlflowTracker:
             Param(_mlflow_name(name), str(value)[:_MLFLOW_CHARS])
             for name, value in training.knobs.items()
         ]
+        # MLflow refuses a longer value, and more parameters in one call.
         for start in range(0, len(params), _MLFLOW_PARAMS):
             self._client.log_batch(run_id, params=params[start : start + _MLFLOW_PARAMS])
         return run_id

@@ -237,6 +237,7 @@ def _verdicts(
 ) -> Iterator[Verdict | None]:
     """Yield the verdict of each response in order, or None where the task has no verifier."""
     if not isinstance(task, Verifier):
+        # A verdict for each response all the same, so that the caller can join the two.
         yield from [None] * len(responses)
         return
 
@@ -276,6 +277,7 @@ def _write_transcripts(
 
 
 def _read_verdicts(path: Path) -> list[Verdict | None]:
+    # As in lopd.tasks.verdict_files: a prompt may hold half of a surrogate pair.
     lines = path.read_text(encoding="utf-8", errors="surrogatepass").rstrip("\n").split("\n")
     return [
         Verdict(row["right"], row["reason"], row["found"]) if "right" in row else None

@@ -76,6 +76,8 @@ def describe(made: Sequence[RefreshRecord], stage: Path) -> list[dict[str, Any]]
     """
     described: list[dict[str, Any]] = []
     for refresh in made:
+        # The scores are the last artifact of a refresh, so their manifest describes the whole of
+        # it.
         manifest = read_manifest(refresh.folder(stage) / SCORES)
         figures = {
             "rows": manifest.rows,

@@ -333,6 +333,8 @@ def _check_versions(folder: Path, rollouts: Manifest, version: str) -> None:
     weights are in no folder.
     """
     for shard in rollouts.shards:
+        # A killed refresh may have left shards. All must be of the same student, or the drift would
+        # be measured against two.
         found = set(read_shard(folder, shard).column("weight_version").to_pylist())
         if found != {version}:
             others = ", ".join(sorted(found - {version}))

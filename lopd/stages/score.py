@@ -101,6 +101,8 @@ def _base_of(context: StageContext) -> dict[str, ModelIdentity]:
     base = context.identity("teacher_base")
     teacher = context.identity("teacher")
     check_same_tokenizer(base, teacher)
+    # The advantage of the delta would be 0 at every token, and the student would learn nothing,
+    # without an error.
     if base.weights == teacher.weights:
         raise ConfigError(
             "models.teacher_base has the weights of the teacher, so their difference is 0",

@@ -151,6 +151,7 @@ def kept_rows(reader: CacheReader, job: TrainingJob) -> NDArray[np.int64]:
         ArtifactError, DataError: See rows_that_the_teacher_solves.
     """
     distill = job.config.distill
+    # SFT learns from all demonstrations. The knob is one of distill.
     if job.objective != "distill" or distill.teacher_verdicts is None:
         return np.arange(len(reader))
     return rows_that_the_teacher_solves(

@@ -155,6 +155,7 @@ def response_figures(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[
     Returns:
         response_len, response_len_quantiles {quantile: tokens}, truncated_share.
     """
+    # Lengths are skewed by a few long answers, which a mean alone would hide.
     quantiles = np.quantile(np.asarray(lengths), [0.1, 0.5, 0.9, 1.0])
     named_quantiles = zip(("0.1", "0.5", "0.9", "1"), quantiles.tolist(), strict=True)
     return {

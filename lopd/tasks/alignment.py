@@ -163,6 +163,7 @@ def _common_length(first: bytes, second: bytes, here: int, there: int) -> int:
     """Return how many bytes are the same from these two places on."""
     length = 0
     while True:
+        # Block by block through numpy: a loop over bytes would take seconds for a long response.
         own = np.frombuffer(first[here + length : here + length + _BLOCK], np.uint8)
         theirs = np.frombuffer(second[there + length : there + length + _BLOCK], np.uint8)
         width = min(len(own), len(theirs))

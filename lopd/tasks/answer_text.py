@@ -63,6 +63,7 @@ def has_braced_box(text: str) -> bool:
 
 def closing_brace(text: str, start: int) -> int | None:
     """Return the position of the brace that closes the one at ``start``, or None. One pass."""
+    # Braces of LaTeX nest, as in \boxed{\frac{1}{2}}, so the first closing one may belong inside.
     depth = 0
     for match in _BRACE.finditer(text, start):
         if match[0] == "{":

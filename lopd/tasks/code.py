@@ -260,6 +260,8 @@ class Code(FileTask):
 
     def _limits(self) -> sandbox.Limits:
         return sandbox.Limits(
+            # Processor time is the limit that counts: on a busy machine a right program may wait
+            # long.
             cpu_s=self.limit_s,
             wall_s=_WALL_FACTOR * self.limit_s + _WALL_EXTRA_S,
             memory_mb=self.memory_mb,

@@ -154,6 +154,7 @@ class _Part:
 def _parts(student: TokenBytes, teacher: TokenBytes, ids: Sequence[int]) -> Iterator[_Part]:
     """Yield the runs of ordinary tokens and the special tokens of a response, in order."""
     is_first = True
+    # Special tokens are no text, so no chunk may reach across one.
     for is_special, group in groupby(ids, student.special.__contains__):
         members = [*group]
         if is_special:
@@ -203,6 +204,7 @@ def _canonical(
     if list(ids) == list(own_ids):
         return np.ones(len(ids), bool)
     chunks = common_chunks(pieces, own_pieces)
+    # A chunk of one token on either side shows that the text is cut in the same way there.
     alone = chunks.same & (chunks.first_sizes == 1) & (chunks.second_sizes == 1)
     found = np.zeros(len(ids), bool)
     first = chunks.first_ends[alone] - 1

@@ -133,6 +133,7 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Return what the files of a tokenizer are known by: name, size and time of change."""
     found = []
     for name in FILES:
+        # Not every tokenizer has all of these files.
         with contextlib.suppress(OSError):
             state = (folder / name).stat()
             found.append((name, state.st_size, state.st_mtime_ns))

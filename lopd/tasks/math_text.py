@@ -218,6 +218,7 @@ def same_case(one: str, other: str) -> bool:
     """
     mine = _variables(one)
     theirs = _variables(other)
+    # A letter that both sides have is no question of case.
     alone = [(letter, theirs) for letter in mine - theirs]
     alone += [(letter, mine) for letter in theirs - mine]
     return not any(letter.swapcase() in others for letter, others in alone)

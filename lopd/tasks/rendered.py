@@ -135,6 +135,7 @@ def keep(kept: Kept, fingerprint: str, token_ids: TokenIds) -> None:
     Raises:
         ArtifactError: The file may be written, but the disk is full, read-only or forbidden.
     """
+    # Checks may run beside another command, which owns the run directory, so they only remember.
     if kept.can_write:
         _write(kept.path, fingerprint, token_ids)
         _HELD.pop(kept.path, None)

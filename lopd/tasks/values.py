@@ -99,6 +99,7 @@ def list_in(text: str) -> list[str] | None:
     Returns:
         None for anything else, also for the interval [1, 2].
     """
+    # Most answers are no list, and this test is far cheaper than a parser.
     if not text.lstrip().startswith("["):
         return None
     try:

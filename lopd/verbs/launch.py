@@ -91,6 +91,7 @@ def with_place(stage: str, whole: Verb) -> Callable[..., None]:
 
 def _with_node(stage: str, whole: Verb) -> Callable[..., None]:
     def verb(config: ConfigFile, overrides: Overrides = None, node: Node = None) -> None:
+        # A follower has done its part inside of the call. Machine 0 runs the stage as a whole.
         if node is None or not run_as_follower(stage, config, overrides or [], node):
             whole(config, overrides)
 

@@ -145,6 +145,7 @@ def assign_req_to_token_pool_cpu(
     offset = 0
     spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for row, start, end in spans:
+        # The new locations of all requests lie one behind the other.
         locations = out_cache_loc[offset : offset + end - start]
         req_to_token[row, start:end] = locations.to(req_to_token.dtype)
         offset += end - start

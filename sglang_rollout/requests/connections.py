@@ -374,6 +374,7 @@ def message_of(content: bytes) -> str:
     """
     answer = parsed(content)
     if isinstance(answer, dict):
+        # SGLang's own routes and its OpenAI routes write their errors in different forms.
         error = answer.get("error", answer)
         answer = error.get("message", error) if isinstance(error, dict) else error
     return str(answer)[:500]

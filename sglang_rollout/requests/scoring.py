@@ -112,6 +112,7 @@ def together(
     num_tokens = 0
     for request in requests:
         length = len(request.prompt_ids) + len(request.token_ids)
+        # A group has at least one request, also where that one alone is above the limit.
         if group and (len(group) == most or num_tokens + length > _TOKENS_TOGETHER):
             yield tuple(group)
             group = []

@@ -155,6 +155,7 @@ class _HandlerThread(Generic[T, R]):
     def _fill(self) -> None:
         while self._waiting:
             weight = self._weigh(self._waiting[0])
+            # With nothing in flight even a heavy item goes out. Otherwise it would wait for ever.
             if self._tasks and self._open_weight + weight > self._in_flight:
                 return
             task = asyncio.ensure_future(self._handler(self._waiting.popleft()))

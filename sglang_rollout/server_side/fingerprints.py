@@ -85,6 +85,7 @@ def _xxh3_of_all(parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list
 
 def _xxh3(part: Tensor, dtype: torch.dtype) -> int:
     state = xxhash.xxh3_64()
+    # The bytes in memory are already those to hash, so nothing is copied.
     if part.is_contiguous() and part.dtype == dtype and part.device.type == "cpu":
         _add_bytes(state, part)
         return state.intdigest()
@@ -184,6 +185,7 @@ def _pieces(part: Tensor, most: int) -> Iterator[Tensor]:
     """
     if part.numel() == 0:
         return
+    # A scalar has no first dimension to be cut along.
     if part.dim() == 0:
         part = part.reshape(1)
     row = part.numel() // len(part)

@@ -99,6 +99,7 @@ def check_urls(settings: SGLangSection) -> None:
 
 
 def _check_named_once(url: str, urls: Sequence[str], name: str) -> None:
+    # A server that is named twice would get twice the requests that it can hold.
     times = [_normalized(other) for other in urls].count(_normalized(url))
     if times > 1:
         raise ConfigError(
@@ -154,6 +155,7 @@ def check_host(host: str) -> None:
         ConfigError: The value is not an IP address, for example a name.
     """
     try:
+        # A name could stand for several addresses.
         ipaddress.ip_address(host)
     except ValueError:
         raise ConfigError(

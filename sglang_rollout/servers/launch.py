@@ -103,6 +103,7 @@ def _check_original_logprobs() -> None:
     They look like good ones, and the importance weights of the training would be wrong.
     """
     sampler = importlib.import_module("sglang.srt.layers.sampler")
+    # Found at the start: wrong log-probabilities look like right ones, and would be trained on.
     if getattr(sampler, "SGLANG_RETURN_ORIGINAL_LOGPROB", None) is not True:
         raise RuntimeError(
             "SGLANG_RETURN_ORIGINAL_LOGPROB has no effect on this SGLang version: "

@@ -202,6 +202,7 @@ class SGLangServer:
         with self._changing:
             self._healthy = False
             if self._process is not None:
+                # Before the scratch folder, in which the process still has open sockets.
                 self._process.stop(grace_s=_STOP_GRACE_S)
                 self._process = None
             if self._scratch is not None:

@@ -121,6 +121,7 @@ class Colocation(SeparateMemory):
         """
         if self.holder == "server":
             self._release_server()
+        # A trainer that is not attached yet has taken no memory that could be given back.
         elif self.holder == "trainer" and self._trainer is not None:
             self._trainer.offload_optimizer()
             self._trainer.offload_weights()

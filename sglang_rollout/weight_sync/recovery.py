@@ -124,6 +124,8 @@ class RestartedServers:
 
     def _is_there(self, engine: SGLangEngine) -> bool:
         try:
+            # A plain question that the main process answers, also while its scheduler is paused for
+            # a sync.
             model_info(engine, self._answer_s)
         except EngineError:
             return False

@@ -226,6 +226,7 @@ def _shard(weight: Weight) -> tuple[int, int]:
     """Return the number of this rank's shard of a parameter, and the number of shards."""
     if weight.layout == "whole":
         return 0, 1
+    # Experts are divided by a grid of their own, so they have other ranks than dense weights.
     if weight.expert:
         return parallel.expert_tensor_rank(), parallel.expert_tensor_size()
     return parallel.tensor_rank(), parallel.tensor_size()

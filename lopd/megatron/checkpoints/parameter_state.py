@@ -54,6 +54,7 @@ def state_of(optimizer: Any, main: Tensor) -> ParameterState:
         optimizer: The optimizer inside one of Megatron-Core's chained optimizers.
         main: The tensor in one of its groups that it updates.
     """
+    # The hybrid first: its state lies in the optimizers inside of it, and not in itself.
     if is_hybrid(optimizer):
         return HybridState(optimizer, main)
     if keeps_weights(optimizer):

@@ -145,6 +145,7 @@ def fsync_and_sum(path: Path) -> list[int]:
 def crc32(path: Path) -> int:
     """Return the CRC-32 of a file. It is read in blocks of 4 MiB."""
     value = 0
+    # In blocks: a checkpoint's file may be larger than the memory that is free.
     block = bytearray(2**22)
     with path.open("rb", buffering=0) as handle:
         while count := handle.readinto(block):

@@ -117,6 +117,7 @@ def _watch(ranks: Sequence[int], others: set[int]) -> int:
     left = set(ranks)
     deadline: float | None = None
     while left and (deadline is None or time.monotonic() < deadline):
+        # Any child: which rank ends first cannot be known.
         child, status = os.waitpid(-1, os.WNOHANG)
         if child == 0:
             time.sleep(0.01)
@@ -127,6 +128,8 @@ def _watch(ranks: Sequence[int], others: set[int]) -> int:
         code = os.waitstatus_to_exitcode(status)
         if code != 0:
             sys.stderr.write(f"rank {ranks.index(child)} {_ending(code)}\n")
+            # The others get a moment to report errors of their own, which may be the cause of this
+            # one.
             deadline = deadline or time.monotonic() + _LAST_WORDS_S
     return 0 if deadline is None else 1
 

@@ -71,6 +71,8 @@ class Standby:
 
     def prepare(self, environment: Mapping[str, str], threads: int) -> None:
         """Let ranks with this number of threads wait. It does nothing where they wait already."""
+        # The number of threads is fixed when torch is imported, so ranks with another number are of
+        # no use.
         if self._waiting is not None and self._threads == threads:
             return
         self.close()

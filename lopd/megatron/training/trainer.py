@@ -167,6 +167,8 @@ class Trainer:
     def _checkpoints_in(self, folder: Path) -> Checkpoints:
         settings = self.settings
         uses_engine = engine.uses_engine(settings.dtype)
+        # What decides the form of a checkpoint's tensors. A difference is told to the user when a
+        # training resumes.
         layout = {
             **settings.parallel.model_dump(),
             "dtype": settings.dtype,

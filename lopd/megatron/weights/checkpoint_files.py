@@ -262,6 +262,7 @@ def _quantised(
     wanted: Mapping[str, tuple[int, ...]],
 ) -> ArtifactError | None:
     """Return the error for weights that are no floating-point numbers of at least 16 bits."""
+    # Names first: a quantised file has tensors beside each weight, which say more than a dtype.
     for name in tensors:
         for suffix, method in _QUANTISED.items():
             if name.endswith(suffix):

@@ -114,6 +114,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(entry: Mapping[str, Any], first: int) -> TensorHeader:
+    # The offsets of the file count from the end of its header.
     start, stop = entry["data_offsets"]
     return TensorHeader(
         dtype=str(entry["dtype"]),
@@ -141,6 +142,7 @@ def read_rows(path: Path, tensor: TensorHeader, rows: range) -> list[bytes]:
     Raises:
         ArtifactError: The file cannot be read.
     """
+    # Rows of a matrix lie one behind the other, so one row is read without the others.
     row_bytes = (tensor.stop - tensor.start) // max(1, tensor.shape[0])
     found = []
     try:

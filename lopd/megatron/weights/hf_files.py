@@ -136,6 +136,7 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # A block that failed leaves no checkpoint, and no half of one.
         if kind is None:
             with self._reporting_failures():
                 self._publish()
@@ -213,6 +214,7 @@ class CheckpointWriter:
             numbers = range(1, count + 1)
             names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in numbers]
         for number, name in enumerate(names):
+            # The names have the number of files in them, which is known only now.
             (self._partial / f"shard-{number}").rename(self._partial / name)
         if count > 1:
             weight_map = {

@@ -250,6 +250,7 @@ def _layer(arch: Architecture, megatron: str, hf: str) -> Iterator[Weight]:
 def _qkv(arch: Architecture, megatron: str, hf: str, kind: str, *columns: int) -> Weight:
     """Return the fused weight or bias of query, key and value."""
     kv_rows = arch.num_kv_heads * arch.head_dim
+    # Megatron-Core keeps the three as one matrix, and Hugging Face as three.
     rows = (arch.num_heads * arch.head_dim, kv_rows, kv_rows)
     return Weight(
         f"{megatron}self_attention.linear_qkv.{kind}",
