@@ -251,6 +251,8 @@ def locked(run_dir: Path, *, shared: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
+            # The lock itself does not tell who holds it, so each holder writes its number into the
+            # file.
             holder = os.pread(handle, 32, 0).decode() or "unknown"
             raise ArtifactError(
                 f"in use by process {holder.strip()}",
@@ -338,6 +340,8 @@ def _require_parents(context: StageContext, verified: Collection[str]) -> None:
                 where=str(parent.folder),
                 remedy=f"run lopd {name} CONFIG, or lopd run CONFIG",
             )
+        # Checksums of a parent are read once in a command, although several stages may read from
+        # it.
         if name not in verified:
             verify(parent.folder, read_manifest(parent.folder))
 

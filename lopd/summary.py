@@ -87,6 +87,7 @@ def _add_warnings(run_dir: Path, summary: dict[str, Any], made: Mapping[str, Man
         for name, of in made.items()
         for text in of.extra.get("warnings", ())
     ]
+    # Harm and drift are seen only when the figures of several stages stand side by side.
     warnings += warnings_of_harm(summary)
     if "distill" in made:
         warnings += warnings_of_drift(read_metrics(run_dir, kind="train", stage="distill"))

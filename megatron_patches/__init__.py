@@ -40,6 +40,8 @@ def apply() -> None:
             continue
         try:
             entry.install()
+        # A patch that does not fit must stop everything: a run without it would be wrong in
+        # silence.
         except UpstreamChanged as error:
             installed = ", ".join(
                 f"{package} {metadata.version(package)}" for package in ("megatron-core", "torch")

@@ -112,6 +112,8 @@ class FileHashes:
         with path.open("rb") as handle:
             counted = handle if read is None else _Counted(handle, read)
             digest = hashlib.file_digest(counted, "sha256").hexdigest()  # type: ignore[arg-type]
+        # A file that was changed a moment ago may change again within the same tick of its clock,
+        # unseen.
         if began_ns - changed_ns > _TICK_NS:
             with self._lock:
                 self._known[key] = digest

@@ -65,6 +65,7 @@ def identify_model(folder: str | Path) -> ModelIdentity:
     # are hashed.
     template = _chat_template(folder)
     config = _read_object(folder / "config.json")
+    # These fields say who wrote the file and not what the model is.
     for key in _VOLATILE:
         config.pop(key, None)
     # config.json counts as weights: the same tensors with another rope base or another epsilon of

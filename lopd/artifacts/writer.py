@@ -117,6 +117,7 @@ class ArtifactWriter:
             versions=software_versions(),
             extra={} if shard_size is None else {_SHARD_SIZE: shard_size},
         )
+        # Written into each shard, so that a shard of another artifact is never adopted.
         self._origin = origin_of(self._manifest).encode()
         # What is published, by name and by index.
         self._shards: dict[str, ShardInfo] = {}
@@ -143,6 +144,7 @@ class ArtifactWriter:
                 remedy="remove this folder, or set run.dir to another folder",
             )
         extra = dict(ours.extra)
+        # The former size stays: with another one the published shards would hold other responses.
         if _SHARD_SIZE in found.extra:
             extra[_SHARD_SIZE] = found.extra[_SHARD_SIZE]
         self._manifest = dataclasses.replace(

@@ -68,6 +68,8 @@ class Scores:
     token_kinds: Sequence[str] | None = None  # [N]
 
     def __post_init__(self) -> None:
+        # A column of another length would be joined to the wrong tokens, and the test would still
+        # give a verdict.
         for name in ("entropy", "variance", "token_kinds"):
             column = getattr(self, name)
             if column is not None and len(column) != len(self.logprobs):

@@ -38,6 +38,7 @@ def make_sample(
     base = teacher.base_logprobs if isinstance(teacher, TeacherScores) else None
     prompt_len = len(response.prompt_ids)
     response_len = len(response.token_ids)
+    # Scores of other tokens train the student on noise, without any other sign of it.
     if teacher_logprobs is not None and len(teacher_logprobs) != response_len:
         raise DataError(
             f"there are {len(teacher_logprobs)} teacher log-probabilities for "
@@ -115,6 +116,7 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
         truncated.append(False)
     return Microbatch(
         token_ids=pack.packed(token_ids, np.int64),
+        # Position t predicts token t + 1. All columns about tokens are moved in the same way.
         labels=pack.shifted(token_ids, np.int64),
         position_ids=pack.position_ids(),
         loss_mask=pack.shifted([sample.loss_mask for sample in samples], np.bool_),

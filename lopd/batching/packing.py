@@ -83,6 +83,7 @@ def refuse_too_long(
     lengths = np.asarray(lengths, dtype=np.int64)
     _, pad_multiple = padding_multiples(context, pad_multiple)
     capacity = microbatch_capacity(max_tokens, pad_multiple)
+    # Compared as padded, because the padding takes its share of the budget.
     too_long = np.flatnonzero(padded_lengths(lengths, context) > capacity)
     if not len(too_long):
         return

@@ -44,6 +44,7 @@ def check_cache(
     if not manifest.complete:
         what = "the artifact is not complete: its stage was not finished"
         findings.add("incomplete", what, str(folder))
+    # What the user gives wins over what the manifest says.
     size = vocab_size or vocabulary(manifest)
     models = manifest.models.items()
     teachers = [identity.weights for role, identity in models if role.startswith("teacher")]
@@ -102,6 +103,7 @@ def vocabulary(manifest: Manifest) -> int | None:
 
     The manifest says it, or the teacher's config.json if it is still at its path.
     """
+    # Whoever made the cache knew the size best. The teacher's folder may be gone by now.
     size = manifest.extra.get("vocab_size")
     if isinstance(size, int):
         return size

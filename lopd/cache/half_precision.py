@@ -75,6 +75,7 @@ def logprob_loss(folder: str | Path, manifest: Manifest | None = None) -> dict[s
         names = sorted(path.name for path in folder.glob("shard-*.parquet"))
     losses: list[dict[str, Any]] = []
     for name in names:
+        # Each shard keeps its own loss beside the data, so no column has to be read for it.
         metadata = pq.read_schema(folder / name).metadata or {}
         if LOSS in metadata:
             losses.append(json.loads(metadata[LOSS]))

@@ -165,6 +165,8 @@ def _check_models(
                 limit=f"exactly one {name} in a cache",
                 remedy="train on one of these caches",
             )
+    # Advantages are relative to the student that sampled. Two of them in one cache would mix two
+    # baselines.
     student = manifest.models.get("student")
     other = first.models.get("student")
     if student is not None and other is not None and student.weights != other.weights:

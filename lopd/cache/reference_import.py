@@ -118,6 +118,7 @@ def _open(file: Path) -> pq.ParquetFile:
     try:
         source = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
+        # Arrow's messages have many lines, of which the first says what is wrong.
         reason = str(error).splitlines()[0]
         raise DataError(
             f"cannot be read as Parquet ({reason})",

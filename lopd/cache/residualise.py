@@ -124,6 +124,7 @@ def _check_source(source: Path, manifest: Manifest) -> None:
             limit="exactly one teacher",
             remedy=remedy,
         )
+    # Last, because it reads the whole cache.
     require_sound(source)
 
 

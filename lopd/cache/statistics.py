@@ -256,6 +256,7 @@ class _Scan:
             self._num_clipped += int((np.abs(advantage) > ADVANTAGE_CLIP).sum())
 
     def as_json(self) -> dict[str, Any]:
+        # Every response has one finish reason, so their sum is the number of responses.
         rows = sum(self._reasons.values())
         tokens = max(1, self.num_tokens)
         stopped = self._reasons["stop"]

@@ -263,6 +263,7 @@ def _scores_of(
     response: Response, lists: Mapping[str, NDArray[Any]], teacher: str
 ) -> TeacherScores | None:
     """Build the teacher's scores of one row. Raises ValueError if lengths differ."""
+    # Rollouts have the same form as a cache, without this column.
     if "teacher_logprobs" not in lists:
         return None
     # The record itself cannot check this length, because it does not have the tokens.

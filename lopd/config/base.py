@@ -25,6 +25,7 @@ def _usable_path(value: Any) -> Any:
     if isinstance(value, str | Path):
         if not str(value):
             raise ValueError("the path is empty")
+        # A null byte or a line break would fail in a system call, far from the configuration.
         if not str(value).isprintable():
             raise ValueError("the path has characters that cannot be printed")
         longest_name = max((len(os.fsencode(part)) for part in Path(value).parts), default=0)

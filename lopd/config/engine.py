@@ -369,6 +369,7 @@ class SyncSection(Section):
 
 
 def _require_address(host: str) -> None:
+    # The address is then found when a sync begins.
     if host == "auto":
         return
     try:

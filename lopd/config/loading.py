@@ -339,6 +339,7 @@ def result_keys(config: BaseModel, sections: Sequence[str]) -> dict[str, Any]:
     def visit(value: Any, key: str) -> None:
         field = fields.get(key)
         extra = field.json_schema_extra if field is not None else None
+        # Such a knob changes no result, so a change of it must not make a stage run again.
         if isinstance(extra, Mapping) and extra.get("speed_only"):
             return
         # Keys inside task.options and sglang.extra_args are no knobs: such a table is one value.

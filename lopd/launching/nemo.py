@@ -88,6 +88,7 @@ def kubernetes_executor(job: Job, plan: Plan) -> Any:
         # Kubernetes has no arrays of jobs. An array is one job of as many pods, and each pod reads
         # its index from its environment (lopd.launching.place).
         num_nodes=max(job["nodes"], job["workers"]),
+        # One process: lopd starts the ranks of a node itself.
         nprocs_per_node=1,
         gpus_per_node=job["gpus"] or None,
         cpu_requests=str(job["cpus"]),
@@ -325,6 +326,7 @@ def docker_call(submitted: Any) -> dict[str, Any]:
 
 def main() -> int:
     """Read a plan, submit or render it, and write the result."""
+    # The files are the whole interface: this program runs in nemo-run's environment, without lopd.
     parser = argparse.ArgumentParser()
     parser.add_argument("plan", type=Path)
     parser.add_argument("result", type=Path)

@@ -141,6 +141,7 @@ def _judge_memory(config: Config, facts: Facts, plan: Plan | None) -> Verdicts:
             "(launch.device is cpu, and the plan's sizes are those of GPUs)"
         )
         return
+    # Another finding says why there is no plan.
     if plan is None:
         return
     # The number of GPUs is judged by _judge_gpus.

@@ -64,6 +64,7 @@ class Wanted:
 
 def named_paths(config: Config) -> dict[str, Path | None]:
     """Return every path of a configuration that may be a name on the hub, by its key."""
+    # The keys are those of the configuration, so that a message names what the user has written.
     paths: dict[str, Path | None] = {
         "models.teacher": config.models.teacher,
         "models.student": config.models.student,

@@ -219,6 +219,7 @@ class Assumptions:
 
 def _check_bounds(name: str, value: float, meaning: str) -> None:
     may_be_zero = name in _MAY_BE_ZERO
+    # Shares are known by their names, so that a new assumption needs no further entry.
     is_share = name.endswith(("_utilisation", "_share", "_efficiency")) or name == "fragmentation"
     # Not `value <= 0`: a comparison with nan must refuse it too.
     is_large_enough = value > 0 or (value == 0 and may_be_zero)

@@ -42,6 +42,7 @@ def short_horizon(plan: Plan) -> ShortHorizon | None:
     # A share of a response is no limit that a server could be given.
     if tokens is None or tokens >= config.rollout.max_new_tokens or not plan.has_gpus:
         return None
+    # Given rollouts are not sampled, so a shorter limit would save nothing.
     if "rollout" in given_stages(config):
         return None
     rollout = config.rollout.model_copy(update={"max_new_tokens": tokens})

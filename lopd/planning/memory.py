@@ -314,6 +314,7 @@ def forward_memory(arch: Architecture, settings: ForwardSection, assumed: Assump
         gpu["fragmentation"] = assumed.fragmentation * sum(gpu.values())
         gpu["context, NCCL"] = runtime_bytes(parallel, assumed)
         uses.append(gpu)
+    # The fullest rank decides: all GPUs of a node are alike, and none may run out.
     fullest = max(uses, key=lambda gpu: sum(gpu.values()))
     host = {"processes": parallel.ranks * assumed.rank_host_bytes}
     return MemoryUse(fullest, host, {"gpus": parallel.ranks})

@@ -278,6 +278,7 @@ def _assumption_table(plan: Plan) -> Table:
     table.add_column("from", no_wrap=True)
     table.add_column("meaning")
     for name, meaning in meanings().items():
+        # Without GPUs the rates are not used, and a reader must not think that they were.
         if not plan.has_gpus and name not in WORK:
             continue
         value = getattr(plan.assumed, name)

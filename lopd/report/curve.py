@@ -166,6 +166,7 @@ def _draw_training_divergence(axes: Axes, train: Sequence[Mapping[str, Any]]) ->
 
 
 def _draw_held_out_divergence(axes: Axes, models: Mapping[str, Any], last_step: int) -> None:
+    # The divergence falls by orders of magnitude. On a linear axis its end would be a flat line.
     _logarithmic(axes)
     # The teacher's divergence from itself is rounding.
     final = _models(models).items()

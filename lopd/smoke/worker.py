@@ -153,6 +153,7 @@ def check_collectives(form: Form) -> None:
 def _seconds_of(call: Callable[[], object]) -> float:
     """Return the time of a call, with the work that it gives to a GPU."""
     _wait_for_gpu()
+    # A GPU works behind the calls. Without the two waits only the launches would be timed.
     start = time.perf_counter()
     call()
     _wait_for_gpu()

@@ -214,6 +214,8 @@ def roll_out_by_domain(
     if writer.missing(sum(part.num_shards for part in parts)):
         with context.serve("student", student) as engine:
             for part in parts:
+                # Each part counts its shards from 0, and the writer puts them into the artifact of
+                # all.
                 part_writer = PartWriter(writer, part)
                 title = "rollouts"
                 _sample_part(

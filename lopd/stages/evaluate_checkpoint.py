@@ -259,6 +259,8 @@ def _write_transcripts(
     lines: list[str] = []
     for response, text, verdict in zip(responses, texts, verdicts, strict=True):
         prompt = prompts[response.prompt_id]
+        # Without a verifier the keys are absent, so that nobody takes an empty verdict for a wrong
+        # answer.
         judged = {}
         if verdict is not None:
             judged = {"right": verdict.right, "reason": verdict.reason, "found": verdict.found}
@@ -377,6 +379,7 @@ def _about(context: StageContext, manifest: Manifest, sandbox: str) -> dict[str,
         "num_tokens": sum(shard.tokens for shard in shards),
         "model": {
             "path": str(config.models.student),
+            # The fingerprint and not only the path: another model may lie there tomorrow.
             "weights": context.identity("student").weights,
         },
         "task": {"name": config.task.name, "options": scrubbed(config.task.options)},

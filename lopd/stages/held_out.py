@@ -113,6 +113,7 @@ class HeldOutEvaluation(StepHook):
         # From the metrics and not from memory, so that a kill changes nothing.
         before = ((step - 1) // self._every) * self._every if step > 0 else 0
         divergence = mean_between(read_metrics(run_dir, kind="train", stage=stage), before, step)
+        # Before the first step there is no mean over steps, and the line says nothing of it.
         if divergence is not None:
             figures = {**figures, TRAINING_REVERSE_KL: divergence}
         if self._answers is not None:
@@ -141,6 +142,7 @@ def _told(figures: Mapping[str, Any], num_steps: int) -> str:
     if "accuracy" in figures:
         parts.append(f"accuracy {figures['accuracy']:.3f}")
     else:
+        # Then lengths are what tells most of a student that goes wrong.
         parts.append(f"{figures['response_len']:,.0f} tokens a response")
         parts.append(f"{figures['truncated_share']:.0%} cut off")
     told = f"synced weights, {', '.join(parts)} on {figures['num_prompts']} prompts"
@@ -238,6 +240,7 @@ class HeldOutAnswers:
         else:
             for _ in judged():
                 pass
+        # In the order of the prompts, so that two evaluations can be read side by side.
         order = {prompt.prompt_id: index for index, prompt in enumerate(self._prompts)}
         self.transcripts = sorted(shown.values(), key=lambda row: order[row["prompt_id"]])
         return {

@@ -198,6 +198,7 @@ class Overlap:
         # A start that fails would fail again, so its error is the stage's error.
         engine = running.engine.result()
         if not (running.untouched and running.model == model):
+            # A server that has just died or is being started again is not worth waiting for.
             if not running.servers.ready:
                 return None
             try:
@@ -205,6 +206,7 @@ class Overlap:
             except EngineError as error:
                 self._tell(f"the server is started anew, because it did not take {model} ({error})")
                 return None
+        # From now on a restart gives this model, and errors name it.
         running.servers.adopt(model, name)
         running.model = model
         return engine

@@ -113,6 +113,7 @@ class RefreshRequester(StepHook):
             EngineError: A server has lost them MAX_SENDS times.
         """
         for attempt in range(MAX_SENDS):
+            # The weights first: the responses must come from the student as it is at this step.
             self._server.push(refresh.step, again=attempt > 0)
             if parallel.rank() == 0:
                 (self._job.folder / LOST).unlink(missing_ok=True)
@@ -121,6 +122,7 @@ class RefreshRequester(StepHook):
             self._request(refresh, until, can_send=True)
             if self._wait_for(refresh, until):
                 return
+        # A server that loses its weights again and again has a cause that no repetition mends.
         raise EngineError(
             f"the student's server lost its weights {MAX_SENDS} times in refresh {refresh.number}",
             remedy="read the log of the server",

@@ -199,6 +199,7 @@ class RefreshService:
             f"{folder.name} was made before step {found}, and is needed before step {step} now; "
             f"the former one is kept as {kept.name}"
         )
+        # An earlier one of the same step has been replaced since, so it need not be kept twice.
         remove_folder(kept)
         folder.rename(kept)
 

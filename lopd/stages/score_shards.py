@@ -50,6 +50,7 @@ def score_into(
         base: The same responses' scores by the teacher's base, which become one more column. None:
             there is no such column.
     """
+    # Also where nothing is missing: lopd watch reads the number from the folder.
     writer.expect(len(rollouts.shards))
     missing = writer.missing(len(rollouts.shards))
     if not missing:
@@ -72,6 +73,7 @@ def score_into(
             for one in by_length(responses[index], prompts_at_once):
                 yield asked.request(one)
 
+    # The bar counts the responses of this process. Other workers have bars of their own.
     total = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
     already = total - sum(rollouts.shards[index].rows for index in missing)
     with progress(title, total=total, done=already, unit="responses") as bar:

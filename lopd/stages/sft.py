@@ -47,6 +47,7 @@ def train(job: TrainingJob) -> None:
 def run(context: StageContext) -> None:
     """Publish the SFT student: train it, or take over ``sft.checkpoint``."""
     config = context.config
+    # A student that was fine-tuned elsewhere takes the place of this stage's result.
     if config.sft.checkpoint is not None:
         _take_over(context, config.sft.checkpoint)
         return
@@ -64,6 +65,7 @@ def run(context: StageContext) -> None:
     )
     require_batch(job)
     result = train_on_ranks(job)
+    # Before the files are listed with their checksums, because it changes some of them.
     complete_student_files(job.model, template_folder(config), end_token_ids(context.end_models))
     # The model is part of the artifact: its files stand in the manifest with their checksums.
     writer.finish(files=(path for path in job.model.iterdir() if path.is_file()), **result)

@@ -258,6 +258,7 @@ def follow_trainings(
     while True:
         # The first machine announces an address for each training, also after a restart.
         join = await_announcement(folder / ANNOUNCEMENT_FILE, done=is_done)
+        # The first machine has ended the stage, so no training will come any more.
         if join is None:
             return joined
         # The first machine has written the job into the shared folder before it announced itself.

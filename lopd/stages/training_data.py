@@ -129,6 +129,7 @@ class CachedSamples(Sequence[Sample]):
         if not self._sampled:
             # The reader fills a missing column with NaN. The objective must see that there is none.
             sample = replace(sample, sampling_logprobs=None)
+        # Verdicts have the order of the cache's rows, so the index of the row finds its verdict.
         if self._right is not None:
             sample = replace(sample, right=bool(self._right[index]))
         if self._teachers and scores is not None:

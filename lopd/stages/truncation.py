@@ -38,6 +38,7 @@ def truncation_figures(
         truncated_share, and warnings if it is large; for the manifest. Nothing for a worker, which
         knows only its own shards.
     """
+    # A worker sees a part of the artifact only. The whole is counted when it is completed.
     if context.share is not None:
         return {}
     count = 0
@@ -51,6 +52,7 @@ def truncation_figures(
         cut_lengths += lengths[cut].tolist()
     section = section or context.stage.name
     warning = truncation_warning(context.config, section, cut_lengths, count)
+    # A refresh with a short horizon cuts its responses on purpose.
     if is_wanted:
         warning = ""
     if warning:
@@ -78,6 +80,7 @@ def truncation_warning(
     # A response that ends below its own limit has met the end of the context.
     at_context = sum(length < limit for length in cut_lengths)
     knob = f"{stage}.max_new_tokens = {limit}"
+    # The knob that cut most of them is the one worth raising.
     if at_context * 2 > len(cut_lengths):
         knob = f"sglang.context_length = {config.sglang.context_length}"
     whose = f" of {of}" if of else ""

@@ -38,6 +38,7 @@ def install() -> None:
         return
     updater = getattr(module, "WeightUpdater", None)
     original = getattr(updater, "update_weights_from_distributed", None)
+    # Another version may do something else under this name, and then its own way is used.
     if original is None or tuple(inspect.signature(original).parameters) != _PARAMETERS:
         return
 

@@ -146,6 +146,7 @@ class SGLangEngine:
         rescore = params.temperature != 1 and self.server is None
         vocabulary = self._served_vocab_size() if rescore else 0
 
+        # The vocabulary is asked for once, before the stream, and not by each of its requests.
         async def sample(calls: Connections, request: SamplingRequest) -> Response:
             allowed = new_tokens_allowed(request, params, self.settings.context_length)
             answer = await calls.generate(
@@ -379,6 +380,7 @@ class SGLangEngine:
             status: The HTTP status.
             content: The body of the answer.
         """
+        # A wrong key has the same remedy whichever of the two statuses a server uses for it.
         wrong_key = (
             "the key is not this server's; the key of a server that lopd did not start comes from "
             f"the environment variable {KEY_VARIABLE}"

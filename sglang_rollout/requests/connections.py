@@ -327,6 +327,8 @@ class _ServerConnection:
                     "if the server needs more time to start",
                 )
             await asyncio.sleep(pause)
+            # Short at first, because most outages are short. Longer later, so that a server that
+            # starts is left in peace.
             pause = min(pause * 1.5, _MAX_PROBE_INTERVAL_S)
 
     async def _accepts(self) -> bool:

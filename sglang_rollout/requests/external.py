@@ -197,6 +197,7 @@ def _check_dtype(engine: SGLangEngine, server: Mapping[str, Any], config: Mappin
     if dtype == "auto":
         dtype = str(config.get("dtype", config.get("torch_dtype", "float32")))
         dtype = dtype.removeprefix("torch.")
+    # In another number format the same weights give other log-probabilities.
     if dtype != engine.settings.dtype:
         raise ConfigError(
             f"the server computes in {dtype}",

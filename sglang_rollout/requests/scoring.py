@@ -107,6 +107,7 @@ def together(
         requests: The sequences.
         in_flight: How many of them one server has at a time.
     """
+    # Groups are small beside what may be in flight, so that several of them are under way at once.
     most = max(1, in_flight // _REQUESTS_AT_ONCE)
     group: list[ScoreRequest] = []
     num_tokens = 0

@@ -130,12 +130,14 @@ def sums_of_pieces(
         for place, piece in enumerate(_pieces(part, _TOGETHER_BYTES // dtype.itemsize)):
             groups[piece.shape, piece.dtype, dtype].append((piece, number, place))
             most = max(most, _num_words(piece, dtype))
+    # Made once for the longest piece. Shorter ones use its beginning.
     by_word = _odd_numbers(torch.arange(most, device=parts[0].device))  # [W], b(i)
     found = [torch.zeros(0, dtype=torch.int64, device=parts[0].device)]
     owners: list[int] = []
     places: list[int] = []
     for group in groups.values():
         dtype = dtypes[group[0][1]]
+        # As many as fit into the bound: the words of all of them are in memory together.
         at_once = max(1, _TOGETHER_BYTES // (_WORD_BYTES * _num_words(group[0][0], dtype)))
         for first in range(0, len(group), at_once):
             together = group[first : first + at_once]

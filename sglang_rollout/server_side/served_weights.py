@@ -72,6 +72,7 @@ def install() -> None:
         )
 
     def handle(self: Any, action: str, *more: Any, **named: Any) -> dict[str, Any] | None:
+        # SGLang's own actions have no colon, so they go on to the function that knows them.
         kind, colon, folder = action.partition(":")
         if kind + colon not in (FINGERPRINTS, LAYOUT):
             result: dict[str, Any] | None = original(self, action, *more, **named)

@@ -53,6 +53,7 @@ def remove_orphans() -> None:
     """Remove the folders whose owners have ended without removing them."""
     folders = {
         folder
+        # Scratch folders are in /tmp where the usual place has too long a path for a socket.
         for place in (tempfile.gettempdir(), "/tmp")
         for folder in Path(place).glob(f"{_PREFIX}*")
     }

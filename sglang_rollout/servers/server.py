@@ -181,6 +181,7 @@ class SGLangServer:
                 self._watcher.start()
                 return self
             except BaseException as error:
+                # A port that the user has chosen is not replaced by another one.
                 last_attempt = attempt + 1 == _PORT_ATTEMPTS
                 taken = isinstance(error, AddressTaken) and self.settings.port is None
                 if not taken or last_attempt:

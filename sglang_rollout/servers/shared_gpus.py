@@ -50,6 +50,8 @@ def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[Conf
             where="sync.colocate",
             remedy=f"run pip install torch-memory-saver, or {off}",
         )
+    # lopd starts its servers with the memory saver (training_settings). Whether others have it is
+    # not known.
     if config.sglang.student_urls:
         yield ConfigError(
             "only servers that lopd starts on this machine can give GPU memory to the trainer",
@@ -67,6 +69,7 @@ def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[Conf
             limit="exactly 1",
             remedy=off,
         )
+    # Two sides take turns on the GPUs, and a kept teacher would be a third one that never leaves.
     if config.distill.refresh.is_on and config.distill.refresh.keep_teacher:
         yield ConfigError(
             "distill.refresh.keep_teacher keeps the teacher's server on the GPUs that student and "

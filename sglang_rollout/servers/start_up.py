@@ -121,6 +121,7 @@ def _check_start(server: Starting, waited_s: float, stopped_s: float) -> None:
             f"the {server.name} server did not start",
             remedy="read the log and correct its error, then run the same command again",
         )
+    # Last, because a death or a stop is the better explanation of a start that takes long.
     if waited_s > server.settings.start_timeout_s:
         raise _not_started(
             server,

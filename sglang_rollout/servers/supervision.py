@@ -203,6 +203,7 @@ class Watcher:
         if responds:
             self._reset_probes(silence=silent)
             return None
+        # One failed probe is no proof: a server under load may answer late.
         self._failed_probes += 1
         if self._failed_probes < _FAILED_PROBES:
             return None

@@ -102,6 +102,7 @@ def _in_place(
     # repairs.
     restart = partial(ask_for_restart, weights_file) if weights_file else None
     remember_version = partial(remember_unsaved_weights, weights_file) if weights_file else None
+    # Only a broadcast needs an address. Shared memory needs none.
     receiver = (
         TensorWeightReceiver
         if settings.transport == "tensor"

@@ -155,6 +155,7 @@ class Colocation(SeparateMemory):
         # weights leave before the server's keys and values come back.
         trainer.offload_optimizer()
         self._barrier()
+        # The weights alone: keys and values would not fit beside the trainer's weights yet.
         self._resume(["weights"])
         self._barrier()
         yield

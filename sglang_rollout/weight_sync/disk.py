@@ -115,6 +115,7 @@ class DiskWeightReceiver:
         self._inventory.take(bucket)
         if not bucket:
             return
+        # A file for each bucket: how many there will be is not known before the last one.
         file_name = f"model-{self._num_buckets:05d}.safetensors"
         self._num_buckets += 1
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in bucket}
@@ -128,6 +129,7 @@ class DiskWeightReceiver:
         # RuntimeError, not an OSError.
         except (OSError, RuntimeError) as error:
             raise self._not_written(error) from None
+        # For the index, which tells a reader where each tensor is.
         self._files.update(dict.fromkeys(tensors, file_name))
         size = nbytes(tensors.values())
         self.report.num_tensors += len(tensors)

@@ -131,6 +131,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
             # The session forgets cached prefixes once, when all buckets are there.
             "flush_cache": False,
         }
+        # A broadcast sends memory as it lies, so a view with gaps is copied first.
         tensors = [tensor.detach().contiguous() for _, tensor in bucket]
         self.report.extra_bytes = max(self.report.extra_bytes, nbytes(tensors))
         former = self._under_way
@@ -150,6 +151,7 @@ class DistributedWeightReceiver(InPlaceReceiver):
             for engine in self._engines
         }
         self._under_way = {**taking, _BROADCAST: broadcast}
+        # Answers that have come are forgotten, so the list does not grow over hundreds of buckets.
         still_open = [future for future in self._answers if not _answered(future)]
         self._answers = still_open + list(taking.values())
         # Only now: the servers have the next bucket to continue with while we look at their
@@ -234,7 +236,9 @@ def _await_ranks(
     # To form the group before the others are there could not be broken off: it would block this
     # thread inside torch until the group's timeout, even if a server has refused at once.
     began = time.monotonic()
+    # Each rank writes a key into the store when it has come.
     while store.num_keys() < num_keys:
+        # A server that refuses will never come, and its answer says why.
         for future in joining.values():
             if future.done():
                 future.result()

@@ -56,6 +56,7 @@ class RestartedServers:
                 sglang.outage_timeout_s.
         """
         for replica, engine in enumerate(self._engines):
+            # Each server has the whole patience. A slow one must not use up the time of the next.
             limit = engine.settings.outage_timeout_s
             deadline = time.monotonic() + limit
             while True:

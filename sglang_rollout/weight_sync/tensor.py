@@ -153,6 +153,7 @@ def _chunks(bucket: Bucket, sizes: Iterator[int]) -> Iterator[Bucket]:
     the calls would cost more than they save.
     """
     left = nbytes(tensor for _, tensor in bucket)
+    # On a GPU a bucket is handed over as a whole. On a CPU it is copied, piece by piece.
     wanted = left if bucket[0][1].is_cuda else next(sizes)
     chunk: Bucket = []
     size = 0
@@ -208,6 +209,7 @@ def _named_shared_memory() -> Iterator[None]:
     torch's other way, passing file descriptors, works only between a process and its children.
     """
     multiprocessing: Any = torch_multiprocessing
+    # The strategy belongs to the whole process, so it is put back afterwards.
     before = multiprocessing.get_sharing_strategy()
     folder = os.environ.get("TMPDIR")
     multiprocessing.set_sharing_strategy("file_system")

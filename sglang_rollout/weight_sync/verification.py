@@ -147,6 +147,7 @@ class TensorVerification:
                 if difference:
                     wrong.append(f"{name} ({difference})")
             if wrong:
+                # A few names show the kind of fault. All of them could be thousands.
                 named = ", ".join(wrong[:_MAX_NAMED])
                 more = f" and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
                 raise EngineError(
@@ -166,6 +167,7 @@ class TensorVerification:
         def ask(engine: SGLangEngine) -> list[dict[str, Any]]:
             try:
                 answer = engine.call("POST", "/weights_checker", body, timeout_s=self._timeout_s)
+            # A server without our plugin refuses the action, which is the usual reason.
             except EngineError as error:
                 raise EngineError(
                     f"the server cannot report fingerprints of its weights ({error.what})",

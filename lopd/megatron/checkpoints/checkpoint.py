@@ -342,6 +342,7 @@ def _step(path: Path) -> int:
 def _require_same_format(
     path: Path, schema: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> None:
+    # Before anything is read: what the other keys mean depends on the version.
     if schema != SCHEMA_VERSION:
         raise TrainingError(
             f"the checkpoint has schema version {schema}",

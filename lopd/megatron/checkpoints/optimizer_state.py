@@ -253,6 +253,7 @@ def _chunks(
     ranges: Iterator[HeldRange], num_kinds: int, tensor: int, expert_tensor: int
 ) -> Iterator[list[HeldRange]]:
     """Group the ranges so that a group reads about CHUNK_BYTES."""
+    # In chunks, because the buffers of a whole optimizer would double its memory.
     chunk: list[HeldRange] = []
     size = 0
     for held in ranges:

@@ -37,6 +37,8 @@ class Writing:
         self._request = request
         self._sums: dict[str, list[int]] = {}
         self._error: Exception | None = None
+        # The function is made in this thread, because it may take copies, which must be of this
+        # step.
         write = _write_function(request, background=background)
         self._thread: threading.Thread | None = None
         if background:

@@ -144,6 +144,8 @@ def logit_gradients(
     num_tokens = len(hidden)
     num_rows = len(weight)
     tile = TILES[hidden.dtype]
+    # A label's gradient also reaches every other row of the vocabulary, through the sum in the
+    # denominator.
     grad_sum = grad_logprobs.sum(1)
     grid = (triton.cdiv(num_tokens, tile.tokens) * triton.cdiv(num_rows, tile.rows),)
     with torch.cuda.device_of(hidden):
@@ -218,6 +220,7 @@ def _tile_of_logits(
     # bits. Inside of a tile 32 bits are enough.
     hidden += tl.cast(first_token, tl.int64) * hidden_size
     weight += tl.cast(first_row, tl.int64) * hidden_size
+    # The last tiles of either side may be only partly filled.
     is_token = first_token + tokens < num_tokens
     is_row = first_row + rows < num_rows
     logits = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)

@@ -144,6 +144,8 @@ def _refuse_reserved(name: str, where: str) -> None:
             where=where,
             remedy=f"set {knob} instead",
         )
+    # A field that decides the model's shape or the update has one owner. With two, one of them
+    # would lose in silence.
     setter = None
     if name in MODEL_SHAPE:
         setter = "the model's config.json"

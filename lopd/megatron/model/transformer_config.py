@@ -54,6 +54,7 @@ def transformer_config(
     }
     if arch.num_experts:
         settings |= _expert_fields(arch, dtype, moe_aux_loss)
+    # After the local layers' fields, of which it turns some on again.
     if engine.uses_engine(dtype):
         settings |= engine_fusions(arch)
     settings |= _recompute_fields(arch, dtype, recompute)

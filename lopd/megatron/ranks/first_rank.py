@@ -34,6 +34,7 @@ def run_on_first_rank(action: Callable[[], T]) -> T:
     """
     if parallel.world_size() == 1:
         return action()
+    # In a thread: this one must take part in the collectives in the meantime.
     running = _start(action) if parallel.rank() == 0 else None
     # A single collective would fail: the action may take longer than the timeout of a collective,
     # for example while a server is started again or answers thousands of prompts. So the ranks meet
@@ -46,6 +47,7 @@ def run_on_first_rank(action: Callable[[], T]) -> T:
         return running.result()
     result, error = outcome
     if error is not None:
+        # The error comes as plain values, from which each rank makes it again with its own class.
         kind, what, fields = error
         raise getattr(errors, kind)(what, **fields)
     value: T = result

@@ -61,6 +61,8 @@ def main() -> int:
 def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
     """Return the variables by which torchrun tells a rank its place."""
     place = {
+        # The names that torchrun gives to its processes, so that a rank need not know who started
+        # it.
         "RANK": rank,
         "LOCAL_RANK": rank,
         "GROUP_RANK": 0,

@@ -72,6 +72,7 @@ class HeartbeatMonitor:
             return bool(self._silent)
         self._forgive_own_pause(now)
         self._looked = now
+        # After an error the ranks are about to end. One that hangs then needs no long patience.
         limit_s = MISSED_BEATS * BEAT_S if self._error_file.exists() else self._timeout_s
         for rank in self._ranks:
             heartbeat = self.folder / str(rank)

@@ -63,6 +63,7 @@ def this_node(count: int, environment: Mapping[str, str] = os.environ) -> Node |
     """
     if count == 1:
         return None
+    # From the environment: the cluster starts the same command on every machine.
     text = environment.get(NODE)
     if text is None:
         on_each = f"lopd sft --node 0/{count} here and --node 1/{count} there"

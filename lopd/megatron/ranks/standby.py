@@ -30,6 +30,7 @@ class WaitingRanks:
     @classmethod
     def start(cls, environment: Mapping[str, str]) -> WaitingRanks:
         """Start it with the environment that its ranks will have, as far as it is known."""
+        # Two pipes: one for what the ranks print, and one for the order that they wait for.
         output, write_end = os.pipe()
         read_end, orders = os.pipe()
         try:

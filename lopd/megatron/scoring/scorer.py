@@ -203,6 +203,7 @@ class MegatronScorer:
             DataError: The sequence is empty, or longer than a microbatch, or has an unknown token.
         """
         name = f"response {request.prompt_id}/{request.sample_index}"
+        # Checked when the request comes: an error among the ranks could not name the response.
         prompt_len = len(request.prompt_ids)
         response_len = len(request.token_ids)
         if prompt_len == 0 or response_len == 0:
@@ -301,6 +302,7 @@ class MegatronScorer:
     def _run(self) -> None:
         settings = self._settings
         try:
+            # In a thread of its own: this call ends only when all ranks have ended.
             run_ranks(
                 "lopd.megatron.scoring.scorer_worker",
                 [str(self._spool)],

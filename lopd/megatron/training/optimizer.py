@@ -174,6 +174,8 @@ class Optimizer:
             for inner, parameter in adamw_parameters(optimizer):
                 # Reading a missing key of a defaultdict adds an empty entry, which counts as none.
                 if not inner.state[parameter]:
+                    # Zeros are what the first step would begin with. Loading needs tensors to write
+                    # into.
                     zeros = {
                         kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS
                     }

@@ -39,6 +39,7 @@ def require_equal_counts(count: int, *, step: int) -> None:
                 limit="exactly the same number on every data rank",
                 remedy="divide the step by lopd.batching.plan_step on every rank",
             )
+    # After the comparison, so that all ranks raise the same error together.
     if count == 0:
         raise TrainingError(
             "there are no microbatches", where=where, remedy="give each step at least one"

@@ -83,6 +83,7 @@ def inspect_checkpoint(folder: Path, arch: Architecture) -> CheckpointFiles:
     # The files of the folder, and those that the index wants. They should be the same.
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     named = [SINGLE] if listed is None else sorted(set(listed.values()))
+    # Without a readable index nobody knows which files should be there.
     if not problems:
         problems += _file_problems(folder, present, named, has_index=listed is not None)
     headers: dict[str, dict[str, TensorHeader]] = {}
@@ -193,6 +194,7 @@ def _index_problems(
     """Yield where the index and the headers of its files contradict each other."""
     where = str(folder / INDEX)
     remedy = "copy index and files again from one source"
+    # The files that hold each tensor, by its name. There should be exactly one.
     files: dict[str, list[str]] = {}
     for file, tensors in headers.items():
         for tensor in tensors:
@@ -306,6 +308,7 @@ def _name_problems(
         if names
     ]
     remedy = f"give a complete {arch.family} checkpoint that fits its config.json"
+    # This one tensor is missing where the config.json of a tied model says that it is not tied.
     if missing == [LM_HEAD]:
         problems[0] += " (config.json has tie_word_embeddings = false)"
         remedy = (
@@ -323,6 +326,7 @@ def _tied_problems(
     """Yield an output layer that is not the embedding, where config.json says that it is."""
     head = tensors[LM_HEAD]
     embedding = tensors[EMBEDDING]
+    # By form first, which is in the headers. Only equal forms are compared by their values.
     is_same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if is_same:
         count = embedding.shape[0]

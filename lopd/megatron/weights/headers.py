@@ -67,6 +67,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             content = file.read(length) if is_sane else begin + file.read(len(_LFS_POINTER))
     except OSError as error:
         raise _unreadable(path, error) from None
+    # A clone without git-lfs has such files, small texts in the place of the weights.
     if content.startswith(_LFS_POINTER):
         raise _damaged(path, "it is a pointer of git-lfs and not the file itself")
     first = _LENGTH_BYTES + length

@@ -216,6 +216,7 @@ class CheckpointWriter:
         for number, name in enumerate(names):
             # The names have the number of files in them, which is known only now.
             (self._partial / f"shard-{number}").rename(self._partial / name)
+        # A single file needs no index.
         if count > 1:
             weight_map = {
                 tensor: name

@@ -197,6 +197,7 @@ def _table(arch: Architecture) -> Iterator[Weight]:
     )
     for layer in range(arch.num_layers):
         yield from _layer(arch, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+    # Norms are small and whole on every rank.
     yield _whole("decoder.final_layernorm.weight", "model.norm.weight", arch.hidden_size)
     # With tied embeddings the last pipeline stage has a parameter of its own for the same tensor.
     # It is filled on loading, and the embedding alone is exported.

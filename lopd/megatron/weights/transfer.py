@@ -181,6 +181,7 @@ def _owners(table: list[Weight], mine: dict[str, Tensor]) -> dict[tuple[str, int
     owners: dict[tuple[str, int], int] = {}
     for rank, keys in enumerate(everyone):
         for key in keys:
+            # The first rank that holds a tensor gives it.
             owners.setdefault(key, rank)
     return owners
 

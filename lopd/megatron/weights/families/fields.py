@@ -108,6 +108,7 @@ def refuse_quantised(table: Mapping[str, Any], where: str) -> None:
         if about:
             method = about.get("quant_method", "?") if isinstance(about, Mapping) else about
             methods.append((f"{key}.quant_method", method))
+    # transformers has renamed this field, and both names are in use.
     for key in ("dtype", "torch_dtype"):
         dtype = table.get(key)
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:

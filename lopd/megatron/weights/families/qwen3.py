@@ -23,6 +23,7 @@ def qwen3_moe(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     # transformers 5 writes num_local_experts.
     num_experts = number(table, where, "num_experts", "num_local_experts")
     experts_per_token = number(table, where, "num_experts_per_tok")
+    # A router cannot choose more experts than there are, and torch would fail in the first step.
     if experts_per_token > num_experts:
         raise LopdError(
             f"num_experts_per_tok = {experts_per_token} is too large",
