@@ -199,6 +199,7 @@ def _fingerprint_problems(config: Config) -> Iterator[ConfigError]:
     from sglang_rollout.requests.external import connect
     from sglang_rollout.server_side.served_weights import LAYOUT
 
+    # The question for the layout alone computes no fingerprint, so it costs the server nothing.
     action = {"action": f"{LAYOUT}{config.models.student}"}
     for engine in connect(urls, config.sglang, config.models.student).engines:
         try:

@@ -162,6 +162,8 @@ def _placeholder_cluster(folder: Path) -> Path:
 
     nemo-run reads an address before it renders a job, but it talks to nobody while it renders.
     """
+    # The file must have the form that the Kubernetes client reads, although nothing is asked of a
+    # cluster.
     name = "none"
     path = folder / "kubeconfig.json"
     # Port 1 of this machine: nobody listens there.

@@ -122,6 +122,7 @@ def make_plan(
     chosen = _chosen_stages(config, stages)
     _check_nodes(config, target, chosen)
     _check_target(config, target)
+    # The overrides become words of a command, which every user of the machine can read.
     _check_no_secret(overrides)
     # The jobs may start in another folder.
     arguments = [str(config_file.resolve()), *overrides]

@@ -37,6 +37,7 @@ def show_audit(result: Mapping[str, Any], picture: object = None) -> None:
     shown = f"a drift of {result['detectable']:.6f} with probability {result['power']:.0%}"
     needed = f"{result['tolerance']:g} needs {result['tokens_needed']:,} tokens"
     show_line(f"so many show {shown}; {needed}")
+    # One such token is enough to exclude the teacher, so it is said in a line of its own.
     if result["impossible"]:
         reason = "are outside the nucleus: it cannot have sampled them"
         show_line(f"{result['impossible']:,} tokens {reason}", "red")

@@ -254,6 +254,7 @@ def model_table(summary: Mapping[str, Any]) -> Table:
     """
     if not summary.get("accuracy"):
         return _table_without_accuracy(summary)
+    # Errors and intervals may be missing. The figures are then shown alone.
     accuracy = summary["accuracy"]
     accuracy_error = summary.get("accuracy_standard_error", {})
     intervals = summary.get("accuracy_interval", {})

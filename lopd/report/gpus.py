@@ -27,6 +27,7 @@ def gpus() -> list[Gpu]:
     program = shutil.which(_PROGRAM)
     if program is None:
         return []
+    # The program and not a library: it is there where the driver is, and needs no package.
     command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(

@@ -233,6 +233,8 @@ class MetricsLog:
             self._open(stage)
         opened = self._trackers[stage]
         for name, tracker in list(opened.items()):
+            # A tracker that fails is left out from now on. The training goes on, and the file has
+            # the line already.
             if not self._guarded(stage, name, partial(tracker.log, kind, step, numbers)):
                 del opened[name]
 

@@ -40,6 +40,7 @@ def show_parity(found: Mapping[str, Any]) -> None:
         table.add_row(title, *(f"{of[name]:.2e}" for of in figures))
     console.print(table)
     for title, agreement in found.items():
+        # Where the largest difference is tells whether it is one token or the whole of a response.
         worst = agreement.as_dict()["worst"][0]
         place = f"{worst['response']}, token {worst['token']}"
         console.print(f"{title}: largest at {place}", soft_wrap=True)

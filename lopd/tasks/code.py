@@ -245,6 +245,8 @@ class Code(FileTask):
         else:
             job: dict[str, Any] = {"function": tests.function, "arguments": test.given}
             if test.kind == "check":
+                # Some data sets write their tests about a function `candidate`, whatever the
+                # program calls it.
                 candidate = tests.function if tests.needs_candidate else ""
                 job = {"check": test.given, "proof": proof, "candidate": candidate}
             main = _CALLER

@@ -259,6 +259,7 @@ def _bound(node: ast.AST) -> set[str]:
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return {name}
+        # `import a.b` binds the name a.
         case ast.Import(names=aliases):
             return {alias.asname or alias.name.split(".")[0] for alias in aliases}
         case ast.ImportFrom(names=aliases):

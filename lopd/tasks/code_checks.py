@@ -283,6 +283,7 @@ def _importable(tree: ast.Module, packages: bool) -> None:
             continue
         # Of a.b.c only the package a can be missing as a whole.
         for module in (name.split(".")[0] for name in modules):
+            # A test that cannot be imported would count every program as wrong.
             known = module in sys.stdlib_module_names or module == _SOLUTION_MODULE
             if not known and not (packages and importlib.util.find_spec(module) is not None):
                 more = "" if packages else " without task.options.packages"

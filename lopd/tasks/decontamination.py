@@ -126,6 +126,7 @@ class EvaluationIndex:
         words = words_of(question_of(prompt))
         shared: dict[int, set[tuple[str, ...]]] = {}
         for position, word in enumerate(words):
+            # Most words begin no n-gram of an evaluation prompt, so most positions end here.
             if word in self._first_words:
                 # Short evaluation prompts are one n-gram of their own length, so there are several
                 # lengths.

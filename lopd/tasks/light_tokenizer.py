@@ -221,6 +221,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     # jinja2's own tojson escapes the signs of HTML.
     environment.filters["tojson"] = to_json
+    # These two names are transformers' own. Published templates use both.
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment

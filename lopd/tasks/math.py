@@ -130,6 +130,7 @@ class Math(FileTask):
             return f"it is a list of {several} answers, and it is not said if all are asked for"
         if not bare(gold):
             return "it is empty"
+        # The same bound that an answer has: what is not compared can never be right.
         if len(gold) > self.max_answer_chars:
             return f"it has {len(gold)} characters, and max_answer_chars is {self.max_answer_chars}"
         expected = readable(gold)

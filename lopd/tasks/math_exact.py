@@ -96,9 +96,11 @@ def _numbers_differ(gold: Expr, answer: Expr) -> bool:
     answer = answer.doit()
     if isinstance(gold, Rational) and isinstance(answer, Rational):
         return bool(gold != answer)
+    # A decimal is rounded by the one who wrote it. An exact form is not.
     tolerance = _DECIMAL if gold.has(Float) or answer.has(Float) else _EXACT
     one = gold.evalf(_DIGITS)
     other = answer.evalf(_DIGITS)
+    # Formulas with variables are left to math-verify.
     if not (one.is_number and other.is_number and one.is_finite and other.is_finite):
         return False
     larger = max(abs(one), abs(other))

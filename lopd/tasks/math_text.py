@@ -152,6 +152,7 @@ def braced_arguments(text: str) -> str:
     for match in reversed(list(_COMMAND.finditer(text))):
         position = match.end()
         arguments = []
+        # Two arguments, because the commands here are those such as \frac.
         for _ in range(2):
             found = _argument(text, position)
             if found is None:
@@ -165,6 +166,7 @@ def braced_arguments(text: str) -> str:
 
 def _argument(text: str, start: int) -> tuple[str, int] | None:
     """Return the argument of a command, in braces, and where it ends. None if there is none."""
+    # LaTeX skips spaces before an argument.
     while start < len(text) and text[start] == " ":
         start += 1
     if text[start : start + 1] == "{":
@@ -197,6 +199,7 @@ def _without_unit(text: str) -> str:
     lowered = [word.lower() for word in words]
     if not words:
         return text
+    # A percent sign is not a unit: it changes the number by a factor of a hundred.
     if lowered in (["percent"], ["per", "cent"]):
         return f"{number}\\%"
     if lowered[0] in _SCALES and (space or formal is not None):

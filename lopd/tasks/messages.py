@@ -114,6 +114,7 @@ def refusal_of(role: Any, content: Any) -> str:
         # All known roles, in case it was only written differently.
         known = ", ".join(dict.fromkeys(_ROLES))
         return f"the role {role!r:.40} is none of {known}: a prompt holds no results of tools"
+    # A call of a tool has no content, for example.
     if content is None:
         return "it has no content"
     if content_of(content) is None:

@@ -274,6 +274,7 @@ def _standing(out: Path, report_path: Path) -> dict[str, Any] | None:
         return None
     try:
         report: dict[str, Any] = json.loads(report_path.read_text(encoding="utf-8"))
+        # By its content: a file that somebody has edited since is not ours any more.
         ours = report["sha256"] == sha256_file(out)
     except (OSError, ValueError, KeyError, TypeError):
         # No report, or one that we have not written. A file of the user is never replaced.
@@ -349,6 +350,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{report['prompts']:,} prompts of {report['rows']:,} rows read{unchanged}",
         f"left out: {', '.join(reasons) or 'none'}",
     ]
+    # A few rows are enough to see what is wrong with the column. The report has more.
     for one in report["unusable_answers"][:_ROWS_SHOWN]:
         line = f"{one['where']}: field {one['field']}: {one['what']}"
         lines.append(f"    {line}; remedy: {one['remedy']}")

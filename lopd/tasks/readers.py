@@ -280,6 +280,7 @@ class _RowReader:
             found = self._value(row, "question")
             found = scalar_text(found, row.where) if isinstance(found, bytes) else found
         if isinstance(found, str):
+            # A column with text alone is a question of the user.
             messages: Any = [{"role": "user", "content": found}]
         elif found is MISSING:
             # The columns that are there show most quickly which one is meant.

@@ -98,6 +98,7 @@ def fingerprint_of(tokenizer: Any, thinking: bool, time: datetime.datetime | Non
             "files": {
                 name: sha256_file(folder / name) for name in FILES if (folder / name).is_file()
             },
+            # A library's next version may cut a text in another way, with the same files.
             "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         }
     )

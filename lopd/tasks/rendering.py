@@ -128,6 +128,8 @@ class Renderer:
         for place, key in enumerate(keys):
             if key in self._found:
                 self._used[key] = self._found[key]
+            # The same question may come in two calls, as in the check of lengths and in the reading
+            # itself.
             elif key not in self._used:
                 new.setdefault(key, place)
         places = list(new.values())

@@ -62,6 +62,8 @@ def files_of(path: Path) -> list[Path]:
         found: dict[str, list[Path]] = {}
         for suffix in SUFFIXES:
             files = path.rglob(f"*{suffix}")
+            # Sorted, because a file system lists files in an order of its own, which decides the
+            # order of prompts.
             found[suffix] = sorted(file for file in files if _is_data(file, path))
     except OSError as error:
         # A folder inside may be forbidden, or a file of the kernel's that cannot be listed.
@@ -236,6 +238,7 @@ def parse_path(path: str, where: str) -> list[str | int]:
     steps: list[str | int] = []
     position = 0
     while position < len(path):
+        # A dot stands between two names, and not before the first one.
         if steps and path[position] == ".":
             position += 1
         match = _STEP.match(path, position)

@@ -162,11 +162,14 @@ def run(
     held = protections_used or protections()
     # A copy, because the list is cached.
     readonly = list(readonly_folders())
+    # The packages of this environment lie in its prefix, which need not be a folder of the system.
     if packages and sys.prefix not in readonly:
         readonly.append(sys.prefix)
     # The program may make files that only its own user can remove, hence ignore_cleanup_errors.
     with tempfile.TemporaryDirectory(prefix="lopd-run-", ignore_cleanup_errors=True) as folder:
         uid = 0
+        # Only root can give each program a user of its own. Programs of one user could end each
+        # other.
         if os.getuid() == 0:
             slot = next(_slots) % _UIDS_PER_PROCESS
             uid = _FIRST_UID + os.getpid() * _UIDS_PER_PROCESS + slot
@@ -338,6 +341,8 @@ def protections() -> Protections:
         Protections("filters", True, True, False, True, True),
         Protections("filters", True, False, False, True, False),
     ):
+        # Tried and not looked up: whether a kernel permits a thing depends on settings and on
+        # containers around it.
         reason = _try(candidate)
         if not reason:
             return replace(candidate, missing=tuple(missing))

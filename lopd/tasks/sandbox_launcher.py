@@ -160,6 +160,7 @@ def enter_namespaces(uid: int) -> None:
         uid: The user that the program will have, if root starts it. 0 means none.
     """
     outside = os.getuid()
+    # Root needs no namespace of users to make the others.
     if outside == 0 and uid:
         _check(_libc.unshare(_SPACES), "unshare")
         return
@@ -215,6 +216,7 @@ def install_landlock(readonly: list[str], work: str) -> None:
     # struct landlock_ruleset_attr grew: files, then TCP (bind and connect), then the scopes of
     # abstract sockets and signals.
     fields = [every]
+    # A kernel refuses fields that it does not know, so each version gets its own.
     if version >= 4:
         fields.append(3)
     if version >= 6:
@@ -371,6 +373,7 @@ def supervise(spec: dict[str, Any], status: int) -> None:
         run_program(spec, status)
     signal.signal(signal.SIGALRM, _at_wall_limit)
     try:
+        # A program that sleeps uses no processor time, so only a clock can end it.
         signal.setitimer(signal.ITIMER_REAL, spec["limits"]["wall_s"])
         code: int | None = wait_for(program)
         signal.setitimer(signal.ITIMER_REAL, 0)

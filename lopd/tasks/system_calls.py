@@ -102,6 +102,7 @@ def filter_program(machine: str) -> list[Instruction] | None:
     Returns:
         Instructions of BPF: the code, the distances of a jump if true and if false, a constant.
     """
+    # Numbers of system calls differ between architectures. A wrong filter would be worse than none.
     if machine not in _ARCHITECTURES:
         return None
     column, audit = _ARCHITECTURES[machine]
@@ -115,6 +116,7 @@ def filter_program(machine: str) -> list[Instruction] | None:
     if machine == "x86_64":
         # x32 has a second set of numbers for the same calls, with this bit.
         program += [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (_ANSWER, 0, 0, _KILL)]
+    # Refused and not killed: a library that tries such a call gets an error and goes on.
     for numbers in _REFUSED.values():
         program += [(_JUMP_EQUAL, 0, 1, numbers[column]), (_ANSWER, 0, 0, _REFUSE)]
     # The flags of clone3 are in memory, where a filter cannot read them. ENOSYS makes libc use

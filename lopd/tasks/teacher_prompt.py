@@ -70,6 +70,7 @@ def _asked(prompt: Prompt, template: str) -> Prompt:
     def value(found: re.Match[str]) -> str:
         name = found[1]
         text = last["content"] if name == "prompt" else getattr(prompt, name)
+        # A prompt without the field would reach the teacher with the word None in it.
         if text is None:
             raise DataError(
                 f"prompt {prompt.prompt_id!r} has no {name}, which score.teacher_prompt names",

@@ -54,6 +54,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             where=str(folder),
             remedy="give the folder of a Hugging Face checkpoint with a fast tokenizer",
         )
+    # Imported here: the import takes seconds, and most commands need no tokenizer.
     from transformers import AutoTokenizer
 
     try:
