@@ -99,6 +99,7 @@ def no_streams() -> None:
     replace(torch.cuda, "default_stream", lambda device=None: null)
     replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     replace(torch.cuda, "synchronize", lambda device=None: None)
+    # A CPU has no cache of freed device memory.
     replace(torch.cuda, "empty_cache", lambda: None)
     # nvtx marks ranges for a profiler, and returns how deep a range is nested.
     replace(torch.cuda.nvtx, "range_push", lambda msg: 0)
@@ -154,6 +155,7 @@ def cpu_random_state() -> None:
 
 
 def _is_cuda(device: Any) -> bool:
+    # Upstream writes a device in both forms.
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")

@@ -97,6 +97,7 @@ def context_part(
     bounds = cu_seqlens[: num_sequences + 1].astype(np.int64)
     _, multiple = padding_multiples(size, tensor)
     lengths = padded_lengths(np.diff(bounds), size)
+    # A rank without samples still runs the layers, in which the others wait for it.
     missing = -int(lengths.sum()) % multiple if num_sequences else multiple
     if missing:
         lengths = np.append(lengths, missing)

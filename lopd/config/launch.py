@@ -19,6 +19,7 @@ class SlurmSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Names of partitions are those of one cluster, so there is no default that fits two.
     partition: str | None = Field(
         default=None,
         description="The partition of the jobs. If absent, it is the cluster's default.",
@@ -165,6 +166,7 @@ class LaunchSection(Section):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Clusters make compilers and drivers visible by modules, which a job has to load.
     setup: str | None = Field(
         default=None,
         description="Shell lines that run before each Slurm job, for example module load.",

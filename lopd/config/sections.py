@@ -53,6 +53,7 @@ class Config(Section):
     @property
     def evaluates_at_syncs(self) -> bool:
         """Whether distill sends weights to servers that then answer held-out prompts."""
+        # Without an evaluation nobody would read the answers, so no weights are sent.
         return self.evaluate.enabled and self.distill.sync_every > 0
 
     @property
@@ -66,6 +67,7 @@ class Config(Section):
         models = self.models
         if self.aligns_tokenizers:
             return (models.student,)
+        # All of them read the ids that the student samples.
         return models.teacher, *models.teachers.values(), models.student
 
     @model_validator(mode="after")

@@ -177,6 +177,7 @@ def reduce_metrics(summed: Mapping[str, float]) -> dict[str, float]:
     Raises:
         DataError: No token of the step carries loss.
     """
+    # A step in which nothing is learned would still count as a step, and its means would be 0 / 0.
     if summed["num_tokens"] <= 0:
         raise DataError(
             "no token of this step carries loss",
@@ -226,6 +227,7 @@ def _weight_figures(summed: Mapping[str, float], reported: Mapping[str, float]) 
         return {}
     mean = reported["weight"]
     figures = {
+        # E[w^2 - 1] is the variance of w where the mean of w is 1, as it is in expectation.
         "chi_square": second_moment - 1.0,
         "effective_sample_share": mean**2 / second_moment,
     }

@@ -52,6 +52,7 @@ class StageTimes:
                 amounts.opd_prompts * config.rollout.samples_per_prompt,
                 amounts.rollout_len,
             ),
+            # Each teacher's responses are read once, forward only.
             "score": self._score(),
             "distill": self._train(config.distill, config.distill.num_steps, amounts.rollout_len),
         }
@@ -71,6 +72,7 @@ class StageTimes:
         # Without syncs no server runs beside the trainer, and there is no curve.
         if not config.evaluates_at_syncs:
             return NO_TIME
+        # A set with fewer prompts than the knob gives all of them.
         prompts = min(config.distill.sync_num_prompts, amounts.eval_prompts)
         # After a sync the student answers each of a few held-out prompts once.
         evaluation = self._sample("student", prompts, amounts.answer_len)

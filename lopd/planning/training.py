@@ -102,9 +102,11 @@ def step_time(
     # While the busiest expert rank computes, the others wait. Their lost time is counted as
     # operations that they would have done meanwhile.
     recomputes_experts = settings.recompute in ("full", "selective")
+    # One forward pass and a backward pass that counts twice, then what is repeated.
     passes = 3 + assumed.extra_forward_passes + recomputes_experts
     waiting = (assumed.expert_slowdown - 1) * passes / 3 * tokens * expert_flops(arch)
     products = (flops + waiting) / (ranks * node.gpu.flops * assumed.moe_utilisation)
+    # Each rank exchanges for its own tokens, at the same time as the others.
     exchanged = tokens / ranks * exchanged_bytes(arch, settings, assumed)
     exchanges = exchanged / (node.gpu.link * assumed.link_efficiency)
     return StepTime(products, exchanges, optimizer, flops, model_flops)
@@ -188,6 +190,7 @@ def optimizer_seconds(
     if settings.threads_per_rank is not None:
         threads = ranks_here * settings.threads_per_rank
     else:
+        # Without the knob the ranks of a machine share its cores.
         threads = max(ranks_here, assumed.node_cores)
     # More threads help until they ask for more than the memory carries.
     rate = min(threads * assumed.cpu_adam_rate, assumed.host_bandwidth / UPDATE_BYTES)

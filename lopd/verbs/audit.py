@@ -113,6 +113,7 @@ def audit(
 
     # The manifest says how the responses were sampled, and how many there are.
     manifest = read_manifest(responses)
+    # Such scores are parts of sums over chunks, so log p + H of a single token means nothing.
     if alignment_of(manifest) is not None:
         raise DataError(
             "these responses are not in the teacher's own tokens, and the test is about tokens",
@@ -228,6 +229,7 @@ def _random_rows(folder: Path, manifest: Manifest, count: int, seed: int) -> Any
             where=str(folder),
             remedy="give the folder of rollouts or of a cache",
         )
+    # Drawn over the whole artifact: its first responses are those of its first prompts.
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(manifest.rows, min(count, manifest.rows), replace=False))
     tables = []

@@ -258,6 +258,7 @@ def _configuration(
     Raises:
         ConfigError: --out or --prompts is missing, or a setting is wrong.
     """
+    # No default: results of several models would end in one folder.
     if out is None:
         raise ConfigError(
             "the option --out is missing",

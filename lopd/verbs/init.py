@@ -265,6 +265,7 @@ def _of_models(models: dict[str, Path]) -> dict[str, str]:
     from lopd.planning.first_values import CONTEXT, learning_rates, shape_of
     from lopd.planning.parameters import total_and_active
 
+    # None for a model that is not here yet and is no public one.
     shapes = {role: shape_of(path) for role, path in models.items()}
     # Both models read a prompt and its response, so the one with fewer positions decides.
     positions = [shape.max_position_embeddings for shape in shapes.values() if shape is not None]

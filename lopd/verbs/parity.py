@@ -163,6 +163,7 @@ def _sample(
         raise ArtifactError(
             "the folder has no responses", where=str(folder), remedy="run the rollout stage first"
         )
+    # A fixed seed, so that two calls compare the same responses.
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(reader), min(count, len(reader)), replace=False))
     # By index: of a large cache only the chosen rows are read.

@@ -84,6 +84,7 @@ class NewestAnswers:
         responses = last_rows(path, self.count)
         folder = self.tokenizer or tokenizer_of(run_dir)
         tokenizer = light_tokenizer(folder) if folder is not None else None
+        # Answers of the stage evaluate have verdicts beside them. Other responses have none.
         verdicts = read_verdicts(path.parent)
 
         def text(ids: Any) -> str:

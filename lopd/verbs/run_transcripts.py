@@ -137,6 +137,7 @@ def changed(before: Source, after: Source, count: int, *, to_right: bool) -> lis
     # One response for each prompt, so that a short list shows many prompts.
     chosen: dict[str, Key] = {}
     for key, verdict in now.items():
+        # Only prompts that both models have answered can have changed.
         if key in was and verdict.right == to_right and was[key].right != to_right:
             chosen.setdefault(key[0], key)
     return [*chosen.values()][:count]

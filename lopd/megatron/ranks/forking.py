@@ -35,6 +35,7 @@ _LAST_WORDS_S = 0.5
 
 def main() -> int:
     """Import, wait for the order, run its ranks, and return the exit code."""
+    # Here and not in the ranks: the imports are done once, and the forked ranks share them.
     for name in IMPORTS:
         importlib.import_module(name)
     line = sys.stdin.readline()
@@ -50,6 +51,8 @@ def main() -> int:
     for rank in range(number):
         child = os.fork()
         if child == 0:
+            # A rank has exactly the environment of its order, and nothing that this process was
+            # started with.
             os.environ.clear()
             os.environ |= {**order["environment"], **rank_environment(rank, number, port)}
             return _become_rank(order["module"], order["args"], store_parent=os.getppid())
@@ -108,6 +111,7 @@ def _become_rank(module: str, args: Sequence[str], *, store_parent: int) -> int:
         )
     import torch
 
+    # torch has read the variable when it was imported, in the process that was forked.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

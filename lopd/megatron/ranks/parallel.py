@@ -79,6 +79,7 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
         # The groups of Megatron-Core have a timeout of their own.
         distributed_timeout_minutes=timeout_s / 60,
     )
+    # All of them: which generator a library draws from is not ours to know.
     python_random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -126,6 +127,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def rank() -> int:
     """Return the global rank. It is 0 outside of a process group."""
+    # So that code which asks for its rank also runs in a process without others.
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -14,6 +14,7 @@ from lopd.megatron.weights.architecture import Architecture
 _PEAKS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
+    # Before H200, because the first name that is part of the device's name decides.
     "H200 NVL": 835e12,
     "H200": 989.4e12,
     "GH200": 989.4e12,
@@ -68,6 +69,8 @@ def training_flops(arch: Architecture, lengths: Iterable[int]) -> float:
         arch: The model.
         lengths: The number of tokens of each sequence.
     """
+    # Tokens and pairs are added up apart: products with weights grow with the tokens, and attention
+    # with the pairs.
     num_tokens = 0
     num_pairs = 0
     for length in lengths:
