@@ -90,4 +90,5 @@ class Interruption:
         os._exit(INTERRUPTED_CODE)
 
 
+# One for the process, because a signal has one handler.
 INTERRUPTION = Interruption()

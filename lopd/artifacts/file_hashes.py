@@ -110,6 +110,7 @@ class FileHashes:
             return known
         began_ns = time.time_ns()
         with path.open("rb") as handle:
+            # A bar moves while the file is read, and not only when it has been read.
             counted = handle if read is None else _Counted(handle, read)
             digest = hashlib.file_digest(counted, "sha256").hexdigest()  # type: ignore[arg-type]
         # A file that was changed a moment ago may change again within the same tick of its clock,

@@ -86,6 +86,7 @@ def _load(folder: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
+            # In 16 bits the rounding of log p would be as large as the drifts that are looked for.
             dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,

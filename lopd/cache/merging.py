@@ -200,6 +200,7 @@ def _check_columns(folder: Path, manifest: Manifest, first_folder: Path, first: 
 
 def _check_unique(sources: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     """Raise ArtifactError if a response is in more than one of the sources."""
+    # Keys alone are held: the responses of all caches would not fit into memory.
     seen: set[Key] = set()
     doubled: Counter[str] = Counter()
     for folder, manifest in zip(sources, manifests, strict=True):

@@ -162,6 +162,7 @@ class RowChecks:
                 wrong = list_lengths(table, name) != lengths
                 what = f"{name} has another length than token_ids"
                 self._flag(keys, wrong, f"length of {name}", what)
+        # Optional columns are checked where they are there.
         for name in (*LOGPROBS, TOP_LOGPROBS, TAIL):
             if name in table.column_names:
                 self._check_logprobs(table, name, keys)

@@ -202,6 +202,7 @@ def local_executor(job: Job, plan: Plan) -> Any:
     return run.LocalExecutor(env_vars=dict(plan["settings"]["env"]), packager=run.Packager())
 
 
+# By the targets of lopd.launching.plan.TARGETS, and so are the renderers below.
 EXECUTORS = {
     "slurm": slurm_executor,
     "k8s": kubernetes_executor,

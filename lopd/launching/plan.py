@@ -25,6 +25,7 @@ from lopd.errors import ConfigError
 
 Target = Literal["local", "docker", "slurm", "k8s", "skypilot"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+# In the order of the pipeline. Named here again, because this package must not import the stages.
 STAGES = ("demonstrate", "sft", "rollout", "score", "distill", "evaluate", "export")
 # Stages that workers can share.
 SHARED = ("demonstrate", "rollout", "score")

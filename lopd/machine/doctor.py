@@ -308,6 +308,7 @@ def _paths_to_read(config: Config) -> dict[str, Path]:
     return {key: path for key, path in paths.items() if path is not None}
 
 
+# In the order in which the findings are shown.
 Judge = Callable[[Config, Facts, "Plan | None"], Verdicts]
 JUDGES: dict[str, Judge] = {
     "GPUs": _judge_gpus,

@@ -11,6 +11,7 @@ from lopd.planning.activations import BACKWARD_SHARE, layer_activations
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.parameters import StageParameters, parameters_by_formula
 
+# Bytes of one number.
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # lopd.megatron.model.logprobs.BLOCK_BYTES on CUDA: the largest block of logits.
 LOGIT_BLOCK = 256 * 2**20

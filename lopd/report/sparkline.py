@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+# Eight heights of a character, from the lowest to the highest.
 BLOCKS = "▁▂▃▄▅▆▇█"
 # For a terminal or a file without these characters.
 PLAIN = "_.-=+*#@"

@@ -26,6 +26,7 @@ from sglang_rollout.requests.client import SGLangEngine
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
 from sglang_rollout.servers.server import SGLangServer
 
+# What servers and trainer are built on.
 IMPORTS = ("torch", "megatron.core", "transformers", "pyarrow", "lopd.megatron.training.trainer")
 # On a CPU only the server's own process can import SGLang (sglang_rollout/cpu).
 IMPORTS_ON_GPU = ("transformer_engine.pytorch", "triton", "sglang")

@@ -311,6 +311,7 @@ def _reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
     return {"mean": mean, "standard_error": error}
 
 
+# The servers' knobs are among the inputs: number format and context decide what is sampled.
 STAGE = Stage(
     name="evaluate",
     summary=(

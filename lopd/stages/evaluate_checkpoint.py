@@ -44,6 +44,7 @@ from lopd.tasks.prompts import load_prompts
 from lopd.tasks.tokenizer import load_tokenizer, response_text
 from lopd.tasks.verdicts import Judged, Verdict, judge_all
 
+# What the folder has at the end: one file for figures, one line for each problem, and all answers.
 SUMMARY = "summary.json"
 PROBLEMS = "problems.jsonl"
 TRANSCRIPTS = "transcripts"

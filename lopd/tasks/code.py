@@ -42,6 +42,7 @@ import {MODULES}
 {_STARS}sys.setrecursionlimit(50000)
 exit = quit = sys.exit
 """
+# Two files and no joined text: the line numbers in an error are those of the program itself.
 _PROGRAM = """\
 names = {"__name__": "__main__"}
 exec(compile(open("prelude.py").read(), "prelude.py", "exec"), names)

@@ -68,6 +68,7 @@ SETUP_FAILED = 125
 # The user "nobody" of Linux.
 NOBODY = 65534
 
+# Python has no functions for these system calls, so they go through the C library.
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+# The hash computes in words of 32 bits.
 _MASK = 0xFFFFFFFF
 # The number of bytes that are hashed. It is part of the hash.
 _NUM_BYTES = 16

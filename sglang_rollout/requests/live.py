@@ -19,6 +19,7 @@ from sglang_rollout.requests.sampling import (
     new_tokens_allowed,
 )
 
+# As in client.py: connecting is quick or fails, whatever an answer takes.
 _CONNECT_TIMEOUT_S = 5.0
 
 

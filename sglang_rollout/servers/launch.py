@@ -19,6 +19,7 @@ from typing import Any
 
 from sglang_rollout.cpu.settings import OURS, on_cpu
 
+# Variables and no arguments: the environment of a process is read by its user alone.
 KEY_VARIABLE = "LOPD_SGLANG_KEY"
 SECRETS_VARIABLE = "LOPD_SGLANG_SECRETS"
 # In tokens. SGLang accepts prompts of up to 6 tokens less than its context_length

@@ -17,6 +17,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# The beginning of the folders' names, by which orphans are found, and the file that their owner has
+# locked.
 _PREFIX = "lopd-sglang-"
 _OWNER = "owner"
 # In bytes. The path of a Unix socket may have 107, and SGLang makes sockets with long random names

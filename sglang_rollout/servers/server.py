@@ -36,6 +36,7 @@ from sglang_rollout.servers.start_up import check_checkpoint, wait_until_healthy
 from sglang_rollout.servers.supervision import Activity, Watcher
 from sglang_rollout.servers.weights_file import remembered_weights
 
+# Longer than the 20 seconds within which SGLang's own health check looks for a sign of life.
 _PROBE_TIMEOUT_S = 30.0
 # Another program can take a free port in the seconds until the server listens.
 _PORT_ATTEMPTS = 3

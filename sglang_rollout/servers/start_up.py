@@ -16,6 +16,7 @@ from lopd.processes import last_lines
 from sglang_rollout.servers.log_summary import log_summary
 from sglang_rollout.servers.ports import AddressTaken
 
+# Short beside a start, which takes a minute and more.
 _POLL_S = 0.05
 
 

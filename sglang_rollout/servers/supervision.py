@@ -27,6 +27,7 @@ from sglang_rollout.servers.weights_file import (
     write_record,
 )
 
+# Looking whether a process lives costs next to nothing, and clients wait for a restart.
 _WATCH_INTERVAL_S = 0.1
 # Unanswered questions in a row before a silent server counts as hanging. A long prefill can keep a
 # healthy server from answering one of them.

@@ -53,6 +53,7 @@ from lopd.megatron.checkpoints.writing import Writing
 from lopd.megatron.ranks import parallel
 from lopd.megatron.weights.architecture import Architecture
 
+# It is raised when the form of the files changes, and another version is refused by its number.
 SCHEMA_VERSION = 2
 LATEST = "latest"
 DAMAGED = ".damaged"

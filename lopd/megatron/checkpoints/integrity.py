@@ -15,6 +15,7 @@ from lopd.artifacts import fsync_folder, sha256_json
 from lopd.megatron.checkpoints.writing import crc32, fsync_and_sum
 from lopd.megatron.ranks import parallel
 
+# Everything of a checkpoint that is no tensor: the step, the layout and the checksums.
 ABOUT = "trainer.json"
 # Files that name the rank that wrote them. Rank 0 wrote all others.
 _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp|rng-(\d+)\.json")

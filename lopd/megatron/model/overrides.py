@@ -31,6 +31,7 @@ from lopd.errors import ConfigError
 from lopd.megatron.model.reserved_fields import KNOBS, MODEL_SHAPE, TRAINER
 
 Built = TypeVar("Built")
+# The three records of Megatron-Core that a [*.megatron] table can reach.
 _CONFIGS = {
     "transformer": TransformerConfig,
     "optimizer": OptimizerConfig,

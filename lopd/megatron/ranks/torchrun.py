@@ -22,6 +22,7 @@ from torch.distributed.run import main as torchrun
 
 from lopd.megatron.ranks.nodes import ANNOUNCEMENT, NODE, Node, announcing, own_address
 
+# Ranks of one machine meet here, where no other machine can connect.
 _LOOPBACK = "127.0.0.1"
 
 

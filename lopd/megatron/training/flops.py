@@ -14,7 +14,6 @@ from lopd.megatron.weights.architecture import Architecture
 _PEAKS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
-    # Before H200, because the first name that is part of the device's name decides.
     "H200 NVL": 835e12,
     "H200": 989.4e12,
     "GH200": 989.4e12,

@@ -20,6 +20,7 @@ from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.headers import WIDTHS, TensorHeader, read_header, read_rows
 from lopd.megatron.weights.hf_mapping import hf_shapes
 
+# The names of transformers, which every reader of such a folder expects.
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
