@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_patches.registry import patch, replace, require
 
+# The versions with which the tests of these patches have run.
 _CHECKED = "megatron-core 0.16.1 and 0.18.2"
 _OPTIMIZER = "megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer"
 

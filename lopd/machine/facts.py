@@ -128,6 +128,7 @@ def _gpus() -> tuple[tuple[GpuFact, ...], str]:
             capture_output=True,
             text=True,
             timeout=_SMI_TIMEOUT_S,
+            # An exit code is judged below, where the message of nvidia-smi can be shown.
             check=False,
         )
     # A machine without NVIDIA's driver has no nvidia-smi. Containers get it from the host.
@@ -182,6 +183,7 @@ def _ask_hub(name: HubName) -> str | None:
     from huggingface_hub import HfApi
 
     try:
+        # One question for the repository alone: nothing is downloaded.
         HfApi().repo_info(
             name.repository,
             repo_type="dataset" if name.dataset else "model",

@@ -196,6 +196,7 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
             repo_type="dataset" if name.dataset else "model",
             revision=name.revision,
             local_dir=str(partial),
+            # Only files that lopd reads: repositories often hold the same weights in a second form.
             allow_patterns=list(DATA_FILES if name.dataset else MODEL_FILES),
         )
     except Exception as error:
@@ -209,6 +210,7 @@ def _download(item: Wanted, snapshot: Snapshot) -> None:
             "gated repositories) hf auth login, then run the same command again: it "
             "continues",
         ) from error
+    # Before the cache is removed, which is where the commit stands.
     commit = _commit(partial)
     note = json.dumps({"source": str(name), "commit": commit}, indent=1)
     (partial / NOTE).write_text(f"{note}\n", encoding="utf-8")

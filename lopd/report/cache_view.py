@@ -95,6 +95,7 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Yield the title and the value of each line."""
     state = "complete" if figures["complete"] else "NOT COMPLETE"
     yield "artifact", f"{figures['kind']}, {state}, schema {figures['schema_version']}"
+    # An artifact that is not complete has no fingerprint yet.
     yield "fingerprint", figures["fingerprint"] or "none"
     yield from _model_lines(figures)
     prompts = f"{figures['rows']:,} to {figures['prompts']:,} prompts"
@@ -105,6 +106,7 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if figures.get("top_k"):
         yield "teacher's top-K", f"{figures['top_k']} tokens at each place"
     yield from _ending_lines(figures)
+    # Two kinds: a key that comes twice is a fault, and the same response twice may be chance.
     keys = f"{figures['duplicate_keys']} keys"
     yield "duplicates", f"{keys}, {figures['duplicate_sequences']} token sequences"
     advantage = figures["advantage_at_start"]

@@ -128,6 +128,7 @@ def progress(
         on_stderr: Whether the bar goes to stderr, because stdout may have a result for programs.
     """
     console = _errors if on_stderr else _console
+    # A bar redraws itself, which would fill a file with control characters.
     kind = _RichBar if console.is_terminal else _PlainBar
     bar = kind(title, total, done, unit, console)
     # Also after an error: a running rich bar would hide the cursor and overwrite the error.

@@ -216,6 +216,7 @@ def _stages(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[StageState
     for name in STAGE_NAMES:
         folder = run_dir / name
         manifest = _read(folder / MANIFEST)
+        # The pipeline writes it when a stage is done. Nothing else knows how long a stage took.
         seconds = _read(folder / "seconds.json").get("seconds")
         if manifest.get("complete"):
             # A stage that runs again has another fingerprint than the one that was read here.

@@ -116,6 +116,7 @@ class WandbTracker:
             group=training.run_dir.resolve().name,
             name=training.name,
             dir=str(training.folder),
+            # Offline unless the user wants it otherwise: a node of a cluster may have no network.
             mode=os.environ.get("WANDB_MODE", "offline"),
             notes=continued,
             config=dict(training.knobs),
@@ -158,6 +159,8 @@ class MlflowTracker:
         if not uri:
             store.mkdir(parents=True, exist_ok=True)
             uri = f"sqlite:///{store}/mlflow.db"
+        # The client and not the fluent functions of mlflow, which keep one active run for a whole
+        # process.
         self._client = MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(training.project)
         experiment = (
@@ -193,6 +196,7 @@ class MlflowTracker:
     def log(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
+        # MLflow keeps times in milliseconds.
         now = int(time.time() * 1000)
         # MLflow would write an infinity as the largest float, which is another metric.
         metrics = [

@@ -116,6 +116,7 @@ def show_comparisons(comparisons: Sequence[Comparison], console: Console) -> Non
 
 
 def _heading(one: Transcript) -> Text:
+    # Three cases: a task without a verifier judges nothing, which is not the same as wrong.
     verdict = {None: "not judged", True: "right", False: "wrong"}[one.right]
     style = {None: "", True: "bold green", False: "bold red"}[one.right]
     about = f" ({printable(one.about)})" if one.about else ""

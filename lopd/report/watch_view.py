@@ -75,6 +75,7 @@ def frame(
         levels: The characters of the curves.
     """
     parts: list[Any] = [Text(f"run {state.run_dir}", style="bold"), Text(_life(state))]
+    # What a reader looks for first stands first: where the run is, and how long it will take.
     parts += [_stage_line(state), _stages(state.stages)]
     if state.last_line:
         parts.append(Text(_cut(state.last_line, width), style="dim"))
@@ -222,6 +223,8 @@ def _figures(state: RunState, levels: str, width: int) -> Iterator[tuple[str, ..
             metric = metric_of(kind, name)
             unit = "" if metric is None else metric.unit
             title = f"{name} at syncs" if kind == "eval" else name
+            # All values of the training and not the newest alone, so that the shape of the curve
+            # stays.
             curve = sparkline(values, width, levels)
             yield title, f"{values[0]:{form}}", f"{values[-1]:{form}}", curve, unit
 

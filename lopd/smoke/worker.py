@@ -72,6 +72,7 @@ def run(form: Form, model: Path, url: str, folder: Path) -> None:
     )
     # Wrong attention gives a plausible loss, so it is compared before any step.
     check_attention(form, trainer)
+    # Random text is enough: the machinery is tried here, and not what a model learns.
     samples = _random_samples(form)
     # The same batch in every step, so that the losses can be compared.
     microbatches = _microbatches_of_this_rank(form, samples)
@@ -119,6 +120,7 @@ def check_collectives(form: Form) -> None:
     ranks = parallel.world_size()
     rank = parallel.rank()
     device = parallel.device()
+    # Each rank puts in another number, so a rank that is missing or counted twice changes the sum.
     values = torch.full((form.collective_elements,), float(rank + 1), device=device)
     # The first collective also opens the connections, which the time includes.
     seconds = _seconds_of(lambda: dist.all_reduce(values))
@@ -188,6 +190,7 @@ def check_attention(form: Form, trainer: Trainer) -> None:
     queries = config.num_attention_heads // tensor
     groups = config.num_query_groups // tensor
     dtype = next(trainer.module.parameters()).dtype
+    # On the CPU, so that the numbers are the same on every machine.
     generator = torch.Generator().manual_seed(3)
     query, key, value = (
         torch.randn(sum(lengths), heads, config.kv_channels, generator=generator).to(
@@ -325,6 +328,8 @@ def _start_shared_memory() -> None:
         return
     multiprocessing: Any = torch.multiprocessing
     strategy = multiprocessing.get_sharing_strategy()
+    # The helper inherits what is open when it starts, so descriptor 2 itself is exchanged for a
+    # moment.
     stderr = os.dup(2)
     multiprocessing.set_sharing_strategy("file_system")
     try:

@@ -112,6 +112,7 @@ class StageContext:
     @cached_property
     def parents(self) -> dict[str, str]:
         """The fingerprint of each parent's artifact, by the parent's name."""
+        # Fingerprints and not paths: a parent that was made again is another parent.
         names = self.stage.parents(self.config)
         return {name: self.manifest_of(name).fingerprint for name in names}
 
@@ -291,6 +292,8 @@ class StageContext:
             return
         by_teacher = self.stage.name == "demonstrate"
         urls = config.sglang.teacher_urls if by_teacher else config.sglang.student_urls
+        # Servers of the user run already, and the other stages begin with something else than a
+        # server.
         if urls or self.stage.name not in ("demonstrate", "rollout", "evaluate"):
             return
         # The other two begin with the student, whose architecture is that of its base.

@@ -65,6 +65,7 @@ def _training(
 
 
 def _shards(folder: Path) -> Progress | None:
+    # The number stands in the folder, because it follows from prompts that are not read here.
     total = expected_shards(folder)
     if total is None:
         return None

@@ -18,6 +18,7 @@ class ModelServer:
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
+        # A stack, because the server may be exchanged for another one in the middle.
         self._open = contextlib.ExitStack()
         self._engine: SGLangEngine | None = None
         self._architecture: Any = None

@@ -97,6 +97,7 @@ class TeacherPrompts:
         Raises:
             DataError: The response answers no prompt of the run.
         """
+        # The usual case: the teacher sees what the student saw, to the token.
         prompt_ids = response.prompt_ids
         if self._asked is not None:
             prompt_ids = prompt_of(response, self._asked)

@@ -182,6 +182,7 @@ def accuracy_figures(
     means = shares(right)
     # pass@k needs k samples of every problem, so the problem with the fewest samples limits k.
     fewest = min(len(samples) for samples in right)
+    # The method is reported too, because the two intervals of equal figures differ.
     interval, method = accuracy_interval(means)
     return {
         "mean": float(means.mean()),

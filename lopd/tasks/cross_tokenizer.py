@@ -128,6 +128,7 @@ def plan_response(
         one = np.ones(1, np.int64)
         chunk = Chunks(one, one, np.ones(1, bool))
         parts.append(_Part([other_end], chunk, np.zeros(1, np.int8)))
+    # Each part was aligned by itself, so its ends count from its own beginning until now.
     plan = _joined(parts)
     if len(plan.token_ids):
         return plan

@@ -26,6 +26,7 @@ def write_verdicts(answers: Path, verdicts: Iterable[tuple[Key, Verdict]]) -> No
     """
     lines = []
     for (prompt_id, sample_index), verdict in verdicts:
+        # JSONL and no Parquet: people read these lines, and search them for a reason.
         line = {"prompt_id": prompt_id, "sample_index": sample_index, "right": verdict.right}
         lines.append(json.dumps({**line, "reason": verdict.reason, "found": verdict.found}))
     # All at once: a reader finds the verdicts of all answers, or no file.

@@ -86,10 +86,12 @@ def show(
             where="lopd show",
             remedy=f"leave out {chosen[-1]}",
         )
+    # One artifact can be shown alone, for example the rollouts before anything was distilled.
     place = run if (run / "manifest.json").is_file() else run_directory(run)
     # Imported here: a wrong option is said before anything heavy is imported.
     from lopd.verbs import run_transcripts as transcripts
 
+    # The worst responses are what a reader wants to see first.
     if not chosen:
         worst = _DEFAULT
     sources = transcripts.sources_of(place, model or [], scored=worst is not None)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from lopd.config import SyncSection
 from lopd.errors import ConfigError, EngineError
 
+# The default of every address here: only programs of this machine can connect.
 LOOPBACK = "127.0.0.1"
 AUTO = "auto"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
