@@ -147,6 +147,7 @@ def _room(size: float) -> str:
 def _checkpoint_bytes(config: Config, parameters: int) -> float:
     """Return the bytes of all checkpoints to resume from."""
     trainings: list[TrainSection] = [config.distill]
+    # A given student is not trained, so that SFT has no checkpoints.
     if config.sft.checkpoint is None:
         trainings.append(config.sft)
     size = 0.0

@@ -37,6 +37,7 @@ class StepHooks(StepHook):
     """Several hooks that act one after the other. Without any, nothing happens between steps."""
 
     def __init__(self, *hooks: StepHook) -> None:
+        # The order matters: a hook may use what the one before it has done.
         self._hooks = hooks
 
     def begin(self, training: Training) -> None:

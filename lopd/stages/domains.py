@@ -97,6 +97,7 @@ def parts_of(
     """Return the parts of a prompt set, sorted by domain. A domain without prompts has none."""
     places: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
+        # Places and not prompts: the prompts and their token ids are two lists in the same order.
         places.setdefault(domain_of(config, prompt), []).append(place)
     # The same prompts and knobs must give the same parts in each stage and after a kill. So they
     # are sorted by name and not by the order in which domains occur.

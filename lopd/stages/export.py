@@ -40,6 +40,7 @@ def run(context: StageContext) -> None:
     remove_folder(partial)
     with storage_errors(target):
         partial.mkdir(parents=True)
+        # Copied and not moved: the artifact of distill stays what its manifest says.
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
     publish_bytes(partial / "README.md", _card(context).encode())
@@ -54,6 +55,7 @@ def run(context: StageContext) -> None:
     _check_loads(partial)
     remove_folder(target)
     partial.rename(target)
+    # The rename is on disk before the manifest says that the model is there.
     fsync_folder(target.parent)
     # Files outside of the run directory are listed by their whole path.
     writer.finish(files=(path for path in target.iterdir() if path.is_file()), model=str(target))

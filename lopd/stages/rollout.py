@@ -20,6 +20,7 @@ def run(context: StageContext) -> None:
     student = context.folder_of("sft") / MODEL
     writer = context.writer(
         models={"base_student": context.identity("student"), "student": identify_model(student)},
+        # Whoever corrects for the sampling later, or audits it, must know how it was done.
         sampling=context.sampling_record(config.rollout),
         # The score stage compares its teacher with the one that is named here.
         lineage=context.manifest_of("sft").lineage,

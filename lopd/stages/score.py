@@ -43,12 +43,15 @@ def run(context: StageContext) -> None:
     # Before the teacher is started, which may take minutes.
     lineage = check_teacher(context, rollouts)
     _check_ids(context)
+    # The models stand in the manifest from the beginning, so that a killed stage says who was
+    # scoring.
     models = {"teacher": context.identity("teacher"), **_base_of(context), **_sampler_of(rollouts)}
     writer = context.writer(models=models, sampling=rollouts.sampling, lineage=lineage)
     # Before the teacher, whose start takes longest.
     writer.expect(len(rollouts.shards))
     # Workers may have published all shards. Then no teacher is started.
     needs_teacher = bool(writer.missing(len(rollouts.shards)))
+    # The base first: the teacher's shards are complete only with its column.
     base = _score_by_base(context, rollouts) if "base" in models else None
     with serve_teacher(context) if needs_teacher else nullcontext() as engine:
         score_responses(
@@ -119,6 +122,7 @@ def _check_ids(context: StageContext) -> None:
     Raises:
         DataError: One has not. A server would refuse the response, after hours perhaps.
     """
+    # Before a teacher is started: one pass over the ids takes less time than a start.
     reader = CacheReader(context.folder_of("rollout"))
     reader.require_ids_below(num_shared_ids(context.config), "one of the run's models")
 

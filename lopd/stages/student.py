@@ -82,6 +82,7 @@ class StudentServer(StepHook):
             step: How many steps the trainer has done.
             again: Send them even to servers that have had them, because a server has lost them.
         """
+        # Two hooks may push before the same step, and the weights have not changed in between.
         if step == self._served_step and not again:
             return
         # The trainer's weights must be on the GPUs, because they are sent from there.

@@ -55,6 +55,7 @@ class Problem:
     @property
     def text(self) -> str:
         """The problem as in the prompt, for example ``81+06+02``."""
+        # Always two digits, so that all problems of one size have prompts of the same length.
         steps = [f"{operator}{operand:02d}" for operator, operand in self.steps]
         return f"{self.start:02d}{''.join(steps)}"
 

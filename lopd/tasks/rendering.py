@@ -39,6 +39,7 @@ _BATCH = 1024
 _SHOWN = 20_000
 # How many kept prompts are rendered again, to see that they are what this tokenizer says.
 _SAMPLE = 64
+# The variable by which the tokenizers library decides whether it uses threads.
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
