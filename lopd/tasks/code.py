@@ -21,7 +21,9 @@ from lopd.records import Prompt
 from lopd.tasks import sandbox
 from lopd.tasks.answers import FileTask
 from lopd.tasks.code_blocks import MODULES, STARRED, defines, last_function, program_of
-from lopd.tasks.code_tests import Test, Tests, read_tests, same_result
+from lopd.tasks.code_tests import Test, Tests, read_tests
+from lopd.tasks.code_values import same_result
+from lopd.tasks.sandbox_process import Outcome
 from lopd.tasks.verdicts import Verdict
 
 # The relative error that a printed decimal fraction may have.
@@ -237,7 +239,7 @@ class Code(FileTask):
 
     def _outcome(
         self, program: str, test: Test, tests: Tests, proof: str, held: sandbox.Protections
-    ) -> sandbox.Outcome:
+    ) -> Outcome:
         if test.kind == "stdin":
             # The program reads its input by itself. For the other two kinds the input is the job of
             # the caller.

@@ -380,7 +380,6 @@ class SGLangEngine:
             status: The HTTP status.
             content: The body of the answer.
         """
-        # A wrong key has the same remedy whichever of the two statuses a server uses for it.
         wrong_key = (
             "the key is not this server's; the key of a server that lopd did not start comes from "
             f"the environment variable {KEY_VARIABLE}"

@@ -18,7 +18,8 @@ import pytest
 from lopd.errors import ConfigError
 from lopd.processes import group_alive
 from lopd.tasks import get_task, sandbox
-from lopd.tasks.sandbox import Limits, Outcome, Protections
+from lopd.tasks.sandbox import Limits, Protections
+from lopd.tasks.sandbox_process import Outcome
 from lopd.tasks.system_calls import filter_program, kernel_facts
 
 MODES = {
