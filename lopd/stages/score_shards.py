@@ -73,7 +73,6 @@ def score_into(
             for one in by_length(responses[index], prompts_at_once):
                 yield asked.request(one)
 
-    # The bar counts the responses of this process. Other workers have bars of their own.
     total = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
     already = total - sum(rollouts.shards[index].rows for index in missing)
     with progress(title, total=total, done=already, unit="responses") as bar:
