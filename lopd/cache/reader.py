@@ -179,7 +179,7 @@ class CacheReader:
         self, table: pa.Table, name: str, limit: int, owner: str, shard: int
     ) -> None:
         ids, rows = flat(table, name)
-        # An id without a row would read other memory in an embedding, or fail deep inside of it.
+        # An id without a row would fail deep inside of the model.
         wrong = np.flatnonzero((ids < 0) | (ids >= limit))
         if wrong.size:
             key = tuple(table[column][int(rows[wrong[0]])].as_py() for column in _KEY)

@@ -122,8 +122,7 @@ def _about_rows(rows: Mapping[str, int], num_tokens: int) -> str:
     """Return how many rows each model has for the tokens, and what follows if they differ."""
     each = ", ".join(f"{role} {count:,}" for role, count in rows.items())
     least = min(rows.values())
-    # Checkpoints pad their vocabulary differently, and users take the differing numbers for a
-    # mistake.
+    # Checkpoints pad their vocabulary differently, so differing numbers are no mistake.
     line = f"rows of the embeddings: {each}; tokens of the tokenizer: {num_tokens:,}"
     if least == max(rows.values()):
         return f"{line}. Every token has a row, and all models know the same ids"

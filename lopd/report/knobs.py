@@ -117,7 +117,7 @@ def _knob_lines(key: str, knob: Knob, width: int) -> Iterator[str]:
     elif knob.default is None:
         # Leaving such a knob out is a choice of its own, and the meaning says which.
         about.append("absent")
-    # A user who changes such a knob need not fear that a stage runs again.
+    # A change of such a knob makes no stage run again.
     if knob.speed_only:
         about.append("changes no result")
     yield from wrapped(f"{shown}  ({', '.join(about)})", width, later="      ")

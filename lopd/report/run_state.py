@@ -159,7 +159,7 @@ class MetricsTail:
                     self._rows = []
                     self._inode = about.st_ino
                 # Only what is new: a long run has many megabytes of metrics, and a frame is drawn
-                # every second.
+                # every few seconds.
                 handle.seek(self._place)
                 for line in handle:
                     # The last line may be half written.

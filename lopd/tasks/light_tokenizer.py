@@ -75,8 +75,7 @@ class LightTokenizer:
         """
         self.name_or_path = str(folder)
         self.chat_template = template
-        # The verb asks every tokenizer for its end, so the attribute is there also where there is
-        # none.
+        # stop_token_ids asks every tokenizer for its end token, also one that names none.
         self.eos_token_id: int | None = None
         if "eos_token" in special:
             self.eos_token_id = tokenizer.token_to_id(special["eos_token"])

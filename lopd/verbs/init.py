@@ -39,7 +39,7 @@ _DEVICES = {
         "why": "on a CPU, where it is as fast as bfloat16 and exact",
     },
 }
-# A text and no generated table: the file is for people, and its comments are the half of it.
+# A text and no generated table: the file is for people, and half of it is comments.
 _TEMPLATE = """\
 # Written by lopd init. Paths are relative to this file's folder. Every knob that is not here has a
 # default: lopd knobs lists them. A line may also be changed for one run:
