@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "processes": set(),
     "deferred": set(),
     "devices": set(),
+    "interruption": set(),
     "manifests": set(),
     "records": {"manifests"},
     "config": {"errors"},
@@ -123,6 +124,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         *PURE,
         "report",
+        "interruption",
         "pipeline",
         "checks",
         "verbs",

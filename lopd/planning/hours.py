@@ -197,7 +197,7 @@ def _share_of_weights_read(arch: Architecture, parameters: int, batch: float) ->
         3 * arch.hidden_size * arch.moe_ffn_hidden_size * arch.num_experts * arch.num_layers
     )
     # The share of experts that no token of the batch has chosen.
-    idle = (1 - arch.experts_per_token / arch.num_experts) ** batch
+    idle: float = (1 - arch.experts_per_token / arch.num_experts) ** batch
     return 1 - idle * all_experts / parameters
 
 
