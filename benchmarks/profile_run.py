@@ -1,7 +1,7 @@
 """Where the processors' time of a whole run goes: in which processes, and in what.
 
     pip install py-spy==0.4.2
-    python -m benchmarks.profile_run examples/tiny_moe.toml run.dir=runs/profiled --json profile.json
+    python -m benchmarks.profile_run examples/tiny_moe.toml run.dir=runs/profiled --json out.json
 
 py-spy looks at all processes of `lopd run` some times a second and notes the stacks of the threads
 that compute. Each sample counts for one place: the process by its role (the command itself, a rank
