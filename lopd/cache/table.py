@@ -86,7 +86,7 @@ def to_table(
         "finish_reason": strings("finish_reason"),
         "weight_version": strings("weight_version"),
     }
-    # Sampled responses have no mask. The column would cost bytes and say nothing.
+    # Sampled responses of one turn have no mask. The column would cost bytes and say nothing.
     if any(response.loss_mask is not None for response in responses):
         columns["loss_mask"] = to_lists([_mask_of(response) for response in responses], pa.bool_())
     metadata = None

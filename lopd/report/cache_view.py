@@ -44,6 +44,8 @@ _HISTOGRAMS = {
     "teacher_entropy": "the teacher's entropy, nats",
 }
 _SCALE = f"bars are linear in the share; {_RARE} stands for less than half a #"
+# From this share of tokens on that both policies are exactly certain of, a reader should look.
+_SUSPICIOUS_ZEROS = 0.05
 LEGEND = "log pi_teacher - log pi_student of each token, nats:"
 
 
@@ -99,6 +101,7 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     prompts = f"{figures['rows']:,} to {figures['prompts']:,} prompts"
     tokens = f"{figures['tokens']:,} tokens"
     yield "responses", f"{prompts}, {tokens}, in {figures['shards']} shards"
+    yield from _mask_lines(figures)
     yield from _size_lines(figures)
     yield from _alignment_lines(figures)
     if figures.get("top_k"):
@@ -111,6 +114,10 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         over = f"{advantage['share_over_1_nat']:.2%} of tokens over 1 nat"
         clipped = f"{advantage['share_clipped']:.3%} clipped at 10"
         yield "advantage at the start", f"{over}, {clipped}"
+        # Zeros in place of unknown values look like this, and like perfect agreement.
+        if advantage["share_both_zero"] >= _SUSPICIOUS_ZEROS:
+            zeros = f"{advantage['share_both_zero']:.2%} of tokens with loss have a log-probability"
+            yield "  exactly 0", f"{zeros} of 0 by both: tokens of a tool need a loss_mask"
     # What an import could not know. Each reason is a line of its own.
     for reason in figures["lacks"]:
         yield "lacks", reason
@@ -134,6 +141,16 @@ def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "  rows of teacher", f"{figures['teachers'].get(weights) or weights[:12]}: {rows:,}"
     sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
     yield "sampled with", sampling or "unknown"
+
+
+def _mask_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield how many tokens carry loss, where some do not."""
+    if not figures["has_loss_mask"]:
+        return
+    share = figures["loss_tokens"] / max(1, figures["tokens"])
+    turns = figures["turns"] / max(1, figures["rows"])
+    told = f"{share:.2%} of the tokens, in {turns:.2f} turns per response"
+    yield "carry loss", f"{told}; the figures below are about these alone"
 
 
 def _alignment_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

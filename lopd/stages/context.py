@@ -27,11 +27,16 @@ from lopd.config.secrets import scrubbed_inputs
 from lopd.records import Manifest, ModelIdentity, Prompt
 from lopd.report.console import print_line, progress
 from lopd.tasks.chat_template import template_inputs
+from lopd.tasks.environments import environment_identity
 from lopd.tasks.rows import content_hash
 
 if TYPE_CHECKING:
     from lopd.stages.overlap import Overlap
     from sglang_rollout.requests.client import SGLangEngine
+
+
+# Knobs of responses of several turns, which the record of others does not have.
+_OF_TURNS = ("environment", "max_turns", "environment_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,8 @@ class StageContext:
             keys["sft.demonstrations"] = read_manifest(config.sft.demonstrations).fingerprint
         if "sft" in self.stage.knobs and config.sft.checkpoint is not None:
             keys["sft.checkpoint"] = identify_model(config.sft.checkpoint).weights
+        if "rollout" in self.stage.knobs and config.rollout.environment is not None:
+            keys["rollout.environment"] = environment_identity(config.rollout.environment)
         if "distill" in self.stage.knobs and config.distill.cache is not None:
             keys["distill.cache"] = read_manifest(config.distill.cache).fingerprint
         for name in ("verdicts", "teacher_verdicts") if "distill" in self.stage.knobs else ():
@@ -195,8 +202,14 @@ class StageContext:
     def sampling_record(self, section: Any) -> Mapping[str, Any]:
         """Return the sampling parameters of a section for a manifest."""
         # The shard size decides no response. The servers' number format does, by rounding.
-        parameters = section.model_dump(mode="json", exclude={"shard_size"})
-        return {**parameters, "dtype": self.config.sglang.dtype}
+        parameters = section.model_dump(mode="json", exclude={"shard_size", *_OF_TURNS})
+        of_turns = {}
+        if getattr(section, "environment", None) is not None:
+            of_turns = {
+                "environment": section.environment.name,
+                "max_turns": section.max_turns,
+            }
+        return {**parameters, **of_turns, "dtype": self.config.sglang.dtype}
 
     def prompts(
         self, name: str, *, need_answers: bool | None = None, record: bool = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lopd.artifacts import identify_model
 from lopd.stages.context import Stage, StageContext
+from lopd.stages.dialogues import turns_of
 from lopd.stages.domains import roll_out_by_domain
 from lopd.stages.sample_shards import sample_stage
 from lopd.stages.training import MODEL
@@ -40,6 +41,7 @@ def run(context: StageContext) -> None:
         role="student",
         model=student,
         title="rollouts",
+        turns_of=turns_of,
     )
     writer.finish(served=context.served, **truncation_figures(context, writer.folder))
 
