@@ -18,6 +18,7 @@ from lopd import pipeline
 from lopd.artifacts import read_manifest
 from lopd.cache.checks import check_cache
 from lopd.cache.reader import CacheReader
+from lopd.cache.transcript_import import import_transcripts
 from lopd.config import Config, load_config
 from lopd.errors import DataError, LopdError
 from lopd.objective import Distillation, StepDivergence
@@ -37,6 +38,7 @@ from tests.stand_ins import (
     command,
     contents,
     write_project,
+    write_prompts,
 )
 
 TOOLS = ROOT / "examples" / "calculator" / "tools.py"
@@ -176,7 +178,10 @@ def test_another_tool_makes_other_rollouts(project: Project) -> None:
     assert read_manifest(again.run.dir / "rollout").fingerprint != before
     (response, *_) = responses_in(again.run.dir / "rollout")
     assert response.loss_mask is not None
-    assert (~response.loss_mask).sum() == 17 - 6, "the tool's sum is shorter"
+    tokenizer = load_tokenizer(TINY_MODELS / "student")
+    value = int(decode(tokenizer, response.token_ids[:2])) + 7
+    between = decode(tokenizer, response.token_ids[~response.loss_mask])
+    assert f"user\n{value}<|im_end|>" in between
 
 
 def test_limits(project: Project) -> None:
@@ -229,6 +234,81 @@ def test_what_the_checks_refuse(
 def test_what_the_checks_say(project: Project, lopd: Callable[..., Result]) -> None:
     shown = lopd("check", project.config, f"rollout.environment={TOOLS}:calculator").succeeded()
     assert "tools.py:calculator replies between turns, at most 8 turns" in shown.out
+
+
+ANSWERS = ("81+06=87", "87")
+
+
+def transcripts(folder: Path, *, student: Path | None, **named: Any) -> Path:
+    """Rollouts of two turns as messages, imported."""
+    rows = [
+        {
+            "prompt_id": f"p{number}",
+            "messages": [
+                {"role": "user", "content": f"81+0{number % 9}=?"},
+                {"role": "assistant", "content": ANSWERS[0]},
+                {"role": "user", "content": "81+06=87"},
+                {"role": "assistant", "content": ANSWERS[1]},
+            ],
+        }
+        for number in range(24)
+    ]
+    write_prompts(folder / "rows.jsonl", rows)
+    out = folder / ("named" if student else "unnamed")
+    import_transcripts(
+        folder / "rows.jsonl", out, TINY_MODELS / "student", student=student, batch_rows=8, **named
+    )
+    return out
+
+
+def test_imported_rollouts_are_scored_and_learnt_from(project: Project) -> None:
+    """The stand-in's "trained" student has the weights of its base."""
+    given = transcripts(project.folder, student=TINY_MODELS / "student")
+    config = load_config(project.config, [f"rollout.responses={given}"])
+    project.servers.served.clear()
+    pipeline.run(config, TO_SCORE)
+    assert project.servers.served == ["teacher", "teacher"], "nothing is sampled"
+    assert read_manifest(config.run.dir / "rollout").extra["given"]["note"] == (
+        "this student's responses"
+    )
+    data = config.run.dir / "score"
+    assert not [*check_cache(data)[0]]
+    assert "sampling_logprobs" not in CacheReader(data).columns
+    job = TrainingJob("distill", config, data, data, data, "checkpoint", 1, 0)
+    samples = load_samples(job)
+    assert len(samples) == 24
+    tokenizer = load_tokenizer(TINY_MODELS / "student")
+    for sample in samples:
+        assert sample.sampling_logprobs is None
+        learnt = decode(tokenizer, sample.token_ids[sample.loss_mask])
+        assert learnt == "".join(f"{answer}<|im_end|>" for answer in ANSWERS)
+    pipeline.run(config, ("distill",))
+
+
+def test_rollouts_of_others_are_refused(project: Project, lopd: Callable[..., Result]) -> None:
+    unnamed = transcripts(project.folder, student=None)
+    own = [f"rollout.responses={unnamed}"]
+    pipeline.run(load_config(project.config, own), ("demonstrate", "sft"))
+    lopd("rollout", project.config, *own).refused("it is not recorded which student wrote them")
+    teacher = TINY_MODELS / "teacher"
+    foreign = transcripts(project.folder, student=teacher)
+    lopd("rollout", project.config, f"rollout.responses={foreign}").refused(
+        "another student wrote them"
+    )
+    allowed = [f"rollout.responses={foreign}", "rollout.allow_foreign_responses=true"]
+    lopd("rollout", project.config, *allowed).succeeded()
+    manifest = read_manifest(project.folder / "run" / "rollout")
+    assert manifest.extra["given"]["note"].startswith("FOREIGN: another student wrote them")
+    assert manifest.models["student"].path == str(teacher)
+    demonstrations = project.folder / "run" / "demonstrate"
+    lopd("rollout", project.config, f"rollout.responses={demonstrations}").refused(
+        "is of kind demonstrations, but rollouts are needed"
+    )
+    lopd("rollout", project.config, "rollout.allow_foreign_responses=true").refused(
+        "has no effect without rollout.responses"
+    )
+    short = [*allowed, "sglang.context_length=40", "rollout.max_new_tokens=8"]
+    lopd("rollout", project.config, *short).refused("tokens together with its prompt")
 
 
 def fails(_: Any) -> None:

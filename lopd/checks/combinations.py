@@ -40,7 +40,8 @@ def sampling_problems(config: Config) -> Iterator[ConfigError]:
     """Yield sampling settings that have no effect, or that a server refuses."""
     is_sampled = {
         "demonstrate": config.sft.demonstrations is None and config.sft.checkpoint is None,
-        "rollout": config.distill.cache is None or config.distill.refresh.is_on,
+        "rollout": (config.distill.cache is None and config.rollout.responses is None)
+        or config.distill.refresh.is_on,
         "evaluate": config.evaluate.enabled,
     }
     for stage, is_made in is_sampled.items():
@@ -54,6 +55,24 @@ def sampling_problems(config: Config) -> Iterator[ConfigError]:
 def _turn_problems(config: Config) -> Iterator[ConfigError]:
     """Yield knobs of responses of several turns that have no effect, or cannot be used."""
     rollout = config.rollout
+    if rollout.responses is None and rollout.allow_foreign_responses:
+        yield ConfigError(
+            "rollout.allow_foreign_responses has no effect without rollout.responses",
+            where="rollout",
+            remedy="set rollout.responses, or remove rollout.allow_foreign_responses",
+        )
+    for key, is_used in (
+        ("models.teachers", config.models.teachers),
+        ('score.tokenizer = "aligned"', config.aligns_tokenizers),
+        ("distill.cache", config.distill.cache is not None),
+    ):
+        # Nobody knows the domains of such responses, and a given cache has rollouts of its own.
+        if rollout.responses is not None and is_used:
+            yield ConfigError(
+                f"rollout.responses and {key} cannot be used together",
+                where="rollout.responses",
+                remedy=f"remove rollout.responses or {key}",
+            )
     if rollout.environment is None:
         for knob in ("max_turns", "environment_timeout_s"):
             if knob in rollout.model_fields_set:

@@ -121,6 +121,24 @@ class RolloutSection(Sampling):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # Transcripts that another program has made with the student, for example.
+    responses: FilePath | None = Field(
+        default=None,
+        description=(
+            "Take the responses of this folder (lopd cache import, or rollouts of another run) in "
+            "place of sampling. If absent, the student answers the OPD prompts."
+        ),
+    )
+
+    # Responses of another model make the update off-policy from the first step.
+    allow_foreign_responses: bool = Field(
+        default=False,
+        description=(
+            "Accept rollout.responses even if nothing shows that this SFT student wrote them. "
+            "The manifest records it."
+        ),
+    )
+
     temperature: float = Field(
         default=0.8,
         gt=0,

@@ -35,8 +35,14 @@ if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
 
 
-# Knobs of responses of several turns, which the record of others does not have.
-_OF_TURNS = ("environment", "max_turns", "environment_timeout_s")
+# Knobs that the record of plain rollouts does not have.
+_NOT_PLAIN = (
+    "environment",
+    "max_turns",
+    "environment_timeout_s",
+    "responses",
+    "allow_foreign_responses",
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,8 @@ class StageContext:
             keys["sft.checkpoint"] = identify_model(config.sft.checkpoint).weights
         if "rollout" in self.stage.knobs and config.rollout.environment is not None:
             keys["rollout.environment"] = environment_identity(config.rollout.environment)
+        if "rollout" in self.stage.knobs and config.rollout.responses is not None:
+            keys["rollout.responses"] = read_manifest(config.rollout.responses).fingerprint
         if "distill" in self.stage.knobs and config.distill.cache is not None:
             keys["distill.cache"] = read_manifest(config.distill.cache).fingerprint
         for name in ("verdicts", "teacher_verdicts") if "distill" in self.stage.knobs else ():
@@ -202,7 +210,7 @@ class StageContext:
     def sampling_record(self, section: Any) -> Mapping[str, Any]:
         """Return the sampling parameters of a section for a manifest."""
         # The shard size decides no response. The servers' number format does, by rounding.
-        parameters = section.model_dump(mode="json", exclude={"shard_size", *_OF_TURNS})
+        parameters = section.model_dump(mode="json", exclude={"shard_size", *_NOT_PLAIN})
         of_turns = {}
         if getattr(section, "environment", None) is not None:
             of_turns = {
@@ -304,6 +312,9 @@ class StageContext:
             return
         by_teacher = self.stage.name == "demonstrate"
         urls = config.sglang.teacher_urls if by_teacher else config.sglang.student_urls
+        # Responses that are given need no server.
+        if self.stage.name == "rollout" and config.rollout.responses is not None:
+            return
         if urls or self.stage.name not in ("demonstrate", "rollout", "evaluate"):
             return
         # The other two begin with the student, whose architecture is that of its base.

@@ -78,13 +78,17 @@ async def sample_turns(
     whole = await sample(request, max_new_tokens)
     if turns is None:
         return whole
+    # Also where nothing replies: all responses of an artifact have the same columns.
+    whole = replace(whole, loss_mask=np.ones(len(whole.token_ids), bool))
     dialogue = turns.begin(request)
     for number in range(1, turns.max_turns + 1):
         # A turn without an end token was cut off. Nothing can follow it.
         if whole.finish_reason != "stop":
             return whole
         # The newest turn is what stands behind the last token between turns.
-        start = 0 if whole.loss_mask is None else int(np.flatnonzero(~whole.loss_mask)[-1]) + 1
+        assert whole.loss_mask is not None
+        silent = np.flatnonzero(~whole.loss_mask)
+        start = int(silent[-1]) + 1 if len(silent) else 0
         # In a thread: a tool takes its time, and all other responses must go on.
         between = await asyncio.to_thread(dialogue.reply, whole.token_ids[start:])
         if between is None:
@@ -118,9 +122,9 @@ def _joined(whole: Response, between: Ints, turn: Response) -> Response:
             where=response_name(whole.key),
             remedy="sample responses of several turns while no weights are sent",
         )
-    before = np.ones(len(whole.token_ids), bool) if whole.loss_mask is None else whole.loss_mask
+    assert whole.loss_mask is not None
     silent = np.zeros(len(between), np.float32)
-    mask = [before, np.zeros(len(between), bool), np.ones(len(turn.token_ids), bool)]
+    mask = [whole.loss_mask, np.zeros(len(between), bool), np.ones(len(turn.token_ids), bool)]
     finish_reason: FinishReason = turn.finish_reason
     return replace(
         whole,

@@ -90,11 +90,13 @@ def test_ids_only_grow_and_only_the_models_carry_loss() -> None:
     assert [request.seed for request in again.requests] == seeds
 
 
-def test_one_turn_is_a_response_without_a_mask() -> None:
+def test_one_turn_is_the_plain_response_with_a_mask() -> None:
+    """All shards of an artifact have one set of columns, also one in which nothing replied."""
     response = play(Model([4]), Tool(0))
-    assert response.loss_mask is None
-    model = Model([4])
-    plain = asyncio.run(sample_turns(REQUEST, None, 64, model.sample))
+    assert response.loss_mask is not None
+    assert response.loss_mask.tolist() == [True] * 4
+    plain = asyncio.run(sample_turns(REQUEST, None, 64, Model([4]).sample))
+    assert plain.loss_mask is None
     assert plain.token_ids.tolist() == response.token_ids.tolist()
 
 
@@ -121,7 +123,8 @@ def test_the_limit_of_tokens_is_of_the_whole_response(
     assert len(response.token_ids) == length
     assert len(model.requests) == num_turns
     assert response.finish_reason == "length"
-    assert response.loss_mask is None or bool(response.loss_mask[-1]), "it ends with a turn"
+    assert response.loss_mask is not None
+    assert bool(response.loss_mask[-1]), "it ends with a turn"
 
 
 def test_a_turn_that_was_cut_gets_no_reply() -> None:
