@@ -181,7 +181,7 @@ class StandIns:
         self.trained.append(job.folder.name)
         rows = [
             len(response.prompt_ids) + len(response.token_ids)
-            for response, _ in cache.read_rows(job.data)
+            for response, _ in cache.read_rows(job.data, without_sampling=True)
         ]
         if not job.result.exists():
             _copy_model(job.initial, job.model)

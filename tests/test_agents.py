@@ -185,7 +185,7 @@ def test_another_tool_makes_other_rollouts(project: Project) -> None:
 
 
 def test_limits(project: Project) -> None:
-    """Of turns and of tokens; 64 tokens hold both turns, and 29 do not hold the second."""
+    """Of turns and of tokens; 64 tokens hold both turns, and 23 do not hold the second."""
     changed = (
         TOOLS.read_text()
         .replace("or len(answers) > 1", "")
@@ -196,7 +196,7 @@ def test_limits(project: Project) -> None:
     config = project.run(endless, "rollout.max_turns=2", stages=TO_SCORE[:3])
     reasons = {one.finish_reason for one in responses_in(config.run.dir / "rollout")}
     assert reasons == {"abort"}
-    config = project.run(endless, "rollout.max_new_tokens=24", stages=("rollout",))
+    config = project.run(endless, "rollout.max_new_tokens=23", stages=("rollout",))
     cut = responses_in(config.run.dir / "rollout")
     assert {one.finish_reason for one in cut} == {"length"}
     assert all(len(one.token_ids) == 7 for one in cut)
@@ -239,31 +239,34 @@ def test_what_the_checks_say(project: Project, lopd: Callable[..., Result]) -> N
 ANSWERS = ("81+06=87", "87")
 
 
-def transcripts(folder: Path, *, student: Path | None, **named: Any) -> Path:
-    """Rollouts of two turns as messages, imported."""
+def transcripts(folder: Path, name: str, *, student: Path | None, rounds: int = 1) -> Path:
+    """Rollouts of two turns as messages, imported. rounds: how often the first of them comes."""
     rows = [
         {
             "prompt_id": f"p{number}",
             "messages": [
                 {"role": "user", "content": f"81+0{number % 9}=?"},
-                {"role": "assistant", "content": ANSWERS[0]},
-                {"role": "user", "content": "81+06=87"},
+                *[
+                    {"role": "assistant", "content": ANSWERS[0]},
+                    {"role": "user", "content": "81+06=87"},
+                ]
+                * rounds,
                 {"role": "assistant", "content": ANSWERS[1]},
             ],
         }
         for number in range(24)
     ]
     write_prompts(folder / "rows.jsonl", rows)
-    out = folder / ("named" if student else "unnamed")
+    out = folder / name
     import_transcripts(
-        folder / "rows.jsonl", out, TINY_MODELS / "student", student=student, batch_rows=8, **named
+        folder / "rows.jsonl", out, TINY_MODELS / "student", student=student, batch_rows=8
     )
     return out
 
 
 def test_imported_rollouts_are_scored_and_learnt_from(project: Project) -> None:
     """The stand-in's "trained" student has the weights of its base."""
-    given = transcripts(project.folder, student=TINY_MODELS / "student")
+    given = transcripts(project.folder, "own", student=TINY_MODELS / "student")
     config = load_config(project.config, [f"rollout.responses={given}"])
     project.servers.served.clear()
     pipeline.run(config, TO_SCORE)
@@ -286,12 +289,12 @@ def test_imported_rollouts_are_scored_and_learnt_from(project: Project) -> None:
 
 
 def test_rollouts_of_others_are_refused(project: Project, lopd: Callable[..., Result]) -> None:
-    unnamed = transcripts(project.folder, student=None)
+    unnamed = transcripts(project.folder, "unnamed", student=None)
     own = [f"rollout.responses={unnamed}"]
     pipeline.run(load_config(project.config, own), ("demonstrate", "sft"))
     lopd("rollout", project.config, *own).refused("it is not recorded which student wrote them")
     teacher = TINY_MODELS / "teacher"
-    foreign = transcripts(project.folder, student=teacher)
+    foreign = transcripts(project.folder, "foreign", student=teacher)
     lopd("rollout", project.config, f"rollout.responses={foreign}").refused(
         "another student wrote them"
     )
@@ -307,8 +310,12 @@ def test_rollouts_of_others_are_refused(project: Project, lopd: Callable[..., Re
     lopd("rollout", project.config, "rollout.allow_foreign_responses=true").refused(
         "has no effect without rollout.responses"
     )
-    short = [*allowed, "sglang.context_length=40", "rollout.max_new_tokens=8"]
-    lopd("rollout", project.config, *short).refused("tokens together with its prompt")
+    long = transcripts(
+        project.folder, "long", student=project.folder / "run" / "sft" / "model", rounds=6
+    )
+    lopd("rollout", project.config, f"rollout.responses={long}").refused(
+        "a response has 174 tokens together with its prompt", "sglang.context_length = 128"
+    )
 
 
 def fails(_: Any) -> None:

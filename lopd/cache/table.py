@@ -297,11 +297,16 @@ def _scores_of(
 
 
 def read_rows(
-    folder: str | Path, manifest: Manifest | None = None
+    folder: str | Path, manifest: Manifest | None = None, *, without_sampling: bool = False
 ) -> Iterator[tuple[Response, Floats | None]]:
     """Yield every response of an artifact with its teacher_logprobs, in the order of the shards.
 
     One shard is in memory at a time, and its checksum is verified.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest. None: it is read.
+        without_sampling: See scored_rows.
 
     Raises:
         ArtifactError: A shard is damaged, or a response occurs twice.
@@ -312,7 +317,8 @@ def read_rows(
     seen: set[tuple[str, int]] = set()
     for shard in manifest.shards:
         where = str(folder / shard.name)
-        for response, scores in from_table(read_shard(folder, shard), where):
+        table = read_shard(folder, shard)
+        for response, scores in scored_rows(table, where, without_sampling=without_sampling):
             # A response that occurs twice would count double in every mean over responses.
             if response.key in seen:
                 raise ArtifactError(
@@ -321,7 +327,7 @@ def read_rows(
                     remedy="remove one of the two shards and run the stage that makes it again",
                 )
             seen.add(response.key)
-            yield response, scores
+            yield response, None if scores is None else scores.teacher_logprobs
 
 
 def write_responses(

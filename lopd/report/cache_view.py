@@ -268,7 +268,9 @@ def show_responses(rows: Sequence[ShownResponse]) -> None:
         name = f"{response.prompt_id}/{response.sample_index}"
         about = f"{len(response.token_ids)} tokens, {response.finish_reason}"
         advantage = None
-        if row.scores is not None and len(row.scores):
+        is_sampled = bool(np.isfinite(response.sampling_logprobs).all())
+        # Imported responses may have scores, and nothing to compare them with.
+        if row.scores is not None and len(row.scores) and is_sampled:
             advantage = row.scores.astype(np.float64) - response.sampling_logprobs
             # A token without loss may have no score, and a 0 in its place.
             if response.loss_mask is not None:

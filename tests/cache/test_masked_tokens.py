@@ -174,7 +174,7 @@ def test_the_objective_does_not_look_at_them() -> None:
     trap = learnt_from(rows_with(ZEROS, with_mask=False))
     assert trap["figures"]["num_tokens"] > 1.5 * zeros["figures"]["num_tokens"]
     for name in ("advantage", "effective_sample_share", "reverse_kl", "step_weight"):
-        assert abs(trap["figures"][name] / zeros["figures"][name] - 1) > 0.01, name
+        assert abs(trap["figures"][name] / zeros["figures"][name] - 1) > 0.003, name
 
 
 def test_no_gradient_reaches_them() -> None:

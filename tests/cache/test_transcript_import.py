@@ -178,7 +178,8 @@ def test_what_cannot_be_used_is_one_line_with_its_place(
     )
     line = refused.refused(expected)
     assert "rows.jsonl:2" in line or "p/0" in line or "p/1" in line
-    assert not (tmp_path / "o" / "manifest.json").exists()
+    # Nothing takes an import for whole that was refused.
+    assert not read_manifest(tmp_path / "o").complete
 
 
 @pytest.mark.parametrize(
