@@ -33,6 +33,9 @@ SHARE_EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 ENTROPY_EDGES = (0.0, 1e-3, 0.01, 0.1, 0.5, 1.0, 2.0, np.inf)
 # The objective clips the advantage to +-10 nats, as in the paper (arXiv 2604.13010).
 ADVANTAGE_CLIP = 10.0
+# So many neighbours that both policies give exactly 0 are hardly a model that is certain: what a
+# tool wrote looks like this where the mask was forgotten. Single ones are usual of sharp models.
+RUN_OF_ZEROS = 8
 
 
 class Moments:
@@ -180,7 +183,8 @@ class _Scan:
         self._alignment: Counter[str] = Counter()
         # Those whose log-probabilities are some: all but the masked ones.
         self._num_scored = 0
-        # Of tokens that carry loss, and of those both log-probabilities of which are exactly 0.
+        # Of tokens that carry loss, and of those in long runs of tokens whose two log-probabilities
+        # are exactly 0.
         self._has_mask = False
         self._num_loss_tokens = 0
         self._num_turns = 0
@@ -267,7 +271,7 @@ class _Scan:
             self._num_over_one += int((np.abs(advantage) > 1).sum())
             self._num_clipped += int((np.abs(advantage) > ADVANTAGE_CLIP).sum())
             certain = (found["teacher_logprobs"] == 0) & (found["sampling_logprobs"] == 0)
-            self._num_certain += int(certain.sum())
+            self._num_certain += _in_long_runs(certain, RUN_OF_ZEROS)
 
     def as_json(self) -> dict[str, Any]:
         rows = sum(self._reasons.values())
@@ -285,7 +289,7 @@ class _Scan:
             advantage |= {
                 "share_over_1_nat": self._num_over_one / max(1, self._num_scored),
                 "share_clipped": self._num_clipped / max(1, self._num_scored),
-                "share_both_zero": self._num_certain / max(1, self._num_scored),
+                "share_in_runs_of_zeros": self._num_certain / max(1, self._num_scored),
             }
         return {
             "rows": rows,
@@ -317,6 +321,13 @@ class _Scan:
 def _chosen(values: NDArray[Any], carries_loss: NDArray[np.bool_]) -> NDArray[Any]:
     """Return the values [N] of tokens with loss, or all of a damaged column of another length."""
     return values[carries_loss] if len(values) == len(carries_loss) else values
+
+
+def _in_long_runs(values: NDArray[np.bool_], least: int) -> int:
+    """Return how many values are in runs of true of at least this length."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], values, [False]]).astype(np.int8)))
+    lengths = edges[1::2] - edges[::2]
+    return int(lengths[lengths >= least].sum())
 
 
 def _lengths_json(parts: list[NDArray[Any]]) -> dict[str, Any] | None:

@@ -245,7 +245,7 @@ class _Importer:
         }
         return [reason for reason, is_lacking in reasons.items() if is_lacking]
 
-    def figures(self) -> dict[str, int]:
+    def figures(self) -> dict[str, Any]:
         """Return how many turns there are, and how many tokens carry loss."""
         return {"num_turns": self._tokens["turns"], "num_loss_tokens": self._tokens["loss"]}
 

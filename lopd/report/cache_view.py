@@ -44,8 +44,8 @@ _HISTOGRAMS = {
     "teacher_entropy": "the teacher's entropy, nats",
 }
 _SCALE = f"bars are linear in the share; {_RARE} stands for less than half a #"
-# From this share of tokens on that both policies are exactly certain of, a reader should look.
-_SUSPICIOUS_ZEROS = 0.05
+# From this share of tokens in runs of zeros on, a reader should look.
+_SUSPICIOUS_ZEROS = 0.01
 LEGEND = "log pi_teacher - log pi_student of each token, nats:"
 
 
@@ -115,9 +115,9 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         clipped = f"{advantage['share_clipped']:.3%} clipped at 10"
         yield "advantage at the start", f"{over}, {clipped}"
         # Zeros in place of unknown values look like this, and like perfect agreement.
-        if advantage["share_both_zero"] >= _SUSPICIOUS_ZEROS:
-            zeros = f"{advantage['share_both_zero']:.2%} of tokens with loss have a log-probability"
-            yield "  exactly 0", f"{zeros} of 0 by both: tokens of a tool need a loss_mask"
+        if advantage["share_in_runs_of_zeros"] >= _SUSPICIOUS_ZEROS:
+            share = f"{advantage['share_in_runs_of_zeros']:.2%} of tokens are in runs of exactly 0"
+            yield "  exactly 0", f"{share} by both: tokens of a tool need a loss_mask"
     # What an import could not know. Each reason is a line of its own.
     for reason in figures["lacks"]:
         yield "lacks", reason
