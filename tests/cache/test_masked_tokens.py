@@ -4,6 +4,7 @@ place of their log-probabilities, which would be perfect agreement, nor anything
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_manifest, read_shard
-from lopd.audit.scores import score_from_columns
+from lopd.audit.scores import score_from_columns, score_with_model
 from lopd.batching import build_microbatch, make_sample
 from lopd.cache.checks import check_cache
 from lopd.cache.reader import CacheReader
@@ -35,9 +36,19 @@ from lopd.objective import (
 )
 from lopd.records import Response, TeacherScores, float32, token_hash
 from lopd.report.cache_view import _inspection_lines
+from lopd.report.html.responses import Answers
 from lopd.report.html.tokens import Deviations
+from lopd.report.html.transcripts import Scanned, _milli
+from lopd.verbs.parity import _of_loss
 from lopd.verbs.run_transcripts import _disagreement
-from tests.cache.rollouts import END, SAMPLING, TEACHER, VOCABULARY, some_responses
+from tests.cache.rollouts import (
+    END,
+    SAMPLING,
+    TEACHER,
+    TINY_TEACHER,
+    VOCABULARY,
+    some_responses,
+)
 from tests.limits import close
 
 Rows = list[tuple[Response, TeacherScores]]
@@ -237,6 +248,65 @@ def test_reports_and_audits_do_not_look_at_them(caches: dict[str, Path]) -> None
     trap = seen("trap")
     assert trap["overall"]["mean_abs"] < 0.7 * zeros["overall"]["mean_abs"]
     assert len(trap["audited"][0]) > 1.5 * len(zeros["audited"][0])
+
+
+def test_the_page_of_a_report_shows_no_values_of_theirs(caches: dict[str, Path]) -> None:
+    def scanned(name: str) -> tuple[Scanned, list[list[int | None]]]:
+        found = Scanned(Answers("rollouts", "sft", "SFT student", caches[name], {}))
+        values = []
+        for index, (response, scores) in enumerate(CacheReader(caches[name]).rows()):
+            found.add(index, response, scores)
+            values.append(_milli(response.sampling_logprobs, response.loss_mask))
+        return found, values
+
+    zeros, values = scanned("zeros")
+    junk, others = scanned("junk")
+    assert zeros.disagreement == junk.disagreement
+    assert values == others
+    masks = [response.loss_mask for response, _ in rows_with(ZEROS)]
+    for mask, shown in zip(masks, values, strict=True):
+        assert mask is not None
+        assert [value is not None for value in shown] == mask.tolist()
+    trap, shown_without = scanned("trap")
+    assert sum(trap.disagreement.values()) < 0.8 * sum(zeros.disagreement.values())
+    assert not any(value is None for row in shown_without for value in row)
+
+
+def test_what_16_bits_lose_is_a_mean_over_what_was_sampled() -> None:
+    """Zeros do not change in 16 bits, so they would make the loss look smaller."""
+
+    def loss(*, with_mask: bool) -> dict[str, float]:
+        responses, scores = zip(*rows_with(ZEROS, with_mask=with_mask), strict=True)
+        table = cache.to_table(responses, scores, logprob_bits=16)
+        found: dict[str, float] = json.loads(table.schema.metadata[b"lopd.logprob_loss"])
+        return found
+
+    masked = loss(with_mask=True)
+    trap = loss(with_mask=False)
+    assert masked["sum_abs"] == trap["sum_abs"], "zeros add nothing"
+    assert masked["max_abs"] == trap["max_abs"]
+    assert masked["num_values"] < 0.7 * trap["num_values"]
+
+
+def test_two_engines_are_not_compared_on_them() -> None:
+    mask = np.array([True, False, True])
+    np.testing.assert_allclose(_of_loss(float32([-1, 0, -2]), mask), [-1, -2])
+    np.testing.assert_allclose(_of_loss(float32([-1, 0, -2]), None), [-1, 0, -2])
+
+
+def test_an_audit_by_a_model_leaves_them_out() -> None:
+    """Its scores are those of the whole responses, without the tool's tokens."""
+    rows = [response for response, _ in rows_with(ZEROS)[:4]]
+    whole = [replace(response, loss_mask=None) for response in rows]
+    masked = score_with_model(TINY_TEACHER, rows, temperature=1.0, top_p=1.0)
+    every = score_with_model(TINY_TEACHER, whole, temperature=1.0, top_p=1.0)
+    masks = [response.loss_mask for response in rows]
+    kept = np.concatenate([mask for mask in masks if mask is not None])
+    for name in ("logprobs", "entropy", "variance"):
+        np.testing.assert_array_equal(getattr(masked, name), getattr(every, name)[kept])
+    assert masked.lengths.tolist() == [int(mask.sum()) for mask in masks if mask is not None]
+    assert masked.token_kinds is not None
+    assert len(masked.token_kinds) == len(masked.logprobs) < len(every.logprobs)
 
 
 def test_a_teacher_without_weights_is_found_behind_the_zeros(tmp_path: Path) -> None:

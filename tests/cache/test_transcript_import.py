@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -300,3 +301,39 @@ def test_the_verbs(lopd: Callable[..., Result], tmp_path: Path) -> None:
         "--out",
         tmp_path / "no",
     ).refused("--as has no effect for the file of the reference code")
+
+
+QWEN3 = Path(os.environ.get("LOPD_TEST_DATA", "absent")) / "qwen3_tokenizer"
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
+THINKING = [
+    {"role": "user", "content": "2+3?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n", "tool_calls": [CALL]},
+    {"role": "tool", "content": "5"},
+    {"role": "assistant", "content": "<think>\nfive\n</think>\n\nIt is 5."},
+]
+
+
+@pytest.mark.skipif(
+    not QWEN3.is_dir(), reason="LOPD_TEST_DATA names no folder with qwen3_tokenizer"
+)
+def test_the_template_of_qwen3(tmp_path: Path) -> None:
+    """It keeps the thinking of answers where a tool has replied, and not where a user has."""
+    write_prompts(tmp_path / "rows.jsonl", [{"messages": THINKING}])
+    import_transcripts(tmp_path / "rows.jsonl", tmp_path / "tool", QWEN3)
+    reader = CacheReader(tmp_path / "tool", without_sampling=True)
+    ((response, _),) = reader.rows()
+    assert response.loss_mask is not None
+    tokenizer = load_tokenizer(QWEN3)
+    learnt = decode(tokenizer, response.token_ids[response.loss_mask])
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+    assert learnt == (
+        f"<think>\nadd\n</think>\n\n{call}<|im_end|><think>\nfive\n</think>\n\nIt is 5.<|im_end|>"
+    )
+    others = decode(tokenizer, response.token_ids[~response.loss_mask])
+    assert others == (
+        "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    by_user = [*THINKING[:2], {"role": "user", "content": "5"}, THINKING[3]]
+    write_prompts(tmp_path / "rows.jsonl", [{"messages": by_user}])
+    with pytest.raises(DataError, match="it writes the first 2 messages in another way"):
+        import_transcripts(tmp_path / "rows.jsonl", tmp_path / "user", QWEN3)
