@@ -318,6 +318,36 @@ def test_rollouts_of_others_are_refused(project: Project, lopd: Callable[..., Re
     )
 
 
+@pytest.mark.parametrize(
+    ("tool", "template", "expected"),
+    [
+        ("raise ValueError('no tool here')", "", "the environment failed (ValueError: no tool"),
+        ("return 87", "", "the environment returned 87, which is no message"),
+        (
+            "return {'role': 'user', 'content': '87'}",
+            "{{ message['content'] if loop.last or message['role'] == 'user' else '' }}",
+            "it writes the first 2 messages in another way when others follow",
+        ),
+    ],
+)
+def test_a_rollout_that_cannot_go_on_is_one_line(
+    project: Project, lopd: Callable[..., Result], tool: str, template: str, expected: str
+) -> None:
+    """It names the response whose turn it was."""
+    (project.folder / "own.py").write_text(f"def tool(messages):\n    {tool}\n")
+    if template:
+        for role in ("teacher", "student"):
+            path = project.folder / role / "chat_template.jinja"
+            changed = path.read_text().replace(
+                "' + message['content'] + '", f"' }}}}{template}{{{{ '"
+            )
+            assert changed != path.read_text()
+            path.write_text(changed)
+    own = f"rollout.environment={project.folder / 'own.py'}:tool"
+    pipeline.run(load_config(project.config, [own]), ("demonstrate", "sft"))
+    lopd("rollout", project.config, own).refused("response ('reg-", expected)
+
+
 def fails(_: Any) -> None:
     raise ValueError("no tool here")
 

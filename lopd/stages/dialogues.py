@@ -16,14 +16,11 @@ from lopd.stages.sample_shards import end_token_ids
 from lopd.tasks.chat_template import prompt_tokenizer, render_time
 from lopd.tasks.environments import Environment, ask, load_environment
 from lopd.tasks.rendering import ConversationRenderer
-from lopd.tasks.tokenizer import response_text
 from lopd.tasks.turns import render_between
 from sglang_rollout.requests.sampling import SamplingRequest
 from sglang_rollout.requests.turns import Dialogue, Turns
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lopd.stages.context import StageContext
 
 
@@ -41,13 +38,11 @@ def turns_of(context: StageContext, section: Sampling, prompts: Sequence[Prompt]
     if not isinstance(section, RolloutSection) or section.environment is None:
         return None
     config = context.config
-    tokenizer = prompt_tokenizer(config)
     dialogues = _Dialogues(
         load_environment(section.environment),
         section.environment_timeout_s,
-        tokenizer,
         ConversationRenderer(
-            tokenizer,
+            prompt_tokenizer(config),
             thinking=config.prompts.opd.thinking,
             time=render_time(config, record=True),
         ),
@@ -63,7 +58,6 @@ class _Dialogues:
 
     environment: Environment
     limit_s: float
-    tokenizer: PreTrainedTokenizerBase
     renderer: ConversationRenderer
     end_ids: Sequence[int]
     prompts: Mapping[str, Prompt]
@@ -84,7 +78,7 @@ class _EnvironmentDialogue:
     def reply(self, token_ids: Ints) -> Ints | None:
         shared = self._shared
         # The environment reads text. What is trained stays the ids.
-        text = response_text(shared.tokenizer, token_ids, "stop")
+        text = shared.renderer.answer(token_ids)
         self._messages.append({"role": "assistant", "content": text})
         message = ask(shared.environment, self._messages, limit_s=shared.limit_s, where=self._where)
         if message is None:

@@ -30,6 +30,7 @@ from lopd.tasks.rendered import (
     key_of,
     read_kept,
 )
+from lopd.tasks.tokenizer import response_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +94,11 @@ class ConversationRenderer:
         self._tokenizer = tokenizer
         self._named = _named_values(thinking, time)
         self._lock = threading.Lock()
+
+    def answer(self, token_ids: Ints) -> str:
+        """Return the text of an answer that ended by itself, without its end token."""
+        with self._lock:
+            return response_text(self._tokenizer, token_ids, "stop")
 
     def ids(
         self,
