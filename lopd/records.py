@@ -106,14 +106,15 @@ class Response:
 
     Attributes:
         token_ids: The tokens exactly as sampled. If the end token was sampled, it is the last one.
-            A truncated response has no end token.
+            A truncated response has no end token. Of an agent's response, they are all turns, with
+            what a tool wrote between them.
         sampling_logprobs: By the policy that sampled, at temperature 1 even if the tokens were
             drawn at another temperature.
         finish_reason: "stop" if the response ended by itself, "length" if it was cut at the length
-            limit, "abort" if it was cut otherwise.
+            limit, "abort" if it was cut otherwise, as by a limit of turns.
         weight_version: The version of the weights that sampled.
-        loss_mask: True for each token that SFT learns from. None means all tokens, as in sampled
-            responses. Demonstrations that were written may mask some.
+        loss_mask: True for each token that is learnt from. None means all tokens, as in sampled
+            responses of one turn. Where it is False, the log-probabilities say nothing.
         routed_experts: The experts that the policy chose at each position, for replay in training.
 
     Example:

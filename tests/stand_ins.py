@@ -7,6 +7,7 @@ tests/megatron and tests/pipeline.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -31,6 +32,7 @@ from lopd.stages.context import StageContext
 from lopd.stages.training import TrainingJob
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
 from sglang_rollout.requests.scoring import ScoreRequest
+from sglang_rollout.requests.turns import Turns, sample_turns
 from tests.models import write_qwen3_moe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,22 +102,29 @@ class Engine:
         params: SamplingParams,
         *,
         version: str | None = None,
+        turns: Turns | None = None,
     ) -> Iterator[Response]:
+        async def one_turn(request: SamplingRequest, allowed: int) -> Response:
+            return self.turn(request, params)
+
         for request in requests:
             self._count()
-            tokens = int32(
-                [*np.random.default_rng(request.seed).integers(4, 30, 12), params.stop_token_ids[0]]
-            )
-            logprobs = float32(np.full(len(tokens), -0.5))
-            yield Response(
-                request.prompt_id,
-                request.sample_index,
-                request.prompt_ids,
-                tokens,
-                logprobs,
-                "stop",
-                "stand-in",
-            )
+            # The turns are the product's own.
+            yield asyncio.run(sample_turns(request, turns, params.max_new_tokens, one_turn))
+
+    def turn(self, request: SamplingRequest, params: SamplingParams) -> Response:
+        tokens = int32(
+            [*np.random.default_rng(request.seed).integers(4, 30, 12), params.stop_token_ids[0]]
+        )
+        return Response(
+            request.prompt_id,
+            request.sample_index,
+            request.prompt_ids,
+            tokens,
+            float32(np.full(len(tokens), -0.5)),
+            "stop",
+            "stand-in",
+        )
 
     def score(self, requests: Iterable[ScoreRequest], *, top_k: int = 0) -> Iterator[TeacherScores]:
         for request in requests:
@@ -172,7 +181,7 @@ class StandIns:
         self.trained.append(job.folder.name)
         rows = [
             len(response.prompt_ids) + len(response.token_ids)
-            for response, _ in cache.read_rows(job.data)
+            for response, _ in cache.read_rows(job.data, without_sampling=True)
         ]
         if not job.result.exists():
             _copy_model(job.initial, job.model)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lopd.audit import Scores, distribution_scores, token_kind
-from lopd.cache.columns import flat
+from lopd.cache.columns import flat, loss_tokens
 from lopd.errors import DataError
 from lopd.records import Response
 from lopd.tasks.tokenizer import decode, load_tokenizer
@@ -65,8 +66,20 @@ def score_with_model(
         np.concatenate([columns[part] for columns in found]) for part in range(3)
     )
     # In the order of the responses, as the flat columns are.
-    lengths = np.array([len(response.token_ids) for response in responses], dtype=np.int64)
-    return Scores(logprobs, entropy, lengths, variance, token_kinds(folder, responses))
+    carries_loss = [_mask_of(response) for response in responses]
+    lengths = np.array([mask.sum() for mask in carries_loss], dtype=np.int64)
+    kinds = token_kinds(folder, responses)
+    # What a tool or a template wrote was not drawn from any policy, so the test is not about it.
+    sampled = np.concatenate(carries_loss)
+    if kinds is not None:
+        kinds = [kind for kind, is_sampled in zip(kinds, sampled, strict=True) if is_sampled]
+    return Scores(logprobs[sampled], entropy[sampled], lengths, variance[sampled], kinds)
+
+
+def _mask_of(response: Response) -> NDArray[np.bool_]:
+    if response.loss_mask is None:
+        return np.ones(len(response.token_ids), bool)
+    return response.loss_mask
 
 
 def _load(folder: Path) -> Any:
@@ -160,8 +173,10 @@ def score_from_columns(table: Any) -> Scores | None:
     if not {"teacher_logprobs", "teacher_entropy"} <= set(table.column_names):
         return None
     logprobs, rows = flat(table, "teacher_logprobs")
+    # As in score_with_model: only what a policy can have sampled is tested.
+    sampled = loss_tokens(table)
     return Scores(
-        logprobs.astype(np.float64),
-        flat(table, "teacher_entropy")[0].astype(np.float64),
-        np.bincount(rows, minlength=table.num_rows),
+        logprobs[sampled].astype(np.float64),
+        flat(table, "teacher_entropy")[0][sampled].astype(np.float64),
+        np.bincount(rows[sampled], minlength=table.num_rows),
     )

@@ -61,7 +61,7 @@ def make_sample(
         sampling_logprobs=after_prompt(response.sampling_logprobs),
         teacher_logprobs=None if teacher_logprobs is None else after_prompt(teacher_logprobs),
         key=response.key,
-        # "length" and "abort" both mean that the response has no end token.
+        # "length" and "abort" both mean that the response has not come to its end.
         truncated=response.finish_reason != "stop",
         teacher_top=None if top is None else _top_after_prompt(top, prompt_len),
         base_logprobs=None if base is None else after_prompt(base),

@@ -26,6 +26,8 @@ ENTROPY = "teacher_entropy"
 BASE = "teacher_base_logprobs"
 # Where the teacher has another tokenizer: what became of each token. 0 is aligned.
 ALIGNMENT = "alignment"
+# Which tokens carry loss. Without the column all of them do.
+LOSS_MASK = "loss_mask"
 # The key of a shard's Parquet metadata that says how the column routed_experts is to be read. It is
 # there if the column is. Its value is JSON: {"layers", "k"}.
 ROUTED = b"lopd.routed_experts"
@@ -72,6 +74,23 @@ def flat(table: pa.Table, column: str) -> tuple[NDArray[Any], NDArray[np.int64]]
     if values.dtype == np.float16:
         values = values.astype(np.float32)
     return values, np.repeat(np.arange(table.num_rows), list_lengths(table, column))
+
+
+def loss_tokens(table: pa.Table) -> NDArray[np.bool_]:
+    """Return which of the tokens [N] carry loss, for the statistics of a table.
+
+    Those that do not were written by a tool or a template, or have no score. What stands in their
+    log-probabilities says nothing, and is often 0, which would be a model that is certain.
+    """
+    ids, rows = flat(table, "token_ids")
+    if LOSS_MASK not in table.column_names:
+        return np.ones(len(ids), bool)
+    lengths = list_lengths(table, LOSS_MASK)
+    # A damaged cache is inspected, too. Where the mask does not fit, nothing is left out.
+    if not np.array_equal(lengths, np.bincount(rows, minlength=table.num_rows)):
+        return np.ones(len(ids), bool)
+    # A null is no true, so such a token counts as one without loss.
+    return np.asarray(flat(table, LOSS_MASK)[0] == 1, dtype=np.bool_)
 
 
 def list_lengths(table: pa.Table, column: str) -> NDArray[np.int64]:

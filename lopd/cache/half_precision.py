@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lopd.cache.columns import BASE, TAIL, TOP_LOGPROBS, to_arrays, to_lists
+from lopd.cache.columns import BASE, TAIL, TOP_LOGPROBS, loss_tokens, to_arrays, to_lists
 from lopd.errors import ArtifactError
 from lopd.records import Manifest
 
@@ -31,6 +31,7 @@ def halve(table: pa.Table) -> pa.Table:
     num_values = 0
     largest = 0.0
     summed = 0.0
+    carries_loss = loss_tokens(table)
     for name in _HALVED:
         if name not in table.column_names:
             continue
@@ -46,8 +47,11 @@ def halve(table: pa.Table) -> pa.Table:
             )
         # In float64, so that the sum of many small changes keeps its digits.
         change = np.abs(exact.astype(np.float64) - exact.astype(np.float16))
-        num_values += len(change)
         largest = max(largest, float(change.max(initial=0)))
+        # Tokens without loss often have a 0, which 16 bits do not change. They are not counted.
+        if len(change) == len(carries_loss):
+            change = change[carries_loss]
+        num_values += len(change)
         summed += float(change.sum())
         halved = to_lists([row.astype(np.float16) for row in rows], pa.float16())
         table = table.set_column(table.column_names.index(name), name, halved)

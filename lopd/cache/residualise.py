@@ -17,7 +17,15 @@ from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_manifest, read_shard
 from lopd.artifacts.lineage import alignment_of
 from lopd.cache.checks import require_sound, vocabulary
-from lopd.cache.columns import ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS, flat, without_origin
+from lopd.cache.columns import (
+    ENTROPY,
+    TAIL,
+    TOP_IDS,
+    TOP_LOGPROBS,
+    flat,
+    loss_tokens,
+    without_origin,
+)
 from lopd.cache.row_checks import RESIDUALISED
 from lopd.cache.splitting import part_of
 from lopd.cache.style import Effect, Settings, StyleTables, Tokens, prepare
@@ -206,18 +214,26 @@ def _batches(
             lengths=np.bincount(rows, minlength=table.num_rows),
             fold=np.array(folds, dtype=np.int64),
             settings=settings,
+            carries_loss=loss_tokens(table),
         )
         yield table, tokens
 
 
 def _corrected(table: pa.Table, bias: NDArray[np.float64]) -> pa.Table:
-    """Return the rows with the bias [N] taken off the teacher's log-probabilities."""
+    """Return the rows with the bias taken off the teacher's log-probabilities.
+
+    Args:
+        table: The rows.
+        bias: The bias of each token that carries loss. The others keep their values.
+    """
     name = "teacher_logprobs"
     values, rows = flat(table, name)
     offsets = np.zeros(table.num_rows + 1, np.int32)
     np.cumsum(np.bincount(rows, minlength=table.num_rows), out=offsets[1:])
     # In float64 until here, so that the difference is rounded once.
-    values = (values - bias).astype(np.float32)
+    values = values.astype(np.float64)
+    values[loss_tokens(table)] -= bias
+    values = values.astype(np.float32)
     corrected = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.float32()))
     # The shard belongs to another artifact now, and gets the origin of that one when it is written.
     derived = without_origin(table.set_column(table.column_names.index(name), name, corrected))

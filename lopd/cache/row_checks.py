@@ -24,6 +24,7 @@ from lopd.cache.columns import (
     TOP_LOGPROBS,
     flat,
     list_lengths,
+    loss_tokens,
 )
 from lopd.records import FINISH_REASONS, Key
 
@@ -213,10 +214,14 @@ class RowChecks:
             self._flag_rows(keys, rows[wrong], f"{kind} {column}", f"{what} in {column}")
         # With a vocabulary of one token, 0 is the right value and the uniform one.
         if column == "teacher_logprobs" and self._vocab_size is not None and self._vocab_size > 1:
-            away = np.abs(values + math.log(self._vocab_size)) > UNIFORM_NATS
+            # Zeros in place of the values of masked tokens would hide such a teacher.
+            mask = loss_tokens(table)
+            looked_at = mask if len(mask) == len(values) else np.ones(len(values), bool)
+            away = (np.abs(values + math.log(self._vocab_size)) > UNIFORM_NATS) & looked_at
             num_away = np.bincount(rows[away], minlength=len(keys))
+            num_looked_at = np.bincount(rows[looked_at], minlength=len(keys))
             # In a short response all values may be near the uniform one by chance.
-            uniform = (num_away == 0) & (list_lengths(table, column) >= UNIFORM_TOKENS)
+            uniform = (num_away == 0) & (num_looked_at >= UNIFORM_TOKENS)
             share = f"1 / {self._vocab_size}"
             what = f"the teacher gives every token {share}, as a model without weights does"
             self._flag(keys, uniform, "uniform teacher", what)

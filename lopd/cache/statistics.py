@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from lopd.artifacts import read_manifest, read_shard
 from lopd.artifacts.lineage import alignment_of
 from lopd.cache.checks import vocabulary
-from lopd.cache.columns import ALIGNMENT, ENTROPY, TAIL, TOP_IDS, column_bytes, flat
-from lopd.cache.token_alignment import Alignment, alignment_line, count_alignment
+from lopd.cache.columns import ENTROPY, LOSS_MASK, TAIL, TOP_IDS, column_bytes, flat, loss_tokens
+from lopd.cache.token_alignment import alignment_line, count_alignment
 from lopd.cache.verdicts import refuse_verdicts
 from lopd.records import Manifest, token_hash
 
@@ -33,6 +33,9 @@ SHARE_EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 ENTROPY_EDGES = (0.0, 1e-3, 0.01, 0.1, 0.5, 1.0, 2.0, np.inf)
 # The objective clips the advantage to +-10 nats, as in the paper (arXiv 2604.13010).
 ADVANTAGE_CLIP = 10.0
+# So many neighbours that both policies give exactly 0 are hardly a model that is certain: what a
+# tool wrote looks like this where the mask was forgotten. Single ones are usual of sharp models.
+RUN_OF_ZEROS = 8
 
 
 class Moments:
@@ -179,8 +182,14 @@ class _Scan:
         self._num_top_ids = 0
         # Of a teacher with another tokenizer: the tokens by what became of them.
         self._alignment: Counter[str] = Counter()
-        # Those whose teacher's log-probability is one: all but the masked ones.
+        # Those whose log-probabilities are some: all but the masked ones.
         self._num_scored = 0
+        # Of tokens that carry loss, and of those in long runs of tokens whose two log-probabilities
+        # are exactly 0.
+        self._has_mask = False
+        self._num_loss_tokens = 0
+        self._num_turns = 0
+        self._num_certain = 0
         # The advantage is counted apart from its histogram, whose edges need not be 1 and 10.
         self._advantage = Moments(ADVANTAGE_EDGES)
         self._num_over_one = 0
@@ -192,16 +201,28 @@ class _Scan:
         self._add_names(table)
         self._add_sequences(table)
         self._alignment.update(count_alignment(table))
-        self._add_logprobs(table)
+        carries_loss = loss_tokens(table)
+        self._add_mask(table, carries_loss)
+        self._add_logprobs(table, carries_loss)
         # The other optional columns.
         if TOP_IDS in table.column_names:
             # K is written nowhere. It is the number of ids per token.
             self._num_top_ids += len(flat(table, TOP_IDS)[0])
         if TAIL in table.column_names:
             # As a probability: the share of the teacher that the top-K does not show.
-            self._tail.add(np.exp(flat(table, TAIL)[0].astype(np.float64)))
+            self._tail.add(_chosen(np.exp(flat(table, TAIL)[0].astype(np.float64)), carries_loss))
         if ENTROPY in table.column_names:
-            self._entropy.add(flat(table, ENTROPY)[0])
+            self._entropy.add(_chosen(flat(table, ENTROPY)[0], carries_loss))
+
+    def _add_mask(self, table: pa.Table, carries_loss: NDArray[np.bool_]) -> None:
+        """Count the tokens that carry loss and the turns, which are runs of such tokens."""
+        self._has_mask |= LOSS_MASK in table.column_names
+        self._num_loss_tokens += int(carries_loss.sum())
+        _, rows = flat(table, "token_ids")
+        # A turn begins at a token with loss behind one without, or at the first of its response.
+        begins = carries_loss.copy()
+        begins[1:] &= ~carries_loss[:-1] | (rows[1:] != rows[:-1])
+        self._num_turns += int(begins.sum())
 
     def _add_names(self, table: pa.Table) -> None:
         # Several responses to one prompt count as one prompt.
@@ -234,16 +255,12 @@ class _Scan:
             # The hash has 16 digits. The sequences themselves would be the whole cache in memory.
             self._sequences[token_hash(prompt, response)] += 1
 
-    def _add_logprobs(self, table: pa.Table) -> None:
+    def _add_logprobs(self, table: pa.Table, carries_loss: NDArray[np.bool_]) -> None:
         # Both columns are read once and serve two statistics, their own and the advantage.
         names = [name for name in self._logprobs if name in table.column_names]
-        found = {name: flat(table, name)[0] for name in names}
-        # Where nothing could be brought over the teacher has no value, and 0 stands in its place.
-        # It would count as a teacher that is certain.
-        if ALIGNMENT in table.column_names:
-            is_scored = flat(table, ALIGNMENT)[0] == Alignment.ALIGNED
-            fits = all(len(values) == len(is_scored) for values in found.values())
-            found = {name: values[is_scored] for name, values in found.items()} if fits else found
+        # A token without loss was not sampled, or has no score, and 0 stands in place of its
+        # log-probabilities. Two zeros would count as perfect agreement.
+        found = {name: _chosen(flat(table, name)[0], carries_loss) for name in names}
         for name, values in found.items():
             self._logprobs[name].add(values)
         # The policy that sampled is the student at the start, so the difference is the advantage of
@@ -254,6 +271,8 @@ class _Scan:
             self._num_scored += len(advantage)
             self._num_over_one += int((np.abs(advantage) > 1).sum())
             self._num_clipped += int((np.abs(advantage) > ADVANTAGE_CLIP).sum())
+            certain = (found["teacher_logprobs"] == 0) & (found["sampling_logprobs"] == 0)
+            self._num_certain += _in_long_runs(certain, RUN_OF_ZEROS)
 
     def as_json(self) -> dict[str, Any]:
         # Every response has one finish reason, so their sum is the number of responses.
@@ -272,10 +291,14 @@ class _Scan:
             advantage |= {
                 "share_over_1_nat": self._num_over_one / max(1, self._num_scored),
                 "share_clipped": self._num_clipped / max(1, self._num_scored),
+                "share_in_runs_of_zeros": self._num_certain / max(1, self._num_scored),
             }
         return {
             "rows": rows,
             "tokens": self.num_tokens,
+            "has_loss_mask": self._has_mask,
+            "loss_tokens": self._num_loss_tokens,
+            "turns": self._num_turns,
             "prompts": len(self._prompts),
             "lengths": _lengths_json(self._lengths),
             "prompt_lengths": _lengths_json(self._prompt_lengths),
@@ -295,6 +318,18 @@ class _Scan:
             "teacher_tail": self._tail.as_json(),
             "teacher_entropy": self._entropy.as_json(),
         }
+
+
+def _chosen(values: NDArray[Any], carries_loss: NDArray[np.bool_]) -> NDArray[Any]:
+    """Return the values [N] of tokens with loss, or all of a damaged column of another length."""
+    return values[carries_loss] if len(values) == len(carries_loss) else values
+
+
+def _in_long_runs(values: NDArray[np.bool_], least: int) -> int:
+    """Return how many values are in runs of true of at least this length."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], values, [False]]).astype(np.int8)))
+    lengths = edges[1::2] - edges[::2]
+    return int(lengths[lengths >= least].sum())
 
 
 def _lengths_json(parts: list[NDArray[Any]]) -> dict[str, Any] | None:

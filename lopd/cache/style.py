@@ -68,7 +68,7 @@ class Tokens:
     Attributes:
         deviation: d in nats.
         cell: The cell of the context table.
-        weight: 1 / R, so that each response counts once.
+        weight: 1 over the tokens of its response, so that each response counts once.
         row: The index of the token's response within this batch.
         fold: The fold of each response.
     """
@@ -95,6 +95,7 @@ def prepare(
     lengths: NDArray[Any],
     fold: NDArray[Any],
     settings: Settings,
+    carries_loss: NDArray[np.bool_] | None = None,
 ) -> Tokens:
     """Prepare the tokens of some responses for the tables.
 
@@ -104,6 +105,8 @@ def prepare(
         reference: The log-probabilities of the policy that sampled [N], in nats.
         lengths: The number of tokens of each response [rows].
         fold: The fold of each response [rows].
+        carries_loss: The tokens that the student wrote and that have scores [N]. The others are
+            left out, since they deviate by nobody's style. None means all tokens.
     """
     # In int64, because the sums over a shard may not fit into int32.
     lengths = lengths.astype(np.int64)
@@ -119,14 +122,16 @@ def prepare(
     # 0, fall into bin 0.
     edges = surprisal_edges(settings.surprisal_bins)
     surprisal_bin = np.searchsorted(edges, -reference.astype(np.float64), side="right")
+    kept = np.ones(len(row), bool) if carries_loss is None else carries_loss
+    num_kept = np.bincount(row[kept], minlength=len(lengths))
     return Tokens(
-        token_ids=token_ids.astype(np.int64),
+        token_ids=token_ids[kept].astype(np.int64),
         # In float64, because the tables add up millions of small numbers.
-        deviation=teacher.astype(np.float64) - reference,
-        cell=position_bin * settings.surprisal_bins + surprisal_bin,
+        deviation=(teacher.astype(np.float64) - reference)[kept],
+        cell=(position_bin * settings.surprisal_bins + surprisal_bin)[kept],
         # Otherwise the longest responses would decide what style is.
-        weight=1.0 / lengths[row],
-        row=row,
+        weight=1.0 / num_kept[row[kept]],
+        row=row[kept],
         fold=fold.astype(np.int64),
     )
 

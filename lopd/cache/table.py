@@ -86,7 +86,7 @@ def to_table(
         "finish_reason": strings("finish_reason"),
         "weight_version": strings("weight_version"),
     }
-    # Sampled responses have no mask. The column would cost bytes and say nothing.
+    # Sampled responses of one turn have no mask. The column would cost bytes and say nothing.
     if any(response.loss_mask is not None for response in responses):
         columns["loss_mask"] = to_lists([_mask_of(response) for response in responses], pa.bool_())
     metadata = None
@@ -300,11 +300,16 @@ def _scores_of(
 
 
 def read_rows(
-    folder: str | Path, manifest: Manifest | None = None
+    folder: str | Path, manifest: Manifest | None = None, *, without_sampling: bool = False
 ) -> Iterator[tuple[Response, Floats | None]]:
     """Yield every response of an artifact with its teacher_logprobs, in the order of the shards.
 
     One shard is in memory at a time, and its checksum is verified.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest. None: it is read.
+        without_sampling: See scored_rows.
 
     Raises:
         ArtifactError: A shard is damaged, or a response occurs twice.
@@ -315,7 +320,8 @@ def read_rows(
     seen: set[tuple[str, int]] = set()
     for shard in manifest.shards:
         where = str(folder / shard.name)
-        for response, scores in from_table(read_shard(folder, shard), where):
+        table = read_shard(folder, shard)
+        for response, scores in scored_rows(table, where, without_sampling=without_sampling):
             # A response that occurs twice would count double in every mean over responses.
             if response.key in seen:
                 raise ArtifactError(
@@ -324,7 +330,7 @@ def read_rows(
                     remedy="remove one of the two shards and run the stage that makes it again",
                 )
             seen.add(response.key)
-            yield response, scores
+            yield response, None if scores is None else scores.teacher_logprobs
 
 
 def write_responses(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from lopd.checks.findings import Finding
 from lopd.config import Config
 from lopd.errors import ConfigError
+from lopd.tasks.environments import load_environment
 from sglang_rollout.servers.shared_gpus import colocation_problems
 
 # Fields of Megatron-Core's DistributedDataParallelConfig with buffers that torch does not allocate.
@@ -28,20 +29,66 @@ def sampling(config: Config) -> Iterator[Finding]:
     """Check that responses can reach their limits, and that a server can sample as it is asked."""
     problems: list[Finding] = [*sampling_problems(config)]
     yield from problems or ["responses may reach their limits"]
+    environment = config.rollout.environment
+    if environment is not None:
+        # A function that cannot be loaded would be noticed only when the rollouts begin.
+        load_environment(environment)
+        yield f"{environment.name} replies between turns, at most {config.rollout.max_turns} turns"
 
 
 def sampling_problems(config: Config) -> Iterator[ConfigError]:
     """Yield sampling settings that have no effect, or that a server refuses."""
     is_sampled = {
         "demonstrate": config.sft.demonstrations is None and config.sft.checkpoint is None,
-        "rollout": config.distill.cache is None or config.distill.refresh.is_on,
+        "rollout": (config.distill.cache is None and config.rollout.responses is None)
+        or config.distill.refresh.is_on,
         "evaluate": config.evaluate.enabled,
     }
     for stage, is_made in is_sampled.items():
         if is_made:
             yield from _stage_sampling_problems(config, stage)
+    yield from _turn_problems(config)
     # The queue is the same for all stages, so it is looked at once.
     yield from _queue_problems(config)
+
+
+def _turn_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield knobs of responses of several turns that have no effect, or cannot be used."""
+    rollout = config.rollout
+    if rollout.responses is None and rollout.allow_foreign_responses:
+        yield ConfigError(
+            "rollout.allow_foreign_responses has no effect without rollout.responses",
+            where="rollout",
+            remedy="set rollout.responses, or remove rollout.allow_foreign_responses",
+        )
+    for key, is_used in (
+        ("models.teachers", config.models.teachers),
+        ('score.tokenizer = "aligned"', config.aligns_tokenizers),
+        ("distill.cache", config.distill.cache is not None),
+    ):
+        # Nobody knows the domains of such responses, and a given cache has rollouts of its own.
+        if rollout.responses is not None and is_used:
+            yield ConfigError(
+                f"rollout.responses and {key} cannot be used together",
+                where="rollout.responses",
+                remedy=f"remove rollout.responses or {key}",
+            )
+    if rollout.environment is None:
+        for knob in ("max_turns", "environment_timeout_s"):
+            if knob in rollout.model_fields_set:
+                yield ConfigError(
+                    f"rollout.{knob} has no effect without rollout.environment",
+                    where="rollout",
+                    remedy=f"set rollout.environment, or remove rollout.{knob}",
+                )
+    elif config.aligns_tokenizers:
+        # Chunks of text would be counted as scored that no model wrote.
+        yield ConfigError(
+            'rollout.environment and score.tokenizer = "aligned" cannot be used together',
+            where="rollout.environment",
+            limit="a teacher with the student's tokenizer",
+            remedy="remove rollout.environment, or choose a teacher with the student's tokenizer",
+        )
 
 
 def _stage_sampling_problems(config: Config, stage: str) -> Iterator[ConfigError]:

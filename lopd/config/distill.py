@@ -71,6 +71,17 @@ class ObjectiveSection(Section):
         ),
     )
 
+    # After a wrong call of a tool, the teacher scores states that it would hardly have reached.
+    step_divergence_cap: float | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Multiply the loss of each step of a response with tools by the mean abs(advantage) "
+            "of its first step over that of the step, but by no more than this (SOD; 1.2 there). "
+            "If absent, all steps weigh the same."
+        ),
+    )
+
     # Selections: which tokens carry loss at all.
 
     # At most one of the two prefixes may be set.

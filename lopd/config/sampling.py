@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lopd.config.base import SPEED_ONLY, Contradiction, Section
+from lopd.config.base import SPEED_ONLY, Contradiction, FilePath, Section
 from lopd.config.training import ForwardSection
 
 
@@ -96,6 +96,48 @@ class DemonstrateSection(Sampling):
 
 class RolloutSection(Sampling):
     """The table [rollout]: the SFT student answers the OPD prompts."""
+
+    # An agent: between two turns something else writes, which carries no loss (docs/multi_turn.md).
+
+    environment: FilePath | None = Field(
+        default=None,
+        description=(
+            "The function that replies between two turns of the student, as FILE.py:FUNCTION or "
+            "MODULE:FUNCTION. If absent, a response has one turn."
+        ),
+    )
+
+    # max_new_tokens bounds the whole response, tokens of the environment included.
+    max_turns: int = Field(
+        default=8,
+        ge=2,
+        description="With rollout.environment, the most turns of the student in a response.",
+    )
+
+    environment_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="The seconds in which rollout.environment must reply.",
+        json_schema_extra=SPEED_ONLY,
+    )
+
+    # Transcripts that another program has made with the student, for example.
+    responses: FilePath | None = Field(
+        default=None,
+        description=(
+            "Take the responses of this folder (lopd cache import, or rollouts of another run) in "
+            "place of sampling. If absent, the student answers the OPD prompts."
+        ),
+    )
+
+    # Responses of another model make the update off-policy from the first step.
+    allow_foreign_responses: bool = Field(
+        default=False,
+        description=(
+            "Accept rollout.responses even if nothing shows that this SFT student wrote them. "
+            "The manifest records it."
+        ),
+    )
 
     temperature: float = Field(
         default=0.8,

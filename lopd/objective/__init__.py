@@ -15,9 +15,9 @@ or calls a collective. In a Megatron-Core loss function with ``calculate_per_tok
   it needs one forward and one backward pass.
 - ``Distillation`` combines a token loss (``Lightning``, ``TopKKL``) with options. ``Prefix``,
   ``DropTruncated`` and ``DropWrong`` select the tokens that carry loss. ``TruncatedImportance``,
-  ``EarlyTokenGain`` and ``WrongWeight`` weight each token. ``VerdictReward`` and ``Delta`` shift
-  its advantage. ``ReferenceKL`` pulls the student back to the policy that sampled the rollouts.
-  docs/objectives.md says when to use which.
+  ``EarlyTokenGain``, ``StepDivergence`` and ``WrongWeight`` weight each token. ``VerdictReward``
+  and ``Delta`` shift its advantage. ``ReferenceKL`` pulls the student back to the policy that
+  sampled the rollouts. docs/objectives.md says when to use which.
 - ``objective_from_config`` returns the objective of a configuration. It refuses combinations that
   mean nothing, and gives the reason.
 - ``Supervised`` is the negative log-likelihood, for the SFT that comes before distillation.
@@ -46,6 +46,7 @@ from lopd.objective.lightning import Lightning
 from lopd.objective.reference import ReferenceKL
 from lopd.objective.registry import needs_top_k, needs_verdicts, objective_from_config
 from lopd.objective.selection import DropTruncated, Prefix
+from lopd.objective.steps import StepDivergence
 from lopd.objective.supervised import Supervised
 from lopd.objective.top_k import TopKKL
 from lopd.objective.verdicts import DropWrong, VerdictReward, WrongWeight
@@ -64,6 +65,7 @@ __all__ = [
     "Prefix",
     "ReferenceKL",
     "RefreshRule",
+    "StepDivergence",
     "Supervised",
     "TokenBatch",
     "TokenLoss",

@@ -18,6 +18,7 @@ from lopd.objective.interface import Objective
 from lopd.objective.lightning import Lightning
 from lopd.objective.reference import ReferenceKL
 from lopd.objective.selection import DropTruncated, Prefix
+from lopd.objective.steps import StepDivergence
 from lopd.objective.top_k import TopKKL
 from lopd.objective.verdicts import DropWrong, VerdictReward, WrongWeight
 from lopd.objective.weighting import EarlyTokenGain, TruncatedImportance
@@ -83,6 +84,10 @@ def _early_token_gain(distill: DistillSection) -> EarlyTokenGain:
     return EarlyTokenGain(distill.objective.early_token_gain, distill.advantage_clip)
 
 
+def _step_divergence(distill: DistillSection) -> StepDivergence:
+    return StepDivergence(distill.objective.step_divergence_cap or math.inf)
+
+
 def _reference_kl(distill: DistillSection) -> ReferenceKL:
     return ReferenceKL(distill.objective.reference_kl, distill.objective.reference_direction)
 
@@ -109,6 +114,7 @@ SELECTIONS: dict[str, Component] = {
 WEIGHTINGS: dict[str, Component] = {
     "importance_cap": Component(("sampling_logprobs",), _importance),
     "early_token_gain": Component(("teacher_logprobs",), _early_token_gain),
+    "step_divergence_cap": Component(("teacher_logprobs",), _step_divergence),
     "wrong_weight": Component(
         ("right",), lambda distill: WrongWeight(distill.objective.wrong_weight)
     ),
@@ -130,7 +136,7 @@ _MODIFIES = {
 # Losses of the sampled token. Token weights and shifts act on these alone, but for the weight of a
 # response, which is the same for every token that might stand in it.
 _TOKEN_WEIGHTED = ("lightning",)
-_OF_THE_TOKEN = ("importance_cap", "early_token_gain", *SHIFTS)
+_OF_THE_TOKEN = ("importance_cap", "early_token_gain", "step_divergence_cap", *SHIFTS)
 
 
 def objective_from_config(

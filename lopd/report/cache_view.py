@@ -44,6 +44,8 @@ _HISTOGRAMS = {
     "teacher_entropy": "the teacher's entropy, nats",
 }
 _SCALE = f"bars are linear in the share; {_RARE} stands for less than half a #"
+# From this share of tokens in runs of zeros on, a reader should look.
+_SUSPICIOUS_ZEROS = 0.01
 LEGEND = "log pi_teacher - log pi_student of each token, nats:"
 
 
@@ -101,6 +103,7 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     prompts = f"{figures['rows']:,} to {figures['prompts']:,} prompts"
     tokens = f"{figures['tokens']:,} tokens"
     yield "responses", f"{prompts}, {tokens}, in {figures['shards']} shards"
+    yield from _mask_lines(figures)
     yield from _size_lines(figures)
     yield from _alignment_lines(figures)
     if figures.get("top_k"):
@@ -114,6 +117,10 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         over = f"{advantage['share_over_1_nat']:.2%} of tokens over 1 nat"
         clipped = f"{advantage['share_clipped']:.3%} clipped at 10"
         yield "advantage at the start", f"{over}, {clipped}"
+        # Zeros in place of unknown values look like this, and like perfect agreement.
+        if advantage["share_in_runs_of_zeros"] >= _SUSPICIOUS_ZEROS:
+            share = f"{advantage['share_in_runs_of_zeros']:.2%} of tokens are in runs of exactly 0"
+            yield "  exactly 0", f"{share} by both: tokens of a tool need a loss_mask"
     # What an import could not know. Each reason is a line of its own.
     for reason in figures["lacks"]:
         yield "lacks", reason
@@ -138,6 +145,16 @@ def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "  rows of teacher", f"{figures['teachers'].get(weights) or weights[:12]}: {rows:,}"
     sampling = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
     yield "sampled with", sampling or "unknown"
+
+
+def _mask_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield how many tokens carry loss, where some do not."""
+    if not figures["has_loss_mask"]:
+        return
+    share = figures["loss_tokens"] / max(1, figures["tokens"])
+    turns = figures["turns"] / max(1, figures["rows"])
+    told = f"{share:.2%} of the tokens, in {turns:.2f} turns per response"
+    yield "carry loss", f"{told}; the figures below are about these alone"
 
 
 def _alignment_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -258,7 +275,9 @@ def show_responses(rows: Sequence[ShownResponse]) -> None:
         name = f"{response.prompt_id}/{response.sample_index}"
         about = f"{len(response.token_ids)} tokens, {response.finish_reason}"
         advantage = None
-        if row.scores is not None and len(row.scores):
+        is_sampled = bool(np.isfinite(response.sampling_logprobs).all())
+        # Imported responses may have scores, and nothing to compare them with.
+        if row.scores is not None and len(row.scores) and is_sampled:
             advantage = row.scores.astype(np.float64) - response.sampling_logprobs
             # A token without loss may have no score, and a 0 in its place.
             if response.loss_mask is not None:

@@ -65,6 +65,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("num_weighted_responses", "responses", "distill", "responses whose w is known"),
     # Where their pieces of the objective are on.
     Metric("importance_capped_share", _SHARE, "distill", "tokens with a capped importance weight"),
+    Metric("step_weight", "ratio", "distill", "the mean weight of a token by its step (SOD)"),
     Metric("reference_kl", _NATS, "distill", "the KL of the reference term"),
     Metric("top_k_kl", _NATS, "distill", "the KL on the top-K support"),
     Metric("student_tail", _SHARE, "distill", "the student's probability outside of the top-K"),

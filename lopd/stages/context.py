@@ -27,11 +27,22 @@ from lopd.config.secrets import scrubbed_inputs
 from lopd.records import Manifest, ModelIdentity, Prompt
 from lopd.report.console import print_line, progress
 from lopd.tasks.chat_template import template_inputs
+from lopd.tasks.environments import environment_identity
 from lopd.tasks.rows import content_hash
 
 if TYPE_CHECKING:
     from lopd.stages.overlap import Overlap
     from sglang_rollout.requests.client import SGLangEngine
+
+
+# Knobs that the record of plain rollouts does not have.
+_NOT_PLAIN = (
+    "environment",
+    "max_turns",
+    "environment_timeout_s",
+    "responses",
+    "allow_foreign_responses",
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,10 @@ class StageContext:
             keys["sft.demonstrations"] = read_manifest(config.sft.demonstrations).fingerprint
         if "sft" in self.stage.knobs and config.sft.checkpoint is not None:
             keys["sft.checkpoint"] = identify_model(config.sft.checkpoint).weights
+        if "rollout" in self.stage.knobs and config.rollout.environment is not None:
+            keys["rollout.environment"] = environment_identity(config.rollout.environment)
+        if "rollout" in self.stage.knobs and config.rollout.responses is not None:
+            keys["rollout.responses"] = read_manifest(config.rollout.responses).fingerprint
         if "distill" in self.stage.knobs and config.distill.cache is not None:
             keys["distill.cache"] = read_manifest(config.distill.cache).fingerprint
         for name in ("verdicts", "teacher_verdicts") if "distill" in self.stage.knobs else ():
@@ -196,8 +211,14 @@ class StageContext:
     def sampling_record(self, section: Any) -> Mapping[str, Any]:
         """Return the sampling parameters of a section for a manifest."""
         # The shard size decides no response. The servers' number format does, by rounding.
-        parameters = section.model_dump(mode="json", exclude={"shard_size"})
-        return {**parameters, "dtype": self.config.sglang.dtype}
+        parameters = section.model_dump(mode="json", exclude={"shard_size", *_NOT_PLAIN})
+        of_turns = {}
+        if getattr(section, "environment", None) is not None:
+            of_turns = {
+                "environment": section.environment.name,
+                "max_turns": section.max_turns,
+            }
+        return {**parameters, **of_turns, "dtype": self.config.sglang.dtype}
 
     def prompts(
         self, name: str, *, need_answers: bool | None = None, record: bool = True
@@ -292,6 +313,9 @@ class StageContext:
             return
         by_teacher = self.stage.name == "demonstrate"
         urls = config.sglang.teacher_urls if by_teacher else config.sglang.student_urls
+        # Responses that are given need no server.
+        if self.stage.name == "rollout" and config.rollout.responses is not None:
+            return
         # Servers of the user run already, and the other stages begin with something else than a
         # server.
         if urls or self.stage.name not in ("demonstrate", "rollout", "evaluate"):

@@ -24,6 +24,7 @@ from lopd.artifacts.lineage import demonstrated_by, lineage_in
 from lopd.config import Config, Sampling
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
+from lopd.stages.dialogues import turns_of
 from lopd.stages.sample_shards import sample_into, sampling_params
 from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
@@ -247,4 +248,5 @@ def _sample_part(
         purpose=context.stage.name,
         title=f"{title}, {part.domain or 'other domains'}",
         num_ids=num_shared_ids(context.config),
+        turns=turns_of(context, section, prompts),
     )

@@ -32,6 +32,7 @@ from lopd.config import Config, RolloutSection
 from lopd.errors import ArtifactError, EngineError
 from lopd.records import Manifest, Prompt
 from lopd.stages.context import StageContext
+from lopd.stages.dialogues import turns_of
 from lopd.stages.refresh_record import (
     LOST,
     REQUEST,
@@ -155,6 +156,7 @@ class RefreshService:
             title=f"refresh {refresh.number}: rollouts",
             version=refresh.version,
             num_ids=num_shared_ids(config),
+            turns=turns_of(self._context, section, prompts),
         )
         # The reason is an extra figure. The inputs of a manifest say what decides the content.
         cut = truncation_figures(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from lopd.artifacts import identify_model
 from lopd.stages.context import Stage, StageContext
+from lopd.stages.dialogues import turns_of
 from lopd.stages.domains import roll_out_by_domain
+from lopd.stages.given_rollouts import check_given_rollouts, take_given_rollouts
 from lopd.stages.sample_shards import sample_stage
 from lopd.stages.training import MODEL
 from lopd.stages.truncation import truncation_figures
@@ -18,14 +20,27 @@ def run(context: StageContext) -> None:
     # The SFT student, not the base student: its policy pi_ref is what the method starts from.
     config = context.config
     student = context.folder_of("sft") / MODEL
+    identity = identify_model(student)
+    sampling = context.sampling_record(config.rollout)
+    models = {"student": identity}
+    given = None
+    if config.rollout.responses is not None:
+        given = check_given_rollouts(context, identity)
+        sampling = given.sampling
+        models = dict(given.models)
     writer = context.writer(
-        models={"base_student": context.identity("student"), "student": identify_model(student)},
+        models={"base_student": context.identity("student"), **models},
         # Whoever corrects for the sampling later, or audits it, must know how it was done.
-        sampling=context.sampling_record(config.rollout),
+        sampling=sampling,
         # The score stage compares its teacher with the one that is named here.
         lineage=context.manifest_of("sft").lineage,
         shard_size=config.rollout.shard_size,
     )
+    if given is not None:
+        take_given_rollouts(context, writer)
+        cut = truncation_figures(context, writer.folder, is_wanted=True)
+        writer.finish(given=given.note, **cut)
+        return
     if config.models.teachers:
         # A domain's responses go into shards of their own, so that its teacher can score them
         # alone.
@@ -41,6 +56,7 @@ def run(context: StageContext) -> None:
         role="student",
         model=student,
         title="rollouts",
+        turns_of=turns_of,
     )
     writer.finish(served=context.served, **truncation_figures(context, writer.folder))
 

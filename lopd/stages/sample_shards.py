@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter
@@ -16,10 +17,13 @@ from lopd.stages.request_order import in_passes
 from lopd.stages.vocabulary import num_shared_ids, within_ids
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
+from sglang_rollout.requests.turns import Turns
 
 if TYPE_CHECKING:
     from lopd.stages.context import StageContext
     from sglang_rollout.requests.client import SGLangEngine
+
+    TurnsOf: TypeAlias = Callable[[StageContext, Sampling, Sequence[Prompt]], Turns | None]
 
 
 def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -> SamplingParams:
@@ -57,6 +61,7 @@ def sample_stage(
     role: str,
     model: Path,
     title: str,
+    turns_of: TurnsOf | None = None,
 ) -> None:
     """Serve a model and sample a prompt set into a stage's artifact.
 
@@ -68,6 +73,7 @@ def sample_stage(
         role: "teacher" or "student", for the servers' log and record.
         model: The Hugging Face folder.
         title: The text at the progress bar.
+        turns_of: Returns how responses of several turns are made to these prompts.
     """
     # The writer's shard size counts: a stage that continues keeps the one that it was begun with.
     prompts, prompt_ids = context.prompts(prompt_set)
@@ -77,6 +83,8 @@ def sample_stage(
     if not writer.missing(num_shards):
         # Workers may have published all shards. Then no server is started.
         return
+    # An environment that cannot be loaded is noticed before the servers start.
+    turns = None if turns_of is None else turns_of(context, section, prompts)
     with context.serve(role, model) as engine:
         sample_into(
             writer,
@@ -89,6 +97,7 @@ def sample_stage(
             purpose=context.stage.name,
             title=title,
             num_ids=num_shared_ids(context.config),
+            turns=turns,
         )
 
 
@@ -105,6 +114,7 @@ def sample_into(
     title: str,
     version: str | None = None,
     num_ids: int | None = None,
+    turns: Turns | None = None,
 ) -> None:
     """Sample the responses that are not published yet.
 
@@ -120,6 +130,7 @@ def sample_into(
         title: The text at the progress bar.
         version: The weight version that the servers must have. None: the one that they have now.
         num_ids: Responses are cut before a token id from this number on. None: they are not cut.
+        turns: How responses of several turns are made. None: a response has one turn.
 
     Raises:
         OtherWeights: A server has another version, because it was started again.
@@ -139,7 +150,8 @@ def sample_into(
     already = total - sum(map(shards.size, missing))
     with progress(title, total=total, done=already, unit="responses") as bar:
         # Responses come in the order in which they are finished.
-        sampled = engine.generate(requests, params, version=version)
+        generate = engine.generate if turns is None else partial(engine.generate, turns=turns)
+        sampled = generate(requests, params, version=version)
         for response in sampled if num_ids is None else within_ids(sampled, num_ids, title=title):
             bar.advance(1)
             complete = open_shards.add(response.key, response)

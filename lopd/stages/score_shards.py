@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
+
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
@@ -59,6 +61,8 @@ def score_into(
     assert engine is not None, "an engine is needed, because shards are missing"
     tell_resumed(writer, title, len(rollouts.shards))
     is_megatron = isinstance(engine, MegatronScorer)
+    # All shards have the columns of the first one.
+    is_sampled = "sampling_logprobs" in pq.read_schema(source / rollouts.shards[0].name).names
     # The responses of the shards in flight; their scores are collected beside them.
     responses: dict[int, list[Response]] = {}
     open_shards: OpenShards[TeacherScores] = OpenShards()
@@ -85,6 +89,8 @@ def score_into(
                     rows, own = asked.bring_back(responses.pop(index), scores)
                     own = _with_base(own, base, rollouts.shards[index].name)
                     table = cache.to_table(rows, own, logprob_bits=logprob_bits)
+                    if not is_sampled:
+                        table = table.drop_columns(["sampling_logprobs"])
                     writer.publish_shard(index, table)
 
 
@@ -120,7 +126,9 @@ def _with_base(
 
 
 def _responses_in(source: Path, shard: ShardInfo) -> list[Response]:
-    rows = cache.from_table(read_shard(source, shard), where=str(source / shard.name))
+    table = read_shard(source, shard)
+    # Transcripts from elsewhere may have none (rollout.responses). The records have NaN then.
+    rows = cache.scored_rows(table, str(source / shard.name), without_sampling=True)
     return [response for response, _ in rows]
 
 

@@ -12,7 +12,8 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from lopd.tasks.rendered import (
     key_of,
     read_kept,
 )
+from lopd.tasks.tokenizer import response_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +76,70 @@ def render(
     return renderer.render(prompts, context_length=context_length)
 
 
+class ConversationRenderer:
+    """Renders one conversation at a time, with answers in it and with any keys of a message.
+
+    Any thread may use it. A tokenizer of the tokenizers library is one thread's at a time.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        thinking: bool = True,
+        time: datetime.datetime | None = None,
+    ) -> None:
+        """Keep what a rendering needs. The arguments and the error are those of Renderer."""
+        self.source = _source_of(tokenizer)
+        _require_template(tokenizer, self.source)
+        self._tokenizer = tokenizer
+        self._named = _named_values(thinking, time)
+        self._lock = threading.Lock()
+
+    def answer(self, token_ids: Ints) -> str:
+        """Return the text of an answer that ended by itself, without its end token."""
+        with self._lock:
+            return response_text(self._tokenizer, token_ids, "stop")
+
+    def ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        to_answer: bool,
+        tools: Sequence[Any] | None = None,
+    ) -> Ints:
+        """Return the token ids of a conversation.
+
+        Args:
+            messages: The messages, answers included.
+            to_answer: Whether the generation prompt follows them.
+            tools: The descriptions of tools, for templates that write them into the prompt.
+
+        Raises:
+            DataError: The template refuses the messages.
+        """
+        # A copy: templates may write into messages.
+        conversation = [dict(message) for message in messages]
+        named = self._named if tools is None else {**self._named, "tools": [*tools]}
+        try:
+            with self._lock:
+                ids: Any = self._tokenizer.apply_chat_template(
+                    [conversation],
+                    add_generation_prompt=to_answer,
+                    tokenize=True,
+                    return_dict=False,
+                    **named,
+                )
+        except Exception as error:
+            # Every class is caught: see Renderer._batch.
+            raise DataError(
+                f"the chat template refuses the messages ({error})",
+                where=self.source,
+                remedy="correct the messages, or use another chat template",
+            ) from error
+        return int32(ids[0])
+
+
 class Renderer:
     """Renders the prompts of a set, and remembers the ids of each question."""
 
@@ -96,19 +162,10 @@ class Renderer:
         Raises:
             DataError: The tokenizer has no chat template.
         """
-        # For messages: the folder that the tokenizer came from.
-        self._source = str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
-        # Base models often have none. Without one the prompt would have no marks of roles.
-        if not tokenizer.chat_template:
-            raise DataError(
-                "the tokenizer has no chat template",
-                where=self._source,
-                remedy="add chat_template.jinja to the folder",
-            )
+        self._source = _source_of(tokenizer)
+        _require_template(tokenizer, self._source)
         self._tokenizer = tokenizer
-        # A name in the call hides the template's own clock.
-        clock: dict[str, Any] = {} if time is None else {"strftime_now": time.strftime}
-        self._named = {"enable_thinking": thinking, **clock}
+        self._named = _named_values(thinking, time)
         self._kept = kept
         self._fingerprint = "" if kept is None else fingerprint_of(tokenizer, thinking, time)
         self._found: TokenIds = {}
@@ -246,6 +303,28 @@ class Renderer:
                     limit=f"fewer than {context_length} tokens (sglang.context_length)",
                     remedy="shorten or remove this prompt, or raise sglang.context_length",
                 )
+
+
+def _source_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the folder that a tokenizer came from, for messages."""
+    return str(getattr(tokenizer, "name_or_path", "") or "tokenizer")
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    # Base models often have none. Without one the prompt would have no marks of roles.
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template",
+            where=source,
+            remedy="add chat_template.jinja to the folder",
+        )
+
+
+def _named_values(thinking: bool, time: datetime.datetime | None) -> dict[str, Any]:
+    """Return the values that a template gets besides the messages."""
+    # A name in the call hides the template's own clock.
+    clock: dict[str, Any] = {} if time is None else {"strftime_now": time.strftime}
+    return {"enable_thinking": thinking, **clock}
 
 
 @contextlib.contextmanager

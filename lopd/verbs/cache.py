@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lopd.errors import EXIT_CODE, LopdError
-from lopd.verbs.arguments import AsJson, Cache, Tokenizer, VerbGroup, input_path
+from lopd.verbs.arguments import AsJson, Cache, Tokenizer, VerbGroup
+from lopd.verbs.cache_figures import figures_of, print_json, show_new_cache, size_line
+from lopd.verbs.cache_import import EPILOG as IMPORT_EPILOG
+from lopd.verbs.cache_import import import_
 from lopd.verbs.cache_judge import EPILOG, judge
 
 app = VerbGroup(
@@ -27,10 +29,6 @@ Out = Annotated[
 
 # In its place in the list of verbs: before those that derive another cache.
 app.command(epilog=EPILOG)(judge)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))
 
 
 @app.command(epilog="Example:  lopd cache verify runs/tiny_moe/score")
@@ -59,7 +57,7 @@ def verify(
     findings, figures = check_cache(cache, vocab_size=vocab_size)
     if as_json:
         rows = [finding.as_json() for finding in findings]
-        _print_json({"ok": not len(findings), **figures, "findings": rows})
+        print_json({"ok": not len(findings), **figures, "findings": rows})
     else:
         show_findings(str(cache), findings, figures)
     if len(findings):
@@ -98,7 +96,7 @@ def inspect(
     figures = inspect_cache(cache)
     shown = sample_of(cache, sample, seed, tokenizer) if sample else []
     if as_json:
-        _print_json({**figures, "sample": [one.as_json() for one in shown]} if sample else figures)
+        print_json({**figures, "sample": [one.as_json() for one in shown]} if sample else figures)
         return
     show_inspection(figures)
     # The responses come after the statistics, which are too many to scroll back for.
@@ -144,7 +142,7 @@ def merge(
             remedy="give the folders of the caches to join",
         )
     manifest = merging.merge(caches, out, teacher_column=teacher_column)
-    _show_new_cache(manifest, out, as_json)
+    show_new_cache(manifest, out, as_json)
 
 
 @app.command(epilog="Example:  lopd cache split runs/tiny_moe/score --parts 2 --out caches/halves")
@@ -166,9 +164,9 @@ def split(
     manifests = splitting.split(cache, out, parts)
     folders = [out / f"part-{part:02d}" for part in range(len(manifests))]
     if as_json:
-        _print_json(
+        print_json(
             [
-                _figures(manifest, folder)
+                figures_of(manifest, folder)
                 for manifest, folder in zip(manifests, folders, strict=True)
             ]
         )
@@ -201,9 +199,9 @@ def export(
     # That format has text and not token ids, so a tokenizer is needed for the prompts.
     about = reference_export.export_reference(cache, out, tokenizer)
     if as_json:
-        _print_json(about)
+        print_json(about)
         return
-    show_line(_size_line(out, about))
+    show_line(size_line(out, about))
     # What is lost is said every time: an exported cache looks complete.
     show_line(f"this format cannot hold: {'; '.join(about['loses'])}", "yellow")
     # The reference code tokenises the text of prompts again. Where that gives other ids, it trains
@@ -216,57 +214,8 @@ def export(
         )
 
 
-@app.command(
-    "import",
-    epilog="Example:  lopd cache import rollouts-lightning-opd-precomputed.parquet "
-    "--tokenizer checkpoints/sft --out caches/imported",
-)
-def import_(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PARQUET",
-            parser=input_path,
-            help="The file that the reference code's trainer reads.",
-            show_default=False,
-        ),
-    ],
-    out: Out,
-    tokenizer: Annotated[
-        Path,
-        typer.Option(
-            metavar="PATH",
-            parser=input_path,
-            help="Hugging Face folder of the student. Its tokenizer reads the prompts' text.",
-            show_default=False,
-        ),
-    ],
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            parser=input_path,
-            help="Hugging Face folder of the teacher. The file does not name it, so the cache "
-            "records it as your own statement.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a cache from the Parquet file of the paper's reference code.
-
-    Reads the file and the tokenizer. Writes a new cache into --out. The command says what the file
-    lacks.
-    """
-    from lopd.cache import reference_import
-    from lopd.report.cache_view import show_line
-
-    # The file has the text of the prompts and the ids of the responses.
-    manifest = reference_import.import_reference(file, out, tokenizer, teacher=teacher)
-    _show_new_cache(manifest, out, as_json)
-    # Later checks look for these: without sampling log-probabilities, for one, no importance
-    # weights.
-    for reason in manifest.extra["lacks"] if not as_json else []:
-        show_line(f"lacks {reason}", "yellow")
+# In its place in the list of verbs: behind the export.
+app.command("import", epilog=IMPORT_EPILOG)(import_)
 
 
 # Five folds, as in the paper. A token must not be corrected by its own response.
@@ -334,9 +283,9 @@ def residualise(
     manifest = write_residualised(cache, out, settings)
     about = manifest.extra["residualisation"]
     if as_json:
-        _print_json({**_figures(manifest, out), **about})
+        print_json({**figures_of(manifest, out), **about})
         return
-    _show_new_cache(manifest, out, as_json)
+    show_new_cache(manifest, out, as_json)
     # The correction is for a foreign teacher. With the own one it takes away what should be learnt.
     if manifest.lineage.get("consistent"):
         show_line(
@@ -345,39 +294,3 @@ def residualise(
             "yellow",
         )
     show_residualisation(about, token_text(cache, tokenizer), show)
-
-
-def _show_new_cache(manifest: Any, out: Path, as_json: bool) -> None:
-    from lopd.report.cache_view import show_line
-
-    figures = _figures(manifest, out)
-    if as_json:
-        _print_json(figures)
-    else:
-        show_line(_size_line(out, figures))
-        show_line(f"fingerprint {figures['fingerprint']}")
-
-
-def _size_line(out: Path, figures: dict[str, Any]) -> str:
-    return (
-        f"{out}: {figures['rows']:,} responses, {figures['tokens']:,} tokens, "
-        f"{figures['bytes_per_token']:.2f} bytes per token"
-    )
-
-
-def _figures(manifest: Any, folder: Path) -> dict[str, Any]:
-    """Return what `--json` prints of a cache. All sizes are in bytes on disk."""
-    from lopd.cache import column_bytes
-
-    # Response tokens. Prompts are stored too, and are part of the bytes.
-    tokens = sum(shard.tokens for shard in manifest.shards)
-    size = sum(column_bytes(folder).values())
-    return {
-        "folder": str(folder),
-        "fingerprint": manifest.fingerprint,
-        "rows": manifest.rows,
-        "tokens": tokens,
-        "bytes": size,
-        "bytes_per_token": size / max(1, tokens),
-        "lacks": list(manifest.extra.get("lacks", [])),
-    }

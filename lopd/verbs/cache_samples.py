@@ -54,7 +54,7 @@ def sample_of(folder: Path, count: int, seed: int, tokenizer: Path | None) -> li
     verdicts = read_verdicts(folder)
     shown = []
     # read_rows goes through the cache once and in order, so a cache of any size can be shown.
-    for index, (response, scores) in enumerate(read_rows(folder)):
+    for index, (response, scores) in enumerate(read_rows(folder, without_sampling=True)):
         if index not in chosen:
             continue
         if loaded is None:

@@ -16,7 +16,7 @@ from lopd.verbs.arguments import AsJson, Overrides
 if TYPE_CHECKING:
     from lopd.audit.parity import Agreement
     from lopd.config import Config
-    from lopd.records import Floats, Key, Response
+    from lopd.records import Bools, Floats, Key, Response
 
 
 def parity(
@@ -104,7 +104,13 @@ def compare(config: Config, *, num_responses: int, seed: int) -> dict[str, Agree
             student, _trainer_settings(config), rollouts, scratch, "student"
         )
     # The rollouts carry what SGLang gave while it sampled them. Nothing has to be computed for it.
-    sampled = {response.key: response.sampling_logprobs for response in rollouts}
+    # Tokens without loss, such as those of a tool, have none: SGLang has not sampled them.
+    masks = {response.key: response.loss_mask for response in rollouts}
+    sampled = {
+        response.key: _of_loss(response.sampling_logprobs, masks[response.key])
+        for response in rollouts
+    }
+    by_trainer = {key: _of_loss(values, masks[key]) for key, values in by_trainer.items()}
     return {
         "teacher: SGLang and Megatron-Core": _agreement(by_sglang, by_megatron),
         "student: rollout and trainer": _agreement(sampled, by_trainer),
@@ -125,6 +131,10 @@ def _trainer_settings(config: Config) -> Any:
         timeout_s=train.timeout_s,
         threads_per_rank=train.threads_per_rank,
     )
+
+
+def _of_loss(logprobs: Floats, loss_mask: Bools | None) -> Floats:
+    return logprobs if loss_mask is None else logprobs[loss_mask]
 
 
 def _agreement(first: dict[Key, Floats], second: dict[Key, Floats]) -> Agreement:

@@ -239,15 +239,22 @@ def _transcript(
 
 
 def _advantage(response: Response, scores: Floats) -> Any:
-    """Return log pi_T - log pi_S, float64 [R]."""
+    """Return log pi_T - log pi_S, float64 [R]. It is 0 where a token carries no loss."""
     # In float64: both are stored in 16 or 32 bits, and their difference is small beside them.
-    return scores.astype(np.float64) - response.sampling_logprobs
+    advantage = scores.astype(np.float64) - response.sampling_logprobs
+    # Such a token was not sampled, or has no score: what stands there is about nothing.
+    if response.loss_mask is not None:
+        advantage[~response.loss_mask] = 0.0
+    return advantage
 
 
 def _disagreement(response: Response, scores: Floats | None) -> float | None:
-    if scores is None or not len(scores):
+    mask = response.loss_mask
+    num_tokens = 0 if scores is None else len(scores) if mask is None else int(mask.sum())
+    if scores is None or num_tokens == 0:
         return None
-    return float(np.abs(_advantage(response, scores)).mean())
+    # Not the mean over all tokens: the zeros of a tool's tokens would look like agreement.
+    return float(np.abs(_advantage(response, scores)).sum() / num_tokens)
 
 
 def _text(tokenizer: Decodes | None, ids: Any) -> str:

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ from sglang_rollout.requests.sampling import (
 )
 from sglang_rollout.requests.scoring import ScoreRequest
 from sglang_rollout.requests.streaming import Handler, stream
+from sglang_rollout.requests.turns import Turns, sample_turns
 from sglang_rollout.servers.launch import KEY_VARIABLE
 from sglang_rollout.servers.server import SGLangServer
 from sglang_rollout.servers.weights_file import check_not_given_up
@@ -116,6 +118,7 @@ class SGLangEngine:
         params: SamplingParams,
         *,
         version: str | None = None,
+        turns: Turns | None = None,
     ) -> Iterator[Response]:
         """Sample every request and yield the responses as they finish, in any order.
 
@@ -125,6 +128,7 @@ class SGLangEngine:
             requests: The prompts to sample responses for.
             params: The sampling parameters.
             version: The weight version that the servers must have.
+            turns: How responses of several turns are made. None: a response has one turn.
 
         Raises:
             OtherWeights: A response carries another weight version. This happens after a restart
@@ -149,6 +153,11 @@ class SGLangEngine:
         # The vocabulary is asked for once, before the stream, and not by each of its requests.
         async def sample(calls: Connections, request: SamplingRequest) -> Response:
             allowed = new_tokens_allowed(request, params, self.settings.context_length)
+            return await sample_turns(request, turns, allowed, partial(sample_turn, calls))
+
+        async def sample_turn(
+            calls: Connections, request: SamplingRequest, allowed: int
+        ) -> Response:
             answer = await calls.generate(
                 request, lambda name: generate_payload(request, params, allowed, name)
             )

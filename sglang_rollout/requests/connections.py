@@ -120,7 +120,7 @@ class Connections:
         outages = 0
         # A checksum keeps the table of prompts small. Two prompts with the same one only lose a
         # cached prefix.
-        prompt = zlib.crc32(requests[0].prompt_ids.tobytes())
+        prompt = zlib.crc32(requests[0].shared_ids.tobytes())
         while True:
             server = await self._choose(prompt, len(requests))
             # Each attempt has names of its own: SGLang refuses an id that it still knows, and the

@@ -25,18 +25,26 @@ class SamplingRequest:
     """One response to sample.
 
     Attributes:
-        prompt_ids: The prompt's token ids of shape [P].
+        prompt_ids: The prompt's token ids of shape [P]. For a later turn of a response they are
+            everything that stands before it.
         seed: A number that fixes the response where the server is deterministic.
+        first_len: For a later turn, the tokens of the response's own prompt.
     """
 
     prompt_id: str
     sample_index: int
     prompt_ids: Ints  # [P]
     seed: int
+    first_len: int | None = None
 
     @property
     def key(self) -> Key:
         return (self.prompt_id, self.sample_index)
+
+    @property
+    def shared_ids(self) -> Ints:
+        """The ids whose server has the prefix: all turns of a response go where its prompt went."""
+        return self.prompt_ids[: self.first_len]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,11 @@ class ScoreRequest:
     def key(self) -> Key:
         return (self.prompt_id, self.sample_index)
 
+    @property
+    def shared_ids(self) -> Ints:
+        """The ids that other requests have in common with this one."""
+        return self.prompt_ids
+
 
 def check_scorable(request: ScoreRequest, context_length: int, vocab_size: int) -> None:
     """Check that a server can score the response.

@@ -39,6 +39,7 @@ OTHER_VALUES: dict[str, tuple[dict[str, Any], Any]] = {
     "loss": ({}, "top_k_reverse_kl"),
     "importance_cap": ({}, 2.0),
     "early_token_gain": ({}, 1.0),
+    "step_divergence_cap": ({}, 1.2),
     "prefix_share": ({}, 0.3),
     "prefix_tokens": ({}, 64),
     "keep_end_token": ({"prefix_share": 0.3}, False),
@@ -138,6 +139,10 @@ def test_the_registry_and_the_configuration_know_the_same_names() -> None:
         ),
         (
             {"loss": "top_k_reverse_kl", "early_token_gain": 1.0},
+            "does not use the sampled token",
+        ),
+        (
+            {"loss": "top_k_reverse_kl", "step_divergence_cap": 1.2},
             "does not use the sampled token",
         ),
     ],

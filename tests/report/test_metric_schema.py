@@ -38,13 +38,16 @@ def test_the_figures_of_objectives_are_in_the_schema() -> None:
     model = TableModel()
     logprobs, batch = packed_logprobs(model, samples_with_everything())
     batch = dataclasses.replace(batch, student_entropy=torch.ones_like(logprobs))
-    section = DistillSection(objective=ObjectiveSection(importance_cap=2.0, reference_kl=0.1))
+    section = DistillSection(
+        objective=ObjectiveSection(importance_cap=2.0, step_divergence_cap=1.2, reference_kl=0.1)
+    )
     available = {field.name for field in dataclasses.fields(batch)}
     chosen = objective_from_config(section, available)
     reported = reduce_metrics(
         {name: float(value) for name, value in chosen(logprobs, batch).metric_sums.items()}
     )
-    assert {"student_entropy", "importance_capped_share", "reference_kl"} <= reported.keys()
+    expected = {"student_entropy", "importance_capped_share", "step_weight", "reference_kl"}
+    assert expected <= reported.keys()
     assert unknown("train", reported) == set()
     supervised = Supervised()(logprobs, batch).metric_sums
     of_sft = reduce_metrics({name: float(value) for name, value in supervised.items()})

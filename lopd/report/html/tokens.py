@@ -68,8 +68,11 @@ class Deviations:
             scores: The teacher's log-probabilities [R].
         """
         deviation = scores.astype(np.float64) - response.sampling_logprobs  # [R]
-        # A damaged value would spoil every mean.
+        # A damaged value would spoil every mean, and tokens without loss, such as those of a tool,
+        # have no log-probabilities: the zeros in their place would look like agreement.
         known = np.isfinite(deviation)
+        if response.loss_mask is not None:
+            known &= response.loss_mask
         deviation = deviation[known]
         if not deviation.size:
             return

@@ -15,7 +15,7 @@ import numpy as np
 
 from lopd.cache.columns import TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader
-from lopd.records import Floats, Response
+from lopd.records import Bools, Floats, Response
 from lopd.report.html.responses import SETS, Answers
 from lopd.report.html.tokens import Deviations, TokenFigures
 from lopd.tasks.tokenizer import decode, load_tokenizer, token_texts
@@ -74,7 +74,11 @@ class Scanned:
         self.finish[response.finish_reason] = self.finish.get(response.finish_reason, 0) + 1
         if scores is not None and len(scores):
             self.deviations.add(response, scores)
-            difference = float(np.mean(np.abs(scores - response.sampling_logprobs)))
+            deviation = np.abs(scores - response.sampling_logprobs)
+            # Tokens of a tool have no log-probabilities of the student, and no part in this.
+            if response.loss_mask is not None:
+                deviation = deviation[response.loss_mask]
+            difference = float(np.mean(deviation)) if len(deviation) else np.nan
             # A cache without sampling log-probabilities has no deviation.
             if np.isfinite(difference):
                 self.disagreement[name] = max(self.disagreement.get(name, 0.0), difference)
@@ -273,10 +277,10 @@ def _answer(
         "sample": response.sample_index,
         "finish": response.finish_reason,
         "tokens": _indices(response.token_ids.tolist(), texts, vocabulary),
-        "student": _milli(response.sampling_logprobs),
+        "student": _milli(response.sampling_logprobs, response.loss_mask),
     }
     if scores is not None:
-        row["teacher"] = _milli(scores)
+        row["teacher"] = _milli(scores, response.loss_mask)
     verdict = answers.verdicts.get(response.key)
     if verdict is not None:
         row |= {"right": verdict.right, "reason": verdict.reason, "found": verdict.found}
@@ -316,9 +320,16 @@ def _prompt(token_ids: Sequence[int], texts: Texts, vocabulary: Vocabulary) -> l
     return [vocabulary.index(text, token, bool(special)) for text, token, special in marked]
 
 
-def _milli(logprobs: Floats) -> list[int | None]:
-    """Return log-probabilities in thousandths of a nat. JSON has null for what is not finite."""
-    return [round(1000 * value) if np.isfinite(value) else None for value in logprobs.tolist()]
+def _milli(logprobs: Floats, loss_mask: Bools | None) -> list[int | None]:
+    """Return log-probabilities in thousandths of a nat.
+
+    JSON has null for what is not finite, and for tokens without loss, whose values say nothing.
+    """
+    known = np.isfinite(logprobs)
+    if loss_mask is not None:
+        known &= loss_mask
+    pairs = zip(logprobs.tolist(), known.tolist(), strict=True)
+    return [round(1000 * value) if is_known else None for value, is_known in pairs]
 
 
 def token_panels(scans: Sequence[Scanned], texts: Texts) -> list[dict[str, Any]]:
