@@ -52,17 +52,8 @@ class Part:
 
     def context(self, whole: StageContext) -> StageContext:
         """Return the stage as if this domain's teacher were the only one."""
-        # So a stage with one teacher needs no second form: it runs once for each part. The part
-        # publishes through a PartWriter and logs to the same stage.
-        config = whole.config
-        teacher = {"teacher": teacher_of(config, self.domain), "teachers": {}}
-        models = config.models.model_copy(update=teacher)
-        identity = whole.identity(role_of(config, self.domain))
-        return dataclasses.replace(
-            whole,
-            config=config.model_copy(update={"models": models}),
-            identities={**whole.identities, "teacher": identity},
-        )
+        # The part publishes through a PartWriter and logs to the same stage.
+        return context_in(whole, self.domain)
 
     def rollouts(self, whole: Manifest) -> Manifest:
         """Return the part of a manifest of rollouts that belongs to this domain."""
@@ -76,6 +67,20 @@ class Part:
             rows=sum(shard.rows for shard in shards),
             lineage=lineage_in(whole.lineage, self.domain),
         )
+
+
+def context_in(whole: StageContext, domain: str) -> StageContext:
+    """Return a stage as if the teacher of one domain were the only one."""
+    # So a stage with one teacher needs no second form: it runs once for each teacher.
+    config = whole.config
+    teacher = {"teacher": teacher_of(config, domain), "teachers": {}}
+    models = config.models.model_copy(update=teacher)
+    identity = whole.identity(role_of(config, domain))
+    return dataclasses.replace(
+        whole,
+        config=config.model_copy(update={"models": models}),
+        identities={**whole.identities, "teacher": identity},
+    )
 
 
 def teacher_of(config: Config, domain: str) -> Path:

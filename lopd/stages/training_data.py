@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lopd.batching import make_sample
 from lopd.cache.columns import ALIGNMENT, BASE, ENTROPY, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
+from lopd.cache.teachers import teachers_in
 from lopd.cache.verdicts import right_of, rows_that_the_teacher_solves
 from lopd.errors import DataError
 from lopd.megatron.weights.architecture import read_architecture
@@ -156,33 +157,6 @@ def kept_rows(reader: CacheReader, job: TrainingJob) -> NDArray[np.int64]:
     return rows_that_the_teacher_solves(
         reader, distill.teacher_verdicts, distill.teacher_right_share
     )
-
-
-def teachers_in(reader: CacheReader) -> dict[str, str]:
-    """Return the teachers of a cache that has several; empty where it has one.
-
-    Returns:
-        The weights' fingerprint of each teacher, and its name: the domains that it scored, where
-        they are known.
-
-    Raises:
-        DataError: There are several, and no column says which response is whose.
-    """
-    # Teachers are told apart by content. A cache that was merged may name one under several roles.
-    names: dict[str, str] = {}
-    for role, identity in reader.manifest.models.items():
-        if role.startswith("teacher"):
-            name = "other" if role == "teacher" else role.removeprefix("teachers.")
-            # One teacher may serve several domains.
-            known = names.get(identity.weights)
-            names[identity.weights] = name if known is None else f"{known}+{name}"
-    if len(names) > 1 and "teacher" not in reader.columns:
-        raise DataError(
-            f"the cache has {len(names)} teachers, but no column with the name 'teacher'",
-            where=str(reader.folder),
-            remedy="merge the caches again with --teacher-column",
-        )
-    return names if len(names) > 1 else {}
 
 
 def distillation_objective(job: TrainingJob) -> Objective:

@@ -305,6 +305,13 @@ def residualise(
         ),
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed for the division into folds.")] = 0,
+    foreign_only: Annotated[
+        bool,
+        typer.Option(
+            help="Leave the scores of teachers as they are that made the student's demonstrations. "
+            "Without this, every teacher of the cache is corrected."
+        ),
+    ] = False,
     show: Annotated[
         int, typer.Option(min=0, help="Number of tokens of the token table to show.")
     ] = 15,
@@ -315,7 +322,8 @@ def residualise(
 
     Reads the cache and writes a new one into --out. The command subtracts from each score what the
     style of the teacher alone predicts. The bias of a token is fitted on responses to other
-    prompts, from its id, its position and its surprisal.
+    prompts, from its id, its position and its surprisal. In a cache of several teachers, each
+    teacher's bias is fitted on that teacher's rows alone.
     """
     from lopd.cache.residualise import residualise as write_residualised
     from lopd.cache.style import Settings
@@ -325,20 +333,31 @@ def residualise(
     # The defaults are those of the method: 5 folds, and half of the bias from each table (arXiv
     # 2607.28449). Bins and smoothing are choices of this project.
     settings = Settings(folds, position_bins, surprisal_bins, smoothing, token_share, seed)
-    manifest = write_residualised(cache, out, settings)
+    manifest = write_residualised(cache, out, settings, foreign_only=foreign_only)
     about = manifest.extra["residualisation"]
     if as_json:
         _print_json({**_figures(manifest, out), **about})
         return
     _show_new_cache(manifest, out, as_json)
     # The correction is for a foreign teacher. With the own one it takes away what should be learnt.
-    if manifest.lineage.get("consistent"):
+    for name in _corrected_own(manifest):
         show_line(
-            "this teacher made the student's demonstrations itself: "
+            f"{name} made the student's demonstrations itself: "
             "what is taken away here is not a foreign style but the lesson",
             "yellow",
         )
     show_residualisation(about, token_text(cache, tokenizer), show)
+
+
+def _corrected_own(manifest: Any) -> list[str]:
+    """Return the corrected teachers that made the student's demonstrations, for a line."""
+    from lopd.cache.teachers import own_teachers
+
+    own = own_teachers(manifest)
+    teachers = manifest.extra["residualisation"].get("teachers")
+    if teachers is None:
+        return ["this teacher"] if own else []
+    return [f"teacher {name}" for name, about in teachers.items() if about["weights"] in own]
 
 
 def _show_new_cache(manifest: Any, out: Path, as_json: bool) -> None:
