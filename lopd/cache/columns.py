@@ -26,6 +26,8 @@ ENTROPY = "teacher_entropy"
 BASE = "teacher_base_logprobs"
 # Where the teacher has another tokenizer: what became of each token. 0 is aligned.
 ALIGNMENT = "alignment"
+# The experts that the sampler chose at every position, [P + R - 1, layers, k] flattened.
+ROUTED_EXPERTS = "routed_experts"
 # The key of a shard's Parquet metadata that says how the column routed_experts is to be read. It is
 # there if the column is. Its value is JSON: {"layers", "k"}.
 ROUTED = b"lopd.routed_experts"

@@ -24,7 +24,7 @@ from lopd.artifacts.lineage import demonstrated_by, lineage_in
 from lopd.config import Config, Sampling
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
-from lopd.stages.sample_shards import sample_into, sampling_params
+from lopd.stages.sample_shards import params_of, sample_into
 from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
 
@@ -243,7 +243,7 @@ def _sample_part(
         engine,
         [prompts[place] for place in part.places],
         [prompt_ids[place] for place in part.places],
-        sampling_params(section, context.end_models),
+        params_of(context, section),
         samples_per_prompt=section.samples_per_prompt,
         seed=context.config.run.seed,
         purpose=context.stage.name,

@@ -40,7 +40,7 @@ from lopd.stages.refresh_record import (
     RefreshRecord,
 )
 from lopd.stages.refresh_teachers import RefreshTeachers
-from lopd.stages.sample_shards import sample_into, sampling_params
+from lopd.stages.sample_shards import params_of, sample_into
 from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
 from sglang_rollout.requests.client import OtherWeights
@@ -142,7 +142,7 @@ class RefreshService:
             self._engine,
             [prompts[index] for index in chosen],
             [prompt_ids[index] for index in chosen],
-            sampling_params(section, self._context.end_models),
+            params_of(self._context, section),
             samples_per_prompt=per_prompt,
             seed=config.run.seed,
             purpose=f"refresh-{refresh.number}",
