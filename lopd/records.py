@@ -277,6 +277,8 @@ class Sample:
         teacher_index: The number of the teacher that scored it, if there are several.
         right: Whether a verifier found its answer right, if it was judged.
         base_logprobs: By the teacher's own base, if the cache has them.
+        routed_experts: The experts that the sampler chose at each position, for replay. The last
+            position, which it has not routed, has any distinct ones.
 
     Example:
         >>> sample = Sample(
@@ -299,10 +301,11 @@ class Sample:
     teacher_index: int | None = None
     right: bool | None = None
     base_logprobs: Floats | None = None  # [L]
+    routed_experts: Int16s | None = None  # [L, layers, k]
 
     def __post_init__(self) -> None:
         logprobs = ("sampling_logprobs", "teacher_logprobs", "base_logprobs")
-        columns = ("loss_mask", *logprobs, "teacher_top")
+        columns = ("loss_mask", *logprobs, "teacher_top", "routed_experts")
         _check_lengths("sample", self, columns, len(self))
 
     def __len__(self) -> int:
@@ -325,6 +328,8 @@ class Microbatch:
         teacher_index: The number of the teacher that scored each sequence, if there are several.
         right: True for each sequence whose answer a verifier found right, if they were judged.
         base_logprobs: By the teacher's own base, if the cache has them.
+        routed_experts: The experts that each position is to be routed to. These belong to
+            token_ids and are not shifted.
 
     Example:
         The sample above is packed together with a shorter one, [11, 40, 2], whose response is only
@@ -359,11 +364,12 @@ class Microbatch:
     teacher_index: NDArray[np.int64] | None = None  # [S]
     right: Bools | None = None  # [S]
     base_logprobs: Floats | None = None  # [T]
+    routed_experts: Int16s | None = None  # [T, layers, k]
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
         logprobs = ("teacher_logprobs", "sampling_logprobs", "base_logprobs", "teacher_top")
-        columns = ("labels", "position_ids", "loss_mask", *logprobs)
+        columns = ("labels", "position_ids", "loss_mask", *logprobs, "routed_experts")
         _check_lengths("microbatch", self, columns, length)
         # The attention kernels read these bounds without a check: a wrong one would let tokens of
         # one sample attend to those of another.

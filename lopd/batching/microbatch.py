@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.errors import DataError
-from lopd.records import Floats, Ints, Microbatch, Response, Sample, TeacherScores, TopK
+from lopd.records import Floats, Int16s, Ints, Microbatch, Response, Sample, TeacherScores, TopK
 
 
 def make_sample(
@@ -65,7 +65,23 @@ def make_sample(
         truncated=response.finish_reason != "stop",
         teacher_top=None if top is None else _top_after_prompt(top, prompt_len),
         base_logprobs=None if base is None else after_prompt(base),
+        routed_experts=_with_last_position(response.routed_experts),
     )
+
+
+def any_experts(num_positions: int, num_layers: int, chosen: int) -> Int16s:
+    """Return experts for positions whose choice does not matter, [positions, layers, chosen]."""
+    # Distinct ones: Megatron-Core counts on as many experts of a token as its router chooses.
+    row = np.arange(chosen, dtype=np.int16)
+    return np.broadcast_to(row, (num_positions, num_layers, chosen))
+
+
+def _with_last_position(routed: Int16s | None) -> Int16s | None:
+    """Return the experts of all P + R positions of a response."""
+    if routed is None:
+        return None
+    # Nothing is predicted from the last position, and none before it attends to it.
+    return np.concatenate([routed, any_experts(1, *routed.shape[1:])])
 
 
 def _top_after_prompt(top: TopK, prompt_len: int) -> TopK:
@@ -131,6 +147,7 @@ def build_microbatch(samples: Sequence[Sample], pad_multiple: int = 1) -> Microb
         teacher_index=_of_sequences(teachers, padding, np.int64, is_empty),
         right=_of_sequences(right, padding, np.bool_, is_empty),
         base_logprobs=shifted_logprobs("base_logprobs"),
+        routed_experts=_packed_experts(pack, _column(samples, "routed_experts")),
     )
 
 
@@ -200,6 +217,22 @@ def _column(samples: Sequence[Sample], name: str) -> list[Any]:
             remedy=f"give {name} for all samples, or for no sample",
         )
     return columns
+
+
+def _packed_experts(pack: _Pack, columns: list[Int16s]) -> Int16s | None:
+    """Return the experts of every position [T, layers, k]. They belong to tokens, not to labels."""
+    if not columns:
+        return None
+    shapes = {column.shape[1:] for column in columns}
+    if len(shapes) > 1:
+        raise DataError(
+            f"one microbatch has routed experts of several shapes: {sorted(shapes)}",
+            where="batch",
+            limit="the layers and the experts per token of one model",
+            remedy="run the rollout stage again",
+        )
+    padding_len = int(pack.cu_seqlens[-1]) - pack.num_tokens
+    return np.concatenate([*columns, any_experts(padding_len, *columns[0].shape[1:])])
 
 
 def _shifted_top(pack: _Pack, tops: list[TopK]) -> TopK | None:

@@ -8,6 +8,7 @@ The pipeline uses:
     columns.py           columns as numpy arrays, and back
     half_precision.py    log-probabilities in 16 bits
     reader.py            any row by its index, in bounded memory
+    teachers.py          which teachers a cache has
 
 What is done to a finished cache, and which no stage needs:
 

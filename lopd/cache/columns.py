@@ -28,6 +28,8 @@ BASE = "teacher_base_logprobs"
 ALIGNMENT = "alignment"
 # Which tokens carry loss. Without the column all of them do.
 LOSS_MASK = "loss_mask"
+# The experts that the sampler chose at every position, [P + R - 1, layers, k] flattened.
+ROUTED_EXPERTS = "routed_experts"
 # The key of a shard's Parquet metadata that says how the column routed_experts is to be read. It is
 # there if the column is. Its value is JSON: {"layers", "k"}.
 ROUTED = b"lopd.routed_experts"

@@ -7,6 +7,7 @@ not grow with the cache, but for a few bytes per shard and per response.
 from __future__ import annotations
 
 import itertools
+import json
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lopd.artifacts import read_complete, sha256_file
-from lopd.cache.columns import flat
+from lopd.cache.columns import ROUTED, flat
 from lopd.cache.table import scored_rows
 from lopd.errors import ArtifactError, DataError
 from lopd.records import Floats, Response, ShardInfo, TeacherScores
@@ -114,6 +115,16 @@ class CacheReader:
         """The columns of the cache. A cache without shards has none."""
         # All shards of an artifact have the columns of its first one.
         return frozenset(self._shard(0).file.schema_arrow.names) if self._shards else frozenset()
+
+    @property
+    def routed_shape(self) -> tuple[int, int]:
+        """The layers and the experts per token of the column of routed experts; 0, 0 without one.
+
+        The rows are routed to experts of one model, so the first shard says it for all.
+        """
+        metadata = self._shard(0).file.schema_arrow.metadata or {} if self._shards else {}
+        shape = json.loads(metadata.get(ROUTED, b'{"layers": 0, "k": 0}'))
+        return int(shape["layers"]), int(shape["k"])
 
     def prompts_of_rows(self) -> list[str]:
         """Return the prompt_id of every row, in one pass over this column."""

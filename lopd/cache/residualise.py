@@ -1,13 +1,15 @@
 """A derived cache for a foreign teacher (Lightning OPD 2.0).
 
 Its teacher_logprobs are the teacher's minus the style bias that the responses to other prompts
-predict. lopd/cache/style.py has the statistics.
+predict. lopd/cache/style.py has the statistics. Where a cache has several teachers, each has a
+style of its own, which is fitted on its own rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,15 +28,19 @@ from lopd.cache.columns import (
     loss_tokens,
     without_origin,
 )
+from lopd.cache.reader import CacheReader
 from lopd.cache.row_checks import RESIDUALISED
 from lopd.cache.splitting import part_of
 from lopd.cache.style import Effect, Settings, StyleTables, Tokens, prepare
 from lopd.cache.table import TEACHER_CACHE
+from lopd.cache.teachers import own_teachers, teachers_in
 from lopd.errors import ArtifactError, LopdError
 from lopd.records import Manifest
 
 # How many tokens of the token table go into the manifest.
 LISTED = 100
+# The teacher of every row of a cache that has one teacher.
+ONE_TEACHER = ""
 # What stays true of the derived cache.
 _CARRIED = ("vocab_size", "end_token_ids", "logprob_bits")
 
@@ -45,15 +51,25 @@ def fold_of(prompt_id: str, settings: Settings) -> int:
     return part_of(prompt_id, settings.folds, seed=f"fold {settings.seed}")
 
 
-def residualise(source: str | Path, out: str | Path, settings: Settings) -> Manifest:
+def residualise(
+    source: str | Path, out: str | Path, settings: Settings, *, foreign_only: bool = False
+) -> Manifest:
     """Publish the derived cache.
 
     ``extra.residualisation`` of its manifest has the settings, the tables, and what they changed.
     The source is read twice, with one shard in memory.
 
+    Args:
+        source: The folder of the cache.
+        out: The folder of the derived cache.
+        settings: How the style is fitted.
+        foreign_only: Leave the scores of teachers as they are that made the student's
+            demonstrations.
+
     Raises:
-        ArtifactError: The source is not a cache of one teacher with sampling log-probabilities.
-        LopdError: The source is not sound, or fewer than two folds have prompts.
+        ArtifactError: The source is not a teacher's cache with sampling log-probabilities.
+        LopdError: The source is not sound, or fewer than two folds have prompts of a teacher, or
+            there is no foreign teacher.
     """
     source = Path(source)
     out = Path(out)
@@ -62,48 +78,42 @@ def residualise(source: str | Path, out: str | Path, settings: Settings) -> Mani
     _check_source(source, manifest)
     # The first pass fits, the second corrects. One pass cannot do both, because a correction needs
     # the tables of all other folds.
-    tables = _fit(source, manifest, settings)
+    styles = _fit(source, manifest, settings, foreign_only=foreign_only)
+    # A cache that was made before this choice keeps its fingerprint.
+    choice = {"residualise.foreign_only": True} if foreign_only else {}
     writer = ArtifactWriter(
         out,
         kind=RESIDUALISED,
         # Every setting changes the content, so another setting makes another artifact.
-        inputs={f"residualise.{name}": value for name, value in settings.as_json().items()},
+        inputs={f"residualise.{name}": value for name, value in settings.as_json().items()}
+        | choice,
         parents={manifest.kind: manifest.fingerprint},
         models=manifest.models,
         sampling=manifest.sampling,
         # Who scored stays true. That the scores are corrected is new.
         lineage={**manifest.lineage, "residualised": True},
     )
-    effect = Effect()
     for index, (table, tokens) in enumerate(_batches(source, manifest, settings)):
-        # The in-sample bias is computed as well, only to show what it would have leaked.
-        bias = tables.bias(tokens)
-        effect.add(tokens, bias, tables.bias(tokens, cross_fitted=False))
         # A killed call has published some. The effect is still needed of all of them.
+        bias = styles.correct(table, tokens)
         if not writer.is_published(index):
             writer.publish_shard(index, _corrected(table, bias))
     num_bytes = sum(cache.column_bytes(out).values())
+    num_tokens = sum(shard.tokens for shard in manifest.shards)
     carried = {name: manifest.extra[name] for name in _CARRIED if name in manifest.extra}
-    about = {
-        "settings": settings.as_json(),
-        "effect": effect.as_json(),
-        # A vocabulary has more than 100,000 tokens. A manifest should stay readable.
-        "tokens": tables.token_table()[:LISTED],
-        "context": tables.context_table(),
-    }
     return writer.finish(
         **carried,
         # Of this artifact: halving the corrected values changes them by another amount.
         logprob_loss=cache.logprob_loss(out),
-        tokens=effect.tokens,
+        tokens=num_tokens,
         bytes=num_bytes,
-        bytes_per_token=num_bytes / max(1, effect.tokens),
-        residualisation=about,
+        bytes_per_token=num_bytes / max(1, num_tokens),
+        residualisation={"settings": settings.as_json(), **styles.as_json()},
     )
 
 
 def _check_source(source: Path, manifest: Manifest) -> None:
-    """Raise an error unless the source is a sound cache of one teacher."""
+    """Raise an error unless the source is a sound cache of teachers with the student's tokens."""
     if manifest.kind != TEACHER_CACHE:
         raise ArtifactError(
             f"this artifact is of kind {manifest.kind}, but residualising needs a teacher's cache",
@@ -120,39 +130,132 @@ def _check_source(source: Path, manifest: Manifest) -> None:
             limit="scores of the very tokens that were sampled",
             remedy="train on this cache as it is",
         )
-    # One table for two styles would fit neither of them.
-    if sum(role.startswith("teacher") for role in manifest.models) > 1:
-        remedy = (
-            "residualise the cache of each teacher alone, then merge the caches with "
-            "--teacher-column"
-        )
-        raise ArtifactError(
-            "this cache holds scores of several teachers, and each teacher has its own style",
-            where=str(source),
-            limit="exactly one teacher",
-            remedy=remedy,
-        )
     # Last, because it reads the whole cache.
     require_sound(source)
 
 
-def _fit(source: Path, manifest: Manifest, settings: Settings) -> StyleTables:
-    """Fit the tables. Raises LopdError if fewer than two folds have prompts."""
-    tables = StyleTables(settings, _vocab_size(source, manifest))
-    folds: set[int] = set()
-    # A fold without prompts is possible with few prompts, because a hash deals them.
-    for _, tokens in _batches(source, manifest, settings):
-        tables.add(tokens)
-        folds |= set(tokens.fold.tolist())
-    # With one fold there are no other prompts to fit on. Every bias would be 0.
-    if len(folds) < 2:
+class _Styles:
+    """The style of each teacher that is corrected, and what its correction changed."""
+
+    def __init__(self, names: Mapping[str, str], settings: Settings, vocab_size: int) -> None:
+        """Begin without any rows.
+
+        Args:
+            names: The name of each teacher that is corrected, by its fingerprint. Empty: the cache
+                has one teacher.
+            settings: How the style is fitted.
+            vocab_size: Token ids must be below it.
+        """
+        self._names = dict(names)
+        teachers = self._names or {ONE_TEACHER: ""}
+        # One table for two styles would fit neither of them.
+        self._tables = {teacher: StyleTables(settings, vocab_size) for teacher in teachers}
+        self._effects = {teacher: Effect() for teacher in teachers}
+        self._folds: dict[str, set[int]] = {teacher: set() for teacher in teachers}
+        # Of all rows that are corrected.
+        self.effect = Effect()
+
+    def add(self, table: pa.Table, tokens: Tokens) -> None:
+        """Add the rows of a shard to the tables of their teachers."""
+        for teacher, chosen in self._rows_by_teacher(table):
+            own = tokens.of_rows(chosen)
+            self._tables[teacher].add(own)
+            self._folds[teacher] |= set(own.fold.tolist())
+
+    def require_folds(self, source: Path) -> None:
+        """Raise LopdError if the prompts of a teacher are in fewer than two folds."""
+        for teacher, folds in self._folds.items():
+            # A fold without prompts is possible with few prompts, because a hash deals them. With
+            # one fold there are no other prompts to fit on, and every bias would be 0.
+            if len(folds) < 2:
+                of = f" of the teacher {self._names[teacher]!r}" if self._names else ""
+                raise LopdError(
+                    f"the prompts{of} are in {len(folds)} folds",
+                    where=str(source),
+                    limit="at least 2 folds: each fold is corrected with a fit on the other folds",
+                    remedy="use more prompts, or more folds",
+                )
+
+    def correct(self, table: pa.Table, tokens: Tokens) -> NDArray[np.float64]:
+        """Return the bias of every token of a shard [N], and add what it changes to the effects."""
+        bias = np.zeros(len(tokens.token_ids))
+        for teacher, chosen in self._rows_by_teacher(table):
+            own = tokens.of_rows(chosen)
+            tables = self._tables[teacher]
+            own_bias = tables.bias(own)
+            # The in-sample bias is computed as well, only to show what it would have leaked.
+            in_sample = tables.bias(own, cross_fitted=False)
+            for effect in (self._effects[teacher], self.effect):
+                effect.add(own, own_bias, in_sample)
+            bias[chosen[tokens.row]] = own_bias
+        return bias
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the tables and the effects for the manifest.
+
+        With several teachers, ``teachers`` has those of each by its name, and ``effect`` is of all
+        rows that are corrected.
+        """
+        whole = {"effect": self.effect.as_json()}
+        if not self._names:
+            return {**whole, **_tables_as_json(self._tables[ONE_TEACHER])}
+        by_name = {
+            name: {
+                "weights": teacher,
+                "effect": self._effects[teacher].as_json(),
+                **_tables_as_json(self._tables[teacher]),
+            }
+            for teacher, name in self._names.items()
+        }
+        return {**whole, "teachers": by_name}
+
+    def _rows_by_teacher(self, table: pa.Table) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        """Yield each corrected teacher with rows in a shard, and which rows these are [rows]."""
+        if not self._names:
+            yield ONE_TEACHER, np.ones(table.num_rows, bool)
+            return
+        # That every row names a known teacher was checked with the other rules for rows.
+        of_rows = np.array(table.column("teacher").to_pylist(), dtype=object)
+        for teacher in self._names:
+            chosen = of_rows == teacher
+            if chosen.any():
+                yield teacher, chosen
+
+
+def _tables_as_json(tables: StyleTables) -> dict[str, Any]:
+    # A vocabulary has more than 100,000 tokens. A manifest should stay readable.
+    return {"tokens": tables.token_table()[:LISTED], "context": tables.context_table()}
+
+
+def _fit(source: Path, manifest: Manifest, settings: Settings, *, foreign_only: bool) -> _Styles:
+    """Fit the tables of each teacher that is corrected.
+
+    Raises:
+        LopdError: One has prompts in fewer than two folds, or none is left.
+    """
+    names = teachers_in(CacheReader(source))
+    if foreign_only:
+        names = _foreign(source, manifest, names)
+    styles = _Styles(names, settings, _vocab_size(source, manifest))
+    for table, tokens in _batches(source, manifest, settings):
+        styles.add(table, tokens)
+    styles.require_folds(source)
+    return styles
+
+
+def _foreign(source: Path, manifest: Manifest, names: Mapping[str, str]) -> dict[str, str]:
+    """Return the teachers that did not make the demonstrations. Raises LopdError without any."""
+    own = own_teachers(manifest)
+    found = {teacher: name for teacher, name in names.items() if teacher not in own}
+    # With one teacher there are no names, and the record is about that teacher.
+    if not (found or (not names and not own)):
         raise LopdError(
-            f"the prompts are in {len(folds)} folds",
+            "every teacher of this cache made the student's demonstrations",
             where=str(source),
-            limit="at least 2 folds: each fold is corrected with a fit on the other folds",
-            remedy="use more prompts, or more folds",
+            limit="at least 1 foreign teacher, whose style can be taken away",
+            remedy="learn from this cache as it is",
         )
-    return tables
+    return found
 
 
 def _check_settings(settings: Settings) -> None:

@@ -6,6 +6,7 @@ again or left out.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ from lopd.cache.columns import (
     ALIGNMENT,
     BASE,
     ENTROPY,
+    ROUTED,
+    ROUTED_EXPERTS,
     TAIL,
     TOP_IDS,
     TOP_LOGPROBS,
@@ -173,6 +176,8 @@ class RowChecks:
             self._check_entropy(table, keys)
         if ALIGNMENT in table.column_names:
             self._check_alignment(table, keys)
+        if ROUTED_EXPERTS in table.column_names:
+            self._check_routed(table, keys, lengths)
         self._check_teachers(table, keys)
         return True
 
@@ -283,6 +288,31 @@ class RowChecks:
         if len(alignment) == len(mask):
             wrong = (alignment != 0) & mask.astype(bool)
             self._flag_rows(keys, rows[wrong], "unaligned loss", what)
+
+    def _check_routed(self, table: pa.Table, keys: list[Key], lengths: NDArray[np.int64]) -> None:
+        """Check that each position but the last has different experts in each layer."""
+        shape = (table.schema.metadata or {}).get(ROUTED)
+        if shape is None:
+            what = f"{ROUTED_EXPERTS} without the metadata {ROUTED.decode()}, which has its shape"
+            self._flag(keys, np.ones(len(keys), bool), f"shape of {ROUTED_EXPERTS}", what)
+            return
+        about = json.loads(shape)
+        layers, chosen = int(about["layers"]), int(about["k"])
+        positions = list_lengths(table, "prompt_ids") + lengths - 1
+        counts = list_lengths(table, ROUTED_EXPERTS)
+        wrong = counts != positions * layers * chosen
+        what = f"{ROUTED_EXPERTS} are not {layers} x {chosen} for each position but the last"
+        self._flag(keys, wrong, f"length of {ROUTED_EXPERTS}", what)
+        # The reshape below needs whole choices everywhere.
+        if wrong.any():
+            return
+        values, rows = flat(table, ROUTED_EXPERTS)
+        self._flag_rows(keys, rows[values < 0], "negative expert", f"{ROUTED_EXPERTS} below 0")
+        # A server that has kept nothing gives zeros, which would pass for the choice of expert 0.
+        choices = np.sort(values.reshape(-1, chosen), axis=1)
+        twice = (np.diff(choices, axis=1) == 0).any(1)
+        what = f"one expert twice in a choice of {ROUTED_EXPERTS}"
+        self._flag_rows(keys, rows[::chosen][twice], "expert twice", what)
 
     def _check_teachers(self, table: pa.Table, keys: list[Key]) -> None:
         if "teacher" in table.column_names and self._teachers:

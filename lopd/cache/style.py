@@ -80,6 +80,24 @@ class Tokens:
     row: I64  # [N]
     fold: I64  # [rows]
 
+    def of_rows(self, chosen: NDArray[np.bool_]) -> Tokens:
+        """Return the tokens of the chosen responses alone.
+
+        Args:
+            chosen: Whether a response is chosen [rows].
+        """
+        kept = chosen[self.row]
+        # The responses are counted anew, without those that are left out.
+        number = np.cumsum(chosen) - 1
+        return Tokens(
+            token_ids=self.token_ids[kept],
+            deviation=self.deviation[kept],
+            cell=self.cell[kept],
+            weight=self.weight[kept],
+            row=number[self.row[kept]],
+            fold=self.fold[chosen],
+        )
+
 
 def surprisal_edges(bins: int) -> F64:
     """Return the inner edges of the surprisal bins [bins - 1], in nats."""

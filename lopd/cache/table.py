@@ -35,6 +35,7 @@ from lopd.cache.columns import (
     BASE,
     ENTROPY,
     ROUTED,
+    ROUTED_EXPERTS,
     TAIL,
     TOP_IDS,
     TOP_LOGPROBS,
@@ -93,7 +94,7 @@ def to_table(
     routed = [r.routed_experts for r in responses if r.routed_experts is not None]
     # Parquet lists have one dimension. The other two of the experts stand in the metadata.
     if routed and len(routed) == len(responses):
-        columns["routed_experts"] = to_lists([one.reshape(-1) for one in routed], pa.int16())
+        columns[ROUTED_EXPERTS] = to_lists([one.reshape(-1) for one in routed], pa.int16())
         layers, chosen = routed[0].shape[1:]
         metadata = {ROUTED: json.dumps({"layers": layers, "k": chosen}).encode()}
     if scores is not None:
@@ -241,7 +242,6 @@ def _response_of(
     Args:
         shape: The number of layers and of chosen experts, if the table has them.
     """
-    routed = lists.get("routed_experts")
     # An absent value must not look like a certain token, which 0 would be: NaN spoils what uses it.
     sampling = lists.get("sampling_logprobs")
     if sampling is None:
@@ -253,10 +253,24 @@ def _response_of(
         token_ids=lists["token_ids"],
         sampling_logprobs=sampling,
         loss_mask=lists.get("loss_mask"),
-        routed_experts=None
-        if routed is None or shape is None
-        else routed.reshape(-1, shape["layers"], shape["k"]),
+        routed_experts=_experts_of(plain, lists.get(ROUTED_EXPERTS), shape),
     )
+
+
+def _experts_of(
+    plain: Mapping[str, Any], flat: NDArray[Any] | None, shape: Mapping[str, int] | None
+) -> NDArray[Any] | None:
+    """Return the routed experts of one row. Raises ValueError if they are not of the shape."""
+    if flat is None or shape is None:
+        return None
+    layers, chosen = shape["layers"], shape["k"]
+    # Without this check the reshape would fail with a message that names no response.
+    if len(flat) % (layers * chosen):
+        raise ValueError(
+            f"response {(plain['prompt_id'], plain['sample_index'])} has {len(flat)} routed "
+            f"experts, which are not {layers} x {chosen} for each position"
+        )
+    return flat.reshape(-1, layers, chosen)
 
 
 def _scores_of(

@@ -24,6 +24,7 @@ from lopd.checks.lineage import (
 )
 from lopd.checks.models import context, context_problems, student, teacher, tokenizers
 from lopd.checks.prompts import prompts, verifier
+from lopd.checks.routing import routing, routing_problems
 from lopd.checks.servers import server, server_problems
 from lopd.checks.templates import templates
 from lopd.checks.trackers import trackers
@@ -67,6 +68,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "layouts": (layouts, TRAINING),
     "scorer": (scorer, ("score",)),
     "objective": (objective, ("distill",)),
+    "routing": (routing, ("rollout", "distill")),
     "refresh": (combinations.refresh, ("distill",)),
     "sync": (_sync, ("distill",)),
     "megatron": (megatron, TRAINING),
@@ -146,6 +148,7 @@ def check_anywhere(
         objective(config) if config.distill.cache is None else (),
         combinations.refresh_problems(config),
         alignment_problems(config),
+        routing_problems(config, shapes.get("student")),
         combinations.sync_problems(config, on_gpu=None),
         checkpoint_problems(config, to_fetch=True),
         server_problems(config, shapes),

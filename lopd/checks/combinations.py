@@ -271,13 +271,14 @@ def _source_problems(config: Config) -> Iterator[ConfigError]:
             where="distill.refresh",
             remedy="set distill.refresh.every = 0, or remove models.teacher_base",
         )
-    # A refresh starts the servers of one teacher only.
-    if config.models.teachers:
+    # The teachers of domains score one after the other, so none of them can run on.
+    if config.models.teachers and config.distill.refresh.keep_teacher:
         yield ConfigError(
-            "distill.refresh and models.teachers cannot be used together",
+            "refresh.keep_teacher and models.teachers cannot be used together: each teacher is "
+            "started for its own part of a refresh",
             where="distill.refresh",
-            limit="exactly one teacher, which scores the fresh rollouts",
-            remedy="set distill.refresh.every = 0, or distil each domain in its own run",
+            limit="exactly one teacher, whose server can run on",
+            remedy="remove refresh.keep_teacher",
         )
 
 

@@ -323,6 +323,15 @@ class DistillSection(TrainSection):
         ),
     )
 
+    # Two engines round differently, so near a tie their routers choose differently.
+    routing_replay: bool = Field(
+        default=False,
+        description=(
+            "Let every router choose the experts that the rollouts were sampled with (R3). Their "
+            "weights are those of the present router. It needs rollout.routed_experts."
+        ),
+    )
+
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     refresh: RefreshSection = Field(default_factory=RefreshSection)
 

@@ -156,6 +156,15 @@ class RolloutSection(Sampling):
         json_schema_extra=SPEED_ONLY,
     )
 
+    # layers x experts per token numbers at every position, prompts included.
+    routed_experts: bool = Field(
+        default=False,
+        description=(
+            "Also keep the experts that the student's routers chose at every position, for "
+            "distill.routing_replay. It needs a student with experts."
+        ),
+    )
+
 
 class ScoreSection(Section):
     """The table [score]: the teacher's log-probabilities of the rollouts' tokens."""

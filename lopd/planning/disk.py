@@ -13,6 +13,7 @@ from pathlib import Path
 from lopd.config import Config, TrainSection
 from lopd.config.hub import hub_folder, hub_name
 from lopd.errors import ConfigError
+from lopd.megatron.weights.architecture import Architecture
 from lopd.planning.assumptions import Assumptions
 from lopd.planning.hours import Amounts
 from lopd.planning.memory import SIZES
@@ -31,16 +32,17 @@ MODELS = 4
 
 
 def disk_bytes(
-    config: Config, parameters: int, amounts: Amounts, assumed: Assumptions
+    config: Config, student: Architecture, amounts: Amounts, assumed: Assumptions
 ) -> dict[str, float]:
     """Return bytes on disk by what takes them.
 
     Args:
         config: The configuration of the run.
-        parameters: Parameters of the student.
+        student: The shape of the student.
         amounts: Numbers of prompts and lengths of responses.
         assumed: Bytes per token of an artifact.
     """
+    parameters = total_and_active(student)[0]
     demonstrations = (
         amounts.sft_prompts * config.demonstrate.samples_per_prompt * amounts.demonstration_len
     )
@@ -58,12 +60,17 @@ def disk_bytes(
         demonstrations = 0.0
     if config.distill.cache is not None:
         rollouts = 0.0
+    # About a byte for an expert: a number of a dictionary has as many bits as the experts need.
+    is_routed = config.rollout.routed_experts
+    experts = student.num_layers * student.experts_per_token if is_routed else 0
+    # Prompts are routed as well.
+    routed = rollouts * (1 + amounts.prompt_len / max(1, amounts.rollout_len)) * experts
     return {
         "checkpoints to resume from": _checkpoint_bytes(config, parameters),
         "models": float(MODELS * parameters * SIZES[config.distill.dtype]),
         "demonstrations": demonstrations * assumed.bytes_per_token,
         # The cache has all columns of the rollouts, and the teacher's log-probabilities besides.
-        "rollouts and cache": 2 * rollouts * assumed.bytes_per_token,
+        "rollouts and cache": 2 * (rollouts * assumed.bytes_per_token + routed),
         "answers": answers * assumed.bytes_per_token,
     }
 
@@ -75,10 +82,9 @@ def room_needed(config: Config) -> dict[Path, float]:
         LopdError: The shape of a model cannot be found.
     """
     assumed = Assumptions()
-    sizes = {
-        role: total_and_active(model.arch)[0] for role, model in planned_models(config, {}).items()
-    }
-    run = disk_bytes(config, sizes["student"], Amounts.of(config, assumed), assumed)
+    models = planned_models(config, {})
+    sizes = {role: total_and_active(model.arch)[0] for role, model in models.items()}
+    run = disk_bytes(config, models["student"].arch, Amounts.of(config, assumed), assumed)
     # Prompt files are small beside models, and are not counted.
     paths = {"teacher": config.models.teacher, "student": config.models.student}
     paths |= {f"teachers.{domain}": folder for domain, folder in config.models.teachers.items()}

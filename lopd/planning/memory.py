@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lopd.config import ForwardSection, ParallelSection, TrainSection
+from lopd.config import DistillSection, ForwardSection, ParallelSection, TrainSection
 from lopd.megatron.weights.architecture import Architecture
 from lopd.planning.activations import BACKWARD_SHARE, layer_activations
 from lopd.planning.assumptions import Assumptions
@@ -21,6 +21,9 @@ BLOCKS_AT_ONCE = 2
 # lopd.stages.training_data.MEMORY_TOKENS: response tokens that a rank holds as samples. Of a larger
 # artifact it reads by index from disk.
 MEMORY_TOKENS = 2**23
+# The same file: the bytes of a token by which it counts, and those of an expert that is replayed.
+TOKEN_BYTES = 25
+EXPERT_BYTES = 2
 # The kept_tokens of lopd.cache.reader.CacheReader: tokens that a rank then keeps decoded.
 KEPT_TOKENS = 2**20
 # Bytes per decoded token, measured on that reader.
@@ -105,7 +108,8 @@ def trainer_memory(
     # A machine has ranks of several pipeline stages, so the mean over stages counts.
     offloaded = sum(on_host for _, on_host in uses) / settings.parallel.pipeline
     # Every rank reads the data by itself, so they are on a machine as often as it has ranks.
-    samples = 0.0 if data is None else sample_bytes(data, settings, assumed)
+    experts = replayed_bytes(arch, settings)
+    samples = 0.0 if data is None else sample_bytes(data, settings, assumed, experts)
     host = {
         "optimizer": offloaded * ranks_here,
         "samples": samples * ranks_here,
@@ -114,16 +118,31 @@ def trainer_memory(
     return MemoryUse(gpu, host)
 
 
-def sample_bytes(data: Data, settings: TrainSection, assumed: Assumptions) -> float:
+def replayed_bytes(arch: Architecture, settings: TrainSection) -> int:
+    """Return the bytes per token of the experts that a training replays; 0 without a replay."""
+    replays = isinstance(settings, DistillSection) and settings.routing_replay
+    return EXPERT_BYTES * arch.num_layers * arch.experts_per_token if replays else 0
+
+
+def sample_bytes(
+    data: Data, settings: TrainSection, assumed: Assumptions, expert_bytes: int = 0
+) -> float:
     """Return the host memory of one rank for what it learns from.
 
     If that is little, a rank holds all of it. Otherwise it holds the row groups that it read last,
     the responses of one step, and an index.
+
+    Args:
+        data: What the training reads.
+        settings: The settings of the training.
+        assumed: Bytes per token of a sample.
+        expert_bytes: Bytes per token of replayed experts.
     """
     tokens = data.prompt_len + data.response_len
-    sample = tokens * assumed.sample_bytes_per_token + SAMPLE_BYTES
+    sample = tokens * (assumed.sample_bytes_per_token + expert_bytes) + SAMPLE_BYTES
     # The same comparison as the trainer's, by response tokens without prompts.
-    if data.responses * data.response_len <= MEMORY_TOKENS:
+    held = MEMORY_TOKENS * TOKEN_BYTES // (TOKEN_BYTES + expert_bytes)
+    if data.responses * data.response_len <= held:
         return data.responses * sample
     decoded = KEPT_TOKENS * DECODED_BYTES
     index = data.responses * INDEX_BYTES

@@ -140,7 +140,7 @@ def make_plan(
     # These are the published sizes, without the padding of the vocabulary.
     total, active = total_and_active(models["student"].arch)
     # A checkpoint has the whole student, whatever its layout.
-    disk = disk_bytes(config, total, amounts, assumed)
+    disk = disk_bytes(config, models["student"].arch, amounts, assumed)
     return Plan(
         config,
         node,

@@ -328,6 +328,18 @@ def show_residualisation(
         text_of: Returns the text of one token id.
         count: How many tokens are shown.
     """
+    if "teachers" not in about:
+        _show_style("", about, text_of, count)
+    for name, own in about.get("teachers", {}).items():
+        _show_style(f"{name}: ", own, text_of, count)
+        _show_effect(own["effect"], f"{name}: ")
+    _show_effect(about["effect"], "all teachers: " if "teachers" in about else "")
+
+
+def _show_style(
+    of: str, about: Mapping[str, Any], text_of: Callable[[int], str], count: int
+) -> None:
+    """Print the two tables of one teacher. ``of`` stands before their titles."""
     tokens = [
         (
             # repr(), because many of these tokens are spaces and line breaks.
@@ -339,7 +351,7 @@ def show_residualisation(
         )
         for row in about["tokens"][:count]
     ]
-    title = "style by token: mean of log pi_teacher - log pi_student, nats"
+    title = f"{of}style by token: mean of log pi_teacher - log pi_student, nats"
     show_table(title, ("token", "id", "bias", "weight", "occurrences"), tokens)
     # A row is named by the position at which its bin begins, a column by the surprisal.
     context = about["context"]
@@ -349,21 +361,22 @@ def show_residualisation(
         for index, line in enumerate(context["bias"])
     ]
     title = (
-        "style by position in the response, from (rows), "
+        f"{of}style by position in the response, from (rows), "
         "and surprisal of the student, from (columns, nats)"
     )
     edges = [f"{edge:.2g}" for edge in context["surprisal_edges"]]
     show_table(title, ("position", "0", *edges), cells)
-    _show_effect(about["effect"])
 
 
-def _show_effect(effect: Mapping[str, float]) -> None:
+def _show_effect(effect: Mapping[str, float], of: str) -> None:
     before = f"{effect['share_over_1_nat_before']:.3%} before"
     after = f"{effect['share_over_1_nat_after']:.3%} after"
-    show_line(f"tokens with a deviation over 1 nat: {before}, {after}")
+    show_line(f"{of}tokens with a deviation over 1 nat: {before}, {after}")
     before = f"{effect['mean_before']:+.5f} nats per token before"
-    show_line(f"mean deviation of a response: {before}, {effect['mean_after']:+.5f} after")
-    rms = f"root mean square: {effect['rms_before']:.4f} before, {effect['rms_after']:.4f} after"
+    show_line(f"{of}mean deviation of a response: {before}, {effect['mean_after']:+.5f} after")
+    rms = (
+        f"{of}root mean square: {effect['rms_before']:.4f} before, {effect['rms_after']:.4f} after"
+    )
     in_sample = f"{effect['rms_after_in_sample']:.4f}"
     show_line(
         f"{rms} (fitted on the very responses it would be {in_sample}: "

@@ -29,6 +29,7 @@ from lopd.report.console import print_line, progress
 from lopd.tasks.chat_template import template_inputs
 from lopd.tasks.environments import environment_identity
 from lopd.tasks.rows import content_hash
+from sglang_rollout.servers.shared_gpus import student_settings
 
 if TYPE_CHECKING:
     from lopd.stages.overlap import Overlap
@@ -289,9 +290,8 @@ class StageContext:
         self.log(f"{'SGLang gets' if is_kept else 'starting SGLang with'} {model}")
         start = serve if self.overlap is None else self.overlap.serve
         log = self.folder / f"sglang-{role}.log"
-        with start(
-            model, settings or self.config.sglang, log=log, name=role, tell=self.log
-        ) as engine:
+        settings = settings or self._settings_of(role)
+        with start(model, settings, log=log, name=role, tell=self.log) as engine:
             if self.overlap is not None:
                 # The server works, and this process mostly waits for it.
                 self.overlap.prepare_ranks_after(self.stage.name, self.config)
@@ -324,7 +324,13 @@ class StageContext:
         model = config.models.teacher if by_teacher else config.models.student
         role = {"demonstrate": "teacher", "rollout": "student"}.get(self.stage.name, "evaluated")
         log = self.folder / f"sglang-{role}.log"
-        self.overlap.prepare_server(model, config.sglang, log=log, name=role, tell=self.log)
+        settings = self._settings_of(role)
+        self.overlap.prepare_server(model, settings, log=log, name=role, tell=self.log)
+
+    def _settings_of(self, role: str) -> SGLangSection:
+        """Return the settings of the servers of a role that are started here."""
+        # Under the name of the student it makes rollouts. evaluate gives it another name.
+        return student_settings(self.config) if role == "student" else self.config.sglang
 
     @property
     def served(self) -> dict[str, Any]:

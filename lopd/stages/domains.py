@@ -25,7 +25,7 @@ from lopd.config import Config, Sampling
 from lopd.records import Ints, Manifest, Prompt
 from lopd.stages.context import StageContext
 from lopd.stages.dialogues import turns_of
-from lopd.stages.sample_shards import sample_into, sampling_params
+from lopd.stages.sample_shards import params_of, sample_into
 from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
 
@@ -53,17 +53,8 @@ class Part:
 
     def context(self, whole: StageContext) -> StageContext:
         """Return the stage as if this domain's teacher were the only one."""
-        # So a stage with one teacher needs no second form: it runs once for each part. The part
-        # publishes through a PartWriter and logs to the same stage.
-        config = whole.config
-        teacher = {"teacher": teacher_of(config, self.domain), "teachers": {}}
-        models = config.models.model_copy(update=teacher)
-        identity = whole.identity(role_of(config, self.domain))
-        return dataclasses.replace(
-            whole,
-            config=config.model_copy(update={"models": models}),
-            identities={**whole.identities, "teacher": identity},
-        )
+        # The part publishes through a PartWriter and logs to the same stage.
+        return context_in(whole, self.domain)
 
     def rollouts(self, whole: Manifest) -> Manifest:
         """Return the part of a manifest of rollouts that belongs to this domain."""
@@ -77,6 +68,20 @@ class Part:
             rows=sum(shard.rows for shard in shards),
             lineage=lineage_in(whole.lineage, self.domain),
         )
+
+
+def context_in(whole: StageContext, domain: str) -> StageContext:
+    """Return a stage as if the teacher of one domain were the only one."""
+    # So a stage with one teacher needs no second form: it runs once for each teacher.
+    config = whole.config
+    teacher = {"teacher": teacher_of(config, domain), "teachers": {}}
+    models = config.models.model_copy(update=teacher)
+    identity = whole.identity(role_of(config, domain))
+    return dataclasses.replace(
+        whole,
+        config=config.model_copy(update={"models": models}),
+        identities={**whole.identities, "teacher": identity},
+    )
 
 
 def teacher_of(config: Config, domain: str) -> Path:
@@ -242,7 +247,7 @@ def _sample_part(
         engine,
         [prompts[place] for place in part.places],
         [prompt_ids[place] for place in part.places],
-        sampling_params(section, context.end_models),
+        params_of(context, section),
         samples_per_prompt=section.samples_per_prompt,
         seed=context.config.run.seed,
         purpose=context.stage.name,

@@ -11,10 +11,9 @@ student, scores them with the teacher, and publishes both as a cache of their ow
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -41,9 +40,8 @@ from lopd.stages.refresh_record import (
     SECONDS,
     RefreshRecord,
 )
-from lopd.stages.sample_shards import sample_into, sampling_params
-from lopd.stages.score import check_teacher, complete_cache, score_responses
-from lopd.stages.teacher import serve_teacher
+from lopd.stages.refresh_teachers import RefreshTeachers
+from lopd.stages.sample_shards import params_of, sample_into
 from lopd.stages.truncation import truncation_figures
 from lopd.stages.vocabulary import num_shared_ids
 from sglang_rollout.requests.client import OtherWeights
@@ -56,7 +54,7 @@ class RefreshService:
     """Makes the refreshes that the ranks request. Use it as a context manager."""
 
     def __init__(self, context: StageContext, engine: SGLangEngine, student: Path) -> None:
-        """Check the teacher, and forget what a killed command has left.
+        """Check the teachers, and forget what a killed command has left.
 
         Raises:
             ConsistencyError, DataError: For the same reasons as in the score stage.
@@ -67,24 +65,20 @@ class RefreshService:
         self._engine = engine
         # A folder with the student's tokenizer.
         self._student = student
-        # The teacher is checked before the training starts, and not at the first refresh, which may
-        # come after hours.
+        # The teachers are checked before the training starts, and not at the first refresh, which
+        # may come after hours.
         self._scored = context.manifest_of("score")
-        self._lineage = check_teacher(context, self._scored)
+        self._teachers = RefreshTeachers(context, self._scored)
         self._request = context.folder / REQUEST
         # The servers have other weights now than when a killed command asked for a refresh.
         for leftover in (self._request, context.folder / LOST):
             leftover.unlink(missing_ok=True)
-        # Closed with this service: whatever ends the training ends the teacher as well.
-        self._kept = contextlib.ExitStack()
-        # The teacher's server, where distill.refresh.keep_teacher lets it run on.
-        self._teacher: SGLangEngine | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._kept.close()
+    def __exit__(self, *about: object) -> None:
+        self._teachers.__exit__(*about)
 
     def serve_requests(self) -> None:
         """Make what the ranks have requested, and return when there is no request left.
@@ -149,7 +143,7 @@ class RefreshService:
             self._engine,
             [prompts[index] for index in chosen],
             [prompt_ids[index] for index in chosen],
-            sampling_params(section, self._context.end_models),
+            params_of(self._context, section),
             samples_per_prompt=per_prompt,
             seed=config.run.seed,
             purpose=f"refresh-{refresh.number}",
@@ -206,36 +200,37 @@ class RefreshService:
         folder.rename(kept)
 
     def _score(self, refresh: RefreshRecord, rollouts: Manifest) -> None:
-        """Publish the teacher's log-probabilities of the responses."""
+        """Publish the log-probabilities of the responses by their teachers."""
         folder = refresh.folder(self._context.folder)
         # A cache like the score stage's, with the same checks and the same columns, so that the
         # ranks read it in the same way.
-        writer = self._writer(
-            folder / SCORES,
-            "teacher_cache",
-            refresh,
-            {"rollout": rollouts.fingerprint, "score": self._scored.fingerprint},
-            models={"teacher": self._context.identity("teacher")},
-            sampling=rollouts.sampling,
-            lineage=self._lineage,
-        )
+        parents = {"rollout": rollouts.fingerprint, "score": self._scored.fingerprint}
+
+        def writer_of(place: Path, kind: str) -> ArtifactWriter:
+            return self._writer(
+                place,
+                kind,
+                refresh,
+                parents,
+                models=self._teachers.models,
+                sampling=rollouts.sampling,
+                lineage=self._teachers.lineage,
+            )
+
+        writer = writer_of(folder / SCORES, "teacher_cache")
         # A kill in the middle of scoring keeps the published shards. The next command scores the
         # rest, and starts no teacher where nothing is left.
         asked = time.monotonic()
         scoring_seconds = 0.0
         if writer.missing(len(rollouts.shards)):
-            with self._served_teacher() as teacher:
-                began = time.monotonic()
-                score_responses(
-                    self._context,
-                    writer,
-                    teacher,
-                    folder / ROLLOUTS,
-                    rollouts,
-                    title=f"refresh {refresh.number}: teacher log-probabilities",
-                )
-                scoring_seconds = time.monotonic() - began
-        # The first figure includes the start and the end of the teacher's server.
+            scoring_seconds = self._teachers.score(
+                writer,
+                folder / ROLLOUTS,
+                rollouts,
+                title=f"refresh {refresh.number}: teacher log-probabilities",
+                writer_of=writer_of,
+            )
+        # The first figure includes the start and the end of the teachers' servers.
         seconds = {
             "teacher_seconds": time.monotonic() - asked,
             "scoring_seconds": scoring_seconds,
@@ -243,22 +238,7 @@ class RefreshService:
         publish_json(folder / SECONDS, seconds)
         # Last: the ranks take shared GPUs back once they see complete scores (sync.colocate), and
         # a teacher's server that still lives would hold their memory.
-        complete_cache(self._context, writer, rollouts)
-
-    @contextlib.contextmanager
-    def _served_teacher(self) -> Iterator[SGLangEngine]:
-        """Serve the teacher for this refresh alone, or let it run on beside the training."""
-        # For each refresh alone by default: there may be no memory for the teacher beside the
-        # trainer and the student.
-        teacher = serve_teacher(self._context)
-        if self._context.config.distill.refresh.keep_teacher:
-            # Started at the first refresh, not before: a bound of the drift may never be passed.
-            if self._teacher is None:
-                self._teacher = self._kept.enter_context(teacher)
-            yield self._teacher
-        else:
-            with teacher as engine:
-                yield engine
+        self._teachers.complete(writer, rollouts)
 
     def _writer(
         self,

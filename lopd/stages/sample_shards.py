@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter
-from lopd.config import Sampling
+from lopd.config import Config, RolloutSection, Sampling
+from lopd.megatron.weights.architecture import read_architecture, router_problems
 from lopd.records import Ints, Key, Prompt, Response
 from lopd.report.console import progress
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import in_passes
 from lopd.stages.vocabulary import num_shared_ids, within_ids
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
+from sglang_rollout.requests.routed import RouterShape
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest, request_seed
 from sglang_rollout.requests.turns import Turns
 
@@ -24,6 +27,31 @@ if TYPE_CHECKING:
     from sglang_rollout.requests.client import SGLangEngine
 
     TurnsOf: TypeAlias = Callable[[StageContext, Sampling, Sequence[Prompt]], Turns | None]
+
+
+def params_of(context: StageContext, section: Sampling) -> SamplingParams:
+    """Return the engine's sampling parameters of a stage that makes an artifact of responses.
+
+    Raises:
+        ConfigError: The section asks for routed experts, and the student has no experts.
+    """
+    params = sampling_params(section, context.end_models)
+    if not (isinstance(section, RolloutSection) and section.routed_experts):
+        return params
+    return dataclasses.replace(params, router=router_of(context.config))
+
+
+def router_of(config: Config) -> RouterShape:
+    """Return the shape of the student's routers.
+
+    Raises:
+        ConfigError: The student has no experts.
+    """
+    # The SFT student has the architecture of the base student.
+    student = read_architecture(config.models.student)
+    for problem in router_problems(student, where="rollout.routed_experts"):
+        raise problem
+    return RouterShape(student.num_layers, student.num_experts, student.experts_per_token)
 
 
 def sampling_params(section: Sampling, models: Iterable[Path], **changes: Any) -> SamplingParams:
@@ -91,7 +119,7 @@ def sample_stage(
             engine,
             prompts,
             prompt_ids,
-            sampling_params(section, context.end_models),
+            params_of(context, section),
             samples_per_prompt=section.samples_per_prompt,
             seed=context.config.run.seed,
             purpose=context.stage.name,

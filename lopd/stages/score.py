@@ -6,6 +6,7 @@ The teacher must be the SAME one that made the demonstrations. Afterwards no tea
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def run(context: StageContext) -> None:
         _score_by_domain(context, rollouts)
         return
     # Before the teacher is started, which may take minutes.
-    lineage = check_teacher(context, rollouts)
+    lineage = check_teacher(context, rollouts.lineage)
     _check_ids(context)
     # The models stand in the manifest from the beginning, so that a killed stage says who was
     # scoring.
@@ -127,8 +128,12 @@ def _check_ids(context: StageContext) -> None:
     reader.require_ids_below(num_shared_ids(context.config), "one of the run's models")
 
 
-def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
+def check_teacher(context: StageContext, known: Mapping[str, Any]) -> dict[str, Any]:
     """Check the teacher by its content, and return the lineage to record with the scores.
+
+    Args:
+        context: The stage, with the teacher.
+        known: The lineage of the responses.
 
     Raises:
         ConsistencyError: This teacher did not make the student's demonstrations.
@@ -136,7 +141,7 @@ def check_teacher(context: StageContext, rollouts: Manifest) -> dict[str, Any]:
     """
     teacher = context.identity("teacher")
     allow_foreign = context.config.score.allow_foreign_teacher
-    lineage = check_scoring_teacher(rollouts.lineage, teacher, allow_foreign=allow_foreign)
+    lineage = check_scoring_teacher(known, teacher, allow_foreign=allow_foreign)
     if not lineage["consistent"]:
         context.log(
             "WARNING: the scoring teacher did not make the student's demonstrations "
@@ -212,23 +217,17 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
     asked = prompts_for_scoring(context)
     # All teachers are checked before the first one is started.
     lineages = {
-        part.domain: check_teacher(own, part.rollouts(rollouts)) for part, own in parts.items()
+        part.domain: check_teacher(own, part.rollouts(rollouts).lineage)
+        for part, own in parts.items()
     }
     _check_ids(context)
     teachers = {
         role_of(config, part.domain): own.identity("teacher") for part, own in parts.items()
     }
-    # The cache is as consistent as its least consistent domain.
     writer = context.writer(
         models={**teachers, **_sampler_of(rollouts)},
         sampling=rollouts.sampling,
-        lineage={
-            "by_domain": lineages,
-            "consistent": all(lineage["consistent"] for lineage in lineages.values()),
-            "allow_foreign_teacher": any(
-                lineage["allow_foreign_teacher"] for lineage in lineages.values()
-            ),
-        },
+        lineage=joint_lineage(lineages),
     )
     for part, own in parts.items():
         part_writer = PartWriter(writer, part, own.identity("teacher").weights)
@@ -246,9 +245,33 @@ def _score_by_domain(context: StageContext, rollouts: Manifest) -> None:
                 top_k=config.score.top_k,
                 asked=asked,
             )
+    folders = [own.config.models.teacher for own in parts.values()]
+    complete_cache_of(context, writer, rollouts, folders, parts=described(list(parts)))
+
+
+def joint_lineage(by_domain: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the lineage of a cache of several teachers, from that of each domain."""
+    # The cache is as consistent as its least consistent domain.
+    return {
+        "by_domain": dict(by_domain),
+        "consistent": all(lineage["consistent"] for lineage in by_domain.values()),
+        "allow_foreign_teacher": any(
+            lineage["allow_foreign_teacher"] for lineage in by_domain.values()
+        ),
+    }
+
+
+def complete_cache_of(
+    context: StageContext,
+    writer: ArtifactWriter,
+    rollouts: Manifest,
+    teachers: Iterable[Path],
+    **extra: Any,
+) -> Manifest:
+    """Publish the manifest of a cache of several teachers, whose folders are given."""
     # A token id of the cache must be one that every teacher knows.
-    sizes = {read_architecture(own.config.models.teacher).vocab_size for own in parts.values()}
-    _complete(context, writer, rollouts, vocab_size=min(sizes), parts=described(list(parts)))
+    size = min(read_architecture(teacher).vocab_size for teacher in teachers)
+    return _complete(context, writer, rollouts, vocab_size=size, **extra)
 
 
 def _sampler_of(rollouts: Manifest) -> dict[str, ModelIdentity]:

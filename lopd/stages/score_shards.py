@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, read_shard
 from lopd.megatron.scoring.scorer import MegatronScorer
-from lopd.records import Manifest, Response, ShardInfo, TeacherScores
+from lopd.records import Key, Manifest, Response, ShardInfo, TeacherScores
 from lopd.report.console import progress
 from lopd.stages.open_shards import OpenShards, tell_resumed
 from lopd.stages.request_order import by_length
@@ -35,6 +35,7 @@ def score_into(
     top_k: int = 0,
     asked: TeacherPrompts | TokenizerBridge | None = None,
     base: ArtifactWriter | None = None,
+    only: Callable[[Response], bool] | None = None,
 ) -> None:
     """Score the responses of an artifact that are not scored yet.
 
@@ -51,6 +52,7 @@ def score_into(
         asked: What the teacher is asked. None: the responses after their own prompts.
         base: The same responses' scores by the teacher's base, which become one more column. None:
             there is no such column.
+        only: Says whether a response is scored here. The result then holds no other response.
     """
     # Also where nothing is missing: lopd watch reads the number from the folder.
     writer.expect(len(rollouts.shards))
@@ -72,13 +74,18 @@ def score_into(
     def requests(indices: Sequence[int]) -> Iterator[ScoreRequest]:
         for index in indices:
             # The checksum of the source is verified here, when the shard is read.
-            responses[index] = _responses_in(source, rollouts.shards[index])
+            responses[index] = _responses_in(source, rollouts.shards[index], only)
+            if not responses[index]:
+                # Nothing will complete a shard of which no response is scored here.
+                writer.publish_shard(index, cache.to_table([], []))
+                continue
             open_shards.begin(index, [response.key for response in responses[index]])
             for one in by_length(responses[index], prompts_at_once):
                 yield asked.request(one)
 
-    total = sum(shard.rows for index, shard in enumerate(rollouts.shards) if writer.is_mine(index))
-    already = total - sum(rollouts.shards[index].rows for index in missing)
+    num_rows = [_num_rows(source, shard, only) for shard in rollouts.shards]
+    total = sum(rows for index, rows in enumerate(num_rows) if writer.is_mine(index))
+    already = total - sum(num_rows[index] for index in missing)
     with progress(title, total=total, done=already, unit="responses") as bar:
         for indices in _streams(missing, apart=is_megatron):
             for score in engine.score(requests(indices), top_k=top_k):
@@ -125,11 +132,50 @@ def _with_base(
     return joined
 
 
-def _responses_in(source: Path, shard: ShardInfo) -> list[Response]:
+def _num_rows(source: Path, shard: ShardInfo, only: Callable[[Response], bool] | None) -> int:
+    # The manifest knows how many there are in all.
+    return shard.rows if only is None else len(_responses_in(source, shard, only))
+
+
+def _responses_in(
+    source: Path, shard: ShardInfo, only: Callable[[Response], bool] | None
+) -> list[Response]:
     table = read_shard(source, shard)
     # Transcripts from elsewhere may have none (rollout.responses). The records have NaN then.
     rows = cache.scored_rows(table, str(source / shard.name), without_sampling=True)
-    return [response for response, _ in rows]
+    return [response for response, _ in rows if only is None or only(response)]
+
+
+def join_scores(
+    writer: ArtifactWriter,
+    parts: Sequence[tuple[str, ArtifactWriter]],
+    source: Path,
+    rollouts: Manifest,
+    *,
+    logprob_bits: int,
+) -> None:
+    """Publish the shards of a cache of several teachers, each of which has scored some responses.
+
+    Args:
+        writer: The writer of the cache.
+        parts: The fingerprint of each teacher's weights, and what it has scored. One teacher may
+            have several parts.
+        source: The folder of the responses.
+        rollouts: The manifest of the responses.
+        logprob_bits: 32, or 16 for a smaller cache.
+    """
+    for index in writer.missing(len(rollouts.shards)):
+        shard = rollouts.shards[index]
+        scores: dict[Key, TeacherScores] = {}
+        for teacher, part in parts:
+            table = read_shard(part.folder, part.shard_named(shard.name))
+            for response, score in cache.scored_rows(table, where=str(part.folder / shard.name)):
+                assert score is not None
+                scores[response.key] = replace(score, teacher=teacher)
+        # In the order in which the responses were sampled: a training may depend on it.
+        responses = _responses_in(source, shard, None)
+        own = [scores[response.key] for response in responses]
+        writer.publish_shard(index, cache.to_table(responses, own, logprob_bits=logprob_bits))
 
 
 def requests_in_flight(engine: SGLangEngine) -> int:

@@ -86,6 +86,11 @@ class TrainingJob:
         return section.model_copy(update={"num_steps": self.num_steps})
 
     @property
+    def replays_routing(self) -> bool:
+        """Whether routers choose the experts that the responses were sampled with."""
+        return self.objective == "distill" and self.config.distill.routing_replay
+
+    @property
     def model(self) -> Path:
         return self.folder / MODEL
 

@@ -73,6 +73,7 @@ class Training:
             seed=job.config.run.seed,
             objective=objective,
             entropy=entropy,
+            routing_replay=job.replays_routing,
             checkpoint_dir=job.checkpoints,
         )
         # The running metrics. A checkpoint keeps them beside the weights, so a training that was

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -247,6 +247,13 @@ TokenShare = Annotated[
     ),
 ]
 FoldSeed = Annotated[int, typer.Option(help="Seed for the division into folds.")]
+ForeignOnly = Annotated[
+    bool,
+    typer.Option(
+        help="Leave the scores of teachers as they are that made the student's demonstrations. "
+        "Without this, every teacher of the cache is corrected."
+    ),
+]
 ShowTokens = Annotated[
     int, typer.Option(min=0, help="Number of tokens of the token table to show.")
 ]
@@ -262,6 +269,7 @@ def residualise(
     smoothing: Smoothing = 1.0,
     token_share: TokenShare = 0.5,
     seed: FoldSeed = 0,
+    foreign_only: ForeignOnly = False,
     show: ShowTokens = 15,
     tokenizer: Tokenizer = None,
     as_json: AsJson = False,
@@ -270,7 +278,8 @@ def residualise(
 
     Reads the cache and writes a new one into --out. The command subtracts from each score what the
     style of the teacher alone predicts. The bias of a token is fitted on responses to other
-    prompts, from its id, its position and its surprisal.
+    prompts, from its id, its position and its surprisal. In a cache of several teachers, each
+    teacher's bias is fitted on that teacher's rows alone.
     """
     from lopd.cache.residualise import residualise as write_residualised
     from lopd.cache.style import Settings
@@ -280,17 +289,28 @@ def residualise(
     # The defaults are those of the method: 5 folds, and half of the bias from each table (arXiv
     # 2607.28449). Bins and smoothing are choices of this project.
     settings = Settings(folds, position_bins, surprisal_bins, smoothing, token_share, seed)
-    manifest = write_residualised(cache, out, settings)
+    manifest = write_residualised(cache, out, settings, foreign_only=foreign_only)
     about = manifest.extra["residualisation"]
     if as_json:
         print_json({**figures_of(manifest, out), **about})
         return
     show_new_cache(manifest, out, as_json)
     # The correction is for a foreign teacher. With the own one it takes away what should be learnt.
-    if manifest.lineage.get("consistent"):
+    for name in _corrected_own(manifest):
         show_line(
-            "this teacher made the student's demonstrations itself: "
+            f"{name} made the student's demonstrations itself: "
             "what is taken away here is not a foreign style but the lesson",
             "yellow",
         )
     show_residualisation(about, token_text(cache, tokenizer), show)
+
+
+def _corrected_own(manifest: Any) -> list[str]:
+    """Return the corrected teachers that made the student's demonstrations, for a line."""
+    from lopd.cache.teachers import own_teachers
+
+    own = own_teachers(manifest)
+    teachers = manifest.extra["residualisation"].get("teachers")
+    if teachers is None:
+        return ["this teacher"] if own else []
+    return [f"teacher {name}" for name, about in teachers.items() if about["weights"] in own]

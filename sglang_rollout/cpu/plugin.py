@@ -48,6 +48,7 @@ def activate() -> None:
         _keep_shared_memory_mapped()
         incoming.install()
         _give_memory_back()
+        _keep_routed_experts()
     # These two are for a GPU as well: a server that lopd started can report fingerprints of its
     # weights, and leaves no file in /dev/shm.
     if os.environ.get(OURS) == "1":
@@ -220,6 +221,43 @@ def _keep_shared_memory_mapped() -> None:
         return storage
 
     reductions.rebuild_storage_filename = rebuild_storage_filename
+
+
+def _keep_routed_experts() -> None:
+    """Make place for the experts that a server is asked for (enable_return_routed_experts)."""
+    # The choices of all tokens in the KV cache are kept in pinned memory, which needs a GPU. Those
+    # of one pass have a buffer of max_running_requests rows where prompts are not cut into chunks
+    # (chunked_prefill_size = -1, as on a CPU), and a pass over prompts has more rows than that.
+    # Upstream: sglang/srt/state_capturer/base.py. Can go: when upstream has a form for a CPU.
+    module = _module("sglang.srt.state_capturer.base")
+    host, device = (_need(module, name) for name in ("BaseHostCache", "BaseDeviceCache"))
+    known = ("self", "num_tokens", "num_layers", "topk_size", "name")
+    # From 0.5.23 on there is one more parameter.
+    has_device = len(inspect.signature(host.__init__).parameters) != len(known)
+    _need_parameters(host.__init__, (*known, "device") if has_device else known)
+    original = _need(device, "capture")
+    _need_parameters(original, ("self", "layer_id", "topk_indices"))
+
+    def init_host(
+        self: Any, num_tokens: int, num_layers: int, topk_size: int, name: str, device: str = "cpu"
+    ) -> None:
+        self.buffer = torch.zeros((num_tokens, num_layers, topk_size), dtype=torch.int32)
+        self.num_tokens = num_tokens
+        self.num_layers = num_layers
+        self.topk_size = topk_size
+        self.name = name
+        self._log_allocation()
+
+    def capture(self: Any, layer_id: int, topk_indices: torch.Tensor) -> None:
+        missing = topk_indices.shape[0] - self.buffer.shape[0]
+        if missing > 0:
+            # The earlier layers of this pass stand in the rows that are there.
+            more = self.buffer.new_zeros((missing, *self.buffer.shape[1:]))
+            self.buffer = torch.cat([self.buffer, more])
+        original(self, layer_id, topk_indices)
+
+    host.__init__ = init_host
+    device.capture = capture
 
 
 def _give_memory_back() -> None:

@@ -18,6 +18,7 @@ from sglang_rollout.requests.checks import (
     check_returned_ids,
     response_name,
 )
+from sglang_rollout.requests.routed import RouterShape, read_routed_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class SamplingParams:
 
     Attributes:
         stop_token_ids: Every end token of the model.
+        router: The shape of the model's routers, where their choices are wanted.
     """
 
     temperature: float
@@ -61,6 +63,7 @@ class SamplingParams:
     min_p: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
+    router: RouterShape | None = None
 
 
 def request_seed(run_seed: int, prompt_id: str, sample_index: int, purpose: str) -> int:
@@ -122,6 +125,8 @@ def generate_payload(
         max_new_tokens: The number of tokens from new_tokens_allowed().
         request_id: The name under which the request can be aborted.
     """
+    # Without a wish the body is as it always was: other servers need not know the field.
+    wish = {} if params.router is None else {"return_routed_experts": True}
     return {
         "rid": request_id,
         "input_ids": request.prompt_ids.tolist(),
@@ -138,6 +143,7 @@ def generate_payload(
         },
         # They are the sampling_logprobs of the training, and come without another pass.
         "return_logprob": True,
+        **wish,
     }
 
 
@@ -173,6 +179,11 @@ def read_response(
             where=response_name(request.key),
             remedy="raise sglang.max_total_tokens: one request must fit into the KV cache",
         )
+    routed = None
+    if params.router is not None:
+        # Nothing is predicted from the last token, so the server never routes it.
+        positions = len(request.prompt_ids) + len(token_ids) - 1
+        routed = read_routed_experts(request.key, meta, positions, params.router)
     return Response(
         prompt_id=request.prompt_id,
         sample_index=request.sample_index,
@@ -181,4 +192,5 @@ def read_response(
         sampling_logprobs=logprobs,
         finish_reason=finish_reason,
         weight_version=str(meta["weight_version"]),
+        routed_experts=routed,
     )

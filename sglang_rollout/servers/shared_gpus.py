@@ -11,6 +11,18 @@ from collections.abc import Iterator
 from lopd.config import Config, SGLangSection
 from lopd.errors import ConfigError
 
+# The field of SGLang's ServerArgs without which a server keeps no choices of its routers.
+ROUTED_EXPERTS_ARGUMENT = "enable_return_routed_experts"
+
+
+def student_settings(config: Config) -> SGLangSection:
+    """Return the settings of the student's servers that make rollouts."""
+    if not config.rollout.routed_experts:
+        return config.sglang
+    # A teacher without experts would not start with it, so it is of these servers alone.
+    extra_args = {**config.sglang.extra_args, ROUTED_EXPERTS_ARGUMENT: True}
+    return config.sglang.model_copy(update={"extra_args": extra_args})
+
 
 def training_settings(config: Config) -> SGLangSection:
     """Return the settings of the student's servers while the student is trained.
@@ -18,16 +30,17 @@ def training_settings(config: Config) -> SGLangSection:
     With sync.colocate the servers can give their memory back, and a server that dies is not started
     again.
     """
+    settings = student_settings(config)
     if not config.sync.colocate:
-        return config.sglang
+        return settings
     # With this argument SGLang allocates weights and cache so that they can be given back and taken
     # again.
-    extra_args = {**config.sglang.extra_args, "enable_memory_saver": True}
+    extra_args = {**settings.extra_args, "enable_memory_saver": True}
     # A restarted server takes its memory at once, but at that moment the memory may be the
     # trainer's. So there is no restart, and no client waits for one (outage_timeout_s = 0): the
     # stage ends, and the same command continues from the newest checkpoint.
     changes = {"extra_args": extra_args, "restarts": 0, "outage_timeout_s": 0.0}
-    return config.sglang.model_copy(update=changes)
+    return settings.model_copy(update=changes)
 
 
 def colocation_problems(config: Config, *, on_gpu: bool | None) -> Iterator[ConfigError]:

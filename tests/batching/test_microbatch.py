@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -150,3 +152,32 @@ class TestBuildMicrobatch:
             DataError, match="only 1 of 2 samples of a microbatch have teacher_logprobs"
         ):
             build_microbatch([with_scores, without])
+
+
+class TestRoutedExperts:
+    def routed(self, prompt: list[int], tokens: list[int], *, layers: int = 1) -> Response:
+        positions = len(prompt) + len(tokens) - 1
+        experts = np.arange(positions * layers * 2, dtype=np.int16).reshape(positions, layers, 2)
+        return dataclasses.replace(response(prompt, tokens), routed_experts=experts)
+
+    def test_they_belong_to_tokens_and_are_not_shifted(self) -> None:
+        samples = [make_sample(self.routed([11, 12], [21, 2])), make_sample(self.routed([11], [2]))]
+        packed = build_microbatch(samples, 4)
+        assert packed.routed_experts is not None
+        # Three rows and one that does not matter, one row and one that does not, and padding.
+        assert packed.routed_experts[:, 0].tolist() == [
+            *([0, 1], [2, 3], [4, 5], [0, 1]),
+            *([0, 1], [0, 1]),
+            *([0, 1], [0, 1]),
+        ]
+        assert build_microbatch([make_sample(response([11], [2]))]).routed_experts is None
+
+    def test_some_samples_without_them_are_refused(self) -> None:
+        mixed = [make_sample(self.routed([11], [2])), make_sample(response([11], [2]))]
+        with pytest.raises(DataError, match="only 1 of 2 samples of a microbatch have routed_exp"):
+            build_microbatch(mixed)
+
+    def test_those_of_two_models_are_refused(self) -> None:
+        mixed = [make_sample(self.routed([11], [2], layers=layers)) for layers in (1, 2)]
+        with pytest.raises(DataError, match="routed experts of several shapes"):
+            build_microbatch(mixed)

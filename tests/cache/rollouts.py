@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter
@@ -100,11 +101,18 @@ def full_scores(
                 TEACHER.weights,
             )
         )
-        positions = len(response.prompt_ids) + len(response.token_ids) - 1
-        routed.append(
-            replace(response, routed_experts=rng.integers(0, 8, (positions, 3, 2)).astype(np.int16))
-        )
+        routed.append(replace(response, routed_experts=some_experts(response, rng)))
     return routed, scores
+
+
+def some_experts(
+    response: Response, rng: np.random.Generator, num_experts: int = 8
+) -> NDArray[np.int16]:
+    """Two different experts in each of 3 layers, at every position but the last."""
+    positions = len(response.prompt_ids) + len(response.token_ids) - 1
+    first = rng.integers(0, num_experts, (positions, 3, 1))
+    second = (first + rng.integers(1, num_experts, first.shape)) % num_experts
+    return np.concatenate([first, second], -1).astype(np.int16)
 
 
 def publish_cache(

@@ -15,13 +15,22 @@ import numpy as np
 import pytest
 
 from lopd import cache
+from lopd.artifacts import ArtifactWriter
 from lopd.cache.checks import check_cache
+from lopd.cache.merging import merge
 from lopd.cache.residualise import fold_of, residualise
 from lopd.cache.row_checks import RESIDUALISED
 from lopd.cache.style import Settings, StyleTables, prepare, surprisal_edges
 from lopd.errors import ArtifactError, LopdError
 from lopd.records import Response, float32, int32
-from tests.cache.rollouts import publish_cache, some_responses
+from tests.cache.rollouts import (
+    SAMPLING,
+    TEACHER,
+    VOCABULARY,
+    publish_cache,
+    scores_of,
+    some_responses,
+)
 from tests.stand_ins import Result, command
 
 STYLE_TOKENS = {7: 0.8, 11: -0.6, 20: 0.5}
@@ -285,6 +294,126 @@ def test_the_derived_cache_is_fingerprinted_and_sound(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.sampling_logprobs, other.sampling_logprobs)
 
 
+SECOND = dataclasses.replace(TEACHER, path="teachers/two", weights="4" * 64)
+
+
+def two_teachers(folder: Path) -> list[tuple[Response, np.ndarray]]:
+    """Merges caches of two teachers, whose styles are opposite; returns all rows and scores."""
+    rows = []
+    for name, teacher, sign in (("a", TEACHER, 1.0), ("b", SECOND, -1.0)):
+        responses, _, styles, evidences = planted(300, seed=int(sign > 0))
+        own = [
+            dataclasses.replace(response, prompt_id=f"{name}{response.prompt_id}")
+            for response in responses
+        ]
+        scores = [
+            float32(response.sampling_logprobs + sign * style + evidence)
+            for response, style, evidence in zip(own, styles, evidences, strict=True)
+        ]
+        publish_cache(folder / name, own, scores, shard_size=100, teacher=teacher)
+        rows += zip(own, scores, strict=True)
+    merge([folder / "a", folder / "b"], folder / "both", teacher_column=True)
+    return rows
+
+
+def test_each_of_several_teachers_loses_its_own_style(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_teachers(tmp_path)
+    for name in ("a", "b"):
+        residualise(tmp_path / name, tmp_path / f"{name}-alone", Settings())
+    manifest = residualise(tmp_path / "both", tmp_path / "corrected", Settings())
+    alone = np.concatenate([corrected(tmp_path / f"{name}-alone") for name in ("a", "b")])
+    np.testing.assert_array_equal(corrected(tmp_path / "corrected"), alone)
+    about = manifest.extra["residualisation"]
+    assert {name: own["weights"] for name, own in about["teachers"].items()} == {
+        "teacher-0": TEACHER.weights,
+        "teacher-1": SECOND.weights,
+    }
+    opposite = [
+        {row["token_id"]: row["bias"] for row in own["tokens"]}[7]
+        for own in about["teachers"].values()
+    ]
+    assert opposite[0] > 0.5
+    assert opposite[1] < -0.5
+    assert [str(finding) for finding in check_cache(tmp_path / "corrected")[0]] == []
+    # The control: one table for both styles, which cancel each other.
+    monkeypatch.setattr("lopd.cache.residualise.teachers_in", lambda reader: {})
+    residualise(tmp_path / "both", tmp_path / "mixed", Settings())
+    assert np.abs(corrected(tmp_path / "mixed") - alone).max() > 0.3
+
+
+def test_rows_of_several_teachers_in_one_shard(tmp_path: Path) -> None:
+    """A refresh publishes such shards."""
+    rows = two_teachers(tmp_path)
+    residualise(tmp_path / "both", tmp_path / "corrected", Settings())
+    of_key = {
+        response.key: scores
+        for response, scores in cache.read_rows(tmp_path / "corrected")
+        if scores is not None
+    }
+    order = np.random.default_rng(0).permutation(len(rows))
+    writer = ArtifactWriter(
+        tmp_path / "mixed",
+        kind="teacher_cache",
+        inputs={},
+        models={"teachers.a": TEACHER, "teachers.b": SECOND},
+        sampling=SAMPLING,
+        lineage={},
+    )
+    for index, part in enumerate(np.array_split(order, 4)):
+        responses = [rows[place][0] for place in part]
+        scores = [
+            dataclasses.replace(
+                score,
+                teacher=(TEACHER if response.prompt_id.startswith("a") else SECOND).weights,
+            )
+            for response, score in zip(
+                responses, scores_of(responses, [rows[place][1] for place in part]), strict=True
+            )
+        ]
+        writer.publish_shard(index, cache.to_table(responses, scores))
+    writer.finish(vocab_size=VOCABULARY)
+    residualise(tmp_path / "mixed", tmp_path / "mixed-corrected", Settings())
+    for response, scores in cache.read_rows(tmp_path / "mixed-corrected"):
+        assert scores is not None
+        np.testing.assert_allclose(scores, of_key[response.key], atol=1e-5)
+
+
+def with_lineage(folder: Path, name: str, *, consistent: bool) -> None:
+    path = folder / name / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["lineage"]["consistent"] = consistent
+    path.write_text(json.dumps(manifest))
+
+
+def test_the_own_teachers_scores_can_stay(tmp_path: Path) -> None:
+    two_teachers(tmp_path)
+    with pytest.raises(LopdError, match="every teacher of this cache made the student's demonstra"):
+        residualise(tmp_path / "both", tmp_path / "x", Settings(), foreign_only=True)
+    with pytest.raises(LopdError, match="every teacher of this cache made the student's demonstra"):
+        residualise(tmp_path / "a", tmp_path / "x", Settings(), foreign_only=True)
+    with_lineage(tmp_path, "b", consistent=False)
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "mixed", teacher_column=True)
+    manifest = residualise(tmp_path / "mixed", tmp_path / "c", Settings(), foreign_only=True)
+    residualise(tmp_path / "b", tmp_path / "b-alone", Settings())
+    expected = np.concatenate([corrected(tmp_path / "a"), corrected(tmp_path / "b-alone")])
+    np.testing.assert_array_equal(corrected(tmp_path / "c"), expected)
+    assert list(manifest.extra["residualisation"]["teachers"]) == ["teacher-1"]
+    whole = residualise(tmp_path / "mixed", tmp_path / "d", Settings())
+    assert whole.fingerprint != manifest.fingerprint, "the control: both are corrected"
+    assert np.abs(corrected(tmp_path / "d") - expected).max() > 0.3
+
+
+def test_a_teacher_with_too_few_prompts_is_named(tmp_path: Path) -> None:
+    publish_cache(tmp_path / "a", some_responses(40, prefix="a"))
+    few = some_responses(3, prefix="b", samples_per_prompt=3)
+    publish_cache(tmp_path / "b", few, teacher=SECOND)
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "both", teacher_column=True)
+    with pytest.raises(LopdError, match=r"prompts of the teacher 'teacher-1' are in 1 folds"):
+        residualise(tmp_path / "both", tmp_path / "c", Settings())
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     publish_cache(tmp_path / "a", some_responses(20))
     residualise(tmp_path / "a", tmp_path / "b", Settings())
@@ -351,6 +480,16 @@ def test_the_verb(
     )
     assert figures["settings"]["folds"] == 3
     assert {"share_over_1_nat_before", "share_over_1_nat_after"} <= set(figures["effect"])
+    publish_cache(tmp_path / "second", some_responses(60, prefix="q"), teacher=SECOND)
+    merge([tmp_path / "a", tmp_path / "second"], tmp_path / "both", teacher_column=True)
+    shown = lopd("cache", "residualise", tmp_path / "both", "--out", tmp_path / "d").succeeded().out
+    for fragment in (
+        "teacher-0: style by token",
+        "teacher-1: style by position",
+        "all teachers: tokens with",
+        "teacher teacher-1 made the student's demonstrations itself",
+    ):
+        assert fragment in shown
     lopd("cache", "residualise", tmp_path / "a", "--out", tmp_path / "c", "--folds", "1").refused(
         "folds 1", "at least 2 and at most 1000"
     )

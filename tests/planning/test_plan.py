@@ -16,7 +16,14 @@ from lopd.errors import ConfigError
 from lopd.planning import Assumptions, node_of
 from lopd.planning.assumptions import read_assumptions
 from lopd.planning.layouts import changed, nearest_that_fits
-from lopd.planning.memory import INDEX_BYTES, KEPT_TOKENS, MEMORY_TOKENS, SAMPLE_BYTES
+from lopd.planning.memory import (
+    INDEX_BYTES,
+    KEPT_TOKENS,
+    MEMORY_TOKENS,
+    SAMPLE_BYTES,
+    TOKEN_BYTES,
+    replayed_bytes,
+)
 from lopd.planning.models import planned_models
 from lopd.planning.parameters import parameters_by_formula
 from lopd.planning.plan_json import as_json
@@ -457,7 +464,31 @@ def test_a_rank_holds_few_samples_and_reads_many_from_disk(tmp_path: Path) -> No
         "control: all in memory would be far more"
     )
     assert training_data.MEMORY_TOKENS == MEMORY_TOKENS
+    assert training_data._TOKEN_BYTES == TOKEN_BYTES
     assert inspect.signature(CacheReader).parameters["kept_tokens"].default == KEPT_TOKENS
+
+
+def test_replayed_experts_take_disk_and_memory(tmp_path: Path) -> None:
+    keys = ["rollout.routed_experts=true", "distill.routing_replay=true"]
+    plain = plan_of(REFERENCE_30B, tmp_path)
+    plan = plan_of(REFERENCE_30B, tmp_path, keys)
+    experts = 48 * 8  # Qwen3-30B-A3B's, a byte each on disk and two in memory
+    positions = 17_398 * (plan.amounts.rollout_len + plan.amounts.prompt_len)
+    more = plan.disk["rollouts and cache"] - plain.disk["rollouts and cache"]
+    assert more == pytest.approx(2 * experts * positions)
+    student = planned_models(config_of(REFERENCE_30B, tmp_path), {})["student"].arch
+    settings = config_of(REFERENCE_30B, tmp_path, keys).distill
+    assert replayed_bytes(student, settings) == 2 * experts
+    assert replayed_bytes(student, config_of(REFERENCE_30B, tmp_path).distill) == 0
+    small = [f"prompts.opd.num_prompts={count}" for count in (20, 60)]
+    held = [
+        plan_of(REFERENCE_30B, tmp_path, [*keys, count]).memory["distill"].host["samples"]
+        for count in small
+    ]
+    length = plan.amounts.rollout_len + plan.amounts.prompt_len
+    assert held[1] - held[0] == pytest.approx(
+        8 * 40 * ((13 + 2 * experts) * length + SAMPLE_BYTES)
+    ), "so few are all held"
 
 
 def test_what_is_given_is_not_planned(tmp_path: Path) -> None:

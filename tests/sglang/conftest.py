@@ -70,8 +70,10 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
+    # It keeps the experts of every token, for those who ask.
+    keeping = settings(extra_args={"enable_return_routed_experts": True})
     with SGLangServer(
-        student_dir, settings(), log=tmp_path_factory.mktemp("server") / "server.log"
+        student_dir, keeping, log=tmp_path_factory.mktemp("server") / "server.log"
     ) as running:
         yield running
 

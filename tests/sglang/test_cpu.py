@@ -246,3 +246,55 @@ def test_the_last_two_shared_memories_stay_mapped(monkeypatch: pytest.MonkeyPatc
     ]
     gc.collect()
     assert [reference() is not None for reference in alive] == [False, False, True, True]
+
+
+class HostCache:
+    """As in SGLang, but for the memory: pinned upstream, which needs a GPU."""
+
+    buffer: torch.Tensor
+
+    def __init__(self, num_tokens: int, num_layers: int, topk_size: int, name: str) -> None:
+        raise AssertionError("pinned memory")
+
+    def _log_allocation(self) -> None:
+        assert self.buffer.shape == (9, 3, 2)
+
+
+class LaterHostCache(HostCache):
+    """SGLang 0.5.23's."""
+
+    def __init__(
+        self, num_tokens: int, num_layers: int, topk_size: int, name: str, device: str
+    ) -> None:
+        raise AssertionError("pinned memory")
+
+
+@pytest.mark.parametrize("host", [HostCache, LaterHostCache])
+def test_the_experts_of_a_pass_have_room(
+    monkeypatch: pytest.MonkeyPatch, host: type[HostCache]
+) -> None:
+    class DeviceCache:
+        def __init__(self) -> None:
+            self.buffer = torch.zeros(2, 3, 2, dtype=torch.int32)
+
+        def capture(self, layer_id: int, topk_indices: torch.Tensor) -> None:
+            self.buffer[: len(topk_indices), layer_id] = topk_indices
+
+    # Patched copies, so that the other case begins anew.
+    own = type("BaseHostCache", (host,), {"__init__": host.__init__})
+    upstream = SimpleNamespace(__name__="base", BaseHostCache=own, BaseDeviceCache=DeviceCache)
+    monkeypatch.setattr(plugin, "_module", lambda name: upstream)
+    rows = torch.arange(10).reshape(5, 2)
+    with pytest.raises(RuntimeError):  # the control: a pass of 5 tokens, a buffer of 2
+        DeviceCache().capture(0, rows)
+    plugin._keep_routed_experts()
+    arguments = (9, 3, 2, "experts", *(["cpu"] if host is LaterHostCache else []))
+    assert own(*arguments).buffer.sum() == 0
+    device = DeviceCache()
+    device.capture(0, rows[:2])
+    device.capture(1, rows)
+    assert device.buffer[:2, 0].tolist() == rows[:2].tolist(), "what is there stays"
+    assert device.buffer[:, 1].tolist() == rows.tolist()
+    monkeypatch.setattr(own, "__init__", lambda self, size: None)
+    with pytest.raises(RuntimeError, match="no longer"):
+        plugin._keep_routed_experts()

@@ -20,6 +20,7 @@ from lopd.config import ParallelSection
 from lopd.megatron.model import engine
 from lopd.megatron.model.fusions import fuse_weight_gradients
 from lopd.megatron.model.logprobs import token_logprobs
+from lopd.megatron.model.routing_replay import forget_routers
 from lopd.megatron.model.transformer_config import transformer_config
 from lopd.megatron.ranks import parallel as ranks
 from lopd.megatron.weights.architecture import Architecture, validate_layout
@@ -98,6 +99,7 @@ def build_model(
     dtype: str,
     recompute: str,
     moe_aux_loss: float,
+    routing_replay: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return this rank's part of the model on its device, in training mode.
@@ -110,6 +112,7 @@ def build_model(
         dtype: "float32" or "bfloat16".
         recompute: What the backward pass computes again: "none", "selective" or "full".
         moe_aux_loss: The coefficient of the load-balancing loss.
+        routing_replay: Whether routers can replay recorded choices (routing_replay.py).
         overrides: Fields of TransformerConfig that win over ours (lopd.megatron.model.overrides).
 
     Returns:
@@ -130,6 +133,7 @@ def build_model(
         dtype=dtype,
         recompute=recompute,
         moe_aux_loss=moe_aux_loss,
+        routing_replay=routing_replay,
         overrides=overrides,
     )
     uses_engine = engine.uses_engine(dtype)
@@ -153,6 +157,7 @@ def build_model(
         rope_scaling=arch.rope_factor != 1,
         rope_scaling_factor=arch.rope_factor,
     ).to(ranks.device())
+    forget_routers()
     # Megatron-Core computes the balancing loss, and computes activations again, in training mode
     # only.
     model.train()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lopd.megatron.model.build import forward
 from lopd.megatron.model.context import gather_rows, part_of
+from lopd.megatron.model.routing_replay import set_routing
 from lopd.megatron.ranks import parallel
 from lopd.records import Microbatch
 
@@ -36,6 +37,7 @@ def forward_microbatch(
     """
     device = parallel.device()
     part = part_of(microbatch)
+    set_routing(model, microbatch, part)
     labels = microbatch.labels
     # One pass over the vocabulary answers all K + 1 tokens.
     if microbatch.teacher_top is not None:

@@ -128,5 +128,6 @@ TRAINER = {
     "defer_embedding_wgrad_compute": "the output layer is part of the log-probabilities",
     "cross_entropy_loss_fusion": _NO_LOGITS,
     "cross_entropy_fusion_impl": _NO_LOGITS,
+    "moe_enable_routing_replay": "distill.routing_replay sets it, with the rollouts' experts",
     "moe_token_dispatcher_type": "the alltoall dispatcher is tested in every layout",
 }

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lopd.config import ParallelSection
+from lopd.errors import ConfigError
 from lopd.megatron.model import engine
 from lopd.megatron.model.fusions import engine_fusions
 from lopd.megatron.model.overrides import build
@@ -24,6 +25,7 @@ def transformer_config(
     dtype: str,
     recompute: str,
     moe_aux_loss: float,
+    routing_replay: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
     """Return Megatron-Core's configuration of this architecture.
@@ -35,6 +37,7 @@ def transformer_config(
         recompute: What the backward pass computes again: "none", "selective" (selective_modules),
             or "full".
         moe_aux_loss: The coefficient of the load-balancing loss. 0 means that there is none.
+        routing_replay: Whether routers can replay recorded choices.
         overrides: Fields that win over ours (lopd.megatron.model.overrides).
 
     Raises:
@@ -57,6 +60,16 @@ def transformer_config(
     # After the local layers' fields, of which it turns some on again.
     if engine.uses_engine(dtype):
         settings |= engine_fusions(arch)
+    if routing_replay:
+        # The fused router asks nobody for a recorded choice, and would go on choosing by itself.
+        if (overrides or {}).get("moe_router_fusion"):
+            raise ConfigError(
+                "moe_router_fusion and routing replay cannot be used together",
+                where="distill.megatron",
+                limit="exactly moe_router_fusion = false with distill.routing_replay",
+                remedy="remove moe_router_fusion",
+            )
+        settings |= {"moe_enable_routing_replay": True, "moe_router_fusion": False}
     settings |= _recompute_fields(arch, dtype, recompute)
     # The user's fields last: they win.
     config = build(TransformerConfig, {**settings, **(overrides or {})})

@@ -95,6 +95,7 @@ class Trainer:
         checkpoint_dir: Path | None,
         num_steps: int | None = None,
         entropy: bool = False,
+        routing_replay: bool = False,
     ) -> None:
         """Build the model and its optimizer. Call parallel.initialize(settings.parallel) first.
 
@@ -110,6 +111,7 @@ class Trainer:
                 settings.
             entropy: Whether the objective gets the student's entropy of every token
                 (TokenBatch.student_entropy), without gradient.
+            routing_replay: Whether routers replay the choices of microbatches that have them.
 
         Raises:
             LopdError: The model cannot be read.
@@ -127,6 +129,7 @@ class Trainer:
             dtype=settings.dtype,
             recompute=settings.recompute,
             moe_aux_loss=settings.moe_aux_loss,
+            routing_replay=routing_replay,
             overrides=overrides.transformer,
         )
         # The weights come before the optimizer, which copies them as float32 when it is made.

@@ -185,6 +185,22 @@ def _divisions(
         yield arch.ffn_hidden_size, tensor, "hidden size of the MLP", "tensor"
 
 
+def router_problems(arch: Architecture, *, where: str) -> Iterator[ConfigError]:
+    """Yield an error if a model has no routers whose choices could be kept or replayed.
+
+    Args:
+        arch: The student.
+        where: The key that asks for the choices.
+    """
+    if not arch.num_experts:
+        yield ConfigError(
+            f"{where} = true, but the student has no experts",
+            where=where,
+            limit="a student with experts, whose routers choose among them",
+            remedy=f"remove {where}",
+        )
+
+
 def scorer_problems(score: ScoreSection, arch: Architecture | None) -> Iterator[ConfigError]:
     """Yield an error for everything that the chosen scoring engine cannot give.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lopd.cache.columns import TAIL, TOP_IDS, TOP_LOGPROBS
+from lopd.cache.columns import ROUTED_EXPERTS, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader
 from lopd.records import Bools, Floats, Response
 from lopd.report.html.responses import SETS, Answers
@@ -30,7 +30,7 @@ _STRONGEST = 5
 _ROLES = ("system", "developer", "user", "human", "assistant", "model", "tool")
 _ROLE_TOKENS = 6
 # The columns of a top-K and of the experts' routing take many times the memory of all others.
-_NOT_READ = (TOP_IDS, TOP_LOGPROBS, TAIL, "routed_experts")
+_NOT_READ = (TOP_IDS, TOP_LOGPROBS, TAIL, ROUTED_EXPERTS)
 
 
 @dataclass(slots=True)
