@@ -152,7 +152,7 @@ def _is_cut(tokenizer: Any, sign: str) -> bool:
     number = tokenizer.convert_tokens_to_ids(sign)
     if number is None or number == tokenizer.unk_token_id:
         return False
-    return tokenizer.encode(sign, add_special_tokens=False) != [number]
+    return bool(tokenizer.encode(sign, add_special_tokens=False) != [number])
 
 
 def _about_rows(rows: Mapping[str, int], num_tokens: int) -> str:
