@@ -302,7 +302,8 @@ def _encoded(table: pa.Table) -> bytes:
         compression="zstd",
         compression_level=9,
         # Log-probabilities hardly repeat, so a dictionary only costs. Their sign and exponent bytes
-        # are alike, and become long runs when the bytes of each place are stored together.
+        # are alike, and become long runs when the bytes of each place are stored together. Only
+        # those of a model that is sure of almost every token repeat, and would be smaller plain.
         use_byte_stream_split=floats,
         use_dictionary=[name for name in _leaf_paths(table.schema) if name not in floats],
         # Nobody searches by a range of values, and the statistics would cost bytes.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lopd.artifacts import identify_tokenizer
 from lopd.artifacts import lineage as consistency
@@ -16,6 +18,9 @@ from lopd.megatron.weights.architecture import read_architecture
 from lopd.megatron.weights.checkpoint_files import inspect_checkpoint
 from lopd.tasks.light_tokenizer import light_tokenizer
 from lopd.tasks.tokenizer import stop_token_ids
+
+# What a chat template has between angle brackets, such as <think> and <|im_start|>.
+_SIGN = re.compile(r"<[^<>\s]+>")
 
 
 def teacher(config: Config) -> Iterator[Finding]:
@@ -98,6 +103,8 @@ def tokenizers(config: Config) -> Iterator[Finding]:
         found = attempt(partial(_check_tokenizer, role, _folder_of(config, role), known))
         problems += isinstance(found, LopdError)
         yield found
+        if not isinstance(found, LopdError):
+            yield from _about_signs(role, _folder_of(config, role))
     if aligned:
         return
     # The teacher scores the token ids that the student sampled, so both must mean the same text.
@@ -116,6 +123,36 @@ def _folder_of(config: Config, role: str) -> Path:
     section, _, domain = role.partition(".")
     folder = getattr(config.models, section)
     return Path(folder[domain] if domain else folder)
+
+
+def _about_signs(role: str, folder: Path) -> Iterator[Finding]:
+    """Warn of signs of the chat template that are tokens, and that the tokenizer cuts into pieces.
+
+    A sign is read as one token only if the tokenizer has it as an added token. transformers up to
+    5.12 makes three added tokens of the 26 of a GGUF file of Qwen3. The prompts, and a text such as
+    <think>, then have other tokens than the model has learned.
+    """
+    tokenizer = light_tokenizer(folder)
+    template = tokenizer.chat_template
+    # A folder may have several templates by name. The checks of the templates speak of that.
+    signs = sorted(set(_SIGN.findall(template))) if isinstance(template, str) else []
+    cut = [sign for sign in signs if _is_cut(tokenizer, sign)]
+    if cut:
+        yield (
+            f"WARNING: the tokenizer of the {role} cuts {', '.join(cut)} into pieces, although its "
+            "vocabulary has a token for each. Prompts and responses then have other tokens than "
+            "those that the model has learned. A tokenizer that was read from a GGUF file is like "
+            "this: copy the tokenizer.json and tokenizer_config.json of the original model into "
+            f"{folder}"
+        )
+
+
+def _is_cut(tokenizer: Any, sign: str) -> bool:
+    """Return whether a text is a token of the vocabulary, and is not read as one."""
+    number = tokenizer.convert_tokens_to_ids(sign)
+    if number is None or number == tokenizer.unk_token_id:
+        return False
+    return bool(tokenizer.encode(sign, add_special_tokens=False) != [number])
 
 
 def _about_rows(rows: Mapping[str, int], num_tokens: int) -> str:

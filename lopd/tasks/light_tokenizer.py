@@ -79,6 +79,9 @@ class LightTokenizer:
         self.eos_token_id: int | None = None
         if "eos_token" in special:
             self.eos_token_id = tokenizer.token_to_id(special["eos_token"])
+        self.unk_token_id: int | None = None
+        if "unk_token" in special:
+            self.unk_token_id = tokenizer.token_to_id(special["unk_token"])
         self._tokenizer = tokenizer
         self._special = dict(special)
         # A template is compiled once, and rendered for each prompt.
@@ -112,6 +115,16 @@ class LightTokenizer:
         # Without the places of the tokens in the text, which nobody asks for.
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def convert_tokens_to_ids(self, token: str) -> int | None:
+        """Return the id of a token, or None if the vocabulary does not have it."""
+        found = self._tokenizer.token_to_id(token)
+        return self.unk_token_id if found is None else int(found)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
 
     def decode(self, token_ids: Sequence[int], **_: Any) -> str:
         """Return the text of token ids, with special tokens."""

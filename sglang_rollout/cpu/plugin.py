@@ -84,7 +84,7 @@ def _allow_deterministic_torch_native() -> None:
     """Allow seeds on a CPU."""
     # SGLang honours a request's sampling_seed only with enable_deterministic_inference, and refuses
     # that with the attention backend torch_native. So the backend is added to the allowed ones.
-    # Upstream: DETERMINISTIC_ATTENTION_BACKEND_CHOICES in sglang/srt/server_args.py, from 0.5.22 on
+    # Upstream: DETERMINISTIC_ATTENTION_BACKEND_CHOICES in sglang/srt/server_args.py, from 0.5.20 on
     # in sglang/srt/arg_groups/choices.py. Can go: when upstream lists torch_native.
     try:
         holder = _module("sglang.srt.arg_groups.choices")

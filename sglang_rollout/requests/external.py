@@ -218,6 +218,16 @@ def _check_settings(engine: SGLangEngine, server: Mapping[str, Any]) -> None:
             remedy="start the server with --enable-deterministic-inference, or set "
             "sglang.deterministic=false: seeds then have no effect",
         )
+    # Since 0.5.22 a server can mark its text. It then draws a token by a hash of its key and of the
+    # tokens before, so answers to one prompt are no independent samples. A server that is only able
+    # to do so marks what asks for it, and lopd never asks.
+    if server.get("watermark_default_enabled") or server.get("watermark_enforce_all"):
+        raise ConfigError(
+            "the server marks its text with a watermark, so its responses are no independent "
+            "samples of the model",
+            where=engine.url,
+            remedy="start the server without default_enabled and enforce_all in --watermark-config",
+        )
     # The server's own limit is a few tokens below its context_length (launch.CONTEXT_MARGIN).
     longest = server.get("max_req_input_len")
     needed = settings.context_length

@@ -79,6 +79,12 @@ _ONLY_VALUE: dict[str, tuple[Any, str]] = {
         "the server would wait for weights that nobody sends",
     ),
     "delete_ckpt_after_loading": (False, "it deletes the model's folder"),
+    # Since 0.5.22. Without it SGLang refuses watermark_config.
+    "enable_watermark": (
+        False,
+        "a server that marks its text chooses tokens by a key, so its responses are no independent "
+        "samples of the model",
+    ),
 }
 _PLUGINS = "sglang.srt.plugins"
 # SGLang parses JSON text for these fields, so a table is as good as text.

@@ -144,6 +144,18 @@ def test_weights_out_of_sight_are_known_by_the_probe_on_record_or_only_declared(
         ),
         (
             "server_info",
+            {"enable_watermark": True, "watermark_default_enabled": True},
+            ConfigError,
+            "the server marks its text with a watermark, .*; remedy: start the server without",
+        ),
+        (
+            "server_info",
+            {"enable_watermark": True, "watermark_enforce_all": True},
+            ConfigError,
+            "the server marks its text with a watermark",
+        ),
+        (
+            "server_info",
             {"skip_tokenizer_init": False},
             EngineError,
             r"the tokenizer of the server turns 'w4 w5' into \[4, 6\]",
@@ -167,6 +179,18 @@ def test_what_is_not_as_configured_is_named(
     )
     with pytest.raises(error, match=f"{served.url}: .*{message}"):
         check(served, expected(student_dir))
+
+
+def test_a_server_that_marks_text_only_on_request_is_taken(
+    served: FakeServer, student_dir: Path
+) -> None:
+    """No request of lopd asks for a watermark."""
+    served.server_info |= {
+        "enable_watermark": True,
+        "watermark_default_enabled": False,
+        "watermark_enforce_all": False,
+    }
+    assert check(served, expected(student_dir))["weights"] == "content"
 
 
 def test_a_server_whose_tokenizer_agrees_may_keep_it(served: FakeServer, student_dir: Path) -> None:

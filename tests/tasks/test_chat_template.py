@@ -18,6 +18,7 @@ from lopd import cache, checks
 from lopd.artifacts import read_manifest
 from lopd.config import Config, load_config
 from lopd.errors import LopdError
+from lopd.tasks import light_tokenizer
 from lopd.tasks.chat_template import (
     RECORD,
     complete_student_files,
@@ -283,3 +284,38 @@ def test_checks_of_one_stage_show_the_template(project: Path) -> None:
     assert "template" in found
     assert not any(isinstance(finding, LopdError) for finding in found.values())
     assert np.all([name in checks.CHECKS for name in found])
+
+
+# ---- signs of the template that the tokenizer cuts ----
+
+
+def _forget_as_added(folder: Path, sign: str) -> None:
+    """Leave a token in the vocabulary, and let the tokenizer no longer find it in a text."""
+    path = folder / "tokenizer.json"
+    about = json.loads(path.read_text())
+    about["added_tokens"] = [one for one in about["added_tokens"] if one["content"] != sign]
+    # Letters that the tiny vocabulary lacks.
+    about["model"]["unk_token"] = "<|reserved_0|>"
+    path.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("reader", ["light", "transformers"])
+def test_a_sign_that_the_tokenizer_cuts_is_warned_of(
+    project: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a tokenizer that transformers read from a GGUF file."""
+    if reader == "transformers":
+        monkeypatch.setattr(light_tokenizer, "_read", lambda folder, stamp: None)
+    for role in ("teacher", "student"):
+        _forget_as_added(project.parent / role, THINK)
+        with_template(project.parent / role, MESSAGES + THINK)
+    found = [line for line in map(str, checks.tokenizers(load_config(project))) if "cuts" in line]
+    assert len(found) == 2
+    assert found[0].startswith("WARNING: the tokenizer of the teacher cuts <think> into pieces, ")
+    assert str(project.parent / "student") in found[1]
+
+
+def test_the_control_signs_that_are_read_as_one(project: Path) -> None:
+    """Neither a sign that is a token, nor one that is only text of the template."""
+    with_template(project.parent / "student", MESSAGES + THINK + "<tools>")
+    assert "cuts" not in "\n".join(map(str, checks.tokenizers(load_config(project))))
