@@ -75,13 +75,13 @@ def _screens(page: Path, profile: Path, screens: Path | None) -> None:
         if screens is None:
             return
         screens.mkdir(parents=True, exist_ok=True)
-        for name, width, dark in (("light", 1280, False), ("dark", 1280, True)):
+        sizes = (("light", 1280, False), ("dark", 1280, True), ("phone", _PHONE, False))
+        for name, width, dark in sizes:
             browser.look(width, dark=dark)
             browser.open(page)
+            # Charts that are out of view are drawn when they come into view.
+            browser.js("lopd.charts.forEach((one) => { if (one.plot.clientWidth) one.draw(); })")
             browser.screenshot(screens / f"{name}.png", whole=True)
-        browser.look(_PHONE)
-        browser.open(page)
-        browser.screenshot(screens / "phone.png", whole=True)
 
 
 if __name__ == "__main__":

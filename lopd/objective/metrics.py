@@ -37,7 +37,7 @@ def distillation_sums(
     After reduce_metrics they are reported as:
 
     - ``advantage``, ``advantage_std``: log pi_T - log pi_theta before the clip, in nats.
-    - ``advantage_p05``, ``_p25``, ``_p50``, ``_p75``, ``_p95``: its quantiles over tokens (see
+    - ``advantage_p01``, ``_p05``, ``_p50``, ``_p95``, ``_p99``: its quantiles over tokens (see
       lopd.objective.quantiles).
     - ``clipped_share``: the share of tokens beyond the clip.
     - ``end_token_advantage``: the mean on end tokens. It is negative where the teacher would

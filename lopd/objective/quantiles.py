@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 else:
     torch = deferred("torch")
 
-# The quantiles that are reported, by their name.
+# The quantiles that are reported, by their name. Most tokens have an advantage near 0: the signal is
+# in the tails.
 SHARES = {
+    "advantage_p01": 0.01,
     "advantage_p05": 0.05,
-    "advantage_p25": 0.25,
     "advantage_p50": 0.5,
-    "advantage_p75": 0.75,
     "advantage_p95": 0.95,
+    "advantage_p99": 0.99,
 }
 # Four thresholds in each factor of ten, from a thousandth of a nat to 30 nats, on both sides of 0.
 _SIZES = [10 ** (power / 4 - 3) for power in range(19)]

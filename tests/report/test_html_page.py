@@ -140,6 +140,9 @@ def test_the_overview_says_which_model_made_what(data: dict[str, Any], run: Path
     assert stages["distill"]["gave"] == f"distilled student, weights {made[:12]}"
     assert stages["rollout"]["gave"] == "24 responses of the SFT student"
     assert ["SFT student", f"made by sft (weights {student})"] in overview["about"]
+    # A manifest calls both students "student".
+    assert [*stages["sft"]["models"]] == ["base student"]
+    assert stages["evaluate"]["gave"] == "answers and scores of 5 models"
     # The control: other weights are another model.
     manifest = read_manifest(run / "distill")
     shards = [replace(one, sha256="0" * 64) for one in manifest.shards]
@@ -158,7 +161,9 @@ def test_what_a_reused_stage_has_cost_is_told_apart(run: Path, tmp_path: Path) -
     summary = json.loads((run / "summary.json").read_text())
     for name in ("demonstrate", "distill"):
         (tmp_path / "run" / name / "seconds.json").write_text(json.dumps({"seconds": 3600.0}))
-    assert "reused" not in str(cost(summary)).replace("reused: 0", "")
+    whole = cost(summary)
+    assert "reused" not in str(whole).replace("reused: 0", "")
+    assert "time of all stages" not in whole
     for row in summary["stages"]:
         row["seconds"] = 1.0
         if row["name"] == "demonstrate":
@@ -200,6 +205,8 @@ def test_the_rollouts_of_a_refresh_are_answers_of_their_own(run: Path, tmp_path:
     scores = tmp_path / "run/distill/refresh-0001/scores"
     shutil.copytree(run / "score", scores)
     manifest = json.loads((scores / MANIFEST).read_text())
+    manifest["sampling"]["temperature"] = 1.0
+    (tmp_path / "run/score" / MANIFEST).write_text(json.dumps(manifest))
     manifest["inputs"]["refresh.step"] = 2
     (scores / MANIFEST).write_text(json.dumps(manifest))
     data = gather(open_sources([tmp_path / "run"]))
@@ -213,12 +220,14 @@ def test_the_rollouts_of_a_refresh_are_answers_of_their_own(run: Path, tmp_path:
     assert line["x"] == [0, 2]
     assert line["y"] == [pytest.approx(-panels[0]["overall"]["mean"], abs=1e-6)] * 2
     quantiles = panels[0]["overall"]["quantiles"]
-    assert charts["fresh_advantage"][0]["y"] == [quantiles["0.05"]] * 2
+    assert charts["fresh_advantage"][0]["y"] == [quantiles["0.01"]] * 2
     # Answers of another temperature are not the policy's: their mean is no reverse KL.
     manifest["sampling"]["temperature"] = 0.6
     (scores / MANIFEST).write_text(json.dumps(manifest))
     again = gather(open_sources([tmp_path / "run"]))
-    assert "fresh_reverse_kl" not in [chart["name"] for chart in again["charts"]]
+    names = [chart["name"] for chart in again["charts"]]
+    assert "fresh_advantage" in names
+    assert "fresh_reverse_kl" not in names
 
 
 def test_the_entropy_of_the_teacher_has_panels_where_the_cache_has_it(tmp_path: Path) -> None:

@@ -89,11 +89,11 @@ PANELS = (
         "Advantage by quantile: a share of the tokens of a step is below",
         "nats",
         parts=(
-            ("advantage_p05", "5% of the tokens are below"),
-            ("advantage_p25", "25% are below"),
+            ("advantage_p01", "1% of the tokens are below"),
+            ("advantage_p05", "5% are below"),
             ("advantage_p50", "half are below"),
-            ("advantage_p75", "75% are below"),
             ("advantage_p95", "95% are below"),
+            ("advantage_p99", "99% are below"),
         ),
     ),
     Panel(

@@ -1,7 +1,8 @@
 """Curves of fresh responses: those of the rollouts at the start, and those of each refresh.
 
 The teacher has scored them as the student of that step wrote them. The mean of
-log pi_student - log pi_teacher over them is the reverse KL on fresh responses, without weights.
+log pi_student - log pi_teacher over them is the reverse KL on fresh responses, without weights, if
+they were sampled at temperature 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lopd.artifacts import read_manifest
 from lopd.report.html.transcripts import Scanned
 
 # The quantiles that are drawn over the steps.
-_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_SHARES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
 def fresh_charts(scans: Sequence[Sequence[Scanned]]) -> list[dict[str, Any]]:
@@ -33,6 +34,7 @@ def fresh_charts(scans: Sequence[Sequence[Scanned]]) -> list[dict[str, Any]]:
             "y": [round(-found.deviations.mean, 6) for _, found in steps],
         }
         for index, steps in of_runs
+        if all(_is_policy(found) for _, found in steps)
     ]
     quantiles = [
         {
@@ -45,23 +47,25 @@ def fresh_charts(scans: Sequence[Sequence[Scanned]]) -> list[dict[str, Any]]:
         for share in _SHARES
     ]
     title = "{} on fresh responses to training prompts (the rollouts and each refresh)"
-    return [
-        _chart("fresh_reverse_kl", title.format("Reverse KL"), "nats per token", divergence),
-        _chart("fresh_advantage", title.format("Advantage by quantile"), "nats", quantiles),
-    ]
+    advantage = _chart("fresh_advantage", title.format("Advantage by quantile"), "nats", quantiles)
+    if not divergence:
+        return [advantage]
+    title = title.format("Reverse KL")
+    return [_chart("fresh_reverse_kl", title, "nats per token", divergence), advantage]
 
 
 def _by_step(scans: Sequence[Scanned]) -> list[tuple[int, Scanned]]:
-    """Return the scored responses that were sampled from the student as it was, by step."""
+    """Return the scored responses to training prompts by the step of the weights."""
     found = [
         (one.answers.step, one)
         for one in scans
-        if one.answers.step is not None and one.deviations.num_tokens and _is_policy(one)
+        if one.answers.step is not None and one.deviations.num_tokens
     ]
     return sorted(found, key=lambda pair: pair[0])
 
 
 def _is_policy(found: Scanned) -> bool:
+    """Return whether responses were sampled from the student as it was."""
     # Samples of another temperature are of another distribution, whose mean is no reverse KL.
     sampling = read_manifest(found.answers.folder).sampling
     plain = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}

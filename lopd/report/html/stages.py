@@ -43,7 +43,9 @@ def stage_of(source: Source, name: str) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint[:DIGITS],
         "parents": {parent: print_[:DIGITS] for parent, print_ in manifest.parents.items()},
         "models": {
-            role: f"{PurePath(identity.path).name} {identity.weights[:DIGITS]}"
+            _role(source, role, identity.weights[:DIGITS]): (
+                f"{PurePath(identity.path).name} {identity.weights[:DIGITS]}"
+            )
             for role, identity in manifest.models.items()
         },
         "gave": _gave(source, name),
@@ -58,11 +60,21 @@ def output_weights(source: Source, name: str) -> str:
     return published_weights(source.folder / name, manifest.shards)[:DIGITS]
 
 
+def _role(source: Source, role: str, weights: str) -> str:
+    """Return what a model is in a run. A manifest calls both the base and the SFT student so."""
+    if role in ("student", "base_student") and source.kind == "run":
+        return "SFT student" if weights == output_weights(source, "sft") else "base student"
+    return role.replace("_", " ")
+
+
 def _gave(source: Source, name: str) -> str:
     """Return what a stage has made, in words."""
     weights = output_weights(source, name)
     if weights:
         return f"{_GAVE.get(name, 'model')}, weights {weights}"
+    if name == "evaluate":
+        evaluated = source.manifests[name].extra.get("responses", {})
+        return f"answers and scores of {len(evaluated)} models" if evaluated else ""
     rows = source.manifests[name].rows
     return f"{rows:,} {_GAVE.get(name, 'rows')}" if rows else ""
 
@@ -132,7 +144,8 @@ def _times(source: Source, stages: Sequence[Mapping[str, Any]]) -> list[list[str
         text = f"{duration(sum(row['seconds'] for row in last))}; stages made: {made}, "
         rows.append(["time of the last command", f"{text}reused: {len(last) - made}"])
     times = [row["seconds"] for row in stages if row["seconds"] is not None]
-    if times:
+    # Where nothing was reused, the last command has done it all.
+    if times and any(row["last_command"] != "made" for row in stages):
         text = f"{duration(sum(times))}, each by the command that finished it"
         rows.append(["time of all stages", text])
     return rows

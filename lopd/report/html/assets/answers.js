@@ -27,9 +27,10 @@ lopd.answerView = function (section, detail, figures) {
     const columns = [...new Set(first)].filter((column) => column >= 0);
     const others = titles.map((_, index) => index).filter((index) => !columns.includes(index) &&
       row.answers.some((answer) => answer.column === index));
+    const several = row.answers.some((answer) => answer.sample);
     const cells = (wanted) => el("div", { class: "answers" },
       merged(wanted.flatMap((column) => row.answers.filter((one) => one.column === column)))
-        .map((same) => shown(same, titles)));
+        .map((same) => shown(same, titles, several)));
     detail.replaceChildren(
       el("h3", {}, `Prompt ${row.id}`),
       el("div", { class: "text", tabindex: "0", role: "group", "aria-label": "Prompt" },
@@ -49,15 +50,20 @@ lopd.answerView = function (section, detail, figures) {
     return [...groups.values()];
   }
 
-  function nameOf(answer, titles) {
-    return titles[answer.column] + (answer.sample ? ` (sample ${answer.sample})` : "");
+  // The names of all who gave an answer, each model once with its samples.
+  function namesOf(same, titles, several) {
+    return [...new Set(same.map((one) => one.column))].map((column) => {
+      const samples = same.filter((one) => one.column === column).map((one) => one.sample);
+      return titles[column] + (several
+        ? ` (sample${samples.length > 1 ? "s" : ""} ${samples.join(", ")})` : "");
+    });
   }
 
-  function shown(same, titles) {
+  function shown(same, titles, several) {
     const [answer] = same;
     const verdict = answer.right === undefined ? "" : answer.right ? "right"
       : `wrong${answer.reason ? ` (${answer.reason})` : ""}`;
-    const names = same.map((one) => nameOf(one, titles));
+    const names = namesOf(same, titles, several);
     const length = `${lopd.count(answer.tokens.length)} tokens`;
     const end = { stop: "ended by itself", length: "cut off" }[answer.finish] || answer.finish;
     const sums = same.map(lopd.deviations).filter((values) => values)
@@ -68,7 +74,8 @@ lopd.answerView = function (section, detail, figures) {
     const text = el("div", { class: "text", tabindex: "0", role: "group",
       "aria-label": `Answer: ${names.join(", ")}. ${verdict}. Arrow keys go through its tokens.` },
       groups.map((group) => piece(group.map((at) => answer.tokens[at]), group, values)));
-    listen(text, same.map((one, index) => ({ answer: one, name: names[index] })), groups, values);
+    listen(text, same.map((one) => ({ answer: one, name: namesOf([one], titles, several)[0] })),
+      groups, values);
     return el("div", {}, el("h4", {}, names.join(" = ")),
       verdict ? el("p", { class: "verdict" }, `${answer.right ? "\u2713" : "\u2717"} ${verdict}` +
         (answer.found ? `, found: ${answer.found}` : "")) : null,

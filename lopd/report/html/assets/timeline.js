@@ -46,11 +46,11 @@ lopd.showPipeline = function (section) {
 
   function lineage(run) {
     const told = (pairs) =>
-      Object.entries(pairs).map(([name, text]) => `${name} ${text}`).join("; ");
+      Object.entries(pairs).map(([name, text]) => `${name}: ${text}`).join("; ");
     const columns = [
       { title: "stage", value: (row) => row.name },
       { title: "with the models (weights)", term: "fingerprint",
-        value: (row) => told(row.models).replaceAll("_", " ") },
+        value: (row) => told(row.models) },
       { title: "from the artifacts", value: (row) => told(row.parents) },
       { title: "it gave", value: (row) => row.gave },
       { title: "fingerprint", term: "fingerprint", value: (row) => row.fingerprint,
@@ -59,13 +59,16 @@ lopd.showPipeline = function (section) {
     return lopd.table("Which model made what, and from what", columns, run.overview.stages);
   }
 
-  // Seconds by kind. What is within a stage and of no other kind is the rest.
+  // Seconds by kind. What is within a stage and of no other kind is the rest. Servers start side by
+  // side, so what overlaps counts once.
   function sums(spans) {
     const lanes = new Map();
     for (const span of spans) {
-      const lane = lanes.get(span.lane) || { stage: 0 };
+      const lane = lanes.get(span.lane) || { stage: 0, ends: {} };
       lanes.set(span.lane, lane);
-      lane[span.kind] = (lane[span.kind] || 0) + span.end - span.start;
+      const end = Math.max(span.start, lane.ends[span.kind] || 0);
+      lane[span.kind] = (lane[span.kind] || 0) + Math.max(0, span.end - end);
+      lane.ends[span.kind] = Math.max(end, span.end);
     }
     return [...lanes].map(([name, lane]) => {
       const inner = Object.keys(kinds).filter((kind) => kind !== "stage")
@@ -115,7 +118,7 @@ lopd.showPipeline = function (section) {
   // The time since the beginning, without the pauses.
   function scale(axis) {
     const marks = [0, 0.25, 0.5, 0.75, 1].map((part) =>
-      el("span", {}, lopd.duration(part * axis.total)));
+      el("span", {}, part ? lopd.duration(part * axis.total) : "0:00"));
     return el("div", { class: "lane" }, el("div", {}, "time"),
       el("div", { class: "ticks" }, marks));
   }

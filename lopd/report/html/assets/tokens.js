@@ -174,7 +174,9 @@ lopd.showTokens = function (section) {
       text: (row) => lopd.signed(row.rates[1] - row.rates[0], 2) });
     rows.sort((one, other) => (other.of[0] ? other.of[0][3] : 0) - (one.of[0] ? one.of[0][3] : 0));
     const caption = "By token: the strongest and the commonest (a heading sorts by its column)";
-    return el("details", { open: true }, el("summary", {}, "Single tokens"),
+    // As a list of rows it is long.
+    const open = matchMedia("(min-width: 45rem)").matches;
+    return el("details", { open }, el("summary", {}, "Single tokens"),
       lopd.table(caption, columns, rows, { sortable: true }));
   }
 };
