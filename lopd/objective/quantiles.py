@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 else:
     torch = deferred("torch")
 
-# The quantiles that are reported, by their name. Most tokens have an advantage near 0: the signal is
-# in the tails.
+# The quantiles that are reported, by their name. Most tokens have an advantage near 0, and the
+# signal is in the tails.
 SHARES = {
     "advantage_p01": 0.01,
     "advantage_p05": 0.05,
@@ -26,8 +26,8 @@ SHARES = {
     "advantage_p95": 0.95,
     "advantage_p99": 0.99,
 }
-# Four thresholds in each factor of ten, from a thousandth of a nat to 30 nats, on both sides of 0.
-_SIZES = [10 ** (power / 4 - 3) for power in range(19)]
+# Four thresholds in each factor of ten, from 1e-4 to 30 nats, on both sides of 0.
+_SIZES = [10 ** (power / 4 - 4) for power in range(23)]
 _THRESHOLDS = (*(-size for size in reversed(_SIZES)), 0.0, *_SIZES)
 _PREFIX = "advantage_at_most_"
 

@@ -346,6 +346,9 @@ def test_a_character_of_several_tokens_is_one_piece(
 
 def test_two_runs_stand_side_by_side(chromium: Chromium, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["distill.optimizer.lr"] = 0.5
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
     path = tmp_path / "two.html"
     path.write_bytes(make_page(open_sources([run, tmp_path / "other"]), docs="")[0])
     chromium.errors.clear()
@@ -354,6 +357,12 @@ def test_two_runs_stand_side_by_side(chromium: Chromium, run: Path, tmp_path: Pa
     assert chromium.js("document.querySelectorAll('.card').length") == 2
     assert prompts(chromium) == [*answers(run, "sft")]
     titles = chromium.js("[...document.querySelectorAll('.answers h4')].map((e) => e.textContent)")
+    # The knobs are below the curves, and folded: the result comes first.
+    knobs = chromium.js("document.querySelector('#curves > details.knobs').textContent")
+    assert knobs.startswith("The runs differ in 1 knob")
+    assert "distill.optimizer.lr" in knobs
+    assert not chromium.js("document.querySelector('details.knobs').open")
+    assert not chromium.js("document.querySelector('#overview').textContent.includes('knob')")
     # The copy has the same answers.
     assert titles[0].startswith("first: run: distilled student = second: other: distilled student")
     labels = chromium.js(

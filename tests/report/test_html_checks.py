@@ -92,6 +92,12 @@ def test_figures_of_the_last_steps(
     assert title not in found(tmp_path, [{"loss": 1.0}])
 
 
+@pytest.mark.parametrize(("gap", "state"), [(0.1, "fine"), (0.5, "warning")])
+def test_a_gradient_that_the_rollouts_decide(tmp_path: Path, gap: float, state: str) -> None:
+    steps = [{"gradient_gap": gap, "advantage_std": 0.4}] * 4
+    assert found(tmp_path, steps)["gap of the gradient"] == state
+
+
 def test_the_worst_step_is_named(tmp_path: Path) -> None:
     """A mean of the last steps can hide it."""
     stage(tmp_path, "distill")

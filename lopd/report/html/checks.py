@@ -31,6 +31,11 @@ _END_ADVANTAGE = -1.0
 _TOP_SHARE = 0.5
 _OVER_CLIP = 0.001
 _OBJECTIVE_FIGURES = "objectives.md#the-figures-of-a-step"
+_DRIFT_REMEDY = (
+    "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make new "
+    "rollouts on the way (distill.refresh), or weight tokens by importance "
+    "(distill.objective.importance_cap)."
+)
 _NO_END = "understand.md#responses-without-an-end"
 
 
@@ -210,13 +215,21 @@ def _training(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
         text = (
             f"The effective sample share of the last steps is {share:.2f} (1 is no drift).{worst}"
         )
-        remedy = (
-            "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make "
-            "new rollouts on the way (distill.refresh), or weight tokens by importance "
-            "(distill.objective.importance_cap)."
-        )
         doc = "understand.md#a-low-effective-sample-share"
-        yield _judged(share < LOW_EFFECTIVE_SHARE, "drift from the rollouts", text, remedy, doc)
+        yield _judged(
+            share < LOW_EFFECTIVE_SHARE, "drift from the rollouts", text, _DRIFT_REMEDY, doc
+        )
+    gap = mean_of_last(train, "gradient_gap")
+    spread = mean_of_last(train, "advantage_std")
+    if gap is not None and spread is not None:
+        worst = _worst(train, "gradient_gap", ".3f", lowest=False)
+        text = (
+            f"The gradient on the rollouts may be {gap:.3f} nats from the one on fresh tokens in "
+            f"the last steps, where the advantage spreads by {spread:.3f}.{worst}"
+        )
+        # Where it is as large, the rollouts decide more than the student.
+        wrong = gap >= spread > 0
+        yield _judged(wrong, "gap of the gradient", text, _DRIFT_REMEDY, _OBJECTIVE_FIGURES)
     clipped = mean_of_last(train, "clipped_share")
     if clipped is not None:
         worst = _worst(train, "clipped_share", ".2%", lowest=False)

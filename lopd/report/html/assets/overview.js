@@ -39,6 +39,7 @@ lopd.showOverview = function (section) {
     const words = { warning: "Warning: ", note: "Note: ", fine: "" };
     const terms = { "equal compute": "equal-compute", "distance to the teacher": "reverse-kl",
       "drift from the rollouts": "effective-sample-share", "clipped share": "clipped-share",
+      "gap of the gradient": "chi-square",
       "mean advantage": "deviation", "advantage of end tokens": "deviation",
       "sharp teacher": "disagreement", "end token": "cut-off" };
     const title = check.title in terms ? lopd.term(terms[check.title], check.title) : check.title;
