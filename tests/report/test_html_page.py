@@ -142,6 +142,7 @@ def test_the_overview_says_which_model_made_what(data: dict[str, Any], run: Path
     assert ["SFT student", f"made by sft (weights {student})"] in overview["about"]
     # A manifest calls both students "student".
     assert [*stages["sft"]["models"]] == ["base student"]
+    assert [*stages["rollout"]["models"]] == ["base student", "SFT student"]
     assert stages["evaluate"]["gave"] == "answers and scores of 5 models"
     # The control: other weights are another model.
     manifest = read_manifest(run / "distill")

@@ -63,7 +63,7 @@ def new_figure(width: float, height: float, dpi: int = 110) -> Figure:
 
 def last_step(charts: Sequence[Mapping[str, Any]]) -> int:
     """Return the last step of all curves of distill."""
-    steps = [
+    steps: list[int] = [
         step
         for chart in charts
         if chart["stage"] == "distill"

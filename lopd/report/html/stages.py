@@ -43,7 +43,7 @@ def stage_of(source: Source, name: str) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint[:DIGITS],
         "parents": {parent: print_[:DIGITS] for parent, print_ in manifest.parents.items()},
         "models": {
-            _role(source, role, identity.weights[:DIGITS]): (
+            _role(source, name, role): (
                 f"{PurePath(identity.path).name} {identity.weights[:DIGITS]}"
             )
             for role, identity in manifest.models.items()
@@ -60,10 +60,10 @@ def output_weights(source: Source, name: str) -> str:
     return published_weights(source.folder / name, manifest.shards)[:DIGITS]
 
 
-def _role(source: Source, role: str, weights: str) -> str:
-    """Return what a model is in a run. A manifest calls both the base and the SFT student so."""
-    if role in ("student", "base_student") and source.kind == "run":
-        return "SFT student" if weights == output_weights(source, "sft") else "base student"
+def _role(source: Source, stage: str, role: str) -> str:
+    """Return what a model is in a run. Manifests call both the base and the SFT student student."""
+    if role == "student" and source.kind == "run":
+        return "SFT student" if stage in ("rollout", "score") else "base student"
     return role.replace("_", " ")
 
 
