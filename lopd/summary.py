@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from lopd.artifacts import publish_json, read_manifest
 from lopd.config import Config
-from lopd.config.distill import LOSS_TITLES
 from lopd.errors import DataError
 from lopd.records import Manifest
 from lopd.report.console import print_line
@@ -139,11 +138,10 @@ def _knows_cut(manifest: Manifest) -> bool:
 def draw(config: Config) -> None:
     """Publish the learning curve, if there are metrics to draw."""
     # Imported here: matplotlib takes long to import.
-    from lopd.report.curve import draw_learning_curve
+    from lopd.report.html.learning_curve import draw_learning_curve, learning_title
 
     try:
-        title = f"Distillation by {LOSS_TITLES[config.distill.objective.loss]}"
-        draw_learning_curve(config.run.dir, title=title)
+        draw_learning_curve(config.run.dir, title=learning_title(config.distill.objective.loss))
     except DataError as error:
         # A run without a curve is still a run.
         print_line(f"no learning curve: {error}", config.run.dir / "log.txt")

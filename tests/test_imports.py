@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {*CORE, "artifacts", "cache", "report"},
     "stages": {*PURE, *MEGATRON, *SGLANG, "report", "tasks"},
     "pipeline": {*PURE, "report", "stages", "summary", "tasks"},
-    "summary": {*CORE, "artifacts", "report"},
+    "summary": {*CORE, "artifacts", "report", "report.html"},
     "checks": {*PURE, *MEGATRON, *SGLANG, "planning", "report", "tasks"},
     "planning": {*CORE, *MEGATRON},
     "entry": {*CORE, "artifacts", "checks", "pipeline", "stages", "summary"},

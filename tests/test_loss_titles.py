@@ -11,7 +11,7 @@ from lopd import pipeline
 from lopd.config import load_config
 from lopd.config.distill import LOSS_TITLES
 from lopd.objective.registry import LOSSES
-from lopd.report import curve
+from lopd.report.html import learning_curve
 from tests.stand_ins import StandIns, write_project
 
 
@@ -35,7 +35,7 @@ def test_curve_and_card_name_the_loss(
         titles.append(title)
         return b""
 
-    monkeypatch.setattr(curve, "render_learning_curve", render)
+    monkeypatch.setattr(learning_curve, "render_learning_curve", render)
     StandIns().install(monkeypatch)
     top_k = [] if loss == "lightning" else ["score.top_k=2"]
     project = write_project(tmp_path)

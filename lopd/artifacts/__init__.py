@@ -22,6 +22,7 @@ from __future__ import annotations
 from lopd.artifacts.fingerprints import (
     identify_model,
     identify_tokenizer,
+    published_weights,
     sha256_file,
     sha256_json,
     software_versions,
@@ -65,6 +66,7 @@ __all__ = [
     "publish_bytes",
     "publish_json",
     "published_rows",
+    "published_weights",
     "read_complete",
     "read_manifest",
     "read_shard",

@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lopd.artifacts.file_hashes import HASHES
 from lopd.errors import ArtifactError
-from lopd.records import ModelIdentity
+from lopd.records import ModelIdentity, ShardInfo
 
 # The packages whose versions stand in every manifest.
 _VERSIONED = ("lopd", "sglang", "megatron-core", "torch", "transformers", "pyarrow")
@@ -65,19 +66,48 @@ def identify_model(folder: str | Path) -> ModelIdentity:
     # are hashed.
     template = _chat_template(folder)
     config = _read_object(folder / "config.json")
-    # These fields say who wrote the file and not what the model is.
-    for key in _VOLATILE:
-        config.pop(key, None)
     # config.json counts as weights: the same tensors with another rope base or another epsilon of
     # the norms are another model.
     weights = HASHES.sha256_all(weight_files(folder))
     tokenizer = folder / "tokenizer.json"
     return ModelIdentity(
         path=str(folder),
-        weights=sha256_json([sha256_json(config), *weights]),
+        weights=_weights(config, weights),
         tokenizer=sha256_file(tokenizer) if tokenizer.is_file() else "",
         template=hashlib.sha256(template).hexdigest(),
     )
+
+
+def published_weights(folder: str | Path, shards: Sequence[ShardInfo]) -> str:
+    """Return the fingerprint of a model's weights as an artifact has published them.
+
+    It is the one of identify_model(), from the checksums in the manifest: no weight is read.
+
+    Args:
+        folder: The folder of the artifact, with the model in ``model``.
+        shards: Those of its manifest.
+
+    Returns:
+        "" where the artifact has published no model.
+
+    Raises:
+        ArtifactError: config.json is damaged.
+    """
+    # The order is that of weight_files().
+    files = {one.name: one.sha256 for one in shards if one.name.startswith("model/")}
+    weights = [files[name] for name in sorted(files) if name.endswith(".safetensors")]
+    config = Path(folder) / "model" / "config.json"
+    if not weights or not config.is_file():
+        return ""
+    return _weights(_read_object(config), weights)
+
+
+def _weights(config: dict[str, Any], checksums: Sequence[str]) -> str:
+    """Return the fingerprint of a model's weights from its config.json and their checksums."""
+    # config.json counts as weights: the same tensors with another rope base or another epsilon of
+    # the norms are another model.
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return sha256_json([sha256_json(kept), *checksums])
 
 
 def identify_tokenizer(folder: str | Path) -> ModelIdentity:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lopd.deferred import deferred
 from lopd.errors import DataError
+from lopd.objective.quantiles import advantage_quantiles, is_count
 from lopd.records import Microbatch
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def reduce_metrics(summed: Mapping[str, float]) -> dict[str, float]:
     - ``weight_squared`` also gives ``chi_square`` = E[w^2] - 1, ``effective_sample_share`` =
       (sum w)^2 / (n sum w^2), which goes from 1 (all weights equal) down to 1/n, and
       ``gradient_gap_bound`` = sqrt(E[A^2] E[(w - 1)^2]).
+    - The counts of lopd.objective.quantiles become the quantiles of the advantage.
     - ``nll`` also gives ``perplexity``. ``clipped`` is reported as ``clipped_share``.
     - ``X/NAME`` is the X of a part of the tokens, those of one teacher. It is reduced with the
       other sums of that part.
@@ -202,6 +204,8 @@ def _reduce_part(summed: Mapping[str, float]) -> dict[str, float]:
         if name.startswith("num_"):
             reported[name] = value
             continue
+        if is_count(name):
+            continue
         count = summed[_COUNT_OF.get(name, "num_tokens")]
         # For example a step in which every response was truncated has no end token. A figure that
         # is missing is honest; a 0 would look like perfect agreement.
@@ -217,7 +221,7 @@ def _reduce_part(summed: Mapping[str, float]) -> dict[str, float]:
     if "nll" in reported:
         # e^710 does not fit into a float64.
         reported["perplexity"] = math.exp(min(reported["nll"], 700.0))
-    return reported | _weight_figures(summed, reported)
+    return reported | advantage_quantiles(summed) | _weight_figures(summed, reported)
 
 
 def _weight_figures(summed: Mapping[str, float], reported: Mapping[str, float]) -> dict[str, float]:

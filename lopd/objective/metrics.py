@@ -18,6 +18,7 @@ from lopd.objective.aggregation import (
 )
 from lopd.objective.estimators import reverse_kl_terms, token_importance
 from lopd.objective.interface import TokenBatch, without_gradient
+from lopd.objective.quantiles import advantage_counts
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,8 @@ def distillation_sums(
     After reduce_metrics they are reported as:
 
     - ``advantage``, ``advantage_std``: log pi_T - log pi_theta before the clip, in nats.
+    - ``advantage_p01``, ``_p05``, ``_p50``, ``_p95``, ``_p99``: its quantiles over tokens (see
+      lopd.objective.quantiles).
     - ``clipped_share``: the share of tokens beyond the clip.
     - ``end_token_advantage``: the mean on end tokens. It is negative where the teacher would
       continue the response.
@@ -76,7 +79,12 @@ def distillation_sums(
     # responses.
     sums["num_end_tokens"] = ends.sum(dtype=torch.float64)
     sums["end_token_advantage"] = torch.where(ends, advantage, 0.0).sum()
-    return {**sums, **_weight_sums(student, teacher, batch), **_entropy_sums(batch)}
+    return {
+        **sums,
+        **advantage_counts(advantage, mask),
+        **_weight_sums(student, teacher, batch),
+        **_entropy_sums(batch),
+    }
 
 
 def _weight_sums(student: Tensor, teacher: Tensor, batch: TokenBatch) -> dict[str, Tensor]:

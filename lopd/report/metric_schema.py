@@ -46,6 +46,11 @@ METRICS: tuple[Metric, ...] = (
     # How far student and teacher are apart.
     Metric("advantage", _NATS, "distill", "the mean of log pi_T - log pi_S before the clip"),
     Metric("advantage_std", _NATS, "distill", "its standard deviation over tokens"),
+    Metric("advantage_p01", _NATS, "distill", "its 1% quantile over tokens, interpolated"),
+    Metric("advantage_p05", _NATS, "distill", "its 5% quantile"),
+    Metric("advantage_p50", _NATS, "distill", "its median"),
+    Metric("advantage_p95", _NATS, "distill", "its 95% quantile"),
+    Metric("advantage_p99", _NATS, "distill", "its 99% quantile"),
     Metric("clipped_share", _SHARE, "distill", "tokens with an advantage beyond the clip"),
     Metric("reverse_kl", _NATS, "distill", "KL(student, teacher) at the rollouts' states"),
     Metric("num_end_tokens", "tokens", "distill", "sampled end tokens"),

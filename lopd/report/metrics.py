@@ -47,6 +47,22 @@ def mean_of_last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def worst_step(
+    rows: Sequence[Mapping[str, Any]], name: str, *, lowest: bool
+) -> tuple[float, int] | None:
+    """Return the worst value of a figure and its step; None if no step has the figure.
+
+    Args:
+        rows: Lines of metrics.jsonl.
+        name: The figure.
+        lowest: Whether the lowest value is the worst one.
+    """
+    known = [(float(row[name]), int(row["step"])) for row in rows if row.get(name) is not None]
+    if not known:
+        return None
+    return min(known, key=lambda pair: pair[0] if lowest else -pair[0])
+
+
 def read_metrics(
     folder: Path, *, kind: str | None = None, stage: str | None = None
 ) -> list[dict[str, Any]]:

@@ -18,7 +18,9 @@ from lopd.launching import make_plan
 from lopd.planning.stages import planned_stages
 from lopd.records import Response
 from lopd.report.console import show_summary
-from lopd.report.curve import panels_of
+from lopd.report.html.curves import charts_of
+from lopd.report.html.learning_curve import learning_charts
+from lopd.report.html.source import open_sources
 from lopd.stages import held_out
 from lopd.stages.order import STAGES as ALL
 from lopd.stages.order import is_needed
@@ -108,7 +110,9 @@ def test_a_run_without_a_verifier_has_no_accuracy_anywhere(
     assert "this task has no verifier" in shown
     assert "cut off, %" in shown
     assert "accuracy" not in shown
-    assert panels_of([], summary) == ["loss", "training_reverse_kl", "held_out_reverse_kl"]
+    charts = learning_charts(charts_of(open_sources([project.parent / "run"])))
+    assert [one["name"] for one in charts if one["levels"]] == ["held_out_reverse_kl"]
+    assert "accuracy" not in [one["name"] for one in charts]
 
 
 def test_the_same_prompts_need_answers_where_they_are_compared(project: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lopd.errors import DataError
 from lopd.objective import Lightning, TokenBatch, reduce_metrics, reverse_kl_terms
+from lopd.objective.quantiles import SHARES, advantage_counts, advantage_quantiles
 from tests.limits import close
 
 NUM_STATES = 5
@@ -122,6 +123,48 @@ def test_advantage_figures_are_those_of_the_unclipped_advantage() -> None:
     close(reported["advantage_std"], advantage.std(), rel=1e-9)
     close(reported["clipped_share"], (np.abs(advantage) > 2.0).mean(), rel=1e-12)
     assert reported["advantage"] != pytest.approx(np.clip(advantage, -2, 2).mean(), rel=1e-3)
+
+
+def test_the_quantiles_of_the_advantage_are_those_of_all_microbatches() -> None:
+    rng = np.random.default_rng(8)
+    student = torch.tensor(rng.uniform(-3, -0.1, 4000))
+    teacher = student + torch.tensor(rng.standard_t(3, 4000) * 0.5)
+    mask = torch.tensor(rng.random(4000) < 0.7)
+    advantage = (teacher - student)[mask].numpy()
+    # In two parts, as two microbatches or two ranks have them.
+    parts = [
+        advantage_counts((teacher - student)[part], mask[part])
+        for part in (slice(0, 1500), slice(1500, None))
+    ]
+    summed = {name: float(parts[0][name] + parts[1][name]) for name in parts[0]}
+    quantiles = advantage_quantiles({**summed, "num_tokens": float(mask.sum())})
+    assert [*quantiles] == [*SHARES]
+    for name, value in quantiles.items():
+        exact = float(np.quantile(advantage, SHARES[name]))
+        # Between two thresholds, of which one is 1.78 times the other.
+        assert abs(value - exact) <= 0.8 * abs(exact) + 0.002, name
+    assert advantage_quantiles({"num_tokens": 4.0}) == {}
+
+
+def test_a_masked_token_moves_no_quantile() -> None:
+    advantage = torch.tensor([-0.5, -0.5, -0.5, 20.0])
+    for mask, below in (([1, 1, 1, 0], True), ([1, 1, 1, 1], False)):
+        counts = advantage_counts(advantage, torch.tensor(mask, dtype=torch.bool))
+        summed = {name: float(value) for name, value in counts.items()}
+        quantiles = advantage_quantiles({**summed, "num_tokens": float(sum(mask))})
+        # The control is the token that counts.
+        assert (quantiles["advantage_p95"] < 0) == below
+
+
+def test_a_quantile_beyond_all_thresholds_is_the_last_one() -> None:
+    for sign in (-1, 1):
+        counts = advantage_counts(sign * torch.full((4,), 1e6), ONES)
+        summed = {name: float(value) for name, value in counts.items()}
+        for value in advantage_quantiles({**summed, "num_tokens": 4.0}).values():
+            assert value == pytest.approx(sign * 10 ** (22 / 4 - 4))
+
+
+ONES = torch.ones(4, dtype=torch.bool)
 
 
 def test_the_gap_of_the_gradient_and_its_bound() -> None:

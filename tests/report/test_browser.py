@@ -98,14 +98,27 @@ def test_every_section_is_there(browser: Chromium) -> None:
 def test_every_filter(browser: Chromium, run: Path) -> None:
     names = [*answers(run, "sft")]
     assert prompts(browser) == names
+    sizes = {
+        model: {
+            name: float(np.abs(np.round(scores, 3) - np.round(one.sampling_logprobs, 3)).mean())
+            for name, (one, scores) in answers(run, model).items()
+        }
+        for model in ("sft", "distilled")
+    }
     # Answer i is right before for even i, and after for i < 4 (tests/report/made_run.py).
     expected = {
         "won": [names[1], names[3]],
         "lost": [names[4], names[6]],
+        "better": [names[1], names[3]],
+        "worse": [names[4], names[6]],
         "wrong": names[4:],
         "cut": [names[2], names[5]],
+        "nearer": [name for name in names if sizes["distilled"][name] < sizes["sft"][name]],
+        "further": [name for name in names if sizes["distilled"][name] > sizes["sft"][name]],
         "all": names,
     }
+    assert expected["nearer"]
+    assert expected["further"]
     for value, wanted in expected.items():
         choose(browser, "Show", value)
         assert prompts(browser) == wanted, value
@@ -148,7 +161,13 @@ def test_the_pointed_token_says_what_the_cache_says(browser: Chromium, run: Path
     assert browser.js("document.querySelector('#transcripts h3').textContent") == f"Prompt {name}"
     # The second answer is the one of the distilled student.
     text = ".answers > div:nth-child(2) .text"
-    for place in (0, 4, 9):
+    # A line break has no width that one could point at.
+    seen = [
+        place
+        for place, token in enumerate(response.token_ids[:-1])
+        if decode(tokenizer, [token]).strip()
+    ]
+    for place in (seen[0], seen[len(seen) // 2], seen[-1]):
         browser.point_at(f"{text} .t:nth-child({place + 1})")
         told = browser.js("document.getElementById('token-figures').textContent")
         student = float(response.sampling_logprobs[place])
@@ -191,8 +210,50 @@ def test_the_keyboard_goes_through_tokens_and_charts(browser: Chromium, run: Pat
     browser.js(f"{chart}.scrollIntoView(); {chart}.focus()")
     browser.wait_for(f"{chart}.querySelector('canvas') !== null")
     browser.press("ArrowRight")
-    assert browser.js(f"{chart}.nextSibling.textContent") == "step 1: run 1"
-    assert "run: 1 at 1, 0.5 at 2" in browser.js(f"{chart}.getAttribute('aria-label')")
+    assert browser.js(f"{chart}.nextSibling.textContent") == "optimizer step 1: run 1"
+    assert "run: 1 nats at 1, 0.5 nats at 2" in browser.js(f"{chart}.getAttribute('aria-label')")
+
+
+def test_the_same_answer_of_several_models_is_shown_once(browser: Chromium, run: Path) -> None:
+    titles = "[...document.querySelectorAll('.answers h4')].map((e) => e.textContent)"
+    apart = ["before: SFT student", "after: distilled student", "teacher"]
+    assert browser.js(titles)[:3] == apart
+    browser.js("[...document.querySelectorAll('.results button')].at(-1).click()")
+    assert browser.js(titles)[0] == " = ".join(apart)
+    assert "The same answer 3 times" in browser.js("document.querySelector('.answers').textContent")
+    # Each model has figures of its own.
+    browser.point_at(".answers .t")
+    told = browser.js("document.getElementById('token-figures').textContent")
+    for model, title in (("sft", apart[0]), ("distilled", apart[1]), ("teacher", apart[2])):
+        response, _ = [*answers(run, model).values()][-1]
+        value = f"log \u03c0_student \u2212{-float(response.sampling_logprobs[0]):.3f}"
+        assert value in told.split(f"{title}: ")[1].split("difference")[0]
+
+
+def test_every_plot_names_its_axes(browser: Chromium) -> None:
+    """uPlot draws the names into the canvas, so the calls that draw text are watched."""
+    browser.js(
+        "(() => { window.drawn = []; const draw = CanvasRenderingContext2D.prototype.fillText;"
+        "CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {"
+        "window.drawn.push(text); return draw.call(this, text, ...rest); };"
+        "lopd.charts.forEach((one) => { if (one.plot.clientWidth) one.draw(); }); })()"
+    )
+    browser.wait_for("window.drawn.includes('optimizer step')")
+    drawn = set(browser.js("window.drawn"))
+    # Those of the charts that are folded are not drawn yet.
+    shown = {one["unit"] for one in browser.js("lopd.data.charts") if one["group"] == "main"}
+    assert shown
+    assert shown <= drawn
+    assert {"tenth of the response", "% of the tokens are below", "tokens"} <= drawn
+
+
+def test_a_point_of_the_accuracy_says_on_how_many_prompts_it_stands(browser: Chromium) -> None:
+    plot = "[...document.querySelectorAll('.plot')].find((e) => e.ariaLabel.startsWith('Accuracy'))"
+    browser.js(f"{plot}.scrollIntoView(); {plot}.focus()")
+    browser.wait_for(f"{plot}.querySelector('canvas') !== null")
+    browser.press("ArrowRight")
+    told = browser.js(f"{plot}.nextSibling.textContent")
+    assert told == "optimizer step 0: run 50 (95% interval: 30 to 70), 8 prompts"
 
 
 def test_special_tokens_are_shown_on_demand(browser: Chromium) -> None:
@@ -214,8 +275,19 @@ def test_special_tokens_are_shown_on_demand(browser: Chromium) -> None:
 @pytest.mark.parametrize(("name", "width", "dark"), SCHEMES)
 def test_it_fits_every_screen(browser: Chromium, name: str, width: int, dark: bool) -> None:
     browser.look(width, dark=dark)
-    # Wide tables scroll within their own boxes, and the page itself does not.
     assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+    # No column is out of sight either: a table that does not fit becomes a list.
+    browser.js("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    hidden = (
+        "[...document.querySelectorAll('.scroll')].filter((one) =>"
+        "one.scrollWidth > one.clientWidth).map((one) => one.textContent.slice(0, 60))"
+    )
+    browser.wait_for(f"{hidden}.length === 0")
+    # Tables of charts are as narrow as these.
+    stacked = (
+        "[...document.querySelectorAll('.stacked')].filter((e) => !e.closest('figure')).length"
+    )
+    assert (browser.js(stacked) > 3) == (width < 600)
     ground = browser.js("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") != dark
     if "LOPD_SCREENSHOTS" in os.environ:
@@ -232,7 +304,14 @@ def test_whoever_hears_the_page_is_told_the_same(browser: Chromium) -> None:
     assert browser.js("[...document.querySelectorAll('.plot')].every((one) => one.ariaLabel)")
     assert browser.js("[...document.querySelectorAll('table')].every((one) => one.caption)")
     headings = browser.js("[...document.querySelectorAll('h1, h2')].map((one) => one.tagName)")
-    assert headings == ["H1", *["H2"] * 5]
+    assert headings == ["H1", *["H2"] * 6]
+    # Each word that is explained leads to its explanation, and says it at once.
+    unexplained = (
+        "[...document.querySelectorAll('a.term')].filter((one) => !one.title ||"
+        "!document.querySelector(one.getAttribute('href')))"
+    )
+    assert browser.js(f"{unexplained}.length") == 0
+    assert browser.js("document.querySelectorAll('a.term').length") > 10
 
 
 def test_a_character_of_several_tokens_is_one_piece(
@@ -267,6 +346,9 @@ def test_a_character_of_several_tokens_is_one_piece(
 
 def test_two_runs_stand_side_by_side(chromium: Chromium, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["distill.optimizer.lr"] = 0.5
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
     path = tmp_path / "two.html"
     path.write_bytes(make_page(open_sources([run, tmp_path / "other"]), docs="")[0])
     chromium.errors.clear()
@@ -275,7 +357,18 @@ def test_two_runs_stand_side_by_side(chromium: Chromium, run: Path, tmp_path: Pa
     assert chromium.js("document.querySelectorAll('.card').length") == 2
     assert prompts(chromium) == [*answers(run, "sft")]
     titles = chromium.js("[...document.querySelectorAll('.answers h4')].map((e) => e.textContent)")
-    assert titles[:2] == ["run: distilled student", "other: distilled student"]
+    # The knobs are below the curves, and folded: the result comes first.
+    knobs = chromium.js("document.querySelector('#curves > details.knobs').textContent")
+    assert knobs.startswith("The runs differ in 1 knob")
+    assert "distill.optimizer.lr" in knobs
+    assert not chromium.js("document.querySelector('details.knobs').open")
+    assert not chromium.js("document.querySelector('#overview').textContent.includes('knob')")
+    # The copy has the same answers.
+    assert titles[0].startswith("first: run: distilled student = second: other: distilled student")
+    labels = chromium.js(
+        "[...document.querySelectorAll('#transcripts label')].map((e) =>e.firstChild.textContent)"
+    )
+    assert labels[1:3] == ["First", "Second"]
 
 
 def test_a_damaged_page_says_so(chromium: Chromium, page: Path, tmp_path: Path) -> None:

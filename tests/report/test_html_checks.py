@@ -92,6 +92,36 @@ def test_figures_of_the_last_steps(
     assert title not in found(tmp_path, [{"loss": 1.0}])
 
 
+@pytest.mark.parametrize(("gap", "state"), [(0.1, "fine"), (0.5, "warning")])
+def test_a_gradient_that_the_rollouts_decide(tmp_path: Path, gap: float, state: str) -> None:
+    steps = [{"gradient_gap": gap, "advantage_std": 0.4}] * 4
+    assert found(tmp_path, steps)["gap of the gradient"] == state
+
+
+def test_the_worst_step_is_named(tmp_path: Path) -> None:
+    """A mean of the last steps can hide it."""
+    stage(tmp_path, "distill")
+    steps = [0.9, 0.3, 0.9, 0.9, 0.9, 0.9]
+    lines = [
+        json.dumps(
+            {
+                "kind": "train",
+                "stage": "distill",
+                "step": step,
+                "effective_sample_share": share,
+                "clipped_share": 1 - share,
+            }
+        )
+        for step, share in enumerate(steps, start=1)
+    ]
+    (tmp_path / METRICS).write_text("".join(f"{line}\n" for line in lines))
+    checks = {one.title: one for one in checks_of(open_sources([tmp_path])[0], [], [])}
+    drift = checks["drift from the rollouts"]
+    assert drift.state == "fine"
+    assert drift.text.endswith("The lowest was 0.30, at step 2.")
+    assert checks["clipped share"].text.endswith("The highest was 70.00%, at step 2.")
+
+
 def scanned(model: str, prompt_set: str, lengths: list[int], cut: int) -> Scanned:
     one = Scanned(Answers(prompt_set, model, model, Path(), {}))
     one.lengths = lengths
@@ -135,10 +165,10 @@ def test_a_training_that_did_harm(tmp_path: Path, before: int, after: int, state
         judged("distilled", [index < after for index in range(100)]),
     ]
     assert found(tmp_path, scans=scans)["accuracy of the distilled student"] == state
-    # The same against the baseline of equal compute is no fault, and silent where it is none.
+    # Of the baseline of equal compute one also wants to know that it may be as good.
     scans[0].answers = replace(scans[0].answers, model="sft_longer")
-    expected = "note" if state == "warning" else None
-    assert found(tmp_path, scans=scans).get("equal compute") == expected
+    expected = {90: "fine", 58: "note", 30: "warning"}[after]
+    assert found(tmp_path, scans=scans)["equal compute"] == expected
 
 
 @pytest.mark.parametrize(("after", "state"), [(0.01, "fine"), (0.2, "warning")])
@@ -149,7 +179,7 @@ def test_a_student_that_left_the_teacher(tmp_path: Path, after: float, state: st
 
 
 def test_rollouts_that_are_cut_off(tmp_path: Path) -> None:
-    title = "ends of the training prompts (frozen rollouts)"
+    title = "ends of the training prompts (rollouts)"
     for cut, state in ((19, "fine"), (21, "warning")):
         scans = [scanned("sft", "rollouts", [10] * 100, cut)]
         assert found(tmp_path, scans=scans)[title] == state

@@ -12,9 +12,11 @@ import torch
 from lopd.config import DistillSection, ObjectiveSection
 from lopd.megatron.training.health import expert_load
 from lopd.objective import reduce_metrics
+from lopd.objective.quantiles import is_count
 from lopd.objective.registry import objective_from_config
 from lopd.objective.supervised import Supervised
 from lopd.objective.top_k import TopKKL
+from lopd.report.html.curves import PANELS
 from lopd.report.metric_schema import METRICS, metric_lines, metric_of
 from tests.objective.dense import TableModel
 from tests.objective.pieces import packed_logprobs, samples_with_everything
@@ -57,7 +59,21 @@ def test_the_figures_of_objectives_are_in_the_schema() -> None:
     teacher = torch.log_softmax(torch.randn(NUM_TOKENS, 5), -1)
     top = batch_of(logits, teacher, 3)
     sums = TopKKL("reverse", "tail").metric_sums(logits[:, 0], top, top.loss_mask)
-    assert unknown("train", sums) <= {"advantage_squared", "clipped", "sequence_log_weight_squared"}
+    reduced = {name for name in sums if not is_count(name)}
+    assert len(reduced) < len(sums)
+    inner = {"advantage_squared", "clipped", "sequence_log_weight_squared"}
+    assert unknown("train", reduced) <= inner
+
+
+def test_the_charts_of_the_report_show_figures_of_the_schema() -> None:
+    drawn = {
+        (one.kind, name)
+        for one in PANELS
+        if one.kind != "final"
+        for name in ([part for part, _ in one.parts] or [one.name])
+    }
+    assert {pair for pair in drawn if metric_of(*pair) is None} == set()
+    assert ("train", "advantage_p50") in drawn
 
 
 def test_the_figures_of_the_trainer_are_in_the_schema() -> None:

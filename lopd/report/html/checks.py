@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lopd.report.console import MODEL_TITLES
-from lopd.report.html.overview import paired_difference
+from lopd.report.html.comparing import against_baselines
 from lopd.report.html.responses import SETS
 from lopd.report.html.source import Source
 from lopd.report.html.transcripts import Scanned
-from lopd.report.metrics import LOW_EFFECTIVE_SHARE, mean_of_last, read_metrics
+from lopd.report.metrics import LOW_EFFECTIVE_SHARE, mean_of_last, read_metrics, worst_step
 
 # A student whose answers became so much longer has learned to go on.
 _LENGTH_RATIO = 1.5
@@ -31,6 +31,11 @@ _END_ADVANTAGE = -1.0
 _TOP_SHARE = 0.5
 _OVER_CLIP = 0.001
 _OBJECTIVE_FIGURES = "objectives.md#the-figures-of-a-step"
+_DRIFT_REMEDY = (
+    "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make new "
+    "rollouts on the way (distill.refresh), or weight tokens by importance "
+    "(distill.objective.importance_cap)."
+)
 _NO_END = "understand.md#responses-without-an-end"
 
 
@@ -107,23 +112,13 @@ def _results(source: Source, scans: Sequence[Scanned]) -> Iterator[Check]:
         "Look where the curves turn. Lower distill.optimizer.lr, take fewer steps, or use newer "
         "rollouts."
     )
-    held_out = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
-    after = held_out.get("distilled")
-    for name, title in (("sft", "the SFT student"), ("sft_longer", "SFT of equal compute")):
-        if after is None or name not in held_out:
-            continue
-        difference = paired_difference(held_out[name], after)
-        if difference is None:
-            continue
+    for name, title, difference in against_baselines(scans):
         low, high = (100 * value for value in difference["interval"])
         text = f"Against {title} it is {low:+.1f} to {high:+.1f} points (95% interval)."
         if name == "sft":
             yield _judged(high < 0, "accuracy of the distilled student", text, remedy, doc)
-        elif high < 0:
-            # This is no fault of the run: it says what else the compute could have bought.
-            more = "Compare them on your own task before you choose."
-            page = "evaluation.md#the-baseline-of-equal-compute"
-            yield Check("note", "equal compute", text, more, page)
+        else:
+            yield _equal_compute(low, high, text)
     evaluated = source.manifests.get("evaluate")
     divergence = evaluated.extra.get("reverse_kl", {}) if evaluated is not None else {}
     if "sft" in divergence and "distilled" in divergence:
@@ -133,6 +128,24 @@ def _results(source: Source, scans: Sequence[Scanned]) -> Iterator[Check]:
             f"{values[1]:.4f} nats per token."
         )
         yield _judged(values[1] > values[0], "distance to the teacher", text, remedy, doc)
+
+
+def _equal_compute(low: float, high: float, text: str) -> Check:
+    """Compare with what else the compute could have bought: more SFT, without any OPD.
+
+    Args:
+        low: The lower end of the 95% interval of the difference, in points.
+        high: Its upper end.
+        text: What was seen.
+    """
+    page = "evaluation.md#the-baseline-of-equal-compute"
+    more = "Compare them on your own task before you choose."
+    if high < 0:
+        return Check("warning", "equal compute", f"{text} More SFT is better here.", more, page)
+    if low <= 0:
+        unsure = f"{text} Distillation is not shown to be better than more SFT."
+        return Check("note", "equal compute", unsure, more, page)
+    return Check("fine", "equal compute", text, "", page)
 
 
 def _teacher(source: Source) -> Iterator[Check]:
@@ -178,34 +191,64 @@ def _lengths(scans: Sequence[Scanned]) -> Iterator[Check]:
         text = f"{cut[1]:.1%} of the answers have no end after distillation, {cut[0]:.1%} before."
         lost = cut[1] > cut[0] + _CUT_RISE or cut[1] > _CUT_SHARE
         yield _judged(lost, "end token", text, remedy, _NO_END)
-    for one in scans:
-        if one.answers.prompt_set not in ("held_out", "policy"):
-            title = f"ends of the {SETS[one.answers.prompt_set]}"
-            text = f"{one.cut_share:.1%} of these responses were cut off at a token limit."
-            yield _judged(one.cut_share >= _CUT_SHARE, title, text, remedy, _NO_END)
+    for one in _whose_ends_matter(scans):
+        title = f"ends of the {SETS[one.answers.prompt_set]}"
+        if one.answers.is_refresh:
+            title = "ends of the refreshed rollouts"
+        text = f"{one.cut_share:.1%} of these responses were cut off at a token limit."
+        yield _judged(one.cut_share >= _CUT_SHARE, title, text, remedy, _NO_END)
+
+
+def _whose_ends_matter(scans: Sequence[Scanned]) -> list[Scanned]:
+    """Return the responses that a training learns from, and of all refreshes the worst."""
+    found = [one for one in scans if one.answers.prompt_set not in ("held_out", "policy")]
+    refreshes = [one for one in found if one.answers.is_refresh]
+    worst = max(refreshes, key=lambda one: one.cut_share, default=None)
+    return [one for one in found if one is worst or not one.answers.is_refresh]
 
 
 def _training(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
     """Look at the figures of the last steps of distill."""
     share = mean_of_last(train, "effective_sample_share")
     if share is not None:
-        text = f"The effective sample share of the last steps is {share:.2f} (1 is no drift)."
-        remedy = (
-            "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make "
-            "new rollouts on the way (distill.refresh), or weight tokens by importance "
-            "(distill.objective.importance_cap)."
+        worst = _worst(train, "effective_sample_share", ".2f", lowest=True)
+        text = (
+            f"The effective sample share of the last steps is {share:.2f} (1 is no drift).{worst}"
         )
         doc = "understand.md#a-low-effective-sample-share"
-        yield _judged(share < LOW_EFFECTIVE_SHARE, "drift from the rollouts", text, remedy, doc)
+        yield _judged(
+            share < LOW_EFFECTIVE_SHARE, "drift from the rollouts", text, _DRIFT_REMEDY, doc
+        )
+    gap = mean_of_last(train, "gradient_gap")
+    spread = mean_of_last(train, "advantage_std")
+    if gap is not None and spread is not None:
+        worst = _worst(train, "gradient_gap", ".3f", lowest=False)
+        text = (
+            f"The gradient on the rollouts may be {gap:.3f} nats from the one on fresh tokens in "
+            f"the last steps, where the advantage spreads by {spread:.3f}.{worst}"
+        )
+        # Where it is as large, the rollouts decide more than the student.
+        wrong = gap >= spread > 0
+        yield _judged(wrong, "gap of the gradient", text, _DRIFT_REMEDY, _OBJECTIVE_FIGURES)
     clipped = mean_of_last(train, "clipped_share")
     if clipped is not None:
-        text = f"{clipped:.2%} of the tokens of the last steps are beyond the clip."
+        worst = _worst(train, "clipped_share", ".2%", lowest=False)
+        text = f"{clipped:.2%} of the tokens of the last steps are beyond the clip.{worst}"
         remedy = "Look at single tokens below: is it the right teacher? lopd audit tests it."
         wrong = clipped > _CLIPPED_SHARE
         yield _judged(wrong, "clipped share", text, remedy, _OBJECTIVE_FIGURES)
+    yield from _advantages(train)
+
+
+def _advantages(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Look at the advantage of all tokens, and of end tokens."""
     advantage = mean_of_last(train, "advantage")
     if advantage is not None:
-        text = f"The mean advantage of the last steps is {advantage:+.3f} nats (0 is the teacher)."
+        worst = _worst(train, "advantage", "+.3f", lowest=True)
+        text = (
+            f"The mean advantage of the last steps is {advantage:+.3f} nats (0 is the teacher)."
+            f"{worst}"
+        )
         remedy = (
             "The student is still driven off its own samples: train for more steps, use newer "
             "rollouts, or a smaller distill.advantage_clip."
@@ -214,10 +257,20 @@ def _training(train: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
         yield _judged(wrong, "mean advantage", text, remedy, _OBJECTIVE_FIGURES)
     end = mean_of_last(train, "end_token_advantage")
     if end is not None:
-        text = f"The mean advantage of end tokens in the last steps is {end:+.3f} nats."
+        worst = _worst(train, "end_token_advantage", "+.3f", lowest=True)
+        text = f"The mean advantage of end tokens in the last steps is {end:+.3f} nats.{worst}"
         remedy = "The teacher wants longer responses. Watch the lengths at the syncs."
         wrong = end < _END_ADVANTAGE
         yield _judged(wrong, "advantage of end tokens", text, remedy, _OBJECTIVE_FIGURES)
+
+
+def _worst(train: Sequence[Mapping[str, Any]], name: str, form: str, *, lowest: bool) -> str:
+    """Return a sentence about the worst step: a mean of the last ones can hide it."""
+    worst = worst_step(train, name, lowest=lowest)
+    if worst is None:
+        return ""
+    word = "lowest" if lowest else "highest"
+    return f" The {word} was {worst[0]:{form}}, at step {worst[1]}."
 
 
 def _sharp_teacher(tokens: Sequence[Mapping[str, Any]]) -> Iterator[Check]:

@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lopd.records import Manifest
+from lopd.report.html.comparing import DIGITS, against_baselines, right_by_prompt
 from lopd.report.html.responses import MODELS
-from lopd.report.html.source import STAGES, Source, read_json
+from lopd.report.html.source import STAGES, Source
+from lopd.report.html.stages import cost_of, output_weights, stage_of
+from lopd.report.html.tokens import QUANTILES
 from lopd.report.html.transcripts import Scanned
-from lopd.tasks.accuracy import accuracy_interval, shares, standard_error
-
-# Hexadecimal digits of a fingerprint on the page: enough to tell artifacts apart.
-_DIGITS = 12
-# Of a normal distribution: 95% lie within so many standard deviations.
-_Z = 1.96
+from lopd.tasks.accuracy import accuracy_interval, shares
 
 
 def overview_of(source: Source, scans: Sequence[Scanned]) -> dict[str, Any]:
@@ -29,7 +26,7 @@ def overview_of(source: Source, scans: Sequence[Scanned]) -> dict[str, Any]:
         models (a row for each evaluated model), stages (a row for each stage), and cost (pairs).
     """
     models = _models(source, scans)
-    stages = [_stage(source, name) for name in STAGES if name in source.manifests]
+    stages = [stage_of(source, name) for name in STAGES if name in source.manifests]
     headline, further = _headline(models, scans)
     return {
         "kind": source.kind,
@@ -38,7 +35,7 @@ def overview_of(source: Source, scans: Sequence[Scanned]) -> dict[str, Any]:
         "about": _about(source),
         "models": models,
         "stages": stages,
-        "cost": _cost(source, stages),
+        "cost": cost_of(source, stages),
     }
 
 
@@ -54,7 +51,7 @@ def _headline(
             f"The distilled student is right on {100 * after['accuracy'][0]:.1f}% of the held-out "
             f"answers, the SFT student on {100 * before['accuracy'][0]:.1f}%."
         )
-        return text, _differences(scans)
+        return _with_what_is_better(text, rows, scans)
     if before and after and before.get("reverse_kl") and after.get("reverse_kl"):
         text = (
             f"The reverse KL to the teacher is {after['reverse_kl'][0]:.4f} nats per token for the "
@@ -71,17 +68,25 @@ def _headline(
     return f"Nothing was judged. {count:,} responses can be read below.", []
 
 
-def _differences(scans: Sequence[Scanned]) -> list[str]:
-    """Return how the distilled student compares with SFT, and with SFT of equal compute."""
-    of = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
-    told = []
-    for name in ("sft", "sft_longer"):
-        if name in of and "distilled" in of:
-            difference = paired_difference(of[name], of["distilled"])
-            if difference is not None:
-                title = "SFT of equal compute" if name == "sft_longer" else of[name].answers.title
-                told.append(f"Distilled against {title}: {_told(difference)}")
-    return told
+def _with_what_is_better(
+    text: str, rows: Mapping[str, Mapping[str, Any]], scans: Sequence[Scanned]
+) -> tuple[str, list[str]]:
+    """Return the headline and further sentences.
+
+    Where a model that costs no more is better than the distilled student, that is the headline.
+    """
+    differences = against_baselines(scans)
+    told = [f"Distilled against {title}: {_told(one)}" for _, title, one in differences]
+    for name, title, difference in differences:
+        if difference["interval"][1] < 0:
+            percents = [100 * rows[of]["accuracy"][0] for of in (name, "distilled")]
+            better = (
+                f"{title[0].upper()}{title[1:]} is better than the distilled student: it is right "
+                f"on {percents[0]:.1f}% of the held-out answers, the distilled student on "
+                f"{percents[1]:.1f}%."
+            )
+            return better, [text, *told]
+    return text, told
 
 
 def _told(difference: Mapping[str, Any]) -> str:
@@ -95,41 +100,6 @@ def _told(difference: Mapping[str, Any]) -> str:
         f"{100 * difference['mean']:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
         f"over the same {difference['num_prompts']:,} prompts. {sure}"
     )
-
-
-def paired_difference(one: Scanned, other: Scanned) -> dict[str, Any] | None:
-    """Return how much more often ``other`` is right, over the prompts that both have answered.
-
-    Prompts differ in difficulty more than models do, so the differences of the same prompts spread
-    less than the two accuracies.
-
-    Returns:
-        mean, interval (95%, normal) and num_prompts; None below two common prompts.
-    """
-    rows = [_right_by_prompt(found) for found in (one, other)]
-    # Prompt sets of other seeds have the same names for other prompts.
-    common = [
-        name
-        for name in rows[0]
-        if name in rows[1] and one.prompts.get(name) == other.prompts.get(name)
-    ]
-    if len(common) < 2:
-        return None
-    values = shares([rows[1][name] for name in common]) - shares([rows[0][name] for name in common])
-    error = standard_error(values)
-    mean = float(np.mean(values))
-    return {
-        "mean": mean,
-        "interval": [mean - _Z * error, mean + _Z * error],
-        "num_prompts": len(common),
-    }
-
-
-def _right_by_prompt(found: Scanned) -> dict[str, list[bool]]:
-    right: dict[str, list[bool]] = {}
-    for (prompt_id, _), verdict in found.answers.verdicts.items():
-        right.setdefault(prompt_id, []).append(verdict.right)
-    return right
 
 
 def _models(source: Source, scans: Sequence[Scanned]) -> list[dict[str, Any]]:
@@ -146,10 +116,11 @@ def _models(source: Source, scans: Sequence[Scanned]) -> list[dict[str, Any]]:
             "responses": len(found.lengths),
             "prompts": len(found.rows),
             "mean_len": float(np.mean(found.lengths)) if found.lengths else 0.0,
-            "lengths": _quantiles(found.lengths),
+            "lengths": _quantiles(found.lengths, (0.1, 0.5, 0.9, 1.0)),
+            "length_quantiles": _quantiles(found.lengths, QUANTILES),
             "finish": found.finish,
         }
-        right = [*_right_by_prompt(found).values()]
+        right = [*right_by_prompt(found).values()]
         if right:
             means = shares(right)
             (low, high), _ = accuracy_interval(means)
@@ -165,10 +136,8 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _quantiles(lengths: Sequence[int]) -> list[float]:
-    if not lengths:
-        return []
-    return [float(value) for value in np.quantile(lengths, [0.1, 0.5, 0.9, 1.0])]
+def _quantiles(lengths: Sequence[int], shares_of: Sequence[float]) -> list[float]:
+    return [float(value) for value in np.quantile(lengths, shares_of)] if lengths else []
 
 
 def _about(source: Source) -> list[list[str]]:
@@ -176,12 +145,16 @@ def _about(source: Source) -> list[list[str]]:
     models: dict[str, str] = {}
     for manifest in source.manifests.values():
         for role, identity in manifest.models.items():
-            weights = f"{PurePath(identity.path).name} (weights {identity.weights[:_DIGITS]})"
+            weights = f"{PurePath(identity.path).name} (weights {identity.weights[:DIGITS]})"
             # The first stage with a student names the base student, rollouts the SFT student.
             if weights not in models.values():
                 models.setdefault(role, weights)
     if source.kind == "run" and "student" in models:
         models = {{"student": "base student"}.get(role, role): one for role, one in models.items()}
+    for stage, role in (("sft", "SFT student"), ("distill", "distilled student")):
+        made = output_weights(source, stage)
+        if made:
+            models[role] = f"made by {stage} (weights {made})"
     rows = [[role, text] for role, text in models.items()]
     config = source.config
     for key, title in (("task.name", "task"), ("distill.objective.loss", "objective")):
@@ -202,166 +175,3 @@ def _about(source: Source) -> list[list[str]]:
     versions = next((one.versions for one in source.manifests.values()), {})
     rows.append(["made by", ", ".join(f"{name} {version}" for name, version in versions.items())])
     return rows
-
-
-def _stage(source: Source, name: str) -> dict[str, Any]:
-    manifest = source.manifests[name]
-    done = {row["name"]: row["status"] for row in source.summary.get("stages", [])}
-    seconds = read_json(source.folder / name / "seconds.json").get("seconds")
-    count, kind = _devices(source, name)
-    return {
-        "name": name,
-        "state": "done" if manifest.complete else "not finished",
-        # What the last command that reached this stage did.
-        "last_command": {"done": "made", "reused": "reused"}.get(done.get(name, ""), ""),
-        "seconds": seconds,
-        "devices": count,
-        "device": kind,
-        "rows": manifest.rows,
-        "tokens": sum(shard.tokens for shard in manifest.shards),
-        "bytes": manifest.extra.get("bytes"),
-        "fingerprint": manifest.fingerprint[:_DIGITS],
-        "parents": {parent: print_[:_DIGITS] for parent, print_ in manifest.parents.items()},
-        "models": {
-            role: f"{PurePath(identity.path).name} {identity.weights[:_DIGITS]}"
-            for role, identity in manifest.models.items()
-        },
-    }
-
-
-def _devices(source: Source, name: str) -> tuple[int, str]:
-    """Return how many processes or GPUs a stage computed with, and "CPU" or "GPU"."""
-    kind = "CPU" if _is_on_cpu(source.manifests.values()) else "GPU"
-    manifest = source.manifests[name]
-    served = 0
-    for record in manifest.extra.get("served", {}).values():
-        for server in record.get("servers", []):
-            arguments = server.get("arguments", {})
-            served += int(arguments.get("tp_size", 1)) * int(arguments.get("dp_size", 1))
-    knobs = manifest.inputs
-    ranks = knobs.get(f"{name}.parallel.ranks", 0)
-    nodes = read_json(source.folder / name / "job.json").get("config", {}).get(name, {})
-    ranks *= nodes.get("parallel", {}).get("nodes", 1) if isinstance(nodes, dict) else 1
-    return max(int(ranks), served, 1), kind
-
-
-def _is_on_cpu(manifests: Any) -> bool:
-    return any(
-        server.get("arguments", {}).get("device") == "cpu"
-        for manifest in manifests
-        for record in manifest.extra.get("served", {}).values()
-        for server in record.get("servers", [])
-    )
-
-
-def _cost(source: Source, stages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Return what the run has cost, as pairs of a title and a text."""
-    rows: list[list[Any]] = []
-    hours: dict[str, float] = {}
-    for row in stages:
-        if row["seconds"] is not None:
-            kind = row["device"]
-            hours[kind] = hours.get(kind, 0.0) + row["seconds"] * row["devices"] / 3600
-    for kind, number in hours.items():
-        unit = "GPU hours" if kind == "GPU" else "hours of processes on CPUs"
-        rows.append([unit, f"{number:.2f}"])
-    generated = _tokens(source.manifests.get("demonstrate"))
-    work = source.summary.get("teacher_work", {})
-    if generated:
-        rows.append(["tokens that the teacher wrote", f"{generated:,}"])
-    if work:
-        rows.append(["tokens that the teacher scored", f"{work['tokens']:,}"])
-        rows.append(["refreshes", f"{work['refreshes']}"])
-    scored = source.manifests.get("score") or source.manifests.get("artifact")
-    if scored is not None and scored.extra.get("bytes"):
-        size = f"{scored.extra['bytes'] / 2**20:,.1f} MiB"
-        rows.append(["cache", f"{size}, {scored.extra['bytes_per_token']:.2f} bytes per token"])
-    trained = source.summary.get("distill", {}).get("num_tokens")
-    if trained:
-        rows.append(["tokens through the student in distill", f"{trained:,}"])
-    return rows
-
-
-def _tokens(manifest: Manifest | None) -> int:
-    return sum(shard.tokens for shard in manifest.shards) if manifest is not None else 0
-
-
-def differing_knobs(sources: Sequence[Source]) -> list[list[Any]]:
-    """Return the knobs in which runs differ: [knob, value of each source]."""
-    configs = [_knobs(source) for source in sources]
-    keys = sorted({key for config in configs for key in config})
-    rows = []
-    for key in keys:
-        values = [config.get(key) for config in configs]
-        if any(value != values[0] for value in values[1:]):
-            rows.append([key, *("" if value is None else value for value in values)])
-    return rows
-
-
-def _knobs(source: Source) -> dict[str, Any]:
-    """Return the knobs of a source. Models are named by their weights and not by their path."""
-    knobs = dict(source.config)
-    for role, stage in (("teacher", "demonstrate"), ("teacher", "score"), ("student", "sft")):
-        manifest = source.manifests.get(stage)
-        if manifest is not None and role in manifest.models:
-            # The same model in another folder is no difference.
-            knobs[f"models.{role}"] = f"weights {manifest.models[role].weights[:_DIGITS]}"
-    return knobs
-
-
-def comparisons(
-    sources: Sequence[Source], scans: Sequence[Sequence[Scanned]]
-) -> list[dict[str, Any]]:
-    """Return how each further source compares with the first one, on the prompts of both.
-
-    Returns:
-        text, for each pair of sources whose final models answered the same held-out prompts.
-    """
-    finals = [_final(of_source) for of_source in scans]
-    rows = []
-    for source, other in zip(sources[1:], finals[1:], strict=True):
-        if finals[0] is None or other is None:
-            continue
-        difference = paired_difference(finals[0], other)
-        if difference is None:
-            continue
-        names = [
-            f"{of.name} ({final.answers.title})"
-            for of, final in ((sources[0], finals[0]), (source, other))
-        ]
-        rows.append({"text": verdict_of(names, difference), **difference})
-    return rows
-
-
-def verdict_of(names: Sequence[str], difference: Mapping[str, Any]) -> str:
-    """Return which of two sources is better, the better one first.
-
-    Args:
-        names: The first source and the other one.
-        difference: How much more often the other one is right (paired_difference).
-    """
-    # The better one first: a negative difference of the other one is read wrongly in a hurry.
-    better, worse = names if difference["mean"] <= 0 else (names[1], names[0])
-    low, high = sorted(abs(100 * value) for value in difference["interval"])
-    points = f"{abs(100 * difference['mean']):.1f} points"
-    prompts = f"over the same {difference['num_prompts']:,} prompts"
-    # What a second training with another seed would give is not in the interval.
-    seeds = "Each is one training: the interval knows nothing of other seeds."
-    if min(difference["interval"]) <= 0 <= max(difference["interval"]):
-        return (
-            f"{better} is ahead of {worse} by {points} {prompts}, which may be chance: the 95% "
-            f"interval holds 0. {seeds}"
-        )
-    return (
-        f"{better} is better than {worse} by {points} (95% interval {low:.1f} to {high:.1f}), "
-        f"{prompts}. {seeds}"
-    )
-
-
-def _final(scans: Sequence[Scanned]) -> Scanned | None:
-    """Return the answers that a source is judged by: those of its distilled student."""
-    judged = {one.answers.model: one for one in scans if one.answers.verdicts}
-    for name in ("distilled", "model", "sft"):
-        if name in judged:
-            return judged[name]
-    return None

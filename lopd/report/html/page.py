@@ -20,11 +20,15 @@ from typing import Any
 import lopd
 from lopd.errors import DataError
 from lopd.report.html.checks import checks_of
+from lopd.report.html.comparing import comparisons, differing_knobs
 from lopd.report.html.curves import charts_of
-from lopd.report.html.overview import comparisons, differing_knobs, overview_of
+from lopd.report.html.fresh import fresh_charts
+from lopd.report.html.learning_curve import title_of
+from lopd.report.html.overview import overview_of
 from lopd.report.html.responses import SETS, answers_of
 from lopd.report.html.source import Source
 from lopd.report.html.timeline import timeline_of
+from lopd.report.html.tokens import QUANTILES
 from lopd.report.html.transcripts import (
     Chosen,
     Scanned,
@@ -48,9 +52,11 @@ _FEW_TOKENS = 1000
 _SCRIPTS = (
     "page.js",
     "charts.js",
+    "curves.js",
     "overview.js",
     "timeline.js",
     "tokens.js",
+    "answers.js",
     "transcripts.js",
     "main.js",
 )
@@ -91,7 +97,8 @@ def gather(
     return {
         "version": lopd.__version__,
         "runs": runs,
-        "charts": charts_of(sources),
+        "charts": [*charts_of(sources), *fresh_charts(scans)],
+        "quantiles": QUANTILES,
         "knobs": differing_knobs(sources),
         "comparisons": comparisons(sources, scans),
         "vocabulary": vocabulary.rows,
@@ -118,6 +125,7 @@ def _panels(source: Source, scans: Sequence[Scanned], texts: Texts) -> dict[str,
     tokens = token_panels(scans, texts)
     return {
         "name": source.name,
+        "learning_title": title_of(source),
         "overview": overview_of(source, scans),
         "checks": [asdict(check) for check in checks_of(source, scans, tokens)],
         "timeline": [asdict(span) for span in timeline_of(source)],

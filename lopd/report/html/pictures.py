@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lopd.artifacts import publish_bytes
+from lopd.report.html.chart_picture import (
+    COLOURS,
+    DASHES,
+    draw_chart,
+    label_axes,
+    last_step,
+    new_figure,
+    style_axes,
+)
+from lopd.report.html.learning_curve import PICTURE as LEARNING_CURVE
+from lopd.report.html.learning_curve import learning_charts, render_learning_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that are told apart without colour vision, with dashes for those who see none.
-_COLOURS = ("#0065a3", "#c25100", "#00795a", "#a8477f")
-_DASHES: tuple[Any, ...] = ("-", (0, (6, 3)), (0, (1, 2)), (0, (8, 2, 2, 2)))
 _KINDS = {
     "stage": ("#d5d9e0", ""),
     "server start": ("#f3ae7c", "////"),
@@ -29,7 +37,9 @@ _COLUMNS = 3
 
 
 def write_pictures(data: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write curves.png, timeline.png and tokens.png, as far as there is something to draw.
+    """Write learning_curve.png, curves.png, timeline.png and tokens.png.
+
+    What there is nothing to draw for is left out.
 
     Args:
         data: What lopd.report.html.page.gather returns.
@@ -40,75 +50,59 @@ def write_pictures(data: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    parts: tuple[tuple[str, Callable[[Mapping[str, Any]], Figure | None]], ...] = (
-        ("curves.png", _curves),
-        ("timeline.png", _timelines),
-        ("tokens.png", _tokens),
+    parts: tuple[tuple[str, Callable[[Mapping[str, Any]], bytes | None]], ...] = (
+        (LEARNING_CURVE, _learning),
+        ("curves.png", lambda data: _png(_curves(data))),
+        ("timeline.png", lambda data: _png(_timelines(data))),
+        ("tokens.png", lambda data: _png(_tokens(data))),
     )
     for name, draw in parts:
-        figure = draw(data)
-        if figure is not None:
-            # In memory, because publish_bytes() needs the whole file.
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png")
-            publish_bytes(folder / name, picture.getvalue())
+        picture = draw(data)
+        if picture is not None:
+            publish_bytes(folder / name, picture)
             written.append(folder / name)
     return written
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _learning(data: Mapping[str, Any]) -> bytes | None:
+    """Return the learning curve of the run. Several runs have their curves in one picture."""
+    charts = learning_charts(data["charts"])
+    if len(data["runs"]) > 1 or not any(chart["series"] for chart in charts):
+        return None
+    return render_learning_curve(charts, title=data["runs"][0]["learning_title"])
 
-    # Without pyplot, which keeps every figure in a global list and looks for a display.
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+
+def _png(figure: Figure | None) -> bytes | None:
+    if figure is None:
+        return None
+    # In memory, because publish_bytes() needs the whole file.
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def _curves(data: Mapping[str, Any]) -> Figure | None:
     charts = [chart for chart in data["charts"] if chart["group"] == "main"]
     if not charts:
         return None
+    names = [run["name"] for run in data["runs"]]
     rows = math.ceil(len(charts) / _COLUMNS)
-    figure = _figure(4.6 * _COLUMNS, 3.1 * rows)
+    figure = new_figure(4.9 * _COLUMNS, 3.3 * rows)
     grid = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
     for axes, chart in zip(grid, charts, strict=False):
-        for line in chart["series"]:
-            index = line["source"] % len(_COLOURS)
-            style: dict[str, Any] = {"color": _COLOURS[index], "linestyle": _DASHES[index]}
-            axes.plot(line["x"], line["y"], label=data["runs"][line["source"]]["name"], **style)
-            if "low" in line:
-                band = (line["x"], line["low"], line["high"])
-                axes.fill_between(*band, color=_COLOURS[index], alpha=0.15, linewidth=0)
-        positive = all(value > 0 for line in chart["series"] for value in line["y"])
-        if chart["log"] and positive:
-            axes.set_yscale("log")
-        _title(axes, chart["title"], chart["unit"])
+        draw_chart(axes, chart, names, last=last_step(charts) if len(names) == 1 else None)
     for axes in grid[len(charts) :]:
         axes.set_visible(False)
-    if len(data["runs"]) > 1:
+    if len(names) > 1:
         grid[0].legend(fontsize=8)
     return figure
-
-
-def _title(axes: Axes, title: str, unit: str) -> None:
-    import textwrap
-
-    text = f"{title}, {unit}" if unit else title
-    axes.set_title("\n".join(textwrap.wrap(text, 46)), loc="left", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def _timelines(data: Mapping[str, Any]) -> Figure | None:
     runs = [run for run in data["runs"] if run["timeline"]]
     if not runs:
         return None
-    figure = _figure(12.0, 2.8 * len(runs))
+    figure = new_figure(12.0, 2.8 * len(runs))
     for axes, run in zip(figure.subplots(len(runs), 1, squeeze=False).flatten(), runs, strict=True):
         _timeline(axes, run)
     return figure
@@ -143,8 +137,8 @@ def _timeline(axes: Axes, run: Mapping[str, Any]) -> None:
     axes.legend(handles=patches, fontsize=8, ncols=len(patches), loc="upper right")
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
-    axes.set_xlabel("minutes", fontsize=8)
-    _title(axes, f"{run['name']}: what ran when", "")
+    style_axes(axes, f"{run['name']}: what ran when")
+    label_axes(axes, "minutes", "stage")
 
 
 def _tokens(data: Mapping[str, Any]) -> Figure | None:
@@ -158,18 +152,18 @@ def _tokens(data: Mapping[str, Any]) -> Figure | None:
     if not panels:
         return None
     sets: Sequence[str] = list(dict.fromkeys(panel["set_title"] for _, panel in panels))
-    figure = _figure(5.0 * len(sets), 3.6)
+    figure = new_figure(5.0 * len(sets), 3.6)
     for axes, title in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
         of_set = [(name, panel) for name, panel in panels if panel["set_title"] == title]
         for index, (name, panel) in enumerate(of_set):
             sizes = [size for _, size in panel["positions"]]
             label = f"{name}: {panel['title']}" if len(data["runs"]) > 1 else panel["title"]
-            place = index % len(_COLOURS)
-            style: dict[str, Any] = {"color": _COLOURS[place], "linestyle": _DASHES[place]}
+            place = index % len(COLOURS)
+            style: dict[str, Any] = {"color": COLOURS[place], "linestyle": DASHES[place]}
             axes.plot(
                 range(1, len(sizes) + 1), sizes, marker="o", markersize=3, label=label, **style
             )
         axes.legend(fontsize=8)
-        axes.set_xlabel("tenth of the response", fontsize=8)
-        _title(axes, f"{title}: mean size of log pi_teacher - log pi_student", "nats")
+        style_axes(axes, f"{title}: mean size of log pi_teacher - log pi_student")
+        label_axes(axes, "tenth of the response", "nats")
     return figure

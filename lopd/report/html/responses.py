@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lopd.artifacts import read_manifest
 from lopd.records import Key
 from lopd.report.console import MODEL_TITLES
 from lopd.report.html.source import Source, is_complete
@@ -16,13 +17,14 @@ from lopd.tasks.verdicts import Verdict
 SETS = {
     "held_out": "held-out prompts",
     "policy": "held-out prompts, sampled at temperature 1",
-    "rollouts": "training prompts (frozen rollouts)",
+    "rollouts": "training prompts (rollouts)",
     "demonstrations": "demonstrations",
     "responses": "responses",
 }
 # The models of an evaluation, in the order of the page.
 MODELS = ("base", "sft", "sft_longer", "distilled", "teacher")
-_SHARD = "shard-*.parquet"
+# The folders of refreshes begin so. Each has answers of other weights to the training prompts.
+_REFRESH = "refresh-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Answers:
         title: The name for people.
         folder: The artifact.
         verdicts: By the key of the response; {} where nobody judged.
+        step: The optimizer step whose weights wrote the responses to training prompts; None where
+            no training learns from them.
     """
 
     prompt_set: str
@@ -42,6 +46,12 @@ class Answers:
     title: str
     folder: Path
     verdicts: Mapping[Key, Verdict]
+    step: int | None = None
+
+    @property
+    def is_refresh(self) -> bool:
+        """Whether these are the rollouts of a refresh."""
+        return self.model.startswith(_REFRESH)
 
 
 def answers_of(source: Source) -> list[Answers]:
@@ -78,10 +88,21 @@ def _of_run(source: Source) -> list[Answers]:
             found.append(Answers("policy", model, title, scores, {}))
     rollouts = next((one for one in ("score", "rollout") if is_complete(source.folder / one)), None)
     if rollouts is not None:
-        found.append(Answers("rollouts", "sft", MODEL_TITLES["sft"], source.folder / rollouts, {}))
+        folder = source.folder / rollouts
+        found.append(Answers("rollouts", "sft", MODEL_TITLES["sft"], folder, {}, step=0))
+    found += _of_refreshes(source)
     demonstrations = source.folder / "demonstrate"
     if is_complete(demonstrations):
         found.append(
             Answers("demonstrations", "teacher", MODEL_TITLES["teacher"], demonstrations, {})
         )
     return found
+
+
+def _of_refreshes(source: Source) -> Iterator[Answers]:
+    """Yield the scored rollouts of each refresh of distill."""
+    for scores in sorted((source.folder / "distill").glob(f"{_REFRESH}*/scores")):
+        if is_complete(scores):
+            step = int(read_manifest(scores).inputs.get("refresh.step", 0))
+            title = f"student after step {step}"
+            yield Answers("rollouts", scores.parent.name, title, scores, {}, step=step)

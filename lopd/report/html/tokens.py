@@ -1,7 +1,7 @@
 """Where teacher and student disagree: by token, by position, by kind of token. One pass.
 
 The deviation of a token is log pi_teacher - log pi_student, in nats, where the student is the model
-that has sampled the response. On frozen rollouts it is the advantage at the start of distill.
+that has sampled the response. On the rollouts it is the advantage at the start of distill.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.records import Floats, Response
+from lopd.report.html.entropy import Entropies
 
 # Bins of the fine histogram of deviations: quantiles are exact to half of a bin.
 _EDGE = 40.0
 _BIN = 0.01
-_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 # The first tokens, middle and end of a response differ most. Each bin is a tenth of its length.
 NUM_POSITIONS = 10
 # How many tokens a table shows of each order.
@@ -38,12 +39,14 @@ class TokenFigures:
         positions: For each tenth of a response [mean, mean absolute deviation], in nats.
         kinds: By kind of token [tokens, mean, share of the sum of absolute deviations].
         tokens: By token id [text, occurrences, mean, share of the sum of absolute deviations].
+        entropy: How sure the teacher is (lopd.report.html.entropy); None where it is not known.
     """
 
     overall: Mapping[str, Any]
     positions: list[list[float | None]]
     kinds: Mapping[str, list[float]]
     tokens: Mapping[int, list[Any]]
+    entropy: Mapping[str, Any] | None
 
 
 class Deviations:
@@ -55,17 +58,30 @@ class Deviations:
         self._by_position = np.zeros((3, NUM_POSITIONS))
         self._by_token = np.zeros((3, 0))
         self._over_clip = 0
+        self._entropies = Entropies(NUM_POSITIONS, QUANTILES)
 
     @property
     def num_tokens(self) -> int:
         return int(self._bins.sum())
 
-    def add(self, response: Response, scores: Floats) -> None:
+    @property
+    def mean(self) -> float:
+        """The mean deviation of all tokens, in nats."""
+        return float(self._by_token[1].sum() / max(1, self.num_tokens))
+
+    def quantile(self, share: float) -> float:
+        """Return the deviation below which a share of the tokens lies, in nats."""
+        below = np.cumsum(self._bins)
+        place = int(np.searchsorted(below, share * below[-1]))
+        return (place - len(self._bins) // 2) * _BIN
+
+    def add(self, response: Response, scores: Floats, entropy: Floats | None = None) -> None:
         """Add one response.
 
         Args:
             response: The response.
             scores: The teacher's log-probabilities [R].
+            entropy: The teacher's entropy at each token [R], in nats, where it is known.
         """
         deviation = scores.astype(np.float64) - response.sampling_logprobs  # [R]
         # A damaged value would spoil every mean, and tokens without loss, such as those of a tool,
@@ -85,6 +101,8 @@ class Deviations:
         places = np.arange(len(response.token_ids))[known] * NUM_POSITIONS
         positions = places // len(response.token_ids)
         self._by_position += _sums(positions, deviation, NUM_POSITIONS)
+        if entropy is not None:
+            self._entropies.add(entropy[known], deviation, positions)
         highest = int(ids.max()) + 1
         if highest > self._by_token.shape[1]:
             grown = np.zeros((3, highest))
@@ -122,6 +140,7 @@ class Deviations:
                 for kind, (number, mean, size) in kinds.items()
             },
             {token: self._row(token, text_of, whole) for token in sorted(shown)},
+            self._entropies.figures(),
         )
 
     def row_of(self, token: int, text_of: Callable[[int], str]) -> list[Any] | None:
@@ -137,12 +156,8 @@ class Deviations:
     def _overall(self, whole: float) -> dict[str, Any]:
         edge = len(self._bins) // 2
         values = np.arange(-edge, edge + 1) * _BIN
-        below = np.cumsum(self._bins)
-        number = int(below[-1])
-        quantiles = {
-            str(share): float(values[np.searchsorted(below, share * number)])
-            for share in _QUANTILES
-        }
+        number = self.num_tokens
+        quantiles = {str(share): self.quantile(share) for share in QUANTILES}
         # Bins by the absolute value, the largest first: those of -x and x together.
         sizes = self._bins[edge:].copy()
         sizes[1:] += self._bins[edge - 1 :: -1]
@@ -152,7 +167,7 @@ class Deviations:
         binned = max(float((largest * sizes[::-1]).sum()), 1e-12)
         return {
             "tokens": number,
-            "mean": float(self._by_token[1].sum() / number),
+            "mean": self.mean,
             "mean_abs": whole / number,
             "over_1": float(self._bins[np.abs(values) > 1.0].sum() / number),
             "over_clip": self._over_clip / number,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lopd.cache.columns import ROUTED_EXPERTS, TAIL, TOP_IDS, TOP_LOGPROBS
-from lopd.cache.reader import CacheReader
-from lopd.records import Bools, Floats, Response
+from lopd.cache.reader import CacheReader, ScoredRow
+from lopd.records import Bools, Floats, Response, TeacherScores
 from lopd.report.html.responses import SETS, Answers
 from lopd.report.html.tokens import Deviations, TokenFigures
 from lopd.tasks.tokenizer import decode, load_tokenizer, token_texts
@@ -62,8 +62,8 @@ class Scanned:
         """The share of responses that were cut off at a token limit."""
         return self.finish.get("length", 0) / max(1, len(self.lengths))
 
-    def add(self, index: int, response: Response, scores: Floats | None) -> None:
-        """Add one response with the teacher's log-probabilities [R], if there are any."""
+    def add(self, index: int, response: Response, scored: TeacherScores | None) -> None:
+        """Add one response with what the teacher says of it, if there is anything."""
         name = response.prompt_id
         self.rows.setdefault(name, []).append(index)
         self.prompts[name] = hash(response.prompt_ids.tobytes())
@@ -72,8 +72,9 @@ class Scanned:
         self.tokens[name] = known + len(response.token_ids)
         self.lengths.append(len(response.token_ids))
         self.finish[response.finish_reason] = self.finish.get(response.finish_reason, 0) + 1
-        if scores is not None and len(scores):
-            self.deviations.add(response, scores)
+        if scored is not None and len(scored.teacher_logprobs):
+            scores = scored.teacher_logprobs
+            self.deviations.add(response, scores, scored.entropy)
             deviation = np.abs(scores - response.sampling_logprobs)
             # Tokens of a tool have no log-probabilities of the student, and no part in this.
             if response.loss_mask is not None:
@@ -91,8 +92,8 @@ def scan(answers: Answers) -> Scanned:
         ArtifactError: A shard is damaged.
     """
     found = Scanned(answers)
-    for index, (response, scores) in enumerate(_reader(answers.folder).rows()):
-        found.add(index, response, scores)
+    for index, (response, scored) in enumerate(_reader(answers.folder).scored_rows()):
+        found.add(index, response, scored)
     return found
 
 
@@ -228,8 +229,9 @@ def prompt_set(
         name, title, total, strongest, models (their titles), and prompts: of each prompt ``id``,
         ``prompt`` (indices of the vocabulary) and ``answers``. An answer has the index of its
         model, its sample index, finish reason and tokens (indices of the vocabulary). Where they
-        are known it has the verdict (``right``, ``reason``, ``found``), and the log-probabilities
-        of the model (``student``) and the teacher in thousandths of a nat.
+        are known it has the verdict (``right``, ``reason``, ``found``), the log-probabilities of
+        the model (``student``) and the teacher, and the teacher's ``entropy``, in thousandths of a
+        nat.
     """
     # Several sources share a choice, and each need not have all of its prompts.
     names = {name for one in scans for name in one.rows}
@@ -238,12 +240,12 @@ def prompt_set(
         one: {"id": one, "prompt": [], "answers": []} for one in own
     }
     for number, found in enumerate(scans):
-        for response, scores in _chosen_rows(found, chosen):
+        for response, scored in _chosen_rows(found, chosen):
             row = prompts[response.prompt_id]
             if not row["prompt"]:
                 row["prompt"] = _prompt(response.prompt_ids.tolist(), texts, vocabulary)
             row["answers"].append(
-                _answer(number, found.answers, response, scores, texts, vocabulary)
+                _answer(number, found.answers, response, scored, texts, vocabulary)
             )
     return {
         "name": name,
@@ -255,20 +257,20 @@ def prompt_set(
     }
 
 
-def _chosen_rows(found: Scanned, chosen: Chosen) -> Iterator[tuple[Response, Floats | None]]:
+def _chosen_rows(found: Scanned, chosen: Chosen) -> Iterator[ScoredRow]:
     """Yield the chosen responses of a model, in the order of the artifact."""
     indices = sorted(index for name in chosen.prompt_ids for index in found.rows.get(name, ()))
     reader = _reader(found.answers.folder)
     # In parts, so that the decoded rows of a large choice are not all in memory.
     for start in range(0, len(indices), 256):
-        yield from reader.fetch(indices[start : start + 256])
+        yield from reader.fetch_scored(indices[start : start + 256])
 
 
 def _answer(
     number: int,
     answers: Answers,
     response: Response,
-    scores: Floats | None,
+    scored: TeacherScores | None,
     texts: Texts,
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
@@ -279,8 +281,10 @@ def _answer(
         "tokens": _indices(response.token_ids.tolist(), texts, vocabulary),
         "student": _milli(response.sampling_logprobs, response.loss_mask),
     }
-    if scores is not None:
-        row["teacher"] = _milli(scores, response.loss_mask)
+    if scored is not None:
+        row["teacher"] = _milli(scored.teacher_logprobs, response.loss_mask)
+        if scored.entropy is not None:
+            row["entropy"] = _milli(scored.entropy, response.loss_mask)
     verdict = answers.verdicts.get(response.key)
     if verdict is not None:
         row |= {"right": verdict.right, "reason": verdict.reason, "found": verdict.found}
@@ -320,15 +324,15 @@ def _prompt(token_ids: Sequence[int], texts: Texts, vocabulary: Vocabulary) -> l
     return [vocabulary.index(text, token, bool(special)) for text, token, special in marked]
 
 
-def _milli(logprobs: Floats, loss_mask: Bools | None) -> list[int | None]:
-    """Return log-probabilities in thousandths of a nat.
+def _milli(values: Floats, loss_mask: Bools | None) -> list[int | None]:
+    """Return nats in thousandths.
 
     JSON has null for what is not finite, and for tokens without loss, whose values say nothing.
     """
-    known = np.isfinite(logprobs)
+    known = np.isfinite(values)
     if loss_mask is not None:
         known &= loss_mask
-    pairs = zip(logprobs.tolist(), known.tolist(), strict=True)
+    pairs = zip(values.tolist(), known.tolist(), strict=True)
     return [round(1000 * value) if is_known else None for value, is_known in pairs]
 
 
@@ -359,6 +363,7 @@ def token_panels(scans: Sequence[Scanned], texts: Texts) -> list[dict[str, Any]]
                 "positions": of_model.positions,
                 "kinds": of_model.kinds,
                 "tokens": _of_all(found.deviations, same_set, texts.of),
+                "entropy": of_model.entropy,
             }
         )
     return rows

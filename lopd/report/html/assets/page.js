@@ -48,25 +48,25 @@ lopd.duration = function (seconds) {
   return `${Math.floor(minutes / 60)}:${String(minutes % 60).padStart(2, "0")}:${rest}`;
 };
 
-// Returns a table in a box that scrolls by itself. A column is {title, number, value} and perhaps
-// {text}: value(row) is what is sorted by, text(row) what is shown.
+// Returns a table in a box. A column is {title, number, value} and perhaps {text, term}: value(row)
+// is what is sorted by, text(row) what is shown, term an entry of the list of terms. The roles keep
+// it a table for a screen reader where it is shown as a list of rows.
 lopd.table = function (caption, columns, rows, { sortable = false } = {}) {
   const el = lopd.el;
-  const body = el("tbody");
+  const body = el("tbody", { role: "rowgroup" });
   const shown = (column, row) => {
     const found = column.text ? column.text(row) : column.value(row);
     return found === null || found === undefined ? "" : found;
   };
-  const fill = (sorted) =>
-    body.replaceChildren(
-      ...sorted.map((row) =>
-        el("tr", {}, columns.map((column, index) =>
-          el(index ? "td" : "th",
-            { class: column.number ? "number" : "", scope: index ? null : "row" },
-            shown(column, row))))));
+  const cell = (column, index, row) => el(index ? "td" : "th", {
+    class: column.number ? "number" : "", scope: index ? null : "row",
+    role: index ? "cell" : "rowheader", "data-title": column.title }, shown(column, row));
+  const fill = (sorted) => body.replaceChildren(...sorted.map((row) =>
+    el("tr", { role: "row" }, columns.map((column, index) => cell(column, index, row)))));
   const heads = columns.map((column) => {
-    const head = el("th", { scope: "col", class: column.number ? "number" : "" });
-    if (!sortable) head.append(column.title);
+    const head = el("th", { scope: "col", role: "columnheader",
+      class: column.number ? "number" : "" });
+    if (!sortable) head.append(column.term ? lopd.term(column.term, column.title) : column.title);
     else {
       const sort = () => {
         const up = head.getAttribute("aria-sort") === "descending";
@@ -86,8 +86,30 @@ lopd.table = function (caption, columns, rows, { sortable = false } = {}) {
     return head;
   });
   fill(rows);
-  return el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": caption },
-    el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, heads)), body));
+  const box = el("div", { class: "scroll" },
+    el("table", { class: sortable ? "sortable" : "", role: "table" }, el("caption", {}, caption),
+      el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, heads)), body));
+  lopd.stacking.observe(box);
+  return box;
+};
+
+// A table that is wider than its place becomes a list of rows, so that no column is out of sight.
+// In the next frame: whoever changes sizes while sizes are observed is told again and again.
+lopd.stacking = new ResizeObserver((entries) => requestAnimationFrame(() => {
+  for (const { target: box } of entries) {
+    const width = box.clientWidth;
+    if (!width || box.dataset.width === String(width)) continue;
+    box.dataset.width = String(width);
+    box.classList.remove("stacked");
+    box.classList.toggle("stacked", box.scrollWidth > width);
+  }
+}));
+
+// A word with its meaning: a pointer shows it, and the link leads to the list of terms.
+lopd.term = function (name, text) {
+  const meaning = document.getElementById(`term-${name}`).nextElementSibling.textContent;
+  return lopd.el("a", { class: "term", href: `#term-${name}`,
+    title: meaning.trim().replace(/\s+/g, " ") }, text);
 };
 
 lopd.select = function (label, options, onchange) {

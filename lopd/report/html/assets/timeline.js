@@ -3,13 +3,21 @@ lopd.showPipeline = function (section) {
   const el = lopd.el;
   const kinds = { "server start": "start of a server", step: "training step",
     sync: "sync and held-out answers", refresh: "refresh: new rollouts and scores",
-    "between steps": "other time between steps (checkpoints, pauses)", stage: "the rest" };
+    "between steps": "other time between steps (checkpoints, pauses)", stage: "other work" };
+  // What a stage does besides, for which its logs have no moments of their own.
+  const rests = { demonstrate: "the teacher samples; reading of prompts",
+    sft: "start of the ranks, loading and export of weights, checkpoints",
+    rollout: "the SFT student samples; reading of prompts",
+    score: "the teacher scores; reading and writing of the cache",
+    distill: "start of the ranks, loading and export of weights, checkpoints",
+    evaluate: "the models answer, the teacher scores, answers are judged",
+    export: "copying of the model" };
   let shown = false;
   for (const run of lopd.data.runs) {
     if (!run.overview.stages.length) continue;
     shown = true;
     if (lopd.data.runs.length > 1) section.append(el("h3", {}, run.name));
-    section.append(stages(run));
+    section.append(stages(run), lineage(run));
     if (run.timeline.length) section.append(times(run), gantt(run));
   }
   return shown;
@@ -18,7 +26,7 @@ lopd.showPipeline = function (section) {
     const columns = [
       { title: "stage", value: (row) => row.name },
       { title: "state", value: (row) => row.state },
-      { title: "last command", value: (row) => row.last_command },
+      { title: "last command", term: "reused", value: (row) => row.last_command },
       { title: "time", number: true, value: (row) => row.seconds,
         text: (row) => lopd.duration(row.seconds) },
       { title: "processes or GPUs", number: true, value: (row) => row.devices,
@@ -31,24 +39,36 @@ lopd.showPipeline = function (section) {
         text: (row) => (row.rows ? lopd.count(row.rows) : "") },
       { title: "tokens", number: true, value: (row) => row.tokens,
         text: (row) => (row.tokens ? lopd.count(row.tokens) : "") },
-      { title: "fingerprint", value: (row) => row.fingerprint,
-        text: (row) => el("code", {}, row.fingerprint) },
-      { title: "made from", value: (row) => Object.entries(row.parents).map(([name, print]) =>
-        `${name} ${print}`).join(", ") },
-      { title: "models (weights)", value: (row) => Object.entries(row.models).map(([role, model]) =>
-        `${role}: ${model}`).join("; ") },
     ];
     return lopd.table("Stages, with the time of the command that finished each", columns,
       run.overview.stages);
   }
 
-  // Seconds by kind. What is within a stage and of no other kind is the rest.
+  function lineage(run) {
+    const told = (pairs) =>
+      Object.entries(pairs).map(([name, text]) => `${name}: ${text}`).join("; ");
+    const columns = [
+      { title: "stage", value: (row) => row.name },
+      { title: "with the models (weights)", term: "fingerprint",
+        value: (row) => told(row.models) },
+      { title: "from the artifacts", value: (row) => told(row.parents) },
+      { title: "it gave", value: (row) => row.gave },
+      { title: "fingerprint", term: "fingerprint", value: (row) => row.fingerprint,
+        text: (row) => el("code", {}, row.fingerprint) },
+    ];
+    return lopd.table("Which model made what, and from what", columns, run.overview.stages);
+  }
+
+  // Seconds by kind. What is within a stage and of no other kind is the rest. Servers start side by
+  // side, so what overlaps counts once.
   function sums(spans) {
     const lanes = new Map();
     for (const span of spans) {
-      const lane = lanes.get(span.lane) || { stage: 0 };
+      const lane = lanes.get(span.lane) || { stage: 0, ends: {} };
       lanes.set(span.lane, lane);
-      lane[span.kind] = (lane[span.kind] || 0) + span.end - span.start;
+      const end = Math.max(span.start, lane.ends[span.kind] || 0);
+      lane[span.kind] = (lane[span.kind] || 0) + Math.max(0, span.end - end);
+      lane.ends[span.kind] = Math.max(end, span.end);
     }
     return [...lanes].map(([name, lane]) => {
       const inner = Object.keys(kinds).filter((kind) => kind !== "stage")
@@ -65,8 +85,9 @@ lopd.showPipeline = function (section) {
       { title: "stage", value: (row) => row.name },
       { title: "time", number: true, value: (row) => row.total,
         text: (row) => `${lopd.duration(row.total)} (${lopd.percent(row.total / all, 0)})` },
-      ...used.map((kind) => ({ title: kinds[kind], number: true,
-        value: (row) => row[kind] || 0, text: (row) => (row[kind] >= 0.5 ? lopd.duration(row[kind]) : "") })),
+      ...used.map((kind) => ({ title: kinds[kind], number: true, value: (row) => row[kind] || 0,
+        text: (row) => (row[kind] >= 0.5 ? lopd.duration(row[kind]) : "") })),
+      { title: "what the other work is", value: (row) => rests[row.name] || "" },
     ];
     return lopd.table("Where the time went, by the logs (all commands together)", columns, rows);
   }
@@ -91,7 +112,15 @@ lopd.showPipeline = function (section) {
       el("ul", { class: "key" }, Object.keys(kinds).filter((kind) => used.has(kind)).map((kind) =>
         el("li", {}, el("span", { class: `swatch ${cls(kind)}`, "aria-hidden": "true" }),
           kind === "stage" ? "stage" : kinds[kind]))),
-      el("div", { "aria-hidden": "true" }, lanes));
+      el("div", { "aria-hidden": "true" }, lanes, scale(axis)));
+  }
+
+  // The time since the beginning, without the pauses.
+  function scale(axis) {
+    const marks = [0, 0.25, 0.5, 0.75, 1].map((part) =>
+      el("span", {}, part ? lopd.duration(part * axis.total) : "0:00"));
+    return el("div", { class: "lane" }, el("div", {}, "time"),
+      el("div", { class: "ticks" }, marks));
   }
 
   function cls(kind) {

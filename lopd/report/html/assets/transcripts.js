@@ -1,7 +1,7 @@
 // Transcripts: the same prompt answered by several models, each token with its figures.
 lopd.showTranscripts = function (section) {
   const el = lopd.el;
-  const { runs, vocabulary } = lopd.data;
+  const { runs } = lopd.data;
   const sets = joined();
   if (!sets.length) return false;
   const PAGE = 50;
@@ -16,6 +16,7 @@ lopd.showTranscripts = function (section) {
   const detail = el("div", { "aria-live": "off" });
   const figures = el("div", { class: "figures", hidden: true },
     el("p", { role: "status", id: "token-figures" }));
+  const show = lopd.answerView(section, detail, figures);
   const search = el("input", { type: "search", placeholder: "text or prompt id",
     oninput: () => { state.text = search.value; refresh(); } });
   const setBox = lopd.select("Prompts", sets.map((set, index) => [String(index), set.title]),
@@ -23,12 +24,11 @@ lopd.showTranscripts = function (section) {
   const before = lopd.select("Before", [], (value) => { state.before = Number(value); refresh(); });
   const after = lopd.select("After", [], (value) => { state.after = Number(value); refresh(); });
   const filter = lopd.select("Show", [["all", "all prompts"],
-    ["won", "wrong before, right after"], ["lost", "right before, wrong after"],
-    ["wrong", "wrong after"], ["cut", "cut off after"]],
+    ...["better", "worse", "won", "lost", "wrong", "nearer", "further", "cut"].map((one) =>
+      [one, one])],
     (value) => { state.filter = value; refresh(); });
-  const sort = lopd.select("Sort by", [["order", "order of the prompts"],
-    ["mean", "mean disagreement after"], ["token", "strongest token after"],
-    ["longest", "longest answer after"]], (value) => { state.sort = value; refresh(); });
+  const sort = lopd.select("Sort by", [["order", "order of the prompts"], ["mean", ""],
+    ["token", ""], ["longest", ""]], (value) => { state.sort = value; refresh(); });
   const special = el("input", { type: "checkbox", id: "special", onchange: () =>
     section.classList.toggle("show-special", special.checked) });
 
@@ -54,8 +54,8 @@ lopd.showTranscripts = function (section) {
         const several = runs.length > 1;
         set.models.forEach((model) => all.columns.push({ source, model: model.name,
           title: several ? `${run.name}: ${model.title}` : model.title }));
-        if (!run.has_tokenizer) all.notes.push(`${run.name}: no tokenizer was found, so texts are ` +
-          "numbers of tokens. Give lopd report --tokenizer FOLDER.");
+        if (!run.has_tokenizer) all.notes.push(`${run.name}: no tokenizer was found, so texts ` +
+          "are numbers of tokens. Give lopd report --tokenizer FOLDER.");
         if (set.prompts.length < set.total) all.notes.push(sampled(run, set));
         for (const prompt of set.prompts) {
           const key = `${prompt.id}\u0000${prompt.prompt.join(",")}`;
@@ -96,6 +96,7 @@ lopd.showTranscripts = function (section) {
       box.value = String(found < 0 ? otherwise : found);
       return Number(box.value);
     };
+    // Of refreshed rollouts the newest ones are the last.
     const last = set.columns.length - 1;
     state.before = options(before.box, "sft", 0);
     // With two runs, the second run's student is what one wants to compare with the first one's.
@@ -124,16 +125,10 @@ lopd.showTranscripts = function (section) {
     return judged.filter((answer) => answer.right).length / judged.length;
   }
 
-  function deviations(answer) {
-    if (!answer.teacher) return null;
-    return answer.teacher.map((value, index) =>
-      value === null || answer.student[index] === null ? 0 : (value - answer.student[index]) / 1000);
-  }
-
-  function disagreement(row, kind) {
+  function disagreement(row, kind, column) {
     let found = -1;
-    for (const answer of of(row, state.after)) {
-      const values = deviations(answer);
+    for (const answer of of(row, column)) {
+      const values = lopd.deviations(answer);
       if (!values || !values.length) continue;
       const sizes = values.map(Math.abs);
       found = Math.max(found, kind === "mean"
@@ -142,34 +137,35 @@ lopd.showTranscripts = function (section) {
     return found;
   }
 
-  function textOf(tokens, withSpecial) {
-    return tokens.map((index) => {
-      const [text, , isSpecial] = vocabulary[index];
-      return isSpecial && !withSpecial ? "" : text;
-    }).join("");
-  }
-
   function matches(row) {
     const a = rightShare(row, state.before);
     const b = rightShare(row, state.after);
-    if (state.filter === "won" && !(a !== null && b !== null && a < b)) return false;
-    if (state.filter === "lost" && !(a !== null && b !== null && a > b)) return false;
-    if (state.filter === "wrong" && !(b !== null && b < 1)) return false;
-    if (state.filter === "cut" && !of(row, state.after).some((one) => one.finish === "length"))
-      return false;
+    const both = a !== null && b !== null;
+    // Where nothing is judged, nearer to the teacher is all that can be said.
+    const nearer = () => {
+      const [one, other] = [state.before, state.after].map((column) =>
+        disagreement(row, "mean", column));
+      return one < 0 || other < 0 ? 0 : Math.sign(one - other);
+    };
+    const rules = { all: () => true, better: () => both && a < b, worse: () => both && a > b,
+      won: () => both && a === 0 && b === 1, lost: () => both && a === 1 && b === 0,
+      wrong: () => b !== null && b < 1, nearer: () => nearer() > 0, further: () => nearer() < 0,
+      cut: () => of(row, state.after).some((one) => one.finish === "length") };
+    if (!rules[state.filter]()) return false;
     const wanted = state.text.trim().toLowerCase();
     if (!wanted) return true;
     // Made once: a page may hold a million tokens.
-    row.searched ??= [row.id, textOf(row.prompt, true),
-      ...row.answers.map((answer) => textOf(answer.tokens, true))].join("\n").toLowerCase();
+    row.searched ??= [row.id, lopd.textOf(row.prompt, true),
+      ...row.answers.map((answer) => lopd.textOf(answer.tokens, true))].join("\n").toLowerCase();
     return row.searched.includes(wanted);
   }
 
   function refresh() {
+    nameChoices();
     let rows = state.set.rows.filter(matches);
     const length = (row) => Math.max(0, ...of(row, state.after).map((one) => one.tokens.length));
-    const keys = { mean: (row) => disagreement(row, "mean"),
-      token: (row) => disagreement(row, "token"), longest: length };
+    const keys = { mean: (row) => disagreement(row, "mean", state.after),
+      token: (row) => disagreement(row, "token", state.after), longest: length };
     if (state.sort in keys) {
       const known = new Map(rows.map((row) => [row, keys[state.sort](row)]));
       rows = rows.sort((one, other) => known.get(other) - known.get(one));
@@ -185,7 +181,7 @@ lopd.showTranscripts = function (section) {
 
   function fillList() {
     list.replaceChildren(...state.rows.slice(0, state.shown).map((row) => {
-      const prompt = textOf(row.prompt, false).trim().replace(/\s+/g, " ");
+      const prompt = lopd.textOf(row.prompt, false).trim().replace(/\s+/g, " ");
       const button = el("button", { type: "button", onclick: () => choose(row) },
         el("span", { class: "snippet" }, prompt.slice(0, 90) || row.id),
         el("span", { class: "about" }, `${row.id} \u00b7 ${about(row)}`));
@@ -204,7 +200,7 @@ lopd.showTranscripts = function (section) {
     if (a !== null && b !== null && state.before !== state.after)
       parts.push(`${told(a)} \u2192 ${told(b)}`);
     else if (b !== null) parts.push(told(b));
-    const size = disagreement(row, "mean");
+    const size = disagreement(row, "mean", state.after);
     if (size >= 0) parts.push(`${size.toFixed(3)} nats a token`);
     if (of(row, state.after).some((one) => one.finish === "length")) parts.push("cut off");
     return parts.join(" \u00b7 ");
@@ -223,123 +219,44 @@ lopd.showTranscripts = function (section) {
       detail.replaceChildren(el("p", {}, "No prompt matches."));
       return;
     }
+    const { columns } = state.set;
     const first = [state.before, state.after,
-      state.set.columns.findIndex((column) => column.model === "teacher")];
-    const columns = [...new Set(first)].filter((column) => column >= 0);
-    const others = state.set.columns.map((_, index) => index)
-      .filter((index) => !columns.includes(index) && of(row, index).length);
-    const cells = (wanted) => el("div", { class: "answers" }, wanted.flatMap((column) =>
-      of(row, column).map((answer) => shown(answer, state.set.columns[column].title))));
-    detail.replaceChildren(
-      el("h3", {}, `Prompt ${row.id}`),
-      el("div", { class: "text", tabindex: "0", role: "group", "aria-label": "Prompt" },
-        row.prompt.map((index) => piece([index], null, null))),
-      cells(columns),
-      others.length ? el("details", {}, el("summary", {}, `${others.length} other models`),
-        cells(others)) : "");
-  }
-
-  function shown(answer, title) {
-    const verdict = answer.right === undefined ? "" : answer.right ? "right"
-      : `wrong${answer.reason ? ` (${answer.reason})` : ""}`;
-    const values = deviations(answer);
-    const length = `${lopd.count(answer.tokens.length)} tokens`;
-    const end = { stop: "ended by itself", length: "cut off" }[answer.finish] || answer.finish;
-    const sum = values ? `, sum ${lopd.signed(values.reduce((a, b) => a + b, 0), 2)} nats` : "";
-    const groups = grouped(answer.tokens);
-    const text = el("div", { class: "text", tabindex: "0", role: "group",
-      "aria-label": `Answer of the ${title}. ${verdict}. Arrow keys go through its tokens.` },
-      groups.map((group) => piece(group.map((at) => answer.tokens[at]), group, values)));
-    listen(text, answer, groups, values);
-    const sample = answer.sample ? ` (sample ${answer.sample})` : "";
-    return el("div", {}, el("h4", {}, `${title}${sample}`),
-      verdict ? el("p", { class: "verdict" }, `${answer.right ? "\u2713" : "\u2717"} ${verdict}` +
-        (answer.found ? `, found: ${answer.found}` : "")) : null,
-      el("p", { class: "muted" }, `${length}, ${end}${sum}`), text);
-  }
-
-  // A character may consist of several tokens, of which the last one has its text. They are one
-  // piece: each of them alone is no text that could be coloured.
-  function grouped(tokens) {
-    const groups = [];
-    let open = [];
-    tokens.forEach((index, at) => {
-      open.push(at);
-      if (vocabulary[index][0] !== "" || at === tokens.length - 1) {
-        groups.push(open);
-        open = [];
-      }
+      columns.findIndex((column) => column.model === "teacher")];
+    const [one, other] = words();
+    const titles = columns.map((column, index) => {
+      const word = state.before === state.after ? "" : index === state.before ? one
+        : index === state.after ? other : "";
+      return (word ? `${word}: ` : "") + column.title;
     });
-    return groups;
+    show(row, first, titles);
   }
 
-  function piece(indices, group, values) {
-    const text = indices.map((index) => vocabulary[index][0]).join("");
-    const classes = ["t"];
-    if (vocabulary[indices[indices.length - 1]][2]) classes.push("special");
-    if (values && group) {
-      const value = group.reduce((sum, at) => sum + values[at], 0);
-      const size = Math.abs(value);
-      const level = size > 5 ? 3 : size > 2 ? 2 : size > 0.5 ? 1 : 0;
-      if (level) {
-        classes.push(`${value < 0 ? "less" : "more"}-${level}`);
-        // An end token on which the models disagree is not hidden: it is what matters most.
-        if (classes.includes("special")) classes.push("marked");
-        // A line break has no width that a colour could fill.
-        if (text.startsWith("\n")) classes.push("break");
-      }
-    }
-    return el("span", { class: classes.join(" ") }, text);
+  // Two models of one run are the same student before and after. Those of two runs are two models.
+  function words() {
+    const [one, other] = [state.before, state.after].map((index) => state.set.columns[index]);
+    return one.source === other.source ? ["before", "after"] : ["first", "second"];
   }
 
-  function listen(text, answer, groups, values) {
-    let at = -1;
-    const spans = [...text.children];
-    const go = (index, scroll) => {
-      section.querySelectorAll(".t.now").forEach((one) => one.classList.remove("now"));
-      at = index;
-      spans[at].classList.add("now");
-      if (scroll) spans[at].scrollIntoView({ block: "nearest" });
-      figures.hidden = false;
-      figures.firstChild.textContent = groups[at].map((token) =>
-        told(answer, token, values)).join(" | ");
-    };
-    const find = (event) => spans.indexOf(event.target.closest(".t"));
-    text.addEventListener("mouseover", (event) => {
-      const index = find(event);
-      if (index >= 0) go(index, false);
-    });
-    text.addEventListener("click", (event) => {
-      const index = find(event);
-      if (index >= 0) go(index, false);
-    });
-    text.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") { figures.hidden = true; return; }
-      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      const ends = { Home: 0, End: spans.length - 1 };
-      if (event.key in ends) { event.preventDefault(); go(ends[event.key], true); return; }
-      if (!step) return;
-      event.preventDefault();
-      const large = (index) => groups[index].some((token) => values && Math.abs(values[token]) > 1);
-      let next = at + step;
-      if (event.shiftKey) while (spans[next] && !large(next)) next += step;
-      if (spans[next]) go(next, true);
-    });
-  }
-
-  function told(answer, at, values) {
-    const [text, id] = vocabulary[answer.tokens[at]];
-    const parts = [`token ${at + 1} of ${answer.tokens.length}: ` +
-      (text === "" ? "(begins a character)" : JSON.stringify(text)), `id ${id}`];
-    const named = (name, value) => {
-      if (value === null || value === undefined) return;
-      const nats = value / 1000;
-      parts.push(`log \u03c0_${name} ${nats.toFixed(3).replace("-", "\u2212")} ` +
-        `(${lopd.percent(Math.exp(nats), 2)})`);
-    };
-    if (answer.teacher) named("teacher", answer.teacher[at]);
-    named("student", answer.student[at]);
-    if (values) parts.push(`difference ${lopd.signed(values[at], 3)} nats`);
-    return parts.join(", ");
+  function nameChoices() {
+    const [one, other] = words();
+    const upper = (word) => word[0].toUpperCase() + word.slice(1);
+    before.field.querySelector("label").firstChild.data = upper(one);
+    after.field.querySelector("label").firstChild.data = upper(other);
+    const texts = one === "before"
+      ? { better: "got better (more samples right after)", worse: "got worse (fewer right after)",
+        won: "wrong before, right after", lost: "right before, wrong after", wrong: "wrong after",
+        nearer: "nearer to the teacher after", further: "further from the teacher after",
+        cut: "cut off after" }
+      : { better: "the second is better (more samples right)", worse: "the first is better",
+        won: "first wrong, second right", lost: "first right, second wrong",
+        wrong: "second wrong", nearer: "the second is nearer to the teacher",
+        further: "the first is nearer to the teacher", cut: "second cut off" };
+    for (const option of filter.box.options)
+      if (option.value in texts) option.textContent = texts[option.value];
+    const sorts = { mean: "mean disagreement", token: "strongest token",
+      longest: "longest answer" };
+    const whose = other === "after" ? "after" : "of the second";
+    for (const option of sort.box.options)
+      if (option.value in sorts) option.textContent = `${sorts[option.value]} ${whose}`;
   }
 };
