@@ -141,7 +141,7 @@ def make_plan(
     # These are the published sizes, without the padding of the vocabulary.
     total, active = total_and_active(student)
     # A checkpoint has the whole student, whatever its layout.
-    disk = disk_bytes(config, total, amounts, assumed)
+    disk = disk_bytes(config, student, amounts, assumed)
     return Plan(
         config,
         node,
