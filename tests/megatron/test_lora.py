@@ -20,6 +20,7 @@ from tests.megatron.launch import run_ranks
 from tests.megatron.lora_cases import LAYOUTS, SAVED_AT, one_rank, two_ranks
 from tests.megatron.parity_cases import LIMIT
 from tests.megatron.test_trainer import difference
+from tests.megatron.trainer_cases import NUM_STEPS
 from tests.models import write_qwen3_dense, write_qwen3_moe
 from tests.test_config import written
 
@@ -64,7 +65,8 @@ def test_adapters_alone_have_gradients_and_optimizer_state(name: str, one: dict[
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_falls(name: str, one: dict[str, Any]) -> None:
-    assert one[name]["loss"][-1] < one[name]["loss"][0]
+    losses = one[name]["same data"]
+    assert sorted(losses, reverse=True) == losses
 
 
 def test_the_first_step_is_that_of_the_base_model_whatever_the_settings(
@@ -81,7 +83,7 @@ def test_recompute_changes_nothing_and_would_train_nothing_without_a_gradient_of
 ) -> None:
     within(difference(one["full recompute"], one["experts"]), 1e-5)
     without = one["full recompute, no gradient asked for"]
-    assert isinstance(without, str) or difference(without, one["experts"]) > 1e-3
+    assert without["grad_norm"] == [0.0] * NUM_STEPS, "nothing is trained, and nothing says so"
 
 
 # ---- what is exported ----
