@@ -11,6 +11,7 @@ from lopd.config.base import Contradiction, Section
 # Megatron-Core's names of the layers that can have adapters. It computes query, key and value in
 # one product, and so gate and up; each product has one adapter.
 Target = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+_TARGETS: list[Target] = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
 class LoraSection(Section):
@@ -34,7 +35,7 @@ class LoraSection(Section):
 
     # Routers, norms, embedding and output layer never have adapters.
     targets: list[Target] = Field(
-        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        default_factory=lambda: list(_TARGETS),
         min_length=1,
         description=(
             "The layers with adapters. Of attention: linear_qkv (query, key, value), linear_proj "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import load_tensors_metadata
 from safetensors.torch import load_file, save_file
 
 from lopd.megatron.training.trainer import Trainer
@@ -232,8 +234,9 @@ def _checkpoints(model: str, folder: Path) -> dict[str, Any]:
             "weights": [weights_digest(first), weights_digest(resumed)],
         }
     saved = folder / "tensor and expert"
-    size = sum(path.stat().st_size for path in (saved / "step-000002").glob("*.distcp"))
-    results["bytes of a number"] = size / _num_adapters(model)
+    stored = load_tensors_metadata(str(saved / "step-000002"))
+    results["stored"] = {name: math.prod(each.global_shape) for name, each in stored.items()}
+    results["adapters"] = _num_adapters(model)
     for name in ("data", "pipeline"):
         other = lora_trainer(model, LAYOUTS[name], str(saved), num_steps=LAST_STEP)
         other.resume(lambda note: None)
