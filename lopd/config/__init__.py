@@ -16,6 +16,7 @@ from lopd.config.loading import (
     nearest_key,
     result_keys,
 )
+from lopd.config.lora import LoraSection
 from lopd.config.results import EvaluateSection, ExportSection
 from lopd.config.sampling import DemonstrateSection, RolloutSection, Sampling, ScoreSection
 from lopd.config.sections import Config
@@ -36,6 +37,7 @@ __all__ = [
     "FilePath",
     "ForwardSection",
     "InvalidConfig",
+    "LoraSection",
     "ModelsSection",
     "ObjectiveSection",
     "OptimizerSection",

@@ -1,7 +1,7 @@
 """The whole configuration: one field per table of the TOML file.
 
-The knobs stand in the files of their subjects: inputs.py, sampling.py, training.py, distill.py,
-results.py, engine.py (SGLang and weight sync), report.py and launch.py.
+The knobs stand in the files of their subjects: inputs.py, sampling.py, training.py, lora.py,
+distill.py, results.py, engine.py (SGLang and weight sync), report.py and launch.py.
 
 A knob that is marked ``SPEED_ONLY`` changes how fast or where a stage runs, but not its result. A
 change of such a knob repeats no stage.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lopd.config.base import SPEED_ONLY, FilePath, Section
+from lopd.config.base import SPEED_ONLY, Contradiction, FilePath, Section
+from lopd.config.lora import LoraSection
 
 
 class ParallelSection(Section):
@@ -210,6 +211,7 @@ class TrainSection(Section):
 
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
 
     # How much is learnt.
 
@@ -321,6 +323,17 @@ class TrainSection(Section):
         description="The number of steps between two lines on screen.",
         json_schema_extra=SPEED_ONLY,
     )
+
+    @model_validator(mode="after")
+    def _trains_what_it_tunes(self) -> TrainSection:
+        # Routers have no adapters, so with LoRA their rate would change nothing.
+        if self.lora.is_on and self.optimizer.router_lr_scale != 1.0:
+            raise Contradiction(
+                "optimizer.router_lr_scale has no effect with lora.rank, which trains no router",
+                limit="exactly 1 with adapters",
+                remedy="remove optimizer.router_lr_scale or lora.rank",
+            )
+        return self
 
 
 class SftSection(TrainSection):

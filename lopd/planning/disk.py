@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lopd.config import Config, TrainSection
+from lopd.config import Config, ParallelSection, TrainSection
 from lopd.config.hub import hub_folder, hub_name
 from lopd.errors import ConfigError
 from lopd.megatron.weights.architecture import Architecture
@@ -18,7 +18,7 @@ from lopd.planning.assumptions import Assumptions
 from lopd.planning.hours import Amounts
 from lopd.planning.memory import SIZES
 from lopd.planning.models import planned_models
-from lopd.planning.parameters import total_and_active
+from lopd.planning.parameters import adapter_parameters, total_and_active
 
 _GIB = 2**30
 # Bytes of a parameter in a published checkpoint, which is bfloat16.
@@ -46,6 +46,8 @@ def disk_bytes(
     demonstrations = (
         amounts.sft_prompts * config.demonstrate.samples_per_prompt * amounts.demonstration_len
     )
+    # A published size, without the padding of the vocabulary.
+    parameters = total_and_active(student)[0]
     # Response tokens. Those of prompts are few beside them.
     rollouts = amounts.opd_prompts * config.rollout.samples_per_prompt * amounts.rollout_len
     # Teacher, base, SFT and distilled student answer, and the longer SFT if it is trained.
@@ -66,7 +68,7 @@ def disk_bytes(
     # Prompts are routed as well.
     routed = rollouts * (1 + amounts.prompt_len / max(1, amounts.rollout_len)) * experts
     return {
-        "checkpoints to resume from": _checkpoint_bytes(config, parameters),
+        "checkpoints to resume from": _checkpoint_bytes(config, student),
         "models": float(MODELS * parameters * SIZES[config.distill.dtype]),
         "demonstrations": demonstrations * assumed.bytes_per_token,
         # The cache has all columns of the rollouts, and the teacher's log-probabilities besides.
@@ -150,7 +152,7 @@ def _room(size: float) -> str:
     return f"{size / _GIB:,.0f} GiB" if size >= _GIB else f"{size / 2**20:,.0f} MiB"
 
 
-def _checkpoint_bytes(config: Config, parameters: int) -> float:
+def _checkpoint_bytes(config: Config, student: Architecture) -> float:
     """Return the bytes of all checkpoints to resume from."""
     trainings: list[TrainSection] = [config.distill]
     # A given student is not trained, so that SFT has no checkpoints.
@@ -163,5 +165,10 @@ def _checkpoint_bytes(config: Config, parameters: int) -> float:
         before_the_end = (settings.num_steps - 1) // settings.checkpoint_every
         # One more than is kept: the oldest is removed when the newest is whole.
         saved = min(before_the_end, settings.keep_checkpoints + 1)
+        # Of a training of adapters a checkpoint has the adapters alone.
+        if settings.lora.is_on:
+            parameters = adapter_parameters(student, ParallelSection(), settings.lora).total
+        else:
+            parameters = total_and_active(student)[0]
         size += saved * parameters * (CHECKPOINT_BYTES + SIZES[settings.dtype])
     return size

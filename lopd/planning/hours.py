@@ -255,7 +255,7 @@ def training_time(
         assumed: Rates and utilisations.
         num_steps: Number of steps.
         sequence_len: Mean tokens of a sequence, prompt and response.
-        parameters: Parameters of the whole model.
+        parameters: The trained parameters of the whole model.
     """
     step = step_time(
         arch, settings, node, assumed, sequence_len=sequence_len, parameters=parameters

@@ -9,7 +9,11 @@ from lopd.config import DistillSection, ForwardSection, ParallelSection, TrainSe
 from lopd.megatron.weights.architecture import Architecture
 from lopd.planning.activations import BACKWARD_SHARE, layer_activations
 from lopd.planning.assumptions import Assumptions
-from lopd.planning.parameters import StageParameters, parameters_by_formula
+from lopd.planning.parameters import (
+    StageParameters,
+    parameters_by_formula,
+    trained_parameters,
+)
 
 # Bytes of one number.
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -160,20 +164,21 @@ def _stage_memory(
     """Return the terms on a GPU of one pipeline stage, and what its optimizer has on the host."""
     held = stages[index]
     size = SIZES[settings.dtype]
-    # A frozen router has weights, but no gradients and no optimizer state.
-    trained = held.total - (held.routers if settings.optimizer.freeze_router else 0)
+    # A frozen weight has no gradient and no optimizer state. Adapters come on top of the weights.
+    trained = trained_parameters(arch, settings, held)
+    weights = held.total + (trained.total if settings.lora.is_on else 0)
     # Megatron-Core adds up gradients in float32 unless it is told otherwise.
     gradient_size = 4 if settings.megatron.get("grad_reduce_in_fp32", True) else size
-    on_gpu, on_host = optimizer_bytes(settings, held)
+    on_gpu, on_host = optimizer_bytes(settings, trained)
     gpu = {
-        "weights": float(held.total * size),
-        "gradients": float(trained * gradient_size),
+        "weights": float(weights * size),
+        "gradients": float(trained.total * gradient_size),
         "optimizer": on_gpu,
         "activations": activation_bytes(arch, settings, index, assumed, engine),
     }
     # The output layer is on the last pipeline stage.
     if index == len(stages) - 1:
-        gpu["log-probabilities"] = logprob_bytes(arch, settings)
+        gpu["log-probabilities"] = logprob_bytes(arch, settings, frozen=settings.lora.is_on)
     # Only torch's allocator leaves gaps. What comes after this line it does not allocate.
     gpu["fragmentation"] = assumed.fragmentation * sum(gpu.values())
     gpu["context, NCCL"] = runtime_bytes(settings.parallel, assumed)
@@ -192,7 +197,7 @@ def runtime_bytes(parallel: ParallelSection, assumed: Assumptions) -> float:
     return size
 
 
-def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[float, float]:
+def optimizer_bytes(settings: TrainSection, trained: StageParameters) -> tuple[float, float]:
     """Return the bytes of one rank's optimizer on its GPU and in host memory.
 
     AdamW has two moments, and master weights in float32 if the weights are bfloat16. With the
@@ -200,10 +205,10 @@ def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[floa
 
     Args:
         settings: The settings of the training.
-        held: Parameters of the rank.
+        trained: The parameters of the rank that are trained.
     """
     table = settings.megatron
-    numbers = _optimized_numbers(settings, held)
+    numbers = _optimized_numbers(settings, trained)
     # These are fields of Megatron-Core's OptimizerConfig, and their defaults are its defaults.
     is_precise = bool(table.get("use_precision_aware_optimizer"))
     # Float32 weights are their own master weights.
@@ -232,11 +237,11 @@ def optimizer_bytes(settings: TrainSection, held: StageParameters) -> tuple[floa
     return on_gpu, numbers * offloaded * 16
 
 
-def _optimized_numbers(settings: TrainSection, held: StageParameters) -> int:
+def _optimized_numbers(settings: TrainSection, trained: StageParameters) -> int:
     """Return the number of parameters whose optimizer state one rank holds."""
     parallel = settings.parallel
-    dense = held.dense - (held.routers if settings.optimizer.freeze_router else 0)
-    experts = held.experts
+    dense = trained.dense
+    experts = trained.experts
     if parallel.distributed_optimizer:
         # Data ranks and context ranks hold the same dense weights, so they share the state.
         dense //= parallel.data * parallel.context
@@ -290,8 +295,16 @@ def ring_bytes(arch: Architecture, parallel: ParallelSection, size: int) -> floa
     return RING_BUFFERS * size * keys_and_values / parallel.tensor
 
 
-def logprob_bytes(arch: Architecture, settings: TrainSection | ForwardSection) -> float:
-    """Return the bytes of the output layer, where hidden states become log-probabilities."""
+def logprob_bytes(
+    arch: Architecture, settings: TrainSection | ForwardSection, *, frozen: bool = False
+) -> float:
+    """Return the bytes of the output layer, where hidden states become log-probabilities.
+
+    Args:
+        arch: The shape of the model.
+        settings: The settings of the training or of the scoring.
+        frozen: Whether the layer's weight takes no gradient.
+    """
     size = SIZES[settings.dtype]
     tokens = settings.max_tokens_per_microbatch / settings.parallel.context
     vocabulary = arch.padded_vocab_size / settings.parallel.tensor
@@ -301,7 +314,7 @@ def logprob_bytes(arch: Architecture, settings: TrainSection | ForwardSection) -
     all_logits = tokens * vocabulary * 4
     blocks = BLOCKS_AT_ONCE * min(all_logits, LOGIT_BLOCK)
     # The weight's gradient of this microbatch, before it is added to that of the step.
-    weight_gradient = vocabulary * arch.hidden_size * size
+    weight_gradient = 0.0 if frozen else vocabulary * arch.hidden_size * size
     return hidden + blocks + weight_gradient
 
 

@@ -7,17 +7,19 @@ compared, a formula gives the same numbers in no time.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pydantic
 
-from lopd.config import ParallelSection
+from lopd.config import LoraSection, ParallelSection, TrainSection
 from lopd.errors import TrainingError
+from lopd.megatron.weights.adapters import adapter_weights
 from lopd.megatron.weights.architecture import Architecture
 
 # Seconds for building all models. It takes about 6 s on a free machine, most of them imports.
@@ -171,6 +173,49 @@ def _layer_parameters(arch: Architecture, parallel: ParallelSection) -> StagePar
     experts_here = arch.num_experts // parallel.expert
     experts = 3 * hidden * arch.moe_ffn_hidden_size * experts_here // parallel.expert_tensor
     return StageParameters(attention + norms + router, experts, routers=router, vocabulary=0)
+
+
+def adapter_parameters(
+    arch: Architecture, parallel: ParallelSection, lora: LoraSection
+) -> StageParameters:
+    """Compute the adapters that a rank holds, which is the same on every pipeline stage.
+
+    Args:
+        arch: The shape of the model.
+        parallel: A layout that divides the model.
+        lora: The settings of the adapters.
+    """
+    # All layers are alike, and all experts of a layer.
+    one_layer = replace(arch, num_layers=1, num_experts=min(arch.num_experts, 1))
+    layers = arch.num_layers // parallel.pipeline
+    experts_here = arch.num_experts // parallel.expert
+    dense = 0
+    experts = 0
+    for weight in adapter_weights(one_layer, lora):
+        ranks = parallel.expert_tensor if weight.expert else parallel.tensor
+        size = layers * math.prod(weight.local_shape(ranks))
+        if weight.expert:
+            experts += size * experts_here
+        else:
+            dense += size
+    return StageParameters(dense, experts, routers=0, vocabulary=0)
+
+
+def trained_parameters(
+    arch: Architecture, settings: TrainSection, held: StageParameters
+) -> StageParameters:
+    """Return which parameters of a rank have gradients and optimizer state.
+
+    Args:
+        arch: The shape of the model.
+        settings: The settings of the training.
+        held: All parameters of the rank but adapters.
+    """
+    if settings.lora.is_on:
+        return adapter_parameters(arch, settings.parallel, settings.lora)
+    if settings.optimizer.freeze_router:
+        return replace(held, dense=held.dense - held.routers, routers=0)
+    return held
 
 
 def total_and_active(arch: Architecture) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lopd.config import Config, TrainSection
+from lopd.config import Config, ParallelSection, TrainSection
 from lopd.planning.hours import (
     NO_TIME,
     StageTime,
@@ -16,7 +16,7 @@ from lopd.planning.hours import (
 )
 from lopd.planning.memory import SIZES, MemoryUse
 from lopd.planning.models import teacher_roles
-from lopd.planning.parameters import total_and_active
+from lopd.planning.parameters import adapter_parameters, total_and_active
 from lopd.planning.servers import PAUSED_TRAINER
 from lopd.planning.stage_memory import StageMemory
 from lopd.planning.stages import given_stages, ranks_of_a_node
@@ -166,8 +166,14 @@ class StageTimes:
             num_steps=num_steps,
             # The prompt is computed too, although it carries no loss.
             sequence_len=self.memory.amounts.prompt_len + response_len,
-            parameters=self._parameters("student"),
+            parameters=self._num_trained(settings),
         )
+
+    def _num_trained(self, settings: TrainSection) -> int:
+        if settings.lora.is_on:
+            arch = self.memory.models["student"].arch
+            return adapter_parameters(arch, ParallelSection(), settings.lora).total
+        return self._parameters("student")
 
     def _parameters(self, role: str) -> int:
         return total_and_active(self.memory.models[role].arch)[0]

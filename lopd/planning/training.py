@@ -83,16 +83,19 @@ def step_time(
         node: The machine.
         assumed: Rates and utilisations.
         sequence_len: Mean tokens of a sequence, prompt and response.
-        parameters: Parameters of the whole model.
+        parameters: The trained parameters of the whole model.
     """
     # Tokens of one step over all ranks.
     tokens = settings.batch_size * sequence_len
     ranks = settings.parallel.ranks
-    model_flops = settings.batch_size * training_flops(arch, [round(sequence_len)])
-    # A forward pass is a third of a step: the backward pass has twice its products.
+    frozen = settings.lora.is_on
+    length = round(sequence_len)
+    model_flops = settings.batch_size * training_flops(arch, [length], frozen=frozen)
+    # A forward pass is a third of a step of all weights: the backward pass has twice its products.
+    forward_flops = settings.batch_size * training_flops(arch, [length]) / 3
     flops = (
         model_flops
-        + model_flops / 3 * assumed.extra_forward_passes
+        + forward_flops * assumed.extra_forward_passes
         + tokens * repeated_flops(arch, settings, sequence_len)
     )
     optimizer = optimizer_seconds(settings, node, assumed, parameters)
@@ -102,8 +105,9 @@ def step_time(
     # While the busiest expert rank computes, the others wait. Their lost time is counted as
     # operations that they would have done meanwhile.
     recomputes_experts = settings.recompute in ("full", "selective")
-    # One forward pass and a backward pass that counts twice, then what is repeated.
-    passes = 3 + assumed.extra_forward_passes + recomputes_experts
+    # One forward pass and a backward pass that counts twice, then what is repeated. Frozen experts
+    # have one product fewer in the backward pass.
+    passes = (2 if frozen else 3) + assumed.extra_forward_passes + recomputes_experts
     waiting = (assumed.expert_slowdown - 1) * passes / 3 * tokens * expert_flops(arch)
     products = (flops + waiting) / (ranks * node.gpu.flops * assumed.moe_utilisation)
     # Each rank exchanges for its own tokens, at the same time as the others.
@@ -177,7 +181,7 @@ def optimizer_seconds(
         settings: The settings of the training.
         node: The machine.
         assumed: Rates of the CPU and of the link to the GPU.
-        parameters: Parameters of the whole model.
+        parameters: The trained parameters of the whole model.
     """
     table = settings.megatron
     if not table.get("optimizer_cpu_offload"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lopd.megatron.training.trainer import StepMetrics
+    from lopd.megatron.training.step_metrics import StepMetrics
     from lopd.stages.training_rank import Training
 
 

@@ -98,9 +98,8 @@ def run(context: StageContext) -> None:
     require_batch(job, _num_kept(context, job))
     result = _train_beside_servers(context, job)
     # The model is part of the artifact: its files stand in the manifest with their checksums.
-    files = (path for path in job.model.iterdir() if path.is_file())
     evals = read_metrics(config.run.dir, kind="eval", stage=job.stage)
-    writer.finish(files=files, warnings=rises_of(evals), **_figures(result, context))
+    writer.finish(files=job.files, warnings=rises_of(evals), **_figures(result, context))
 
 
 def _train_beside_servers(context: StageContext, job: TrainingJob) -> dict[str, Any]:

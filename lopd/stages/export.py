@@ -23,7 +23,7 @@ from lopd.config.distill import LOSS_TITLES
 from lopd.config.secrets import scrubbed
 from lopd.errors import ArtifactError
 from lopd.stages.context import Stage, StageContext
-from lopd.stages.training import MODEL
+from lopd.stages.training import ADAPTER, MODEL
 
 
 def run(context: StageContext) -> None:
@@ -43,6 +43,9 @@ def run(context: StageContext) -> None:
         # Copied and not moved: the artifact of distill stays what its manifest says.
         for path in source.iterdir():
             shutil.copyfile(path, partial / path.name)
+        # In a folder of its own: beside the weights, PEFT would add it to them a second time.
+        if context.config.distill.lora.is_on:
+            shutil.copytree(context.folder_of("distill") / ADAPTER, partial / ADAPTER)
     publish_bytes(partial / "README.md", _card(context).encode())
     # This file marks the folder as an export of lopd, which a later export may replace.
     record = {
@@ -58,7 +61,7 @@ def run(context: StageContext) -> None:
     # The rename is on disk before the manifest says that the model is there.
     fsync_folder(target.parent)
     # Files outside of the run directory are listed by their whole path.
-    writer.finish(files=(path for path in target.iterdir() if path.is_file()), model=str(target))
+    writer.finish(files=(path for path in target.rglob("*") if path.is_file()), model=str(target))
 
 
 def _check_loads(folder: Path) -> None:
@@ -107,6 +110,14 @@ def _card(context: StageContext) -> str:
     if loss != "lightning":
         tags = "distillation"
         method = f"`{loss}`, on rollouts and a cache as in Lightning OPD, arXiv 2604.13010"
+    # The weights are those of the base and of the adapter together.
+    lora = config.distill.lora
+    adapter = ""
+    if lora.is_on:
+        adapter = (
+            f"- trained by LoRA ({lora.describe()}); the weights have the adapter in them, and\n"
+            f"  `{ADAPTER}/` has it alone, for the SFT student, as PEFT reads it\n"
+        )
     return f"""---
 library_name: transformers
 tags: [{tags}]
@@ -116,7 +127,7 @@ Distilled by {LOSS_TITLES[loss]} ({method}) with lopd.
 - base student: `{config.models.student.name}`
 - teacher: `{config.models.teacher.name}` ({same}; evidence: {evidence})
 - {figures["num_steps"]} steps, {figures["num_tokens"]} tokens, loss {first_loss} to {last_loss}
-- artifact fingerprint: `{distilled.fingerprint}`
+{adapter}- artifact fingerprint: `{distilled.fingerprint}`
 """
 
 

@@ -18,7 +18,7 @@ from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import load_samples
 
 if TYPE_CHECKING:
-    from lopd.megatron.training.trainer import StepMetrics
+    from lopd.megatron.training.step_metrics import StepMetrics
     from lopd.stages.training_rank import Training
 
 # How often a waiting rank looks for the published scores, in seconds.

@@ -68,7 +68,7 @@ def run(context: StageContext) -> None:
     # Before the files are listed with their checksums, because it changes some of them.
     complete_student_files(job.model, template_folder(config), end_token_ids(context.end_models))
     # The model is part of the artifact: its files stand in the manifest with their checksums.
-    writer.finish(files=(path for path in job.model.iterdir() if path.is_file()), **result)
+    writer.finish(files=job.files, **result)
 
 
 def demonstrations_of(context: StageContext) -> tuple[Path, dict[str, object]]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # The Hugging Face checkpoint inside the folder of sft, distill and export.
 MODEL = "model"
+# The adapters alone, as PEFT reads them, beside it.
+ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
 JOB = "job.json"
@@ -95,8 +97,18 @@ class TrainingJob:
         return self.folder / MODEL
 
     @property
+    def adapter(self) -> Path:
+        return self.folder / ADAPTER
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / CHECKPOINTS
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the finished training that its artifact has."""
+        folders = [self.model, self.adapter] if self.settings.lora.is_on else [self.model]
+        return [path for folder in folders for path in folder.iterdir() if path.is_file()]
 
     @property
     def result(self) -> Path:

@@ -13,12 +13,14 @@ from lopd.config import result_keys
 from lopd.config.secrets import scrubbed
 from lopd.megatron.ranks import parallel
 from lopd.megatron.ranks.rank_errors import reporting_errors
-from lopd.megatron.training.trainer import StepMetrics, Trainer
+from lopd.megatron.training.step_metrics import StepMetrics
+from lopd.megatron.training.trainer import Trainer
 from lopd.megatron.weights.transfer import save_hf
 from lopd.objective import Objective
 from lopd.records import Sample
 from lopd.report.console import training_line
 from lopd.report.metrics import MetricsLog
+from lopd.stages.adapter_folder import save_adapter
 from lopd.stages.batches import Batch, Batches
 from lopd.stages.training import TrainingJob
 
@@ -145,7 +147,10 @@ class Training:
             self.trainer.save_checkpoint(self.state)
 
     def publish_model(self) -> None:
-        """Write the trained model as a Hugging Face folder, and then the result of the training."""
+        """Write the trained model as a Hugging Face folder, and then the result of the training.
+
+        Adapters are part of the model's weights there, and are written alone besides.
+        """
         job = self.job
         # All ranks gather the weights, bucket by bucket. Rank 0 alone writes the files.
         save_hf(
@@ -154,6 +159,13 @@ class Training:
             source=job.initial,
             shard_bytes=job.config.export.shard_bytes,
         )
+        if job.settings.lora.is_on:
+            save_adapter(
+                self.trainer.export_adapters(),
+                job.adapter,
+                lora=job.settings.lora,
+                base=job.initial,
+            )
         if self.metrics is not None:
             # The result comes last. Where this file is, the model beside it is whole.
             publish_json(job.result, {"num_steps": job.num_steps, **self.state})

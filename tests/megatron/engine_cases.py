@@ -59,6 +59,7 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     wrapping.mark_experts = mark
     result["pipeline"] = train(trainer_of(moe, settings_of({"pipeline": 2})))
     result["context"] = context_cases.two_ranks(moe)
+    result["adapters"] = _adapters(moe, biased)
     result["recomputed"] = train(trainer_of(moe, settings_of(both, recompute="full")))
     result["resumed"] = _resumed(moe, folder)
     result["precise"] = _precise(moe, folder)
@@ -66,9 +67,24 @@ def two_ranks(moe: str, dense: str, biased: str, folder: str) -> dict[str, Any]:
     optimizers.Adam = torch.optim.AdamW
     optimizers.USING_PYTORCH_OPTIMIZER = True
     result["local training"] = train(trainer_of(moe, settings_of(both)))
+    result["local adapters"] = _adapters(moe, biased)
     result["refused"] = _refused(moe, folder)
     parallel.shutdown()
     return result
+
+
+def _adapters(moe: str, biased: str) -> dict[str, Any]:
+    """Trainings of adapters, on the layers that are chosen now: experts, and a norm that is fused
+    with the layers behind it.
+    """
+    from tests.megatron.trainer_cases import settings_of, train, trainer_of
+
+    results: dict[str, Any] = {}
+    for name, model in (("moe", moe), ("biased", biased)):
+        layout = LAYOUTS["tensor and expert"] if name == "moe" else {"tensor": 2}
+        trainer = trainer_of(model, settings_of(layout, lora={"rank": 4, "alpha": 8.0}))
+        results[name] = {**train(trainer), "adapters": len(dict(trainer.export_adapters()))}
+    return results
 
 
 def _mark_for_reduction_alone(module: Any) -> None:

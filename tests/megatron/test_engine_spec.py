@@ -118,6 +118,19 @@ def test_five_steps_are_those_of_the_local_layers_and_torchs_optimizer(
         close(measured[0][training][figures], expected, rel=1e-5, name=figures)
 
 
+@pytest.mark.parametrize("model", ["moe", "biased"])
+def test_adapters_are_trained_as_on_the_local_layers(
+    model: str, measured: list[dict[str, Any]]
+) -> None:
+    """Experts are one grouped layer here, and the norm before a layer is a part of it."""
+    found = measured[0]["adapters"][model]
+    local = measured[0]["local adapters"][model]
+    for figures in ("loss", "grad_norm"):
+        close(found[figures], local[figures], rel=1e-5, name=figures)
+    assert found["adapters"] == local["adapters"] > 0
+    assert len(set(found["loss"])) == 5
+
+
 def test_experts_without_the_mark_would_be_missing_in_the_norm(
     measured: list[dict[str, Any]],
 ) -> None:

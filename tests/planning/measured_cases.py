@@ -67,6 +67,12 @@ CASES: dict[str, dict[str, Any]] = {
         "dtype": "float32",
         "parallel": {"ranks": 2, "tensor": 2, "expert": 2},
     },
+    "experts bfloat16 TP2 EP2 adapters": {
+        "model": {**DENSE, **EXPERTS},
+        "dtype": "bfloat16",
+        "parallel": {"ranks": 2, "tensor": 2, "expert": 2},
+        "lora": {"rank": 8},
+    },
     "dense bfloat16 undistributed": {
         "model": DENSE,
         "dtype": "bfloat16",

@@ -81,8 +81,15 @@ def test_the_optimizer_would_be_missed_without_its_shards(
 
 
 def test_activations(measured: list[dict[str, dict[str, float]]]) -> None:
-    """Within 15% on every rank; dense models, whose tokens are no expert's choice, within 3%."""
+    """Within 15% on every rank; dense models, whose tokens are no expert's choice, within 3%.
+
+    Frozen layers keep less, which the plan does not count: with adapters it is an upper bound.
+    """
     for name in CASES:
+        if "adapters" in name:
+            for rank in measured:
+                assert 0.7 * kept(name) < rank[name]["activations"] < kept(name)
+            continue
         within = 0.15 if "experts" in name else 0.03
         for rank in measured:
             assert rank[name]["activations"] == pytest.approx(kept(name), rel=within), name

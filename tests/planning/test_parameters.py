@@ -5,13 +5,19 @@ with them in every layout.
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import pytest
 
-from lopd.config import ParallelSection
+from lopd.config import LoraSection, ParallelSection, TrainSection
+from lopd.megatron.weights.adapters import adapter_weights
+from lopd.planning import Assumptions
+from lopd.planning.memory import trainer_memory
 from lopd.planning.parameters import (
     CountJob,
     StageParameters,
+    adapter_parameters,
     count_parameters,
     parameters_by_formula,
     total_and_active,
@@ -92,3 +98,48 @@ def test_active_parameters_of_the_largest() -> None:
     assert total_and_active(architecture("Qwen3-235B-A22B-Thinking-2507"))[
         1
     ] / 1e9 == pytest.approx(22, abs=0.5)
+
+
+# ---- adapters ----
+
+LORA = LoraSection(rank=16)
+
+
+def test_adapters_are_counted_by_hand() -> None:
+    """Of Qwen3-8B: query, key and value share their A, and so do gate and up."""
+    layer = 16 * ((4096 + 4096 + 2 * 1024) + (4096 + 4096) + (4096 + 2 * 12288) + (12288 + 4096))
+    whole = adapter_parameters(architecture("Qwen3-8B-Base"), ParallelSection(), LORA)
+    assert whole == StageParameters(36 * layer, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_adapters_of_a_rank_are_those_of_the_table(name: str, layout: dict[str, int]) -> None:
+    """Which is the one that the trainer builds them by."""
+    arch = architecture(name)
+    parallel = ParallelSection(**layout)
+    found = adapter_parameters(arch, parallel, LORA)
+    expected = {True: 0, False: 0}
+    for weight in adapter_weights(arch, LORA):
+        ranks = parallel.expert_tensor if weight.expert else parallel.tensor
+        expected[weight.expert] += math.prod(weight.local_shape(ranks))
+    assert found.dense * parallel.pipeline == expected[False] > 0
+    assert found.experts * parallel.pipeline * parallel.expert == expected[True]
+
+
+def test_memory_of_adapters(counted: list[list[StageParameters]]) -> None:
+    """Gradients and optimizer state of the adapters alone, and a little more weights."""
+    arch = architecture(MOE)
+    parallel = ParallelSection(**LAYOUTS[1][1])
+    adapters = adapter_parameters(arch, parallel, LORA)
+
+    def memory(**fields: Any) -> Any:
+        settings = TrainSection(parallel=parallel, **fields)
+        return trainer_memory(arch, settings, counted[1], Assumptions()).gpu
+
+    plain = memory()
+    thin = memory(lora={"rank": 16})
+    assert thin["weights"] == plain["weights"] + 2 * adapters.total
+    assert thin["gradients"] == 4 * adapters.total
+    # A float32 copy and two moments. Two data ranks share those of the dense layers.
+    assert thin["optimizer"] == 12 * (adapters.dense // 2 + adapters.experts)
+    assert sum(thin.values()) < 0.6 * sum(plain.values())

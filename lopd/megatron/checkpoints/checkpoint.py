@@ -13,9 +13,10 @@ On the layout that wrote it a checkpoint resumes bit for bit, on any other one u
                                 next checkpoint is published
 
 The files belong to no layout. Weights are tensors of the whole model, of which each rank reads its
-part, and so is the optimizer's state (lopd.megatron.checkpoints.optimizer_state). Only the states
-of the generators belong to a layout. Under another one the generators start from the seed, which
-matters for dropout alone.
+part, and so is the optimizer's state (lopd.megatron.checkpoints.optimizer_state). Of a training of
+adapters both are those of the adapters, since no other weight changes. Only the states of the
+generators belong to a layout. Under another one the generators start from the seed, which matters
+for dropout alone.
 
 Our own files are JSON. Megatron-Core's format uses pickle: ``.metadata`` and sharded objects are
 pickles, ``common.pt`` is a torch.save of plain values (read with weights_only). So load only
@@ -44,6 +45,7 @@ from lopd.artifacts import (
     sha256_json,
     storage_errors,
 )
+from lopd.config import LoraSection
 from lopd.errors import TrainingError
 from lopd.megatron.checkpoints import optimizer_state
 from lopd.megatron.checkpoints.failures import READ_ERRORS, explain_failed_save, innermost_reason
@@ -76,9 +78,38 @@ class Trained:
     architecture: Architecture
     # Megatron-Core's optimizer. Its state must exist.
     optimizer: Any
+    # The adapters, if they alone are trained.
+    lora: LoraSection
+
+    def sharded(self) -> dict[str, Any]:
+        """Return weights and optimizer state as Megatron-Core's sharded tensors."""
+        optimizer = optimizer_state.sharded(
+            self.module, self.architecture, self.optimizer, self.lora
+        )
+        return {"model": self.weights(), "optimizer": optimizer}
+
+    def load(self, path: Path, **sizes: int) -> None:
+        """Read weights and optimizer state of a checkpoint. Collective.
+
+        Args:
+            path: The folder of the checkpoint.
+            sizes: Those that optimizer_state.load takes.
+        """
+        # The weights come first: an optimizer without float32 weights of its own takes the model's.
+        if self.lora.is_on:
+            optimizer_state.load_adapters(self.module, self.architecture, self.lora, path, **sizes)
+        else:
+            loaded = dist_checkpointing.load({"model": self.weights()}, str(path))
+            self.module.load_state_dict(loaded["model"])
+        optimizer_state.load(
+            self.module, self.architecture, self.optimizer, self.lora, path, **sizes
+        )
 
     def weights(self) -> dict[str, Any]:
-        """Return the weights as Megatron-Core's sharded tensors."""
+        """Return the trained weights as Megatron-Core's sharded tensors."""
+        if self.lora.is_on:
+            # The frozen weights are in the folder that the training began from.
+            return {**optimizer_state.sharded_adapters(self.module, self.architecture, self.lora)}
         # Megatron-Core takes the group to choose which of the ranks with the same weights writes.
         sharded: dict[str, Any] = self.module.sharded_state_dict(
             metadata={"singleton_local_shards": False, "dp_cp_group": parallel.data_context_group()}
@@ -100,7 +131,7 @@ class Checkpoints:
         Args:
             folder: The folder of all checkpoints of the training.
             keep: How many of the newest checkpoints stay.
-            layout: The sizes of parallelism, the dtype and the kind of layers.
+            layout: The sizes of parallelism, the dtype, the kind of layers and the adapters.
             background: Whether save returns as soon as the state is copied to host memory, and a
                 thread writes the copy (lopd.megatron.checkpoints.writing).
         """
@@ -159,13 +190,9 @@ class Checkpoints:
         # The other ranks write into the folder.
         parallel.barrier()
         with explain_failed_save(partial):
-            optimizer = optimizer_state.sharded(
-                trained.module, trained.architecture, trained.optimizer
-            )
-            sharded = {"model": trained.weights(), "optimizer": optimizer}
             # It plans the save, with collectives, and writes nothing yet.
             request = dist_checkpointing.save(
-                sharded, str(partial), async_sharded_save=True, **_WRITER
+                trained.sharded(), str(partial), async_sharded_save=True, **_WRITER
             )
             publish_json(partial / f"rng-{parallel.rank():05d}.json", generator_states())
         assert request is not None
@@ -292,18 +319,12 @@ class Checkpoints:
         self, path: Path, trained: Trained, note: Callable[[str], None]
     ) -> tuple[int, dict[str, Any]]:
         about = read_about(path)
-        # Checkpoints from before Transformer Engine's layers were supported do not name theirs.
-        layout: Mapping[str, Any] = {"layers": "local", **about["layout"]}
+        # Checkpoints from before Transformer Engine's layers or adapters were supported do not name
+        # theirs.
+        layout: Mapping[str, Any] = {"layers": "local", "lora": "none", **about["layout"]}
         _require_same_format(path, about["schema_version"], layout, self._layout)
         try:
-            # The weights come first: an optimizer without float32 weights of its own takes the
-            # model's.
-            loaded = dist_checkpointing.load({"model": trained.weights()}, str(path))
-            trained.module.load_state_dict(loaded["model"])
-            sizes = {key: layout[key] for key in ("tensor", "expert_tensor")}
-            optimizer_state.load(
-                trained.module, trained.architecture, trained.optimizer, path, **sizes
-            )
+            trained.load(path, **{key: layout[key] for key in ("tensor", "expert_tensor")})
         except READ_ERRORS as error:
             raise TrainingError(
                 f"the checkpoint cannot be read ({innermost_reason(error)})",
@@ -352,14 +373,15 @@ def _require_same_format(
             remedy="use the version of lopd that wrote this checkpoint, or remove the folder of "
             "checkpoints",
         )
-    # Another dtype has other optimizer state, and other layers have other names of weights.
-    for key in ("dtype", "layers"):
+    # Another dtype has other optimizer state, and other layers have other names of weights. Other
+    # adapters have other shapes, and with another alpha they would be another model.
+    for key in ("dtype", "layers", "lora"):
         if theirs[key] != ours[key]:
             raise TrainingError(
                 f"the checkpoint was written with {key} = {theirs[key]}",
                 where=str(path),
                 limit=f"exactly {key} = {ours[key]}, as in this run",
-                remedy=f"use the same {key} as the checkpoint",
+                remedy=f"use the same {key} as the checkpoint, or remove the folder of checkpoints",
             )
 
 

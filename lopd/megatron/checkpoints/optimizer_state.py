@@ -15,6 +15,9 @@ NAME counts layers and experts over all ranks (lopd.megatron.weights.hf_mapping)
 data rank is a range. So the sizes of pipeline, expert and data leave no trace in the file. Only the
 number of tensor shards does. Where it differs, the shards are put together and split anew, by the
 table that reads Hugging Face weights.
+
+Where adapters are trained, the optimizer has state of them alone. Then their weights are kept in
+the same form too (``adapter.NAME``), in place of all weights of the model.
 """
 
 from __future__ import annotations
@@ -32,14 +35,24 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from lopd.megatron.checkpoints.parameter_state import MAIN, MOMENTS, ParameterState, state_of
+from lopd.config import LoraSection
+from lopd.megatron.checkpoints.parameter_state import (
+    MAIN,
+    MOMENTS,
+    ParameterState,
+    WeightState,
+    state_of,
+)
 from lopd.megatron.ranks import parallel
+from lopd.megatron.weights.adapters import adapter_weights
 from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.hf_mapping import Weight, weights
-from lopd.megatron.weights.transfer import local_parameters
+from lopd.megatron.weights.transfer import local_adapters, local_parameters
 
 # How many bytes a rank reads at once.
 CHUNK_BYTES = 4 * 2**30
+# The weights of adapters, beside the kinds of optimizer state.
+_ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +69,34 @@ class HeldRange:
     replica: tuple[int, ...]
 
 
-def sharded(module: Any, arch: Architecture, optimizer: Any) -> dict[str, ShardedTensor]:
+def sharded(
+    module: Any, arch: Architecture, optimizer: Any, lora: LoraSection
+) -> dict[str, ShardedTensor]:
     """Return this rank's optimizer state as dist_checkpointing.save takes it.
 
     Args:
         module: The model.
         arch: The model's sizes.
         optimizer: Megatron-Core's optimizer. Its state must exist (see Optimizer.create_state).
+        lora: The settings of the model's adapters.
     """
     # The tensors are the state itself where that is possible, and no copies: a copy of all state
     # would need two to three times the memory of the float32 weights.
-    kinds = _kinds(module)
+    return _sharded_ranges(_held_ranges(module, arch, optimizer, lora), _kinds(module))
+
+
+def sharded_adapters(
+    module: Any, arch: Architecture, lora: LoraSection
+) -> dict[str, ShardedTensor]:
+    """Return this rank's weights of adapters as dist_checkpointing.save takes them."""
+    return _sharded_ranges(_adapter_ranges(module, arch, lora), (_ADAPTER,))
+
+
+def _sharded_ranges(
+    ranges: Iterator[HeldRange], kinds: tuple[str, ...]
+) -> dict[str, ShardedTensor]:
     tensors = {}
-    for number, held in enumerate(_held_ranges(module, arch, optimizer)):
+    for number, held in enumerate(ranges):
         # Where the range begins in the parameter of the whole model.
         shard, num_shards = _shard(held.weight)
         offset = shard * math.prod(held.weight.local_shape(num_shards)) + held.start
@@ -82,7 +110,14 @@ def sharded(module: Any, arch: Architecture, optimizer: Any) -> dict[str, Sharde
 
 @torch.no_grad()
 def load(
-    module: Any, arch: Architecture, optimizer: Any, path: Path, *, tensor: int, expert_tensor: int
+    module: Any,
+    arch: Architecture,
+    optimizer: Any,
+    lora: LoraSection,
+    path: Path,
+    *,
+    tensor: int,
+    expert_tensor: int,
 ) -> None:
     """Read a checkpoint's optimizer state into this rank's. Collective.
 
@@ -93,6 +128,7 @@ def load(
         module: The model. Its weights must be in place.
         arch: The model's sizes.
         optimizer: Megatron-Core's optimizer. Its state must exist.
+        lora: The settings of the model's adapters.
         path: The folder of the checkpoint.
         tensor: The number of tensor ranks of the layout that wrote it.
         expert_tensor: The number of tensor ranks inside an expert of that layout.
@@ -101,7 +137,31 @@ def load(
     if MAIN not in kinds:
         # The file has no weights of the optimizer. It takes those of the model, which are loaded.
         optimizer.reload_model_params()
-    ranges = _held_ranges(module, arch, optimizer)
+    ranges = _held_ranges(module, arch, optimizer, lora)
+    _load_ranges(ranges, kinds, path, tensor, expert_tensor)
+
+
+@torch.no_grad()
+def load_adapters(
+    module: Any,
+    arch: Architecture,
+    lora: LoraSection,
+    path: Path,
+    *,
+    tensor: int,
+    expert_tensor: int,
+) -> None:
+    """Read a checkpoint's weights of adapters into the model. Collective.
+
+    The arguments are those of load.
+    """
+    ranges = _adapter_ranges(module, arch, lora)
+    _load_ranges(ranges, (_ADAPTER,), path, tensor, expert_tensor)
+
+
+def _load_ranges(
+    ranges: Iterator[HeldRange], kinds: tuple[str, ...], path: Path, tensor: int, expert_tensor: int
+) -> None:
     chunks = list(_chunks(ranges, len(kinds), tensor, expert_tensor))
     # dist_checkpointing.load is collective. A rank with fewer chunks takes part with nothing.
     most = torch.tensor([len(chunks)], device=parallel.device())
@@ -143,7 +203,7 @@ def _stored(
     # has all of them in one tensor.
     size = sum(math.prod(shape) for shape in weight.shapes)
     return ShardedTensor(
-        f"optimizer.{kind}.{weight.megatron}",
+        f"{kind}.{weight.megatron}" if kind == _ADAPTER else f"optimizer.{kind}.{weight.megatron}",
         tensor,
         tensor.dtype,
         tuple(tensor.shape),
@@ -155,11 +215,25 @@ def _stored(
     )
 
 
-def _held_ranges(module: Any, arch: Architecture, optimizer: Any) -> Iterator[HeldRange]:
+def _adapter_ranges(module: Any, arch: Architecture, lora: LoraSection) -> Iterator[HeldRange]:
+    """Yield this rank's weights of adapters, each as a whole."""
+    table = {weight.megatron: weight for weight in adapter_weights(arch, lora)}
+    for name, parameter in local_adapters(module, arch).items():
+        weight = table[name]
+        # The weights of the model are on every data rank, whatever the optimizer divides.
+        yield HeldRange(
+            weight, 0, parameter.numel(), WeightState(parameter), (0, *_copy_of(weight))
+        )
+
+
+def _held_ranges(
+    module: Any, arch: Architecture, optimizer: Any, lora: LoraSection
+) -> Iterator[HeldRange]:
     """Yield what this rank holds, in an order that is the same in every run of this layout."""
     # Both directions of a name: from this rank's tensors to the name in the whole model, and from
     # there to how the parameter is laid out.
-    table = {weight.megatron: weight for weight in weights(arch)}
+    every_weight = [*weights(arch), *adapter_weights(arch, lora)]
+    table = {weight.megatron: weight for weight in every_weight}
     originals = {weight.hf: weight for weight in table.values() if not weight.copy}
     names = {parameter: name for name, parameter in local_parameters(module, arch).items()}
     for chained in optimizer.chained_optimizers:
@@ -210,16 +284,24 @@ def _replicated(chained: Any) -> Iterator[tuple[Tensor, int, int, Tensor]]:
 
 def _replica(weight: Weight, chained: Any) -> tuple[int, ...]:
     """Return zeros on one of the ranks that hold the same state, which writes it."""
-    # What is not split has the same state on all tensor ranks.
-    tensor = parallel.tensor_rank() if weight.layout == "whole" else 0
-    # What is not distributed has the same state on all data ranks. Experts have other data ranks.
+    tensor, data = _copy_of(weight)
+    # What is distributed differs between data ranks.
     if isinstance(chained, DistributedOptimizer):
         data = int(chained.distributed_optimizer_instance_id)
-    elif weight.expert:
+    return (int(weight.copy), tensor, data)
+
+
+def _copy_of(weight: Weight) -> tuple[int, int]:
+    """Return which of the equal copies of a parameter this rank has: by tensor and by data rank."""
+    # Experts have tensor ranks and data ranks of their own.
+    if weight.expert:
+        tensor = parallel.expert_tensor_rank()
         data = parallel.expert_data_rank()
     else:
+        tensor = parallel.tensor_rank()
         data = dist.get_rank(parallel.data_context_group())
-    return (int(weight.copy), tensor, data)
+    # What is not split is the same on all tensor ranks.
+    return (tensor if weight.layout == "whole" else 0), data
 
 
 def _shard(weight: Weight) -> tuple[int, int]:

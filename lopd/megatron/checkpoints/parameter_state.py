@@ -182,6 +182,26 @@ class HybridState:
         return next(each for each in self.optimizer.sub_optimizers if inner in each.state)
 
 
+@dataclass(frozen=True, slots=True)
+class WeightState:
+    """A weight of the model itself, in the form of the optimizer's state of it."""
+
+    weight: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def read(self, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+        # float32 holds every bfloat16 number, so the way there and back changes no bit.
+        return {kind: self.weight.detach().float().reshape(-1) for kind in kinds}
+
+    @torch.no_grad()
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        for tensor in tensors.values():
+            self.weight.copy_(tensor.view_as(self.weight))
+
+
 def joined(rounded: Tensor, remainder: Tensor) -> Tensor:
     """Return the float32 weights of which FusedAdam keeps bfloat16 and the lower 16 bits.
 

@@ -251,3 +251,8 @@ def expert_tensor_rank() -> int:
 
 def expert_tensor_size() -> int:
     return int(parallel_state.get_expert_tensor_parallel_world_size())
+
+
+def expert_tensor_group() -> Any:
+    """Return the ranks that together hold one expert."""
+    return parallel_state.get_expert_tensor_parallel_group()

@@ -50,7 +50,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     return next((peak for known, peak in _PEAKS.items() if known.lower() in name), None)
 
 
-def training_flops(arch: Architecture, lengths: Iterable[int]) -> float:
+def training_flops(arch: Architecture, lengths: Iterable[int], *, frozen: bool = False) -> float:
     """Return the operations of one forward and one backward pass over sequences.
 
     The source is Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways" (arXiv
@@ -67,6 +67,8 @@ def training_flops(arch: Architecture, lengths: Iterable[int]) -> float:
     Args:
         arch: The model.
         lengths: The number of tokens of each sequence.
+        frozen: Whether the weights take no gradient (LoRA), so that one of the two products of the
+            backward pass falls away. The adapters' own thin products do not count.
     """
     # Tokens and pairs are added up apart: products with weights grow with the tokens, and attention
     # with the pairs.
@@ -77,7 +79,8 @@ def training_flops(arch: Architecture, lengths: Iterable[int]) -> float:
         num_pairs += length * length
     # Half of the pairs of a sequence: a token attends to those before it.
     attention = 12 * arch.num_layers * arch.num_heads * arch.head_dim * num_pairs / 2
-    return 6.0 * active_matrix_weights(arch) * num_tokens + attention
+    per_weight = 4.0 if frozen else 6.0
+    return per_weight * active_matrix_weights(arch) * num_tokens + attention
 
 
 def active_matrix_weights(arch: Architecture) -> int:

@@ -35,15 +35,19 @@ class StepHealth:
     all ranks, and call figures() with the sum.
     """
 
-    def __init__(self, module: Any, architecture: Architecture, dtype: str) -> None:
+    def __init__(
+        self, module: Any, architecture: Architecture, dtype: str, *, frozen: bool = False
+    ) -> None:
         """Prepare the counters, and hook the routers of experts if the model has any.
 
         Args:
             module: This rank's part of the model.
             architecture: The model.
             dtype: The dtype of the weights, as a knob names it.
+            frozen: Whether adapters are trained in place of the weights.
         """
         self._arch = architecture
+        self._frozen = frozen
         # Of all layers, those of other pipeline stages included, so that the vectors of all ranks
         # have one length.
         self._expert_tokens = torch.zeros(
@@ -105,7 +109,8 @@ class StepHealth:
             own[0] = sum(_num_real(microbatch) for microbatch in microbatches)
             own[1] = sum(num_computed_tokens(microbatch) for microbatch in microbatches)
             flops[parallel.data_rank()] = sum(
-                training_flops(self._arch, _lengths(microbatch)) for microbatch in microbatches
+                training_flops(self._arch, _lengths(microbatch), frozen=self._frozen)
+                for microbatch in microbatches
             )
         own[2 + parallel.rank()] = peak_memory_bytes()
         device = parallel.device()

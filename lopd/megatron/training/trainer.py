@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from lopd.megatron.checkpoints.checkpoint import Checkpoints, Trained
 from lopd.megatron.model import engine
 from lopd.megatron.model.build import build_model, init_random
 from lopd.megatron.model.inference import forward_microbatch, score_microbatches
+from lopd.megatron.model.lora import add_adapters
 from lopd.megatron.model.overrides import read_overrides
 from lopd.megatron.model.transformer_config import DTYPES
 from lopd.megatron.ranks import parallel
@@ -44,40 +45,16 @@ from lopd.megatron.training.not_finite import has_bad_gradient, loss_suspects, n
 from lopd.megatron.training.offload import DeviceMemory
 from lopd.megatron.training.optimizer import Optimizer
 from lopd.megatron.training.reduction import StepSums, require_equal_counts
+from lopd.megatron.training.step_metrics import StepMetrics
 from lopd.megatron.training.wrapping import wrap_for_training
 from lopd.megatron.weights.architecture import read_architecture
-from lopd.megatron.weights.transfer import export_hf, load_hf
+from lopd.megatron.weights.transfer import export_adapters, export_hf, load_hf
 from lopd.objective import Objective, TokenBatch, reduce_metrics
 from lopd.records import Microbatch
 
 # The size of an exported bucket of weights: large enough that the cost of a transfer's start does
 # not count, small enough to fit beside a training.
 BUCKET_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """The metrics of one optimizer step. They are the same on every rank."""
-
-    # The number of updates made, this one included.
-    step: int
-    loss: float
-    # The global L2 norm of the gradients before clipping.
-    grad_norm: float
-    lr: float
-    # The number of tokens that carry loss.
-    num_tokens: int
-    # Wall-clock time of the step.
-    seconds: float
-    # Tokens of all sequences, prompts included, over all ranks.
-    tokens_per_s: float
-    # What the objective reports (lopd.objective.reduce_metrics), and the metrics of StepHealth.
-    metrics: Mapping[str, float]
-
-    def as_dict(self) -> dict[str, float]:
-        """Return all metrics without nesting, for a line of JSON."""
-        own = asdict(self)
-        return {**own.pop("metrics"), **own}
 
 
 class Trainer:
@@ -104,7 +81,7 @@ class Trainer:
             model_dir: A Hugging Face folder. With init "random" only its config.json is read.
             init: Where the first weights come from.
             init_std: The standard deviation of random weights.
-            seed: The seed of random weights.
+            seed: The seed of random weights and of new adapters.
             objective: The loss.
             checkpoint_dir: The folder of the checkpoints. None saves and resumes nothing.
             num_steps: The length of the training, for the learning rate. None takes that of the
@@ -137,6 +114,8 @@ class Trainer:
             init_random(self.module, self.architecture, std=init_std, seed=seed)
         else:
             load_hf(self.module, self.architecture, model_dir)
+        if settings.lora.is_on:
+            add_adapters(self.module, self.architecture, settings.lora, seed=seed)
         distributed = settings.parallel.distributed_optimizer
         self.model = wrap_for_training(
             self.module,
@@ -154,7 +133,9 @@ class Trainer:
         )
         # A server on the same device may have this memory between two steps.
         self.memory = DeviceMemory(self.model, self.optimizer.megatron)
-        self._health = StepHealth(self.module, self.architecture, settings.dtype)
+        self._health = StepHealth(
+            self.module, self.architecture, settings.dtype, frozen=settings.lora.is_on
+        )
         self._sums = StepSums()
         self._config = self.module.config
         # Megatron-Core calls it after the last backward pass of a step. It adds up gradients over
@@ -176,6 +157,7 @@ class Trainer:
             **settings.parallel.model_dump(),
             "dtype": settings.dtype,
             "layers": "transformer_engine" if uses_engine else "local",
+            "lora": settings.lora.describe(),
         }
         return Checkpoints(
             folder,
@@ -362,12 +344,18 @@ class Trainer:
         return [logprobs for logprobs, _ in score_microbatches(self.model, microbatches)]
 
     def export(self, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield the weights under their Hugging Face names, bucket by bucket.
+        """Yield the weights under their Hugging Face names, bucket by bucket, adapters included.
 
         See lopd.megatron.weights.transfer.export_hf.
         """
         self.memory.require_weights()
-        return export_hf(self.module, self.architecture, bucket_bytes=bucket_bytes)
+        lora = self.settings.lora
+        return export_hf(self.module, self.architecture, bucket_bytes=bucket_bytes, lora=lora)
+
+    def export_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the adapters under PEFT's names. See lopd.megatron.weights.transfer."""
+        self.memory.require_weights()
+        return export_adapters(self.module, self.architecture, self.settings.lora)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Publish a checkpoint of this step.
@@ -419,7 +407,7 @@ class Trainer:
         # Before the first update the optimizer has no moments. Megatron-Core can neither save nor
         # load state that is not there.
         self.optimizer.create_state()
-        return Trained(self.module, self.architecture, self.optimizer.megatron)
+        return Trained(self.module, self.architecture, self.optimizer.megatron, self.settings.lora)
 
 
 def _write_to_stderr(text: str) -> None:

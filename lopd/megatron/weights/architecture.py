@@ -94,6 +94,15 @@ def _read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        # PEFT's folder of adapters, for example one that a training of ours has written.
+        if (path.parent / "adapter_config.json").is_file():
+            raise LopdError(
+                "this folder has adapters and no model",
+                where=str(path.parent),
+                limit="the folder of a Hugging Face checkpoint",
+                remedy="give the model with the adapters in it; of a training of lopd it is the "
+                "folder model beside this one",
+            ) from None
         raise LopdError(
             "no such file",
             where=str(path),

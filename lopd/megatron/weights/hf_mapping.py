@@ -37,8 +37,8 @@ _ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
     (
-        re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$"),
-        r"mlp.experts.local_experts.\2.\1.weight",
+        re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|lora_A|lora_B)(\d+)$"),
+        r"mlp.experts.local_experts.\3.\1.\2",
     ),
 )
 

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lopd.config import LoraSection
 from lopd.megatron.ranks import parallel
 from lopd.megatron.ranks.first_rank import run_on_first_rank
+from lopd.megatron.weights.adapters import adapter_weights, adapters
 from lopd.megatron.weights.architecture import Architecture
 from lopd.megatron.weights.hf_files import CheckpointReader, CheckpointWriter
 from lopd.megatron.weights.hf_mapping import Weight, global_name, weights
@@ -34,7 +36,6 @@ def load_hf(model: Any, arch: Architecture, folder: str | Path) -> None:
         load_tensors(model, arch, reader.tensor)
 
 
-@torch.no_grad()
 def load_tensors(model: Any, arch: Architecture, tensor: Callable[[str], Any]) -> None:
     """Fill every parameter of this rank.
 
@@ -45,7 +46,29 @@ def load_tensors(model: Any, arch: Architecture, tensor: Callable[[str], Any]) -
             sliced like that tensor.
     """
     table = {weight.megatron: weight for weight in weights(arch)}
-    for name, parameter in local_parameters(model, arch).items():
+    _fill(local_parameters(model, arch), table, tensor)
+
+
+def load_adapters(
+    model: Any, arch: Architecture, lora: LoraSection, tensor: Callable[[str], Any]
+) -> None:
+    """Fill the adapters of this rank.
+
+    Args:
+        model: This rank's part of the model, with adapters.
+        arch: The architecture of the whole model.
+        lora: The settings of the adapters.
+        tensor: As of load_tensors, by PEFT's names. A matrix A that several share has the name of
+            the first.
+    """
+    _fill(local_adapters(model, arch), _adapter_table(arch, lora), tensor)
+
+
+@torch.no_grad()
+def _fill(
+    parameters: dict[str, Tensor], table: dict[str, Weight], tensor: Callable[[str], Any]
+) -> None:
+    for name, parameter in parameters.items():
         assert name in table, f"no rule for parameter {name}"
         weight = table[name]
         value = weight.read([tensor(source) for source in weight.hf], *_shard(weight))
@@ -58,7 +81,7 @@ def load_tensors(model: Any, arch: Architecture, tensor: Callable[[str], Any]) -
 
 
 def export_hf(
-    model: Any, arch: Architecture, *, bucket_bytes: int
+    model: Any, arch: Architecture, *, bucket_bytes: int, lora: LoraSection | None = None
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the full Hugging Face tensors in buckets, in the order of the checkpoint. Collective.
 
@@ -70,6 +93,8 @@ def export_hf(
         model: This rank's part of the model.
         arch: The architecture of the whole model.
         bucket_bytes: The size of a bucket. A bucket ends with the tensor that reaches it.
+        lora: The settings of the model's adapters. They are added to the weights, which stay as
+            they are in the model.
 
     Yields:
         A list of (Hugging Face name, tensor).
@@ -83,7 +108,7 @@ def export_hf(
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for weight in table:
-        bucket += _collect(weight, mine.get(weight.megatron), owners, dtype)
+        bucket += _collect(weight, _merged(weight, mine, lora), owners, dtype)
         # The size is counted on every rank, so that all of them end a bucket at the same place. A
         # reader may run a collective of its own between two buckets.
         size += sum(math.prod(shape) for shape in weight.shapes) * dtype.itemsize
@@ -93,6 +118,31 @@ def export_hf(
             size = 0
     if size:
         yield bucket
+
+
+def export_adapters(
+    model: Any, arch: Architecture, lora: LoraSection
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the adapters under PEFT's names, whole and one by one. Collective.
+
+    Every rank iterates to the end. Global rank 0 gets the tensors, as copies on the CPU in the
+    dtype of the model. The other ranks get none.
+
+    Args:
+        model: This rank's part of the model, with adapters.
+        arch: The architecture of the whole model.
+        lora: The settings of the adapters.
+    """
+    mine = local_adapters(model, arch)
+    owners = _owners(adapter_weights(arch, lora), mine)
+    # As in export_hf. A rank may have no adapter, for example where a pipeline stage has no layer.
+    dtype = model.config.params_dtype
+    for adapter in adapters(arch, lora):
+        for _, shared in _collect(adapter.a, mine.get(adapter.a.megatron), owners, dtype):
+            # A copy for each name: two names of one tensor cannot be written to a file.
+            yield from ((name, shared.cpu().clone()) for name in adapter.peft_a)
+        for name, tensor in _collect(adapter.b, mine.get(adapter.b.megatron), owners, dtype):
+            yield name, tensor.cpu()
 
 
 def save_hf(
@@ -157,6 +207,19 @@ def local_parameters(model: Any, arch: Architecture) -> dict[str, Tensor]:
     }
 
 
+def local_adapters(model: Any, arch: Architecture) -> dict[str, Tensor]:
+    """Return this rank's parameters of adapters by the table's names."""
+    return {
+        name: parameter
+        for name, parameter in local_parameters(model, arch).items()
+        if name.endswith((".lora_A", ".lora_B"))
+    }
+
+
+def _adapter_table(arch: Architecture, lora: LoraSection) -> dict[str, Weight]:
+    return {weight.megatron: weight for weight in adapter_weights(arch, lora)}
+
+
 def _shard(weight: Weight) -> tuple[int, int]:
     """Return (rank, size) of this rank in the group over which the parameter is split."""
     # Experts have a tensor group of their own, of another size.
@@ -184,6 +247,25 @@ def _owners(table: list[Weight], mine: dict[str, Tensor]) -> dict[tuple[str, int
             # The first rank that holds a tensor gives it.
             owners.setdefault(key, rank)
     return owners
+
+
+@torch.no_grad()
+def _merged(weight: Weight, mine: dict[str, Tensor], lora: LoraSection | None) -> Tensor | None:
+    """Return this rank's part of a parameter, with its adapter added, or None if it has no part.
+
+    The rank's parts of the two matrices have a product of the shape of its part of the weight, with
+    the rows and columns in the same order (lopd.megatron.weights.adapters). So nothing is exchanged
+    for it, and no rank has more than one merged parameter at a time.
+    """
+    parameter = mine.get(weight.megatron)
+    stem = weight.megatron.removesuffix(".weight")
+    a = mine.get(f"{stem}.lora_A")
+    if lora is None or parameter is None or a is None:
+        return parameter
+    b = mine[f"{stem}.lora_B"]
+    # In float32, so that a bfloat16 weight is rounded once.
+    change = b.float() @ a.float()
+    return (parameter.float() + lora.scale * change).to(parameter.dtype)
 
 
 @torch.no_grad()
