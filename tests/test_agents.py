@@ -19,6 +19,7 @@ from lopd.artifacts import read_manifest
 from lopd.cache.checks import check_cache
 from lopd.cache.reader import CacheReader
 from lopd.cache.transcript_import import import_transcripts
+from lopd.checks.combinations import sampling_problems
 from lopd.config import Config, load_config
 from lopd.errors import DataError, LopdError
 from lopd.objective import Distillation, StepDivergence
@@ -229,6 +230,35 @@ def test_what_the_checks_refuse(
     own = [one.replace("{}", str(project.folder)) for one in overrides]
     line = lopd("rollout", project.config, *own).refused()
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["score.tokenizer=aligned", f"rollout.environment={TOOLS}:calculator"],
+            'rollout.environment and score.tokenizer = "aligned" cannot be used together',
+        ),
+        (
+            ["score.tokenizer=aligned", "rollout.responses=caches/rollouts"],
+            'rollout.responses and score.tokenizer = "aligned" cannot be used together',
+        ),
+        (
+            ["models.teachers.math=teacher", "rollout.responses=caches/rollouts"],
+            "rollout.responses and models.teachers cannot be used together",
+        ),
+        (
+            ["distill.cache=caches/one", "rollout.responses=caches/rollouts"],
+            "rollout.responses and distill.cache cannot be used together",
+        ),
+        (["rollout.responses=caches/rollouts"], ""),
+        ([f"rollout.environment={TOOLS}:calculator"], ""),
+    ],
+)
+def test_what_does_not_go_together(project: Project, overrides: list[str], expected: str) -> None:
+    """The last two are the control."""
+    found = [str(one) for one in sampling_problems(load_config(project.config, overrides))]
+    assert (not found) if not expected else any(expected in one for one in found)
 
 
 def test_what_the_checks_say(project: Project, lopd: Callable[..., Result]) -> None:
