@@ -19,14 +19,14 @@ from lopd.artifacts import read_manifest
 from lopd.cache.checks import check_cache
 from lopd.cache.reader import CacheReader
 from lopd.cache.transcript_import import import_transcripts
+from lopd.checks.combinations import sampling_problems
 from lopd.config import Config, load_config
-from lopd.errors import DataError, LopdError
+from lopd.errors import LopdError
 from lopd.objective import Distillation, StepDivergence
 from lopd.records import Response, float32, int32
 from lopd.stages.training import TrainingJob
 from lopd.stages.training_data import distillation_objective, load_samples
-from lopd.tasks.environments import ask, environment_identity, load_environment
-from lopd.tasks.sandbox import protections
+from lopd.tasks.environments import environment_identity
 from lopd.tasks.tokenizer import decode, load_tokenizer
 from sglang_rollout.requests.sampling import SamplingParams, SamplingRequest
 from tests.stand_ins import (
@@ -231,6 +231,35 @@ def test_what_the_checks_refuse(
     assert expected in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["score.tokenizer=aligned", f"rollout.environment={TOOLS}:calculator"],
+            'rollout.environment and score.tokenizer = "aligned" cannot be used together',
+        ),
+        (
+            ["score.tokenizer=aligned", "rollout.responses=caches/rollouts"],
+            'rollout.responses and score.tokenizer = "aligned" cannot be used together',
+        ),
+        (
+            ["models.teachers.math=teacher", "rollout.responses=caches/rollouts"],
+            "rollout.responses and models.teachers cannot be used together",
+        ),
+        (
+            ["distill.cache=caches/one", "rollout.responses=caches/rollouts"],
+            "rollout.responses and distill.cache cannot be used together",
+        ),
+        (["rollout.responses=caches/rollouts"], ""),
+        ([f"rollout.environment={TOOLS}:calculator"], ""),
+    ],
+)
+def test_what_does_not_go_together(project: Project, overrides: list[str], expected: str) -> None:
+    """The last two are the control."""
+    found = [str(one) for one in sampling_problems(load_config(project.config, overrides))]
+    assert (not found) if not expected else any(expected in one for one in found)
+
+
 def test_what_the_checks_say(project: Project, lopd: Callable[..., Result]) -> None:
     shown = lopd("check", project.config, f"rollout.environment={TOOLS}:calculator").succeeded()
     assert "tools.py:calculator replies between turns, at most 8 turns" in shown.out
@@ -346,66 +375,6 @@ def test_a_rollout_that_cannot_go_on_is_one_line(
     own = f"rollout.environment={project.folder / 'own.py'}:tool"
     pipeline.run(load_config(project.config, [own]), ("demonstrate", "sft"))
     lopd("rollout", project.config, own).refused("response ('reg-", expected)
-
-
-def fails(_: Any) -> None:
-    raise ValueError("no tool here")
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        (fails, "the environment failed (ValueError: no tool here)"),
-        (lambda messages: "87", "the environment returned '87', which is no message"),
-        (lambda messages: {"role": "assistant", "content": "87"}, "which is no message"),
-        (lambda messages: {"role": "user", "content": 87}, "which is no message"),
-        (lambda messages: __import__("time").sleep(60), "did not reply within 0.2 s"),
-    ],
-)
-def test_an_environment_that_fails_is_one_line(environment: Any, expected: str) -> None:
-    with pytest.raises(DataError) as caught:
-        ask(environment, [{"role": "user", "content": "1"}], limit_s=0.2, where="response p/0")
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("response p/0: ")
-
-
-def test_an_environment_cannot_change_the_conversation() -> None:
-    messages = [{"role": "assistant", "content": "1"}]
-
-    def changes(own: list[dict[str, Any]]) -> None:
-        own[0]["content"] = "2"
-        own.clear()
-
-    assert ask(changes, messages, limit_s=5, where="") is None
-    assert messages == [{"role": "assistant", "content": "1"}]
-
-
-def test_a_module_is_named_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS.parent))
-    # The configuration makes a path of it.
-    name = Path("/somewhere/tools:calculator")
-    tool = load_environment(name)
-    assert tool([{"role": "assistant", "content": "1+2="}]) == {"role": "user", "content": "1+2=3"}
-    by_file = environment_identity(Path(f"{TOOLS}:calculator"))
-    assert environment_identity(name)[1] == by_file[1]
-
-
-@pytest.mark.skipif(not protections().sufficient, reason="no sandbox on this machine")
-def test_code_of_the_model_runs_in_the_sandbox() -> None:
-    tool = load_environment(Path(f"{TOOLS}:python"))
-
-    def run(program: str) -> str:
-        reply = tool([{"role": "assistant", "content": f"```python\n{program}\n```"}])
-        assert reply is not None
-        return str(reply["content"])
-
-    assert run("print(6 * 7)") == "42"
-    escaping = f"import os\nprint(os.path.exists({str(ROOT)!r}))"
-    assert run(escaping) == "False"
-    # The control: outside of the sandbox the folder is there.
-    assert ROOT.exists()
-    assert tool([{"role": "assistant", "content": "42"}]) is None
 
 
 def test_the_example(lopd: Callable[..., Result], tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lopd import cache
-from lopd.artifacts import ArtifactWriter, identify_model
+from lopd.artifacts import ArtifactWriter, identify_model, sha256_json
 from lopd.artifacts.lineage import declared
 from lopd.cache.row_checks import Findings, RowChecks
 from lopd.cache.table import TEACHER_CACHE
@@ -35,6 +36,7 @@ from lopd.records import (
     int32,
     token_hash,
 )
+from lopd.tasks.chat_template import template_text
 from lopd.tasks.rendering import ConversationRenderer
 from lopd.tasks.rows import Row, content_hash, read_rows
 from lopd.tasks.tokenizer import load_tokenizer, stop_token_ids
@@ -112,8 +114,7 @@ def import_transcripts(
     if first is None:
         raise DataError("the file has no row", where=str(file), remedy=_FORM)
     # The first row says which columns there are. One that differs is refused.
-    scored = first.scores is not None
-    kind_of_all = TEACHER_CACHE if scored else kind
+    kind_of_all = TEACHER_CACHE if first.scores is not None else kind
     writer = ArtifactWriter(
         Path(out),
         kind=kind_of_all,
@@ -121,6 +122,8 @@ def import_transcripts(
             # By content, so that a changed file of the same name is not continued.
             "import.file": content_hash(file),
             "import.tokenizer": content_hash(folder / "tokenizer.json"),
+            # It decides the ids of messages. Rows of ids do not need one.
+            "import.template": sha256_json(template_text(folder)),
             "import.kind": kind_of_all,
             "import.batch_rows": batch_rows,
         },
@@ -130,13 +133,7 @@ def import_transcripts(
     findings = Findings()
     checks = RowChecks(findings, vocab_size=importer.vocab_size, kind=kind_of_all)
     for index, batch in enumerate(_batches(_as_first(first, rows), batch_rows)):
-        table = cache.to_table(
-            [row.response for row in batch],
-            [row.scores for row in batch if row.scores is not None] if scored else None,
-        )
-        if not first.is_sampled:
-            # A record has this column always. These responses have no such values.
-            table = table.drop_columns([_SAMPLING])
+        table = _table_of(batch)
         # The rows are checked before they are published: nothing unsound gets into a cache.
         checks.add(table, file.name)
         for finding in findings:
@@ -179,6 +176,14 @@ def _as_first(first: _Imported, rows: Iterator[_Imported]) -> Iterator[_Imported
                     remedy="give the two kinds of rows in two files",
                 )
         yield row
+
+
+def _table_of(rows: Sequence[_Imported]) -> pa.Table:
+    """Return rows that have the same columns as a shard."""
+    scores = [row.scores for row in rows if row.scores is not None]
+    table = cache.to_table([row.response for row in rows], scores or None)
+    # A record has this column always. Where the rows had none, the shard has none.
+    return table if rows[0].is_sampled else table.drop_columns([_SAMPLING])
 
 
 def _batches(rows: Iterator[_Imported], size: int) -> Iterator[list[_Imported]]:

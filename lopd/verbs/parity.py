@@ -105,11 +105,8 @@ def compare(config: Config, *, num_responses: int, seed: int) -> dict[str, Agree
         )
     # The rollouts carry what SGLang gave while it sampled them. Nothing has to be computed for it.
     # Tokens without loss, such as those of a tool, have none: SGLang has not sampled them.
-    masks = {response.key: response.loss_mask for response in rollouts}
-    sampled = {
-        response.key: _of_loss(response.sampling_logprobs, masks[response.key])
-        for response in rollouts
-    }
+    masks = {one.key: one.loss_mask for one in rollouts}
+    sampled = {one.key: _of_loss(one.sampling_logprobs, one.loss_mask) for one in rollouts}
     by_trainer = {key: _of_loss(values, masks[key]) for key, values in by_trainer.items()}
     return {
         "teacher: SGLang and Megatron-Core": _agreement(by_sglang, by_megatron),

@@ -131,8 +131,8 @@ class SGLangEngine:
             turns: How responses of several turns are made. None: a response has one turn.
 
         Raises:
-            OtherWeights: A response carries another weight version. This happens after a restart
-                of a server whose newest weights are in no folder.
+            OtherWeights: A response carries another weight version, after a restart of a server
+                whose newest weights are in no folder.
             EngineError: The server died, refuses, or gives an impossible answer.
             DataError: A prompt fills the context.
         """

@@ -18,7 +18,7 @@ from lopd.artifacts import identify_model, read_manifest
 from lopd.cache.checks import check_cache
 from lopd.cache.reader import CacheReader
 from lopd.cache.transcript_import import import_transcripts
-from lopd.errors import DataError
+from lopd.errors import ArtifactError, DataError
 from lopd.records import Response
 from lopd.tasks.rendering import ConversationRenderer
 from lopd.tasks.tokenizer import decode, load_tokenizer
@@ -142,6 +142,17 @@ def test_parquet_is_read_too_and_a_killed_import_goes_on(tmp_path: Path) -> None
     assert [shard.sha256 for shard in by_line.shards] != []
     assert [shard.rows for shard in by_column.shards] == [2, 2, 1]
     assert by_column.rows == by_line.rows
+
+
+def test_an_import_with_another_template_is_another_one(tmp_path: Path) -> None:
+    """Half of the rows by one template and half by another would be no error of any row."""
+    write_prompts(tmp_path / "rows.jsonl", [{"messages": CONVERSATION}])
+    before = import_transcripts(tmp_path / "rows.jsonl", tmp_path / "out", STUDENT)
+    same = import_transcripts(tmp_path / "rows.jsonl", tmp_path / "out", STUDENT)
+    assert same.fingerprint == before.fingerprint
+    student = with_template(tmp_path, ORIGINAL.replace("'\\n'", "'\\n\\n'"))
+    with pytest.raises(ArtifactError):
+        import_transcripts(tmp_path / "rows.jsonl", tmp_path / "out", student)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from lopd.errors import EngineError
+from lopd.errors import DataError, EngineError
 from lopd.records import Ints, Response, float32, int32
 from sglang_rollout.requests.sampling import SamplingRequest
 from sglang_rollout.requests.turns import Turns, sample_turns
+from tests.sglang.conftest import sampling, sampling_requests
+from tests.sglang.fake_server import STOP_ID, FakeServer
 
 END = 2
 REQUEST = SamplingRequest("p", 0, int32([1, 5, 7]), seed=11)
@@ -136,6 +138,41 @@ def test_a_turn_that_was_cut_gets_no_reply() -> None:
 def test_two_turns_of_other_weights_are_refused() -> None:
     with pytest.raises(EngineError, match="a turn is of the weights w"):
         play(Model([4, 2], versions=["v", "w"]), Tool(1))
+
+
+def test_an_engine_plays_many_dialogues_at_once_and_keeps_them_apart() -> None:
+    """Over HTTP; the fake's tokens depend on all that stands before them."""
+    requests = sampling_requests(12)
+    tools = {request.key: Tool(2) for request in requests}
+    turns = Turns(4, lambda request: tools[request.key])
+    params = sampling(stop_token_ids=(STOP_ID,), max_new_tokens=32)
+    with FakeServer() as fake:
+        found = {one.key: one for one in fake.engine().generate(requests, params, turns=turns)}
+        bodies = [body["input_ids"] for body in fake.paths("/generate")]
+    assert len(bodies) == 3 * len(requests)
+    for request in requests:
+        response = found[request.key]
+        heard = tools[request.key].heard
+        assert [len(turn) for turn in heard] == [4, 4, 4]
+        expected = [*heard[0], *BETWEEN, *heard[1], *BETWEEN, *heard[2]]
+        assert response.token_ids.tolist() == expected
+        assert response.finish_reason == "stop"
+        own = request.prompt_ids.tolist()
+        for asked in (own, own + expected[:7], own + expected[:14]):
+            assert asked in bodies
+
+
+def test_an_error_of_a_tool_ends_the_stream() -> None:
+    class Broken:
+        def reply(self, token_ids: Ints) -> Ints | None:
+            raise DataError("the tool is broken")
+
+    params = sampling(stop_token_ids=(STOP_ID,))
+    turns = Turns(4, lambda request: Broken())
+    with FakeServer() as fake:
+        found = fake.engine().generate(sampling_requests(3), params, turns=turns)
+        with pytest.raises(DataError, match="the tool is broken"):
+            list(found)
 
 
 def test_an_earlier_request_is_not_changed() -> None:
