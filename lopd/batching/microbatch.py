@@ -193,7 +193,7 @@ def _column(samples: Sequence[Sample], name: str) -> list[Any]:
         raise DataError(
             f"only {len(columns)} of {len(samples)} samples of a microbatch have {name}",
             where="batch",
-            remedy="give {name} for all samples, or for no sample",
+            remedy=f"give {name} for all samples, or for no sample",
         )
     return columns
 

@@ -180,7 +180,7 @@ def _check_nodes(config: Config, target: Target, chosen: Sequence[str]) -> None:
                 f"{stage}.parallel.nodes = {parallel.nodes} is too large",
                 where=f"--on {target}",
                 limit="exactly 1, because this target is one machine",
-                remedy="launch on slurm, k8s or skypilot, or set {stage}.parallel.nodes to 1",
+                remedy=f"launch on slurm, k8s or skypilot, or set {stage}.parallel.nodes to 1",
             )
     # Scoring needs no exchange between nodes. Workers share its prompts instead.
     nodes = config.score.forward.parallel.nodes

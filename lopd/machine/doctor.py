@@ -272,7 +272,7 @@ def _judge_source(key: str, path: Path, item: Wanted | None, facts: Facts) -> st
         return ConfigError(
             f"{key}: this folder does not exist",
             where=str(path),
-            remedy="put the files there, or set {key} to a name on the hub: hf://org/name@revision",
+            remedy=f"put the files there, or set {key} to a name on the hub: hf://org/name@revision",
         )
     # gather() asks the hub for everything that is missing, unless downloads are forbidden.
     if item.name not in facts.hub:

@@ -181,7 +181,7 @@ class RefreshService:
             f"responses sampled with the weights {version} are missing, but the server "
             f"now has the weights {served}",
             where=str(self._context.folder),
-            remedy="delete the checkpoints of {version} and of all later steps in the folder "
+            remedy=f"delete the checkpoints of {version} and of all later steps in the folder "
             "distill/checkpoints, then run the same command again",
         )
 

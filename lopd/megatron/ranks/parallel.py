@@ -55,7 +55,7 @@ def initialize(parallel: ParallelSection, *, seed: int, timeout_s: float) -> Non
         raise TrainingError(
             f"{started} ranks were started, but parallel.ranks is {parallel.ranks}",
             where="trainer",
-            remedy="start exactly {parallel.ranks} ranks",
+            remedy=f"start exactly {parallel.ranks} ranks",
         )
     # First, so that nothing of Megatron-Core runs without the patches.
     megatron_patches.apply()
