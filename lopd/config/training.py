@@ -325,13 +325,23 @@ class TrainSection(Section):
     )
 
     @model_validator(mode="after")
-    def _trains_what_it_tunes(self) -> TrainSection:
-        # Routers have no adapters, so with LoRA their rate would change nothing.
-        if self.lora.is_on and self.optimizer.router_lr_scale != 1.0:
+    def _fits_adapters(self) -> TrainSection:
+        if not self.lora.is_on:
+            return self
+        # Routers have no adapters, so their rate would change nothing.
+        if self.optimizer.router_lr_scale != 1.0:
             raise Contradiction(
                 "optimizer.router_lr_scale has no effect with lora.rank, which trains no router",
                 limit="exactly 1 with adapters",
                 remedy="remove optimizer.router_lr_scale or lora.rank",
+            )
+        # The adapters would be there, and would silently take no part.
+        if self.megatron.get("use_transformer_engine_op_fuser"):
+            raise Contradiction(
+                "megatron.use_transformer_engine_op_fuser cannot be used with lora.rank: the fused "
+                "layers never call the layers that have adapters",
+                limit="exactly false with adapters",
+                remedy="remove this field or lora.rank",
             )
         return self
 

@@ -265,6 +265,10 @@ def test_targets_become_pefts_modules_and_the_whole_path_is_not_written(tmp_path
             "sft={lora={rank=4},optimizer={router_lr_scale=0.1}}",
             "sft.optimizer.router_lr_scale has no effect with lora.rank",
         ),
+        (
+            "distill={lora={rank=4},megatron={use_transformer_engine_op_fuser=true}}",
+            "distill.megatron.use_transformer_engine_op_fuser cannot be used with lora.rank",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line(tmp_path: Path, override: str, expected: str) -> None:

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from lopd.config import LoraSection
-from lopd.errors import ConfigError
 from lopd.megatron.ranks import parallel
 from lopd.megatron.weights.adapters import adapter_weights
 from lopd.megatron.weights.architecture import Architecture
@@ -50,17 +49,7 @@ def add_adapters(model: Any, arch: Architecture, lora: LoraSection, *, seed: int
         arch: The architecture of the whole model.
         lora: The settings. They must have a rank.
         seed: The seed of the matrices A, which are the same for every layout of ranks.
-
-    Raises:
-        ConfigError: A field of Megatron-Core replaces the layers by others without hooks.
     """
-    if getattr(model.config, "use_transformer_engine_op_fuser", False):
-        raise ConfigError(
-            "use_transformer_engine_op_fuser cannot be used with lora.rank: the fused layers never "
-            "call the layers that have adapters",
-            where="megatron",
-            remedy="remove this field, or lora.rank",
-        )
     while hasattr(model, "module"):
         model = model.module
     for parameter in model.parameters():
