@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,3 +102,9 @@ def _judge(path: Path, right: list[bool]) -> None:
         for row, value in zip(rows, right, strict=True)
     ]
     path.write_text("\n".join(lines) + "\n")
+
+
+def prompts_of(data: dict[str, Any], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A set of prompts of the first run of a page, and its prompts."""
+    found = next(one for one in data["runs"][0]["sets"] if one["name"] == name)
+    return found, found["prompts"]

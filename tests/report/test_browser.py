@@ -344,6 +344,26 @@ def test_a_character_of_several_tokens_is_one_piece(
     assert "difference \u22122.900 nats" in told
 
 
+def test_servers_that_start_side_by_side_count_once(
+    chromium: Chromium, run: Path, tmp_path: Path
+) -> None:
+    data = gather(open_sources([run]))
+    spans = (("stage", 0, 30), ("server start", 1, 11), ("server start", 2, 13))
+    data["runs"][0]["timeline"] = [
+        {"lane": "demonstrate", "label": kind, "kind": kind, "start": start, "end": end}
+        for kind, start, end in spans
+    ]
+    path = tmp_path / "times.html"
+    path.write_bytes(render(data, ""))
+    chromium.open(path)
+    cells = chromium.js(
+        "[...[...document.querySelectorAll('table')].find((e) => e.caption.textContent.startsWith("
+        "'Where the time went')).tBodies[0].rows[0].cells].map((e) => e.textContent)"
+    )
+    rest = "the teacher samples; reading of prompts"
+    assert cells == ["demonstrate", "0:30 (100%)", "0:12", "0:18", rest]
+
+
 def test_two_runs_stand_side_by_side(chromium: Chromium, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())

@@ -120,6 +120,11 @@ def test_two_reverse_kls_have_two_panels_that_say_what_was_measured(tmp_path: Pa
     # The teacher does not differ from itself, and a logarithmic axis has no 0.
     levels = found["held_out_reverse_kl"]["levels"]
     assert [(one["model"], one["value"]) for one in levels] == [("base", 0.5), ("sft", 0.26)]
+    # An estimate that is not above 0 is shown too, on a linear axis.
+    below = {"reverse_kl": {"sft": 0.26, "distilled": -0.001}}
+    (chart,) = [one for one in charts(tmp_path, TRAIN, below) if one["levels"]]
+    assert [one["value"] for one in chart["levels"]] == [0.26, -0.001]
+    size_of(render_learning_curve([chart], title="below 0"))
     lengths = {"kind": "eval", "stage": "distill", "step": 0, "response_len": 12.0}
     open_ended = charts(tmp_path, [*TRAIN, lengths], {})
     assert [one["name"] for one in open_ended][2:] == ["response_len"]

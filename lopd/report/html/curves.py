@@ -217,8 +217,9 @@ def _levels(panel: Panel, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for model, title in MODEL_TITLES.items():
         value = values.get(model)
-        # On a logarithmic axis there is no 0, and the teacher's divergence from itself is rounding.
-        if value is None or (panel.log and (model == "teacher" or value <= 0)):
+        # The teacher's divergence from itself is rounding. Another one that is estimated as 0 or
+        # less is a result, and makes the axis linear.
+        if value is None or (panel.log and model == "teacher"):
             continue
         error = errors.get(model)
         ends = intervals.get(model)
@@ -228,7 +229,8 @@ def _levels(panel: Panel, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         if ends is not None:
             low, high = ends
             # A normal interval may go below 0, and a divergence does not.
-            row |= {"low": panel.scale * max(low, 0.0), "high": panel.scale * high}
+            low = min(max(low, 0.0), value)
+            row |= {"low": panel.scale * low, "high": panel.scale * high}
         if values.get("num_prompts"):
             row["n"] = values["num_prompts"]
         rows.append(row)
