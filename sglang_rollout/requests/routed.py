@@ -56,7 +56,11 @@ def read_routed_experts(
     try:
         values = np.frombuffer(base64.b64decode(encoded, validate=True), dtype="<i4")
     except (binascii.Error, ValueError, TypeError) as error:
-        raise EngineError(f"routed experts that cannot be read ({error})", where=where) from None
+        raise EngineError(
+            f"the server returned routed experts that cannot be read ({error})",
+            where=where,
+            remedy="use a supported version of SGLang, or set rollout.routed_experts = false",
+        ) from None
     if len(values) != int(np.prod(expected)):
         raise EngineError(
             f"the server returned {len(values)} routed experts",
