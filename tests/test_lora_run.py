@@ -20,6 +20,8 @@ from lopd.stages.training import TrainingJob
 from tests.stand_ins import Lopd, StandIns, command, flip_bit, states, write_project
 
 LORA = "distill.lora.rank=4"
+# An evaluation takes most of the time, and is the same as without adapters.
+QUICK = "evaluate.enabled=false"
 TENSORS = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 8)}
 
 
@@ -49,7 +51,7 @@ def files_of(folder: Path) -> set[str]:
 def test_adapters_are_published_verified_and_exported(lopd: Lopd, tmp_path: Path) -> None:
     config = write_project(tmp_path)
     run = tmp_path / "run"
-    pipeline.run(load_config(config, [LORA]))
+    pipeline.run(load_config(config, [LORA, QUICK]))
     both = {f"adapter/{CONFIG}", f"adapter/{WEIGHTS}"}
     assert both <= files_of(run / "distill")
     assert not both & files_of(run / "sft"), "its training has no adapters"
@@ -65,16 +67,16 @@ def test_adapters_are_published_verified_and_exported(lopd: Lopd, tmp_path: Path
     assert written["base_model_name_or_path"] == "sft/model"
     # A changed adapter is noticed as a changed weight is.
     flip_bit(run / "distill" / "adapter" / WEIGHTS)
-    lopd("distill", config, LORA).refused(WEIGHTS)
+    lopd("distill", config, LORA, QUICK).refused(WEIGHTS)
 
 
 def test_without_a_rank_the_stage_runs_again_and_has_none(lopd: Lopd, tmp_path: Path) -> None:
     config = write_project(tmp_path)
-    pipeline.run(load_config(config, [LORA]))
-    found = states(lopd, config)
+    pipeline.run(load_config(config, [LORA, QUICK]))
+    found = states(lopd, config, QUICK)
     assert found["sft"] == found["score"] == "done"
     assert found["distill"] != "done"
-    pipeline.run(load_config(config))
+    pipeline.run(load_config(config, [QUICK]))
     assert not (tmp_path / "run" / "distill" / "adapter").exists()
     assert not (tmp_path / "run" / "export" / "model" / "adapter").exists()
     assert "LoRA" not in (tmp_path / "run" / "export" / "model" / "README.md").read_text()

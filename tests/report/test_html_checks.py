@@ -206,6 +206,12 @@ def test_a_sharp_teacher(tmp_path: Path, top: float, over: float, state: str) ->
     assert found(tmp_path, tokens=[panel])["sharp teacher"] == state
 
 
+def test_an_evaluation_of_an_earlier_student_is_a_warning(tmp_path: Path) -> None:
+    for parent, state in (("f" * 64, None), ("e" * 64, "warning")):
+        stage(tmp_path, "evaluate", parents={"distill": parent})
+        assert found(tmp_path).get("outdated evaluate") == state
+
+
 def test_servers_that_died_and_warnings_of_stages(tmp_path: Path) -> None:
     for restarts, state in ((0, "fine"), (2, "warning")):
         served = {"student": {"servers": [{"num_restarts": restarts}]}}

@@ -97,6 +97,13 @@ def _progress(source: Source) -> Iterator[Check]:
         return
     unfinished = [name for name, one in source.manifests.items() if not one.complete]
     doc = "understand.md#where-is-the-run"
+    for name, manifest in source.manifests.items():
+        for parent, fingerprint in manifest.parents.items():
+            now = source.manifests.get(parent)
+            if now is not None and now.complete and now.fingerprint != fingerprint:
+                text = f"{name} was made from an earlier {parent}, and not from the present one."
+                remedy = "Its figures are of that one. Give lopd run again."
+                yield Check("warning", f"outdated {name}", text, remedy, doc)
     if unfinished:
         names = ", ".join(unfinished)
         yield Check("note", "progress", f"Not finished: {names}.", "Give lopd run again.", doc)

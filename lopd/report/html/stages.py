@@ -107,17 +107,20 @@ def _is_on_cpu(manifests: Any) -> bool:
 def cost_of(source: Source, stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return what the run has cost, as pairs of a title and a text.
 
-    What the last command has reused was paid by an earlier one, and is told apart.
+    What the last command has not made was paid by an earlier one, and is told apart.
     """
-    reused = {row["name"] for row in stages if row["last_command"] == "reused"}
-    rows = [*_times(source, stages), *_hours(stages, reused)]
+    # Without a summary nothing is known of the last command.
+    earlier = {row["name"] for row in stages if source.summary and row["last_command"] != "made"}
+    rows = [*_times(source, stages), *_hours(stages, earlier)]
     generated = _tokens(source.manifests.get("demonstrate"))
     work = source.summary.get("teacher_work", {})
     if generated:
-        text = f"{generated:,}{_payer('demonstrate', reused)}"
+        text = f"{generated:,}{_payer('demonstrate', earlier)}"
         rows.append(["tokens that the teacher wrote", text])
     if work:
-        text = f"{work['tokens']:,}{_payer('score', reused)}"
+        # The refreshes of distill are a part of it.
+        by = "distill" if work["refreshes"] else "score"
+        text = f"{work['tokens']:,}{_payer(by, earlier)}"
         rows.append(["tokens that the teacher scored", text])
         rows.append(["refreshes", f"{work['refreshes']}"])
     scored = source.manifests.get("score") or source.manifests.get("artifact")
@@ -126,13 +129,13 @@ def cost_of(source: Source, stages: Sequence[Mapping[str, Any]]) -> list[list[st
         rows.append(["cache", f"{size}, {scored.extra['bytes_per_token']:.2f} bytes per token"])
     trained = source.summary.get("distill", {}).get("num_tokens")
     if trained:
-        text = f"{trained:,}{_payer('distill', reused)}"
+        text = f"{trained:,}{_payer('distill', earlier)}"
         rows.append(["tokens through the student in distill", text])
     return rows
 
 
-def _payer(stage: str, reused: set[str]) -> str:
-    return " (by an earlier command: reused)" if stage in reused else ""
+def _payer(stage: str, earlier: set[str]) -> str:
+    return " (by an earlier command)" if stage in earlier else ""
 
 
 def _times(source: Source, stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -151,18 +154,18 @@ def _times(source: Source, stages: Sequence[Mapping[str, Any]]) -> list[list[str
     return rows
 
 
-def _hours(stages: Sequence[Mapping[str, Any]], reused: set[str]) -> list[list[str]]:
+def _hours(stages: Sequence[Mapping[str, Any]], earlier: set[str]) -> list[list[str]]:
     """Return the hours of GPUs or processes, told apart by the command that has paid for them."""
     hours: dict[str, list[float]] = {}
     for row in stages:
         if row["seconds"] is not None:
             parts = hours.setdefault(row["device"], [0.0, 0.0])
-            parts[row["name"] in reused] += row["seconds"] * row["devices"] / 3600
+            parts[row["name"] in earlier] += row["seconds"] * row["devices"] / 3600
     rows = []
-    for kind, (now, earlier) in hours.items():
-        text = f"{now + earlier:.2f}"
-        if earlier:
-            text += f": {now:.2f} by the last command, {earlier:.2f} in stages that it reused"
+    for kind, (now, before) in hours.items():
+        text = f"{now + before:.2f}"
+        if before:
+            text += f": {now:.2f} by the last command, {before:.2f} by earlier ones"
         unit = "GPU hours" if kind == "GPU" else "hours of processes on CPUs"
         rows.append([unit, text])
     return rows
