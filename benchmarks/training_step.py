@@ -160,7 +160,10 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         if not options.no_ranks:
             sides["two"] = (start("trainer", ranks=2), "")
         if options.before is not None:
-            sides["before"] = (start("trainer", checkout=options.before.resolve()), "")
+            checkout = options.before.resolve()
+            sides["before"] = (start("trainer", checkout=checkout), "")
+            if not options.no_ranks:
+                sides["two_before"] = (start("trainer", ranks=2, checkout=checkout), "")
         found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for number in range(WARM_UP + options.rounds):
             for name in sorted(sides, reverse=number % 2 == 1):
@@ -182,6 +185,8 @@ def figures_of(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         "versus_transformers_padded": ("padded", "one"),
         "versus_before": ("before", "one"),
         "two_ranks_versus_one": ("one", "two"),
+        "two_ranks_versus_one_before": ("before", "two_before"),
+        "two_ranks_versus_before": ("two_before", "two"),
     }
     figures: dict[str, Any] = {}
     for key, (slow, quick) in pairs.items():
@@ -392,13 +397,8 @@ def loss_of(model: Any, responses: Sequence[Any], count: int) -> Any:
 def table(figures: dict[str, Any]) -> str:
     """Return the figures for reading."""
     lines = [f"{'':<32}{'wall':>8}{'processor':>12}{'quickest':>12}"]
-    for key in (
-        "versus_transformers",
-        "versus_transformers_padded",
-        "versus_before",
-        "two_ranks_versus_one",
-    ):
-        if key in figures:
+    for key in figures:
+        if f"{key}_processor" in figures:
             values = [figures[f"{key}{end}"] for end in ("", "_processor", "_quickest_processor")]
             lines.append(f"{key:<32}{values[0]:>8.2f}{values[1]:>12.2f}{values[2]:>12.2f}")
     for name, seconds in figures["seconds_of"].items():

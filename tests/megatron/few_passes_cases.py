@@ -33,7 +33,27 @@ def one_rank(model: str) -> dict[str, float]:
 
     case = Case(Path(model))
     experts = load_model(case, {}).decoder.layers[0].mlp.experts
-    return {**_experts(experts), **_permutations(), **_rotations(), **_norms()}
+    parts = (_experts(experts), _permutations(), _rotations(), _norms(), _products())
+    return {name: figure for part in parts for name, figure in part.items()}
+
+
+def two_ranks() -> float:
+    """The difference of our reduce-scatter from the sum over both ranks."""
+    from megatron.core.tensor_parallel import mappings
+
+    from lopd.config import ParallelSection
+    from lopd.megatron.ranks import parallel
+
+    parallel.initialize(ParallelSection(ranks=2, tensor=2), seed=1, timeout_s=500)
+    # Each rank makes the tensors of both.
+    tensors = [
+        torch.randn(6, 5, generator=torch.Generator().manual_seed(rank)) for rank in range(2)
+    ]
+    rank = parallel.rank()
+    own = mappings._reduce_scatter_along_first_dim(tensors[rank], parallel.tensor_group())
+    expected = (tensors[0] + tensors[1]).chunk(2)[rank]
+    parallel.shutdown()
+    return (own - expected).abs().max().item()
 
 
 def _experts(experts: Any) -> dict[str, float]:
@@ -189,9 +209,37 @@ def _norms() -> dict[str, float]:
     second = of(theirs)
     torch.manual_seed(9)
     control = of(lambda rows, weight: theirs(rows, weight, 0.1))
-    is_used = norm(rows[..., :8]).grad_fn.name() == "_NormBackward"
+    is_used = type(norm(rows[..., :8]).grad_fn).__name__ == "_NormBackward"
     return {
         "norm": largest(first, second),
         "norm, control": largest(first, control),
         "norm is used": float(is_used),
     }
+
+
+def _products() -> dict[str, float]:
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_patches.products import product
+
+    torch.manual_seed(10)
+    linear = layers.linear_with_grad_accumulation_and_async_allreduce
+    found = {"product": 0.0}
+    # Shorter than a block, as long, and with a last block that overlaps the one before.
+    for num_rows in (0, 1, 127, 128, 300, 2500):
+        rows = torch.randn(num_rows, 24)
+        matrix = torch.randn(16, 24).t()
+        exact = (rows.double() @ matrix.double()).float()
+        if num_rows:
+            found["product"] = max(found["product"], largest([product(rows, matrix)], [exact]))
+        assert product(rows, matrix).shape == exact.shape
+    inputs = [torch.randn(300, 1, 24), torch.randn(16, 24), torch.randn(16)]
+
+    def of(way: Any) -> list[Tensor]:
+        return with_gradients(lambda *given: way(*given, False, False, False), inputs)
+
+    theirs = of(linear.__wrapped__)
+    found["linear"] = largest(of(linear), theirs)
+    inputs[2] = inputs[2].roll(1)
+    found["linear, control"] = largest(of(linear), theirs)
+    return found

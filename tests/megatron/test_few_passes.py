@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from tests.limits import apart, within
-from tests.megatron.few_passes_cases import one_rank
+from tests.megatron.few_passes_cases import one_rank, two_ranks
 from tests.megatron.launch import run_ranks
 from tests.models import write_qwen3_moe
 
@@ -22,6 +22,8 @@ SAME = (
     "rotation, other table",
     "rotation, other factor",
     "norm",
+    "product",
+    "linear",
 )
 # Left to upstream's own functions, so that not a bit is different.
 LEFT = (
@@ -51,7 +53,7 @@ def test_what_is_not_plain_goes_through_upstream(name: str, found: dict[str, flo
     assert found[name] == 0.0
 
 
-@pytest.mark.parametrize("part", ["experts", "permutation", "rotation", "norm"])
+@pytest.mark.parametrize("part", ["experts", "permutation", "rotation", "norm", "linear"])
 def test_another_computation_would_be_noticed(part: str, found: dict[str, float]) -> None:
     apart(found[f"{part}, control"], 1e-2)
 
@@ -59,3 +61,8 @@ def test_another_computation_would_be_noticed(part: str, found: dict[str, float]
 def test_it_is_used(found: dict[str, float]) -> None:
     """Chunks in order are not copied, the norm is ours, and a watched layer is called."""
     assert found["chunks stay"] == found["norm is used"] == found["calls seen"] == 1.0
+
+
+def test_a_reduce_scatter_is_the_sum_over_ranks() -> None:
+    """To the last bit: the terms of two ranks have one order."""
+    assert run_ranks(two_ranks, 2) == [0.0, 0.0]
