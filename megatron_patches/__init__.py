@@ -5,6 +5,7 @@ why it is changed, where, and when the change can be removed.
 
 device.py: Megatron-Core on a CPU over gloo. It does nothing where CUDA is.
 upstream.py, saving.py: faults of Megatron-Core that the trainer meets.
+experts.py, gloo.py, products.py, rotary.py: less time on a CPU. They do nothing where CUDA is.
 norm.py, attention.py, layer_spec.py: modules that take the place of Transformer Engine's where it
     is not installed. The layer spec uses them, so nothing is patched for them.
 """
@@ -65,6 +66,6 @@ def listing() -> tuple[Patch, ...]:
     """Return every patch, in the order of installation."""
     # Importing them fills PATCHES. Here and not at the top, because a module of this package is
     # imported by users that want no patch, for example local_spec.
-    from megatron_patches import device, saving, upstream  # noqa: F401
+    from megatron_patches import device, experts, gloo, products, rotary, saving, upstream  # noqa: F401
 
     return tuple(PATCHES)
