@@ -57,12 +57,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--before", type=Path, metavar="CHECKOUT", help="another checkout, whose trainer is timed"
     )
-    parser.add_argument(
-        "--loops",
-        nargs="*",
-        default=["padded", "sorted"],
-        help="the transformers loops (default %(default)s)",
-    )
     parser.add_argument("--no-ranks", action="store_true", help="leave out the two ranks")
     return parser.parse_args()
 
@@ -155,7 +149,7 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             return side
 
         sides["one"] = (start("trainer"), "")
-        for way in options.loops:
+        for way in ("padded", "sorted"):
             sides[way] = (start("transformers"), way)
         if not options.no_ranks:
             sides["two"] = (start("trainer", ranks=2), "")

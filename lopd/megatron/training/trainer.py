@@ -189,8 +189,7 @@ class Trainer:
             self._checkpoints.publish_written()
         # Before any pass: ranks with unequal numbers would wait for each other until the timeout.
         require_equal_counts(len(microbatches), step=self.step + 1)
-        # Scoring between two steps leaves the model in evaluation mode. The call goes through every
-        # module, so it is made only then.
+        # Scoring leaves the model in evaluation mode. The call goes through every module.
         if not self.module.training:
             self.model.train()
         self._health.begin()
