@@ -40,7 +40,7 @@ class Arm:
     after: tuple[str, ...] = ()
 
 
-# SFT goes on for as many responses as distill learns from, with 10 steps of warm-up like the others.
+# SFT goes on for as many responses as distill learns from, with 10 steps of warm-up as before.
 _AS_SFT = ("sft.num_steps=256", "sft.optimizer.warmup=0.039")
 _AS_DISTILL = (
     "sft.num_steps=64",

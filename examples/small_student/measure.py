@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lopd import cache
-from lopd.artifacts import ArtifactWriter, identify_model, publish_json
+from lopd.artifacts import ArtifactWriter, identify_model, publish_json, remove_folder
 from lopd.config import Config, load_config
 from lopd.records import Manifest, Prompt
 from lopd.stages.context import StageContext
@@ -52,8 +53,12 @@ def measure(config: Config, models: dict[str, Path], out: Path) -> None:
     with ModelServer(context) as server:
         for name, model in models.items():
             result = out / f"{name}.json"
-            if result.exists():
+            if is_measured(result, model):
                 continue
+            # Responses of an earlier model of this name, which was made from other settings.
+            if result.exists():
+                remove_folder(out / name)
+                result.unlink()
             engine = server.use(model, version=name)
             figures: dict[str, Any] = {"model": identify_model(model).weights}
             for mode, changes in MODES.items():
@@ -72,6 +77,14 @@ def measure(config: Config, models: dict[str, Path], out: Path) -> None:
                 )
                 figures[mode] = _share_right(context, writer.folder, writer.finish(), prompts)
             publish_json(result, {**figures, "num_prompts": len(prompts)})
+
+
+def is_measured(result: Path, model: Path) -> bool:
+    """Return whether a file has the figures of this very model."""
+    if not result.exists():
+        return False
+    weights: str = json.loads(result.read_text())["model"]
+    return weights == identify_model(model).weights
 
 
 def _writer(

@@ -6,9 +6,10 @@
 
 A seed decides the demonstrations, the prompts of SFT and of the rollouts, the order of the
 responses and every draw. The base student, the teacher and the held-out prompts are always the
-same. Seed 1 is not among the five, because the learning rate and the number of steps of distill
-were chosen on it. Everything is made one after the other. After a kill the same command goes on. What is
-finished is not made again, unless examples/small_student.toml or the commands have changed.
+same. Seed 1 is not among the five, because the base student, the learning rate and the number of
+steps of distill were chosen on it. Everything is made one after the other. After a kill the same
+command goes on. What is finished is not made again, unless examples/small_student.toml or the
+commands have changed.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ from arms import (
     Command,
     arm_named,
 )
+from measure import is_measured
 from table import figures_of, markdown
 
 HERE = Path(__file__).resolve().parent
 LOPD = Path(sys.executable).with_name("lopd")
 # The option number of prctl(2) in <linux/prctl.h>.
 _PR_SET_CHILD_SUBREAPER = 36
+WEIGHTS = "model.safetensors"
 # How long the last processes of a command may take to end.
 _PATIENCE_S = 30.0
 
@@ -94,14 +97,12 @@ def make(arm: Arm, seed: int, folder: Path) -> None:
     for number, (verb, overrides) in enumerate(arm.commands(main, seed)):
         mark = folder / "done" / f"{arm.name}-{number}-{verb}.json"
         command = _command((verb, overrides), run_dir, seed)
-        # A command with other arguments, or after a change of CONFIG, is another command.
-        identity = hashlib.sha256(
-            CONFIG.read_bytes() + json.dumps([*map(str, command)]).encode()
-        ).hexdigest()
+        identity = _identity(command)
         done = json.loads(mark.read_text()) if mark.exists() else {}
         if done.get("command") == identity:
             continue
-        if not run_dir.exists() and arm.copied:
+        if arm.copied and (done or not run_dir.exists()):
+            # Also after a change: the stages that were copied then may not be those of now.
             _copy_stages(main, run_dir, arm.copied)
         print(f"seed {seed}: {arm.name}: lopd {verb}", flush=True)
         seconds = run_measured(command, folder / f"{arm.name}.log")
@@ -125,6 +126,15 @@ def _command(command: Command, run_dir: Path, seed: int) -> list[str | Path]:
     ]
 
 
+def _identity(command: Sequence[str | Path]) -> str:
+    """Return a hash of a command, the configuration and the two models that it begins with."""
+    # After a change of one of them it is another command, and lopd decides what it makes again.
+    digest = hashlib.sha256(json.dumps([*map(str, command)]).encode())
+    for file in (CONFIG, *(MODELS / name / WEIGHTS for name in ("teacher", "small_student"))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _copy_stages(main: Path, run_dir: Path, stages: Sequence[str]) -> None:
     """Begin a run with finished stages of another one: whole, or not at all."""
     partial = run_dir.with_name(f"{run_dir.name}.partial")
@@ -132,6 +142,7 @@ def _copy_stages(main: Path, run_dir: Path, stages: Sequence[str]) -> None:
     for stage in stages:
         shutil.copytree(main / stage, partial / stage)
     shutil.copy2(main / "config.json", partial)
+    shutil.rmtree(run_dir, ignore_errors=True)
     partial.rename(run_dir)
 
 
@@ -144,7 +155,11 @@ def measure(seeds: Sequence[int], arms: Sequence[Arm], runs: Path) -> None:
     # The last one, because it has another architecture, and so a server of its own.
     models["teacher"] = MODELS / "teacher"
     out = runs / "measured"
-    missing = {name: model for name, model in models.items() if not (out / f"{name}.json").exists()}
+    missing = {
+        name: model
+        for name, model in models.items()
+        if not is_measured(out / f"{name}.json", model)
+    }
     if missing:
         print(f"measuring {len(missing)} models", flush=True)
         named = [f"{name}={model}" for name, model in missing.items()]
@@ -186,4 +201,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        # Its own message is in the log that run_measured() has written.
+        command = " ".join(map(str, error.cmd[:3]))
+        sys.exit(f"error: {command} ended with {error.returncode}; see the newest .log in --runs")

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 
+from lopd.artifacts import identify_model
 from lopd.config import load_config
 from lopd.megatron.weights.headers import read_header
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "small_student"
 # The scripts import each other by these names.
-SCRIPTS = ("arms", "table", "seeds")
+SCRIPTS = ("arms", "measure", "table", "seeds")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,18 @@ def test_a_finished_command_is_not_repeated_and_a_changed_one_is(
     assert [command[1] for command in commands[2:]] == ["sft"]
 
 
+def test_figures_of_another_model_of_the_same_name_do_not_count(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    is_measured = scripts["measure"].is_measured
+    models = scripts["arms"].MODELS
+    result = tmp_path / "base.json"
+    assert not is_measured(result, models / "small_student")
+    result.write_text(json.dumps({"model": identify_model(models / "small_student").weights}))
+    assert is_measured(result, models / "small_student")
+    assert not is_measured(result, models / "teacher")
+
+
 def test_an_arm_begins_with_a_copy_of_the_stages_that_it_shares(
     scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +142,15 @@ def test_an_arm_begins_with_a_copy_of_the_stages_that_it_shares(
     found = sorted(path.name for path in (tmp_path / "lightning").iterdir())
     assert found == ["config.json", "demonstrate", "rollout", "score", "sft"]
     assert not (tmp_path / "lightning.partial").exists()
+    # After a kill it goes on with its own run. After a change it begins with the stages of now.
+    (tmp_path / "lightning" / "distill").mkdir()
+    mark = tmp_path / "done" / "lightning-0-distill.json"
+    mark.unlink()
+    seeds.make(scripts["arms"].arm_named("lightning"), 1, tmp_path)
+    assert (tmp_path / "lightning" / "distill").exists()
+    mark.write_text(json.dumps({"command": "another", "processor_seconds": 1.0}))
+    seeds.make(scripts["arms"].arm_named("lightning"), 1, tmp_path)
+    assert not (tmp_path / "lightning" / "distill").exists()
 
 
 def test_processor_time_of_processes_that_nobody_waited_for_is_counted(tmp_path: Path) -> None:
