@@ -98,7 +98,8 @@ def write_rows(path: Path, count: int, text: Path | None, *, is_repeated: bool) 
 
 
 def prompt_set(file: Path) -> PromptSet:
-    return PromptSet(file=file, format="openthoughts3")
+    # As in the flagship's configuration: each time a question comes, it is answered anew.
+    return PromptSet(file=file, format="openthoughts3", duplicates="keep")
 
 
 def one_call_at_a_time(prompts: list[Prompt], tokenizer: Any) -> list[list[int]]:
