@@ -1,14 +1,19 @@
-"""Writes the folder of the example's small Qwen3-MoE without weights: config.json,
+"""Writes the folder of a Qwen3-MoE of the examples without weights: config.json,
 generation_config.json and a tokenizer of 32 tokens with its chat template.
 
-    python examples/tiny_models/make_architecture.py FOLDER
+    python examples/tiny_models/make_architecture.py FOLDER [--small]
+
+Without --small it is the model of 750 thousand parameters, which is the teacher and the student of
+examples/tiny_moe.toml. With --small it is the student of examples/small_student.toml, of 128
+thousand parameters.
 
 ``lopd sft`` with ``sft.init = "random"`` starts from such a folder.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -28,6 +33,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes in which the models of the examples differ."""
+
+    hidden: int
+    layers: int
+    # Of one head. There are 4 query and 2 key/value heads.
+    head_dim: int
+    # How many there are. 2 of them are active, each of width 64.
+    experts: int
+
+
+USUAL = Shape(hidden=128, layers=3, head_dim=32, experts=8)
+SMALL = Shape(hidden=64, layers=2, head_dim=16, experts=4)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,22 +73,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_config() -> Qwen3MoeConfig:
-    """Qwen3-MoE of 750 thousand parameters: 3 layers of width 128, 4 query and 2 key/value heads of
-    32, 8 experts of width 64, 2 of them active.
-    """
+def make_config(shape: Shape) -> Qwen3MoeConfig:
+    """The configuration of a Qwen3-MoE of this shape."""
     pad = VOCABULARY.index(PAD)
     end = VOCABULARY.index(END)
     return Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=256,  # of dense layers, of which there are none
-        num_hidden_layers=3,
+        hidden_size=shape.hidden,
+        intermediate_size=2 * shape.hidden,  # of dense layers, of which there are none
+        num_hidden_layers=shape.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
+        head_dim=shape.head_dim,
+        num_experts=shape.experts,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
         decoder_sparse_step=1,
@@ -76,7 +95,7 @@ def make_config() -> Qwen3MoeConfig:
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         rms_norm_eps=1e-6,
-        initializer_range=0.053,  # 0.6 / sqrt(hidden)
+        initializer_range=round(0.6 / shape.hidden**0.5, 3),
         bos_token_id=None,
         eos_token_id=[end],
         pad_token_id=pad,
@@ -84,12 +103,12 @@ def make_config() -> Qwen3MoeConfig:
     )
 
 
-def write_architecture(folder: Path) -> Path:
+def write_architecture(folder: Path, shape: Shape = USUAL) -> Path:
     """Writes config, generation config and tokenizer into folder, which is made where it is
     missing; returns folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = make_config()
+    config = make_config(shape)
     config.save_pretrained(folder)
     GenerationConfig(
         eos_token_id=config.eos_token_id,
@@ -102,6 +121,10 @@ def write_architecture(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    print(write_architecture(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--small", action="store_true", help="the model of 128 thousand parameters")
+    options = parser.parse_args()
+    print(write_architecture(options.folder, SMALL if options.small else USUAL))
