@@ -61,12 +61,12 @@ _FORM = (
 )
 
 
-def is_reference_file(file: Path) -> bool:
+def is_reference_file(file: str | Path) -> bool:
     """Return whether a file has the column that only the reference code's files have.
 
     A file that cannot be read is taken for one, because that import says what is wrong with it.
     """
-    if file.suffix != ".parquet":
+    if Path(file).suffix != ".parquet":
         return False
     try:
         names = pq.read_schema(file).names

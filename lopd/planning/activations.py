@@ -65,7 +65,7 @@ def layer_activations(
         tensor: Number of tensor ranks.
         size: Bytes of a number: 2 for bfloat16, 4 for float32.
         engine: Whether Transformer Engine's norms and fused kernels run. Without it torch's norms
-            keep float32 copies of bfloat16 inputs.
+            keep float32 copies of bfloat16 inputs, and ours in float32 keep one tensor fewer.
     """
     # Terms are summed over all tensor ranks first, and divided by their number at the end.
     attention = _attention_bytes(arch, size=size, engine=engine)
@@ -102,21 +102,17 @@ def _attention_bytes(arch: Architecture, *, size: int, engine: bool) -> float:
     queries = arch.num_heads * arch.head_dim
     # Grouped-query attention: keys and values have fewer heads than queries.
     keys = arch.num_kv_heads * arch.head_dim
-    # Each of the two norms keeps its input and its output. torch's norm also keeps the normalised
-    # input, and of bfloat16 it keeps the first two in float32.
-    if engine:
-        norm = 2 * size
-    elif size == 4:
-        norm = 3 * size
-    else:
-        norm = 2 * 4 + size
+    # Each of the two norms keeps its input and its output; in float32 on a CPU it keeps the
+    # normalised input in place of the input (megatron_patches/norm.py). torch's norm of bfloat16
+    # keeps both of these, in float32.
+    norm = 2 * size if engine or size == 4 else 2 * 4 + size
     kept: float = 2 * hidden * norm
     # The output of the first projection: queries, keys and values.
     kept += size * (queries + 2 * keys)
     if arch.qk_norm:
         # The norms of queries and keys, with the float32 copies of torch's norm.
         kept += size * queries if engine or size == 4 else 4 * (queries + keys)
-        kept += 0 if engine else 4 * (queries + keys)
+        kept += 0 if engine or size == 4 else 4 * (queries + keys)
     rotated = queries + keys
     attended = queries
     return kept + size * (rotated + attended)

@@ -254,8 +254,8 @@ def test_the_page_of_a_report_shows_no_values_of_theirs(caches: dict[str, Path])
     def scanned(name: str) -> tuple[Scanned, list[list[int | None]]]:
         found = Scanned(Answers("rollouts", "sft", "SFT student", caches[name], {}))
         values = []
-        for index, (response, scores) in enumerate(CacheReader(caches[name]).rows()):
-            found.add(index, response, scores)
+        for index, (response, scored) in enumerate(CacheReader(caches[name]).scored_rows()):
+            found.add(index, response, scored)
             values.append(_milli(response.sampling_logprobs, response.loss_mask))
         return found, values
 

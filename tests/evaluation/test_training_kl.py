@@ -96,7 +96,7 @@ def test_a_resumed_training_says_where_it_goes_on(
         config=SimpleNamespace(
             run=SimpleNamespace(dir=tmp_path, seed=1), sft=SimpleNamespace(init_std=0.02)
         ),
-        checkpoints=None, print_line=lines.append,
+        checkpoints=None, print_line=lines.append, replays_routing=False,
     )  # fmt: skip
     monkeypatch.setattr(training_rank.parallel, "rank", lambda: 0)
     monkeypatch.setattr(training_rank, "_metrics_log", lambda job: MetricsLog(tmp_path))

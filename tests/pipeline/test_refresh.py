@@ -28,7 +28,7 @@ from lopd.config import Config, load_config
 from lopd.errors import ArtifactError, EngineError, TrainingError
 from lopd.megatron.ranks.launch import run_ranks
 from lopd.report.console import teacher_line
-from lopd.stages import distill, refresh_service
+from lopd.stages import distill, refresh_teachers
 from lopd.stages.context import StageContext
 from lopd.stages.refresh_record import REQUEST, RefreshRecord, completed
 from lopd.stages.refresh_service import RefreshService, next_prompts, num_responses
@@ -457,7 +457,7 @@ def test_scores_are_complete_only_after_the_teachers_server_has_ended(
             yield cast(SGLangEngine, Engine())
             seen.append(completed(refresh, context.folder) is not None)
 
-        monkeypatch.setattr(refresh_service, "serve_teacher", serve)
+        monkeypatch.setattr(refresh_teachers, "serve_teacher", serve)
         context.writer()
         student = folder / "run" / "sft" / "model"
         with RefreshService(context, cast(SGLangEngine, StandInVersion()), student) as service:

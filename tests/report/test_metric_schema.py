@@ -78,7 +78,7 @@ def test_the_charts_of_the_report_show_figures_of_the_schema() -> None:
 
 def test_the_figures_of_the_trainer_are_in_the_schema() -> None:
     load = expert_load(torch.ones(2, 4), 4.0)
-    tree = ast.parse((ROOT / "lopd/megatron/training/trainer.py").read_text())
+    tree = ast.parse((ROOT / "lopd/megatron/training/step_metrics.py").read_text())
     (step,) = [
         node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and "Step" in node.name
     ]
