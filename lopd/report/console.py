@@ -35,7 +35,7 @@ PLAIN_INTERVAL_S = 10.0
 MODEL_TITLES = {
     "base": "base student",
     "sft": "SFT student",
-    "sft_longer": "SFT, equal compute",
+    "sft_longer": "SFT of equal compute",
     "distilled": "distilled student",
     "teacher": "teacher",
 }

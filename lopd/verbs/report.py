@@ -33,8 +33,8 @@ Png = Annotated[
 Docs = Annotated[
     str | None,
     typer.Option(
-        help="Address before the pages of the documentation. If absent, that of a checkout of "
-        "lopd as seen from the file, or none."
+        help="Address before the pages of the documentation. If absent, that of the checkout of "
+        "lopd that the file is in, as seen from the file. A file elsewhere has no links."
     ),
 ]
 Seed = Annotated[
@@ -71,8 +71,7 @@ def report(
         waiting.begin("reading the responses")
         page, data = make_page(
             sources,
-            # Relative to the file, so that links work wherever the file and the checkout are moved
-            # together.
+            # Relative to the file, so that links work wherever the whole checkout is moved.
             docs=docs_beside(path) if docs is None else docs,
             tokenizer=tokenizer,
             seed=seed,

@@ -157,7 +157,7 @@ def test_the_final_table_is_what_the_summary_says(
     for name, title in (
         ("sft", "SFT student"),
         ("distilled", "distilled student"),
-        ("sft_longer", "SFT, equal compute"),
+        ("sft_longer", "SFT of equal compute"),
         ("teacher", "teacher"),
     ):
         assert re.search(rf"{title} +│ +{100 * summary['accuracy'][name]:.1f} ±", table), title

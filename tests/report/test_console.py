@@ -67,7 +67,7 @@ def test_model_table_shows_percent_and_nats_with_standard_errors() -> None:
     assert row_of(text, "SFT student") == ["SFT student", "62.0 ± 1.1", "0.259 ± 0.004"]
     assert row_of(text, "distilled student") == ["distilled student", "97.2", "0.0022 ± 0.0003"]
     assert row_of(text, "teacher") == ["teacher", "98.4 ± 0.3", "< 0.00001"]
-    assert "SFT, equal compute" not in text  # that baseline was switched off
+    assert "SFT of equal compute" not in text  # that baseline was switched off
     assert "500 prompts x 4 samples" in text
 
 

@@ -1,6 +1,7 @@
 """``lopd report``: one HTML file, and pictures, from which a run can be understood in a minute.
 
     source.py       what a folder is: a run, an evaluation of a checkpoint, a bare artifact
+    outdated.py     which stages were made from an earlier artifact than the present one
     responses.py    which responses it has, with scores or verdicts
     tokens.py       where teacher and student disagree
     transcripts.py  responses with the figures of each token, and which of them are kept

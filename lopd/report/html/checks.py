@@ -7,11 +7,13 @@ The limits are rules of thumb and decide nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lopd.records import Manifest
 from lopd.report.console import MODEL_TITLES
 from lopd.report.html.comparing import against_baselines
+from lopd.report.html.outdated import Outdated, outdated_stages
 from lopd.report.html.responses import SETS
 from lopd.report.html.source import Source
 from lopd.report.html.transcripts import Scanned
@@ -37,6 +39,10 @@ _DRIFT_REMEDY = (
     "(distill.objective.importance_cap)."
 )
 _NO_END = "understand.md#responses-without-an-end"
+_END_REMEDY = (
+    'Raise max_new_tokens, or set distill.objective.truncated = "drop", so that no response '
+    "without an end is learned."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +77,19 @@ def checks_of(
     train = []
     if source.kind == "run":
         train = read_metrics(source.folder, kind="train", stage="distill")
+    # The stage whose figures a rule reads. Rules of the rollouts read the newest of them.
+    cache = "score" if "score" in source.manifests else "rollout"
+    rules = {
+        "evaluate": [*_results(source, scans), *_lengths(scans), *_of_evaluation(source)],
+        "distill": [*_training(train)],
+        cache: [*_ends(scans), *_teacher(source), *_sharp_teacher(tokens)],
+    }
+    outdated = outdated_stages(source)
+    not_judged = {name: _silenced(rules, name) for name in outdated}
     found = [
+        *_outdated(outdated, not_judged),
         *_progress(source),
-        *_results(source, scans),
-        *_teacher(source),
-        *_lengths(scans),
-        *_training(train),
-        *_sharp_teacher(tokens),
+        *(one for name, of in rules.items() for one in _still_said(of, name in outdated)),
         *_servers(source),
         *_from_stages(source),
     ]
@@ -97,19 +109,63 @@ def _progress(source: Source) -> Iterator[Check]:
         return
     unfinished = [name for name, one in source.manifests.items() if not one.complete]
     doc = "understand.md#where-is-the-run"
-    for name, manifest in source.manifests.items():
-        for parent, fingerprint in manifest.parents.items():
-            now = source.manifests.get(parent)
-            if now is not None and now.complete and now.fingerprint != fingerprint:
-                text = f"{name} was made from an earlier {parent}, and not from the present one."
-                remedy = "Its figures are of that one. Give lopd run again."
-                yield Check("warning", f"outdated {name}", text, remedy, doc)
     if unfinished:
         names = ", ".join(unfinished)
         yield Check("note", "progress", f"Not finished: {names}.", "Give lopd run again.", doc)
     if "evaluate" not in source.manifests or "evaluate" in unfinished:
         text = "No evaluation has finished, so nothing here says how good the student is."
         yield Check("note", "evaluation", text, "Run lopd evaluate CONFIG.", "evaluation.md")
+
+
+def _silenced(rules: Mapping[str, Sequence[Check]], stage: str) -> list[str]:
+    """Return the titles of the rules that have found nothing in the figures of a stage."""
+    return [check.title for check in rules.get(stage, ()) if check.state == "fine"]
+
+
+def _still_said(checks: Sequence[Check], is_outdated: bool) -> Iterator[Check]:
+    """Yield what rules have found. Of outdated figures it is no good news that nothing is found."""
+    for check in checks:
+        if not is_outdated:
+            yield check
+        elif check.state != "fine":
+            yield replace(check, text=f"(From outdated figures.) {check.text}")
+
+
+def _outdated(
+    outdated: Mapping[str, Outdated], not_judged: Mapping[str, Sequence[str]]
+) -> Iterator[Check]:
+    """Warn once of each artifact that was made again, with all stages of the earlier one.
+
+    Args:
+        outdated: lopd.report.html.outdated.outdated_stages.
+        not_judged: By stage, the rules that are not applied to its figures.
+    """
+    by_artifact: dict[tuple[str, str], list[str]] = {}
+    for name, wrong in outdated.items():
+        by_artifact.setdefault((wrong.parent, wrong.earlier), []).append(name)
+    for (parent, earlier), names in by_artifact.items():
+        present = outdated[names[0]].present
+        verb = "was" if len(names) == 1 else "were"
+        if names == ["export"]:
+            asked = "do not use the exported model"
+        else:
+            asked = f"do not compare {'its' if len(names) == 1 else 'their'} figures"
+            if "export" in names:
+                asked += ", and do not use the exported model"
+        text = (
+            f"{_listed(names)} {verb} made from an earlier {parent} ({earlier}), not from the "
+            f"present one ({present}): {asked}, until `lopd run CONFIG` has made "
+            f"{'it' if len(names) == 1 else 'them'} again."
+        )
+        silent = [title for name in names for title in not_judged[name]]
+        if silent:
+            text += f" Not judged, because the figures are outdated: {', '.join(silent)}."
+        doc = "understand.md#where-is-the-run"
+        yield Check("warning", f"outdated {_listed(names)}", text, "", doc)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _results(source: Source, scans: Sequence[Scanned]) -> Iterator[Check]:
@@ -179,10 +235,6 @@ def _teacher(source: Source) -> Iterator[Check]:
 
 def _lengths(scans: Sequence[Scanned]) -> Iterator[Check]:
     """Compare lengths and ends of answers before and after."""
-    remedy = (
-        'Raise max_new_tokens, or set distill.objective.truncated = "drop", so that no response '
-        "without an end is learned."
-    )
     held_out = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
     before = held_out.get("sft")
     after = held_out.get("distilled")
@@ -193,17 +245,21 @@ def _lengths(scans: Sequence[Scanned]) -> Iterator[Check]:
             f"The answers have {means[1]:,.0f} tokens after distillation and {means[0]:,.0f} "
             f"before ({ratio:.2f} times)."
         )
-        yield _judged(ratio > _LENGTH_RATIO, "length of answers", text, remedy, _NO_END)
+        yield _judged(ratio > _LENGTH_RATIO, "length of answers", text, _END_REMEDY, _NO_END)
         cut = [one.cut_share for one in (before, after)]
         text = f"{cut[1]:.1%} of the answers have no end after distillation, {cut[0]:.1%} before."
         lost = cut[1] > cut[0] + _CUT_RISE or cut[1] > _CUT_SHARE
-        yield _judged(lost, "end token", text, remedy, _NO_END)
+        yield _judged(lost, "end token", text, _END_REMEDY, _NO_END)
+
+
+def _ends(scans: Sequence[Scanned]) -> Iterator[Check]:
+    """Look at the ends of the responses that a training learns from."""
     for one in _whose_ends_matter(scans):
         title = f"ends of the {SETS[one.answers.prompt_set]}"
         if one.answers.is_refresh:
             title = "ends of the refreshed rollouts"
         text = f"{one.cut_share:.1%} of these responses were cut off at a token limit."
-        yield _judged(one.cut_share >= _CUT_SHARE, title, text, remedy, _NO_END)
+        yield _judged(one.cut_share >= _CUT_SHARE, title, text, _END_REMEDY, _NO_END)
 
 
 def _whose_ends_matter(scans: Sequence[Scanned]) -> list[Scanned]:
@@ -321,11 +377,22 @@ def _servers(source: Source) -> Iterator[Check]:
 def _from_stages(source: Source) -> Iterator[Check]:
     """Repeat what the stages have warned of themselves."""
     for stage, manifest in source.manifests.items():
-        for warning in manifest.extra.get("warnings", ()):
-            # The model's name in it is the one of the folders.
-            text = f"{stage}: {warning}."
-            for name, title in MODEL_TITLES.items():
-                text = text.replace(f" of {name} ", f" of the {title} ")
-            yield Check("warning", f"warning of {stage}", text, "", "understand.md")
+        if stage != "evaluate":
+            yield from _repeated(stage, manifest)
+    # What a checkpoint's evaluation has warned of.
     for warning in source.summary.get("warnings", ()):
         yield Check("warning", "warning of the evaluation", f"{warning}.", "", _NO_END)
+
+
+def _of_evaluation(source: Source) -> Iterator[Check]:
+    if "evaluate" in source.manifests:
+        yield from _repeated("evaluate", source.manifests["evaluate"])
+
+
+def _repeated(stage: str, manifest: Manifest) -> Iterator[Check]:
+    for warning in manifest.extra.get("warnings", ()):
+        # The model's name in it is the one of the folders.
+        text = f"{stage}: {warning}."
+        for name, title in MODEL_TITLES.items():
+            text = text.replace(f" of {name} ", f" of the {title} ")
+        yield Check("warning", f"warning of {stage}", text, "", "understand.md")

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lopd.report.console import MODEL_TITLES
+from lopd.report.html.outdated import DIGITS, Outdated, outdated_stages
 from lopd.report.html.source import Source
 from lopd.report.html.transcripts import Scanned
 from lopd.tasks.accuracy import shares, standard_error
 
-# Hexadecimal digits of a fingerprint on the page: enough to tell artifacts apart.
-DIGITS = 12
 # Of a normal distribution: 95% lie within so many standard deviations.
 Z = 1.96
 
@@ -55,7 +55,7 @@ def against_baselines(scans: Sequence[Scanned]) -> list[tuple[str, str, dict[str
     of = {one.answers.model: one for one in scans if one.answers.prompt_set == "held_out"}
     found = []
     # The stronger baseline last: a reader first wants to know what distillation has changed.
-    for name, title in (("sft", "the SFT student"), ("sft_longer", "SFT of equal compute")):
+    for name, title in (("sft", "the SFT student"), ("sft_longer", MODEL_TITLES["sft_longer"])):
         if name in of and "distilled" in of:
             difference = paired_difference(of[name], of["distilled"])
             if difference is not None:
@@ -99,12 +99,19 @@ def comparisons(
     """Return how each further source compares with the first one, on the prompts of both.
 
     Returns:
-        text, for each pair of sources whose final models answered the same held-out prompts.
+        text, for each pair of sources whose final models answered the same held-out prompts. Where
+        an evaluation is outdated, the text says why nothing can be said.
     """
     finals = [_final(of_source) for of_source in scans]
+    outdated = [outdated_stages(source).get("evaluate") for source in sources]
     rows = []
-    for source, other in zip(sources[1:], finals[1:], strict=True):
+    for index, (source, other) in enumerate(zip(sources[1:], finals[1:], strict=True), start=1):
         if finals[0] is None or other is None:
+            continue
+        wrong = [(sources[at].name, outdated[at]) for at in (0, index)]
+        refusal = refused([(name, one) for name, one in wrong if one is not None])
+        if refusal:
+            rows.append({"text": refusal})
             continue
         difference = paired_difference(finals[0], other)
         if difference is None:
@@ -115,6 +122,18 @@ def comparisons(
         ]
         rows.append({"text": verdict_of(names, difference), **difference})
     return rows
+
+
+def refused(wrong: Sequence[tuple[str, Outdated]]) -> str:
+    """Return why it cannot be said which run is better; "" where it can.
+
+    Args:
+        wrong: The names of the runs whose evaluation is outdated, with what is wrong.
+    """
+    if not wrong:
+        return ""
+    told = " and ".join(f"the evaluation of {name} is of {one.told}" for name, one in wrong)
+    return f"It cannot be said which run is better: {told}. Run `lopd run CONFIG` again."
 
 
 def verdict_of(names: Sequence[str], difference: Mapping[str, Any]) -> str:

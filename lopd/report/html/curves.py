@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lopd.report.console import MODEL_TITLES
+from lopd.report.html.outdated import earlier_models
 from lopd.report.html.source import Source
 from lopd.report.metrics import read_metrics
 
@@ -141,6 +142,7 @@ def charts_of(sources: Sequence[Source]) -> list[dict[str, Any]]:
     charts = []
     # Read once: a long training has megabytes of metrics.
     lines = [read_metrics(source.folder) if source.kind == "run" else [] for source in sources]
+    titles = [{**MODEL_TITLES, **earlier_models(source, "evaluate")} for source in sources]
     for panel in PANELS:
         series = []
         levels = []
@@ -149,7 +151,8 @@ def charts_of(sources: Sequence[Source]) -> list[dict[str, Any]]:
                 found = _series(panel, name, rows)
                 if found:
                     series.append({"source": index, **({"label": label} if label else {}), **found})
-            levels += [{"source": index, **level} for level in _levels(panel, source.summary)]
+            found_levels = _levels(panel, source.summary, titles[index])
+            levels += [{"source": index, **level} for level in found_levels]
         # Most figures that are 0 at every step say nothing, such as an entropy that was not asked
         # for.
         if levels or any(panel.zero or any(one["y"]) for one in series):
@@ -209,13 +212,15 @@ def _band(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _levels(panel: Panel, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the models that were evaluated at the end."""
+def _levels(
+    panel: Panel, summary: Mapping[str, Any], titles: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return the models that were evaluated at the end, with their titles."""
     values = summary.get(panel.levels, {}) if panel.levels else {}
     intervals = summary.get(f"{panel.levels}_interval", {})
     errors = summary.get(f"{panel.levels}_standard_error", {})
     rows = []
-    for model, title in MODEL_TITLES.items():
+    for model, title in titles.items():
         value = values.get(model)
         # The teacher's divergence from itself is rounding. Another one that is estimated as 0 or
         # less is a result, and makes the axis linear.

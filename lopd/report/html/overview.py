@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lopd.report.html.comparing import DIGITS, against_baselines, right_by_prompt
+from lopd.report.html.comparing import against_baselines, right_by_prompt
+from lopd.report.html.outdated import DIGITS, Outdated, outdated_stages, output_weights
 from lopd.report.html.responses import MODELS
 from lopd.report.html.source import STAGES, Source
-from lopd.report.html.stages import cost_of, output_weights, stage_of
+from lopd.report.html.stages import cost_of, stage_of
 from lopd.report.html.tokens import QUANTILES
 from lopd.report.html.transcripts import Scanned
 from lopd.tasks.accuracy import accuracy_interval, shares
@@ -23,17 +24,22 @@ def overview_of(source: Source, scans: Sequence[Scanned]) -> dict[str, Any]:
 
     Returns:
         kind, headline (a sentence), further (sentences), about (pairs of a title and a text),
-        models (a row for each evaluated model), stages (a row for each stage), and cost (pairs).
+        models (a row for each evaluated model), outdated (of which student they are, where that is
+        not the present one), stages (a row for each stage), and cost (pairs).
     """
     models = _models(source, scans)
     stages = [stage_of(source, name) for name in STAGES if name in source.manifests]
     headline, further = _headline(models, scans)
+    wrong = outdated_stages(source).get("evaluate")
+    if wrong is not None:
+        headline, further = _of_an_earlier_student(wrong, headline, further)
     return {
         "kind": source.kind,
         "headline": headline,
         "further": further,
         "about": _about(source),
         "models": models,
+        "outdated": "" if wrong is None else wrong.told,
         "stages": stages,
         "cost": cost_of(source, stages),
     }
@@ -48,15 +54,15 @@ def _headline(
     after = rows.get("distilled")
     if before and after and before.get("accuracy") and after.get("accuracy"):
         text = (
-            f"The distilled student is right on {100 * after['accuracy'][0]:.1f}% of the held-out "
-            f"answers, the SFT student on {100 * before['accuracy'][0]:.1f}%."
+            f"The {after['title']} is right on {100 * after['accuracy'][0]:.1f}% of the held-out "
+            f"answers, the {before['title']} on {100 * before['accuracy'][0]:.1f}%."
         )
         return _with_what_is_better(text, rows, scans)
     if before and after and before.get("reverse_kl") and after.get("reverse_kl"):
         text = (
             f"The reverse KL to the teacher is {after['reverse_kl'][0]:.4f} nats per token for the "
-            f"distilled student and {before['reverse_kl'][0]:.4f} for the SFT student, on held-out "
-            "prompts."
+            f"{after['title']} and {before['reverse_kl'][0]:.4f} for the {before['title']}, on "
+            "held-out prompts."
         )
         return text, []
     one = next((row for row in models if row.get("accuracy")), None)
@@ -68,6 +74,18 @@ def _headline(
     return f"Nothing was judged. {count:,} responses can be read below.", []
 
 
+def _of_an_earlier_student(
+    wrong: Outdated, headline: str, further: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Return the headline and further sentences where the evaluation is not of the present one.
+
+    A reader in a hurry reads the bold sentence alone, so it must not hold a figure without saying
+    whose it is.
+    """
+    result = f"The evaluation is of {wrong.told}. {headline}"
+    return result, [f"Of the earlier student: {sentence}" for sentence in further]
+
+
 def _with_what_is_better(
     text: str, rows: Mapping[str, Mapping[str, Any]], scans: Sequence[Scanned]
 ) -> tuple[str, list[str]]:
@@ -76,14 +94,14 @@ def _with_what_is_better(
     Where a model that costs no more is better than the distilled student, that is the headline.
     """
     differences = against_baselines(scans)
+    student = rows["distilled"]["title"]
     told = [f"Distilled against {title}: {_told(one)}" for _, title, one in differences]
     for name, title, difference in differences:
         if difference["interval"][1] < 0:
             percents = [100 * rows[of]["accuracy"][0] for of in (name, "distilled")]
             better = (
-                f"{title[0].upper()}{title[1:]} is better than the distilled student: it is right "
-                f"on {percents[0]:.1f}% of the held-out answers, the distilled student on "
-                f"{percents[1]:.1f}%."
+                f"{title[0].upper()}{title[1:]} is better than the {student}: it is right on "
+                f"{percents[0]:.1f}% of the held-out answers, the {student} on {percents[1]:.1f}%."
             )
             return better, [text, *told]
     return text, told

@@ -204,9 +204,11 @@ def make_page(
 
 
 def docs_beside(out: Path) -> str:
-    """Return the address of docs/ as seen from a page, or "" where lopd has no checkout."""
-    folder = Path(lopd.__file__).resolve().parents[1] / "docs"
-    if not (folder / "understand.md").is_file():
+    """Return the address of docs/ as seen from a page in a checkout of lopd, or ""."""
+    root = Path(lopd.__file__).resolve().parents[1]
+    folder = root / "docs"
+    # A page outside of the checkout would lose its links as soon as either of them is moved.
+    if not (folder / "understand.md").is_file() or not out.resolve().is_relative_to(root):
         return ""
     # Relative, so that a page names no folder of this machine and moves with the checkout.
     return Path(os.path.relpath(folder, out.resolve().parent)).as_posix()

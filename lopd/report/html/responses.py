@@ -9,6 +9,7 @@ from pathlib import Path
 from lopd.artifacts import read_manifest
 from lopd.records import Key
 from lopd.report.console import MODEL_TITLES
+from lopd.report.html.outdated import earlier_models, outdated_stages
 from lopd.report.html.source import Source, is_complete
 from lopd.tasks.verdict_files import read_verdicts
 from lopd.tasks.verdicts import Verdict
@@ -39,6 +40,7 @@ class Answers:
         verdicts: By the key of the response; {} where nobody judged.
         step: The optimizer step whose weights wrote the responses to training prompts; None where
             no training learns from them.
+        outdated: Of which student they are, where that is not the present one; "" otherwise.
     """
 
     prompt_set: str
@@ -47,6 +49,12 @@ class Answers:
     folder: Path
     verdicts: Mapping[Key, Verdict]
     step: int | None = None
+    outdated: str = ""
+
+    @property
+    def set_title(self) -> str:
+        """The name of the prompts for people, with a mark where the answers are outdated."""
+        return SETS[self.prompt_set] + (" (outdated)" if self.outdated else "")
 
     @property
     def is_refresh(self) -> bool:
@@ -74,8 +82,11 @@ def answers_of(source: Source) -> list[Answers]:
 def _of_run(source: Source) -> list[Answers]:
     found: list[Answers] = []
     folder = source.folder / "evaluate"
+    titles = {**MODEL_TITLES, **earlier_models(source, "evaluate")}
+    wrong = outdated_stages(source).get("evaluate")
+    outdated = "" if wrong is None else wrong.told
     for model in MODELS:
-        title = MODEL_TITLES[model]
+        title = titles[model]
         answers = folder / f"answers-{model}"
         scores = folder / f"scores-{model}"
         # Where the answers were sampled from the policy as it is, the teacher has scored them.
@@ -83,13 +94,16 @@ def _of_run(source: Source) -> list[Answers]:
         apart = (folder / f"policy-{model}").is_dir()
         if is_complete(answers):
             scored = scores if is_complete(scores) and not apart else answers
-            found.append(Answers("held_out", model, title, scored, read_verdicts(answers)))
+            verdicts = read_verdicts(answers)
+            held_out = Answers("held_out", model, title, scored, verdicts, outdated=outdated)
+            found.append(held_out)
         if apart and is_complete(scores):
-            found.append(Answers("policy", model, title, scores, {}))
+            found.append(Answers("policy", model, title, scores, {}, outdated=outdated))
     rollouts = next((one for one in ("score", "rollout") if is_complete(source.folder / one)), None)
     if rollouts is not None:
         folder = source.folder / rollouts
-        found.append(Answers("rollouts", "sft", MODEL_TITLES["sft"], folder, {}, step=0))
+        title = {**MODEL_TITLES, **earlier_models(source, rollouts)}["sft"]
+        found.append(Answers("rollouts", "sft", title, folder, {}, step=0))
     found += _of_refreshes(source)
     demonstrations = source.folder / "demonstrate"
     if is_complete(demonstrations):

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from lopd.artifacts import published_weights
 from lopd.records import Manifest
 from lopd.report.console import duration
-from lopd.report.html.comparing import DIGITS
+from lopd.report.html.outdated import DIGITS, outdated_stages, output_weights
 from lopd.report.html.source import Source, read_json
 
 # What a stage makes. Before it stands a number of rows, and behind a model its weights.
@@ -31,7 +30,7 @@ def stage_of(source: Source, name: str) -> dict[str, Any]:
     count, kind = _devices(source, name)
     return {
         "name": name,
-        "state": "done" if manifest.complete else "not finished",
+        "state": _state(source, name),
         # What the last command that reached this stage did.
         "last_command": {"done": "made", "reused": "reused"}.get(done.get(name, ""), ""),
         "seconds": seconds,
@@ -52,12 +51,10 @@ def stage_of(source: Source, name: str) -> dict[str, Any]:
     }
 
 
-def output_weights(source: Source, name: str) -> str:
-    """Return the short fingerprint of the weights that a stage has published, or ""."""
-    manifest = source.manifests.get(name)
-    if manifest is None or not manifest.complete:
-        return ""
-    return published_weights(source.folder / name, manifest.shards)[:DIGITS]
+def _state(source: Source, name: str) -> str:
+    if not source.manifests[name].complete:
+        return "not finished"
+    return "outdated" if name in outdated_stages(source) else "done"
 
 
 def _role(source: Source, stage: str, role: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from lopd.cache.columns import ROUTED_EXPERTS, TAIL, TOP_IDS, TOP_LOGPROBS
 from lopd.cache.reader import CacheReader, ScoredRow
 from lopd.records import Bools, Floats, Response, TeacherScores
-from lopd.report.html.responses import SETS, Answers
+from lopd.report.html.responses import Answers
 from lopd.report.html.tokens import Deviations, TokenFigures
 from lopd.tasks.tokenizer import decode, load_tokenizer, token_texts
 from lopd.tasks.tokenizer_folder import tokenizer_folder
@@ -226,12 +226,12 @@ def prompt_set(
     """Return one set of prompts with the answers of all models, as JSON.
 
     Returns:
-        name, title, total, strongest, models (their titles), and prompts: of each prompt ``id``,
-        ``prompt`` (indices of the vocabulary) and ``answers``. An answer has the index of its
-        model, its sample index, finish reason and tokens (indices of the vocabulary). Where they
-        are known it has the verdict (``right``, ``reason``, ``found``), the log-probabilities of
-        the model (``student``) and the teacher, and the teacher's ``entropy``, in thousandths of a
-        nat.
+        name, title, outdated, total, strongest, models (their titles), and prompts: of each prompt
+        ``id``, ``prompt`` (indices of the vocabulary) and ``answers``. An answer has the index of
+        its model, its sample index, finish reason and tokens (indices of the vocabulary). Where
+        they are known it has the verdict (``right``, ``reason``, ``found``), the log-probabilities
+        of the model (``student``) and the teacher, and the teacher's ``entropy``, in thousandths of
+        a nat.
     """
     # Several sources share a choice, and each need not have all of its prompts.
     names = {name for one in scans for name in one.rows}
@@ -249,7 +249,8 @@ def prompt_set(
             )
     return {
         "name": name,
-        "title": SETS[name],
+        "title": scans[0].answers.set_title,
+        "outdated": scans[0].answers.outdated,
         "total": len(names),
         "strongest": len(chosen.strongest & names),
         "models": [{"name": one.answers.model, "title": one.answers.title} for one in scans],
@@ -356,7 +357,7 @@ def token_panels(scans: Sequence[Scanned], texts: Texts) -> list[dict[str, Any]]
         rows.append(
             {
                 "set": found.answers.prompt_set,
-                "set_title": SETS[found.answers.prompt_set],
+                "set_title": found.answers.set_title,
                 "model": found.answers.model,
                 "title": found.answers.title,
                 "overall": of_model.overall,

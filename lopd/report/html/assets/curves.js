@@ -53,8 +53,8 @@ lopd.showCurves = function (section) {
   // The models that were evaluated at the end, side by side.
   function modelChart(one) {
     const models = [...new Set(one.levels.map((level) => level.model))];
-    const short = { base: "base", sft: "SFT", sft_longer: "SFT longer", distilled: "distilled",
-      teacher: "teacher" };
+    const short = { base: "base", sft: "SFT", sft_longer: "SFT of\nequal compute",
+      distilled: "distilled", teacher: "teacher" };
     const lines = runs.flatMap((run, index) => {
       const own = one.levels.filter((level) => level.source === index);
       if (!own.length) return [];
@@ -65,7 +65,9 @@ lopd.showCurves = function (section) {
         high: own.map((level) => level.high) });
       return [line];
     });
-    return { ...one, x_title: "model", names: models.map((model) => short[model]), lines };
+    return { ...one, x_title: "model", names: models.map((model) => short[model]), lines,
+      note: runs.filter((run) => run.overview.outdated).map((run) =>
+        `${run.name}: the evaluation is of ${run.overview.outdated}.`).join(" ") };
   }
 
   // Before and after of one run; of several runs the models that they are judged by.

@@ -83,6 +83,7 @@ lopd.showOverview = function (section) {
         text: (row) => lopd.percent((row.finish.length || 0) / row.responses) });
     const { prompts, responses } = rows[0];
     return lopd.table(`Answers to ${lopd.count(prompts)} prompts ` +
-      `(${lopd.count(responses)} responses of each model)`, columns, rows);
+      `(${lopd.count(responses)} responses of each model)` + (run.overview.outdated
+      ? `. Outdated: of ${run.overview.outdated}.` : ""), columns, rows);
   }
 };

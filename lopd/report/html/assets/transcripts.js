@@ -56,6 +56,8 @@ lopd.showTranscripts = function (section) {
           title: several ? `${run.name}: ${model.title}` : model.title }));
         if (!run.has_tokenizer) all.notes.push(`${run.name}: no tokenizer was found, so texts ` +
           "are numbers of tokens. Give lopd report --tokenizer FOLDER.");
+        if (set.outdated) all.notes.push(`${run.name}: outdated, the evaluation is of ` +
+          `${set.outdated}.`);
         if (set.prompts.length < set.total) all.notes.push(sampled(run, set));
         for (const prompt of set.prompts) {
           const key = `${prompt.id}\u0000${prompt.prompt.join(",")}`;
