@@ -274,7 +274,7 @@ def _judge(
         # Verdicts come in the order of the responses.
         verdicts = [*judge_all(task, to_judge())]
         # So that anybody can read later why an answer counts as right or wrong.
-        write_verdicts(folder, zip(keys, verdicts, strict=True))
+        write_verdicts(folder, zip(keys, verdicts, strict=True), by_id)
         for (prompt_id, _), verdict in zip(keys, verdicts, strict=True):
             right.setdefault(prompt_id, []).append(verdict.right)
     else:

@@ -42,6 +42,7 @@ from lopd.tasks import Task, Verifier, get_task
 from lopd.tasks.accuracy import accuracy_figures, ks_of, pass_at, response_figures
 from lopd.tasks.prompts import load_prompts
 from lopd.tasks.tokenizer import load_tokenizer, response_text
+from lopd.tasks.verdict_files import expected_answer
 from lopd.tasks.verdicts import Judged, Verdict, judge_all
 
 # What the folder has at the end: one file for figures, one line for each problem, and all answers.
@@ -262,9 +263,10 @@ def _write_transcripts(
         prompt = prompts[response.prompt_id]
         # Without a verifier the keys are absent, so that nobody takes an empty verdict for a wrong
         # answer.
-        judged = {}
+        judged: dict[str, Any] = {}
         if verdict is not None:
             judged = {"right": verdict.right, "reason": verdict.reason, "found": verdict.found}
+            judged |= expected_answer(prompt)
         line = {
             "prompt_id": response.prompt_id,
             "sample_index": response.sample_index,

@@ -32,11 +32,13 @@ class Verdict:
         reason: Why it is wrong, as one of few phrases ("wrong answer", "no answer", "time limit"),
             so that they can be counted.
         found: The answer that was found in the response.
+        expected: The prompt's own answer, in verdicts that were read from disk; "" otherwise.
     """
 
     right: bool
     reason: str = ""
     found: str = ""
+    expected: str = ""
 
 
 RIGHT = Verdict(True)

@@ -116,6 +116,7 @@ def test_every_filter(browser: Chromium, run: Path) -> None:
         "nearer": [name for name in names if sizes["distilled"][name] < sizes["sft"][name]],
         "further": [name for name in names if sizes["distilled"][name] > sizes["sft"][name]],
         "all": names,
+        "answered": names,
     }
     assert expected["nearer"]
     assert expected["further"]
@@ -377,12 +378,16 @@ def test_two_runs_stand_side_by_side(chromium: Chromium, run: Path, tmp_path: Pa
     assert chromium.js("document.querySelectorAll('.card').length") == 2
     assert prompts(chromium) == [*answers(run, "sft")]
     titles = chromium.js("[...document.querySelectorAll('.answers h4')].map((e) => e.textContent)")
-    # The knobs are below the curves, and folded: the result comes first.
+    # The long table of the knobs is below the curves, and folded.
     knobs = chromium.js("document.querySelector('#curves > details.knobs').textContent")
     assert knobs.startswith("The runs differ in 1 knob")
     assert "distill.optimizer.lr" in knobs
     assert not chromium.js("document.querySelector('details.knobs').open")
-    assert not chromium.js("document.querySelector('#overview').textContent.includes('knob')")
+    # The second question of everybody is answered without a click.
+    lines = chromium.js("[...document.querySelectorAll('.differing li')].map((e) => e.textContent)")
+    assert len(lines) == 1
+    assert lines[0].startswith("distill.optimizer.lr: ")
+    assert lines[0].endswith(" / 0.5")
     # The copy has the same answers.
     assert titles[0].startswith("first: run: distilled student = second: other: distilled student")
     labels = chromium.js(

@@ -27,7 +27,7 @@ from lopd.report.html.page import docs_beside, gather, make_page, packed, render
 from lopd.report.html.pictures import write_pictures
 from lopd.report.html.source import open_sources
 from lopd.report.html.tokens import Deviations, kind_of
-from lopd.report.html.transcripts import budgets
+from lopd.report.html.transcripts import Texts, budgets
 from lopd.tasks.verdict_files import read_verdicts
 from tests.cache.rollouts import publish_cache, some_responses
 from tests.evaluation.test_model_evaluation import MODEL, PROBLEMS, SAMPLES, TASK, Oracle
@@ -104,6 +104,16 @@ def test_the_text_of_a_prompt_hides_the_template_and_nothing_else(data: dict[str
     # The names of the stand-in's prompts contain the prompt.
     visible = "".join(row[0] for row in rows if not row[2]).strip()
     assert visible.removesuffix("=?") == prompts[0]["id"].removeprefix("reg-")
+
+
+def test_the_marks_of_thinking_are_shown_and_other_marks_are_hidden(run: Path) -> None:
+    texts = Texts(run / "score", None)
+    ids = {texts.of(token).strip(): token for token in texts.special}
+    think = [token for text, token in ids.items() if text in ("<think>", "</think>")]
+    assert len(think) == 2
+    assert not any(texts.is_hidden(token) for token in think)
+    # They stay special tokens in the figures by kind. The control: an end token is hidden.
+    assert texts.is_hidden(ids["<|im_end|>"])
 
 
 def test_the_curves_are_the_lines_of_the_metrics(data: dict[str, Any]) -> None:
@@ -390,6 +400,7 @@ def test_links_lead_from_a_page_in_the_checkout_to_the_documentation(tmp_path: P
         (0.64, (0.608, 0.672), "b is better than a by 64.0 points", "(95% interval 60.8 to 67.2)"),
         (-0.64, (-0.672, -0.608), "a is better than b by 64.0 points", "60.8 to 67.2"),
         (-0.01, (-0.03, 0.01), "a is ahead of b by 1.0 points", "may be chance"),
+        (0.0002, (-0.03, 0.0304), "a and b are equal over the same 500", "interval -3.0 to +3.0"),
     ],
 )
 def test_the_better_run_is_named_first(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from lopd.artifacts import (
     MANIFEST,
@@ -19,8 +21,11 @@ from lopd.artifacts import (
     read_manifest,
 )
 from lopd.cache import to_table
+from lopd.records import Prompt
 from lopd.report.html.page import gather
+from lopd.report.html.sizes import parameters_of, size_of
 from lopd.report.html.source import open_sources
+from lopd.tasks.verdict_files import expected_answer
 from tests.cache.rollouts import SAMPLING, TEACHER, full_scores, publish_cache, some_responses
 from tests.report.made_run import NUM_PROMPTS, make_run, prompts_of
 
@@ -68,6 +73,49 @@ def test_the_overview_says_which_model_made_what(data: dict[str, Any], run: Path
     assert published_weights(run / "distill", manifest.shards) == made
     assert published_weights(run / "distill", shards) != made
     assert published_weights(run / "score", read_manifest(run / "score").shards) == ""
+
+
+def test_the_sizes_of_teacher_and_student(data: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    about = dict(data["runs"][0]["overview"]["about"])
+    with safe_open(run / "distill/model/model.safetensors", "np") as file:
+        count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    config = json.loads((run / "distill/model/config.json").read_text())
+    expected = (
+        f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
+        f"{config['num_local_experts']} experts ({config['num_experts_per_tok']} for each token), "
+        f"{count:,} parameters"
+    )
+    assert about["size of the student"] == expected
+    assert "size of the teacher" in about
+    # Where a file of the weights is missing the count is not known, and nothing is invented.
+    folder = tmp_path / "model"
+    shutil.copytree(run / "distill/model", folder)
+    assert parameters_of(folder) == count
+    (folder / "model.safetensors").write_bytes(b"no header")
+    assert parameters_of(folder) is None
+    (folder / "model.safetensors").unlink()
+    assert size_of(folder).endswith("for each token)")
+    assert size_of(tmp_path) == ""
+
+
+def test_an_answer_has_the_one_that_was_expected(data: dict[str, Any], run: Path) -> None:
+    _, prompts = prompts_of(data, "held_out")
+    answers = [one for prompt in prompts for one in prompt["answers"]]
+    rows = [
+        json.loads(line) for line in (run / "evaluate/verdicts-sft.jsonl").read_text().splitlines()
+    ]
+    assert {row["prompt_id"]: row["expected"] for row in rows} == {
+        prompt["id"]: prompt["answers"][0]["expected"] for prompt in prompts
+    }
+    assert all(len(one["expected"]) > 0 for one in answers if "right" in one)
+    # Rollouts are not judged. The tests of a program are nothing to read beside an answer.
+    assert not any(
+        "expected" in one for row in prompts_of(data, "rollouts")[1] for one in row["answers"]
+    )
+    task = Prompt("p", ({"role": "user", "content": "?"},), domain="math", answer="3")
+    assert expected_answer(task) == {"expected": "3"}
+    assert expected_answer(replace(task, answer="x" * 1000)) == {}
+    assert expected_answer(replace(task, answer=None)) == {}
 
 
 def test_what_a_reused_stage_has_cost_is_told_apart(run: Path, tmp_path: Path) -> None:
@@ -123,6 +171,7 @@ def test_the_rollouts_of_a_refresh_are_answers_of_their_own(run: Path, tmp_path:
     shutil.copytree(run, tmp_path / "run")
     scores = tmp_path / "run/distill/refresh-0001/scores"
     shutil.copytree(run / "score", scores)
+    (scores.parent / "seconds.json").write_text('{"teacher_seconds": 1.5}')
     manifest = json.loads((scores / MANIFEST).read_text())
     manifest["sampling"]["temperature"] = 1.0
     (tmp_path / "run/score" / MANIFEST).write_text(json.dumps(manifest))
@@ -132,6 +181,12 @@ def test_the_rollouts_of_a_refresh_are_answers_of_their_own(run: Path, tmp_path:
     found, prompts = prompts_of(data, "rollouts")
     assert [one["title"] for one in found["models"]] == ["SFT student", "student after step 2"]
     assert all(len(prompt["answers"]) == 2 for prompt in prompts)
+    # Its line: after which step, how much, how long. The control: a run without one has none.
+    rows = read_manifest(run / "score")
+    (line,) = data["runs"][0]["refreshes"]
+    assert (line["step"], line["responses"], line["seconds"]) == (2, rows.rows, 1.5)
+    assert line["tokens"] == sum(shard.tokens for shard in rows.shards)
+    assert gather(open_sources([run]))["runs"][0]["refreshes"] == []
     panels = [one for one in data["runs"][0]["tokens"] if one["set"] == "rollouts"]
     charts = {chart["name"]: chart["series"] for chart in data["charts"]}
     # A copy of the rollouts is as far from the teacher as they are.

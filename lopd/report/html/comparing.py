@@ -151,6 +151,12 @@ def verdict_of(names: Sequence[str], difference: Mapping[str, Any]) -> str:
     # What a second training with another seed would give is not in the interval.
     seeds = "Each is one training: the interval knows nothing of other seeds."
     if min(difference["interval"]) <= 0 <= max(difference["interval"]):
+        if round(100 * difference["mean"], 1) == 0:
+            ends = [100 * value for value in difference["interval"]]
+            return (
+                f"{names[0]} and {names[1]} are equal {prompts}: the difference is 0.0 points (95% "
+                f"interval {ends[0]:+.1f} to {ends[1]:+.1f}). {seeds}"
+            )
         return (
             f"{better} is ahead of {worse} by {points} {prompts}, which may be chance: the 95% "
             f"interval holds 0. {seeds}"

@@ -125,7 +125,7 @@ PANELS = (
     Panel("peak_memory_gib", "Peak memory of a rank", "GiB", group="more"),
     Panel("loss", "Loss of sft", "nats", stage="sft", group="more"),
     Panel("grad_norm", "Gradient norm of sft", "L2 norm", stage="sft", group="more"),
-    Panel("loss", "Loss of the SFT of equal compute", "nats", stage="sft_longer", group="more"),
+    Panel("loss", "Loss of SFT of equal compute", "nats", stage="sft_longer", group="more"),
 )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lopd.artifacts import read_manifest
+from lopd.report.html.responses import answers_of
+from lopd.report.html.source import Source, read_json
 from lopd.report.html.transcripts import Scanned
 
 # The quantiles that are drawn over the steps.
@@ -52,6 +54,29 @@ def fresh_charts(scans: Sequence[Sequence[Scanned]]) -> list[dict[str, Any]]:
         return [advantage]
     title = title.format("Reverse KL")
     return [_chart("fresh_reverse_kl", title, "nats per token", divergence), advantage]
+
+
+def refreshes_of(source: Source) -> list[dict[str, Any]]:
+    """Return of each refresh of a run, as JSON, what the page says of it.
+
+    Returns:
+        step (the refresh was made after so many), responses, tokens (those that the teacher has
+        scored), and seconds (those of the teacher; None where they were not recorded).
+    """
+    rows = []
+    for answers in answers_of(source):
+        if answers.is_refresh:
+            manifest = read_manifest(answers.folder)
+            seconds = read_json(answers.folder.parent / "seconds.json").get("teacher_seconds")
+            rows.append(
+                {
+                    "step": answers.step,
+                    "responses": manifest.rows,
+                    "tokens": sum(shard.tokens for shard in manifest.shards),
+                    "seconds": seconds,
+                }
+            )
+    return rows
 
 
 def _by_step(scans: Sequence[Scanned]) -> list[tuple[int, Scanned]]:

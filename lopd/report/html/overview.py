@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from lopd.report.html.comparing import against_baselines, right_by_prompt
 from lopd.report.html.outdated import DIGITS, Outdated, outdated_stages, output_weights
 from lopd.report.html.responses import MODELS
+from lopd.report.html.sizes import size_of
 from lopd.report.html.source import STAGES, Source
 from lopd.report.html.stages import cost_of, stage_of
 from lopd.report.html.tokens import QUANTILES
@@ -158,6 +159,21 @@ def _quantiles(lengths: Sequence[int], shares_of: Sequence[float]) -> list[float
     return [float(value) for value in np.quantile(lengths, shares_of)] if lengths else []
 
 
+def _sizes(source: Source) -> list[list[str]]:
+    """Return the sizes of teacher and student, where their files are still there."""
+    folders: dict[str, Path] = {}
+    for manifest in source.manifests.values():
+        for role, identity in manifest.models.items():
+            folders.setdefault(role, Path(identity.path))
+    # The students of a run have one size, and its own one is the one that is surely there.
+    if source.kind == "run":
+        folders["student"] = source.folder / "distill/model"
+        if not folders["student"].is_dir():
+            folders["student"] = source.folder / "sft/model"
+    sizes = {role: size_of(folders[role]) for role in ("teacher", "student") if role in folders}
+    return [[f"size of the {role}", size] for role, size in sizes.items() if size]
+
+
 def _about(source: Source) -> list[list[str]]:
     """Return who taught whom, as pairs of a title and a text."""
     models: dict[str, str] = {}
@@ -174,6 +190,7 @@ def _about(source: Source) -> list[list[str]]:
         if made:
             models[role] = f"made by {stage} (weights {made})"
     rows = [[role, text] for role, text in models.items()]
+    rows += _sizes(source)
     config = source.config
     for key, title in (("task.name", "task"), ("distill.objective.loss", "objective")):
         if key in config:

@@ -22,7 +22,7 @@ from lopd.errors import DataError
 from lopd.report.html.checks import checks_of
 from lopd.report.html.comparing import comparisons, differing_knobs
 from lopd.report.html.curves import charts_of
-from lopd.report.html.fresh import fresh_charts
+from lopd.report.html.fresh import fresh_charts, refreshes_of
 from lopd.report.html.learning_curve import title_of
 from lopd.report.html.overview import overview_of
 from lopd.report.html.responses import SETS, answers_of
@@ -129,6 +129,7 @@ def _panels(source: Source, scans: Sequence[Scanned], texts: Texts) -> dict[str,
         "overview": overview_of(source, scans),
         "checks": [asdict(check) for check in checks_of(source, scans, tokens)],
         "timeline": [asdict(span) for span in timeline_of(source)],
+        "refreshes": refreshes_of(source),
         "tokens": tokens,
         "has_tokenizer": texts.has_tokenizer,
     }

@@ -29,6 +29,7 @@ _STRONGEST = 5
 # How chat templates call who speaks. A name has few tokens.
 _ROLES = ("system", "developer", "user", "human", "assistant", "model", "tool")
 _ROLE_TOKENS = 6
+_THOUGHTS = ("<think>", "</think>")
 # The columns of a top-K and of the experts' routing take many times the memory of all others.
 _NOT_READ = (TOP_IDS, TOP_LOGPROBS, TAIL, ROUTED_EXPERTS)
 
@@ -117,10 +118,17 @@ class Texts:
         self._known: dict[int, str] = {}
         special = self._tokenizer.all_special_ids if self._tokenizer is not None else []
         self.special = {int(token) for token in special}
+        self._shown: set[int] = set()
         if self._tokenizer is not None:
             # Marks such as <think> are added to a vocabulary too, and need not be "special".
-            added = self._tokenizer.added_tokens_decoder.items()
+            added = [*self._tokenizer.added_tokens_decoder.items()]
             self.special |= {int(token) for token, what in added if what.special}
+            self._shown = {int(token) for token, what in added if what.content in _THOUGHTS}
+
+    def is_hidden(self, token: int) -> bool:
+        """Return whether a token is a mark that the page shows on demand alone."""
+        # Where the thinking ends is a part of the answer, whatever the tokenizer calls its marks.
+        return token in self.special and token not in self._shown
 
     @property
     def has_tokenizer(self) -> bool:
@@ -229,9 +237,9 @@ def prompt_set(
         name, title, outdated, total, strongest, models (their titles), and prompts: of each prompt
         ``id``, ``prompt`` (indices of the vocabulary) and ``answers``. An answer has the index of
         its model, its sample index, finish reason and tokens (indices of the vocabulary). Where
-        they are known it has the verdict (``right``, ``reason``, ``found``), the log-probabilities
-        of the model (``student``) and the teacher, and the teacher's ``entropy``, in thousandths of
-        a nat.
+        they are known it has the verdict (``right``, ``reason``, ``found``, ``expected``), the
+        log-probabilities of the model (``student``) and the teacher, and the teacher's ``entropy``,
+        in thousandths of a nat.
     """
     # Several sources share a choice, and each need not have all of its prompts.
     names = {name for one in scans for name in one.rows}
@@ -289,6 +297,8 @@ def _answer(
     verdict = answers.verdicts.get(response.key)
     if verdict is not None:
         row |= {"right": verdict.right, "reason": verdict.reason, "found": verdict.found}
+        # The answer that was expected, where the evaluation has recorded it.
+        row |= {"expected": verdict.expected} if verdict.expected else {}
     return row
 
 
@@ -299,7 +309,7 @@ def _indices(token_ids: Sequence[int], texts: Texts, vocabulary: Vocabulary) -> 
     if len(pieces) > len(token_ids):
         pieces = [*pieces[: len(token_ids) - 1], "".join(pieces[len(token_ids) - 1 :])]
     return [
-        vocabulary.index(text, token, token in texts.special)
+        vocabulary.index(text, token, texts.is_hidden(token))
         for text, token in zip(pieces, token_ids, strict=True)
     ]
 

@@ -36,7 +36,8 @@ lopd.answerView = function (section, detail, figures) {
       el("div", { class: "text", tabindex: "0", role: "group", "aria-label": "Prompt" },
         row.prompt.map((index) => piece([index], null, null))),
       cells(columns),
-      others.length ? el("details", {}, el("summary", {}, `${others.length} other models`),
+      others.length ? el("details", {}, el("summary", {}, `${others.length} other model` +
+        (others.length === 1 ? "" : "s")),
         cells(others)) : "");
   }
 
@@ -78,7 +79,8 @@ lopd.answerView = function (section, detail, figures) {
       groups, values);
     return el("div", {}, el("h4", {}, names.join(" = ")),
       verdict ? el("p", { class: "verdict" }, `${answer.right ? "\u2713" : "\u2717"} ${verdict}` +
-        (answer.found ? `, found: ${answer.found}` : "")) : null,
+        (answer.found ? `, found: ${answer.found}` : "") +
+        (!answer.right && answer.expected ? `, expected: ${answer.expected}` : "")) : null,
       el("p", { class: "muted" }, `${length}, ${end}${sum}` +
         (same.length > 1 ? `. The same answer ${same.length} times, coloured for ${names[0]}.`
           : "")), text);

@@ -45,7 +45,8 @@ lopd.chartTerms = { reverse_kl: "reverse-kl", held_out_reverse_kl: "reverse-kl",
   expert_entropy_share: "experts", lengths: "quantile", deviations: "quantile",
   entropies: "entropy" };
 
-// Returns a figure. A chart has {title, unit, log, x_title, lines} and perhaps {name, note, names}:
+// Returns a figure. A chart has {title, unit, log, x_title, lines} and perhaps {name, note, names,
+// marks}: marks are the steps of refreshes with the number of their run,
 // names stand at the axis in place of numbers, and then points are not joined. With {key} the chart
 // says whose its lines are. A line has {name, index, x, y} and perhaps {low, high, band, n}.
 lopd.chart = function (chart) {
@@ -140,6 +141,22 @@ lopd.chart = function (chart) {
       { ...axis, size: 58, label: chart.unit, values }];
   }
 
+  // A dotted line at each refresh, in the colour of its run.
+  function markRefreshes(u) {
+    for (const { step, index } of chart.marks || []) {
+      const x = Math.round(u.valToPos(step, "x", true));
+      if (x < u.bbox.left || x > u.bbox.left + u.bbox.width) continue;
+      u.ctx.save();
+      u.ctx.strokeStyle = lopd.colour(`--run-${lopd.style(index)}`);
+      u.ctx.setLineDash([2, 4]);
+      u.ctx.beginPath();
+      u.ctx.moveTo(x, u.bbox.top);
+      u.ctx.lineTo(x, u.bbox.top + u.bbox.height);
+      u.ctx.stroke();
+      u.ctx.restore();
+    }
+  }
+
   function draw() {
     plot.replaceChildren();
     const positive = data.slice(1).every((row) => row.every((value) =>
@@ -151,7 +168,7 @@ lopd.chart = function (chart) {
       width: Math.max(220, plot.clientWidth), height: 240, ...series(),
       scales: { x: { time: false, range }, y: { distr: chart.log && positive ? 3 : 1 } },
       axes: axes(), cursor: { drag: { x: false, y: false } }, legend: { show: false },
-      hooks: { setCursor: [(u) => say(u.cursor.idx)] },
+      hooks: { setCursor: [(u) => say(u.cursor.idx)], draw: [markRefreshes] },
     }, data, plot);
     let place = -1;
     plot.onkeydown = (event) => {

@@ -6,6 +6,9 @@ lopd.showCurves = function (section) {
   const lengths = lengthChart();
   if (!charts.length && !lengths) return false;
   if (several) section.append(lopd.key(runs.map((run) => run.name)));
+  runs.forEach((run) => {
+    if (run.refreshes?.length) section.append(refreshed(run));
+  });
   const figures = (group) => charts.filter((one) => one.group === group).map((one) =>
     lopd.chart(one.series.length ? stepChart(one) : modelChart(one)));
   section.append(el("div", { class: "charts" }, figures("main"),
@@ -31,6 +34,23 @@ lopd.showCurves = function (section) {
   }
   return true;
 
+  // One line for each refresh. The charts of distill have a dotted line at its step.
+  function refreshed(run) {
+    const took = (seconds) => (seconds === null ? "" : `, the teacher took ${lopd.count(
+      Math.round(10 * seconds) / 10)} s`);
+    return el("div", {}, el("p", {}, several ? `${run.name}: ` : "",
+      lopd.term("refresh", "refreshes"), " (dotted lines in the charts):"),
+      el("ul", { class: "refreshes" }, run.refreshes.map((one) => el("li", {},
+        `after step ${one.step}: ${lopd.count(one.responses)} responses, ` +
+        `${lopd.count(one.tokens)} tokens scored${took(one.seconds)}`))));
+  }
+
+  function marks(one) {
+    if (one.stage !== "distill") return [];
+    return runs.flatMap((run, index) =>
+      (run.refreshes || []).map(({ step }) => ({ step, index })));
+  }
+
   function stepChart(one) {
     const name = (line) => (line.label && !several ? line.label
       : [runs[line.source].name, line.label].filter((part) => part).join(": "));
@@ -38,7 +58,7 @@ lopd.showCurves = function (section) {
     const key = one.series.some((line) => line.label);
     const lines = one.series.map((line, place) =>
       ({ ...line, index: key ? place : line.source, name: name(line) }));
-    return { ...one, lines, key, note: levels(one) };
+    return { ...one, lines, key, note: levels(one), marks: marks(one) };
   }
 
   // What the models came to that were evaluated at the end, in words.

@@ -1,7 +1,7 @@
 // The first screen: results, warnings, who taught whom, what it cost.
 lopd.showOverview = function (section) {
   const el = lopd.el;
-  const { runs, comparisons } = lopd.data;
+  const { runs, comparisons, knobs } = lopd.data;
   if (comparisons.length) {
     section.append(el("h3", {}, "Which run is better"),
       el("ul", {}, comparisons.map((one) => el("li", {}, one.text))));
@@ -9,6 +9,13 @@ lopd.showOverview = function (section) {
   if (runs.length > 1 && !comparisons.length) {
     section.append(el("p", {}, "These runs have no judged answers to the same held-out prompts, " +
       "so the page cannot say which one is better."));
+  }
+  // The second question of everybody: what was done differently.
+  if (knobs.length) {
+    section.append(el("h3", {}, `Knobs that differ (${runs.map((run) => run.name).join(" / ")})`),
+      el("ul", { class: "differing" }, knobs.map(([name, ...values]) => el("li", {},
+        el("code", {}, name), `: ${values.map((one) => (one === "" ? "absent"
+          : String(one))).join(" / ")}`))));
   }
   section.append(el("div", { class: "cards" }, runs.map((run) => card(run))));
   return true;
@@ -28,7 +35,7 @@ lopd.showOverview = function (section) {
       run.checks.length ? el("h4", {}, said) : null,
       warnings.length ? el("ul", { class: "checks" }, warnings.map(line)) : null,
       fine.length ? el("details", {},
-        el("summary", {}, `${fine.length} rules found nothing`),
+        el("summary", {}, `${fine.length} check${fine.length === 1 ? "" : "s"} passed`),
         el("ul", { class: "checks" }, fine.map(line))) : null,
       overview.models.length ? models(overview.models, run) : null,
       el("h4", {}, "What it is"), pairs(overview.about),

@@ -24,7 +24,7 @@ lopd.showTranscripts = function (section) {
   const before = lopd.select("Before", [], (value) => { state.before = Number(value); refresh(); });
   const after = lopd.select("After", [], (value) => { state.after = Number(value); refresh(); });
   const filter = lopd.select("Show", [["all", "all prompts"],
-    ...["better", "worse", "won", "lost", "wrong", "nearer", "further", "cut"].map((one) =>
+    ...["answered", "better", "worse", "won", "lost", "wrong", "nearer", "further", "cut"].map((one) =>
       [one, one])],
     (value) => { state.filter = value; refresh(); });
   const sort = lopd.select("Sort by", [["order", "order of the prompts"], ["mean", ""],
@@ -149,7 +149,8 @@ lopd.showTranscripts = function (section) {
         disagreement(row, "mean", column));
       return one < 0 || other < 0 ? 0 : Math.sign(one - other);
     };
-    const rules = { all: () => true, better: () => both && a < b, worse: () => both && a > b,
+    const answered = of(row, state.before).length > 0 && of(row, state.after).length > 0;
+    const rules = { all: () => true, answered: () => answered, better: () => both && a < b, worse: () => both && a > b,
       won: () => both && a === 0 && b === 1, lost: () => both && a === 1 && b === 0,
       wrong: () => b !== null && b < 1, nearer: () => nearer() > 0, further: () => nearer() < 0,
       cut: () => of(row, state.after).some((one) => one.finish === "length") };
@@ -245,11 +246,11 @@ lopd.showTranscripts = function (section) {
     before.field.querySelector("label").firstChild.data = upper(one);
     after.field.querySelector("label").firstChild.data = upper(other);
     const texts = one === "before"
-      ? { better: "got better (more samples right after)", worse: "got worse (fewer right after)",
+      ? { answered: "answered before and after", better: "got better (more samples right after)", worse: "got worse (fewer right after)",
         won: "wrong before, right after", lost: "right before, wrong after", wrong: "wrong after",
         nearer: "nearer to the teacher after", further: "further from the teacher after",
         cut: "cut off after" }
-      : { better: "the second is better (more samples right)", worse: "the first is better",
+      : { answered: "answered by both", better: "the second is better (more samples right)", worse: "the first is better",
         won: "first wrong, second right", lost: "first right, second wrong",
         wrong: "second wrong", nearer: "the second is nearer to the teacher",
         further: "the first is nearer to the teacher", cut: "second cut off" };
