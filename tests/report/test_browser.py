@@ -396,6 +396,50 @@ def test_two_runs_stand_side_by_side(chromium: Chromium, run: Path, tmp_path: Pa
     assert labels[1:3] == ["First", "Second"]
 
 
+def test_a_wrong_answer_has_the_expected_one_beside_it(browser: Chromium, run: Path) -> None:
+    lines = (run / "evaluate/verdicts-distilled.jsonl").read_text().splitlines()
+    expected = {row["prompt_id"]: row["expected"] for row in map(json.loads, lines)}
+    choose(browser, "Show", "lost")
+    name = prompts(browser)[0]
+    told = browser.js("[...document.querySelectorAll('.verdict')].map((e) => e.textContent)")
+    # Right before, wrong after: the control is the first one.
+    assert told[0] == "\u2713 right"
+    assert told[1] == f"\u2717 wrong (wrong answer), expected: {expected[name]}"
+
+
+def test_a_refresh_is_marked_on_the_curves(chromium: Chromium, run: Path, tmp_path: Path) -> None:
+    data = gather(open_sources([run]))
+    path = tmp_path / "refreshed.html"
+    counts = []
+    lists = []
+    for refreshes in (
+        [],
+        [{"step": 1, "responses": 24, "tokens": 1304, "seconds": 12.34}],
+    ):
+        data["runs"][0]["refreshes"] = refreshes
+        path.write_bytes(render(data, ""))
+        chromium.open(path)
+        # Only these lines have such dashes.
+        chromium.js(
+            "(() => { window.marked = 0;"
+            "const set = CanvasRenderingContext2D.prototype.setLineDash;"
+            "CanvasRenderingContext2D.prototype.setLineDash = function (dash) {"
+            "if (String(dash) === '2,4') window.marked += 1; return set.call(this, dash); };"
+            "lopd.charts.forEach((one) => { if (one.plot.clientWidth) one.draw(); });"
+            # uPlot draws in the next turn.
+            "setTimeout(() => { window.done = true; }, 100); })()"
+        )
+        chromium.wait_for("window.done === true")
+        counts.append(chromium.js("window.marked"))
+        lists.append(
+            chromium.js("[...document.querySelectorAll('.refreshes li')].map((e) => e.textContent)")
+        )
+    assert counts[0] == 0
+    assert counts[1] > 1
+    line = "after step 1: 24 responses, 1,304 tokens scored, the teacher took 12.3 s"
+    assert lists == [[], [line]]
+
+
 def test_a_damaged_page_says_so(chromium: Chromium, page: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.html"
     damaged.write_bytes(page.read_bytes().replace(b'octet-stream">H4', b'octet-stream">AA'))

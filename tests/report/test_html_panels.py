@@ -46,6 +46,8 @@ def test_the_overview_has_the_results_with_their_difference(data: dict[str, Any]
     assert rows["sft"]["accuracy"][0] == rows["distilled"]["accuracy"][0] == 0.5
     # Four prompts of eight were right in another way: the mean is 0, and its error is not.
     assert "The interval holds 0" in overview["further"][0]
+    assert ": equal (0.0 points), 95% interval -" in overview["further"][0]
+    assert "equal (" not in overview["further"][1]
     assert f"over the same {NUM_PROMPTS} prompts" in overview["further"][0]
     assert rows["sft"]["finish"] == {"stop": 6, "length": 2}
     stages = {row["name"]: row for row in overview["stages"]}

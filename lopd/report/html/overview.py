@@ -115,8 +115,11 @@ def _told(difference: Mapping[str, Any]) -> str:
         if low > 0 or high < 0
         else "The interval holds 0: the difference may be chance."
     )
+    points = f"{100 * difference['mean']:+.1f} points"
+    if round(100 * difference["mean"], 1) == 0:
+        points = "equal (0.0 points)"
     return (
-        f"{100 * difference['mean']:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
+        f"{points}, 95% interval {low:+.1f} to {high:+.1f}, "
         f"over the same {difference['num_prompts']:,} prompts. {sure}"
     )
 

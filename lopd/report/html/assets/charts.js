@@ -137,7 +137,9 @@ lopd.chart = function (chart) {
     const values = (u, ticks) => ticks.map((tick) => (tick === null ? "" : lopd.short(tick)));
     const names = chart.names ? { splits: () => chart.names.map((_, index) => index),
       values: (u, ticks) => ticks.map((tick) => chart.names[tick]) } : {};
-    return [{ ...axis, size: 30, label: chart.x_title, ...names },
+    // A name may have two lines.
+    const size = chart.names?.some((name) => name.includes("\n")) ? 44 : 30;
+    return [{ ...axis, size, label: chart.x_title, ...names },
       { ...axis, size: 58, label: chart.unit, values }];
   }
 
