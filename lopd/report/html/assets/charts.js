@@ -138,7 +138,7 @@ lopd.chart = function (chart) {
     const names = chart.names ? { splits: () => chart.names.map((_, index) => index),
       values: (u, ticks) => ticks.map((tick) => chart.names[tick]) } : {};
     // A name may have two lines.
-    const size = chart.names?.some((name) => name.includes("\n")) ? 44 : 30;
+    const size = chart.names?.some((name) => name.includes("\n")) ? 52 : 30;
     return [{ ...axis, size, label: chart.x_title, ...names },
       { ...axis, size: 58, label: chart.unit, values }];
   }
