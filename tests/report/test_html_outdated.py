@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lopd.artifacts import published_weights, read_manifest, write_manifest
+from lopd.report.html.chart_picture import short_name
 from lopd.report.html.outdated import outdated_stages
 from lopd.report.html.page import gather
 from lopd.report.html.source import open_sources
@@ -157,6 +158,8 @@ def test_other_places_are_marked_too(data: dict[str, Any]) -> None:
     for level in levels:
         is_earlier = level["source"] == 1 and level["model"] in ("distilled", "sft_longer")
         assert ("earlier" in level["title"]) == is_earlier
+        # In the pictures too, which have short names.
+        assert short_name(level).startswith("earlier: ") == is_earlier
 
 
 def test_what_is_made_from_an_outdated_stage_is_outdated(run: Path, tmp_path: Path) -> None:

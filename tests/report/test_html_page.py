@@ -341,6 +341,9 @@ def test_an_evaluation_without_a_run(
     right = [sum(answer["right"] for answer in prompt["answers"]) for prompt in shown]
     assert right == [0, 1, 2, 3, 3, 3]
     assert {answer["reason"] for answer in shown[5]["answers"] if not answer["right"]} != {""}
+    # Its transcripts have the expected answers too.
+    expected = {answer["expected"] for answer in shown[5]["answers"]}
+    assert expected == {TASK.to_prompt(PROBLEMS[5]).answer}
     assert "is right on 50.0% of the answers" in data["runs"][0]["overview"]["headline"]
     assert data["runs"][0]["tokens"] == []
 

@@ -151,9 +151,15 @@ def _draw_levels(axes: Axes, levels: Sequence[Mapping[str, Any]], unit: str, las
         place = axes.transScale.transform((0, level["value"]))
         height = max(float(axes.transLimits.transform(place)[1]), lowest)
         lowest = height + _NAME_HEIGHT
-        text = f"{_SHORT[level['model']]} {form.format(level['value'])}"
+        text = f"{short_name(level)} {form.format(level['value'])}"
         style: dict[str, Any] = {"va": "center", "fontsize": 8, "color": _MODELS[level["model"]]}
         axes.text(1.015, height, text, transform=axes.transAxes, **style)
+
+
+def short_name(level: Mapping[str, Any]) -> str:
+    """Return the name of a model at the edge of a chart, with a mark if it is an earlier one."""
+    mark = "earlier: " if "earlier" in level["title"] else ""
+    return mark + _SHORT[level["model"]]
 
 
 def _draw_models(axes: Axes, levels: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
