@@ -92,10 +92,12 @@ def main() -> None:
         options = ["--subprocesses", "--format", "raw", "--rate", str(RATE), "--output", str(raw)]
         began = time.perf_counter()
         subprocess.run([spy, "record", *options, "--", *command], check=True)
-        report = {
-            "wall_s": time.perf_counter() - began,
-            "processor_s": summary(raw.read_text(encoding="utf-8").splitlines()),
-        }
+        wall_s = time.perf_counter() - began
+        stacks = raw.read_text(encoding="utf-8").splitlines()
+    # py-spy ends with 0 also where the command that it started has failed.
+    if not stacks:
+        raise SystemExit("py-spy saw nothing: the run did not start")
+    report = {"wall_s": wall_s, "processor_s": summary(stacks)}
     print(json.dumps(report, indent=1))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
