@@ -40,9 +40,10 @@ KINDS = (
     ("engine: the model", ("forward_batch", "model_runner.py", "tp_worker.py")),
     ("engine: the sampler", ("sampler.py",)),
     ("engine: scheduling and HTTP", ("scheduler", "tokenizer_manager", "uvicorn", "detokenizer")),
-    ("trainer: backward", ("backward",)),
-    ("trainer: forward", ("forward_step", "forward (", "__call__ (torch/nn")),
-    ("trainer: optimizer", ("optimizer", "adam")),
+    ("trainer: optimizer", ("step_with_ready_grads", "clip_grad")),
+    # Megatron-Core's schedule, whose own name has both words, calls these two.
+    ("trainer: forward", ("forward_step (",)),
+    ("trainer: backward", ("backward_step (",)),
     ("checkpoints and weights", ("safetensors", "checkpoint", "dist_checkpointing")),
     ("judging answers", ("verif", "judge")),
     ("reading and writing shards", ("parquet", "artifacts")),
