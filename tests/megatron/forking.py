@@ -10,6 +10,7 @@ of a set of names may differ between real ranks.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -35,6 +36,8 @@ IMPORTS = (
     "lopd.megatron.weights.transfer",
     "lopd.stages.training_data",
 )
+
+NAMED_WITHIN_S = 30
 
 
 def run(
@@ -101,15 +104,26 @@ def _fork_rank(folder: Path, threads: int, environment: Mapping[str, str]) -> in
         os._exit(code)
 
 
+def _other_threads() -> dict[str, str]:
+    """Return the names of this process's threads, by id, without the first one and jemalloc's."""
+    names: dict[str, str] = {}
+    for path in Path("/proc/self/task").iterdir():
+        # A thread may end between the two reads.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names[path.name] = (path / "comm").read_text().strip()
+    first = str(os.getpid())
+    return {key: name for key, name in names.items() if key != first and name != "jemalloc_bg_thd"}
+
+
 def main() -> None:
     for name in IMPORTS:
         importlib.import_module(name)
-    threads = {
-        path.name: (path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()
-    }
-    del threads[str(os.getpid())]
-    assert set(threads.values()) <= {"jemalloc_bg_thd"}, (
-        f"a fork would lose {threads}; jemalloc, which pyarrow brings, knows of forks"
+    # A thread of jemalloc bears the process's name until it has first run and named itself.
+    deadline = time.monotonic() + NAMED_WITHIN_S
+    while (threads := _other_threads()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not threads, (
+        f"a fork would lose {threads}; only jemalloc, which pyarrow brings, knows of forks"
     )
     gc.freeze()
     for line in sys.stdin:
