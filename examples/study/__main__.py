@@ -96,7 +96,7 @@ def measure_jobs(options: argparse.Namespace, arms: Mapping[str, Arm]) -> list[J
         what = ["--seeds", *map(str, options.seeds), "--part", f"{index}/{options.jobs}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         work = functools.partial(run_measured, [*command, *what], log, env=environment, cwd=ROOT)
-        name = f"measured, part {index + 1} of {options.jobs}"
+        name = f"measuring, part {index + 1} of {options.jobs}"
         jobs.append(Job(name, work, is_made=False, needs=frozenset(), log=log))
     return jobs
 

@@ -150,7 +150,7 @@ def _notes() -> str:
         "arm has the same 512 scored rollouts in its run; in the summary, standard OPD's tokens "
         "are less those of the 448 that it does not learn from. The teacher's tokens of the "
         "demonstrations are the same for all. Bytes are those of the cache and of all refreshes, "
-        "with the 8 likeliest tokens of each place in the first one, which these arms do not use."
+        "with the teacher's 8 likeliest tokens of each place, which these arms do not use."
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from examples.study.arms import SMALL_RUNS, Arm
 from examples.study.figures import Figures, Points
-from examples.study.make import Mark, marks_of
+from examples.study.make import Identities, Mark, is_made, marks_of
 from examples.study.measure import MEASURED
 from examples.study.small import SHARED, is_small
 from lopd.artifacts import MANIFEST, read_manifest
@@ -25,12 +25,15 @@ _Counted = dict[tuple[str, int], Mark]
 def collect(arms: Mapping[str, Arm], seeds: Iterable[int]) -> Figures:
     """Return the figures of all measured models of arms."""
     of_seeds = [*seeds]
+    identities = Identities(arms)
     values: dict[str, dict[str, dict[int, float]]] = {}
     for name, arm in arms.items():
         values[name] = {metric: {} for metric in (*METRICS, *COSTS)}
         for seed in of_seeds:
             result = MEASURED / f"seed-{seed}" / f"{name}.json"
-            if not result.exists():
+            # Figures of an arm that has changed since are not its figures.
+            is_current = is_small(name) or is_made(arm, seed, identities.of(name, seed))
+            if not is_current or not result.exists():
                 continue
             measured = json.loads(result.read_text())
             known = {metric: measured[metric] for metric in METRICS} | costs_of(arms, arm, seed)
@@ -42,7 +45,15 @@ def collect(arms: Mapping[str, Arm], seeds: Iterable[int]) -> Figures:
         found = {seed: _steps(run, metric) for seed, run in runs.items()}
         return {seed: points for seed, points in found.items() if points}
 
-    return Figures(values, read_steps=read_steps)
+    def read_file(name: str, file: str) -> dict[int, Any]:
+        paths = {seed: arms[name].place(seed).run / file for seed in of_seeds if name in arms}
+        return {
+            seed: json.loads(path.read_text(encoding="utf-8"))
+            for seed, path in paths.items()
+            if path.exists()
+        }
+
+    return Figures(values, read_steps=read_steps, read_file=read_file)
 
 
 def _steps(run: Path, metric: str) -> Points:

@@ -17,6 +17,8 @@ _DIGITS = 6
 Points = list[tuple[int, float]]
 # A metric of the steps of an arm: (arm, metric) -> by seed.
 StepReader = Callable[[str, str], dict[int, Points]]
+# A JSON file in the folder of an arm's run: (arm, file) -> by seed.
+FileReader = Callable[[str, str], dict[int, Any]]
 
 
 class MissingFigures(Exception):
@@ -67,6 +69,8 @@ class Figures:
         values: arm -> metric -> seed -> value.
         steps: arm -> metric of distill's steps -> seed -> (step, value).
         read_steps: Reads a metric of the steps that is not in ``steps``, from the runs.
+        files: arm -> name of a JSON file in the folder of its run -> seed -> content.
+        read_file: Reads such a file that is not in ``files``.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class Figures:
         values: Mapping[str, Mapping[str, Mapping[int, float]]],
         steps: Mapping[str, Mapping[str, Mapping[int, Points]]] | None = None,
         read_steps: StepReader | None = None,
+        files: Mapping[str, Mapping[str, Mapping[int, Any]]] | None = None,
+        read_file: FileReader | None = None,
     ) -> None:
         self._values = values
         self._steps = {
@@ -81,6 +87,11 @@ class Figures:
             for arm, metrics in (steps or {}).items()
         }
         self._read_steps = read_steps
+        self._files = {
+            arm: {name: dict(of) for name, of in names.items()}
+            for arm, names in (files or {}).items()
+        }
+        self._read_file = read_file
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
         """Return a metric or cost of an arm by seed. Raises MissingFigures."""
@@ -112,8 +123,26 @@ class Figures:
             raise MissingFigures(f"the steps of {arm} have no {metric}")
         return of_arm[metric]
 
+    def recorded(self, arm: str, file: str) -> dict[int, Any]:
+        """Return the content of a JSON file that an arm's own commands have written, by seed.
+
+        Args:
+            arm: The arm.
+            file: The file, relative to the folder of its run. It should be small, because the
+                figures of the page keep it.
+
+        Raises:
+            MissingFigures: No seed has it.
+        """
+        of_arm = self._files.setdefault(arm, {})
+        if file not in of_arm and self._read_file is not None:
+            of_arm[file] = self._read_file(arm, file)
+        if not of_arm.get(file):
+            raise MissingFigures(f"{arm} has no {file}")
+        return of_arm[file]
+
     def as_json(self) -> dict[str, Any]:
-        """Return all values, and the metrics of steps that were asked for."""
+        """Return all values, and the metrics of steps and the files that were asked for."""
         values = {
             arm: {metric: _rounded(of) for metric, of in metrics.items() if of}
             for arm, metrics in self._values.items()
@@ -129,9 +158,18 @@ class Figures:
             }
             for arm, metrics in self._steps.items()
         }
+        files = {
+            arm: {
+                name: {str(seed): content for seed, content in of.items()}
+                for name, of in names.items()
+                if of
+            }
+            for arm, names in self._files.items()
+        }
         return {
             "values": {arm: of for arm, of in values.items() if of},
             "steps": {arm: of for arm, of in steps.items() if of},
+            "files": {arm: of for arm, of in files.items() if of},
         }
 
     @classmethod
@@ -154,7 +192,14 @@ class Figures:
             }
             for arm, metrics in stored["steps"].items()
         }
-        return cls(values, steps)
+        files = {
+            arm: {
+                name: {int(seed): content for seed, content in of.items()}
+                for name, of in names.items()
+            }
+            for arm, names in stored["files"].items()
+        }
+        return cls(values, steps, files=files)
 
 
 def _rounded(of: Mapping[int, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ log, and the others go on.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -21,8 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from examples.small_student.commands import adopt_orphans, begin_with_copies, run_measured
-from examples.study.arms import MODELS, ROOT, RUNS, SMALL_RUNS, Arm, Command
-from examples.study.small import SHARED, is_small, needed
+from examples.study.arms import (
+    ROOT,
+    RUNS,
+    SMALL,
+    SMALL_PREFIX,
+    SMALL_RUNS,
+    Arm,
+    Command,
+    Place,
+)
+from examples.study.small import SHARED, is_small, needed, small_arm
 from lopd.artifacts import publish_json
 from lopd.processes import die_with_parent, last_lines
 
@@ -76,29 +87,22 @@ class Identities:
 
     def __init__(self, arms: Mapping[str, Arm]) -> None:
         self._arms = arms
-        self._small = needed(arms)
         self._known: dict[tuple[str, int], list[str]] = {}
-        weights = sorted(MODELS.glob("*/model.safetensors"))
-        self._models = _digest(*(file.read_bytes() for file in weights))
-
-    def of_small(self) -> str:
-        """Return the identity of the small student's arms that are needed."""
-        files = [ROOT / "examples" / "small_student.toml", _SMALL_STUDENT / "arms.py"]
-        return _digest(self._models, *(file.read_bytes() for file in files), *self._small)
 
     def of(self, name: str, seed: int) -> list[str]:
-        """Return the identity of each command of an arm. Those before it are part of it."""
+        """Return the identities of an arm's beginning and of each of its commands.
+
+        Those before it are part of a command's identity.
+        """
         if is_small(name):
-            return [self.of_small()]
+            return [of_small(needed([name]))]
         if (name, seed) not in self._known:
             arm = self._arms[name]
-            before = _before(arm)
             identity = _digest(
-                self._models,
-                arm.setting.config.read_bytes(),
+                _begins_with(arm.setting.config),
                 *arm.setting.overrides(seed),
                 *(f"{other}/{stage}" for other, stage in arm.copied),
-                *(self.of(other, seed)[-1] for other in before),
+                *(self.of(other, seed)[-1] for other in _before(arm)),
             )
             found = [identity]
             for command in arm.commands(arm.place(seed)):
@@ -108,6 +112,22 @@ class Identities:
                 found.append(_digest(found[-1], *parts))
             self._known[name, seed] = found
         return self._known[name, seed]
+
+
+def of_small(names: Sequence[str]) -> str:
+    """Return the identity of arms of the small student, by their names there."""
+    place = Place(0, SMALL_RUNS, SMALL_RUNS)
+    commands = [small_arm(SMALL_PREFIX + name).commands(place) for name in names]
+    return _digest(_begins_with(SMALL.config), json.dumps(commands))
+
+
+@functools.cache
+def _begins_with(config: Path) -> str:
+    """Return a hash of what a configuration says, without its comments, and of its models."""
+    said = tomllib.loads(config.read_text(encoding="utf-8"))
+    weights = [config.parent / model / "model.safetensors" for model in said["models"].values()]
+    content = [file.read_bytes() for file in weights if file.exists()]
+    return _digest(json.dumps(said, sort_keys=True), *content)
 
 
 def _before(arm: Arm) -> list[str]:
@@ -213,7 +233,7 @@ def jobs_of(arms: Mapping[str, Arm], seeds: Iterable[int]) -> list[Job]:
     for seed in seeds:
         small_name = f"seed-{seed}/{_SMALL_JOB}"
         if small:
-            jobs.append(_small_job(small_name, seed, small, identities.of_small()))
+            jobs.append(_small_job(small_name, seed, small, of_small(small)))
         for arm in arms.values():
             if is_small(arm.name):
                 continue
@@ -271,7 +291,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> list[str]:
     finished = {job.name for job in jobs if job.is_made}
     waiting = [job for job in jobs if not job.is_made]
     if finished:
-        print(f"{len(finished)} of {len(jobs)} arms and seeds are made already", flush=True)
+        print(f"{len(finished)} of {len(jobs)} arms and seeds are done already", flush=True)
     rate = _Rate(len(waiting))
     failed: dict[str, str] = {}
     # By the sentinel of their processes: the job, its process and when it began.
@@ -345,7 +365,7 @@ class _Rate:
         passed = max(1e-3, time.monotonic() - self._began)
         left = (self._total - self._done) * passed / self._done
         return (
-            f"{name}: made in {seconds:.0f} s ({self._done} of {self._total}, "
+            f"{name}: done in {seconds:.0f} s ({self._done} of {self._total}, "
             f"{60 * self._done / passed:.1f} a minute, {_time(left)} left)"
         )
 

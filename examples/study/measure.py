@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from examples.small_student.measure import MODES, answers_writer, share_right
 from examples.study.arms import RUNS, SMALL_RUNS, Arm
 from examples.study.claims import arms_of, load_claims
+from examples.study.make import Identities, is_made
+from examples.study.small import is_small
 from lopd.artifacts import (
     ArtifactWriter,
     identify_model,
@@ -94,15 +97,27 @@ def weights_of(model: Path) -> str:
     return weights
 
 
-def subject_of(arm: Arm, seed: int) -> Subject | None:
-    """Return an arm's model of a seed, or None if it has none or it is not made."""
-    run = arm.place(seed).run
-    model = run / arm.model
-    if not arm.model or not (model / "config.json").exists():
-        return None
-    config = load_config(arm.setting.config, arm.setting.overrides(seed))
-    sft = sft_of(model, run)
-    return Subject(f"seed-{seed}/{arm.name}", model.resolve(), sft.resolve(), config)
+def subjects_of(arms: Mapping[str, Arm], names: Iterable[str], seed: int) -> list[Subject]:
+    """Return the models of arms of a seed that are made as the arms are now.
+
+    Args:
+        arms: All arms, by name.
+        names: The arms whose models are measured.
+        seed: The seed.
+    """
+    identities = Identities(arms)
+    subjects: list[Subject] = []
+    for name in names:
+        arm = arms[name]
+        run = arm.place(seed).run
+        model = run / arm.model
+        # A model of an arm that has changed since would be taken for that of the arm as it is.
+        is_current = is_small(name) or is_made(arm, seed, identities.of(name, seed))
+        if arm.model and is_current and (model / "config.json").exists():
+            config = load_config(arm.setting.config, arm.setting.overrides(seed))
+            sft = sft_of(model, run).resolve()
+            subjects.append(Subject(f"seed-{seed}/{name}", model.resolve(), sft, config))
+    return subjects
 
 
 def sft_of(model: Path, run: Path) -> Path:
@@ -117,11 +132,12 @@ def sft_of(model: Path, run: Path) -> Path:
         return own
     # SFT that has gone on from the SFT student of another run of the study.
     student = Path(json.loads((run / "config.json").read_text())["models.student"])
-    of_study = any(student.is_relative_to(runs) for runs in (RUNS, SMALL_RUNS))
-    return student if of_study else own
+    of_seeds = {student.relative_to(runs) for runs in (RUNS, SMALL_RUNS) if runs in student.parents}
+    # Other models of the study, such as a base student, do not lie in the folder of a seed.
+    return student if any(path.parts[0].startswith("seed-") for path in of_seeds) else own
 
 
-def measure(subjects: Sequence[Subject], servers: str) -> None:
+def measure(subjects: Sequence[Subject], servers: str = "servers") -> None:
     """Publish the figures of models that have none yet.
 
     Args:
@@ -167,6 +183,8 @@ class _Measuring:
     subjects: Sequence[Subject]
     # The model that the server has, and its engine.
     _held: tuple[Path, SGLangEngine] | None = None
+    _answered: int = 0
+    _began: float = field(default_factory=time.monotonic)
 
     def _use(self, model: Path) -> SGLangEngine:
         if self._held is None or self._held[0] != model:
@@ -182,10 +200,22 @@ class _Measuring:
         for _, members in sorted(architectures.items(), key=lambda item: item[0] in teachers):
             for subject in members:
                 self._answer(subject)
+                self._tell(subject)
             self._score(members, _BY_SFT, lambda subject: subject.sft)
         self._score(self.subjects, _BY_TEACHER, lambda subject: subject.config.models.teacher)
         for subject in self.subjects:
             publish_json(subject.result, _figures(subject))
+
+    def _tell(self, subject: Subject) -> None:
+        """Print how many models have answered, and how long the others will take."""
+        self._answered += 1
+        passed = time.monotonic() - self._began
+        left = passed / self._answered * (len(self.subjects) - self._answered)
+        print(
+            f"{subject.name} has answered ({self._answered} of {len(self.subjects)} models; "
+            f"{left / 60:.0f} min left)",
+            flush=True,
+        )
 
     def _answer(self, subject: Subject) -> None:
         """Publish a model's answers in both modes."""
@@ -286,8 +316,9 @@ def main() -> None:
     options = parser.parse_args()
     index, count = map(int, options.part.split("/"))
     arms = arms_of(load_claims())
-    found = [subject_of(arms[name], seed) for seed in options.seeds for name in options.arms]
-    subjects = [subject for subject in found if subject is not None]
+    subjects = [
+        subject for seed in options.seeds for subject in subjects_of(arms, options.arms, seed)
+    ]
     # Two processes that measure side by side have servers of their own.
     measure(subjects[index::count], f"servers-{index}-of-{count}")
 

@@ -92,7 +92,7 @@ def write_page(claims: Sequence[Claim], figures: Figures, seeds: Sequence[int], 
 def _one_line_an_arm(stored: Mapping[str, Any]) -> str:
     """Return the figures as JSON in which a changed arm is a changed line."""
     parts = [f' "seeds": {json.dumps(stored["seeds"])}']
-    for name in ("values", "steps"):
+    for name in ("values", "steps", "files"):
         lines = [
             f"  {json.dumps(arm)}: {json.dumps(of, sort_keys=True)}"
             for arm, of in sorted(stored[name].items())

@@ -81,13 +81,21 @@ def test_the_stored_figures_have_the_steps_that_were_asked_for_and_no_others() -
         asked.append((arm, metric))
         return {2: [(1, 0.123456789), (2, 0.5)], 3: [(1, 0.25)]}
 
-    figures = Figures({"a": {"sampled": of_seeds(0.5, 0.123456789)}}, read_steps=read)
+    figures = Figures(
+        {"a": {"sampled": of_seeds(0.5, 0.123456789)}},
+        read_steps=read,
+        read_file=lambda arm, file: {2: {"share": 0.1}} if file == "known.json" else {},
+    )
     figures.steps("a", "loss")
+    assert figures.recorded("a", "known.json") == {2: {"share": 0.1}}
+    with pytest.raises(MissingFigures):
+        figures.recorded("a", "absent.json")
     stored = json.loads(json.dumps(figures.as_json()))
     again = Figures.from_json(stored)
     assert asked == [("a", "loss")]
     assert again.values("a", "sampled") == {2: 0.5, 3: 0.123457}
     assert again.steps("a", "loss") == {2: [(1, 0.123457), (2, 0.5)], 3: [(1, 0.25)]}
+    assert again.recorded("a", "known.json") == {2: {"share": 0.1}}
     with pytest.raises(MissingFigures):
         again.steps("a", "reverse_kl")
 
