@@ -24,6 +24,7 @@ from typing import Any
 
 from examples.small_student.commands import adopt_orphans, begin_with_copies, run_measured
 from examples.study.arms import (
+    MODELS,
     ROOT,
     RUNS,
     SMALL,
@@ -125,9 +126,11 @@ def of_small(names: Sequence[str]) -> str:
 def _begins_with(config: Path) -> str:
     """Return a hash of what a configuration says, without its comments, and of its models."""
     said = tomllib.loads(config.read_text(encoding="utf-8"))
-    weights = [config.parent / model / "model.safetensors" for model in said["models"].values()]
-    content = [file.read_bytes() for file in weights if file.exists()]
-    return _digest(json.dumps(said, sort_keys=True), *content)
+    folders = [config.parent / name for name in said["models"].values() if isinstance(name, str)]
+    # Models that the study makes itself follow from commands, which have identities of their own.
+    shipped = [folder.resolve() for folder in folders if MODELS in folder.resolve().parents]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in shipped]
+    return _digest(json.dumps(said, sort_keys=True), *weights)
 
 
 def _before(arm: Arm) -> list[str]:

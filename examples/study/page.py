@@ -124,7 +124,7 @@ def _controls(judged: Sequence[Judged]) -> list[str]:
     found = [one for one in judged if one.claim.number == _CONTROLS]
     heading = "## First: does the teacher matter?"
     if not found or found[0].verdict is None:
-        reason = found[0].missing if found else "they are not part of this page"
+        reason = found[0].missing if found else "this page is made of other claims"
         text = (
             f"The controls without a teacher's knowledge (claim {_CONTROLS}) were {_NOT_RUN} "
             f"({reason}). Until they are, a gain on this page does not prove that the teacher "
@@ -157,8 +157,8 @@ def _anchor(one: Judged) -> str:
 
 def _section(one: Judged) -> str:
     claim = one.claim
-    # The heading has an id of its own, because titles may change.
-    parts = [f"## Claim {claim.number} {{ #{_anchor(one)} }}", _filled(f"*{claim.title}*")]
+    # The number alone, so that the anchor stays the same when a title changes.
+    parts = [f"## Claim {claim.number}", _filled(f"*{claim.title}*")]
     parts.append(_filled(f"Stated by: {claim.source}"))
     if one.verdict is None:
         parts.append(_filled(f"Verdict: {_NOT_RUN} ({one.missing})."))
