@@ -15,8 +15,9 @@ from examples.study import arms, collect, make, measure
 from examples.study.arms import HABIT, Arm, Claim, Verdict
 from examples.study.claims import arms_of, load_claims
 from examples.study.small import needed, small_arm
-from lopd.artifacts import identify_model
+from lopd.artifacts import identify_model, read_complete, remove_folder
 from lopd.config import load_config
+from tests.stand_ins import StandIns
 
 
 def test_every_arm_of_every_claim_has_commands_that_the_configuration_accepts() -> None:
@@ -196,6 +197,44 @@ def test_figures_of_other_models_do_not_count(
     measure._begin(other)
     assert not (other.folder / "greedy").exists()
     assert not other.result.exists()
+
+
+def test_one_server_for_each_architecture_and_the_teachers_own_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "MEASURED", tmp_path)
+    stand_ins = StandIns().install(monkeypatch)
+    few = "prompts.eval={num_prompts=8,seed=3}"
+
+    def subject(name: str, model: str, sft: str, setting: arms.Setting) -> measure.Subject:
+        config = load_config(setting.config, [*setting.overrides(2), few])
+        return measure.Subject(f"seed-2/{name}", arms.MODELS / model, arms.MODELS / sft, config)
+
+    subjects = [
+        subject("sft", "student", "student", HABIT),
+        subject("distilled", "teacher", "student", HABIT),
+        subject("small", "small_student", "small_student", arms.SMALL),
+        subject("by_other", "student", "teacher", HABIT),
+    ]
+    measure.measure(subjects)
+    assert len(stand_ins.served) == 2, "one for the small student, one for all others"
+    results = [json.loads(one.result.read_text()) for one in subjects]
+    # The stand-in samples every token with -0.5 and scores it with -0.4.
+    assert [round(one["kl_from_sft"], 6) for one in results] == [0, -0.1, 0, -0.1]
+    # The second model is the teacher itself.
+    assert [round(one["reverse_kl"], 6) for one in results] == [-0.1, 0, -0.1, -0.1]
+    assert all(one["tokens"] == 13 and one["num_prompts"] == 8 for one in results)
+    first = read_complete(subjects[0].folder / "sampled")
+    other = read_complete(subjects[3].folder / "sampled")
+    assert first.shards[0].sha256 != other.shards[0].sha256, "each model has draws of its own"
+    measure.measure(subjects)
+    assert len(stand_ins.served) == 2, "what is measured is not measured again"
+    # After a kill before the last scores only these are made.
+    subjects[3].result.unlink()
+    remove_folder(subjects[3].folder / "by_teacher")
+    answered = stand_ins.engine.answered
+    measure.measure(subjects)
+    assert stand_ins.engine.answered == answered + 8
 
 
 def test_costs_count_each_command_once_and_none_that_came_later(
