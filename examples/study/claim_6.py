@@ -159,8 +159,7 @@ def judge(figures: Figures) -> Verdict:
             table(figures, measured(figures, shown)),
             table_against(figures, found, HABIT_LIGHTNING, outcomes),
             _READING,
-            _MEANINGS,
-            clip,
+            f"{_MEANINGS}\n\n{clip}{_approximated()}",
             _LIMITS,
         ),
     )
@@ -191,6 +190,18 @@ def _clip(figures: Figures) -> tuple[str, bool]:
         f"In {sum(share > 0 for share in shares)} of {len(shares)} steps of {len(steps)} seeds the "
         f"clip acts, on at most {100 * max(shares):.3f}% of the tokens.",
         True,
+    )
+
+
+def _approximated() -> str:
+    """Return how far the equal parts of the tail may be from the truth, in words."""
+    manifests = recorded(MISMATCHED.name, f"{ALTERED}/manifest.json")
+    errors = [manifest["extra"]["altered"]["largest_error"] for manifest in manifests]
+    if not errors:
+        return ""
+    return (
+        " If one token had all of what the 24 share, the teacher at the other temperature would "
+        f"differ by {max(errors):.3f} nats at most."
     )
 
 
