@@ -19,7 +19,7 @@ from examples.study.arms import (
     Verdict,
 )
 from examples.study.comparisons import Table, change, interval_of, shown, sign_of, words
-from examples.study.figures import Figures, MissingFigures
+from examples.study.figures import Figures, Interval, MissingFigures
 
 # HABIT distils for 16 steps. 80 are five times as many.
 USUAL = 16
@@ -168,20 +168,26 @@ def _gaps(figures: Figures) -> str:
         columns = {name: _by_point(figures, name) for name in GAP_COLUMNS}
     except MissingFigures:
         return "The gap of the gradients: not measured."
-    heads = " | ".join(GAP_COLUMNS.values())
-    lines = [f"| steps | {heads} |", f"|---:|{'---:|' * len(GAP_COLUMNS)}"]
-    for step in sorted(next(iter(columns.values()))):
-        cells = []
-        for name in GAP_COLUMNS:
-            interval = interval_of(columns[name].get(step, []))
-            cells.append(f"{interval.mean:.3g} [{interval.low:.3g}, {interval.high:.3g}]")
+    heads = " | ".join([*GAP_COLUMNS.values(), "gap over bound"])
+    lines = [f"| steps | {heads} |", f"|---:|{'---:|' * (len(GAP_COLUMNS) + 1)}"]
+    for step in sorted(columns["gap"]):
+        cells = [_plain(interval_of(columns[name].get(step, []))) for name in GAP_COLUMNS]
+        pairs = zip(columns["gap"][step], columns["bound"][step], strict=True)
+        # Before the first step both are 0 but for noise.
+        ratios = [gap / bound for gap, bound in pairs if bound > 0] if step else []
+        cells.append(_plain(interval_of(ratios)) if len(ratios) > 1 else "")
         lines.append(f"| {step} | {' | '.join(cells)} |")
     return f"{_GAP_TEXT}\n\n" + "\n".join(lines)
 
 
+def _plain(interval: Interval) -> str:
+    return f"{interval.mean:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
 def _by_point(figures: Figures, metric: str) -> dict[int, list[float]]:
+    """Return the values of a metric of the gap by step, in the order of the seeds."""
     by_point: dict[int, list[float]] = {}
-    for values in figures.steps(GAP.name, metric).values():
+    for _, values in sorted(figures.steps(GAP.name, metric).items()):
         for step, value in values:
             by_point.setdefault(step, []).append(value)
     return by_point
