@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lopd.cache.recommendation import SHARP_SHARE
 from lopd.records import Manifest
 from lopd.report.console import MODEL_TITLES
 from lopd.report.html.comparing import against_baselines
@@ -29,9 +30,8 @@ _CLIPPED_SHARE = 0.03
 # Nats. An advantage that stays below it drives the student off its own samples.
 _ADVANTAGE = -0.3
 _END_ADVANTAGE = -1.0
-# A teacher is sharp where few tokens carry most of the signal and some are clipped.
+# A teacher is sharp where few tokens carry most of the signal, and SHARP_SHARE of them are clipped.
 _TOP_SHARE = 0.5
-_OVER_CLIP = 0.001
 _OBJECTIVE_FIGURES = "objectives.md#the-figures-of-a-step"
 _DRIFT_REMEDY = (
     "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make new "
@@ -352,7 +352,7 @@ def _sharp_teacher(tokens: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
         "distill.advantage_clip, newer rollouts (distill.refresh), importance weights, or a top-K "
         "cache."
     )
-    wrong = top > _TOP_SHARE and over > _OVER_CLIP
+    wrong = top > _TOP_SHARE and over >= SHARP_SHARE
     yield _judged(wrong, "sharp teacher", text, remedy, "objectives.md#limits")
 
 
