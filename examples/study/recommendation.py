@@ -59,7 +59,12 @@ CASES = (
         "a student of a sixth of the teacher",
         lambda seed: SMALL_RUNS / f"seed-{seed}" / "main" / "score",
         "small/sft",
-        {SAMPLED: "small/lightning", TOP_K: "small/distilled"},
+        {
+            SAMPLED: "small/lightning",
+            TOP_K: "small/distilled",
+            CAPPED: "small/lightning_cap",
+            FORWARD: "small/forward_kl",
+        },
     ),
 )
 
@@ -112,9 +117,10 @@ def way_of(recommendation: Recommendation) -> str:
 def runs_of(
     figures: Figures,
     cases: Sequence[Case] = CASES,
-    measure: Callable[[Path], RegimeFigures | None] = measure_regime,
+    measure: Callable[[Path], RegimeFigures | None] | None = None,
 ) -> list[Run]:
     """Return the runs of all cases that were measured in all that they need."""
+    measure = measure or measure_regime
     found = []
     for case in cases:
         sft = _values(figures, case.sft)
