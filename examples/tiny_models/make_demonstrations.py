@@ -7,6 +7,9 @@
         errors in the steps, masked, and a consistent continuation
     python make_demonstrations.py mixture OUT --tokenizer FOLDER --num 5120 --seed 13 --skip 0.03
         careful, or, with probability --skip, no step and the answer at once
+    python make_demonstrations.py notation OUT --tokenizer FOLDER --num 2560 --seed 16 --skip 0.03
+        --semicolons 0.8
+        as mixture, and a step ends with ";" with probability --semicolons, else with a line break
 
 Sets with different seeds share no problem. They share none with the prompts of an example either,
 if its seeds are others.
@@ -31,13 +34,14 @@ from lopd.tasks.register_responses import write_corrupted, write_response
 from lopd.tasks.rendering import render
 from lopd.tasks.tokenizer import load_tokenizer
 
-KINDS = ("careful", "corrupted", "mixture")
+# The place of a kind is part of its random numbers.
+KINDS = ("careful", "corrupted", "mixture", "notation")
 _CONTEXT_LENGTH = 256  # of the small models
 _CHUNK = 4096  # responses tokenised at a time
 
 
 def write_texts(
-    kind: str, problems: Sequence[Problem], seed: int, skip: float
+    kind: str, problems: Sequence[Problem], seed: int, skip: float, semicolons: float
 ) -> Iterator[tuple[str, NDArray[np.bool_] | None]]:
     """The response to each problem and its mask bool[characters]; None: every character is learnt
     from.
@@ -46,13 +50,21 @@ def write_texts(
     for problem in problems:
         if kind == "corrupted":
             yield write_corrupted(problem, rng)
-        else:
-            yield (
-                write_response(
-                    problem, "skip" if kind == "mixture" and rng.random() < skip else "careful"
-                ),
-                None,
-            )
+            continue
+        is_skipped = kind != "careful" and rng.random() < skip
+        text = write_response(problem, "skip" if is_skipped else "careful")
+        yield (with_semicolons(text, semicolons, rng) if kind == "notation" else text), None
+
+
+def with_semicolons(text: str, share: float, rng: np.random.Generator) -> str:
+    """The response, in which each step ends with ";" with a probability of share, by itself.
+
+    Both notations have one token there, so nothing else of the response moves.
+    """
+    first, *steps, last, answer = text.split("\n")
+    ends = [";" if rng.random() < share else "\n" for _ in steps]
+    written = "".join(f"{step}{end}" for step, end in zip(steps, ends, strict=True))
+    return f"{first}\n{written}{last}\n{answer}"
 
 
 def token_mask(
@@ -65,14 +77,14 @@ def token_mask(
 
 
 def make_responses(
-    kind: str, num: int, seed: int, skip: float, tokenizer: Any
+    kind: str, num: int, seed: int, skip: float, tokenizer: Any, *, semicolons: float = 0.0
 ) -> Iterator[Response]:
     """Demonstrations as records. Nobody sampled them: sampling_logprobs are 0, weight_version is
     "written".
     """
     task = RegisterArithmetic()
     problems = task.generate_problems(num, seed)
-    written = write_texts(kind, problems, seed, skip)
+    written = write_texts(kind, problems, seed, skip, semicolons)
     for start in range(0, num, _CHUNK):
         prompts = [task.to_prompt(problem) for problem in problems[start : start + _CHUNK]]
         texts, masks = zip(*(next(written) for _ in prompts), strict=True)
@@ -109,6 +121,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--skip", type=float, default=0.0)
+    parser.add_argument("--semicolons", type=float, default=0.0)
     options = parser.parse_args()
     start = time.monotonic()
     inputs = {
@@ -119,13 +132,21 @@ def main() -> None:
         "skip": options.skip,
         "tokenizer": sha256_file(options.tokenizer / "tokenizer.json"),
     }
+    # Alone where it counts, so that sets of the other kinds keep their fingerprints.
+    if options.kind == "notation":
+        inputs["semicolons"] = options.semicolons
     if (options.out / MANIFEST).exists():
         found = read_manifest(options.out)
         if found.complete and found.inputs == inputs:
             print(f"{options.out}: {found.rows} demonstrations are there already")
             return
     responses = make_responses(
-        options.kind, options.num, options.seed, options.skip, load_tokenizer(options.tokenizer)
+        options.kind,
+        options.num,
+        options.seed,
+        options.skip,
+        load_tokenizer(options.tokenizer),
+        semicolons=options.semicolons,
     )
     manifest = write_responses(options.out, responses, kind="demonstrations", inputs=inputs)
     print(

@@ -73,6 +73,35 @@ def test_mixture_has_both_habits_in_proportion(
     assert 70 <= lengths.count(7) <= 130  # 100 expected, 4 standard deviations are 28
 
 
+def test_two_notations_differ_in_the_ends_of_steps_and_in_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, architecture: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    made = {
+        share: make(monkeypatch, architecture, tmp_path / share, "notation", "--semicolons", share)
+        for share in ("0.0", "0.8")
+    }
+    prompts = {prompt.prompt_id: prompt for prompt in TASK.generate_prompts(200, 11)}
+    texts = {
+        share: [
+            response_text(tokenizer, response.token_ids, response.finish_reason)
+            for response in responses
+        ]
+        for share, responses in made.items()
+    }
+    ends = "".join(texts["0.8"]).count(";")
+    # 5 steps of 200 responses: 800 are expected, and 4 standard deviations are 51.
+    assert 749 <= ends <= 851
+    assert ";" not in "".join(texts["0.0"])
+    for plain, other, response in zip(texts["0.0"], texts["0.8"], made["0.8"], strict=True):
+        assert other.replace(";", "\n") == plain
+        assert TASK.verify(prompts[response.prompt_id], other, response.finish_reason)
+    # A set of another share is another set, and those of other kinds do not know of the share.
+    inputs = read_manifest(tmp_path / "0.8").inputs
+    assert inputs["semicolons"] == 0.8
+    make(monkeypatch, architecture, tmp_path / "careful", "careful")
+    assert "semicolons" not in read_manifest(tmp_path / "careful").inputs
+
+
 def test_corrupted_demonstrations_mask_some_tokens(
     monkeypatch: pytest.MonkeyPatch, architecture: Path, tmp_path: Path
 ) -> None:
