@@ -18,8 +18,9 @@ from examples.study.arms import (
     Plot,
     Verdict,
 )
-from examples.study.comparisons import Table, change, interval_of, shown, sign_of, words
-from examples.study.figures import Figures, Interval, MissingFigures
+from examples.study.comparisons import Table, change, shown, sign_of, words
+from examples.study.figures import Figures, Interval, MissingFigures, interval_of
+from examples.study.plots import draw_points
 
 # HABIT distils for 16 steps. 80 are five times as many.
 USUAL = 16
@@ -217,22 +218,12 @@ _LIMITS = (
 
 
 def _draw(figures: Figures, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    for name, arms in (("frozen rollouts", OFFLINE), ("fresh rollouts", FRESH)):
-        found = [figures.mean(arms[step], "kl_from_sft") for step in POINTS]
-        means = [one.mean for one in found]
-        below = [one.mean - one.low for one in found]
-        above = [one.high - one.mean for one in found]
-        axes.errorbar(POINTS, means, yerr=[below, above], capsize=3, marker="o", label=name)
-    axes.set_xlabel("steps of 64 responses")
-    axes.set_ylabel("KL from the SFT student,\nnats per token")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    curves = {
+        name: {step: figures.mean(arms[step], "kl_from_sft") for step in POINTS}
+        for name, arms in (("frozen rollouts", OFFLINE), ("fresh rollouts", FRESH))
+    }
+    label = "KL from the SFT student, nats per token"
+    draw_points(path, curves, "steps of 64 responses", label)
 
 
 CLAIM = Claim(

@@ -26,6 +26,7 @@ from examples.study.comparisons import (
     words,
 )
 from examples.study.figures import Figures, Interval
+from examples.study.plots import draw_points
 from examples.study.signals import (
     AFTER_SFT,
     CAP_80,
@@ -188,22 +189,14 @@ _LIMITS = (
 
 
 def _draw(figures: Figures, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5))
-    for name, arms in STALE.items():
-        found = [figures.mean(arm, "reverse_kl") for arm in arms]
-        means = [one.mean for one in found]
-        below = [one.mean - one.low for one in found]
-        above = [one.high - one.mean for one in found]
-        axes.errorbar((16, 80), means, yerr=[below, above], capsize=3, marker="o", label=name)
-    axes.set_xlabel("steps of 64 responses, on the same 512 rollouts")
-    axes.set_ylabel("reverse KL to the teacher,\nnats per token")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    curves = {
+        name: {
+            step: figures.mean(arm, "reverse_kl") for step, arm in zip((16, 80), arms, strict=True)
+        }
+        for name, arms in STALE.items()
+    }
+    label = "reverse KL to the teacher, nats per token"
+    draw_points(path, curves, "steps of 64 responses, on the same 512 rollouts", label)
 
 
 CLAIM = Claim(

@@ -18,7 +18,8 @@ from examples.study.arms import (
     Verdict,
 )
 from examples.study.comparisons import MARGIN, Table, mean_of_steps, sign_of, words
-from examples.study.figures import Figures
+from examples.study.figures import Figures, Interval
+from examples.study.plots import draw_rows
 from examples.study.unlearned import BASE
 
 RATE = "distill.optimizer.lr=1e-4"
@@ -191,7 +192,7 @@ def _signs(figures: Figures) -> str:
     )
 
 
-_CAPTION = "Right answers at T=1 of a student that lacks knowledge: SFT and what distils it."
+_CAPTION = "A student that lacks knowledge: what each training adds to its right answers at T=1."
 _LIMITS = (
     "What could overturn this: one base student, stopped at one point of its training; a stronger "
     "or a weaker one may gain. One learning rate (1e-4, 16 steps of 64) that suits the student "
@@ -203,23 +204,12 @@ _LIMITS = (
 
 
 def _draw(figures: Figures, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    arms = (SFT, PLAIN, *REMEDIES)
-    found = [figures.mean(arm.name, "sampled") for arm in arms]
-    means = [100 * one.mean for one in found]
-    errors = [
-        [100 * (one.mean - one.low) for one in found],
-        [100 * (one.high - one.mean) for one in found],
-    ]
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    axes.barh([arm.title for arm in arms], means, xerr=errors, capsize=3)
-    axes.axvline(means[0], color="black", linewidth=0.8, linestyle=":")
-    axes.invert_yaxis()
-    axes.set_xlabel("right answers at T=1, %")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    rows: list[tuple[str, Interval]] = []
+    for arm in (PLAIN, *REMEDIES):
+        share = figures.difference(arm.name, SFT.name, "sampled")
+        points = (100 * value for value in (share.mean, share.low, share.high))
+        rows.append((arm.title, Interval(*points, share.num_seeds)))
+    draw_rows(path, rows, "right answers at T=1 minus those of the SFT student, points")
 
 
 CLAIM = Claim(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from examples.study.figures import Figures, Interval, MissingFigures
+from examples.study.figures import Figures, Interval, MissingFigures, interval_of
 
 # Equal means: no difference of accuracy larger than this. It was named before any arm was made.
 MARGIN = 0.02
-# The 97.5% quantile of Student's t by degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # The columns of the tables: what a metric is called, its factor, and its number of digits.
 COLUMNS = {
     "greedy": ("greedy, %", 100.0, 1),
@@ -19,21 +16,6 @@ COLUMNS = {
     "reverse_kl": ("reverse KL, nats per token", 1.0, 4),
     "kl_from_sft": ("KL from SFT, nats per token", 1.0, 4),
 }
-
-
-def interval_of(values: Sequence[float]) -> Interval:
-    """Return the mean of values, one of each seed, with its 95% interval by Student's t.
-
-    Raises:
-        MissingFigures: There are fewer than two values.
-    """
-    count = len(values)
-    if count < 2:
-        raise MissingFigures(f"{count} seeds, but an interval needs two")
-    mean = sum(values) / count
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    half = _T[min(count - 2, len(_T) - 1)] * math.sqrt(variance / count)
-    return Interval(mean, mean - half, mean + half, count)
 
 
 def change(

@@ -104,6 +104,41 @@ def draw_steps(
     _finish(figure, axes, path, "step", y_label)
 
 
+def draw_points(
+    path: Path,
+    curves: Mapping[str, Mapping[int, Interval]],
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw a metric at few steps: means with their 95% intervals, joined by lines, from 0 on.
+
+    Args:
+        path: The picture.
+        curves: Title -> step -> value.
+        x_label: What the horizontal axis shows.
+        y_label: What the metric is, with its unit.
+    """
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (title, of_steps) in enumerate(curves.items()):
+        values = [*of_steps.values()]
+        axes.errorbar(
+            [*of_steps],
+            [value.mean for value in values],
+            yerr=[
+                [value.mean - value.low for value in values],
+                [value.high - value.mean for value in values],
+            ],
+            fmt="o-",
+            markersize=5,
+            linewidth=1.5,
+            color=_COLOURS[index % len(_COLOURS)],
+            label=title,
+        )
+    axes.set_ylim(bottom=0)
+    _finish(figure, axes, path, x_label, y_label)
+
+
 def _finish(figure: Figure, axes: Axes, path: Path, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label, fontsize=9, color=_INK)
     axes.set_ylabel(y_label, fontsize=9, color=_INK)

@@ -14,8 +14,8 @@ import pytest
 
 from examples.study import claim_4, claim_7, claim_9, comparisons, signals, unlearned
 from examples.study.arms import Arm, Place
-from examples.study.comparisons import change, interval_of
-from examples.study.figures import Figures, Interval, MissingFigures
+from examples.study.comparisons import change
+from examples.study.figures import Figures, Interval, MissingFigures, interval_of
 from examples.study.gradient_gap import Half, gap_of, pull_of, sequence_chi_square
 from lopd.config import Config, load_config
 
@@ -211,14 +211,6 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
         for plot in claim.judge(MadeUp({})).plots:
             plot.draw(tmp_path / plot.file)
             assert (tmp_path / plot.file).stat().st_size > 1000
-
-
-def test_an_interval_is_that_of_students_t() -> None:
-    interval = interval_of([1.0, 2.0, 3.0, 4.0, 5.0])
-    # 2.776 times the standard error, sqrt(2.5 / 5).
-    assert (interval.low, interval.high) == pytest.approx((1.037, 4.963), abs=1e-3)
-    with pytest.raises(MissingFigures):
-        interval_of([1.0])
 
 
 def test_a_change_of_a_difference_is_paired_by_seed() -> None:
