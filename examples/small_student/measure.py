@@ -62,7 +62,7 @@ def measure(config: Config, models: dict[str, Path], out: Path) -> None:
             engine = server.use(model, version=name)
             figures: dict[str, Any] = {"model": identify_model(model).weights}
             for mode, changes in MODES.items():
-                writer = _writer(context, out / name / mode, model, changes)
+                writer = answers_writer(context, out / name / mode, model, changes)
                 sample_into(
                     writer,
                     engine,
@@ -75,7 +75,7 @@ def measure(config: Config, models: dict[str, Path], out: Path) -> None:
                     purpose=f"{mode} {name}",
                     title=f"{mode} {name}",
                 )
-                figures[mode] = _share_right(context, writer.folder, writer.finish(), prompts)
+                figures[mode] = share_right(context, writer.folder, writer.finish(), prompts)
             publish_json(result, {**figures, "num_prompts": len(prompts)})
 
 
@@ -87,9 +87,17 @@ def is_measured(result: Path, model: Path) -> bool:
     return weights == identify_model(model).weights
 
 
-def _writer(
+def answers_writer(
     context: StageContext, folder: Path, model: Path, changes: dict[str, Any]
 ) -> ArtifactWriter:
+    """Open the artifact of a model's responses to the held-out prompts.
+
+    Args:
+        context: Says the configuration.
+        folder: The folder of the artifact.
+        model: The model.
+        changes: The sampling parameters, as in MODES.
+    """
     inputs = {
         "model": identify_model(model).weights,
         "prompts.eval": context.config.prompts.eval.model_dump(mode="json"),
@@ -106,7 +114,7 @@ def _writer(
     )
 
 
-def _share_right(
+def share_right(
     context: StageContext, folder: Path, manifest: Manifest, prompts: Sequence[Prompt]
 ) -> float:
     """Return the share of right responses, 0 to 1."""

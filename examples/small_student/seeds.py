@@ -15,16 +15,10 @@ commands have changed.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import hashlib
 import json
-import os
-import resource
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,46 +36,13 @@ from arms import (
     Command,
     arm_named,
 )
+from commands import adopt_orphans, begin_with_copies, run_measured
 from measure import is_measured
 from table import figures_of, markdown
 
 HERE = Path(__file__).resolve().parent
 LOPD = Path(sys.executable).with_name("lopd")
-# The option number of prctl(2) in <linux/prctl.h>.
-_PR_SET_CHILD_SUBREAPER = 36
 WEIGHTS = "model.safetensors"
-# How long the last processes of a command may take to end.
-_PATIENCE_S = 30.0
-
-
-def run_measured(command: Sequence[str | Path], log: Path) -> float:
-    """Run a command to its end, with its output in a log.
-
-    Returns:
-        The processor seconds of all its processes, those of servers and ranks included.
-
-    Raises:
-        subprocess.CalledProcessError: The command failed.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    before = _children_seconds()
-    with log.open("a", encoding="utf-8") as output:
-        output.write(f"$ {' '.join(map(str, command))}\n")
-        output.flush()
-        subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT)
-    # Processes that their parents did not wait for come to this process, which then knows their
-    # times too.
-    deadline = time.monotonic() + _PATIENCE_S
-    with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < deadline:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.05)
-    return _children_seconds() - before
-
-
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def make(arm: Arm, seed: int, folder: Path) -> None:
@@ -103,7 +64,7 @@ def make(arm: Arm, seed: int, folder: Path) -> None:
             continue
         if arm.copied and (done or not run_dir.exists()):
             # Also after a change: the stages that were copied then may not be those of now.
-            _copy_stages(main, run_dir, arm.copied)
+            begin_with_copies(run_dir, [main / stage for stage in arm.copied])
         print(f"seed {seed}: {arm.name}: lopd {verb}", flush=True)
         seconds = run_measured(command, folder / f"{arm.name}.log")
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -133,17 +94,6 @@ def _identity(command: Sequence[str | Path]) -> str:
     for file in (CONFIG, *(MODELS / name / WEIGHTS for name in ("teacher", "small_student"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _copy_stages(main: Path, run_dir: Path, stages: Sequence[str]) -> None:
-    """Begin a run with finished stages of another one: whole, or not at all."""
-    partial = run_dir.with_name(f"{run_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for stage in stages:
-        shutil.copytree(main / stage, partial / stage)
-    shutil.copy2(main / "config.json", partial)
-    shutil.rmtree(run_dir, ignore_errors=True)
-    partial.rename(run_dir)
 
 
 def measure(seeds: Sequence[int], arms: Sequence[Arm], runs: Path) -> None:
@@ -182,15 +132,16 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     runs = options.runs.resolve()
-    # A server may outlive the process that started it for a moment. It then becomes a child of
-    # this process, and its processor time is not lost.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     arms = [arm_named(name) for name in options.arms]
     if options.only in (None, "make"):
         # Seed by seed, so that a command that is ended early leaves whole seeds.
         for seed in options.seeds:
             for arm in arms:
                 make(arm, seed, runs / f"seed-{seed}")
+    if options.only == "make":
+        # Two such commands may make different seeds at the same time, and the table is of all.
+        return
     if options.only in (None, "measure"):
         measure(options.seeds, arms, runs)
     figures: dict[str, Any] = figures_of(runs, options.seeds)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from examples.small_student.arms import MAIN
+
 if TYPE_CHECKING:
     from examples.study.figures import Figures
 
@@ -18,6 +20,7 @@ RUNS = ROOT / "runs" / "study"
 # The runs of examples/run_small_student.sh, which the study continues. Its arms are named
 # "small/NAME" here, and "small/main" is the run that they share.
 SMALL_RUNS = ROOT / "runs" / "small_student_seeds"
+SMALL_PREFIX = "small/"
 SEEDS = (2, 3, 4, 5, 6)
 
 
@@ -75,8 +78,11 @@ class Place:
 
     def of(self, arm: str) -> Path:
         """Return the run folder of another arm of this seed."""
-        if arm.startswith("small/"):
-            return SMALL_RUNS / f"seed-{self.seed}" / arm.removeprefix("small/")
+        if arm.startswith(SMALL_PREFIX):
+            name = arm.removeprefix(SMALL_PREFIX)
+            # Two of its models are those of the run that all others share.
+            folder = MAIN if name in ("sft", "distilled") else name
+            return SMALL_RUNS / f"seed-{self.seed}" / folder
         return self.folder / arm
 
 
@@ -98,10 +104,16 @@ class Arm:
     commands: Callable[[Place], tuple[Command, ...]]
     # (arm, stage): finished stages of other arms' runs that its run begins with a copy of.
     copied: tuple[tuple[str, str], ...] = ()
-    # Arms that its commands need beside those of copied.
+    # Arms that its commands need beside those of copied. What their models cost is part of its
+    # costs.
     after: tuple[str, ...] = ()
     # The model to be measured, in the folder of its run; "" where there is none.
     model: str = "distill/model"
+
+    def place(self, seed: int) -> Place:
+        """Return where this arm of a seed is made."""
+        folder = RUNS / f"seed-{seed}"
+        return Place(seed, Place(seed, folder, folder).of(self.name), folder)
 
 
 @dataclass(frozen=True)

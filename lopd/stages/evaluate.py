@@ -88,7 +88,7 @@ def run(context: StageContext) -> None:
             scores[name] = part.finish()
     # No server is needed any more. Verdicts take CPU time only.
     divergence = {
-        name: _reverse_kl(context.folder / f"scores-{name}", manifest)
+        name: reverse_kl_of(context.folder / f"scores-{name}", manifest)
         for name, manifest in scores.items()
     }
     writer.finish(
@@ -284,7 +284,7 @@ def _judge(
     return _Judged(lengths, truncated, [*right.values()])
 
 
-def _reverse_kl(folder: Path, manifest: Manifest) -> dict[str, float]:
+def reverse_kl_of(folder: Path, manifest: Manifest) -> dict[str, float]:
     """Return mean and standard error of the reverse KL per token, in nats.
 
     The mean over tokens of log pi_theta - log pi_T, on responses of pi_theta.
