@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import Any, Literal
 
 from lopd.artifacts import publish_json, read_manifest
 from lopd.config import Config
-from lopd.errors import DataError
+from lopd.errors import DataError, LopdError
 from lopd.records import Manifest
 from lopd.report.console import print_line
+from lopd.report.html.outdated import outdated_stages, told_of
+from lopd.report.html.source import open_sources
 from lopd.report.metrics import LOW_EFFECTIVE_SHARE, mean_of_last, read_metrics
 
 FILE = "summary.json"
@@ -90,8 +93,19 @@ def _add_warnings(run_dir: Path, summary: dict[str, Any], made: Mapping[str, Man
     warnings += warnings_of_harm(summary)
     if "distill" in made:
         warnings += warnings_of_drift(read_metrics(run_dir, kind="train", stage="distill"))
+    warnings += [f"WARNING: outdated: {text}" for text in _outdated(run_dir)]
     if warnings:
         summary["notes"] = [*summary.get("notes", ()), *warnings]
+
+
+def _outdated(run_dir: Path) -> list[str]:
+    """Return what to say of stages that were made from an earlier artifact than the present one."""
+    # Their figures are not in the summary, but they stand in the run directory.
+    with contextlib.suppress(LopdError):
+        (source,) = open_sources([run_dir])
+        return [text for _, text in told_of(outdated_stages(source))]
+    # A damaged manifest is an error of the stage that reads it.
+    return []
 
 
 def warnings_of_harm(summary: Mapping[str, Any]) -> list[str]:

@@ -128,6 +128,7 @@ ALLOWED: dict[str, set[str]] = {
         "artifacts",
         "cache",
         "report",
+        "report.html",
         "tasks",
         "verbs.run_answers",
     },

@@ -14,6 +14,8 @@ What is done to a finished cache, and which no stage needs:
 
     checks.py            is the cache what it says it is? row_checks.py has the rules for rows
     statistics.py        the statistics of a cache
+    regime.py            how far the teacher is from the student that wrote the responses
+    recommendation.py    which loss suits that
     merging.py           one cache from several
     splitting.py         several caches from one, by prompt
     reference_import.py  a cache from the file of the paper's code

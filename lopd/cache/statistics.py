@@ -18,6 +18,8 @@ from lopd.artifacts import read_manifest, read_shard
 from lopd.artifacts.lineage import alignment_of
 from lopd.cache.checks import vocabulary
 from lopd.cache.columns import ENTROPY, LOSS_MASK, TAIL, TOP_IDS, column_bytes, flat, loss_tokens
+from lopd.cache.recommendation import regime_json
+from lopd.cache.regime import ADVANTAGE_CLIP, RegimeScan
 from lopd.cache.token_alignment import alignment_line, count_alignment
 from lopd.cache.verdicts import refuse_verdicts
 from lopd.records import Manifest, token_hash
@@ -31,8 +33,6 @@ ADVANTAGE_EDGES = (-np.inf, -10.0, -5.0, -2.0, -1.0, -0.1, 0.1, 1.0, 2.0, 5.0, 1
 # Of the probability that lies outside of the teacher's top-K.
 SHARE_EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 ENTROPY_EDGES = (0.0, 1e-3, 0.01, 0.1, 0.5, 1.0, 2.0, np.inf)
-# The objective clips the advantage to +-10 nats, as in the paper (arXiv 2604.13010).
-ADVANTAGE_CLIP = 10.0
 # So many neighbours that both policies give exactly 0 are hardly a model that is certain: what a
 # tool wrote looks like this where the mask was forgotten. Single ones are usual of sharp models.
 RUN_OF_ZEROS = 8
@@ -96,11 +96,16 @@ def inspect_cache(folder: str | Path) -> dict[str, Any]:
     refuse_verdicts(folder, manifest)
     # With the end tokens of the manifest, the scan can say how many responses end with one.
     scan = _Scan(set(manifest.extra.get("end_token_ids", [])))
-    for shard in manifest.shards:
-        # Artifacts of models list other files.
-        if shard.name.endswith(".parquet"):
-            scan.add(read_shard(folder, shard))
-    return {**_about(folder, manifest), **scan.as_json(), **_sizes(folder, scan.num_tokens)}
+    regime = RegimeScan()
+    # Artifacts of models list other files.
+    shards = [shard for shard in manifest.shards if shard.name.endswith(".parquet")]
+    for shard in shards:
+        table = read_shard(folder, shard)
+        scan.add(table)
+        regime.add(table)
+    figures = {"regime": regime_json(regime.figures(len(shards), len(shards)))}
+    sizes = _sizes(folder, scan.num_tokens)
+    return {**_about(folder, manifest), **scan.as_json(), **figures, **sizes}
 
 
 def _about(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -121,9 +121,33 @@ def _inspection_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         if advantage["share_in_runs_of_zeros"] >= _SUSPICIOUS_ZEROS:
             share = f"{advantage['share_in_runs_of_zeros']:.2%} of tokens are in runs of exactly 0"
             yield "  exactly 0", f"{share} by both: tokens of a tool need a loss_mask"
+    yield from _regime_lines(figures["regime"])
     # What an import could not know. Each reason is a line of its own.
     for reason in figures["lacks"]:
         yield "lacks", reason
+
+
+def _regime_lines(regime: Mapping[str, Any] | None) -> Iterable[tuple[str, str]]:
+    """Yield how far the teacher is from the student, and which loss suits that."""
+    # Rollouts have no scores.
+    if regime is None:
+        return
+    recommendation = regime["recommendation"]
+    if recommendation is None:
+        yield "regime", f"unknown: {regime['num_tokens']:,} tokens are too few to tell"
+        return
+    yield "regime", f"{recommendation['regime']}: {recommendation['seen']}"
+    told = [f"mean advantage {regime['mean_advantage']:+.3f} nats per token"]
+    if regime["teacher_entropy"] is not None:
+        bound = "at least " if regime["entropy_is_bound"] else ""
+        told.append(f"the teacher's entropy is {bound}{regime['teacher_entropy']:.3f}")
+    if regime["top_k_coverage"] is not None:
+        told.append(f"its top {regime['top_k']} hold {regime['top_k_coverage']:.2%} of the tokens")
+    yield "  further", ", ".join(told)
+    for knob in ("loss", "advantage_clip", "importance_cap"):
+        advice = recommendation[knob]
+        value = "off" if advice["value"] is None else advice["value"]
+        yield f"  {knob}", f"{value}: {advice['reason']}"
 
 
 def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -37,6 +37,7 @@ class Transcript:
         about: Why it is wrong, and what was found in it.
         disagreement: The mean of abs(log pi_T - log pi_S) over tokens, in nats; None where the
             teacher has not scored them.
+        earlier_title: The title of a model that has been made again since; "" for a present one.
     """
 
     model: str
@@ -46,10 +47,11 @@ class Transcript:
     right: bool | None
     about: str
     disagreement: float | None
+    earlier_title: str = ""
 
     @property
     def title(self) -> str:
-        return MODEL_TITLES.get(self.model, self.model)
+        return self.earlier_title or MODEL_TITLES.get(self.model, self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Comparison:
             "responses": [
                 {
                     "model": one.model,
+                    "title": one.title,
+                    "is_earlier": bool(one.earlier_title),
                     "response": "".join(piece.text for piece in one.pieces),
                     "num_tokens": one.num_tokens,
                     "finish_reason": one.finish_reason,

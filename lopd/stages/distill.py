@@ -20,6 +20,8 @@ from lopd.artifacts import identify_model, read_manifest
 from lopd.artifacts.lineage import check_given_cache
 from lopd.cache.checks import require_sound
 from lopd.cache.reader import CacheReader
+from lopd.cache.recommendation import goes_against, recommend, told
+from lopd.cache.regime import measure_regime
 from lopd.report.metrics import read_metrics
 from lopd.stages.between_steps import StepHooks
 from lopd.stages.context import Stage, StageContext
@@ -96,10 +98,12 @@ def run(context: StageContext) -> None:
         order_seed=config.run.seed,
     )
     require_batch(job, _num_kept(context, job))
+    warnings = _say_regime(context, data)
     result = _train_beside_servers(context, job)
     # The model is part of the artifact: its files stand in the manifest with their checksums.
     evals = read_metrics(config.run.dir, kind="eval", stage=job.stage)
-    writer.finish(files=job.files, warnings=rises_of(evals), **_figures(result, context))
+    warnings += rises_of(evals)
+    writer.finish(files=job.files, warnings=warnings, **_figures(result, context))
 
 
 def _train_beside_servers(context: StageContext, job: TrainingJob) -> dict[str, Any]:
@@ -152,6 +156,26 @@ def _num_kept(context: StageContext, job: TrainingJob) -> int:
             "of the others (distill.teacher_verdicts)"
         )
     return num_kept
+
+
+def _say_regime(context: StageContext, data: Path) -> list[str]:
+    """Say how far the teacher is from the student and whether the loss suits it.
+
+    Returns:
+        The same as a warning, where the loss does not. What is trained is as configured.
+    """
+    # From a part of the cache: the ranks read all of it, and it may have 60 GB.
+    figures = measure_regime(data)
+    recommendation = recommend(figures)
+    if figures is None or recommendation is None:
+        return []
+    line = told(recommendation, context.config.distill)
+    is_wrong = goes_against(recommendation, context.config.distill)
+    part = f"(from {figures.num_tokens:,} tokens of {figures.num_shards} of "
+    context.log(
+        f"{'WARNING: ' if is_wrong else ''}{line} {part}{figures.num_shards_in_cache} shards)"
+    )
+    return [line] if is_wrong else []
 
 
 def _figures(result: dict[str, Any], context: StageContext) -> dict[str, Any]:

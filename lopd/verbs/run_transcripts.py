@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 
 from lopd.artifacts import MANIFEST
 from lopd.cache import read_rows
-from lopd.errors import DataError
+from lopd.errors import DataError, LopdError
 from lopd.records import Floats, Key, Response
+from lopd.report.html.outdated import earlier_models, outdated_stages
+from lopd.report.html.source import open_sources
 from lopd.report.token_pieces import pieces_of
 from lopd.report.transcripts_view import Comparison, Transcript
 from lopd.tasks.light_tokenizer import light_tokenizer
@@ -35,11 +38,43 @@ class Source:
         responses: The artifact.
         scores: The artifact with the teacher's log-probabilities of them, perhaps the same one, or
             None.
+        title: What readers call the model, where that is not its usual title.
     """
 
     model: str
     responses: Path
     scores: Path | None
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """Answers that are not of the present models.
+
+    Attributes:
+        told: What to say of them before they are shown; "" where all are of the present ones.
+        titles: The titles of the earlier models, by name.
+    """
+
+    told: str
+    titles: Mapping[str, str]
+
+
+def earlier_answers(place: Path, stage: str) -> Earlier:
+    """Return which answers of a stage are of models that have been made again since.
+
+    Args:
+        place: A run directory, or one artifact of responses.
+        stage: "evaluate" or "score".
+    """
+    # A damaged stage has errors of its own, and does not hide the answers of another one.
+    with contextlib.suppress(LopdError):
+        (run,) = open_sources([place])
+        wrong = outdated_stages(run).get(stage)
+        if wrong is not None:
+            told = f"{stage} is of {wrong.told}. Run `lopd run CONFIG` again."
+            return Earlier(told, earlier_models(run, stage))
+    return Earlier("", {})
 
 
 def sources_of(place: Path, models: Sequence[str], *, scored: bool) -> list[Source]:
@@ -59,6 +94,7 @@ def sources_of(place: Path, models: Sequence[str], *, scored: bool) -> list[Sour
     evaluate = place / "evaluate"
     # Where answers are not sampled from the policy as it is, other responses were scored.
     purpose = "policy" if scored and any(evaluate.glob("policy-*")) else "answers"
+    titles = earlier_answers(place, "evaluate").titles
     found = []
     # A model of the default choice that the run does not have is left out. One that the user has
     # named must be there.
@@ -66,7 +102,8 @@ def sources_of(place: Path, models: Sequence[str], *, scored: bool) -> list[Sour
         responses = evaluate / f"{purpose}-{name}"
         scores = evaluate / f"scores-{name}"
         if (responses / MANIFEST).is_file():
-            found.append(Source(name, responses, scores if (scores / MANIFEST).is_file() else None))
+            known = scores if (scores / MANIFEST).is_file() else None
+            found.append(Source(name, responses, known, titles.get(name, "")))
         elif models:
             there = sorted(path.name for path in evaluate.glob(f"{purpose}-*"))
             raise DataError(
@@ -77,7 +114,8 @@ def sources_of(place: Path, models: Sequence[str], *, scored: bool) -> list[Sour
             )
     # Before the evaluation there are only the SFT student's rollouts, with their scores.
     if not found and (place / "score" / MANIFEST).is_file():
-        return [Source("sft", place / "score", place / "score")]
+        titles = earlier_answers(place, "score").titles
+        return [Source("sft", place / "score", place / "score", titles.get("sft", ""))]
     if not found:
         raise DataError(
             "there are no responses that can be compared",
@@ -229,6 +267,7 @@ def _transcript(
         about = ", ".join(filter(None, (verdict.reason, found)))
     return Transcript(
         model=source.model,
+        earlier_title=source.title,
         pieces=tuple(pieces_of(texts, advantage, len(ids))),
         num_tokens=len(ids),
         finish_reason=response.finish_reason,

@@ -108,8 +108,13 @@ def show(
     found = transcripts.compare(sources, keys, place, tokenizer)
     if as_json:
         typer.echo(json.dumps([one.as_json() for one in found], indent=1))
-    else:
-        _print(found)
+        return
+    # Without an evaluation the rollouts are shown, from the stage score.
+    is_evaluated = sources[0].responses.parent.name == "evaluate"
+    told = transcripts.earlier_answers(place, "evaluate" if is_evaluated else "score").told
+    if told:
+        typer.echo(f"outdated: {told}")
+    _print(found)
 
 
 def _print(found: list[Comparison]) -> None:

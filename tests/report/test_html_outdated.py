@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 
 from lopd.artifacts import published_weights, read_manifest, write_manifest
+from lopd.config import load_config
+from lopd.report.console import show_summary
 from lopd.report.html.chart_picture import short_name
 from lopd.report.html.outdated import outdated_stages
 from lopd.report.html.page import gather
 from lopd.report.html.source import open_sources
+from lopd.summary import write as write_summary
 from tests.report.made_run import make_run
+from tests.stand_ins import command
 
 # The rules that read the evaluation.
 RULES = {
@@ -187,3 +191,45 @@ def test_what_is_made_from_an_outdated_stage_is_outdated(run: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "other/superseded")
     shutil.rmtree(tmp_path / "other/export")
     assert outdated_stages(open_sources([tmp_path / "other"])[0]) == {}
+
+
+def test_show_marks_the_answers(
+    run: Path, again: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lopd = command(monkeypatch, capsys)
+    present = lopd("show", run, "--worst", "1").succeeded().out
+    marked = lopd("show", again, "--worst", "1").succeeded().out
+    (line,) = [one for one in marked.splitlines() if one.startswith("outdated: ")]
+    wrong = outdated_stages(open_sources([again])[0])["evaluate"]
+    assert line == f"outdated: evaluate is of {wrong.told}. Run `lopd run CONFIG` again."
+    assert "earlier distilled student" in marked.replace(line, "")
+    # The control: the run as it was, and the models that were not made again.
+    assert "earlier" not in present
+    assert "earlier SFT student" not in marked
+    for folder, expected in ((run, set()), (again, {"distilled"})):
+        (one,) = json.loads(lopd("show", folder, "--worst", "1", "--json").succeeded().out)
+        assert {row["model"] for row in one["responses"] if row["is_earlier"]} == expected
+        titles = {row["model"]: row["title"] for row in one["responses"]}
+        assert titles["distilled"].startswith("earlier") == bool(expected)
+        assert titles["sft"] == "SFT student"
+
+
+def test_the_summary_of_a_command_says_it(
+    run: Path, again: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(run.parent / "config.toml")
+    for folder, num_notes in ((run, 0), (again, 1)):
+        copy = tmp_path / folder.parent.name / folder.name
+        shutil.copytree(folder, copy)
+        section = config.run.model_copy(update={"dir": copy})
+        # As after a command that has made the student: nothing later is done.
+        own = config.model_copy(update={"run": section})
+        found = write_summary(own, [], ["demonstrate", "rollout", "score", "distill"])
+        notes = [note for note in found.get("notes", ()) if "outdated" in note]
+        assert len(notes) == num_notes
+        capsys.readouterr()
+        show_summary(found)
+        shown = capsys.readouterr().out
+        assert ("WARNING: outdated: evaluate and export were made from an" in shown) == (
+            num_notes == 1
+        )

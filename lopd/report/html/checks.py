@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lopd.cache.recommendation import SHARP_SHARE
 from lopd.records import Manifest
 from lopd.report.console import MODEL_TITLES
 from lopd.report.html.comparing import against_baselines
-from lopd.report.html.outdated import Outdated, outdated_stages
+from lopd.report.html.outdated import Outdated, listed, outdated_stages, told_of
 from lopd.report.html.responses import SETS
 from lopd.report.html.source import Source
 from lopd.report.html.transcripts import Scanned
@@ -29,9 +30,8 @@ _CLIPPED_SHARE = 0.03
 # Nats. An advantage that stays below it drives the student off its own samples.
 _ADVANTAGE = -0.3
 _END_ADVANTAGE = -1.0
-# A teacher is sharp where few tokens carry most of the signal and some are clipped.
+# A teacher is sharp where few tokens carry most of the signal, and SHARP_SHARE of them are clipped.
 _TOP_SHARE = 0.5
-_OVER_CLIP = 0.001
 _OBJECTIVE_FIGURES = "objectives.md#the-figures-of-a-step"
 _DRIFT_REMEDY = (
     "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make new "
@@ -140,32 +140,12 @@ def _outdated(
         outdated: lopd.report.html.outdated.outdated_stages.
         not_judged: By stage, the rules that are not applied to its figures.
     """
-    by_artifact: dict[tuple[str, str], list[str]] = {}
-    for name, wrong in outdated.items():
-        by_artifact.setdefault((wrong.parent, wrong.earlier), []).append(name)
-    for (parent, earlier), names in by_artifact.items():
-        present = outdated[names[0]].present
-        verb = "was" if len(names) == 1 else "were"
-        if names == ["export"]:
-            asked = "do not use the exported model"
-        else:
-            asked = f"do not compare {'its' if len(names) == 1 else 'their'} figures"
-            if "export" in names:
-                asked += ", and do not use the exported model"
-        text = (
-            f"{_listed(names)} {verb} made from an earlier {parent} ({earlier}), not from the "
-            f"present one ({present}): {asked}, until `lopd run CONFIG` has made "
-            f"{'it' if len(names) == 1 else 'them'} again."
-        )
+    for names, text in told_of(outdated):
         silent = [title for name in names for title in not_judged[name]]
         if silent:
             text += f" Not judged, because the figures are outdated: {', '.join(silent)}."
         doc = "understand.md#where-is-the-run"
-        yield Check("warning", f"outdated {_listed(names)}", text, "", doc)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        yield Check("warning", f"outdated {listed(names)}", text, "", doc)
 
 
 def _results(source: Source, scans: Sequence[Scanned]) -> Iterator[Check]:
@@ -352,7 +332,7 @@ def _sharp_teacher(tokens: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
         "distill.advantage_clip, newer rollouts (distill.refresh), importance weights, or a top-K "
         "cache."
     )
-    wrong = top > _TOP_SHARE and over > _OVER_CLIP
+    wrong = top > _TOP_SHARE and over >= SHARP_SHARE
     yield _judged(wrong, "sharp teacher", text, remedy, "objectives.md#limits")
 
 

@@ -7,7 +7,7 @@ where they are. Their figures are true of that student alone, and the page says 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lopd.artifacts import MANIFEST, published_weights, read_manifest
@@ -84,6 +84,40 @@ def outdated_stages(source: Source) -> dict[str, Outdated]:
             # is the one that an evaluation is about.
             found[name] = max(reasons, key=lambda one: STAGES.index(one.parent))
     return found
+
+
+def told_of(outdated: Mapping[str, Outdated]) -> Iterator[tuple[list[str], str]]:
+    """Yield what to say once of each artifact that was made again.
+
+    Args:
+        outdated: What outdated_stages returns.
+
+    Yields:
+        The outdated stages that were made from the earlier artifact, and a sentence about them.
+    """
+    by_artifact: dict[tuple[str, str], list[str]] = {}
+    for name, wrong in outdated.items():
+        by_artifact.setdefault((wrong.parent, wrong.earlier), []).append(name)
+    for (parent, earlier), names in by_artifact.items():
+        present = outdated[names[0]].present
+        verb = "was" if len(names) == 1 else "were"
+        if names == ["export"]:
+            asked = "do not use the exported model"
+        else:
+            asked = f"do not compare {'its' if len(names) == 1 else 'their'} figures"
+            if "export" in names:
+                asked += ", and do not use the exported model"
+        yield (
+            names,
+            f"{listed(names)} {verb} made from an earlier {parent} ({earlier}), not from the "
+            f"present one ({present}): {asked}, until `lopd run CONFIG` has made "
+            f"{'it' if len(names) == 1 else 'them'} again.",
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as in a sentence: ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def earlier_models(source: Source, stage: str) -> dict[str, str]:

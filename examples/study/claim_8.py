@@ -1,0 +1,265 @@
+"""Claim 8: controls against self-deception. Is it the teacher's scores that help the student?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from examples.study.arms import (
+    HABIT,
+    HABIT_LIGHTNING,
+    HABIT_SFT,
+    HABIT_TOP_K,
+    Arm,
+    Claim,
+    Command,
+    Place,
+    Verdict,
+)
+from examples.study.claim_6 import ALTERED, from_altered
+from examples.study.figures import Figures, MissingFigures
+from examples.study.outcomes import (
+    differences,
+    matches,
+    measured,
+    percent,
+    points,
+    recorded,
+    table,
+    table_against,
+    table_of_caches,
+)
+
+METHODS = (HABIT_LIGHTNING, HABIT_TOP_K)
+# The budget of the methods: 16 steps of 64 responses at their rate.
+BUDGET = ("sft.num_steps=16", "sft.batch_size=64", "sft.optimizer.lr=1e-4")
+_SFT_STAGES = tuple((HABIT_SFT.name, stage) for stage in ("demonstrate", "sft"))
+
+
+def _learns_from_altered(name: str, title: str, *how: str, loss: Sequence[str] = ()) -> Arm:
+    """Return an arm that learns from an altered cache.
+
+    Args:
+        name: Its name.
+        title: What tables call it.
+        how: The alteration and its options; "SEED" stands for the seed.
+        loss: Overrides after those of the paper's loss.
+    """
+
+    def commands(place: Place) -> tuple[Command, ...]:
+        made = [str(place.seed) if word == "SEED" else word for word in how]
+        altered, distilled = from_altered(place, *made)
+        return altered, (*distilled, *loss)
+
+    return Arm(
+        name=name,
+        title=title,
+        setting=HABIT,
+        commands=commands,
+        copied=_SFT_STAGES,
+        after=(HABIT_SFT.name,),
+    )
+
+
+def _sft_from(place: Place, demonstrations: str) -> Command:
+    """Return SFT that goes on from the SFT student with the budget of the methods."""
+    return (
+        "lopd",
+        "sft",
+        f"models.student={place.of(HABIT_SFT.name) / 'sft' / 'model'}",
+        f"sft.demonstrations={demonstrations}",
+        # With the same seed it would begin with the responses that SFT began with.
+        f"run.seed={100 + place.seed}",
+        *BUDGET,
+    )
+
+
+def _own_right(place: Place) -> tuple[Command, ...]:
+    out = place.run / ALTERED
+    rollouts = place.of(HABIT_SFT.name) / "rollout"
+    config = (str(HABIT.config), *HABIT.overrides(place.seed))
+    judged = ("python", "altered_responses", "accepted", str(rollouts), str(out), *config)
+    return judged, _sft_from(place, str(out))
+
+
+SILENT = _learns_from_altered(
+    "c8_silent", "a teacher that says nothing, paper's loss", "silent", "--seed", "SEED"
+)
+SILENT_TOP_K = _learns_from_altered(
+    "c8_silent_top_k",
+    "a teacher that says nothing, top-8 loss",
+    "silent",
+    "--seed",
+    "SEED",
+    loss=("distill.objective.loss=top_k_reverse_kl",),
+)
+SHUFFLED = _learns_from_altered(
+    "c8_shuffled", "a teacher with shuffled tokens, paper's loss", "shuffled", "--seed", "SEED"
+)
+# The advantage is minus the clip at each pushed token, and each of them weighs the same.
+_FIXED = ("distill.advantage_clip=1", "distill.aggregation=token_mean")
+PUSHED = tuple(
+    _learns_from_altered(
+        f"c8_pushed_{name}",
+        f"no teacher: -1 on tokens below {below}",
+        "pushed_down",
+        "--below",
+        below,
+        loss=_FIXED,
+    )
+    for name, below in (("half", "0.5"), ("tenth", "0.1"))
+)
+OWN_RIGHT = Arm(
+    name="c8_own_right",
+    title="SFT on the student's own right responses",
+    setting=HABIT,
+    commands=_own_right,
+    after=(HABIT_SFT.name,),
+    model="sft/model",
+)
+MORE_SFT = Arm(
+    name="c8_more_sft",
+    title="SFT gone on, same demonstrations",
+    setting=HABIT,
+    commands=lambda place: (_sft_from(place, str(place.of(HABIT_SFT.name) / "demonstrate")),),
+    after=(HABIT_SFT.name,),
+    model="sft/model",
+)
+ARMS = (SILENT, SILENT_TOP_K, SHUFFLED, *PUSHED, OWN_RIGHT, MORE_SFT)
+# Those that the teacher has no part in, beyond the SFT student that all begin with.
+TEACHERLESS = (SILENT, SILENT_TOP_K, SHUFFLED, *PUSHED, OWN_RIGHT)
+
+_READING = (
+    'Outcomes: "matches" where both accuracies are shown to be less than 2 points below the '
+    'method, or above it; "below" where one of them is shown to be lower (an interval of 95% '
+    'leaves 0 out); "open" otherwise. The reverse KL has no part in the outcome.'
+)
+_MEANINGS = """\
+The controls. All begin with the same SFT student and have 16 steps of 64 at the methods' rate:
+
+- *A teacher that says nothing.* At each token the teacher's probabilities, as the cache has them,
+  belong to other tokens, in a random order that is drawn anew. Its entropy is the teacher's. Of the
+  24 tokens outside of the top 8 only the sum is known; they share it in equal parts.
+- *A teacher with shuffled tokens.* The same with one order everywhere.
+- *No teacher* (after arXiv 2608.31046, of which only the finding was at hand: pushing down tokens
+  of low probability gains as much as a teacher). Assumed here: a token is unlikely if the policy of
+  the rollouts gave it less than 0.5, or 0.1; its advantage is -1 throughout, by the clip; all other
+  tokens carry no loss; each unlikely token weighs the same. The size of the advantage hardly
+  matters, because Adam divides it out.
+- *SFT on the student's own right responses.* The verifier judges the rollouts of the methods
+  (`lopd cache judge`). The right ones are demonstrations. The verifier knows the answers, which a
+  teacher does not.
+- *SFT gone on*, on the 512 demonstrations of the SFT student."""
+_LIMITS = (
+    "What could overturn this: one student, one task of arithmetic, models of 750 thousand "
+    "parameters, 32 tokens of vocabulary, and 16 steps. Here the student can do the task "
+    "and has a bad habit, so whatever makes it sharper helps. A student that lacks knowledge may "
+    "tell the controls from the method in another way. Rates of the controls were not searched: "
+    "they have that of the methods. Each control has four chances to be shown lower, so its "
+    "outcome is not that of one test at 95%."
+)
+
+
+def judge(figures: Figures) -> Verdict:
+    """Hold each control against the paper's loss and against the top-8 loss."""
+    methods = measured(figures, METHODS)
+    found = measured(figures, ARMS)
+    if not methods or not found:
+        raise MissingFigures("no method or no control of claim 8 is measured")
+    outcomes = {
+        method.name: {arm.name: matches(figures, arm.name, method.name) for arm in found}
+        for method in methods
+    }
+    every = {outcome for of_method in outcomes.values() for outcome in of_method.values()}
+    is_whole = len(methods) == len(METHODS) and len(found) == len(ARMS)
+    answer: str = "open"
+    if "matches" in every:
+        answer = "does not hold"
+    elif is_whole and every == {"below"}:
+        answer = "holds"
+    return Verdict(
+        answer=answer,  # type: ignore[arg-type]
+        summary=_summary(figures, methods, found, outcomes),
+        details=(
+            table(figures, measured(figures, [HABIT_SFT, *METHODS, *found])),
+            *(table_against(figures, found, method, outcomes[method.name]) for method in methods),
+            _READING,
+            _MEANINGS,
+            *_caches(found),
+            _LIMITS,
+        ),
+    )
+
+
+def _summary(
+    figures: Figures,
+    methods: Sequence[Arm],
+    found: Sequence[Arm],
+    outcomes: dict[str, dict[str, str]],
+) -> str:
+    """Return the summary. A control that matches comes first."""
+    matched = [
+        f"{arm.title} matches the {method.title} ({differences(figures, arm.name, method.name)})"
+        for method in methods
+        for arm in found
+        if outcomes[method.name][arm.name] == "matches"
+    ]
+    sentences = []
+    if matched:
+        sentences.append(f"A control matches the method: {'; '.join(matched)}.")
+    else:
+        sentences.append("No control is shown to match a method.")
+    for method in methods:
+        for outcome, words in (("below", "shown to be below"), ("open", "open against")):
+            titles = [
+                f"{arm.title} (T=1 "
+                f"{points(figures.difference(arm.name, method.name, 'sampled'))} points)"
+                for arm in found
+                if outcomes[method.name][arm.name] == outcome
+            ]
+            if titles:
+                words_of_all = f"{words[0].upper()}{words[1:]}"
+                sentences.append(f"{words_of_all} the {method.title}: {'; '.join(titles)}.")
+    sentences += _gains(figures, [*methods, *found])
+    missing = [arm.title for arm in (*METHODS, *ARMS) if arm not in (*methods, *found)]
+    if missing:
+        sentences.append(f"Not measured: {'; '.join(missing)}.")
+    return " ".join(sentences)
+
+
+def _gains(figures: Figures, arms: Sequence[Arm]) -> list[str]:
+    """Return in words what a control without a teacher gains over the SFT student."""
+    if not measured(figures, [HABIT_SFT]):
+        return []
+    start = percent(figures.mean(HABIT_SFT.name, "sampled"))
+    gains = [
+        f"{arm.title} {points(figures.difference(arm.name, HABIT_SFT.name, 'sampled'))}"
+        for arm in arms
+        if arm in (*METHODS, *TEACHERLESS)
+    ]
+    return [f"Over the SFT student ({start}% at T=1) gain, in points: {'; '.join(gains)}."]
+
+
+def _caches(found: Sequence[Arm]) -> list[str]:
+    """Return what the altered caches hold, as far as their runs are there."""
+    texts = [table_of_caches(found, f"{ALTERED}/manifest.json")]
+    right = [
+        one["extra"]["altered"] for one in recorded(OWN_RIGHT.name, f"{ALTERED}/manifest.json")
+    ]
+    if right:
+        share = sum(one["right"] for one in right) / sum(one["rows"] for one in right)
+        texts.append(f"Of the rollouts {100 * share:.1f}% are right ({len(right)} seeds).")
+    return texts
+
+
+CLAIM = Claim(
+    number=8,
+    title="No control that leaves out the teacher's scores matches distillation from them.",
+    source="Controls after arXiv 2608.31046, and this project's own negative result.",
+    method=(
+        "Each control begins with the same SFT student and has the budget of the methods, and is "
+        "held against the paper's loss and the top-8 loss. Differences are paired by seed."
+    ),
+    arms=ARMS,
+    judge=judge,
+    reads=(HABIT_SFT.name, HABIT_LIGHTNING.name, HABIT_TOP_K.name),
+)

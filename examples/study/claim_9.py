@@ -1,0 +1,239 @@
+"""Claim 9: offline distillation fails where a student lacks what a sharp teacher knows."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from examples.study.arms import (
+    HABIT,
+    LIGHTNING,
+    Arm,
+    Claim,
+    Command,
+    Place,
+    Plot,
+    Setting,
+    Verdict,
+)
+from examples.study.comparisons import MARGIN, Table, mean_of_steps, sign_of, words
+from examples.study.figures import Figures
+from examples.study.unlearned import BASE
+
+RATE = "distill.optimizer.lr=1e-4"
+
+
+def _overrides(seed: int) -> tuple[str, ...]:
+    return (*HABIT.overrides(seed), f"models.student={BASE}")
+
+
+# A student of the teacher's size whose training was stopped early: it cannot add reliably. The
+# teacher is sharp at every digit.
+UNLEARNED = Setting("unlearned", HABIT.config, _overrides)
+_FIRST: tuple[Command, ...] = (("python", "unlearned"),)
+SFT = Arm(
+    name="c9_sft",
+    title="SFT student",
+    setting=UNLEARNED,
+    commands=lambda place: (
+        *_FIRST,
+        *(("lopd", verb) for verb in ("demonstrate", "sft", "rollout", "score")),
+    ),
+    model="sft/model",
+)
+_SCORED = tuple((SFT.name, stage) for stage in ("demonstrate", "sft", "rollout", "score"))
+
+
+def _distilled(name: str, title: str, *overrides: str) -> Arm:
+    return Arm(
+        name=name,
+        title=title,
+        setting=UNLEARNED,
+        commands=lambda place: (("lopd", "distill", *overrides),),
+        copied=_SCORED,
+    )
+
+
+PLAIN = _distilled("c9_lightning", "Lightning OPD (sampled token, clip 10)", *LIGHTNING)
+CLIP = _distilled("c9_clip_1", "with clip 1", *LIGHTNING, "distill.advantage_clip=1")
+CAP = _distilled(
+    "c9_cap_1", "with importance_cap = 1", *LIGHTNING, "distill.objective.importance_cap=1"
+)
+TOP_K = _distilled("c9_top_k", "top-8 reverse KL on the same rollouts", RATE)
+FRESH = _distilled(
+    "c9_fresh",
+    "fresh rollouts at every step (standard OPD)",
+    *LIGHTNING,
+    "distill.refresh.every=1",
+    "distill.refresh.keep_teacher=true",
+)
+
+
+def _gone_on(place: Place) -> tuple[Command, ...]:
+    sft = place.of(SFT.name)
+    return (
+        (
+            "lopd",
+            "sft",
+            f"models.student={sft / 'sft' / 'model'}",
+            f"sft.demonstrations={sft / 'demonstrate'}",
+            # With the same seed it would begin with the responses that SFT began with.
+            f"run.seed={100 + place.seed}",
+            "sft.num_steps=16",
+            "sft.optimizer.lr=1e-4",
+        ),
+    )
+
+
+# As many responses and the rate of distill. Nothing of it is on the student's own states.
+LONGER = Arm(
+    name="c9_sft_longer",
+    title="SFT gone on for as many steps, on the same 512 demonstrations",
+    setting=UNLEARNED,
+    commands=_gone_on,
+    after=(SFT.name,),
+    model="sft/model",
+)
+# In the order of the table: what may help.
+DISTILLED = (PLAIN, CLIP, CAP, TOP_K, FRESH)
+REMEDIES = (CLIP, CAP, TOP_K, FRESH, LONGER)
+MODES = {"sampled": "at T=1", "greedy": "in greedy decoding"}
+Answer = Literal["holds", "does not hold", "open"]
+
+
+def judge(figures: Figures) -> Verdict:
+    """Compare distillation with the SFT student that it begins with, and then what may help."""
+    found = {mode: figures.difference(PLAIN.name, SFT.name, mode) for mode in MODES}
+    shown = " and ".join(f"{words(one, mode)} {MODES[mode]}" for mode, one in found.items())
+    answer: Answer
+    if any(sign_of(one) > 0 and one.mean > MARGIN for one in found.values()):
+        answer = "does not hold"
+        what = "The paper's update on frozen rollouts gains here"
+    elif all(one.high <= MARGIN for one in found.values()):
+        answer = "holds"
+        harms = any(sign_of(one) < 0 for one in found.values())
+        nothing = f"does not gain more than {100 * MARGIN:.0f} points"
+        what = f"The paper's update on frozen rollouts {'does harm' if harms else nothing}"
+    else:
+        answer = "open"
+        what = "Neither a gain nor the lack of one is shown for the paper's update"
+    summary = f"{what}: distilled minus the SFT student is {shown}. {_best_of(figures)}"
+    return Verdict(
+        answer=answer,
+        summary=summary,
+        details=(_table(figures), _what_helps(figures), _signs(figures), _LIMITS),
+        plots=(Plot("study_9.svg", _CAPTION, partial(_draw, figures)),),
+    )
+
+
+def _best_of(figures: Figures) -> str:
+    """Return which of the remedies are better than the plain update, and which of them than SFT."""
+    better = [
+        arm for arm in REMEDIES if sign_of(figures.difference(arm.name, PLAIN.name, "sampled")) > 0
+    ]
+    if not better:
+        return "Nothing that was tried is shown to be better at T=1."
+    gains = [
+        f"{arm.title} ({words(figures.difference(arm.name, SFT.name, 'sampled'), 'sampled')})"
+        for arm in better
+        if sign_of(figures.difference(arm.name, SFT.name, "sampled")) > 0
+    ]
+    helped = "; ".join(arm.title for arm in better)
+    above = "; ".join(gains) if gains else "none"
+    return f"Better than it at T=1: {helped}. Above the SFT student too: {above}."
+
+
+def _what_helps(figures: Figures) -> str:
+    """Return a line about each remedy: against the plain update, and against SFT."""
+    lines: list[str] = []
+    for arm in REMEDIES:
+        over_plain = figures.difference(arm.name, PLAIN.name, "sampled")
+        over_sft = figures.difference(arm.name, SFT.name, "sampled")
+        verb = {1: "helps", 0: "is not shown to help", -1: "does harm"}[sign_of(over_plain)]
+        place = {1: "above", 0: "not told apart from", -1: "below"}[sign_of(over_sft)]
+        lines.append(
+            f"- {arm.title}: it {verb} ({words(over_plain, 'sampled')} over the plain update at "
+            f"T=1) and ends {place} the SFT student ({words(over_sft, 'sampled')})."
+        )
+    return "\n".join(lines)
+
+
+def _table(figures: Figures) -> str:
+    titles = {arm.name: arm.title for arm in (SFT, PLAIN, *REMEDIES)}
+    return Table(titles, SFT.name, "SFT student").markdown(figures)
+
+
+# Metrics of a step that show what goes on being pushed, with what the table calls them.
+_SIGNS = {
+    "advantage": "mean advantage",
+    "advantage_p01": "1% quantile of the advantage",
+    "clipped_share": "share beyond the clip",
+    "chi_square": "chi-square of tokens",
+    "effective_sample_share": "effective sample share",
+    "sequence_log_weight": "log w of responses",
+}
+
+
+def _signs(figures: Figures) -> str:
+    """Return the metrics of the first and of the last steps of each training."""
+    heads = " | ".join(_SIGNS.values())
+    lines = [f"| training | steps | {heads} |", f"|---|---|{'---:|' * len(_SIGNS)}"]
+    for arm in DISTILLED:
+        for steps, part in (("first 4", slice(0, 4)), ("last 4", slice(-4, None))):
+            cells = [mean_of_steps(figures, arm.name, metric, part) for metric in _SIGNS]
+            lines.append(f"| {arm.title} | {steps} | {' | '.join(cells)} |")
+    return (
+        "What the steps report, as means over the seeds. Where frozen wrong tokens go on being "
+        "pushed down, log w of the rollouts falls and the chi-square rises from the first steps to "
+        "the last, while the 1% quantile of the advantage stays far below 0: these are tokens of "
+        f"the rollouts that the teacher excludes.\n\n{chr(10).join(lines)}"
+    )
+
+
+_CAPTION = "Right answers at T=1 of a student that lacks knowledge: SFT and what distils it."
+_LIMITS = (
+    "What could overturn this: one base student, stopped at one point of its training; a stronger "
+    "or a weaker one may gain. One learning rate (1e-4, 16 steps of 64) that suits the student "
+    "with a bad habit: a lower one would do less of everything. With 8 of 32 tokens the top-K "
+    "cache holds nearly the teacher's whole distribution. One task of arithmetic. SFT had 4 steps "
+    "on 512 demonstrations before. The base student is made once, and its processor time counts "
+    "for the seed that came first."
+)
+
+
+def _draw(figures: Figures, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    arms = (SFT, PLAIN, *REMEDIES)
+    found = [figures.mean(arm.name, "sampled") for arm in arms]
+    means = [100 * one.mean for one in found]
+    errors = [
+        [100 * (one.mean - one.low) for one in found],
+        [100 * (one.high - one.mean) for one in found],
+    ]
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    axes.barh([arm.title for arm in arms], means, xerr=errors, capsize=3)
+    axes.axvline(means[0], color="black", linewidth=0.8, linestyle=":")
+    axes.invert_yaxis()
+    axes.set_xlabel("right answers at T=1, %")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+CLAIM = Claim(
+    number=9,
+    title=(
+        "Offline distillation fails where the student lacks knowledge and the teacher is sharp: "
+        "frozen wrong tokens go on being pushed down."
+    ),
+    source="this project's calibration (docs/objectives.md, Limits); not a claim of the paper",
+    method=(
+        "A student of the teacher's architecture whose training from random weights was stopped "
+        "early goes through SFT, rollouts and scores. It is then distilled by the paper's update "
+        "and by four variations of it, or goes on with SFT."
+    ),
+    arms=(SFT, PLAIN, *REMEDIES),
+    judge=judge,
+)

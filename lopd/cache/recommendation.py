@@ -1,0 +1,171 @@
+"""Which loss suits a cache, from its figures alone, before any training.
+
+The limits are from the examples of this project: models of less than a million parameters with 32
+tokens. docs/objectives.md says how they were found and how often they were right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from lopd.cache.regime import ADVANTAGE_CLIP, FAR, RegimeFigures
+from lopd.config import DistillSection
+
+# From this share of tokens beyond ADVANTAGE_CLIP on, the teacher counts as sharp. In
+# examples/small_student.toml, where the sampled token did heavy harm, TODO of the tokens were
+# beyond it (5 caches); in examples/tiny_moe.toml, where it is enough, TODO (TODO caches).
+SHARP_SHARE = 0.001
+# With fewer tokens, one or two decide what the share is.
+LEAST_TOKENS = 2000
+# In all measured runs with a top-K, it held at least this share of what the student samples.
+MEASURED_COVERAGE = 0.99
+# Multiplied by at most 1, a token that the student has given up is pushed no longer.
+SAFE_CAP = 1.0
+_DOC = "docs/objectives.md#which-loss-suits-a-cache"
+
+Regime: TypeAlias = Literal["soft teacher", "sharp teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """The value of one knob, and in one sentence why."""
+
+    value: str | float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """What suits a cache.
+
+    Attributes:
+        regime: "sharp teacher" where the teacher all but excludes tokens that the student samples,
+            otherwise "soft teacher".
+        seen: The figures that decided it, as a sentence.
+        loss: The value of distill.objective.loss.
+        advantage_clip: The value of distill.advantage_clip.
+        importance_cap: The value of distill.objective.importance_cap; None is off.
+    """
+
+    regime: Regime
+    seen: str
+    loss: Advice
+    advantage_clip: Advice
+    importance_cap: Advice
+
+
+def recommend(figures: RegimeFigures | None) -> Recommendation | None:
+    """Return what suits a cache; None where its figures say nothing, or too little."""
+    if figures is None or figures.num_tokens < LEAST_TOKENS:
+        return None
+    if figures.clipped_share >= SHARP_SHARE:
+        return _of_sharp_teacher(figures)
+    return _of_soft_teacher(figures)
+
+
+def _of_sharp_teacher(figures: RegimeFigures) -> Recommendation:
+    if figures.top_k:
+        loss = Advice(
+            "top_k_reverse_kl",
+            "it pushes a token down only as far as the student still says it, and the sampled "
+            f"token's loss does so at full strength for good{_coverage(figures)}",
+        )
+        clip = Advice(ADVANTAGE_CLIP, "the top-K losses do not read it")
+        cap = Advice(
+            None, f"the top-K losses take no such weights; with lightning set it to {SAFE_CAP:g}"
+        )
+        return Recommendation("sharp teacher", _seen(figures), loss, clip, cap)
+    loss = Advice(
+        "lightning",
+        "the cache has no top-K; with score.top_k = 8 another scoring gives one, and then "
+        "top_k_reverse_kl is the better choice",
+    )
+    clip = Advice(
+        ADVANTAGE_CLIP,
+        "a clip of 1 took the harm away in one measured run and not in another one",
+    )
+    cap = Advice(
+        SAFE_CAP, "it ends the push on a token that the student has given up, which did the harm"
+    )
+    return Recommendation("sharp teacher", _seen(figures), loss, clip, cap)
+
+
+def _of_soft_teacher(figures: RegimeFigures) -> Recommendation:
+    if figures.top_k:
+        loss = Advice(
+            "top_k_reverse_kl",
+            "the top-K is in the cache and has no sampling noise; the sampled token (lightning) is "
+            f"enough here too{_coverage(figures)}",
+        )
+    else:
+        loss = Advice("lightning", "the sampled token is enough, and its cache is the smallest")
+    clip = Advice(ADVANTAGE_CLIP, "hardly a token is beyond it")
+    cap = Advice(None, "the harm that it prevents is not to be expected")
+    return Recommendation("soft teacher", _seen(figures), loss, clip, cap)
+
+
+def _seen(figures: RegimeFigures) -> str:
+    return (
+        f"{figures.clipped_share:.2%} of the tokens are beyond {ADVANTAGE_CLIP:g} nats and "
+        f"{figures.far_share:.2%} beyond {FAR:g}, the least advantage is "
+        f"{figures.min_advantage:.1f}"
+    )
+
+
+def _coverage(figures: RegimeFigures) -> str:
+    """Return the end of a sentence where the top-K holds little of what the student samples."""
+    coverage = figures.top_k_coverage
+    if coverage is None or coverage >= MEASURED_COVERAGE:
+        return ""
+    return (
+        f"; but the top {figures.top_k} hold only {coverage:.1%} of what the student samples, less "
+        f"than in any measured run ({MEASURED_COVERAGE:.0%}), so a larger score.top_k is safer"
+    )
+
+
+def goes_against(recommendation: Recommendation, distill: DistillSection) -> bool:
+    """Return whether the knobs are those that did harm in this regime.
+
+    Fresh rollouts end the push as importance weights do, and another advantage than the teacher's
+    was not measured, so neither goes against it.
+    """
+    objective = distill.objective
+    return (
+        recommendation.regime == "sharp teacher"
+        and objective.loss == "lightning"
+        and objective.importance_cap is None
+        and objective.advantage == "teacher"
+        and not distill.refresh.is_on
+    )
+
+
+def told(recommendation: Recommendation, distill: DistillSection) -> str:
+    """Return one line about the configured loss, for the log of a training."""
+    if not goes_against(recommendation, distill):
+        return f"{recommendation.regime}: {recommendation.seen}; the configured loss suits it"
+    return (
+        f"{recommendation.regime}: {recommendation.seen}. In such runs the sampled token "
+        f'(distill.objective.loss = "lightning") ended below the SFT student; better is '
+        f"{_remedy(recommendation)}. Nothing is changed ({_DOC})"
+    )
+
+
+def _remedy(recommendation: Recommendation) -> str:
+    if recommendation.loss.value != "lightning":
+        return f'distill.objective.loss = "{recommendation.loss.value}"'
+    return (
+        f"distill.objective.importance_cap = {recommendation.importance_cap.value:g}, or "
+        "score.top_k = 8 with a top-K loss"
+    )
+
+
+def regime_json(figures: RegimeFigures | None) -> dict[str, Any] | None:
+    """Return the figures and the recommendation for programs; None without figures."""
+    if figures is None:
+        return None
+    recommendation = recommend(figures)
+    return {
+        **asdict(figures),
+        "recommendation": None if recommendation is None else asdict(recommendation),
+    }
