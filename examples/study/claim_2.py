@@ -15,13 +15,14 @@ from examples.study.contrasts import (
     is_above,
     nats,
     of_metric,
+    paragraphs,
     points,
     table,
     teachers_text,
 )
 from examples.study.figures import Figures, Interval
-from examples.study.second_teacher import RESULT
 from examples.study.two_teachers import (
+    MEASURED_MODELS,
     OFFLINE,
     ONLINE,
     SFT_A,
@@ -124,8 +125,8 @@ def _details(figures: Figures) -> tuple[str, ...]:
             other = grid[("b" if opd == "a" else "a") + opd]
             rows += [Row(own.name, own.title), Row(other.name, other.title, own.name)]
     rows.append(Row(WEAK.name, WEAK.title, OFFLINE["ba"].name))
-    return (
-        teachers_text(RESULT),
+    return paragraphs(
+        teachers_text(figures, SFT_A.name, MEASURED_MODELS),
         "The reverse KL of an SFT student is that from its own teacher, of a distilled one that "
         "from its OPD teacher. The last column compares with the line of the same OPD teacher and "
         "of one teacher for both; the weaker SFT is compared with SFT by B.",

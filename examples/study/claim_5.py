@@ -12,13 +12,13 @@ from examples.study.contrasts import (
     is_above,
     is_small,
     of_metric,
+    paragraphs,
     points,
     table,
     teachers_text,
 )
 from examples.study.figures import Figures, Interval
-from examples.study.second_teacher import RESULT
-from examples.study.two_teachers import OFFLINE, SFT_A, SFT_B, corrected
+from examples.study.two_teachers import MEASURED_MODELS, OFFLINE, SFT_A, SFT_B, corrected
 
 FOREIGN = corrected("c5_foreign", "b", "a")
 OWN = corrected("c5_own", "a", "a")
@@ -83,8 +83,8 @@ def _details(figures: Figures) -> tuple[str, ...]:
     pairs = ((FOREIGN, foreign), (OWN, own))
     changes = [difference(greedy, arm.name, other.name) for arm, other in pairs]
     kls = [difference(kl, arm.name, other.name).text(form="+.4f") for arm, other in pairs]
-    return (
-        teachers_text(RESULT),
+    return paragraphs(
+        teachers_text(figures, SFT_A.name, MEASURED_MODELS),
         "The reverse KL is that from teacher A, but for the SFT student by B: that from B. The "
         "last column is corrected minus not corrected.",
         table(figures, rows, "correction"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from examples.study.figures import Figures, Interval, MissingFigures, interval_of
 
@@ -107,20 +106,38 @@ def table(figures: Figures, rows: Sequence[Row], other_title: str) -> str:
     return "\n".join(lines)
 
 
-def teachers_text(result: Path) -> str:
-    """Return a sentence about the two teachers, of the file that second_teacher.py has written."""
-    if not result.exists():
-        return "The two teachers have not been measured."
-    measured = json.loads(result.read_text())["measured"]
-    a = measured["teacher_a by teacher_b"]
-    b = measured["teacher_b by teacher_a"]
-    base = measured["two_notations by teacher_a"]
+def teachers_text(figures: Figures, arm: str, file: str) -> str:
+    """Return sentences about the two teachers.
+
+    Args:
+        figures: What was measured.
+        arm: An arm that keeps what second_teacher.py has measured.
+        file: The file of its run with it.
+    """
+    # It is the same for all seeds.
+    measured = next(iter(figures.recorded(arm, file).values()))
+    a = measured["teacher_a_by_teacher_b"]
+    b = measured["teacher_b_by_teacher_a"]
+    base = measured["two_notations_by_teacher_a"]
     return (
         f"At T=1 teacher A is right in {100 * a['sampled']:.1f}% and teacher B in "
         f"{100 * b['sampled']:.1f}% of the held-out problems (greedy {100 * a['greedy']:.1f}% and "
         f"{100 * b['greedy']:.1f}%), the base student in {100 * base['sampled']:.1f}%. The reverse "
-        f"KL of A from B is {a['reverse_kl']:.4f} nats per token "
-        f"({a['reverse_kl'] * a['tokens']:.2f} a response), of B from A {b['reverse_kl']:.4f} "
-        f"({b['reverse_kl'] * b['tokens']:.2f}), of the base student from A "
-        f"{base['reverse_kl']:.4f} ({base['reverse_kl'] * base['tokens']:.2f})."
+        f"KL of A from B is {_distance(a)}, of B from A {_distance(b)}, of the base student from A "
+        f"{_distance(base)}."
+    )
+
+
+def _distance(measured: Mapping[str, float]) -> str:
+    kl = measured["reverse_kl"]
+    return f"{kl:.4f} nats per token ({kl * measured['tokens']:.2f} a response)"
+
+
+def paragraphs(*texts: str) -> tuple[str, ...]:
+    """Return parts of the page: tables as they are, and text in lines of at most 100 columns."""
+    return tuple(
+        text
+        if text.startswith("|")
+        else textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+        for text in texts
     )

@@ -1,12 +1,13 @@
 """Makes the base student and the two teachers of two_teachers.py, and measures them.
 
-    python -m examples.study.second_teacher
+    python -m examples.study.second_teacher [COPY]
 
 The base student is the example's student, which goes on with written demonstrations in both
 notations. Each teacher is this student, after written demonstrations with hardly a skipped step, in
 mostly one notation. All three are made by ``lopd sft``, once and not for each seed. After a kill
 the same command goes on; what is there is not made again. The study calls it before the arms that
-need it, also from two processes at a time.
+need it, also from two processes at a time. COPY is where an arm keeps what was measured, for the
+page.
 """
 
 from __future__ import annotations
@@ -113,12 +114,11 @@ def measured() -> dict[str, Any]:
     """Measure each model against a teacher that it is not, and return what was found.
 
     Returns:
-        The figures of measure.py by "MODEL by TEACHER": accuracies, and the reverse KL of the model
+        The figures of measure.py by "MODEL_by_TEACHER": accuracies, and the reverse KL of the model
         from that teacher in nats per token.
     """
     # Imported here, because it takes seconds and most calls find everything made.
     from examples.study.measure import Subject, measure
-
     from lopd.config import load_config
 
     pairs: tuple[tuple[str, Teacher], ...] = (
@@ -132,24 +132,29 @@ def measured() -> dict[str, Any]:
         setting = SETTINGS[teacher]
         folder = (MADE / model / "sft" / "model").resolve()
         config = load_config(setting.config, setting.overrides(1))
-        subjects.append(Subject(f"{model} by {TEACHERS[teacher]}", folder, folder, config))
-    measure(subjects)
-    return {subject.name: json.loads(subject.result.read_text()) for subject in subjects}
+        name = f"models/{model}_by_{TEACHERS[teacher]}"
+        subjects.append(Subject(name, folder, folder, config))
+    measure(subjects, "servers-models")
+    return {subject.result.stem: json.loads(subject.result.read_text()) for subject in subjects}
 
 
 def main() -> None:
     from lopd.artifacts import publish_json
 
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    if is_made():
-        return
-    with _alone():
-        # Another process may have made them in the meantime.
-        if not is_made():
-            make()
-            publish_json(RESULT, {"identity": identity(), "measured": measured()})
+    )
+    parser.add_argument("copy", type=Path, nargs="?")
+    options = parser.parse_args()
+    if not is_made():
+        with _alone():
+            # Another process may have made them in the meantime.
+            if not is_made():
+                make()
+                publish_json(RESULT, {"identity": identity(), "measured": measured()})
+    if options.copy is not None:
+        options.copy.parent.mkdir(parents=True, exist_ok=True)
+        publish_json(options.copy, json.loads(RESULT.read_text())["measured"])
 
 
 if __name__ == "__main__":

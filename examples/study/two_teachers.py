@@ -15,6 +15,8 @@ from examples.study.arms import ROOT, RUNS, Arm, Command, Place, Setting
 Teacher = Literal["a", "b"]
 CONFIG = ROOT / "examples" / "tiny_moe.toml"
 MADE = RUNS / "models"
+# What was measured of the teachers, in the run of an SFT student.
+MEASURED_MODELS = "teachers.json"
 # The model that the teachers and all students begin with.
 BASE = MADE / "two_notations" / "sft" / "model"
 TEACHERS: dict[Teacher, str] = {"a": "teacher_a", "b": "teacher_b"}
@@ -69,7 +71,7 @@ def _sft(name: str, title: str, teacher: Teacher) -> Arm:
     def commands(place: Place) -> tuple[Command, ...]:
         given = _demonstrations(place, name)
         return (
-            ("python", "second_teacher"),
+            ("python", "second_teacher", str(place.run / MEASURED_MODELS)),
             ("lopd", "demonstrate"),
             ("lopd", "sft", given),
             ("lopd", "rollout", given),

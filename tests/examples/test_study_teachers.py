@@ -15,7 +15,15 @@ import pytest
 from examples.study import claim_2, claim_5, corrected_cache, second_teacher
 from examples.study.arms import Arm, Place
 from examples.study.figures import Figures
-from examples.study.two_teachers import OFFLINE, ONLINE, SFT_A, SFT_B, SFT_WEAK, WEAK
+from examples.study.two_teachers import (
+    MEASURED_MODELS,
+    OFFLINE,
+    ONLINE,
+    SFT_A,
+    SFT_B,
+    SFT_WEAK,
+    WEAK,
+)
 from lopd import cache
 from lopd.cache.row_checks import RESIDUALISED
 from lopd.config import Config, load_config
@@ -106,7 +114,11 @@ def figures(
         }
         points = [(0, distances.get(name, 0.06)), (1, 0.01)]
         steps[name] = {"reverse_kl": dict.fromkeys(SEEDS, points)}
-    return Figures(values, steps)
+    of_model = {"sampled": 0.97, "greedy": 0.98, "reverse_kl": 0.05, "tokens": 50.0}
+    pairs = ("teacher_a_by_teacher_b", "teacher_b_by_teacher_a", "two_notations_by_teacher_a")
+    measured = dict.fromkeys(pairs, of_model)
+    files = {SFT_A.name: {MEASURED_MODELS: dict.fromkeys(SEEDS, measured)}}
+    return Figures(values, steps, files=files)
 
 
 CROSSED = ("c2_ab", "c2_ba", "c2_ab_online", "c2_ba_online")
@@ -163,6 +175,12 @@ def test_every_table_has_as_many_cells_as_titles() -> None:
         assert len({line.count("|") for line in tables[0].splitlines()}) == 1
 
 
+def test_the_page_says_how_good_and_how_far_apart_the_teachers_are() -> None:
+    text = claim_2.judge(figures({})).details[0]
+    assert "teacher B in 97.0%" in " ".join(text.split())
+    assert "0.0500 nats per token (2.50 a response)" in " ".join(text.split())
+
+
 def test_the_corrected_cache_has_other_scores_and_the_same_responses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,9 +212,10 @@ def test_the_models_are_made_once_and_again_after_a_change(
     monkeypatch.setattr(second_teacher, "RESULT", tmp_path / "teachers.json")
     monkeypatch.setattr(second_teacher, "make", lambda: calls.append("make"))
     monkeypatch.setattr(second_teacher, "measured", lambda: {})
-    monkeypatch.setattr(sys, "argv", ["second_teacher"])
+    monkeypatch.setattr(sys, "argv", ["second_teacher", str(tmp_path / "run" / "copy.json")])
     second_teacher.main()
     second_teacher.main()
+    assert json.loads((tmp_path / "run" / "copy.json").read_text()) == {}
     assert calls == ["make"]
     changed = (*second_teacher.RECIPES[:2], second_teacher.RECIPES[0])
     monkeypatch.setattr(second_teacher, "RECIPES", changed)
