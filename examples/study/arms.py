@@ -38,8 +38,8 @@ def _habit(seed: int) -> tuple[str, ...]:
     one_rank = "parallel={ranks=1,tensor=1,expert=1}"
     return (
         f"run.seed={seed}",
-        f"prompts.sft={{num_prompts=512,seed={200 + seed}}}",
-        f"prompts.opd={{num_prompts=512,seed={300 + seed}}}",
+        f"prompts.sft={{num_prompts=512,seed={100 + seed}}}",
+        f"prompts.opd={{num_prompts=512,seed={200 + seed}}}",
         # Two arms are made side by side, one on each core.
         f"sft.{one_rank}",
         f"distill.{one_rank}",
