@@ -106,6 +106,7 @@ def write(options: argparse.Namespace, claims: Sequence[Claim], arms: Mapping[st
     # Imported here: the first two parts need none of this.
     from examples.study.collect import collect
     from examples.study.page import PAGE, read_figures, write_page
+    from examples.study.recommendation import record
 
     is_whole = [*NUMBERS] == options.claims and {*SEEDS} <= {*options.seeds} and not options.arms
     to = DOCS if is_whole else RUNS / "page"
@@ -113,6 +114,7 @@ def write(options: argparse.Namespace, claims: Sequence[Claim], arms: Mapping[st
     if options.figures is not None:
         figures, seeds = read_figures(options.figures)
     else:
+        record(arms, seeds)
         figures = collect(arms, seeds)
     write_page(claims, figures, seeds, to)
     print(f"the page is {to / PAGE}")

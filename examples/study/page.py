@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.study import recommendation
 from examples.study.arms import ROOT, RUNS, SMALL_RUNS, Claim, Verdict
 from examples.study.figures import Figures, MissingFigures
 from examples.study.small import is_small
@@ -83,10 +84,11 @@ def write_page(claims: Sequence[Claim], figures: Figures, seeds: Sequence[int], 
     for one in judged:
         for plot in one.verdict.plots if one.verdict else ():
             plot.draw(to / plot.file)
+    text = "\n\n".join([markdown(judged, seeds), *_recommendation(figures)])
     # After the judgement: the steps that it has asked for are kept as well.
     stored = {"seeds": [*seeds], **figures.as_json()}
     publish_bytes(to / FIGURES, _one_line_an_arm(stored).encode())
-    publish_bytes(to / PAGE, (markdown(judged, seeds) + "\n").encode())
+    publish_bytes(to / PAGE, (text + "\n").encode())
 
 
 def _one_line_an_arm(stored: Mapping[str, Any]) -> str:
@@ -172,6 +174,15 @@ def _section(one: Judged) -> str:
             parts.append(_filled(f"*{plot.caption}*"))
     parts.append(_folders(claim))
     return "\n\n".join(parts)
+
+
+def _recommendation(figures: Figures) -> list[str]:
+    """Return how often the recommendation from a cache alone was right; nothing without caches."""
+    try:
+        parts = recommendation.section(figures)
+    except MissingFigures:
+        return []
+    return [part if part.startswith(("#", "|")) else _filled(part) for part in parts]
 
 
 def _folders(claim: Claim) -> str:

@@ -4,27 +4,33 @@ control does as well.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from examples.study.arms import HABIT_SFT
+from examples.study.claims import arms_of, load_claims
 from examples.study.figures import Figures, MissingFigures
 from examples.study.recommendation import (
     CAPPED,
     CASES,
+    FILE,
     SAMPLED,
     TOP_K,
     Case,
     Run,
     judge_loss,
     judge_warning,
+    record,
     runs_of,
     section,
     without_top_k,
 )
 from lopd.cache.recommendation import LEAST_TOKENS, SHARP_SHARE
 from lopd.cache.regime import RegimeFigures
+from tests.cache.rollouts import publish_cache, some_responses
 
 SOFT = RegimeFigures(
     num_tokens=LEAST_TOKENS,
@@ -85,36 +91,14 @@ def test_a_recommended_way_without_an_arm_is_not_counted() -> None:
     assert judge_loss([without_top_k(run) for run in without])["recommended"].of == 0
 
 
-class Made(Figures):
-    """Figures of two seeds: by arm the share of right answers at T=1."""
-
-    def __init__(self, accuracies: dict[str, float]) -> None:
-        self.accuracies = accuracies
-
-    def values(self, arm: str, metric: str) -> dict[int, float]:
-        assert metric == "sampled"
-        if arm not in self.accuracies:
-            raise MissingFigures(arm)
-        return {2: self.accuracies[arm], 3: self.accuracies[arm] + 0.01}
-
-
-@pytest.fixture
-def cases(tmp_path: Path) -> list[Case]:
-    return [
-        Case(
-            name,
-            lambda seed, name=name: tmp_path / name / str(seed),  # type: ignore[misc]
-            f"{name}_sft",
-            {SAMPLED: f"{name}_lightning", TOP_K: f"{name}_top_k", CAPPED: f"{name}_capped"},
-        )
-        for name in ("soft", "sharp")
-    ]
-
-
-def measure(folder: Path) -> RegimeFigures:
-    return SHARP if "sharp" in folder.parts else SOFT
-
-
+CASES_MADE = [
+    Case(
+        name,
+        f"{name}_sft",
+        {SAMPLED: f"{name}_lightning", TOP_K: f"{name}_top_k", CAPPED: f"{name}_capped"},
+    )
+    for name in ("soft", "sharp")
+]
 MADE = {
     "soft_sft": 0.6,
     "soft_lightning": 0.9,
@@ -125,40 +109,66 @@ MADE = {
 }
 
 
-def test_the_runs_are_those_with_a_cache_and_with_figures(
-    cases: list[Case], tmp_path: Path
-) -> None:
-    for name, seed in (("soft", 2), ("soft", 3), ("sharp", 2)):
-        (tmp_path / name / str(seed)).mkdir(parents=True)
-    found = runs_of(Made(MADE), cases, measure)
+def made(accuracies: dict[str, float], caches: dict[str, dict[int, RegimeFigures]]) -> Figures:
+    """Figures of two seeds: by arm the share of right answers at T=1, and the caches of cases."""
+    values = {arm: {"sampled": {2: value, 3: value + 0.01}} for arm, value in accuracies.items()}
+    files = {
+        f"{name}_sft": {FILE: {seed: asdict(one) for seed, one in of.items()}}
+        for name, of in caches.items()
+    }
+    return Figures(values, files=files)
+
+
+def test_the_runs_are_those_with_a_cache_and_with_figures() -> None:
+    caches = {"soft": {2: SOFT, 3: SOFT, 4: SOFT}, "sharp": {2: SHARP}}
+    found = runs_of(made(MADE, caches), CASES_MADE)
     assert [(run.case, run.seed) for run in found] == [("soft", 2), ("soft", 3), ("sharp", 2)]
+    assert [run.figures for run in found] == [SOFT, SOFT, SHARP]
     # Nobody has made the arm with the cap.
     assert found[0].reached == {SAMPLED: 0.9, TOP_K: 0.91}
     assert found[1].sft == pytest.approx(0.61)
     # With one arm alone there is nothing to be right about.
     alone = {name: value for name, value in MADE.items() if name != "sharp_top_k"}
-    assert [run.case for run in runs_of(Made(alone), cases, measure)] == ["soft", "soft"]
+    assert [run.case for run in runs_of(made(alone, caches), CASES_MADE)] == ["soft", "soft"]
+    assert runs_of(made(MADE, {}), CASES_MADE) == []
 
 
-def test_the_section_says_where_a_control_is_as_good(
-    cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("soft", "sharp"):
-        (tmp_path / name / "2").mkdir(parents=True)
-    monkeypatch.setattr("examples.study.recommendation.measure_regime", measure)
-    text = section(Made(MADE), cases)
-    warned, loss = text.split("\n\n")[1].split(" The recommended loss", 1)
+def test_the_section_says_where_a_control_is_as_good() -> None:
+    figures = made(MADE, {"soft": {2: SOFT}, "sharp": {2: SHARP}})
+    heading, _, warned, loss, _, table, limits = section(figures, CASES_MADE)
+    assert heading.startswith("## ")
     assert "rightly said or not said in 2 of 2 runs (always warned: 1 of 2, never" in warned
     assert "A control is as good" not in warned
     assert "A control is as good" in loss
-    assert text.count("| soft teacher |") == text.count("| sharp teacher |") == 1
+    assert table.count("| soft teacher |") == table.count("| sharp teacher |") == 1
+    assert "tiny models" in limits
     with pytest.raises(MissingFigures):
-        section(Made({}), cases)
+        section(made({}, {}), CASES_MADE)
+    # The page can be made again from the figures that it keeps.
+    assert section(Figures.from_json(figures.as_json()), CASES_MADE) == section(figures, CASES_MADE)
+
+
+def test_the_caches_are_measured_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("examples.study.arms.RUNS", tmp_path)
+    arms = {case.sft: replace(HABIT_SFT, name=case.sft) for case in CASES_MADE}
+    run = arms["sharp_sft"].place(2).run
+    assert run.is_relative_to(tmp_path)
+    responses = some_responses(20)
+    logprobs = [response.sampling_logprobs - 12 for response in responses]
+    publish_cache(run / "score", responses, logprobs)
+    record(arms, (2, 3), CASES_MADE)
+    assert [*tmp_path.rglob(FILE)] == [run / FILE]
+    found = RegimeFigures(**json.loads((run / FILE).read_text()))
+    assert found.clipped_share == 1.0
+    assert found.mean_advantage == pytest.approx(-12)
 
 
 def test_the_cases_name_arms_of_the_study() -> None:
     assert len({case.title for case in CASES}) == len(CASES) == 3
     for case in CASES:
         assert {SAMPLED, TOP_K} <= set(case.arms)
-        assert case.cache(2).name == "score"
-        assert case.cache(2) != case.cache(3)
+    every = arms_of(load_claims())
+    assert {case.sft for case in CASES} <= {*every}
+    assert {arm for case in CASES for arm in case.arms.values()} <= {*every}
