@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from examples.study import claim_2, claim_5, corrected_cache, second_teacher
-from examples.study.arms import Arm, Place
+from examples.study.arms import HABIT, SMALL, Arm, Place
 from examples.study.figures import Figures
 from examples.study.two_teachers import (
     MEASURED_MODELS,
@@ -28,6 +28,7 @@ from lopd import cache
 from lopd.cache.row_checks import RESIDUALISED
 from lopd.config import Config, load_config
 from lopd.records import float32
+from lopd.tasks.register_arithmetic import NUM_PARTITIONS
 from tests.cache.rollouts import publish_cache, some_responses
 
 SEEDS = (2, 3, 4, 5, 6)
@@ -52,6 +53,18 @@ def configs_of(arm: Arm) -> dict[str, Config]:
         for kind, verb, *arguments in arm.commands(place)
         if kind == "lopd"
     }
+
+
+def test_no_setting_has_prompts_of_another_one_or_of_written_demonstrations() -> None:
+    # 1 to 3 and 11 to 15 are those of the examples and of the texts that made their models.
+    used = {1, 2, 3, *range(11, 16), *(recipe.seed for recipe in second_teacher.RECIPES)}
+    for setting in (HABIT, SMALL, SETTINGS["a"]):
+        for seed in SEEDS:
+            prompts = load_config(setting.config, setting.overrides(seed)).prompts
+            for of_set in (prompts.sft.seed, prompts.opd.seed):
+                assert of_set not in used
+                assert of_set < NUM_PARTITIONS, "the task has no such prompts"
+                used.add(of_set)
 
 
 def test_there_are_no_more_arms_than_the_study_has_time_for() -> None:
