@@ -19,6 +19,7 @@ from examples.study.two_teachers import (
     MEASURED_MODELS,
     OFFLINE,
     ONLINE,
+    SETTINGS,
     SFT_A,
     SFT_B,
     SFT_WEAK,
@@ -84,7 +85,7 @@ def test_the_configuration_accepts_the_commands_of_an_arm(name: str) -> None:
         assert config.distill.objective.loss == "lightning"
         assert config.sglang.replicas == 1
         # The generator of problems has 256 partitions, and those below 30 have other uses.
-        assert {config.prompts.sft.seed, config.prompts.opd.seed} == {103, 123}
+        assert {config.prompts.sft.seed, config.prompts.opd.seed} == {143, 163}
 
 
 def test_a_cell_has_the_student_of_one_teacher_and_the_scores_of_another() -> None:
