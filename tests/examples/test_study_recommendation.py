@@ -157,7 +157,7 @@ def test_the_section_says_where_a_control_is_as_good(
 
 
 def test_the_cases_name_arms_of_the_study() -> None:
-    assert len({case.title for case in CASES}) == len(CASES) == 2
+    assert len({case.title for case in CASES}) == len(CASES) == 3
     for case in CASES:
         assert {SAMPLED, TOP_K} <= set(case.arms)
         assert case.cache(2).name == "score"
