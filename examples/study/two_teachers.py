@@ -39,8 +39,8 @@ def _overrides(seed: int, teacher: Teacher) -> tuple[str, ...]:
         f"models.teacher={teacher_model(teacher)}",
         f"models.student={BASE}",
         # Sets of other seeds than those of the written demonstrations and of other settings.
-        f"prompts.sft={{num_prompts=512,seed={100 + seed}}}",
-        f"prompts.opd={{num_prompts=512,seed={120 + seed}}}",
+        f"prompts.sft={{num_prompts=512,seed={140 + seed}}}",
+        f"prompts.opd={{num_prompts=512,seed={160 + seed}}}",
         f"sft.{ONE_RANK}",
         f"sft.num_steps={SFT_STEPS}",
         "sft.optimizer.lr=1e-4",
