@@ -71,10 +71,12 @@ def _sft(name: str, title: str, teacher: Teacher) -> Arm:
     def commands(place: Place) -> tuple[Command, ...]:
         given = _demonstrations(place, name)
         return (
-            ("python", "second_teacher", str(place.run / MEASURED_MODELS)),
+            ("python", "second_teacher"),
             ("lopd", "demonstrate"),
             ("lopd", "sft", given),
             ("lopd", "rollout", given),
+            # Last, because lopd begins no run in a folder that has other files.
+            ("python", "second_teacher", str(place.run / MEASURED_MODELS)),
         )
 
     return Arm(name, title, SETTINGS[teacher], commands, model="sft/model")
