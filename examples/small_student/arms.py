@@ -94,6 +94,8 @@ def _on_demonstrations(main: Path, seed: int) -> tuple[Command, ...]:
         # The teacher takes the place of the SFT student, so its responses become the rollouts.
         f"sft.checkpoint={TEACHER}",
         f"sft.declared_teacher={TEACHER}",
+        # A given student has no demonstrations that a baseline could continue with.
+        "evaluate.equal_compute_baseline=false",
     )
     return (
         *((verb, by_teacher) for verb in ("sft", "rollout", "score")),

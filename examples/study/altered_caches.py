@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd import cache
-from lopd.artifacts import ArtifactWriter, read_complete, read_shard
+from lopd.artifacts import ArtifactWriter, publish_json, read_complete, read_shard
 from lopd.cache.checks import require_sound, vocabulary
 from lopd.cache.table import TEACHER_CACHE
 from lopd.errors import ArtifactError
@@ -379,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "pushed_down": lambda: pushed_down(options.below),
     }
     manifest = alter(options.source, options.out, alterations[options.alteration]())
+    # Beside the cache, for the page.
+    publish_json(options.out.with_suffix(".json"), manifest.extra["altered"])
     print(f"{options.out}: {manifest.rows} responses; {manifest.lineage['altered']}")
 
 

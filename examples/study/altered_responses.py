@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{options.source}: {json.dumps(counts)}")
         return
     manifest = accepted(options.source, options.out, config)
+    publish_json(options.out.with_suffix(".json"), manifest.extra["altered"])
     print(f"{options.out}: {manifest.rows} right responses")
 
 

@@ -27,6 +27,8 @@ from examples.study.outcomes import (
 # The temperature of the paper's rollouts, at which its online baseline scores the student too.
 TEMPERATURE = 0.8
 ALTERED = "altered"
+# What altered_caches.py writes beside it.
+ALTERED_FIGURES = f"{ALTERED}.json"
 RETOKENISED = "retokenised.json"
 # A clip that no advantage reaches.
 NO_CLIP = 1000
@@ -154,12 +156,12 @@ def judge(figures: Figures) -> Verdict:
     shown = [HABIT_SFT, HABIT_LIGHTNING, *found]
     return Verdict(
         answer=answer,  # type: ignore[arg-type]
-        summary=" ".join([*sentences, _retokenised()]),
+        summary=" ".join([*sentences, _retokenised(figures)]),
         details=(
             table(figures, measured(figures, shown)),
             table_against(figures, found, HABIT_LIGHTNING, outcomes),
             _READING,
-            f"{_MEANINGS}\n\n{clip}{_approximated()}",
+            f"{_MEANINGS}\n\n{clip}{_approximated(figures)}",
             _LIMITS,
         ),
     )
@@ -193,10 +195,9 @@ def _clip(figures: Figures) -> tuple[str, bool]:
     )
 
 
-def _approximated() -> str:
+def _approximated(figures: Figures) -> str:
     """Return how far the equal parts of the tail may be from the truth, in words."""
-    manifests = recorded(MISMATCHED.name, f"{ALTERED}/manifest.json")
-    errors = [manifest["extra"]["altered"]["largest_error"] for manifest in manifests]
+    errors = [one["largest_error"] for one in recorded(figures, MISMATCHED, ALTERED_FIGURES)]
     if not errors:
         return ""
     return (
@@ -205,9 +206,9 @@ def _approximated() -> str:
     )
 
 
-def _retokenised() -> str:
+def _retokenised(figures: Figures) -> str:
     """Return in words how many responses change where their text is tokenised again."""
-    counts = recorded(NO_END.name, RETOKENISED)
+    counts = recorded(figures, NO_END, RETOKENISED)
     if not counts:
         return "How many responses change when their text is tokenised again was not counted."
     total, changed, ended, added = (

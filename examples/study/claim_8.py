@@ -15,19 +15,18 @@ from examples.study.arms import (
     Place,
     Verdict,
 )
-from examples.study.claim_6 import ALTERED, from_altered
+from examples.study.claim_6 import ALTERED, ALTERED_FIGURES, from_altered
 from examples.study.figures import Figures, MissingFigures
 from examples.study.outcomes import (
     differences,
     matches,
     measured,
-    percent,
-    points,
     recorded,
     table,
     table_against,
     table_of_caches,
 )
+from examples.study.tables import points
 
 METHODS = (HABIT_LIGHTNING, HABIT_TOP_K)
 # The budget of the methods: 16 steps of 64 responses at their rate.
@@ -184,7 +183,7 @@ def judge(figures: Figures) -> Verdict:
             *(table_against(figures, found, method, outcomes[method.name]) for method in methods),
             _READING,
             _MEANINGS,
-            *_caches(found),
+            *_caches(figures, found),
             _LIMITS,
         ),
     )
@@ -211,8 +210,7 @@ def _summary(
     for method in methods:
         for outcome, words in (("below", "shown to be below"), ("open", "open against")):
             titles = [
-                f"{arm.title} (T=1 "
-                f"{points(figures.difference(arm.name, method.name, 'sampled'))} points)"
+                f"{arm.title} (T=1 {points(figures.difference(arm.name, method.name, 'sampled'))})"
                 for arm in found
                 if outcomes[method.name][arm.name] == outcome
             ]
@@ -230,21 +228,19 @@ def _gains(figures: Figures, arms: Sequence[Arm]) -> list[str]:
     """Return in words what a control without a teacher gains over the SFT student."""
     if not measured(figures, [HABIT_SFT]):
         return []
-    start = percent(figures.mean(HABIT_SFT.name, "sampled"))
+    start = figures.mean(HABIT_SFT.name, "sampled").text(".1f", 100)
     gains = [
-        f"{arm.title} {points(figures.difference(arm.name, HABIT_SFT.name, 'sampled'))}"
+        f"{arm.title} {figures.difference(arm.name, HABIT_SFT.name, 'sampled').text('+.1f', 100)}"
         for arm in arms
         if arm in (*METHODS, *TEACHERLESS)
     ]
     return [f"Over the SFT student ({start}% at T=1) gain, in points: {'; '.join(gains)}."]
 
 
-def _caches(found: Sequence[Arm]) -> list[str]:
-    """Return what the altered caches hold, as far as their runs are there."""
-    texts = [table_of_caches(found, f"{ALTERED}/manifest.json")]
-    right = [
-        one["extra"]["altered"] for one in recorded(OWN_RIGHT.name, f"{ALTERED}/manifest.json")
-    ]
+def _caches(figures: Figures, found: Sequence[Arm]) -> list[str]:
+    """Return what the altered caches hold, as far as it is known."""
+    texts = [table_of_caches(figures, found, ALTERED_FIGURES)]
+    right = recorded(figures, OWN_RIGHT, ALTERED_FIGURES)
     if right:
         share = sum(one["right"] for one in right) / sum(one["rows"] for one in right)
         texts.append(f"Of the rollouts {100 * share:.1f}% are right ({len(right)} seeds).")

@@ -1,22 +1,20 @@
 """Outcomes of comparisons, in words and tables, for the claims whose arms are held against others.
 
-The margin is named here, before any figure: equal means within MARGIN of accuracy.
+Equal means within MARGIN of accuracy, which was named before the runs.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.study import arms as shared
 from examples.study.arms import Arm
-from examples.study.figures import Figures, Interval, MissingFigures
+from examples.study.figures import Figures, MissingFigures
+from examples.study.tables import MARGIN_POINTS, nats, points
 
-# Shares of right answers: 2 points.
-MARGIN = 0.02
+# As a share of right answers.
+MARGIN = MARGIN_POINTS / 100
 ACCURACIES = ("sampled", "greedy")
 KL = "reverse_kl"
 _HEAD = "| model | seeds | greedy, % | T=1, % | reverse KL, nats per token |"
@@ -69,31 +67,10 @@ def changes(figures: Figures, arm: str, other: str) -> str:
     return "equal" if within else "open"
 
 
-def points(interval: Interval) -> str:
-    """Return a difference of accuracies in points: "+1.2 [-0.3, +2.7]"."""
-    return _text(interval, "+.1f", 100)
-
-
-def percent(interval: Interval) -> str:
-    """Return an accuracy in percent: "92.3 [91.0, 93.6]"."""
-    return _text(interval, ".1f", 100)
-
-
-def nats(interval: Interval, *, sign: bool = False) -> str:
-    """Return a reverse KL or a difference of two, in nats per token."""
-    return _text(interval, "+.4f" if sign else ".4f", 1)
-
-
-def _text(interval: Interval, form: str, scale: float) -> str:
-    mean, low, high = (scale * one for one in (interval.mean, interval.low, interval.high))
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-
-
 def differences(figures: Figures, arm: str, other: str) -> str:
     """Return arm - other in words: "T=1 +1.2 [..], greedy -0.1 [..] points, reverse KL .. nats"."""
     sampled, greedy = (points(figures.difference(arm, other, one)) for one in ACCURACIES)
-    divergence = nats(figures.difference(arm, other, KL), sign=True)
-    return f"T=1 {sampled}, greedy {greedy} points, reverse KL {divergence} nats"
+    return f"T=1 {sampled}, greedy {greedy}, reverse KL {nats(figures.difference(arm, other, KL))}"
 
 
 def table(figures: Figures, arms: Sequence[Arm]) -> str:
@@ -101,7 +78,8 @@ def table(figures: Figures, arms: Sequence[Arm]) -> str:
     lines = [_HEAD, _RULE]
     for arm in arms:
         greedy, sampled = (figures.mean(arm.name, metric) for metric in ("greedy", "sampled"))
-        cells = (percent(greedy), percent(sampled), nats(figures.mean(arm.name, KL)))
+        divergence = figures.mean(arm.name, KL).text(".4f")
+        cells = (greedy.text(".1f", 100), sampled.text(".1f", 100), divergence)
         lines.append(f"| {arm.title} | {sampled.num_seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -120,34 +98,36 @@ def table_against(
     lines = [_AGAINST_HEAD.format(f"minus {other.title}"), _AGAINST_RULE]
     for arm in arms:
         cells = [
-            points(figures.difference(arm.name, other.name, "greedy")),
-            points(figures.difference(arm.name, other.name, "sampled")),
-            nats(figures.difference(arm.name, other.name, KL), sign=True),
+            figures.difference(arm.name, other.name, "greedy").text("+.1f", 100),
+            figures.difference(arm.name, other.name, "sampled").text("+.1f", 100),
+            figures.difference(arm.name, other.name, KL).text("+.4f"),
         ]
         lines.append(f"| {arm.title} | {' | '.join(cells)} | {outcomes[arm.name]} |")
     return "\n".join(lines)
 
 
-def recorded(arm: str, file: str) -> list[dict[str, Any]]:
+def recorded(figures: Figures, arm: Arm, file: str) -> list[dict[str, Any]]:
     """Return what the runs of an arm have written into a JSON file, of each seed that has it."""
-    paths = sorted(Path(shared.RUNS).glob(f"seed-*/{arm}/{file}"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    try:
+        return [*figures.recorded(arm.name, file).values()]
+    except MissingFigures:
+        return []
 
 
-def table_of_caches(arms: Sequence[Arm], file: str) -> str:
+def table_of_caches(figures: Figures, arms: Sequence[Arm], file: str) -> str:
     """Return a table of what altered caches hold before any update, as means over seeds.
 
     Args:
+        figures: What was measured.
         arms: Arms that learn from an altered cache. One without a cache has no line.
-        file: The manifest of the cache, below the run of an arm.
+        file: What altered_caches.py has written beside the cache.
     """
     lines = [
         "| model | tokens with loss, % | mean advantage, nats | beyond 10 nats, % | seeds |",
         "|---|---:|---:|---:|---:|",
     ]
     for arm in arms:
-        found = [manifest["extra"]["altered"] for manifest in recorded(arm.name, file)]
-        found = [one for one in found if "loss_tokens" in one]
+        found = [one for one in recorded(figures, arm, file) if "loss_tokens" in one]
         if not found:
             continue
         with_loss = fmean(100 * one["loss_tokens"] / one["tokens"] for one in found)

@@ -39,8 +39,8 @@ def _overrides(seed: int, teacher: Teacher) -> tuple[str, ...]:
         f"models.teacher={teacher_model(teacher)}",
         f"models.student={BASE}",
         # Sets of other seeds than those of the written demonstrations and of other settings.
-        f"prompts.sft={{num_prompts=512,seed={100 + seed}}}",
-        f"prompts.opd={{num_prompts=512,seed={120 + seed}}}",
+        f"prompts.sft={{num_prompts=512,seed={140 + seed}}}",
+        f"prompts.opd={{num_prompts=512,seed={160 + seed}}}",
         f"sft.{ONE_RANK}",
         f"sft.num_steps={SFT_STEPS}",
         "sft.optimizer.lr=1e-4",
@@ -71,10 +71,12 @@ def _sft(name: str, title: str, teacher: Teacher) -> Arm:
     def commands(place: Place) -> tuple[Command, ...]:
         given = _demonstrations(place, name)
         return (
-            ("python", "second_teacher", str(place.run / MEASURED_MODELS)),
+            ("python", "second_teacher"),
             ("lopd", "demonstrate"),
             ("lopd", "sft", given),
             ("lopd", "rollout", given),
+            # Last, because lopd begins no run in a folder that has other files.
+            ("python", "second_teacher", str(place.run / MEASURED_MODELS)),
         )
 
     return Arm(name, title, SETTINGS[teacher], commands, model="sft/model")

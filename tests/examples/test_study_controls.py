@@ -346,11 +346,6 @@ NOISY = ((0.95, 0.06), (0.92, 0.06), 0.005)
 METHODS = {HABIT_SFT.name: WORSE, HABIT_LIGHTNING.name: SHARP, HABIT_TOP_K.name: SHARP}
 
 
-@pytest.fixture(autouse=True)
-def no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes.shared, "RUNS", tmp_path / "runs")
-
-
 def of_all(arms: Sequence[Arm], like: Any) -> dict[str, Any]:
     return {**METHODS, **{arm.name: like for arm in arms}}
 

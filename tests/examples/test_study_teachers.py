@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from examples.study import claim_2, claim_5, corrected_cache, second_teacher
-from examples.study.arms import Arm, Place
+from examples.study.arms import HABIT, SMALL, Arm, Place
 from examples.study.figures import Figures
 from examples.study.two_teachers import (
     MEASURED_MODELS,
     OFFLINE,
     ONLINE,
+    SETTINGS,
     SFT_A,
     SFT_B,
     SFT_WEAK,
@@ -28,6 +29,7 @@ from lopd import cache
 from lopd.cache.row_checks import RESIDUALISED
 from lopd.config import Config, load_config
 from lopd.records import float32
+from lopd.tasks.register_arithmetic import NUM_PARTITIONS
 from tests.cache.rollouts import publish_cache, some_responses
 
 SEEDS = (2, 3, 4, 5, 6)
@@ -54,6 +56,18 @@ def configs_of(arm: Arm) -> dict[str, Config]:
     }
 
 
+def test_no_setting_has_prompts_of_another_one_or_of_written_demonstrations() -> None:
+    # 1 to 3 and 11 to 15 are those of the examples and of the texts that made their models.
+    used = {1, 2, 3, *range(11, 16), *(recipe.seed for recipe in second_teacher.RECIPES)}
+    for setting in (HABIT, SMALL, SETTINGS["a"]):
+        for seed in SEEDS:
+            prompts = load_config(setting.config, setting.overrides(seed)).prompts
+            for of_set in (prompts.sft.seed, prompts.opd.seed):
+                assert of_set not in used
+                assert of_set < NUM_PARTITIONS, "the task has no such prompts"
+                used.add(of_set)
+
+
 def test_there_are_no_more_arms_than_the_study_has_time_for() -> None:
     assert len(ARMS) == 14
     assert all(name.startswith(("c2_", "c5_")) for name in ARMS)
@@ -71,7 +85,7 @@ def test_the_configuration_accepts_the_commands_of_an_arm(name: str) -> None:
         assert config.distill.objective.loss == "lightning"
         assert config.sglang.replicas == 1
         # The generator of problems has 256 partitions, and those below 30 have other uses.
-        assert {config.prompts.sft.seed, config.prompts.opd.seed} == {103, 123}
+        assert {config.prompts.sft.seed, config.prompts.opd.seed} == {143, 163}
 
 
 def test_a_cell_has_the_student_of_one_teacher_and_the_scores_of_another() -> None:
