@@ -31,7 +31,9 @@ ONLINE = ("distill.refresh.every=1", "distill.refresh.keep_teacher=true")
 # Figures of gradient_gap.py with what a table calls them, and how many significant digits they get.
 GAP_COLUMNS = {
     "fresh_norm": "length of the fresh gradient",
-    "gap": "gap of the two gradients",
+    "frozen_norm": "of the frozen one",
+    "gap": "gap of the two",
+    "gap_squared": "its square, unbiased",
     "bound": "bound of the gap",
     "sequence_chi_square": "chi-square of responses",
     "chi_square": "chi-square of tokens",
@@ -199,8 +201,9 @@ _GAP_TEXT = (
     "Both gradients are those of the trainer with the paper's loss, at the weights of the training "
     "on frozen rollouts, on 500 held-out prompts. The fresh responses are the model's own, the "
     "frozen ones the SFT student's. Lengths are free of the noise of the responses: they come from "
-    "products of two halves of the prompts. After 0 steps both sets are the SFT student's, so "
-    "that gap shows what noise is left. The bound is the root mean square length of one response's "
+    "products of two halves of the prompts. A length is 0 where such a product is negative, so the "
+    "square of the gap is the unbiased figure. After 0 steps both sets are the SFT student's, and "
+    "that square must be 0 within its interval. The bound is the root mean square length of one response's "
     "gradient times the root of the chi-square of responses. The paper's bound has G sigma_A in "
     "place of that root mean square, where G is a largest value that no sample gives: it is not "
     "measured. G sigma_A is at least as large, so the paper's bound is at least as wide. The pull "
