@@ -68,7 +68,8 @@ class Mark:
     # None: it was begun and not finished.
     processor_seconds: float | None
     wall_seconds: float | None
-    # Whether it went on after a kill or an error. Its seconds are then those of the last attempt alone.
+    # Whether it went on after a kill or an error. Its seconds are then those of the last attempt
+    # alone.
     is_resumed: bool = False
 
 
