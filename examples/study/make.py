@@ -51,7 +51,7 @@ class Job:
     """What one process makes: an arm of a seed, or the small student's arms of a seed."""
 
     name: str
-    work: Callable[[], None]
+    work: Callable[[], object]
     is_made: bool
     # Jobs that come before it.
     needs: frozenset[str]
