@@ -146,8 +146,10 @@ def _regime_lines(regime: Mapping[str, Any] | None) -> Iterable[tuple[str, str]]
     yield "  further", ", ".join(told)
     for knob in ("loss", "advantage_clip", "importance_cap"):
         advice = recommendation[knob]
-        value = "off" if advice["value"] is None else advice["value"]
-        yield f"  {knob}", f"{value}: {advice['reason']}"
+        value = advice["value"]
+        # A knob of the three is a name, and the others are numbers.
+        shown = value if isinstance(value, str) else "off" if value is None else f"{value:g}"
+        yield f"  {knob}", f"{shown}: {advice['reason']}"
 
 
 def _model_lines(figures: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lopd import cache
-from lopd.artifacts import ArtifactWriter, read_manifest
+from lopd.artifacts import ArtifactWriter, identify_model, read_manifest
 from lopd.cache.recommendation import (
     LEAST_TOKENS,
     SHARP_SHARE,
@@ -33,7 +33,14 @@ from lopd.objective import objective_from_config
 from lopd.objective.registry import AVAILABLE, TOP_K
 from lopd.records import Response, TeacherScores, float32
 from lopd.stages import distill
-from tests.cache.rollouts import END, SAMPLING, TEACHER, VOCABULARY, full_scores, some_responses
+from tests.cache.rollouts import (
+    END,
+    SAMPLING,
+    TINY_TEACHER,
+    VOCABULARY,
+    full_scores,
+    some_responses,
+)
 from tests.stand_ins import Result, StandIns, command, write_project
 
 # One token in 100 is far from its teacher.
@@ -60,17 +67,24 @@ def advantages(responses: list[Response], depth: float) -> list[Any]:
 def rows_of(depth: float, count: int = 150) -> list[tuple[Response, TeacherScores]]:
     """Responses whose scores have a top-K and these advantages."""
     responses, scores = full_scores(some_responses(count), k=4)
+    # One teacher, so that no row names its own.
     return [
-        # Not above 0, where a log-probability cannot be: at the few places the two are equal.
-        (one, replace(of, logprobs=float32(np.minimum(0, one.sampling_logprobs + values))))
+        (one, replace(of, teacher="", teacher_logprobs=_near(one, values)))
         for one, of, values in zip(responses, scores, advantages(responses, depth), strict=True)
     ]
 
 
+def _near(response: Response, values: Any) -> Any:
+    # Not above 0, where a log-probability cannot be.
+    return float32(np.minimum(0, response.sampling_logprobs + values))
+
+
 def publish(folder: Path, rows: list[Any], *, drop: tuple[str, ...] = (), shards: int = 5) -> Path:
     responses, scores = (list(column) for column in zip(*rows, strict=True))
+    # Its tokenizer is that of the student of tests.stand_ins.
+    models = {"teacher": identify_model(TINY_TEACHER)}
     writer = ArtifactWriter(
-        folder, kind="teacher_cache", inputs={}, models={"teacher": TEACHER}, sampling=SAMPLING
+        folder, kind="teacher_cache", inputs={}, models=models, sampling=SAMPLING
     )
     size = -(-len(rows) // shards)
     for index in range(shards):
@@ -111,7 +125,7 @@ def test_the_figures_are_those_of_a_plain_loop(tmp_path: Path) -> None:
         assert scores.entropy is not None
         for place, token in enumerate(response.token_ids):
             sampled = float(response.sampling_logprobs[place])
-            advantage.append(float(scores.logprobs[place]) - sampled)
+            advantage.append(float(scores.teacher_logprobs[place]) - sampled)
             covered.append(token in scores.top.ids[place])
             entropies.append(scores.entropy[place])
     assert found.num_tokens == len(advantage)
@@ -148,9 +162,9 @@ def test_tokens_without_loss_are_not_counted(tmp_path: Path) -> None:
     for response, scores in rows:
         mask = np.arange(len(response.token_ids)) % 2 == 0
         # What a tool wrote has no score. Such values would be a sharp teacher.
-        logprobs = np.where(mask, scores.logprobs, -25.0)
+        logprobs = np.where(mask, scores.teacher_logprobs, -25.0)
         masked.append(
-            (replace(response, loss_mask=mask), replace(scores, logprobs=float32(logprobs)))
+            (replace(response, loss_mask=mask), replace(scores, teacher_logprobs=float32(logprobs)))
         )
     found = measured(publish(tmp_path / "a", masked))
     assert found.min_advantage > -7
