@@ -18,7 +18,7 @@ from examples.study.arms import (
     Plot,
     Verdict,
 )
-from examples.study.comparisons import Table, change, shown, sign_of, words
+from examples.study.comparisons import Answer, Table, change, shown, sign_of, words
 from examples.study.figures import Figures, Interval, MissingFigures, interval_of
 from examples.study.plots import draw_points
 
@@ -110,6 +110,7 @@ def judge(figures: Figures) -> Verdict:
     kl = {step: figures.difference(OFFLINE[step], FRESH[step], "kl_from_sft") for step in POINTS}
     last = kl[POINTS[-1]]
     sign = sign_of(last)
+    answer: Answer
     if sign < 0:
         answer = "holds"
         found = "frozen rollouts keep the student nearer to its SFT policy"
@@ -133,7 +134,7 @@ def judge(figures: Figures) -> Verdict:
         f"{words(reverse, 'reverse_kl')} of reverse KL to the teacher."
     )
     return Verdict(
-        answer=answer,  # type: ignore[arg-type]
+        answer=answer,
         summary=summary,
         details=(_table(figures), _by_step(figures), _gaps(figures), _LIMITS),
         plots=(Plot("study_4.svg", _CAPTION, partial(_draw, figures)),),

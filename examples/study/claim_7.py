@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from examples.study.arms import (
     HABIT_LIGHTNING,
@@ -17,6 +16,7 @@ from examples.study.arms import (
 from examples.study.claim_4 import OFFLINE_80, ONLINE_80
 from examples.study.comparisons import (
     MARGIN,
+    Answer,
     Table,
     change,
     is_measured,
@@ -41,8 +41,6 @@ from examples.study.signals import (
     STALE,
     TOP_K_80,
 )
-
-Answer = Literal["holds", "does not hold", "open"]
 
 
 def _robust(figures: Figures) -> tuple[Answer, str]:

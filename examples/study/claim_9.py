@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from examples.study.arms import (
     HABIT,
@@ -17,7 +16,7 @@ from examples.study.arms import (
     Setting,
     Verdict,
 )
-from examples.study.comparisons import MARGIN, Table, mean_of_steps, sign_of, words
+from examples.study.comparisons import MARGIN, Answer, Table, mean_of_steps, sign_of, words
 from examples.study.figures import Figures, Interval
 from examples.study.plots import draw_rows
 from examples.study.unlearned import BASE
@@ -100,7 +99,6 @@ LONGER = Arm(
 DISTILLED = (PLAIN, CLIP, CAP, TOP_K, FRESH)
 REMEDIES = (CLIP, CAP, TOP_K, FRESH, LONGER)
 MODES = {"sampled": "at T=1", "greedy": "in greedy decoding"}
-Answer = Literal["holds", "does not hold", "open"]
 
 
 def judge(figures: Figures) -> Verdict:
@@ -207,8 +205,8 @@ def _draw(figures: Figures, path: Path) -> None:
     rows: list[tuple[str, Interval]] = []
     for arm in (PLAIN, *REMEDIES):
         share = figures.difference(arm.name, SFT.name, "sampled")
-        points = (100 * value for value in (share.mean, share.low, share.high))
-        rows.append((arm.title, Interval(*points, share.num_seeds)))
+        mean, low, high = (100 * value for value in (share.mean, share.low, share.high))
+        rows.append((arm.title, Interval(mean, low, high, share.num_seeds)))
     draw_rows(path, rows, "right answers at T=1 minus those of the SFT student, points")
 
 

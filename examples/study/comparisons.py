@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from examples.study.figures import Figures, Interval, MissingFigures, interval_of
 
+Answer = Literal["holds", "does not hold", "open"]
 # Equal means: no difference of accuracy larger than this. It was named before any arm was made.
 MARGIN = 0.02
 # The columns of the tables: what a metric is called, its factor, and its number of digits.

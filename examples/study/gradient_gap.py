@@ -248,6 +248,20 @@ def samples_of(folder: Path) -> list[Sample]:
     return [make_sample(response, teacher) for response, teacher in rows]
 
 
+def job_with(config: Config, run: Path, initial: Path) -> TrainingJob:
+    """Return a distillation that is never run. It says how its gradients are made."""
+    return TrainingJob(
+        objective="distill",
+        config=config,
+        folder=run,
+        data=run,
+        initial=initial,
+        init="checkpoint",
+        num_steps=config.distill.num_steps,
+        order_seed=config.run.seed,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -265,16 +279,7 @@ def main() -> None:
     }
     named = {"sft": options.sft, **{f"step-{step}": model for step, model in steps.items()}}
     sample_and_score(config, named, config.models.teacher)
-    job = TrainingJob(
-        objective="distill",
-        config=config,
-        folder=run,
-        data=run,
-        initial=options.sft,
-        init="checkpoint",
-        num_steps=config.distill.num_steps,
-        order_seed=config.run.seed,
-    )
+    job = job_with(config, run, options.sft)
     frozen = samples_of(run / "sft" / "scores")
     lines: list[str] = []
     with only_rank(job):

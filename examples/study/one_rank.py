@@ -44,7 +44,8 @@ def only_rank(job: TrainingJob) -> Iterator[None]:
 
     # A store in memory: no port is opened, so several of these processes do not disturb each other.
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel.initialize(
         job.settings.parallel, seed=job.config.run.seed, timeout_s=job.settings.timeout_s
     )

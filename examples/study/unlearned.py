@@ -1,4 +1,4 @@
-"""Makes the student that lacks knowledge, for claim 9, in runs/study/models/unlearned/base.
+"""Makes the student that lacks knowledge, for claim 9: BASE.
 
     python -m examples.study.unlearned
 
@@ -21,9 +21,10 @@ from examples.study.one_rank import export
 HERE = Path(__file__).resolve().parent
 MODELS = RUNS / "models"
 RUN = MODELS / "unlearned"
-BASE = RUN / "base"
-# The checkpoint that is taken: it answers most problems, and not all (docs/study.md).
-STEP = 450
+# The checkpoint that is taken. Its loss on the texts was 0.0048 nats per token, so 0.25 nats in a
+# response of 52 tokens: it samples some 78% of them without an error.
+STEP = 500
+BASE = RUN / f"step-{STEP}"
 _TINY = ROOT / "examples" / "tiny_models"
 # As many as 600 steps of 64 learn from, each once. Seeds of texts: 11 to 15 are those of the models
 # of the examples.

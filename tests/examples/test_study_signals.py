@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from examples.study import claim_4, claim_7, claim_9, comparisons, signals, unlearned
-from examples.study.arms import Arm, Place
+from examples.study.arms import HABIT_LIGHTNING, Arm, Place
 from examples.study.comparisons import change
 from examples.study.figures import Figures, Interval, MissingFigures, interval_of
 from examples.study.gradient_gap import Half, gap_of, pull_of, sequence_chi_square
@@ -95,7 +95,7 @@ def test_every_python_command_is_a_module_of_the_study(tmp_path: Path) -> None:
 def test_the_long_trainings_differ_in_their_rollouts_alone(tmp_path: Path) -> None:
     ((_, offline),) = configs_of(claim_4.OFFLINE_80, tmp_path)
     ((_, online),) = configs_of(claim_4.ONLINE_80, tmp_path)
-    ((_, usual),) = configs_of(claim_4.HABIT_LIGHTNING, tmp_path)
+    ((_, usual),) = configs_of(HABIT_LIGHTNING, tmp_path)
     assert offline.distill.num_steps == online.distill.num_steps == 5 * usual.distill.num_steps
     assert usual.distill.num_steps == claim_4.USUAL
     assert not offline.distill.refresh.is_on
