@@ -15,8 +15,8 @@ from lopd.config import DistillSection
 # From this share of tokens beyond ADVANTAGE_CLIP on, the teacher counts as sharp. In the caches of
 # examples/small_student.toml, where the sampled token does heavy harm, 0.22 to 0.35% of the tokens
 # are beyond it (six caches of two base students). In those of examples/tiny_moe.toml, where it is
-# enough, 0.015 to 0.025% are (three caches). The share beyond FAR is no limit: it is 0.84 to 1.01%
-# there and 1.16 to 1.22% here.
+# enough, 0.015 to 0.025% are (four caches). The share beyond FAR is no limit: it is 0.84 to 1.01%
+# there and 1.11 to 1.22% here.
 SHARP_SHARE = 0.001
 # With fewer tokens, one or two decide what the share is.
 LEAST_TOKENS = 2000
