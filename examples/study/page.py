@@ -29,7 +29,7 @@ _HEAD = """\
 # The paper's claims, tested with seeds
 
 This page is made from its runs by `bash examples/study/run.sh`. Do not edit it: what is said
-besides the figures stands in `examples/study/claim_N.py`.
+besides the figures stands in the files of the claims in `examples/study/`.
 
 ```bash
 bash examples/study/run.sh                      # everything; the same command goes on after a kill
