@@ -38,7 +38,7 @@ from arms import (
 )
 from commands import adopt_orphans, begin_with_copies, run_measured
 from measure import is_measured
-from table import figures_of, markdown
+from table import IN_SHORT, figures_of, markdown
 
 HERE = Path(__file__).resolve().parent
 LOPD = Path(sys.executable).with_name("lopd")
@@ -126,12 +126,21 @@ def arguments() -> argparse.Namespace:
     names = [arm.name for arm in ARMS]
     parser.add_argument("--arms", nargs="+", choices=names, default=names)
     parser.add_argument("--only", choices=("make", "measure", "table"))
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        metavar="FILE",
+        help="the table and the picture from this file, for example docs/small_student.json",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
     runs = options.runs.resolve()
+    if options.figures is not None:
+        write(json.loads(options.figures.read_text()), runs)
+        return
     adopt_orphans()
     arms = [arm_named(name) for name in options.arms]
     if options.only in (None, "make"):
@@ -144,10 +153,20 @@ def main() -> None:
         return
     if options.only in (None, "measure"):
         measure(options.seeds, arms, runs)
-    figures: dict[str, Any] = figures_of(runs, options.seeds)
-    (runs / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write(figures_of(runs, options.seeds), runs)
+
+
+def write(figures: dict[str, Any], folder: Path) -> None:
+    """Write the figures, the table, the README's table and the picture, and print the table."""
+    # Imported here: what makes models needs no pictures.
+    from picture import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     text = markdown(figures)
-    (runs / "table.md").write_text(text + "\n")
+    (folder / "table.md").write_text(text + "\n")
+    (folder / "in_short.md").write_text(markdown(figures, IN_SHORT) + "\n")
+    draw(figures, folder / "picture.svg")
     print(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,22 @@ _HEAD = (
     "| teacher tokens decoded | only scored | processor s |"
 )
 _RULE = "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+# The rows of the README's table: what a reader would do instead, and the paper's loss.
+IN_SHORT = ("base", "sft", BEST, "sft_longer", "sft_fresh", "lightning", OURS, "teacher")
+_FIXED = {"base": "base student", "teacher": "teacher"}
+_BEST_TITLE = "best of the SFT models above, per column"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model with its shares of right answers, in percent."""
+
+    name: str
+    title: str
+    # By mode, over the seeds.
+    mean: dict[str, float]
+    # The standard errors of these means: 0 where there is one model for all seeds.
+    error: dict[str, float]
 
 
 def figures_of(runs: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -114,19 +131,54 @@ def _advantages(scores: Path) -> dict[str, float]:
     }
 
 
-def markdown(figures: dict[str, Any]) -> str:
-    """Return the table: a line a model, each value the mean over the seeds and its error."""
+def markdown(figures: dict[str, Any], rows: Sequence[str] | None = None) -> str:
+    """Return the table: a line a model, each value the mean over the seeds and its error.
+
+    Args:
+        figures: What figures_of() has returned.
+        rows: The names of the models that it has, in any order. None means all.
+    """
     lines = [_HEAD, _RULE]
     models = {**figures["models"], **_best(figures["models"])}
     for name in ("base", *_order(models), "teacher"):
+        if rows is not None and name not in rows:
+            continue
         if name in models:
             lines.append(_line(name, models, figures["costs"].get(name, {})))
         elif figures["fixed"].get(name):
             fixed = figures["fixed"][name]
             values = " | ".join(f"{100 * fixed[mode]:.1f}" for mode in MODES)
-            title = "base student" if name == "base" else "teacher"
-            lines.append(f"| {title} | | {values} | | | | | |")
+            lines.append(f"| {_FIXED[name]} | | {values} | | | | | |")
     return "\n".join(lines)
+
+
+def rows_of(figures: dict[str, Any]) -> list[Row]:
+    """Return the models of the table in its order, for a picture."""
+    models = {**figures["models"], **_best(figures["models"])}
+    rows: list[Row] = []
+    for name in ("base", *_order(models), "teacher"):
+        of_seeds = [*models[name].values()] if name in models else [figures["fixed"].get(name)]
+        if of_seeds == [None]:
+            continue
+        values = {mode: np.array([100 * of[mode] for of in of_seeds]) for mode in MODES}
+        rows.append(
+            Row(
+                name=name,
+                title=_title(name),
+                mean={mode: float(values[mode].mean()) for mode in MODES},
+                error={
+                    mode: float(standard_error(values[mode])) if len(of_seeds) > 1 else 0.0
+                    for mode in MODES
+                },
+            )
+        )
+    return rows
+
+
+def _title(name: str) -> str:
+    if name in _FIXED:
+        return _FIXED[name]
+    return _BEST_TITLE if name == BEST else arm_named(name).title
 
 
 def _order(models: dict[str, Any]) -> list[str]:
@@ -155,8 +207,7 @@ def _best(models: dict[str, Any]) -> dict[str, Any]:
 
 def _line(name: str, models: dict[str, Any], costs: dict[str, dict[str, float]]) -> str:
     of_seeds = models[name]
-    title = "best of the SFT models above, per column" if name == BEST else arm_named(name).title
-    cells = [title, str(len(of_seeds))]
+    cells = [_title(name), str(len(of_seeds))]
     for mode in MODES:
         cells.append(_cell(np.array([100 * of[mode] for of in of_seeds.values()])))
     for mode in MODES:

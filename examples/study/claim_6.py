@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from examples.study.arms import (
     HABIT,
     HABIT_LIGHTNING,
@@ -98,11 +100,11 @@ UNCLIPPED = habit_distilled(
 ARMS = (NO_END, TEMPERED, MISMATCHED, UNCLIPPED)
 
 _IN_WORDS = {
-    "harm": "is shown to cost something",
-    "gain": "is shown to gain something",
-    "mixed": "is shown to cost something and to gain something else",
-    "equal": "makes no difference larger than 2 points",
-    "open": "is open",
+    "harm": "Shown to cost something",
+    "mixed": "Shown to cost something and to gain something else",
+    "gain": "Shown to gain something",
+    "equal": "No difference larger than 2 points of accuracy",
+    "open": "Open",
 }
 _READING = (
     'Outcomes: "harm", "gain" or "mixed" where an interval of 95% leaves 0 out, in an accuracy or '
@@ -150,7 +152,7 @@ def judge(figures: Figures) -> Verdict:
     elif is_whole and kinds <= {"harm", "mixed"}:
         answer = "holds"
     missing = [arm.title for arm in tested if arm not in found]
-    sentences = [_sentence(figures, arm, outcomes[arm.name]) for arm in found]
+    sentences = _sentences(figures, found, outcomes)
     if missing:
         sentences.append(f"Not measured: {', '.join(missing)}.")
     shown = [HABIT_SFT, HABIT_LIGHTNING, *found]
@@ -167,12 +169,18 @@ def judge(figures: Figures) -> Verdict:
     )
 
 
-def _sentence(figures: Figures, arm: Arm, outcome: str) -> str:
-    base = HABIT_LIGHTNING.name
-    return (
-        f"{arm.title[0].upper()}{arm.title[1:]}: {_IN_WORDS[outcome]} "
-        f"({differences(figures, arm.name, base)})."
-    )
+def _sentences(figures: Figures, arms: Sequence[Arm], outcomes: dict[str, str]) -> list[str]:
+    """Return a sentence for each outcome that there is, with the arms that have it."""
+    sentences = []
+    for outcome, words in _IN_WORDS.items():
+        of_outcome = [
+            f"{arm.title} ({differences(figures, arm.name, HABIT_LIGHTNING.name)})"
+            for arm in arms
+            if outcomes[arm.name] == outcome
+        ]
+        if of_outcome:
+            sentences.append(f"{words}: {'; '.join(of_outcome)}.")
+    return sentences
 
 
 def _clip(figures: Figures) -> tuple[str, bool]:
@@ -221,7 +229,7 @@ def _retokenised(figures: Figures) -> str:
         f"ones lose; {added:,} do not begin with <think>"
     )
     if changed == 0:
-        return f"{text}: with a token per character this choice cannot be tested here, and no arm."
+        return f"{text}: with a token per character there is nothing to test here."
     return f"{text}. No arm tests this."
 
 

@@ -18,7 +18,6 @@ from examples.study.arms import (
 from examples.study.claim_6 import ALTERED, ALTERED_FIGURES, from_altered
 from examples.study.figures import Figures, MissingFigures
 from examples.study.outcomes import (
-    differences,
     matches,
     measured,
     recorded,
@@ -99,7 +98,7 @@ _FIXED = ("distill.advantage_clip=1", "distill.aggregation=token_mean")
 PUSHED = tuple(
     _learns_from_altered(
         f"c8_pushed_{name}",
-        f"no teacher: -1 on tokens below {below}",
+        f"no teacher: -1 on tokens below {below} at sampling",
         "pushed_down",
         "--below",
         below,
@@ -196,45 +195,58 @@ def _summary(
     outcomes: dict[str, dict[str, str]],
 ) -> str:
     """Return the summary. A control that matches comes first."""
-    matched = [
-        f"{arm.title} matches the {method.title} ({differences(figures, arm.name, method.name)})"
-        for method in methods
-        for arm in found
-        if outcomes[method.name][arm.name] == "matches"
-    ]
-    sentences = []
+
+    def against(arm: Arm, outcome: str) -> str:
+        """Return the methods to which a control stands so, with the differences."""
+        parts = []
+        for method in methods:
+            if outcomes[method.name][arm.name] == outcome:
+                greedy, sampled = (
+                    figures.difference(arm.name, method.name, metric).text("+.1f", 100)
+                    for metric in ("greedy", "sampled")
+                )
+                parts.append(f"{method.title} (T=1 {sampled}, greedy {greedy} points)")
+        return " and ".join(parts)
+
+    def all_of(outcome: str) -> str:
+        stands = [(arm.title, against(arm, outcome)) for arm in found]
+        return "; ".join(f"{title}, against {others}" for title, others in stands if others)
+
+    matched = all_of("matches")
+    sentences = ["No control is shown to match a method."]
     if matched:
-        sentences.append(f"A control matches the method: {'; '.join(matched)}.")
-    else:
-        sentences.append("No control is shown to match a method.")
-    for method in methods:
-        for outcome, words in (("below", "shown to be below"), ("open", "open against")):
-            titles = [
-                f"{arm.title} (T=1 {points(figures.difference(arm.name, method.name, 'sampled'))})"
-                for arm in found
-                if outcomes[method.name][arm.name] == outcome
-            ]
-            if titles:
-                words_of_all = f"{words[0].upper()}{words[1:]}"
-                sentences.append(f"{words_of_all} the {method.title}: {'; '.join(titles)}.")
-    sentences += _gains(figures, [*methods, *found])
+        sentences = [f"A control matches the method within 2 points, or is above it: {matched}."]
+    below = [
+        arm.title
+        for arm in found
+        if all(outcomes[one.name][arm.name] == "below" for one in methods)
+    ]
+    if below:
+        sentences.append(f"Shown to be below every method: {'; '.join(below)}.")
+    if all_of("open"):
+        sentences.append(f"Open: {all_of('open')}.")
+    sentences += _largest_gain(figures, methods, found)
     missing = [arm.title for arm in (*METHODS, *ARMS) if arm not in (*methods, *found)]
     if missing:
         sentences.append(f"Not measured: {'; '.join(missing)}.")
     return " ".join(sentences)
 
 
-def _gains(figures: Figures, arms: Sequence[Arm]) -> list[str]:
-    """Return in words what a control without a teacher gains over the SFT student."""
-    if not measured(figures, [HABIT_SFT]):
+def _largest_gain(figures: Figures, methods: Sequence[Arm], found: Sequence[Arm]) -> list[str]:
+    """Return in words how far the best control without a teacher comes."""
+    controls = [arm for arm in found if arm in TEACHERLESS]
+    if not controls or not measured(figures, [HABIT_SFT]):
         return []
-    start = figures.mean(HABIT_SFT.name, "sampled").text(".1f", 100)
-    gains = [
-        f"{arm.title} {figures.difference(arm.name, HABIT_SFT.name, 'sampled').text('+.1f', 100)}"
-        for arm in arms
-        if arm in (*METHODS, *TEACHERLESS)
+    gains = {
+        arm.name: figures.difference(arm.name, HABIT_SFT.name, "sampled")
+        for arm in (*methods, *controls)
+    }
+    best = max(controls, key=lambda arm: gains[arm.name].mean)
+    others = " and ".join(f"{arm.title} {gains[arm.name].text('+.1f', 100)}" for arm in methods)
+    return [
+        f"Without a teacher the SFT student gains most at T=1 by {best.title}: "
+        f"{points(gains[best.name])}, against {others}."
     ]
-    return [f"Over the SFT student ({start}% at T=1) gain, in points: {'; '.join(gains)}."]
 
 
 def _caches(figures: Figures, found: Sequence[Arm]) -> list[str]:
@@ -243,7 +255,7 @@ def _caches(figures: Figures, found: Sequence[Arm]) -> list[str]:
     right = recorded(figures, OWN_RIGHT, ALTERED_FIGURES)
     if right:
         share = sum(one["right"] for one in right) / sum(one["rows"] for one in right)
-        texts.append(f"Of the rollouts {100 * share:.1f}% are right ({len(right)} seeds).")
+        texts.append(f"Of the rollouts {100 * share:.1f}% are right (seeds: {len(right)}).")
     return texts
 
 

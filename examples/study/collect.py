@@ -83,6 +83,8 @@ def costs_of(arms: Mapping[str, Arm], arm: Arm, seed: int) -> dict[str, float]:
     wall = [mark.wall_seconds for mark in counted.values()]
     # "run" makes several stages, so its seconds are not those of one that was copied.
     is_known = all(mark.verb != "run" or name == arm.name for (name, _), mark in counted.items())
+    # Of a command that was killed and went on, nobody knows how long the first attempt took.
+    is_known = is_known and not any(mark.is_resumed for mark in counted.values())
     for name, seconds in (("processor_seconds", processor), ("wall_seconds", wall)):
         known = [value for value in seconds if value is not None]
         if is_known and len(known) == len(seconds):

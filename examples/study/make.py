@@ -7,6 +7,7 @@ log, and the others go on.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -50,7 +51,7 @@ class Job:
     """What one process makes: an arm of a seed, or the small student's arms of a seed."""
 
     name: str
-    work: Callable[[], None]
+    work: Callable[[], object]
     is_made: bool
     # Jobs that come before it.
     needs: frozenset[str]
@@ -67,6 +68,9 @@ class Mark:
     # None: it was begun and not finished.
     processor_seconds: float | None
     wall_seconds: float | None
+    # Whether it went on after a kill or an error. Its seconds are then those of the last attempt
+    # alone.
+    is_resumed: bool = False
 
 
 def marks_file(arm: Arm, seed: int) -> Path:
@@ -186,7 +190,8 @@ def make_arm(arm: Arm, seed: int, identities: Sequence[str]) -> None:
     for index, command in enumerate(arm.commands(place), start=1):
         if index < len(marks) and marks[index].processor_seconds is not None:
             continue
-        marks = [*marks[:index], Mark(command[1], identities[index], None, None)]
+        begun = Mark(command[1], identities[index], None, None, is_resumed=index < len(marks))
+        marks = [*marks[:index], begun]
         # Before it runs: what a killed command of another identity leaves must not be gone on with.
         _publish(arm, seed, marks)
         began = time.monotonic()
@@ -194,7 +199,7 @@ def make_arm(arm: Arm, seed: int, identities: Sequence[str]) -> None:
             full_command(arm, command, seed), log_of(arm.name, seed), env=environment, cwd=ROOT
         )
         wall = time.monotonic() - began
-        marks[index] = Mark(command[1], identities[index], used, wall)
+        marks[index] = dataclasses.replace(begun, processor_seconds=used, wall_seconds=wall)
         _publish(arm, seed, marks)
 
 

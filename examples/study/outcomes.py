@@ -131,9 +131,10 @@ def table_of_caches(figures: Figures, arms: Sequence[Arm], file: str) -> str:
         if not found:
             continue
         with_loss = fmean(100 * one["loss_tokens"] / one["tokens"] for one in found)
-        mean = fmean(one["mean_advantage"] for one in found)
         beyond = fmean(100 * one["share_beyond_10"] for one in found)
-        lines.append(
-            f"| {arm.title} | {with_loss:.2f} | {mean:.2f} | {beyond:.2f} | {len(found)} |"
+        # A teacher that is always beyond the clip has no advantage of its own.
+        mean = (
+            f"{fmean(one['mean_advantage'] for one in found):.2f}" if beyond < 100 else "the clip"
         )
+        lines.append(f"| {arm.title} | {with_loss:.2f} | {mean} | {beyond:.2f} | {len(found)} |")
     return "\n".join(lines)

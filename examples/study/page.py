@@ -29,7 +29,7 @@ _HEAD = """\
 # The paper's claims, tested with seeds
 
 This page is made from its runs by `bash examples/study/run.sh`. Do not edit it: what is said
-besides the figures stands in `examples/study/claim_N.py`.
+besides the figures stands in the files of the claims in `examples/study/`.
 
 ```bash
 bash examples/study/run.sh                      # everything; the same command goes on after a kill
@@ -168,7 +168,7 @@ def _section(one: Judged) -> str:
         parts.append(_filled(f"Verdict: **{one.verdict.answer}**. {one.verdict.summary}"))
     parts.append(_filled(f"How it was tested: {claim.method}"))
     if one.verdict is not None:
-        parts += one.verdict.details
+        parts += [_wrapped(detail) for detail in one.verdict.details]
         for plot in one.verdict.plots:
             parts.append(f"![{_cell(plot.caption)}]({plot.file})")
             parts.append(_filled(f"*{plot.caption}*"))
@@ -182,7 +182,7 @@ def _recommendation(figures: Figures) -> list[str]:
         parts = recommendation.section(figures)
     except MissingFigures:
         return []
-    return [part if part.startswith(("#", "|")) else _filled(part) for part in parts]
+    return [_wrapped(part) for part in parts]
 
 
 def _folders(claim: Claim) -> str:
@@ -196,6 +196,13 @@ def _folders(claim: Claim) -> str:
         f"in `{runs.relative_to(ROOT)}/seed-N/`: {', '.join(of)}" for runs, of in folders.items()
     ]
     return _filled(f"Raw runs: {'; '.join(lines)}." if lines else "It has no runs of its own.")
+
+
+def _wrapped(markdown: str) -> str:
+    """Return Markdown whose paragraphs have lines of the right length. Tables stay as they are."""
+    blocks = markdown.split("\n\n")
+    kept = ("#", "|", "-", "!", "```")
+    return "\n\n".join(block if block.startswith(kept) else _filled(block) for block in blocks)
 
 
 def _filled(text: str) -> str:

@@ -227,27 +227,35 @@ def section_of(
 
 
 @pytest.mark.parametrize(
-    ("knobs", "against"),
+    ("knobs", "said"),
     [
-        ({"loss": "lightning"}, True),
-        ({"loss": "lightning", "advantage_clip": 1.0}, True),
-        ({"loss": "lightning", "importance_cap": 1.0}, False),
-        ({"loss": "top_k_reverse_kl"}, False),
-        ({"loss": "top_k_forward_kl"}, False),
-        ({"loss": "lightning", "advantage": "delta"}, False),
-        ({"loss": "lightning", "refresh": {"every": 1}}, False),
+        ({"loss": "lightning"}, "against"),
+        ({"loss": "lightning", "advantage_clip": 1.0}, "against"),
+        ({"loss": "lightning", "importance_cap": 1.0}, "suits"),
+        ({"loss": "top_k_reverse_kl"}, "suits"),
+        ({"loss": "top_k_forward_kl"}, "not measured"),
+        ({"loss": "lightning", "advantage": "delta"}, "not measured"),
+        ({"loss": "lightning", "refresh": {"every": 1}}, "not measured"),
     ],
 )
 def test_only_what_did_harm_goes_against_it(
-    caches: dict[str, Path], knobs: dict[str, Any], against: bool
+    caches: dict[str, Path], knobs: dict[str, Any], said: str
 ) -> None:
     sharp = recommend(measured(caches["sharp"]))
     soft = recommend(measured(caches["soft"]))
     assert sharp is not None
     assert soft is not None
-    assert goes_against(sharp, section_of(**knobs)) == against
+    section = section_of(**knobs)
+    assert goes_against(sharp, section) == (said == "against")
+    words = {
+        "against": "Nothing is changed (",
+        "suits": "; the configured loss suits it",
+        "not measured": "; the configured loss was not measured there",
+    }
+    assert [name for name, text in words.items() if text in told(sharp, section)] == [said]
     # The control: the same loss with a soft teacher.
-    assert not goes_against(soft, section_of(**knobs))
+    assert not goes_against(soft, section)
+    assert words["against"] not in told(soft, section)
 
 
 def test_little_coverage_is_said(caches: dict[str, Path]) -> None:

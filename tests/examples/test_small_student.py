@@ -24,7 +24,7 @@ from lopd.megatron.weights.headers import read_header
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "small_student"
 # The scripts import each other by these names.
-SCRIPTS = ("arms", "commands", "measure", "table", "seeds")
+SCRIPTS = ("arms", "commands", "measure", "table", "picture", "seeds")
 
 
 @pytest.fixture(scope="module")

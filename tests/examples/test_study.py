@@ -139,6 +139,8 @@ def test_a_killed_command_goes_on_in_its_own_run(recorder: Recorder) -> None:
     marks = make.marks_of(SECOND, 2)
     assert [mark.verb for mark in marks] == ["", "distill"]
     assert marks[1].processor_seconds == 1.5
+    assert marks[1].is_resumed, "its seconds are those of the last attempt"
+    assert not any(mark.is_resumed for mark in make.marks_of(FIRST, 2))
 
 
 def test_a_failed_arm_is_named_with_its_log_and_the_others_go_on(
@@ -240,12 +242,16 @@ def test_one_server_for_each_architecture_and_the_teachers_own_last(
 def test_costs_count_each_command_once_and_none_that_came_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    resumed: set[str] = set()
     seconds = {"demonstrate": 10.0, "sft": 20.0, "rollout": 5.0, "score": 7.0, "distill": 40.0}
 
     def marks(arm: Arm, seed: int) -> list[make.Mark]:
         verbs = [command[1] for command in arm.commands(arm.place(seed))]
         begun = make.Mark("", "", 0.0, 0.0)
-        return [begun, *(make.Mark(verb, "", seconds[verb], 1.0) for verb in verbs)]
+        return [
+            begun,
+            *(make.Mark(verb, "", seconds[verb], 1.0, verb in resumed) for verb in verbs),
+        ]
 
     tokens = {"demonstrate": 100.0, "score": 300.0, "scores": 50.0}
     monkeypatch.setattr(collect, "marks_of", marks)
@@ -263,3 +269,8 @@ def test_costs_count_each_command_once_and_none_that_came_later(
     assert found["habit_lightning"]["scored"] == 400, "of the cache and of two refreshes"
     assert found["gone_on"]["processor_seconds"] == 50
     assert found["gone_on"]["decoded"] == 100
+    # Seconds of a command that was killed in between are not known, and its tokens are.
+    resumed.add("distill")
+    again = collect.costs_of(known, arms.HABIT_LIGHTNING, 2)
+    assert again.keys() == found["habit_lightning"].keys() - {"processor_seconds", "wall_seconds"}
+    assert "wall_seconds" in collect.costs_of(known, arms.HABIT_SFT, 2)

@@ -328,12 +328,11 @@ def _sharp_teacher(tokens: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
         f"{over:.2%} of the tokens are beyond 10 nats."
     )
     remedy = (
-        "A sharp teacher gives strong signals at few sampled tokens. Try a smaller "
-        "distill.advantage_clip, newer rollouts (distill.refresh), importance weights, or a top-K "
-        "cache."
+        "A sharp teacher gives strong signals at few sampled tokens. Use a top-K loss "
+        "(score.top_k), distill.objective.importance_cap = 1, or newer rollouts (distill.refresh)."
     )
     wrong = top > _TOP_SHARE and over >= SHARP_SHARE
-    yield _judged(wrong, "sharp teacher", text, remedy, "objectives.md#limits")
+    yield _judged(wrong, "sharp teacher", text, remedy, "objectives.md#which-loss-suits-a-cache")
 
 
 def _servers(source: Source) -> Iterator[Check]:
