@@ -111,6 +111,8 @@ OWN_RIGHT = Arm(
     title="SFT on the student's own right responses",
     setting=HABIT,
     commands=_own_right,
+    # So that the folder is one of a run when the demonstrations are written into it.
+    copied=((HABIT_SFT.name, "demonstrate"),),
     after=(HABIT_SFT.name,),
     model="sft/model",
 )

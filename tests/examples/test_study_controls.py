@@ -305,6 +305,8 @@ def test_every_arm_has_commands_that_are_accepted(tmp_path: Path) -> None:
         for kind, verb, *arguments in arm.commands(place):
             if kind == "python":
                 modules[verb].parser().parse_args(arguments)
+                # A verb refuses a folder with files that no run made, and copies make it one.
+                assert arm.copied
                 continue
             config = load_config(
                 arm.setting.config,
