@@ -166,7 +166,7 @@ def _table(figures: Figures) -> str:
 # Metrics of a step that show what goes on being pushed, with what the table calls them.
 _SIGNS = {
     "advantage": "mean advantage",
-    "advantage_p01": "1% quantile of the advantage",
+    "advantage_std": "its standard deviation over tokens",
     "clipped_share": "share beyond the clip",
     "chi_square": "chi-square of tokens",
     "effective_sample_share": "effective sample share",
@@ -183,10 +183,10 @@ def _signs(figures: Figures) -> str:
             cells = [mean_of_steps(figures, arm.name, metric, part) for metric in _SIGNS]
             lines.append(f"| {arm.title} | {steps} | {' | '.join(cells)} |")
     return (
-        "What the steps report, as means over the seeds. Where frozen wrong tokens go on being "
-        "pushed down, log w of the rollouts falls and the chi-square rises from the first steps to "
-        "the last, while the 1% quantile of the advantage stays far below 0: these are tokens of "
-        f"the rollouts that the teacher excludes.\n\n{chr(10).join(lines)}"
+        "What the steps report, as means over the seeds. Frozen wrong tokens that go on being pushed "
+        "down show in two columns: log w of the rollouts falls from the first steps to the last, "
+        "and the standard deviation of the advantage stays high, because few tokens, which the "
+        f"teacher excludes, have nearly all of it.\n\n{chr(10).join(lines)}"
     )
 
 
