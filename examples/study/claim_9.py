@@ -183,10 +183,10 @@ def _signs(figures: Figures) -> str:
             cells = [mean_of_steps(figures, arm.name, metric, part) for metric in _SIGNS]
             lines.append(f"| {arm.title} | {steps} | {' | '.join(cells)} |")
     return (
-        "What the steps report, as means over the seeds. Frozen wrong tokens that go on being pushed "
-        "down show in two columns: log w of the rollouts falls from the first steps to the last, "
-        "and the standard deviation of the advantage stays high, because few tokens, which the "
-        f"teacher excludes, have nearly all of it.\n\n{chr(10).join(lines)}"
+        "What the steps report, as means over the seeds. Frozen wrong tokens that go on being "
+        "pushed down show in two columns: log w of the rollouts falls from the first steps to the "
+        "last, and the standard deviation of the advantage stays high, because few tokens, which "
+        f"the teacher excludes, have nearly all of it.\n\n{chr(10).join(lines)}"
     )
 
 
