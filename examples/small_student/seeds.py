@@ -38,7 +38,7 @@ from arms import (
 )
 from commands import adopt_orphans, begin_with_copies, run_measured
 from measure import is_measured
-from table import IN_SHORT, figures_of, markdown
+from table import figures_of, in_short, markdown
 
 HERE = Path(__file__).resolve().parent
 LOPD = Path(sys.executable).with_name("lopd")
@@ -165,7 +165,7 @@ def write(figures: dict[str, Any], folder: Path) -> None:
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     text = markdown(figures)
     (folder / "table.md").write_text(text + "\n")
-    (folder / "in_short.md").write_text(markdown(figures, IN_SHORT) + "\n")
+    (folder / "in_short.md").write_text(in_short(figures) + "\n")
     draw(figures, folder / "picture.svg")
     print(text)
 

@@ -21,10 +21,18 @@ MODES = ("greedy", "sampled")
 OURS = "distilled"
 BEST = "sft_best"
 _HEAD = (
-    "| model | seeds | greedy, % | T=1, % | distilled minus it, greedy | T=1 "
-    "| teacher tokens decoded | only scored | processor s |"
+    "model",
+    "seeds",
+    "greedy, %",
+    "T=1, %",
+    "distilled minus it, greedy",
+    "distilled minus it, T=1",
+    "teacher tokens decoded",
+    "only scored",
+    "processor s",
 )
-_RULE = "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+# Of these the README's table has none.
+_LEFT_OUT = ("seeds", "distilled minus it, greedy")
 # The rows of the README's table: what a reader would do instead, and the paper's loss.
 IN_SHORT = ("base", "sft", BEST, "sft_longer", "sft_fresh", "lightning", OURS, "teacher")
 _FIXED = {"base": "base student", "teacher": "teacher"}
@@ -131,25 +139,38 @@ def _advantages(scores: Path) -> dict[str, float]:
     }
 
 
-def markdown(figures: dict[str, Any], rows: Sequence[str] | None = None) -> str:
-    """Return the table: a line a model, each value the mean over the seeds and its error.
+def markdown(figures: dict[str, Any]) -> str:
+    """Return the table: a line a model, each value the mean over the seeds and its error."""
+    return _joined(_cells(figures))
 
-    Args:
-        figures: What figures_of() has returned.
-        rows: The names of the models that it has, in any order. None means all.
-    """
-    lines = [_HEAD, _RULE]
+
+def in_short(figures: dict[str, Any]) -> str:
+    """Return the README's table, which has fewer rows and columns."""
+    head, *rows = _cells(figures)
+    kept = [index for index, title in enumerate(head) if title not in _LEFT_OUT]
+    titles = {_title(name) for name in IN_SHORT}
+    chosen = [row for row in rows if row[0].strip("*") in titles]
+    return _joined([[row[index] for index in kept] for row in [head, *chosen]])
+
+
+def _joined(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def _cells(figures: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of the table, the titles first."""
+    rows = [[*_HEAD]]
     models = {**figures["models"], **_best(figures["models"])}
     for name in ("base", *_order(models), "teacher"):
-        if rows is not None and name not in rows:
-            continue
         if name in models:
-            lines.append(_line(name, models, figures["costs"].get(name, {})))
+            rows.append(_line(name, models, figures["costs"].get(name, {})))
         elif figures["fixed"].get(name):
             fixed = figures["fixed"][name]
-            values = " | ".join(f"{100 * fixed[mode]:.1f}" for mode in MODES)
-            lines.append(f"| {_FIXED[name]} | | {values} | | | | | |")
-    return "\n".join(lines)
+            values = [f"{100 * fixed[mode]:.1f}" for mode in MODES]
+            rows.append([_title(name), "", *values, *[""] * (len(_HEAD) - 4)])
+    return rows
 
 
 def rows_of(figures: dict[str, Any]) -> list[Row]:
@@ -205,7 +226,7 @@ def _best(models: dict[str, Any]) -> dict[str, Any]:
     return {BEST: best} if best else {}
 
 
-def _line(name: str, models: dict[str, Any], costs: dict[str, dict[str, float]]) -> str:
+def _line(name: str, models: dict[str, Any], costs: dict[str, dict[str, float]]) -> list[str]:
     of_seeds = models[name]
     cells = [_title(name), str(len(of_seeds))]
     for mode in MODES:
@@ -220,7 +241,7 @@ def _line(name: str, models: dict[str, Any], costs: dict[str, dict[str, float]])
         values = [of[cost] for of in costs.values() if cost in of]
         cells.append(f"{np.mean(values):,.0f}" if values else "")
     bold = "**" if name == OURS else ""
-    return f"| {bold}{cells[0]}{bold} | {' | '.join(cells[1:])} |"
+    return [f"{bold}{cells[0]}{bold}", *cells[1:]]
 
 
 def _cell(values: NDArray[np.float64], sign: str = "") -> str:

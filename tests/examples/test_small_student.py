@@ -70,7 +70,7 @@ def test_a_row_has_means_errors_and_differences_paired_by_seed(
     scripts: dict[str, ModuleType],
 ) -> None:
     lines = scripts["table"].markdown(FIGURES).splitlines()
-    assert lines[2] == "| base student | | 90.4 | 62.1 | | | | | |"
+    assert lines[2] == "| base student |  | 90.4 | 62.1 |  |  |  |  |  |"
     assert lines[3] == (
         "| SFT student (96 steps) | 2 | 89.0 (1.0) | 65.0 (1.0) | +8.0 (1.0) | +20.0 (1.0) "
         "| 26,000 | 0 | 40 |"
@@ -196,3 +196,22 @@ def test_the_shipped_student_is_a_sixth_of_the_teacher(scripts: dict[str, Module
 
     assert num_parameters("small_student") == 127_872
     assert 5.5 < num_parameters("teacher") / num_parameters("small_student") < 6.5
+
+
+def test_the_pages_have_the_tables_of_the_published_figures(
+    scripts: dict[str, ModuleType],
+) -> None:
+    table = scripts["table"]
+    figures = json.loads((ROOT / "docs" / "small_student.json").read_text(encoding="utf-8"))
+    assert table.markdown(figures) in (ROOT / "docs" / "small_student.md").read_text("utf-8")
+    assert table.in_short(figures) in (ROOT / "README.md").read_text("utf-8")
+    # The control: another figure makes other tables.
+    figures["models"]["distilled"]["2"]["sampled"] += 0.1
+    assert table.in_short(figures) not in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readme_has_a_part_of_the_table(scripts: dict[str, ModuleType]) -> None:
+    lines = scripts["table"].in_short(FIGURES).splitlines()
+    assert lines[0].startswith("| model | greedy, % | T=1, % | distilled minus it, T=1 |")
+    assert lines[-1].startswith("| **distilled: top-8 reverse KL on frozen rollouts** | 97.0")
+    assert len({line.count("|") for line in lines}) == 1, "as many cells as titles"
