@@ -7,7 +7,7 @@ tokenizers or other students are refused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def merge(
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         _check_alike(folder, manifest, folders[0], manifests[0])
         _check_models(folder, manifest, folders[0], manifests[0], teacher_column)
-        _check_columns(folder, manifest, folders[0], manifests[0])
+        _check_columns(folder, manifest, folders[0], manifests[0], teacher_column)
     # This reads every shard, so it comes after the checks that read manifests alone.
     _check_unique(folders, manifests)
     first = manifests[0]
@@ -179,7 +179,9 @@ def _check_models(
         )
 
 
-def _check_columns(folder: Path, manifest: Manifest, first_folder: Path, first: Manifest) -> None:
+def _check_columns(
+    folder: Path, manifest: Manifest, first_folder: Path, first: Manifest, teacher_column: bool
+) -> None:
     """Raise ArtifactError if the columns or their number formats differ."""
     # All shards of an artifact have the columns of its first one.
     if not manifest.shards or not first.shards:
@@ -187,9 +189,12 @@ def _check_columns(folder: Path, manifest: Manifest, first_folder: Path, first: 
     # Only the footer of one file is read.
     schema = pq.read_schema(folder / manifest.shards[0].name)
     expected = pq.read_schema(first_folder / first.shards[0].name)
-    if not schema.remove_metadata().equals(expected.remove_metadata()):
+    # A source that was merged before has this column already, and the others get it.
+    ignored = {"teacher"} if teacher_column else set()
+    found, wanted = ([one for one in of if one.name not in ignored] for of in (schema, expected))
+    if found != wanted:
         # Columns of one name and two types differ, too, for example in 16 and in 32 bits.
-        differing = {str(field) for field in expected} ^ {str(field) for field in schema}
+        differing = {str(field) for field in wanted} ^ {str(field) for field in found}
         raise ArtifactError(
             f"these columns are not in both caches: {', '.join(sorted(differing))}",
             where=str(folder),
@@ -256,14 +261,26 @@ def _joint_lineage(manifests: Sequence[Manifest]) -> Mapping[str, Any]:
     if all(lineage == lineages[0] for lineage in lineages):
         return lineages[0]
     # A row names its teacher, and here is what is known of that teacher.
-    by_teacher = {
-        manifest.models["teacher"].weights: lineage
-        for manifest, lineage in zip(manifests, lineages, strict=True)
-        if "teacher" in manifest.models
-    }
+    by_teacher: dict[str, Mapping[str, Any]] = {}
+    for manifest in manifests:
+        for weights, lineage in _known_of_teachers(manifest):
+            # If it did not make the demonstrations of one source, it has foreign rows.
+            if weights not in by_teacher or not lineage.get("consistent", False):
+                by_teacher[weights] = lineage
     # One source with foreign scores makes the whole cache inconsistent.
     consistent = all(lineage.get("consistent", False) for lineage in lineages)
     return {"by_teacher": by_teacher, "consistent": consistent}
+
+
+def _known_of_teachers(manifest: Manifest) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the fingerprint of each teacher of a source, and what is known of it."""
+    lineage = manifest.lineage
+    if "by_teacher" in lineage:  # It was merged before.
+        yield from lineage["by_teacher"].items()
+    elif "by_domain" in lineage:  # One teacher may have scored several domains.
+        yield from ((one["score_teacher"], one) for one in lineage["by_domain"].values())
+    elif "teacher" in manifest.models:
+        yield manifest.models["teacher"].weights, lineage
 
 
 def _joint_loss(manifests: Sequence[Manifest]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lopd.cache.merging import merge
 from lopd.cache.reference_export import export_reference
 from lopd.cache.reference_import import IMPORT_LACKS, import_reference
 from lopd.cache.splitting import split
+from lopd.cache.teachers import own_teachers
 from lopd.errors import ArtifactError, ConsistencyError, DataError, LopdError
 from tests.cache.rollouts import SAMPLING, TEACHER, TINY_TEACHER, publish_cache, some_responses
 
@@ -118,6 +119,18 @@ def test_mixed_teachers_need_a_column(tmp_path: Path) -> None:
     assert {identity.weights for identity in manifest.models.values()} == set(teachers)
     assert set(manifest.lineage["by_teacher"]) == set(teachers)
     assert sound(tmp_path / "c")
+
+
+def test_what_is_known_of_teachers_outlives_a_second_merge(tmp_path: Path) -> None:
+    publish_cache(tmp_path / "a", some_responses(5))
+    publish_cache(tmp_path / "b", some_responses(5, prefix="q"), teacher=OTHER_TEACHER)
+    publish_cache(tmp_path / "d", some_responses(5, prefix="r"))
+    once = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", teacher_column=True)
+    twice = merge([tmp_path / "c", tmp_path / "d"], tmp_path / "e", teacher_column=True)
+    assert set(once.lineage["by_teacher"]) == {TEACHER.weights, OTHER_TEACHER.weights}
+    assert twice.lineage == once.lineage
+    assert own_teachers(twice) == own_teachers(once)
+    assert sound(tmp_path / "e")
 
 
 def test_mixed_students(tmp_path: Path) -> None:
