@@ -200,12 +200,21 @@ def _folders(claim: Claim) -> str:
 
 def _wrapped(markdown: str) -> str:
     """Return Markdown whose paragraphs have lines of the right length. Tables stay as they are."""
-    blocks = markdown.split("\n\n")
-    kept = ("#", "|", "-", "!", "```")
-    return "\n\n".join(block if block.startswith(kept) else _filled(block) for block in blocks)
+    blocks: list[str] = []
+    for block in markdown.split("\n\n"):
+        if block.startswith("- "):
+            block = "\n".join(_filled(item, indent="  ") for item in block.split("\n"))
+        elif not block.startswith(("#", "|", "!", "```")):
+            block = _filled(block)
+        blocks.append(block)
+    return "\n\n".join(blocks)
 
 
-def _filled(text: str) -> str:
+def _filled(text: str, indent: str = "") -> str:
     return textwrap.fill(
-        " ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False
+        " ".join(text.split()),
+        100,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
