@@ -155,7 +155,10 @@ _LIMITS = (
     "and has a bad habit, so whatever makes it sharper helps. A student that lacks knowledge may "
     "tell the controls from the method in another way. Rates of the controls were not searched: "
     "they have that of the methods. Each control has four chances to be shown lower, so its "
-    "outcome is not that of one test at 95%."
+    "outcome is not that of one test at 95%. SFT gone on learns from as many responses as the "
+    "methods, which have more tokens where the student still skips steps. Open may hide what all "
+    "seeds agree on: with few seeds that differ much, an interval by Student's t holds 0 although "
+    "every seed is below."
 )
 
 
@@ -227,6 +230,13 @@ def _summary(
         sentences.append(f"Shown to be below every method: {'; '.join(below)}.")
     if all_of("open"):
         sentences.append(f"Open: {all_of('open')}.")
+    if matched and not any(
+        outcomes[method.name][arm.name] == "matches"
+        for method in methods
+        for arm in found
+        if arm in TEACHERLESS
+    ):
+        sentences.append("No control without a teacher is shown to match: only SFT that goes on.")
     sentences += _largest_gain(figures, methods, found)
     missing = [arm.title for arm in (*METHODS, *ARMS) if arm not in (*methods, *found)]
     if missing:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.study import recommendation
-from examples.study.arms import ROOT, RUNS, SMALL_RUNS, Claim, Verdict
+from examples.study.arms import ROOT, RUNS, SEEDS, SMALL_RUNS, Claim, Verdict
 from examples.study.figures import Figures, MissingFigures
 from examples.study.small import is_small
 from lopd.artifacts import publish_bytes
@@ -113,7 +113,9 @@ def markdown(judged: Sequence[Judged], seeds: Sequence[int]) -> str:
     """Return the page."""
     parts = [_HEAD]
     named = ", ".join(map(str, seeds))
-    parts.append(f"The seeds that were asked for: {named}.")
+    absent = [seed for seed in SEEDS if seed not in seeds]
+    without = f" Not yet in these figures: {', '.join(map(str, absent))}." if absent else ""
+    parts.append(f"The seeds that were asked for: {named}.{without}")
     parts += _controls(judged)
     parts.append("## All verdicts")
     parts.append(_table(judged))

@@ -70,7 +70,7 @@ CASES = (
     ),
     # Nobody had seen its caches when the limit was set.
     Case(
-        "a student that cannot add reliably",
+        "a student whose training was stopped early",
         claim_9.SFT.name,
         {
             SAMPLED: claim_9.PLAIN.name,

@@ -183,7 +183,7 @@ def test_claim_1_is_judged_by_the_intervals(figures: Figures, answer: str) -> No
     assert verdict.answer == answer
     assert "[" in verdict.summary
     assert "At equal steps" in verdict.summary
-    assert "At equal teacher tokens" in verdict.summary
+    assert "At as many scored responses" in verdict.summary
 
 
 @pytest.mark.parametrize(
