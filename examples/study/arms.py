@@ -174,17 +174,23 @@ SCORED = tuple((HABIT_SFT.name, stage) for stage in ("demonstrate", "sft", "roll
 LIGHTNING = ("distill.objective.loss=lightning", "distill.optimizer.lr=1e-4")
 
 
-def habit_distilled(name: str, title: str, *overrides: str) -> Arm:
-    """Return an arm that only distils: the same SFT student, rollouts and scores as HABIT_SFT."""
+def distilled(
+    name: str,
+    title: str,
+    *overrides: str,
+    setting: Setting = HABIT,
+    scored: tuple[tuple[str, str], ...] = SCORED,
+) -> Arm:
+    """Return an arm that only distils, from the stages up to the scores of another arm."""
     return Arm(
         name=name,
         title=title,
-        setting=HABIT,
+        setting=setting,
         commands=lambda place: (("lopd", "distill", *overrides),),
-        copied=SCORED,
+        copied=scored,
     )
 
 
 # What other arms are compared with.
-HABIT_LIGHTNING = habit_distilled("habit_lightning", "Lightning OPD (sampled token)", *LIGHTNING)
-HABIT_TOP_K = habit_distilled("habit_top_k", "top-8 reverse KL", "distill.optimizer.lr=1e-4")
+HABIT_LIGHTNING = distilled("habit_lightning", "Lightning OPD (sampled token)", *LIGHTNING)
+HABIT_TOP_K = distilled("habit_top_k", "top-8 reverse KL", "distill.optimizer.lr=1e-4")

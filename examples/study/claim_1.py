@@ -13,7 +13,7 @@ from examples.study.arms import (
     Claim,
     Plot,
     Verdict,
-    habit_distilled,
+    distilled,
 )
 from examples.study.figures import Figures, Interval
 from examples.study.tables import (
@@ -29,17 +29,17 @@ from examples.study.tables import (
 # Standard OPD: every step learns from responses of the student as it is then. The teacher's server
 # is kept, which changes no result.
 REFRESH = (*LIGHTNING, "distill.refresh.keep_teacher=true")
-ONLINE = habit_distilled("c1_online", "standard OPD, 16 steps", *REFRESH, "distill.refresh.every=1")
+ONLINE = distilled("c1_online", "standard OPD, 16 steps", *REFRESH, "distill.refresh.every=1")
 # As many responses, and so about as many teacher tokens, as the cache of Lightning OPD has:
 # 8 steps of 64 are its 512 rollouts.
-ONLINE_8 = habit_distilled(
+ONLINE_8 = distilled(
     "c1_online_8",
     "standard OPD, 8 steps",
     *REFRESH,
     "distill.refresh.every=1",
     "distill.num_steps=8",
 )
-EVERY_4 = habit_distilled(
+EVERY_4 = distilled(
     "c1_every_4", "rollouts renewed every 4 steps", *REFRESH, "distill.refresh.every=4"
 )
 # The reverse KLs of two students are called equal if the interval of their difference lies within

@@ -12,7 +12,7 @@ from examples.study.arms import (
     Claim,
     Plot,
     Verdict,
-    habit_distilled,
+    distilled,
 )
 from examples.study.claim_1 import EVERY_4, ONLINE, ONLINE_8, REFRESH
 from examples.study.figures import Figures, Interval
@@ -20,14 +20,14 @@ from examples.study.tables import MARGIN_POINTS, costs_table, points, results_ta
 
 # A bound near 1: one decision in fifty tokens changes in this task, and a mean over tokens hardly
 # notices it.
-DRIFT = habit_distilled(
+DRIFT = distilled(
     "c3_drift",
     "renewed when the effective share is below 0.97",
     *REFRESH,
     "distill.refresh.min_effective_share=0.97",
     "distill.refresh.num_responses=256",
 )
-LIGHTNING_8 = habit_distilled(
+LIGHTNING_8 = distilled(
     "c3_lightning_8", "Lightning OPD, 8 steps", *LIGHTNING, "distill.num_steps=8"
 )
 _ARMS = (HABIT_LIGHTNING, LIGHTNING_8, EVERY_4, DRIFT, ONLINE, ONLINE_8)

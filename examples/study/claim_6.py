@@ -14,7 +14,7 @@ from examples.study.arms import (
     Command,
     Place,
     Verdict,
-    habit_distilled,
+    distilled,
 )
 from examples.study.figures import Figures, MissingFigures
 from examples.study.outcomes import (
@@ -94,9 +94,7 @@ MISMATCHED = Arm(
     copied=_SFT_STAGES,
     after=(HABIT_SFT.name,),
 )
-UNCLIPPED = habit_distilled(
-    "c6_no_clip", "no clip", *LIGHTNING, f"distill.advantage_clip={NO_CLIP}"
-)
+UNCLIPPED = distilled("c6_no_clip", "no clip", *LIGHTNING, f"distill.advantage_clip={NO_CLIP}")
 ARMS = (NO_END, TEMPERED, MISMATCHED, UNCLIPPED)
 
 _IN_WORDS = {

@@ -1,4 +1,4 @@
-"""Claim 9: offline distillation fails where a student lacks what a sharp teacher knows."""
+"""Claim 9: the sampled token fails on rollouts of a student whose training was stopped early."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from examples.study.arms import (
     Plot,
     Setting,
     Verdict,
+    distilled,
 )
 from examples.study.comparisons import MARGIN, Answer, Table, mean_of_steps, sign_of, words
 from examples.study.figures import Figures, Interval
@@ -28,8 +29,7 @@ def _overrides(seed: int) -> tuple[str, ...]:
     return (*HABIT.overrides(seed), f"models.student={BASE}")
 
 
-# A student of the teacher's size whose training was stopped early: it samples wrong digits. The
-# teacher is sharp at every digit.
+# A student of the teacher's size whose training was stopped early: it samples wrong digits.
 UNLEARNED = Setting("unlearned", HABIT.config, _overrides)
 _FIRST: tuple[Command, ...] = (("python", "unlearned"),)
 SFT = Arm(
@@ -43,18 +43,7 @@ SFT = Arm(
     model="sft/model",
 )
 _SCORED = tuple((SFT.name, stage) for stage in ("demonstrate", "sft", "rollout", "score"))
-
-
-def _distilled(name: str, title: str, *overrides: str) -> Arm:
-    return Arm(
-        name=name,
-        title=title,
-        setting=UNLEARNED,
-        commands=lambda place: (("lopd", "distill", *overrides),),
-        copied=_SCORED,
-    )
-
-
+_distilled = partial(distilled, setting=UNLEARNED, scored=_SCORED)
 PLAIN = _distilled("c9_lightning", "Lightning OPD (sampled token, clip 10)", *LIGHTNING)
 CLIP = _distilled("c9_clip_1", "with clip 1", *LIGHTNING, "distill.advantage_clip=1")
 CAP = _distilled(

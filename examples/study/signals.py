@@ -12,7 +12,7 @@ from examples.study.arms import (
     Arm,
     Command,
     Place,
-    habit_distilled,
+    distilled,
 )
 from examples.study.claim_4 import LONG, OFFLINE_80, ONLINE_80
 
@@ -28,18 +28,16 @@ HORIZON = "rollout.max_new_tokens=24"
 MORE_SFT = "sft.num_steps=16"
 PARTS = 4
 
-FORWARD_16 = habit_distilled("c7_forward_16", "top-8 forward KL", *FORWARD)
-TOP_K_80 = habit_distilled("c7_top_k_80", "top-8 reverse KL, 80 steps", RATE, *_LONG)
-FORWARD_80 = habit_distilled("c7_forward_80", "top-8 forward KL, 80 steps", *FORWARD, *_LONG)
-GENERALISED_80 = habit_distilled(
+FORWARD_16 = distilled("c7_forward_16", "top-8 forward KL", *FORWARD)
+TOP_K_80 = distilled("c7_top_k_80", "top-8 reverse KL, 80 steps", RATE, *_LONG)
+FORWARD_80 = distilled("c7_forward_80", "top-8 forward KL, 80 steps", *FORWARD, *_LONG)
+GENERALISED_80 = distilled(
     "c7_generalised_80", "generalised reverse KL, 80 steps", RATE, GENERALISED, *_LONG
 )
-CAP_80 = habit_distilled(
+CAP_80 = distilled(
     "c7_cap_80", "sampled token, importance_cap = 2, 80 steps", *LIGHTNING, CAP, *_LONG
 )
-PREFIX_16 = habit_distilled(
-    "c7_prefix", "sampled token, first 30% of a response", *LIGHTNING, PREFIX
-)
+PREFIX_16 = distilled("c7_prefix", "sampled token, first 30% of a response", *LIGHTNING, PREFIX)
 
 
 def _few(place: Place) -> tuple[Command, ...]:

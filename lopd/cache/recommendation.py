@@ -97,13 +97,17 @@ def _of_soft_teacher(figures: RegimeFigures) -> Recommendation:
     if figures.top_k:
         loss = Advice(
             "top_k_reverse_kl",
-            "the top-K is in the cache and has no sampling noise; the sampled token (lightning) is "
-            f"enough here too{_coverage(figures)}",
+            "the top-K is in the cache, has no sampling noise, and did no harm in any measured "
+            f"setting{_coverage(figures)}",
         )
     else:
-        loss = Advice("lightning", "the sampled token is enough, and its cache is the smallest")
+        loss = Advice(
+            "lightning",
+            "the cache has no top-K, and no sign of harm; in one of two measured settings without "
+            "the sign the sampled token did harm all the same",
+        )
     clip = Advice(ADVANTAGE_CLIP, "hardly a token is beyond it")
-    cap = Advice(None, "the harm that it prevents is not to be expected")
+    cap = Advice(None, "the cache has no sign of the harm that it can prevent")
     return Recommendation("soft teacher", _seen(figures), loss, clip, cap)
 
 
@@ -145,8 +149,14 @@ def goes_against(recommendation: Recommendation, distill: DistillSection) -> boo
 def told(recommendation: Recommendation, distill: DistillSection) -> str:
     """Return one line about the configured loss, for the log of a training."""
     seen = f"{recommendation.regime}: {recommendation.seen}"
-    if _suits(recommendation, distill):
+    objective = distill.objective
+    if _suits(distill):
         return f"{seen}; the configured loss suits it"
+    is_paper = objective.advantage == "teacher" and objective.loss == "lightning"
+    if is_paper and recommendation.regime == "soft teacher":
+        return f"{seen}; no sign that the configured loss does harm, which proves little ({_DOC})"
+    if is_paper and objective.importance_cap is not None:
+        return f"{seen}; with an importance cap the sampled token neither harmed nor gained there"
     if not goes_against(recommendation, distill):
         return f"{seen}; the configured loss was not measured there"
     return (
@@ -156,15 +166,10 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
     )
 
 
-def _suits(recommendation: Recommendation, distill: DistillSection) -> bool:
-    """Return whether the knobs are among those that did well in this regime."""
+def _suits(distill: DistillSection) -> bool:
+    """Return whether the knobs are those that did no harm in any measured setting."""
     objective = distill.objective
-    if objective.advantage != "teacher":
-        return False
-    is_capped = objective.importance_cap is not None
-    return objective.loss == "top_k_reverse_kl" or (
-        objective.loss == "lightning" and (recommendation.regime == "soft teacher" or is_capped)
-    )
+    return objective.advantage == "teacher" and objective.loss == "top_k_reverse_kl"
 
 
 def _remedy(recommendation: Recommendation) -> str:

@@ -33,7 +33,7 @@ def test_every_arm_of_every_claim_has_commands_that_the_configuration_accepts() 
             assert not config.evaluate.enabled
             assert config.run.dir.is_relative_to(arms.RUNS)
     # The control: a key that does not exist is refused.
-    wrong = arms.habit_distilled("wrong", "wrong", "distill.absent=1")
+    wrong = arms.distilled("wrong", "wrong", "distill.absent=1")
     full = make.full_command(wrong, wrong.commands(wrong.place(3))[0], 3)
     with pytest.raises(Exception, match="absent"):
         load_config(Path(full[2]), full[3:])
