@@ -9,8 +9,8 @@ from examples.study import arms as shared
 from examples.study.arms import Arm, Claim
 from examples.study.small import is_small, small_arm
 
-# Claim 9 is the regime in which the method fails.
-NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+# Claim 9 is the regime in which the method fails, and claim 10 the warning of it.
+NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 
 
 def load_claims(numbers: Iterable[int] = NUMBERS) -> list[Claim]:

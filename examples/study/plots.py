@@ -139,6 +139,39 @@ def draw_points(
     _finish(figure, axes, path, x_label, y_label)
 
 
+def draw_scatter(
+    path: Path,
+    dots: Mapping[str, Sequence[tuple[float, float]]],
+    crosses: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    limit: float,
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw points with a logarithmic horizontal axis, a line at a limit of it and a line at 0.
+
+    Args:
+        path: The picture.
+        dots: Title -> (x, y). Each x is above 0.
+        crosses: The same, drawn as crosses.
+        limit: Where the vertical line stands.
+        x_label: What the horizontal axis shows, with its unit.
+        y_label: The same of the vertical axis.
+    """
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (title, points) in enumerate([*dots.items(), *crosses.items()]):
+        marker = "o" if title in dots else "x"
+        colour = _COLOURS[index % len(_COLOURS)]
+        xs = [x for x, _ in points]
+        ys = [y for _, y in points]
+        axes.scatter(xs, ys, s=26, marker=marker, color=colour, linewidth=1.2, label=title)
+    axes.set_xscale("log")
+    axes.axvline(limit, color=_INK, linewidth=0.8, linestyle="--")
+    axes.axhline(0, color=_INK, linewidth=0.8)
+    _finish(figure, axes, path, x_label, y_label)
+
+
 def _finish(figure: Figure, axes: Axes, path: Path, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label, fontsize=9, color=_INK)
     axes.set_ylabel(y_label, fontsize=9, color=_INK)

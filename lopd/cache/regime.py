@@ -83,6 +83,18 @@ class RegimeFigures:
     top_k: int = 0
     top_k_coverage: float | None = None
 
+    @property
+    def num_excluded(self) -> int:
+        """The number of tokens whose advantage is beyond ADVANTAGE_CLIP nats."""
+        return round(self.clipped_share * self.num_tokens)
+
+    @property
+    def excluded_share(self) -> float:
+        """The share of these among the tokens that are beyond FAR nats; 0 where there is none."""
+        # Of counts, so that a share at a limit is exactly that.
+        num_far = round(self.far_share * self.num_tokens)
+        return self.num_excluded / num_far if num_far else 0.0
+
 
 class RegimeScan:
     """Adds up the figures of tables of rows, in constant memory."""

@@ -18,6 +18,7 @@ import pytest
 from lopd import cache
 from lopd.artifacts import ArtifactWriter, identify_model, read_manifest
 from lopd.cache.recommendation import (
+    LEAST_EXCLUDED,
     LEAST_TOKENS,
     SHARP_SHARE,
     goes_against,
@@ -183,13 +184,41 @@ def test_the_depth_of_the_far_tokens_decides(caches: dict[str, Path]) -> None:
     assert first is not None
     assert second is not None
     assert (first.regime, second.regime) == ("soft teacher", "sharp teacher")
-    # At the limit itself.
-    at_limit = replace(soft, clipped_share=SHARP_SHARE)
-    below = replace(soft, clipped_share=0.99 * SHARP_SHARE)
-    assert [found.regime for one in (at_limit, below) if (found := recommend(one))] == [
-        "sharp teacher",
-        "soft teacher",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("num_far", "num_excluded", "regime"),
+    [
+        (50, LEAST_EXCLUDED, "sharp teacher"),
+        # Just below the limit.
+        (51, LEAST_EXCLUDED, "soft teacher"),
+        # As large a share, and it may be chance.
+        (30, LEAST_EXCLUDED - 1, "soft teacher"),
+        # Many of all tokens, and few of those that are far.
+        (5000, 250, "soft teacher"),
+        (0, 0, "soft teacher"),
+    ],
+)
+def test_the_limit_is_a_share_of_the_far_tokens(
+    num_far: int, num_excluded: int, regime: str
+) -> None:
+    num_tokens = 20_000
+    figures = RegimeFigures(
+        num_tokens=num_tokens,
+        num_shards=1,
+        num_shards_in_cache=1,
+        mean_advantage=-0.05,
+        min_advantage=-20.0,
+        far_share=num_far / num_tokens,
+        clipped_share=num_excluded / num_tokens,
+    )
+    assert SHARP_SHARE == 0.06
+    assert LEAST_EXCLUDED == 3
+    assert figures.num_excluded == num_excluded
+    found = recommend(figures)
+    assert found is not None
+    assert found.regime == regime
+    assert f"{num_excluded / max(1, num_far):.0%} of these beyond 10" in found.seen
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from examples.study.recommendation import (
     section,
     without_top_k,
 )
-from lopd.cache.recommendation import LEAST_TOKENS, SHARP_SHARE
+from lopd.cache.recommendation import LEAST_TOKENS
 from lopd.cache.regime import RegimeFigures
 from tests.cache.rollouts import publish_cache, some_responses
 
@@ -43,7 +43,7 @@ SOFT = RegimeFigures(
     top_k=8,
     top_k_coverage=0.999,
 )
-SHARP = replace(SOFT, min_advantage=-25.0, clipped_share=3 * SHARP_SHARE)
+SHARP = replace(SOFT, min_advantage=-25.0, clipped_share=0.003)
 
 
 def run_of(figures: RegimeFigures, sampled: float, top_k: float, capped: float = 0.71) -> Run:

@@ -199,10 +199,26 @@ def test_a_foreign_teacher(tmp_path: Path, lineage: dict[str, Any], state: str |
 
 
 @pytest.mark.parametrize(
-    ("top", "over", "state"), [(0.6, 0.002, "warning"), (0.6, 0.0, "fine"), (0.2, 0.01, "fine")]
+    ("far", "over", "knobs", "state"),
+    [
+        (0.01, 0.002, {}, "warning"),
+        # Beyond 3 nats alone, and two tokens of 10,000.
+        (0.01, 0.0, {}, "fine"),
+        (0.001, 0.0002, {}, "fine"),
+        (0.0, 0.0, {}, "fine"),
+        # Losses that end the push.
+        (0.01, 0.002, {"loss": "top_k_reverse_kl"}, "fine"),
+        (0.01, 0.002, {"importance_cap": 1.0}, "fine"),
+        (0.01, 0.002, {"loss": "lightning", "importance_cap": None}, "warning"),
+    ],
 )
-def test_a_sharp_teacher(tmp_path: Path, top: float, over: float, state: str) -> None:
-    panel = {"set": "rollouts", "overall": {"top_1_percent": top, "over_clip": over}}
+def test_a_sharp_teacher(
+    tmp_path: Path, far: float, over: float, knobs: dict[str, Any], state: str
+) -> None:
+    panel = {"set": "rollouts", "overall": {"tokens": 10_000, "over_far": far, "over_clip": over}}
+    given = {f"distill.objective.{name}": value for name, value in knobs.items()}
+    stage(tmp_path, "distill")
+    (tmp_path / "config.json").write_text(json.dumps(given))
     assert found(tmp_path, tokens=[panel])["sharp teacher"] == state
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lopd.cache.recommendation import SHARP_SHARE
+from lopd.cache.recommendation import is_sharp
+from lopd.cache.regime import ADVANTAGE_CLIP, FAR
 from lopd.records import Manifest
 from lopd.report.console import MODEL_TITLES
 from lopd.report.html.comparing import against_baselines
@@ -30,8 +31,6 @@ _CLIPPED_SHARE = 0.03
 # Nats. An advantage that stays below it drives the student off its own samples.
 _ADVANTAGE = -0.3
 _END_ADVANTAGE = -1.0
-# A teacher is sharp where few tokens carry most of the signal, and SHARP_SHARE of them are clipped.
-_TOP_SHARE = 0.5
 _OBJECTIVE_FIGURES = "objectives.md#the-figures-of-a-step"
 _DRIFT_REMEDY = (
     "Lower distill.optimizer.lr or let it decay (distill.optimizer.schedule). Then make new "
@@ -82,7 +81,7 @@ def checks_of(
     rules = {
         "evaluate": [*_results(source, scans), *_lengths(scans), *_of_evaluation(source)],
         "distill": [*_training(train)],
-        cache: [*_ends(scans), *_teacher(source), *_sharp_teacher(tokens)],
+        cache: [*_ends(scans), *_teacher(source), *_sharp_teacher(source, tokens)],
     }
     outdated = outdated_stages(source)
     not_judged = {name: _silenced(rules, name) for name in outdated}
@@ -316,22 +315,28 @@ def _worst(train: Sequence[Mapping[str, Any]], name: str, form: str, *, lowest: 
     return f" The {word} was {worst[0]:{form}}, at step {worst[1]}."
 
 
-def _sharp_teacher(tokens: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
-    """Say whether few tokens carry the signal: there a sampled token misleads."""
+def _sharp_teacher(source: Source, tokens: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Say whether the teacher all but excludes tokens of the rollouts."""
     panel = next((one for one in tokens if one["set"] in ("rollouts", "responses")), None)
     if panel is None:
         return
-    top = panel["overall"]["top_1_percent"]
-    over = panel["overall"]["over_clip"]
+    overall = panel["overall"]
+    far = overall["over_far"]
+    num_far = round(far * overall["tokens"])
+    num_excluded = round(overall["over_clip"] * overall["tokens"])
+    excluded_share = num_excluded / num_far if num_far else 0.0
     text = (
-        f"The one percent of tokens with the largest disagreement carries {top:.0%} of it, and "
-        f"{over:.2%} of the tokens are beyond 10 nats."
+        f"{far:.2%} of the tokens are beyond {FAR:g} nats, and {excluded_share:.0%} of these "
+        f"beyond {ADVANTAGE_CLIP:g}."
     )
     remedy = (
         "A sharp teacher gives strong signals at few sampled tokens. Use a top-K loss "
         "(score.top_k), distill.objective.importance_cap = 1, or newer rollouts (distill.refresh)."
     )
-    wrong = top > _TOP_SHARE and over >= SHARP_SHARE
+    # Losses that are not hurt by it were configured already.
+    loss = source.config.get("distill.objective.loss", "lightning")
+    cap = source.config.get("distill.objective.importance_cap")
+    wrong = is_sharp(num_excluded, excluded_share) and loss == "lightning" and cap is None
     yield _judged(wrong, "sharp teacher", text, remedy, "objectives.md#which-loss-suits-a-cache")
 
 

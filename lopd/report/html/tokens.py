@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.cache.regime import ADVANTAGE_CLIP, FAR
 from lopd.records import Floats, Response
 from lopd.report.html.entropy import Entropies
 
@@ -25,8 +26,6 @@ QUANTILES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99
 NUM_POSITIONS = 10
 # How many tokens a table shows of each order.
 _SHOWN_TOKENS = 40
-# Above this many nats the objective of the paper clips a deviation.
-_CLIP = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,9 @@ class TokenFigures:
     """The deviations of one model's responses, as JSON.
 
     Attributes:
-        overall: tokens, mean, mean_abs, over_1, over_clip, top_1_percent (the share of the sum of
-            absolute deviations that the one percent of largest ones has), quantiles.
+        overall: tokens, mean, mean_abs, over_1, over_far, over_clip (shares of tokens whose
+            absolute deviation is beyond 1, FAR and ADVANTAGE_CLIP nats), top_1_percent (the share
+            of the sum of absolute deviations that the one percent of largest ones has), quantiles.
         positions: For each tenth of a response [mean, mean absolute deviation], in nats.
         kinds: By kind of token [tokens, mean, share of the sum of absolute deviations].
         tokens: By token id [text, occurrences, mean, share of the sum of absolute deviations].
@@ -57,6 +57,7 @@ class Deviations:
         # Rows are the count, the sum and the sum of absolute values.
         self._by_position = np.zeros((3, NUM_POSITIONS))
         self._by_token = np.zeros((3, 0))
+        self._over_far = 0
         self._over_clip = 0
         self._entropies = Entropies(NUM_POSITIONS, QUANTILES)
 
@@ -96,7 +97,8 @@ class Deviations:
         edge = len(self._bins) // 2
         bins = np.clip(np.rint(deviation / _BIN), -edge, edge).astype(np.int64) + edge
         self._bins += np.bincount(bins, minlength=len(self._bins))
-        self._over_clip += int((np.abs(deviation) > _CLIP).sum())
+        self._over_far += int((np.abs(deviation) > FAR).sum())
+        self._over_clip += int((np.abs(deviation) > ADVANTAGE_CLIP).sum())
         # Of a response of one token, that token is the first tenth.
         places = np.arange(len(response.token_ids))[known] * NUM_POSITIONS
         positions = places // len(response.token_ids)
@@ -170,6 +172,7 @@ class Deviations:
             "mean": self.mean,
             "mean_abs": whole / number,
             "over_1": float(self._bins[np.abs(values) > 1.0].sum() / number),
+            "over_far": self._over_far / number,
             "over_clip": self._over_clip / number,
             "top_1_percent": float((largest * taken).sum() / binned),
             "quantiles": quantiles,
