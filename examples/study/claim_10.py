@@ -102,10 +102,10 @@ def judge(figures: Figures) -> Verdict:
     num_gained = len(settled) - len(harmed)
     mistakes = "; ".join(f"{one.title} ({_said(one)})" for one in wrong)
     summary = (
-        f"Of {len(fresh)} settings whose caches nobody had seen, the sampled token ended below the "
-        f"SFT student in {len(harmed)} and above it in {num_gained}. The rule foretold "
-        f"{len(settled) - len(wrong)} of these {len(settled)} (always warned: {len(harmed)}, never "
-        f"warned: {num_gained}, the former rule: {former})."
+        f"In {len(fresh)} settings whose caches nobody had seen, the rule foretold "
+        f"{len(settled) - len(wrong)} of the {len(settled)} outcomes that are not open (always "
+        f"warned: {len(harmed)}, never warned: {num_gained}, the former rule: {former}). The "
+        f"sampled token ended below the SFT student in {len(harmed)} and above it in {num_gained}."
     )
     if wrong:
         summary += f" Wrong: {mistakes}."

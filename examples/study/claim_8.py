@@ -228,8 +228,10 @@ def _summary(
     ]
     if below:
         sentences.append(f"Shown to be below every method: {'; '.join(below)}.")
-    if all_of("open"):
-        sentences.append(f"Open: {all_of('open')}.")
+    still_open = _open(methods, found, outcomes)
+    if still_open:
+        # Their differences stand in the tables. Here they would hide what is shown.
+        sentences.append(f"Open: {'; '.join(still_open)}.")
     if matched and not any(
         outcomes[method.name][arm.name] == "matches"
         for method in methods
@@ -242,6 +244,20 @@ def _summary(
     if missing:
         sentences.append(f"Not measured: {'; '.join(missing)}.")
     return " ".join(sentences)
+
+
+def _open(
+    methods: Sequence[Arm], found: Sequence[Arm], outcomes: dict[str, dict[str, str]]
+) -> list[str]:
+    """Return the controls whose outcome is open, and against which method if not against all."""
+    texts = []
+    for arm in found:
+        against = [one.title for one in methods if outcomes[one.name][arm.name] == "open"]
+        if len(against) == len(methods):
+            texts.append(arm.title)
+        elif against:
+            texts.append(f"{arm.title}, against {' and '.join(against)} alone")
+    return texts
 
 
 def _largest_gain(figures: Figures, methods: Sequence[Arm], found: Sequence[Arm]) -> list[str]:

@@ -9,6 +9,7 @@ the runs:
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,10 +145,16 @@ def _table(judged: Sequence[Judged]) -> str:
     lines = ["| | claim | verdict | what the figures say |", "|---:|---|---|---|"]
     for one in judged:
         answer = _NOT_RUN if one.verdict is None else f"**{one.verdict.answer}**"
-        summary = one.missing if one.verdict is None else one.verdict.summary
+        # The rest stands in the claim's own section.
+        summary = one.missing if one.verdict is None else _first_sentence(one.verdict.summary)
         title = f"[{_cell(one.claim.title)}](#{_anchor(one)})"
         lines.append(f"| {one.claim.number} | {title} | {answer} | {_cell(summary)} |")
     return "\n".join(lines)
+
+
+def _first_sentence(text: str) -> str:
+    # A point within a figure has no space behind it.
+    return re.split(r"(?<=\.) +(?=[A-Z])", text, maxsplit=1)[0]
 
 
 def _cell(text: str) -> str:
