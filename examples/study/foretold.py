@@ -96,6 +96,9 @@ SMALL_48 = _small_after(48)
 SMALL_192 = _small_after(192)
 EARLY_250 = _unlearned_at(250)
 EARLY_400 = _unlearned_at(400)
+# Added when the caches of the others had been looked at, and before any outcome: in all of them the
+# former rule says the same as this one.
+EARLY_550 = _unlearned_at(550)
 # The student that AFTER_SFT distils, which no other claim measures.
 SFT_16 = Arm(
     name="c10_sft_16",
@@ -105,7 +108,7 @@ SFT_16 = Arm(
     copied=((AFTER_SFT.name, "demonstrate"), (AFTER_SFT.name, "sft")),
     model="sft/model",
 )
-ARMS = (SFT_16, SMALL_48, SMALL_192, *EARLY_250, *EARLY_400)
+ARMS = (SFT_16, SMALL_48, SMALL_192, *EARLY_250, *EARLY_400, *EARLY_550)
 _OWN = offline("a", "a").name
 _OTHER = offline("b", "a").name
 FRESH = (
@@ -130,6 +133,9 @@ FRESH = (
     ),
     Foretold(
         "training stopped at step 400", EARLY_400[0].name, EARLY_400[0].name, EARLY_400[1].name
+    ),
+    Foretold(
+        "training stopped at step 550", EARLY_550[0].name, EARLY_550[0].name, EARLY_550[1].name
     ),
 )
 # The settings that the limit was taken from. They are shown, and not counted.
