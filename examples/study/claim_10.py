@@ -152,13 +152,13 @@ _CAPTION = (
 _LIMITS = (
     "The rule: of the tokens whose advantage is beyond 3 nats, 6% or more are beyond 10 nats, and "
     "at least 3 tokens. It was written down after the three last settings of the table had been "
-    "seen, and before any cache of the others was looked at. The setting of step 550 was chosen when "
-    "the others' caches had been looked at, because the former rule (0.1% of all tokens beyond 10 "
-    "nats) agrees with this one there, and before any outcome. That the sampled token gains in the "
-    "settings with a bad habit was known. What could overturn this: the seeds of a setting share "
-    "a teacher and a base student, so a setting is one test; settings of one kind resemble each "
-    "other and the setting of that kind that was seen; learning rates and numbers of steps are "
-    "those of the arms, and the rule knows neither; all of it is one task with 32 tokens."
+    "seen, and before any cache of the others was looked at. The setting of step 550 was chosen "
+    "when the others' caches had been looked at, because the former rule (0.1% of all tokens "
+    "beyond 10 nats) agrees with this one there, and before any outcome. That the sampled token "
+    "gains in the settings with a bad habit was known. What could overturn this: the seeds of a "
+    "setting share a teacher and a base student, so a setting is one test; settings of one kind "
+    "resemble each other and the setting of that kind that was seen; learning rates and numbers of "
+    "steps are those of the arms, and the rule knows neither; all of it is one task with 32 tokens."
 )
 
 
