@@ -35,9 +35,9 @@ compared with what came of it, and with controls that look at no cache: the same
 same loss, every time."""
 _LIMITS = """\
 The shares of right answers are at T=1. The seeds of one setting share the teacher and the base
-student, so they are one test of the rule and not several. The limit was set with caches of the
-first two settings in view, and before any cache of the third was made. All of them are tiny models
-of one task."""
+student, so they are one test of the rule and not several. The limit of the warning was set with
+the caches of these three settings in view, so here it can hardly be wrong; [claim 10](#claim-10)
+tests it with other settings. All of them are tiny models of one task."""
 # By seed.
 Values: TypeAlias = Mapping[int, float]
 
@@ -69,7 +69,6 @@ CASES = (
             FORWARD: "small/forward_kl",
         },
     ),
-    # Nobody had seen its caches when the limit was set.
     Case(
         "a student whose training was stopped early",
         claim_9.SFT.name,

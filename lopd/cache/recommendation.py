@@ -97,10 +97,12 @@ def _of_sharp_teacher(figures: RegimeFigures) -> Recommendation:
     )
     clip = Advice(
         ADVANTAGE_CLIP,
-        "a clip of 1 took the harm away in one measured run and not in another one",
+        "a clip of 1 took the harm away in one measured setting and half of it in another one",
     )
     cap = Advice(
-        SAFE_CAP, "it ends the push on a token that the student has given up, which did the harm"
+        SAFE_CAP,
+        "it ends the push on a token that the student has given up: in one measured setting the "
+        "harm was gone, and in another one most of it remained",
     )
     return Recommendation("sharp teacher", _seen(figures), loss, clip, cap)
 
@@ -115,8 +117,8 @@ def _of_soft_teacher(figures: RegimeFigures) -> Recommendation:
     else:
         loss = Advice(
             "lightning",
-            "the cache has no top-K, and no sign of harm; in one of two measured settings without "
-            "the sign the sampled token did harm all the same",
+            "the cache has no top-K, and no sign of harm: in the measured settings without the "
+            "sign the sampled token gained",
         )
     clip = Advice(ADVANTAGE_CLIP, "hardly a token is beyond it")
     cap = Advice(None, "the cache has no sign of the harm that it can prevent")
@@ -145,8 +147,8 @@ def _coverage(figures: RegimeFigures) -> str:
 def goes_against(recommendation: Recommendation, distill: DistillSection) -> bool:
     """Return whether the knobs are those that did harm in this regime.
 
-    Fresh rollouts end the push as importance weights do, and another advantage than the teacher's
-    was not measured, so neither goes against it.
+    Importance weights and fresh rollouts took the harm away in a part of the measured settings, and
+    another advantage than the teacher's was not measured, so none of these goes against it.
     """
     objective = distill.objective
     return (
@@ -166,9 +168,12 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
         return f"{seen}; the configured loss suits it"
     is_paper = objective.advantage == "teacher" and objective.loss == "lightning"
     if is_paper and recommendation.regime == "soft teacher":
-        return f"{seen}; no sign that the configured loss does harm, which proves little ({_DOC})"
+        return f"{seen}; no sign that the configured loss does harm ({_DOC})"
     if is_paper and objective.importance_cap is not None:
-        return f"{seen}; with an importance cap the sampled token neither harmed nor gained there"
+        return (
+            f"{seen}; an importance cap took the harm of the sampled token away in one such "
+            f"setting and not in another one ({_DOC})"
+        )
     if not goes_against(recommendation, distill):
         return f"{seen}; the configured loss was not measured there"
     return (

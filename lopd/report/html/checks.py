@@ -331,7 +331,8 @@ def _sharp_teacher(source: Source, tokens: Sequence[Mapping[str, Any]]) -> Itera
     )
     remedy = (
         "A sharp teacher gives strong signals at few sampled tokens. Use a top-K loss "
-        "(score.top_k), distill.objective.importance_cap = 1, or newer rollouts (distill.refresh)."
+        "(score.top_k). Newer rollouts (distill.refresh) or distill.objective.importance_cap = 1 "
+        "lessen the harm."
     )
     # Losses that are not hurt by it were configured already.
     loss = source.config.get("distill.objective.loss", "lightning")
