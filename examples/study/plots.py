@@ -13,7 +13,20 @@ from matplotlib.figure import Figure
 
 from examples.study.figures import Interval, Points
 
-_COLOURS = ("#2a78d6", "#d6602a", "#2f8f5b", "#8a4fc4", "#8c8c88", "#b8962e", "#c23b6e", "#3a3a38")
+_COLOURS = (
+    "#2a78d6",
+    "#d6602a",
+    "#2f8f5b",
+    "#8a4fc4",
+    "#8c8c88",
+    "#b8962e",
+    "#c23b6e",
+    "#3a3a38",
+    "#1fa3a3",
+    "#7a5230",
+    "#9fb5d9",
+    "#e0a9c0",
+)
 _INK = "#3a3a38"
 
 
