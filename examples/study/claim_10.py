@@ -146,8 +146,8 @@ def _table(fresh: Sequence[Outcome], seen: Sequence[Outcome]) -> str:
 
 _CAPTION = (
     "Each dot is a cache: the share of tokens beyond 10 nats among those beyond 3, and what the "
-    "loss of the sampled token added at T=1. A cache with no token beyond 10 stands at 0.001. Crosses "
-    "are the settings that the limit (the line) was taken from."
+    "loss of the sampled token added at T=1. A cache with no token beyond 10 stands at 0.001. "
+    "Crosses are the settings that the limit (the line) was taken from."
 )
 _LIMITS = (
     "The rule: of the tokens whose advantage is beyond 3 nats, 6% or more are beyond 10 nats, and "

@@ -18,6 +18,9 @@ from lopd.report.metrics import read_metrics
 
 METRICS = ("greedy", "sampled", "reverse_kl", "kl_from_sft", "tokens")
 COSTS = ("decoded", "scored", "processor_seconds", "wall_seconds", "cache_bytes")
+# The command of TRL's trainer (with_trl.py), and what its teacher has read.
+TRL_VERB = "with_trl"
+TRL_FIGURES = "trl/figures.json"
 # A command that is counted once: the arm that ran it, and its number.
 _Counted = dict[tuple[str, int], Mark]
 
@@ -77,6 +80,9 @@ def costs_of(arms: Mapping[str, Arm], arm: Arm, seed: int) -> dict[str, float]:
             costs["decoded"] += _tokens(run / "demonstrate")
         if mark.verb in ("score", "run"):
             costs["scored"] += _tokens(run / "score")
+        if mark.verb == TRL_VERB and (run / TRL_FIGURES).exists():
+            # TRL's teacher scores within the training.
+            costs["scored"] += json.loads((run / TRL_FIGURES).read_text())["response_tokens"]
         if mark.verb in ("distill", "run"):
             costs["scored"] += sum(_tokens(scores) for scores in _refreshes(run))
     processor = [mark.processor_seconds for mark in counted.values()]
