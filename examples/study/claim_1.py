@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from examples.study.arms import (
+    HABIT,
     HABIT_LIGHTNING,
     HABIT_SFT,
     LIGHTNING,
+    SCORED,
+    Arm,
     Claim,
     Plot,
     Verdict,
@@ -41,6 +44,23 @@ ONLINE_8 = distilled(
 )
 EVERY_4 = distilled(
     "c1_every_4", "rollouts renewed every 4 steps", *REFRESH, "distill.refresh.every=4"
+)
+# As many steps as ONLINE_8, each on new responses: it goes once through its 512.
+LIGHTNING_8 = distilled(
+    "c3_lightning_8", "Lightning OPD, 8 steps", *LIGHTNING, "distill.num_steps=8"
+)
+_TWO_EACH = "rollout.samples_per_prompt=2"
+# As many different responses as ONLINE learns from in as many steps, and all of them frozen.
+FROZEN_1024 = Arm(
+    name="c1_frozen_1024",
+    title="Lightning OPD, two responses to each prompt",
+    setting=HABIT,
+    commands=lambda place: (
+        ("lopd", "rollout", _TWO_EACH),
+        ("lopd", "score", _TWO_EACH),
+        ("lopd", "distill", *LIGHTNING, _TWO_EACH),
+    ),
+    copied=SCORED[:2],
 )
 # The reverse KLs of two students are called equal if the interval of their difference lies within
 # this share of the SFT student's own reverse KL. It was named before the runs.
@@ -172,6 +192,6 @@ CLAIM = Claim(
     "with the paper's loss of the sampled token, at one learning rate: 16 steps of 64 on its 512 "
     "frozen rollouts, 16 steps with rollouts that are renewed every 4 steps or at every step, and "
     "8 steps that are renewed at every step.",
-    arms=(HABIT_SFT, HABIT_LIGHTNING, EVERY_4, ONLINE, ONLINE_8),
+    arms=(HABIT_SFT, HABIT_LIGHTNING, EVERY_4, ONLINE, ONLINE_8, LIGHTNING_8, FROZEN_1024),
     judge=judge,
 )

@@ -11,7 +11,7 @@ from statistics import fmean
 from examples.study.arms import Claim, Plot, Verdict
 from examples.study.comparisons import Answer, shown, sign_of
 from examples.study.figures import Figures, Interval
-from examples.study.foretold import ARMS, FRESH, SEEN, Foretold
+from examples.study.foretold import ARMS, FRESH, OLDER, SEEN, Foretold
 from examples.study.plots import draw_scatter
 from examples.study.recommendation import FILE, METRIC
 from lopd.cache.recommendation import SHARP_SHARE, recommend
