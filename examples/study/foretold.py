@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from examples.small_student.arms import MAIN
 from examples.study import claim_9
@@ -28,6 +29,9 @@ from examples.study.unlearned import RUN
 from examples.study.unlearned_at import model_at
 
 
+Kind = Literal["has a bad habit", "small", "stopped early"]
+
+
 @dataclass(frozen=True)
 class Foretold:
     """A cache, the SFT student that sampled it, and what the sampled token made of it.
@@ -37,12 +41,14 @@ class Foretold:
         cache: The arm whose run has the scored rollouts.
         sft: The arm of the SFT student.
         sampled: The arm that learnt from the cache by the loss of the sampled token.
+        kind: What the base student is, whoever its teacher is.
     """
 
     title: str
     cache: str
     sft: str
     sampled: str
+    kind: Kind
 
 
 def _small_after(num_steps: int) -> Arm:
@@ -187,35 +193,34 @@ SFT_16 = Arm(
     copied=((AFTER_SFT.name, "demonstrate"), (AFTER_SFT.name, "sft")),
     model="sft/model",
 )
-_PAIRS = {
-    "training stopped at step 250": EARLY_250,
-    "training stopped at step 400": EARLY_400,
-    "training stopped at step 550": EARLY_550,
-    "step 400, the teacher is step 600": EARLY_BY_LAST,
-    "step 250, the teacher is step 400": EARLY_BY_EARLY,
-    "two notations, the example's teacher": NOTATIONS_BY_TEACHER,
-    "a bad habit, teacher A of two notations": HABIT_BY_A,
-    "a bad habit, the teacher is step 600": HABIT_BY_LAST,
-    "a small student, the teacher is what was distilled from it": SMALL_BY_SMALL,
+_PAIRS: dict[str, tuple[Kind, tuple[Arm, Arm]]] = {
+    "training stopped at step 250": ("stopped early", EARLY_250),
+    "training stopped at step 400": ("stopped early", EARLY_400),
+    "training stopped at step 550": ("stopped early", EARLY_550),
+    "step 400, the teacher is step 600": ("stopped early", EARLY_BY_LAST),
+    "step 250, the teacher is step 400": ("stopped early", EARLY_BY_EARLY),
+    "two notations, the example's teacher": ("has a bad habit", NOTATIONS_BY_TEACHER),
+    "a bad habit, teacher A of two notations": ("has a bad habit", HABIT_BY_A),
+    "a bad habit, the teacher is step 600": ("has a bad habit", HABIT_BY_LAST),
+    "a small student, the teacher is what was distilled from it": ("small", SMALL_BY_SMALL),
 }
-ARMS = (SFT_16, SMALL_48, SMALL_192, *(arm for pair in _PAIRS.values() for arm in pair))
+ARMS = (SFT_16, SMALL_48, SMALL_192, *(arm for _, pair in _PAIRS.values() for arm in pair))
+_HABIT: Kind = "has a bad habit"
 # Made after the limit was set. These count.
 FRESH = (
-    Foretold(
-        "a small student, SFT of 48 steps",
-        SMALL_48.name,
-        f"{SMALL_PREFIX}sft_48",
-        SMALL_48.name,
-    ),
-    Foretold(
-        "a small student, SFT of 192 steps",
-        SMALL_192.name,
-        f"{SMALL_PREFIX}sft_192",
-        SMALL_192.name,
+    *(
+        Foretold(
+            f"a small student, SFT of {steps} steps",
+            arm.name,
+            f"{SMALL_PREFIX}sft_{steps}",
+            arm.name,
+            "small",
+        )
+        for steps, arm in ((48, SMALL_48), (192, SMALL_192))
     ),
     *(
-        Foretold(title, sft.name, sft.name, sampled.name)
-        for title, (sft, sampled) in _PAIRS.items()
+        Foretold(title, sft.name, sft.name, sampled.name, kind)
+        for title, (kind, (sft, sampled)) in _PAIRS.items()
     ),
 )
 _OWN = offline("a", "a").name
@@ -223,19 +228,22 @@ _OTHER = offline("b", "a").name
 # Made before the limit was set, for other claims. Nobody took the limit from them, but most of what
 # came of them was known, and `lopd distill` had written the shares of their caches into logs.
 OLDER = (
-    Foretold("a bad habit, SFT of 16 steps", AFTER_SFT.name, SFT_16.name, AFTER_SFT.name),
-    Foretold("a bad habit, rollouts of 24 tokens", SHORT.name, HABIT_SFT.name, SHORT.name),
-    Foretold("two notations, SFT by A, scored by A", _OWN, SFT_A.name, _OWN),
-    Foretold("two notations, SFT by B, scored by A", _OTHER, SFT_B.name, _OTHER),
+    Foretold("a bad habit, SFT of 16 steps", AFTER_SFT.name, SFT_16.name, AFTER_SFT.name, _HABIT),
+    Foretold("a bad habit, rollouts of 24 tokens", SHORT.name, HABIT_SFT.name, SHORT.name, _HABIT),
+    Foretold("two notations, SFT by A, scored by A", _OWN, SFT_A.name, _OWN, _HABIT),
+    Foretold("two notations, SFT by B, scored by A", _OTHER, SFT_B.name, _OTHER, _HABIT),
 )
 # The settings that the limit was taken from.
 SEEN = (
-    Foretold("a bad habit", HABIT_SFT.name, HABIT_SFT.name, HABIT_LIGHTNING.name),
-    Foretold("a small student, SFT of 96 steps", "small/sft", "small/sft", "small/lightning"),
+    Foretold("a bad habit", HABIT_SFT.name, HABIT_SFT.name, HABIT_LIGHTNING.name, _HABIT),
+    Foretold(
+        "a small student, SFT of 96 steps", "small/sft", "small/sft", "small/lightning", "small"
+    ),
     Foretold(
         "training stopped at step 500",
         claim_9.SFT.name,
         claim_9.SFT.name,
         claim_9.PLAIN.name,
+        "stopped early",
     ),
 )

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from examples.study import claim_9
 from examples.study.arms import HABIT_LIGHTNING, HABIT_SFT, HABIT_TOP_K, Arm
 from examples.study.figures import Figures, MissingFigures
-from examples.study.foretold import FRESH
+from examples.study.foretold import FRESH, OLDER
 from lopd.artifacts import MANIFEST, publish_json
 from lopd.cache.recommendation import Recommendation, recommend
 from lopd.cache.regime import RegimeFigures, measure_regime
@@ -136,7 +136,7 @@ def record(arms: Mapping[str, Arm], seeds: Iterable[int], cases: Sequence[Case] 
     """
     # The page may be made again without the runs, so it reads figures and not caches.
     found = [arms[case.sft] for case in cases if case.sft in arms]
-    found += [arms[one.cache] for one in FRESH if one.cache in arms]
+    found += [arms[one.cache] for one in (*FRESH, *OLDER) if one.cache in arms]
     for run in [arm.place(seed).run for arm in found for seed in seeds]:
         if (run / "score" / MANIFEST).is_file():
             measured = measure_regime(run / "score")
