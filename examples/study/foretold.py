@@ -28,7 +28,6 @@ from examples.study.two_teachers import BASE, SFT_A, SFT_B, offline, teacher_mod
 from examples.study.unlearned import RUN
 from examples.study.unlearned_at import model_at
 
-
 Kind = Literal["has a bad habit", "small", "stopped early"]
 
 
