@@ -67,17 +67,20 @@ FROZEN_1024 = Arm(
 MARGIN_OF_KL = 0.05
 _METRICS = ("greedy", "sampled", "reverse_kl")
 _ROWS = tuple(
-    (arm.name, arm.title) for arm in (HABIT_SFT, HABIT_LIGHTNING, EVERY_4, ONLINE, ONLINE_8)
+    (arm.name, arm.title)
+    for arm in (HABIT_SFT, HABIT_LIGHTNING, FROZEN_1024, LIGHTNING_8, EVERY_4, ONLINE, ONLINE_8)
 )
 _OURS = HABIT_LIGHTNING.name
 
 
-def _outcomes(figures: Figures, other: str) -> dict[str, tuple[Interval, Comparison]]:
-    """Return Lightning OPD minus another arm, by metric, and what that says."""
+def _outcomes(
+    figures: Figures, other: str, ours: str = _OURS
+) -> dict[str, tuple[Interval, Comparison]]:
+    """Return an arm of Lightning OPD minus another one, by metric, and what that says."""
     kl_margin = MARGIN_OF_KL * figures.mean(HABIT_SFT.name, "reverse_kl").mean
     found: dict[str, tuple[Interval, Comparison]] = {}
     for metric in _METRICS:
-        difference = figures.difference(_OURS, other, metric)
+        difference = figures.difference(ours, other, metric)
         margin = kl_margin if metric == "reverse_kl" else MARGIN_POINTS / 100
         found[metric] = (difference, compare(difference, margin))
     return found
@@ -104,7 +107,7 @@ def _sentence(when: str, outcomes: dict[str, tuple[Interval, Comparison]]) -> st
         "reverse_kl": f"{nats(outcomes['reverse_kl'][0])} in reverse KL",
     }
     said = ", ".join(f"{words[metric]} ({outcomes[metric][1]})" for metric in _METRICS)
-    return f"At {when}, Lightning OPD minus standard OPD is {said}."
+    return f"{when}, Lightning OPD minus standard OPD is {said}."
 
 
 def _tokens(figures: Figures) -> str:
@@ -124,6 +127,9 @@ def judge(figures: Figures) -> Verdict:
         for outcomes in (by_steps, by_tokens)
         for metric, (_, comparison) in outcomes.items()
     ]
+    # What the two differ in besides: how often a response is learnt from, and how many there are.
+    once_each = _outcomes(figures, ONLINE_8.name, LIGHTNING_8.name)
+    as_many = _outcomes(figures, ONLINE.name, FROZEN_1024.name)
     margin = MARGIN_OF_KL * figures.mean(HABIT_SFT.name, "reverse_kl").mean
     rules = (
         f"Two accuracies are called equal if the interval of their difference lies within "
@@ -142,12 +148,15 @@ def judge(figures: Figures) -> Verdict:
         answer=_answer(judged),
         summary=" ".join(
             (
-                _sentence("equal steps", by_steps),
+                _sentence("At equal steps (16)", by_steps),
                 _sentence(
-                    "as many scored responses (whose tokens for standard OPD are "
+                    "At as many scored responses (whose tokens for standard OPD are "
                     f"{_tokens(figures)}, in half the updates)",
                     by_tokens,
                 ),
+                "Two more comparisons have no part in the verdict.",
+                _sentence("In 8 steps, with each of 512 responses once in both", once_each),
+                _sentence("In 16 steps, with each of 1,024 responses once in both", as_many),
             )
         ),
         details=(
@@ -158,7 +167,9 @@ def judge(figures: Figures) -> Verdict:
             "first step learns from the first 64 of them. Without the other 448 its teacher "
             "tokens are those of the table less seven eighths of Lightning OPD's. Standard OPD of "
             "8 steps then has as many responses as Lightning OPD, which goes through its own "
-            "twice.",
+            "twice. So at equal steps standard OPD learns from 1,024 responses to 512 prompts, and "
+            "Lightning OPD twice from 512: what is lost there may be lost by staleness or by fewer "
+            "responses. Lightning OPD with two responses to each prompt tells them apart.",
             limits,
         ),
         plots=(
@@ -190,8 +201,9 @@ CLAIM = Claim(
     "single runs.",
     method="The student with the bad habit (`examples/tiny_moe.toml`, with 4 steps of SFT) goes on "
     "with the paper's loss of the sampled token, at one learning rate: 16 steps of 64 on its 512 "
-    "frozen rollouts, 16 steps with rollouts that are renewed every 4 steps or at every step, and "
-    "8 steps that are renewed at every step.",
+    "frozen rollouts or on 1,024, 16 steps with rollouts that are renewed every 4 steps or at "
+    "every step, and 8 steps of both kinds. Standard OPD of 16 steps was drawn twice: here, and in "
+    "claim 4 as the first steps of a longer training.",
     arms=(HABIT_SFT, HABIT_LIGHTNING, EVERY_4, ONLINE, ONLINE_8, LIGHTNING_8, FROZEN_1024),
     judge=judge,
 )

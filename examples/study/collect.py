@@ -17,7 +17,16 @@ from lopd.artifacts import MANIFEST, read_manifest
 from lopd.report.metrics import read_metrics
 
 METRICS = ("greedy", "sampled", "reverse_kl", "kl_from_sft", "tokens")
-COSTS = ("decoded", "scored", "processor_seconds", "wall_seconds", "cache_bytes")
+COSTS = (
+    "decoded",
+    "scored",
+    "processor_seconds",
+    "wall_seconds",
+    "cache_bytes",
+    # The part of the two above that the rollouts and the scores of the cache took.
+    "cache_processor_seconds",
+    "cache_wall_seconds",
+)
 # The command of TRL's trainer (with_trl.py), and what its teacher has read.
 TRL_VERB = "with_trl"
 TRL_FIGURES = "trl/figures.json"
@@ -91,10 +100,13 @@ def costs_of(arms: Mapping[str, Arm], arm: Arm, seed: int) -> dict[str, float]:
     is_known = all(mark.verb != "run" or name == arm.name for (name, _), mark in counted.items())
     # Of a command that was killed and went on, nobody knows how long the first attempt took.
     is_known = is_known and not any(mark.is_resumed for mark in counted.values())
+    of_cache = [mark.verb in ("rollout", "score") for mark in counted.values()]
     for name, seconds in (("processor_seconds", processor), ("wall_seconds", wall)):
         known = [value for value in seconds if value is not None]
         if is_known and len(known) == len(seconds):
             costs[name] = sum(known)
+            pairs = zip(known, of_cache, strict=True)
+            costs[f"cache_{name}"] = sum(value for value, is_part in pairs if is_part)
     run = arm.place(seed).run
     caches = [_cache_of(run), *_refreshes(run)] if "distill" in arm.model else []
     if caches and all((cache / MANIFEST).exists() for cache in caches):

@@ -63,7 +63,8 @@ class Figures:
     teacher), kl_from_sft (the same against the SFT student that the arm began with), tokens (mean
     length of a sampled response). Costs since the base student: decoded and scored (response tokens
     of teachers), processor_seconds, wall_seconds, cache_bytes (of the cache that the arm learnt
-    from, and of its refreshes).
+    from, and of its refreshes), cache_processor_seconds and cache_wall_seconds (the part of the
+    seconds that its rollouts and its scores took).
 
     Args:
         values: arm -> metric -> seed -> value.

@@ -96,6 +96,9 @@ def costs_table(figures: Figures, rows: Sequence[tuple[str, str]]) -> str:
 
 def _cost(figures: Figures, arm: str, metric: str, scale: float) -> str:
     try:
-        return figures.mean(arm, metric).text(",.0f", scale)
+        cost = figures.mean(arm, metric)
     except MissingFigures:
         return ""
+    # Of a command that was killed and went on, the seconds are not known.
+    is_part = cost.num_seeds < len(figures.values(arm, "sampled"))
+    return cost.text(",.0f", scale) + (f" ({cost.num_seeds} seeds)" if is_part else "")

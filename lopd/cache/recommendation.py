@@ -97,12 +97,12 @@ def _of_sharp_teacher(figures: RegimeFigures) -> Recommendation:
     )
     clip = Advice(
         ADVANTAGE_CLIP,
-        "a clip of 1 took the harm away in one measured setting and half of it in another one",
+        "in the one measured setting a clip of 1 left half of the harm",
     )
     cap = Advice(
         SAFE_CAP,
-        "it ends the push on a token that the student has given up: in one measured setting the "
-        "harm was gone, and in another one most of it remained",
+        "it ends the push on a token that the student has given up: in one measured setting no "
+        "harm was shown any more, and in another one most of it remained",
     )
     return Recommendation("sharp teacher", _seen(figures), loss, clip, cap)
 
@@ -168,11 +168,11 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
         return f"{seen}; the configured loss suits it"
     is_paper = objective.advantage == "teacher" and objective.loss == "lightning"
     if is_paper and recommendation.regime == "soft teacher":
-        return f"{seen}; no sign that the configured loss does harm ({_DOC})"
+        return f"{seen}; no sign that the configured loss does harm, which proves little ({_DOC})"
     if is_paper and objective.importance_cap is not None:
         return (
-            f"{seen}; an importance cap took the harm of the sampled token away in one such "
-            f"setting and not in another one ({_DOC})"
+            f"{seen}; with an importance cap no harm of the sampled token was shown in one such "
+            f"setting, and much in another one ({_DOC})"
         )
     if not goes_against(recommendation, distill):
         return f"{seen}; the configured loss was not measured there"

@@ -264,6 +264,8 @@ def test_costs_count_each_command_once_and_none_that_came_later(
     found = {name: collect.costs_of(known, arm, 2) for name, arm in known.items()}
     assert found["habit_sft"]["processor_seconds"] == 30, "no rollouts, no scores"
     assert found["habit_sft"]["scored"] == 0
+    assert found["habit_sft"]["cache_processor_seconds"] == 0
+    assert found["habit_lightning"]["cache_processor_seconds"] == 12, "rollouts and scores"
     assert found["habit_lightning"]["processor_seconds"] == 82
     assert found["habit_lightning"]["decoded"] == 100
     assert found["habit_lightning"]["scored"] == 400, "of the cache and of two refreshes"
@@ -272,5 +274,7 @@ def test_costs_count_each_command_once_and_none_that_came_later(
     # Seconds of a command that was killed in between are not known, and its tokens are.
     resumed.add("distill")
     again = collect.costs_of(known, arms.HABIT_LIGHTNING, 2)
-    assert again.keys() == found["habit_lightning"].keys() - {"processor_seconds", "wall_seconds"}
+    seconds_of = {"processor_seconds", "wall_seconds"}
+    unknown = seconds_of | {f"cache_{name}" for name in seconds_of}
+    assert again.keys() == found["habit_lightning"].keys() - unknown
     assert "wall_seconds" in collect.costs_of(known, arms.HABIT_SFT, 2)

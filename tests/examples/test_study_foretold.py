@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from examples.study import claim_10
-from examples.study.figures import Figures, MissingFigures
-from examples.study.foretold import FRESH, SEEN
+from examples.study.figures import Figures, Interval, MissingFigures
+from examples.study.foretold import FRESH, OLDER, SEEN
 from examples.study.recommendation import FILE
+from lopd.cache.regime import RegimeFigures
 from tests.examples.test_study_recommendation import SHARP, SOFT
 
 SEEDS = (2, 3, 4)
@@ -30,11 +31,10 @@ def made(signs: Sequence[int], warned: Sequence[int]) -> Figures:
     values: dict[str, dict[str, dict[int, float]]] = {}
     files = {}
     # Those that are shown and not counted are all wrong.
-    gains = [*(0.1 * sign for sign in signs), *(0.1 for _ in SEEN)]
-    counts = [*warned, *(3 for _ in SEEN)]
-    before: dict[str, float] = {}
-    for one, gain, count in zip((*FRESH, *SEEN), gains, counts, strict=True):
-        before.setdefault(one.sft, 0.6)
+    shown = (*OLDER, *SEEN)
+    gains = [*(0.1 * sign for sign in signs), *(0.1 for _ in shown)]
+    counts = [*warned, *(3 for _ in shown)]
+    for one, gain, count in zip((*FRESH, *shown), gains, counts, strict=True):
         values[one.sft] = {"sampled": dict.fromkeys(SEEDS, 0.6)}
         after = {seed: 0.6 + gain + NOISE[seed] for seed in SEEDS}
         values[one.sampled] = {"sampled": after}
@@ -78,7 +78,7 @@ def test_open_outcomes_are_not_counted_and_one_kind_alone_proves_nothing() -> No
     assert claim_10.judge(made([-1] * len(FRESH), [3] * len(FRESH))).answer == "open"
 
 
-def test_the_former_rule_is_a_control(tmp_path: Path) -> None:
+def test_other_rules_stand_beside_it(tmp_path: Path) -> None:
     # The share of all tokens is below the former limit, and that of the far tokens above ours.
     figures = made(SIGNS, RIGHT)
     deep = asdict(replace(SHARP, num_tokens=20_000, far_share=0.004, clipped_share=0.0006))
@@ -86,14 +86,54 @@ def test_the_former_rule_is_a_control(tmp_path: Path) -> None:
         figures.recorded(one.cache, FILE).update(dict.fromkeys(SEEDS, deep))
     verdict = claim_10.judge(figures)
     assert verdict.answer == "holds"
-    assert f"the former rule: {HALF})" in verdict.summary
+    rules = verdict.details[2]
+    count = len(FRESH)
+    assert f"| the rule of this claim | {count} of {count} |" in rules
+    assert f"| always warned | {count - HALF} of {count} |" in rules
+    assert f"| the former rule (0.1% of all tokens beyond 10 nats) | {HALF} of {count} |" in rules
+    by_kind = sum(
+        (one.kind != "has a bad habit") == (sign < 0)
+        for one, sign in zip(FRESH, SIGNS, strict=True)
+    )
+    assert f"| the kind of the base student | {by_kind} of {count} |" in rules
+    assert f"by the kind of the base student: {by_kind})" in verdict.summary
+    # All of SEEN gain here, so no figure has a limit.
+    assert "the least advantage" not in rules
     (plot,) = verdict.plots
     plot.draw(tmp_path / plot.file)
     assert (tmp_path / plot.file).read_text().startswith("<?xml")
     table = verdict.details[0]
-    assert table.count("| gain |") == HALF + len(SEEN)
+    assert table.count("| gain |") == HALF + len(OLDER) + len(SEEN)
     assert table.count("| harm |") == len(FRESH) - HALF
     assert table.count("(the limit is from it)") == len(SEEN)
+
+
+def outcome(sign: int, caches: RegimeFigures, sft: float) -> claim_10.Outcome:
+    gain = Interval(0.1 * sign, 0.1 * sign - 0.01, 0.1 * sign + 0.01, 3)
+    before = Interval(sft, sft, sft, 3)
+    return claim_10.Outcome("one", "small", {2: caches}, {2: gain.mean}, gain, before)
+
+
+def test_the_limit_of_another_figure_lies_between_what_was_seen() -> None:
+    gained = outcome(1, replace(SOFT, min_advantage=-4.0), 0.5)
+    harmed = outcome(-1, replace(SOFT, min_advantage=-16.0), 0.8)
+    rules = claim_10.other_rules([gained, harmed])
+    least = rules["the least advantage"]
+    # The middle of 4 and 16 by the logarithm is 8.
+    for depth, is_warned in ((-7.9, False), (-8.1, True)):
+        one = outcome(1, replace(SOFT, min_advantage=depth), 0.5)
+        assert least(one) == is_warned
+        assert claim_10.num_right(least, [one]) == (not is_warned)
+    right = rules["the SFT student's right answers at T=1"]
+    assert right(outcome(1, SOFT, 0.7))
+    assert not right(outcome(1, SOFT, 0.6))
+    # Both have the same mean advantage, so it tells nothing.
+    assert "the mean advantage" not in rules
+    # A figure may also warn where it is low.
+    turned = claim_10.other_rules(
+        [replace(gained, sft=harmed.sft), replace(harmed, sft=gained.sft)]
+    )
+    assert turned["the SFT student's right answers at T=1"](outcome(1, SOFT, 0.6))
 
 
 def test_without_figures_it_is_not_judged() -> None:
