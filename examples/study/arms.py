@@ -1,6 +1,7 @@
 """What the study's claims are made of: settings, arms and claims. A claim names arms; an arm is one
 model of each seed, made by commands of lopd; make.py runs them, measure.py measures the models,
-figures.py reads what was measured, and page.py writes docs/study.md."""
+figures.py has what was measured, and page.py writes docs/study.md. What a claim says of its figures
+is made of outcomes.py (judgements), wording.py (sentences), tables.py and plots.py."""
 
 from __future__ import annotations
 
@@ -128,11 +129,14 @@ class Plot:
     draw: Callable[[Path], None]
 
 
+Answer = Literal["holds", "does not hold", "open"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the figures say of a claim."""
 
-    answer: Literal["holds", "does not hold", "open"]
+    answer: Answer
     # One or two sentences with the figures and their 95% intervals. The page has them first.
     summary: str
     # Markdown: tables and what must be known to read them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 from examples.study.arms import (
     HABIT,
@@ -12,22 +11,17 @@ from examples.study.arms import (
     HABIT_SFT,
     LIGHTNING,
     SCORED,
+    Answer,
     Arm,
     Claim,
     Plot,
     Verdict,
     distilled,
 )
-from examples.study.figures import Figures, Interval
-from examples.study.tables import (
-    MARGIN_POINTS,
-    Comparison,
-    compare,
-    costs_table,
-    nats,
-    points,
-    results_table,
-)
+from examples.study.figures import METRICS, Figures, Interval
+from examples.study.outcomes import MARGIN, Comparison, compare
+from examples.study.tables import costs_table, results_table, titles_of
+from examples.study.wording import words
 
 # Standard OPD: every step learns from responses of the student as it is then. The teacher's server
 # is kept, which changes no result.
@@ -65,10 +59,8 @@ FROZEN_1024 = Arm(
 # The reverse KLs of two students are called equal if the interval of their difference lies within
 # this share of the SFT student's own reverse KL. It was named before the runs.
 MARGIN_OF_KL = 0.05
-_METRICS = ("greedy", "sampled", "reverse_kl")
-_ROWS = tuple(
-    (arm.name, arm.title)
-    for arm in (HABIT_SFT, HABIT_LIGHTNING, FROZEN_1024, LIGHTNING_8, EVERY_4, ONLINE, ONLINE_8)
+_TITLES = titles_of(
+    (HABIT_SFT, HABIT_LIGHTNING, FROZEN_1024, LIGHTNING_8, EVERY_4, ONLINE, ONLINE_8)
 )
 _OURS = HABIT_LIGHTNING.name
 
@@ -79,9 +71,9 @@ def _outcomes(
     """Return an arm of Lightning OPD minus another one, by metric, and what that says."""
     kl_margin = MARGIN_OF_KL * figures.mean(HABIT_SFT.name, "reverse_kl").mean
     found: dict[str, tuple[Interval, Comparison]] = {}
-    for metric in _METRICS:
+    for metric in METRICS:
         difference = figures.difference(ours, other, metric)
-        margin = kl_margin if metric == "reverse_kl" else MARGIN_POINTS / 100
+        margin = kl_margin if metric == "reverse_kl" else MARGIN
         found[metric] = (difference, compare(difference, margin))
     return found
 
@@ -90,9 +82,7 @@ def _is_worse(metric: str, comparison: Comparison) -> bool:
     return comparison == ("higher" if metric == "reverse_kl" else "lower")
 
 
-def _answer(
-    outcomes: Iterable[tuple[str, Comparison]],
-) -> Literal["holds", "does not hold", "open"]:
+def _answer(outcomes: Iterable[tuple[str, Comparison]]) -> Answer:
     """Return the verdict: equal or better in everything, worse in something, or undecided."""
     known = [*outcomes]
     if any(_is_worse(metric, comparison) for metric, comparison in known):
@@ -101,12 +91,11 @@ def _answer(
 
 
 def _sentence(when: str, outcomes: dict[str, tuple[Interval, Comparison]]) -> str:
-    words = {
-        "greedy": f"{points(outcomes['greedy'][0])} in greedy decoding",
-        "sampled": f"{points(outcomes['sampled'][0])} at T=1",
-        "reverse_kl": f"{nats(outcomes['reverse_kl'][0])} in reverse KL",
-    }
-    said = ", ".join(f"{words[metric]} ({outcomes[metric][1]})" for metric in _METRICS)
+    places = {"greedy": "in greedy decoding", "sampled": "at T=1", "reverse_kl": "in reverse KL"}
+    said = ", ".join(
+        f"{words(difference, metric)} {places[metric]} ({comparison})"
+        for metric, (difference, comparison) in outcomes.items()
+    )
     return f"{when}, Lightning OPD minus standard OPD is {said}."
 
 
@@ -133,7 +122,7 @@ def judge(figures: Figures) -> Verdict:
     margin = MARGIN_OF_KL * figures.mean(HABIT_SFT.name, "reverse_kl").mean
     rules = (
         f"Two accuracies are called equal if the interval of their difference lies within "
-        f"{MARGIN_POINTS:g} points, and two reverse KLs if it lies within {MARGIN_OF_KL:.0%} of "
+        f"{100 * MARGIN:g} points, and two reverse KLs if it lies within {MARGIN_OF_KL:.0%} of "
         f"the SFT student's ({margin:.4f} nats per token). Beyond the margin a difference is "
         "called higher or lower, and where the interval lies across it, open. The claim holds "
         "where nothing is open and Lightning OPD is nowhere behind."
@@ -161,8 +150,8 @@ def judge(figures: Figures) -> Verdict:
         ),
         details=(
             rules,
-            results_table(figures, _ROWS, ONLINE.name),
-            costs_table(figures, _ROWS),
+            results_table(figures, _TITLES, ONLINE.name),
+            costs_table(figures, _TITLES),
             "Standard OPD has the same 512 scored rollouts in its run as the others, because its "
             "first step learns from the first 64 of them. Without the other 448 its teacher "
             "tokens are those of the table less seven eighths of Lightning OPD's. Standard OPD of "

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from examples.study.arms import Claim, Plot, Verdict
-from examples.study.comparisons import Answer, shown, sign_of
+from examples.study.arms import Answer, Claim, Plot, Verdict
 from examples.study.figures import Figures, Interval
 from examples.study.foretold import ARMS, FRESH, OLDER, SEEN, Foretold, Kind
+from examples.study.outcomes import sign_of
 from examples.study.plots import draw_scatter
 from examples.study.recommendation import FILE, METRIC
+from examples.study.wording import shown, words
 from lopd.cache.recommendation import SHARP_SHARE, recommend
 from lopd.cache.regime import RegimeFigures
 
@@ -174,7 +175,7 @@ def judge(figures: Figures) -> Verdict:
 
 def _said(one: Outcome) -> str:
     warned = "a warning" if one.is_warned else "no warning"
-    return f"{warned}, then {shown(one.difference, METRIC, sign=True)} points"
+    return f"{warned}, then {words(one.difference, METRIC)}"
 
 
 def _table(fresh: Sequence[Outcome], older: Sequence[Outcome], seen: Sequence[Outcome]) -> str:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
 
-from examples.study.arms import Arm, Claim, Verdict
-from examples.study.contrasts import (
-    MARGIN,
-    Column,
-    Row,
-    at_the_start,
-    contrast,
-    difference,
-    is_above,
-    nats,
-    of_metric,
-    paragraphs,
-    points,
-    table,
-    teachers_text,
-)
-from examples.study.figures import Figures, Interval
+from examples.study.arms import Answer, Arm, Claim, Verdict
+from examples.study.figures import Figures, Interval, interval_of
+from examples.study.outcomes import MARGIN, sign_of
+from examples.study.tables import table_of_pairs
 from examples.study.two_teachers import (
     MEASURED_MODELS,
     OFFLINE,
@@ -32,50 +19,55 @@ from examples.study.two_teachers import (
     WEAK,
     WEAK_SFT_STEPS,
 )
+from examples.study.wording import shown, words
 
 # Distances are the same where one is at most so much larger than the other. Named before any arm
 # was made.
 MATCHED = 1.25
-Answer = Literal["holds", "does not hold", "open"]
 
 
-def consistency(column: Column, grid: dict[str, Arm]) -> Interval:
+def consistency(figures: Figures, metric: str, grid: Mapping[str, Arm]) -> Interval:
     """Return what one teacher has before two, as a mean over both teachers: the interaction."""
     # Each SFT teacher and each OPD teacher occurs once on both sides, so that neither a better
     # teacher nor a better SFT student counts.
     signs = {"aa": 0.5, "bb": 0.5, "ab": -0.5, "ba": -0.5}
-    return contrast(column, {grid[pair].name: sign for pair, sign in signs.items()})
+    return figures.weighted_sum(metric, *((sign, grid[pair].name) for pair, sign in signs.items()))
+
+
+def _at_the_start(figures: Figures, arm: Arm) -> Interval:
+    """Return an arm's reverse KL from its OPD teacher before the first update."""
+    # The responses of the first step are the student's own, so it is unbiased.
+    of_seeds = figures.steps(arm.name, "reverse_kl").values()
+    return interval_of([steps[0][1] for steps in of_seeds])
 
 
 def judge(figures: Figures) -> Verdict:
     """Return the verdict. It is about accuracy at T=1; the tables have the rest."""
-    sampled = of_metric(figures, "sampled")
-    offline = consistency(sampled, OFFLINE)
-    online = consistency(sampled, ONLINE)
+    offline = consistency(figures, "sampled", OFFLINE)
+    online = consistency(figures, "sampled", ONLINE)
     # The same OPD teacher, the same distance from it: what is left is whose notation SFT taught.
-    beyond = difference(sampled, WEAK.name, OFFLINE["ba"].name)
-    start = at_the_start(figures)
-    far = contrast(start, {OFFLINE["ba"].name: 1.0})
-    weak = contrast(start, {WEAK.name: 1.0})
+    beyond = figures.difference(WEAK.name, OFFLINE["ba"].name, "sampled")
+    far = _at_the_start(figures, OFFLINE["ba"])
+    weak = _at_the_start(figures, WEAK)
     ratio = far.mean / weak.mean
     is_matched = 1 / MATCHED <= ratio <= MATCHED
     answer = _answer(offline, online, beyond, is_matched=is_matched)
     matched = "" if is_matched else f" (not matched: the ratio is {ratio:.2f})"
     summary = (
-        f"{_sentence(offline, online)} The control is a weaker SFT by A. It begins at {nats(weak)} "
-        f"nats per token from A, where SFT by B begins at {nats(far)}{matched}. After the same "
-        f"distillation from A, it is right more often than SFT by B by {points(beyond)}: "
-        f"{_reading(beyond)}."
+        f"{_sentence(offline, online)} The control is a weaker SFT by A. It begins at "
+        f"{shown(weak, 'reverse_kl')} nats per token from A, where SFT by B begins at "
+        f"{shown(far, 'reverse_kl')}{matched}. After the same distillation from A, it is right "
+        f"more often than SFT by B by {words(beyond, 'sampled')}: {_reading(beyond)}."
     )
     return Verdict(answer, summary, details=_details(figures))
 
 
 def _answer(offline: Interval, online: Interval, beyond: Interval, *, is_matched: bool) -> Answer:
     both = (offline, online)
-    if not all(is_above(cost) for cost in both):
+    if not all(sign_of(cost) > 0 for cost in both):
         return "does not hold" if all(cost.high < MARGIN for cost in both) else "open"
     # There is a cost. It is one of consistency only if the distance does not explain it.
-    if is_matched and is_above(beyond):
+    if is_matched and sign_of(beyond) > 0:
         return "holds"
     if is_matched and beyond.high < MARGIN:
         return "does not hold"
@@ -84,16 +76,16 @@ def _answer(offline: Interval, online: Interval, beyond: Interval, *, is_matched
 
 def _sentence(offline: Interval, online: Interval) -> str:
     return (
-        f"One teacher for both against two teachers, at T=1: {points(offline)} offline "
-        f"({_size(offline)}) and {points(online)} online ({_size(online)})."
+        f"One teacher for both against two teachers, at T=1: {words(offline, 'sampled')} offline "
+        f"({_size(offline)}) and {words(online, 'sampled')} online ({_size(online)})."
     )
 
 
 def _size(cost: Interval) -> str:
     """Return what an interval allows to be said of a gain by consistency."""
-    if is_above(cost):
+    if sign_of(cost) > 0:
         return "a gain"
-    if cost.high < 0:
+    if sign_of(cost) < 0:
         return "a loss"
     if cost.high < MARGIN:
         return f"no gain larger than {100 * cost.high:.1f} points was found"
@@ -102,7 +94,7 @@ def _size(cost: Interval) -> str:
 
 def _reading(beyond: Interval) -> str:
     """Return what the control says."""
-    if is_above(beyond):
+    if sign_of(beyond) > 0:
         return "the distance alone does not explain it"
     if beyond.high < MARGIN:
         return (
@@ -113,24 +105,20 @@ def _reading(beyond: Interval) -> str:
 
 
 def _details(figures: Figures) -> tuple[str, ...]:
-    rows = [
-        Row(SFT_A.name, SFT_A.title),
-        Row(SFT_B.name, SFT_B.title),
-        Row(SFT_WEAK.name, SFT_WEAK.title),
-    ]
+    pairs: list[tuple[Arm, Arm | None]] = [(arm, None) for arm in (SFT_A, SFT_B, SFT_WEAK)]
     for grid in (OFFLINE, ONLINE):
         # Compared within an OPD teacher, from whom the reverse KL is measured too.
         for opd in "ab":
             own = grid[opd + opd]
             other = grid[("b" if opd == "a" else "a") + opd]
-            rows += [Row(own.name, own.title), Row(other.name, other.title, own.name)]
-    rows.append(Row(WEAK.name, WEAK.title, OFFLINE["ba"].name))
-    return paragraphs(
-        teachers_text(figures, SFT_A.name, MEASURED_MODELS),
+            pairs += [(own, None), (other, own)]
+    pairs.append((WEAK, OFFLINE["ba"]))
+    return (
+        teachers_text(figures),
         "The reverse KL of an SFT student is that from its own teacher, of a distilled one that "
         "from its OPD teacher. The last column compares with the line of the same OPD teacher and "
         "of one teacher for both; the weaker SFT is compared with SFT by B.",
-        table(figures, rows, "difference"),
+        table_of_pairs(figures, pairs, "difference"),
         _other_measures(figures),
         "What could overturn this: one student and one task of arithmetic, in a model of 750,000 "
         "parameters with 32 tokens. The teachers differ in one choice of a token, five times a "
@@ -141,21 +129,44 @@ def _details(figures: Figures) -> tuple[str, ...]:
 
 def _other_measures(figures: Figures) -> str:
     """Return sentences about what the verdict does not use."""
-    greedy = of_metric(figures, "greedy")
-    kl = of_metric(figures, "reverse_kl")
-    sampled = of_metric(figures, "sampled")
-    distance = difference(sampled, OFFLINE["aa"].name, WEAK.name)
-    gained = difference(sampled, OFFLINE["ba"].name, SFT_B.name)
-    gained_weak = difference(sampled, WEAK.name, SFT_WEAK.name)
-    return (
-        f"One teacher against two in greedy: {points(consistency(greedy, OFFLINE))} offline, "
-        f"{points(consistency(greedy, ONLINE))} online. In reverse KL: "
-        f"{consistency(kl, OFFLINE).text(form='+.4f')} and "
-        f"{consistency(kl, ONLINE).text(form='+.4f')} nats per token (below 0: nearer to the "
-        "teacher). The distance alone, which is SFT by A minus the weaker SFT by A after both were "
-        f"distilled from A: {points(distance)} at T=1. The distillation from A gave SFT by B "
-        f"{points(gained)}, and the weaker SFT by A {points(gained_weak)}."
+
+    def gain(arm: Arm, other: Arm) -> str:
+        return words(figures.difference(arm.name, other.name, "sampled"), "sampled")
+
+    greedy, kl = (
+        [consistency(figures, metric, grid) for grid in (OFFLINE, ONLINE)]
+        for metric in ("greedy", "reverse_kl")
     )
+    return (
+        f"One teacher against two in greedy: {words(greedy[0], 'greedy')} offline, "
+        f"{words(greedy[1], 'greedy')} online. In reverse KL: "
+        f"{shown(kl[0], 'reverse_kl', sign=True)} and {words(kl[1], 'reverse_kl')} (below 0: "
+        "nearer to the teacher). The distance alone, which is SFT by A minus the weaker SFT by A "
+        f"after both were distilled from A: {gain(OFFLINE['aa'], WEAK)} at T=1. The distillation "
+        f"from A gave SFT by B {gain(OFFLINE['ba'], SFT_B)}, and the weaker SFT by A "
+        f"{gain(WEAK, SFT_WEAK)}."
+    )
+
+
+def teachers_text(figures: Figures) -> str:
+    """Return sentences about the two teachers."""
+    # It is the same for all seeds.
+    measured = next(iter(figures.recorded(SFT_A.name, MEASURED_MODELS).values()))
+    a = measured["teacher_a_by_teacher_b"]
+    b = measured["teacher_b_by_teacher_a"]
+    base = measured["two_notations_by_teacher_a"]
+    return (
+        f"At T=1 teacher A is right in {100 * a['sampled']:.1f}% and teacher B in "
+        f"{100 * b['sampled']:.1f}% of the held-out problems (greedy {100 * a['greedy']:.1f}% and "
+        f"{100 * b['greedy']:.1f}%), the base student in {100 * base['sampled']:.1f}%. The reverse "
+        f"KL of A from B is {_distance(a)}, of B from A {_distance(b)}, of the base student from A "
+        f"{_distance(base)}."
+    )
+
+
+def _distance(measured: Mapping[str, float]) -> str:
+    kl = measured["reverse_kl"]
+    return f"{kl:.4f} nats per token ({kl * measured['tokens']:.2f} a response)"
 
 
 CLAIM = Claim(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from examples.study.arms import (
     HABIT,
@@ -12,6 +11,7 @@ from examples.study.arms import (
     HABIT_TOP_K,
     LIGHTNING,
     SCORED,
+    Answer,
     Arm,
     Claim,
     Plot,
@@ -19,9 +19,10 @@ from examples.study.arms import (
     distilled,
 )
 from examples.study.claim_1 import EVERY_4, LIGHTNING_8, ONLINE, ONLINE_8, REFRESH
-from examples.study.comparisons import is_measured
 from examples.study.figures import Figures, Interval, MissingFigures
-from examples.study.tables import MARGIN_POINTS, costs_table, points, results_table
+from examples.study.outcomes import MARGIN
+from examples.study.tables import costs_table, results_table
+from examples.study.wording import words
 
 # A bound near 1: one decision in fifty tokens changes in this task, and a mean over tokens hardly
 # notices it.
@@ -94,9 +95,9 @@ def _reaches(figures: Figures, arm: str) -> tuple[bool | None, Interval]:
         The answer, and the arm's accuracy at T=1 minus that of standard OPD.
     """
     difference = figures.difference(arm, ONLINE.name, "sampled")
-    if difference.low >= -MARGIN_POINTS / 100:
+    if difference.low >= -MARGIN:
         return True, difference
-    return (False if difference.high < -MARGIN_POINTS / 100 else None), difference
+    return (False if difference.high < -MARGIN else None), difference
 
 
 def _kl_gained(figures: Figures, arm: str) -> float:
@@ -115,7 +116,7 @@ def _with_needed_costs(figures: Figures) -> Figures:
     """
     metrics = ("sampled", "decoded", "scored", "processor_seconds", "wall_seconds", "cache_bytes")
     values: dict[str, dict[str, dict[int, float]]] = {}
-    for arm, _ in _rows(figures):
+    for arm in _titles(figures):
         values[arm] = {metric: _known(figures, arm, metric) for metric in metrics}
         if arm in (ONLINE.name, ONLINE_8.name):
             for metric in ("processor_seconds", "wall_seconds"):
@@ -138,23 +139,20 @@ def _less(costs: dict[int, float], part: dict[int, float], share: float) -> dict
     return {seed: costs[seed] - share * part[seed] for seed in costs if seed in part}
 
 
-_Answer = Literal["holds", "does not hold", "open"]
-
-
-def _against_online(figures: Figures, costs: Figures, arm: str) -> tuple[_Answer, str]:
+def _against_online(figures: Figures, costs: Figures, arm: str) -> tuple[Answer, str]:
     """Return whether an arm comes to the bar with less time and fewer tokens, and the figures."""
     reaches, gap = _reaches(figures, arm)
     wall = costs.difference(arm, ONLINE.name, "wall_seconds")
     processor = costs.difference(arm, ONLINE.name, "processor_seconds")
     tokens = costs.difference(arm, ONLINE.name, "scored")
-    answer: _Answer = "open"
+    answer: Answer = "open"
     if reaches is False or wall.low > 0 or tokens.low > 0:
         answer = "does not hold"
     elif reaches and wall.high < 0 and tokens.high < 0:
         answer = "holds"
     reached = {True: "comes", False: "does not come", None: "may or may not come"}[reaches]
     said = (
-        f"{reached} within {MARGIN_POINTS:g} points of it (T=1: {points(gap)}), with "
+        f"{reached} within {100 * MARGIN:g} points of it (T=1: {words(gap, 'sampled')}), with "
         f"{wall.text('+.0f')} s of wall time, {processor.text('+.0f')} s of processor time and "
         f"{tokens.text('+,.0f')} scored tokens of the teacher"
     )
@@ -166,12 +164,12 @@ def judge(figures: Figures) -> Verdict:
     costs = _with_needed_costs(figures)
     by_steps, said = _against_online(figures, costs, _OURS)
     longer, said_longer = _against_online(figures, costs, LIGHTNING_48.name)
-    answer: _Answer = "open"
+    answer: Answer = "open"
     if "holds" in (by_steps, longer):
         answer = "holds"
     elif by_steps == longer == "does not hold":
         answer = "does not hold"
-    rows = _rows(figures)
+    titles = _titles(figures)
     return Verdict(
         answer=answer,
         summary=(
@@ -180,9 +178,9 @@ def judge(figures: Figures) -> Verdict:
         ),
         details=(
             _rule(),
-            results_table(figures, rows, ONLINE.name),
+            results_table(figures, titles, ONLINE.name),
             _bar_table(figures),
-            costs_table(costs, rows),
+            costs_table(costs, titles),
             _notes(),
             _trl(figures),
         ),
@@ -197,9 +195,9 @@ def judge(figures: Figures) -> Verdict:
     )
 
 
-def _rows(figures: Figures) -> list[tuple[str, str]]:
-    """Return (arm, title) of each line. TRL is left out where it could not be installed."""
-    return [(arm, title) for arm, title in _TITLES.items() if is_measured(figures, arm)]
+def _titles(figures: Figures) -> dict[str, str]:
+    """Return the titles of the lines. TRL is left out where it could not be installed."""
+    return {arm: title for arm, title in _TITLES.items() if figures.has(arm, "greedy")}
 
 
 def _with_top_k(figures: Figures, costs: Figures) -> str:
@@ -211,7 +209,7 @@ def _with_top_k(figures: Figures, costs: Figures) -> str:
 def _rule() -> str:
     return (
         "The bar is standard OPD of 16 steps. An arm comes to it if the interval of its accuracy "
-        f"at T=1 minus that of standard OPD lies above -{MARGIN_POINTS:g} points; it has the "
+        f"at T=1 minus that of standard OPD lies above -{100 * MARGIN:g} points; it has the "
         f"reverse KL if it has at least {_SHARE_OF_KL:.0%} of standard OPD's fall from the SFT "
         "student. The claim holds if Lightning OPD comes to the bar, in 16 or in 48 steps, with "
         "wall time and scored tokens that are both lower with their whole interval. It does not "
@@ -222,16 +220,16 @@ def _rule() -> str:
 
 
 def _bar_table(figures: Figures) -> str:
-    words = {True: "yes", False: "no", None: "open"}
+    reached = {True: "yes", False: "no", None: "open"}
     lines = ["| model | comes to the accuracy | share of the fall of the reverse KL | enough |"]
     lines.append("|---|---|---:|---|")
-    for arm, title in _rows(figures):
+    for arm, title in _titles(figures).items():
         if arm == ONLINE.name:
             continue
         gained = _kl_gained(figures, arm)
         enough = "yes" if gained >= _SHARE_OF_KL else "no"
         reaches, _ = _reaches(figures, arm)
-        lines.append(f"| {title} | {words[reaches]} | {gained:.2f} | {enough} |")
+        lines.append(f"| {title} | {reached[reaches]} | {gained:.2f} | {enough} |")
     return "\n".join(lines)
 
 
@@ -252,7 +250,7 @@ def _notes() -> str:
 
 
 def _trl(figures: Figures) -> str:
-    if not is_measured(figures, TRL.name):
+    if not figures.has(TRL.name, "greedy"):
         return "TRL's trainer was not run here."
     gap = figures.difference(TRL.name, HABIT_TOP_K.name, "sampled")
     wall = figures.difference(TRL.name, HABIT_TOP_K.name, "wall_seconds")
@@ -260,10 +258,11 @@ def _trl(figures: Figures) -> str:
         "TRL 1.16's DistillationTrainer has the same SFT student, prompts, steps, batch and rate, "
         "AdamW with no weight decay, fresh responses at every step, and the exact reverse KL over "
         "the vocabulary in place of the sampled token, so the top-8 loss is its neighbour: TRL "
-        f"minus it is {points(gap)} at T=1 and {wall.text('+.0f')} s. Teacher, student and all "
-        "logits are in its one process, without a server or a cache: with models this small that "
-        "is cheaper than any start of a server. [The benchmarks](benchmarks.md#rollout-score-and-"
-        "distill-against-trl) compare both to one bar with as little work as each needs."
+        f"minus it is {words(gap, 'sampled')} at T=1 and {wall.text('+.0f')} s. Teacher, student "
+        "and all logits are in its one process, without a server or a cache: with models this "
+        "small that is cheaper than any start of a server. [The benchmarks]"
+        "(benchmarks.md#rollout-score-and-distill-against-trl) compare both to one bar with as "
+        "little work as each needs."
     )
 
 
@@ -273,7 +272,7 @@ def _draw(figures: Figures, costs: Figures, path: Path) -> None:
 
     dots = [
         Dot(title, costs.mean(arm, "wall_seconds"), _percent(figures.mean(arm, "sampled")))
-        for arm, title in _rows(figures)
+        for arm, title in _titles(figures).items()
     ]
     draw_dots(path, dots, "wall time since the base student, s", "right answers at T=1, %")
 

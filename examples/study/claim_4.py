@@ -11,6 +11,7 @@ from examples.study.arms import (
     HABIT_SFT,
     LIGHTNING,
     SCORED,
+    Answer,
     Arm,
     Claim,
     Command,
@@ -18,9 +19,11 @@ from examples.study.arms import (
     Plot,
     Verdict,
 )
-from examples.study.comparisons import Answer, Table, change, shown, sign_of, words
-from examples.study.figures import Figures, Interval, MissingFigures, interval_of
+from examples.study.figures import Figures, Interval, MissingFigures, change, interval_of
+from examples.study.outcomes import sign_of
 from examples.study.plots import draw_points
+from examples.study.tables import Table
+from examples.study.wording import shown, words
 
 # HABIT distils for 16 steps. 80 are five times as many.
 USUAL = 16

@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from examples.study.arms import Claim, Verdict
-from examples.study.contrasts import (
-    MARGIN,
-    Row,
-    difference,
-    is_above,
-    is_small,
-    of_metric,
-    paragraphs,
-    points,
-    table,
-    teachers_text,
-)
+from examples.study.arms import Answer, Arm, Claim, Verdict
+from examples.study.claim_2 import teachers_text
 from examples.study.figures import Figures, Interval
-from examples.study.two_teachers import MEASURED_MODELS, OFFLINE, SFT_A, SFT_B, corrected
+from examples.study.outcomes import MARGIN, is_within, sign_of
+from examples.study.tables import table_of_pairs
+from examples.study.two_teachers import OFFLINE, SFT_A, SFT_B, corrected
+from examples.study.wording import shown, words
 
 FOREIGN = corrected("c5_foreign", "b", "a")
 OWN = corrected("c5_own", "a", "a")
-Answer = Literal["holds", "does not hold", "open"]
 
 
 def judge(figures: Figures) -> Verdict:
     """Return the verdict. It is about accuracy at T=1; the table has the rest."""
-    sampled = of_metric(figures, "sampled")
     # What there is to recover, with the same OPD teacher.
-    lost = difference(sampled, OFFLINE["aa"].name, OFFLINE["ba"].name)
-    gain = difference(sampled, FOREIGN.name, OFFLINE["ba"].name)
-    gain_of_one = difference(sampled, OWN.name, OFFLINE["aa"].name)
+    lost = figures.difference(OFFLINE["aa"].name, OFFLINE["ba"].name, "sampled")
+    gain = figures.difference(FOREIGN.name, OFFLINE["ba"].name, "sampled")
+    gain_of_one = figures.difference(OWN.name, OFFLINE["aa"].name, "sampled")
     summary = (
-        f"SFT by another teacher costs {points(lost)} at T=1 ({_lost(lost)}). The corrected cache "
-        f"changes the accuracy with two teachers by {points(gain)} ({_change(gain)}), and with one "
-        f"teacher by {points(gain_of_one)} ({_change(gain_of_one)})."
+        f"SFT by another teacher costs {words(lost, 'sampled')} at T=1 ({_lost(lost)}). The "
+        f"corrected cache changes the accuracy with two teachers by {words(gain, 'sampled')} "
+        f"({_change(gain)}), and with one teacher by {words(gain_of_one, 'sampled')} "
+        f"({_change(gain_of_one)})."
     )
     return Verdict(_answer(lost, gain), summary, details=_details(figures))
 
 
 def _answer(lost: Interval, gain: Interval) -> Answer:
-    if is_above(gain):
+    if sign_of(gain) > 0:
         # What it gains where nothing was shown to be lost is not a recovery.
-        return "holds" if is_above(lost) else "open"
-    if gain.high < MARGIN and (is_above(lost) or gain.high < 0):
+        return "holds" if sign_of(lost) > 0 else "open"
+    if gain.high < MARGIN and (sign_of(lost) > 0 or sign_of(gain) < 0):
         return "does not hold"
     return "open"
 
 
 def _lost(lost: Interval) -> str:
-    if is_above(lost):
+    if sign_of(lost) > 0:
         return "a loss"
     if lost.high < MARGIN:
         return f"no loss larger than {100 * max(0.0, lost.high):.1f} points was found"
@@ -58,11 +47,11 @@ def _lost(lost: Interval) -> str:
 
 
 def _change(change: Interval) -> str:
-    if is_above(change):
+    if sign_of(change) > 0:
         return "better"
-    if change.high < 0:
+    if sign_of(change) < 0:
         return "worse"
-    if is_small(change):
+    if is_within(change):
         return "no difference larger than 2 points was found"
     return "open"
 
@@ -70,27 +59,27 @@ def _change(change: Interval) -> str:
 def _details(figures: Figures) -> tuple[str, ...]:
     own = OFFLINE["aa"]
     foreign = OFFLINE["ba"]
-    rows = [
-        Row(SFT_A.name, SFT_A.title),
-        Row(own.name, own.title),
-        Row(OWN.name, OWN.title, own.name),
-        Row(SFT_B.name, SFT_B.title),
-        Row(foreign.name, foreign.title),
-        Row(FOREIGN.name, FOREIGN.title, foreign.name),
+    corrections = ((FOREIGN, foreign), (OWN, own))
+    pairs: list[tuple[Arm, Arm | None]] = [
+        (SFT_A, None),
+        (own, None),
+        (OWN, own),
+        (SFT_B, None),
+        (foreign, None),
+        (FOREIGN, foreign),
     ]
-    greedy = of_metric(figures, "greedy")
-    kl = of_metric(figures, "reverse_kl")
-    pairs = ((FOREIGN, foreign), (OWN, own))
-    changes = [difference(greedy, arm.name, other.name) for arm, other in pairs]
-    kls = [difference(kl, arm.name, other.name).text(form="+.4f") for arm, other in pairs]
-    return paragraphs(
-        teachers_text(figures, SFT_A.name, MEASURED_MODELS),
+    greedy, kl = (
+        [figures.difference(arm.name, other.name, metric) for arm, other in corrections]
+        for metric in ("greedy", "reverse_kl")
+    )
+    return (
+        teachers_text(figures),
         "The reverse KL is that from teacher A, but for the SFT student by B: that from B. The "
         "last column is corrected minus not corrected.",
-        table(figures, rows, "correction"),
-        f"Corrected minus not corrected in greedy: {points(changes[0])} with two teachers, "
-        f"{points(changes[1])} with one. In reverse KL from A: {kls[0]} and {kls[1]} nats per "
-        "token.",
+        table_of_pairs(figures, pairs, "correction"),
+        f"Corrected minus not corrected in greedy: {words(greedy[0], 'greedy')} with two teachers, "
+        f"{words(greedy[1], 'greedy')} with one. In reverse KL from A: "
+        f"{shown(kl[0], 'reverse_kl', sign=True)} and {words(kl[1], 'reverse_kl')}.",
         "What must be known: the correction takes away what a token, its place and its surprisal "
         "predict from other prompts. The bad habit of this student, to skip the steps, is such a "
         "thing: it is the same on every prompt, and so a correction cannot tell it from a style. "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from examples.study.arms import (
     HABIT,
     HABIT_LIGHTNING,
     HABIT_SFT,
     LIGHTNING,
+    Answer,
     Arm,
     Claim,
     Command,
@@ -16,15 +18,10 @@ from examples.study.arms import (
     Verdict,
     distilled,
 )
-from examples.study.figures import Figures, MissingFigures
-from examples.study.outcomes import (
-    changes,
-    differences,
-    measured,
-    recorded,
-    table,
-    table_against,
-)
+from examples.study.figures import METRICS, Figures, MissingFigures
+from examples.study.outcomes import changes, measured
+from examples.study.tables import results_table, table_against, titles_of
+from examples.study.wording import words
 
 # The temperature of the paper's rollouts, at which its online baseline scores the student too.
 TEMPERATURE = 0.8
@@ -134,7 +131,7 @@ _LIMITS = (
 def judge(figures: Figures) -> Verdict:
     """Hold each choice against Lightning OPD on the same SFT student."""
     base = HABIT_LIGHTNING.name
-    for metric in ("greedy", "sampled", "reverse_kl"):
+    for metric in METRICS:
         figures.values(base, metric)
     found = measured(figures, ARMS)
     if not found:
@@ -144,7 +141,7 @@ def judge(figures: Figures) -> Verdict:
     tested = [arm for arm in ARMS if arm is not UNCLIPPED or needs_clip]
     is_whole = all(arm in found for arm in tested)
     kinds = set(outcomes.values())
-    answer: str = "open"
+    answer: Answer = "open"
     if kinds & {"equal", "gain"}:
         answer = "does not hold"
     elif is_whole and kinds <= {"harm", "mixed"}:
@@ -153,12 +150,12 @@ def judge(figures: Figures) -> Verdict:
     sentences = _sentences(figures, found, outcomes)
     if missing:
         sentences.append(f"Not measured: {', '.join(missing)}.")
-    shown = [HABIT_SFT, HABIT_LIGHTNING, *found]
+    titles = titles_of(measured(figures, [HABIT_SFT, HABIT_LIGHTNING, *found]))
     return Verdict(
-        answer=answer,  # type: ignore[arg-type]
+        answer=answer,
         summary=" ".join([*sentences, _retokenised(figures)]),
         details=(
-            table(figures, measured(figures, shown)),
+            results_table(figures, titles),
             table_against(figures, found, HABIT_LIGHTNING, outcomes),
             _READING,
             f"{_MEANINGS}\n\n{clip}{_approximated(figures)}",
@@ -170,15 +167,32 @@ def judge(figures: Figures) -> Verdict:
 def _sentences(figures: Figures, arms: Sequence[Arm], outcomes: dict[str, str]) -> list[str]:
     """Return a sentence for each outcome that there is, with the arms that have it."""
     sentences = []
-    for outcome, words in _IN_WORDS.items():
+    for outcome, said in _IN_WORDS.items():
         of_outcome = [
-            f"{arm.title} ({differences(figures, arm.name, HABIT_LIGHTNING.name)})"
+            f"{arm.title} ({_differences(figures, arm.name, HABIT_LIGHTNING.name)})"
             for arm in arms
             if outcomes[arm.name] == outcome
         ]
         if of_outcome:
-            sentences.append(f"{words}: {'; '.join(of_outcome)}.")
+            sentences.append(f"{said}: {'; '.join(of_outcome)}.")
     return sentences
+
+
+def _differences(figures: Figures, arm: str, other: str) -> str:
+    """Return arm - other in words: "T=1 +1.2 [..] points, greedy .. points, reverse KL .."."""
+    sampled, greedy, divergence = (
+        words(figures.difference(arm, other, metric), metric)
+        for metric in ("sampled", "greedy", "reverse_kl")
+    )
+    return f"T=1 {sampled}, greedy {greedy}, reverse KL {divergence}"
+
+
+def recorded(figures: Figures, arm: Arm, file: str) -> list[dict[str, Any]]:
+    """Return what the runs of an arm have written into a JSON file, of each seed that has it."""
+    try:
+        return [*figures.recorded(arm.name, file).values()]
+    except MissingFigures:
+        return []
 
 
 def _clip(figures: Figures) -> tuple[str, bool]:

@@ -9,23 +9,14 @@ from examples.study.arms import (
     HABIT_LIGHTNING,
     HABIT_SFT,
     HABIT_TOP_K,
+    Answer,
     Claim,
     Plot,
     Verdict,
 )
 from examples.study.claim_4 import OFFLINE_80, ONLINE_80
-from examples.study.comparisons import (
-    MARGIN,
-    Answer,
-    Table,
-    change,
-    is_measured,
-    mean_of_steps,
-    shown,
-    sign_of,
-    words,
-)
-from examples.study.figures import Figures, Interval
+from examples.study.figures import Figures, Interval, change
+from examples.study.outcomes import MARGIN, sign_of
 from examples.study.plots import draw_points
 from examples.study.signals import (
     AFTER_SFT,
@@ -41,6 +32,8 @@ from examples.study.signals import (
     STALE,
     TOP_K_80,
 )
+from examples.study.tables import Table, mean_of_steps
+from examples.study.wording import shown, words
 
 
 def _robust(figures: Figures) -> tuple[Answer, str]:
@@ -165,7 +158,7 @@ def _staleness(figures: Figures) -> str:
 
 
 def _small(figures: Figures) -> str:
-    titles = {arm: title for arm, title in SMALL_ARMS.items() if is_measured(figures, arm)}
+    titles = {arm: title for arm, title in SMALL_ARMS.items() if figures.has(arm, "greedy")}
     if not titles:
         return "The small student (docs/small_student.md): not measured."
     missing = [title for arm, title in SMALL_ARMS.items() if arm not in titles]

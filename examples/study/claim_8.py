@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from examples.study.arms import (
     HABIT,
     HABIT_LIGHTNING,
     HABIT_SFT,
     HABIT_TOP_K,
+    Answer,
     Arm,
     Claim,
     Command,
     Place,
     Verdict,
 )
-from examples.study.claim_6 import ALTERED, ALTERED_FIGURES, from_altered
+from examples.study.claim_6 import ALTERED, ALTERED_FIGURES, from_altered, recorded
 from examples.study.figures import Figures, MissingFigures
-from examples.study.outcomes import (
-    matches,
-    measured,
-    recorded,
-    table,
-    table_against,
-    table_of_caches,
-)
-from examples.study.tables import points
+from examples.study.outcomes import matches, measured
+from examples.study.tables import markdown_table, results_table, table_against, titles_of
+from examples.study.wording import shown, words
 
 METHODS = (HABIT_LIGHTNING, HABIT_TOP_K)
 # The budget of the methods: 16 steps of 64 responses at their rate.
@@ -174,16 +170,17 @@ def judge(figures: Figures) -> Verdict:
     }
     every = {outcome for of_method in outcomes.values() for outcome in of_method.values()}
     is_whole = len(methods) == len(METHODS) and len(found) == len(ARMS)
-    answer: str = "open"
+    answer: Answer = "open"
     if "matches" in every:
         answer = "does not hold"
     elif is_whole and every == {"below"}:
         answer = "holds"
+    titles = titles_of(measured(figures, [HABIT_SFT, *METHODS, *found]))
     return Verdict(
-        answer=answer,  # type: ignore[arg-type]
+        answer=answer,
         summary=_summary(figures, methods, found, outcomes),
         details=(
-            table(figures, measured(figures, [HABIT_SFT, *METHODS, *found])),
+            results_table(figures, titles),
             *(table_against(figures, found, method, outcomes[method.name]) for method in methods),
             _READING,
             _MEANINGS,
@@ -207,7 +204,7 @@ def _summary(
         for method in methods:
             if outcomes[method.name][arm.name] == outcome:
                 greedy, sampled = (
-                    figures.difference(arm.name, method.name, metric).text("+.1f", 100)
+                    shown(figures.difference(arm.name, method.name, metric), metric, sign=True)
                     for metric in ("greedy", "sampled")
                 )
                 parts.append(f"{method.title} (T=1 {sampled}, greedy {greedy} points)")
@@ -270,16 +267,37 @@ def _largest_gain(figures: Figures, methods: Sequence[Arm], found: Sequence[Arm]
         for arm in (*methods, *controls)
     }
     best = max(controls, key=lambda arm: gains[arm.name].mean)
-    others = " and ".join(f"{arm.title} {gains[arm.name].text('+.1f', 100)}" for arm in methods)
+    others = " and ".join(
+        f"{arm.title} {shown(gains[arm.name], 'sampled', sign=True)}" for arm in methods
+    )
     return [
         f"Without a teacher the SFT student gains most at T=1 by {best.title}: "
-        f"{points(gains[best.name])}, against {others}."
+        f"{words(gains[best.name], 'sampled')}, against {others}."
     ]
+
+
+def _table_of_caches(figures: Figures, arms: Sequence[Arm]) -> str:
+    """Return what altered caches hold before any update, as means over seeds."""
+    heads = ("model", "tokens with loss, %", "mean advantage, nats", "beyond 10 nats, %", "seeds")
+    lines = []
+    for arm in arms:
+        found = [one for one in recorded(figures, arm, ALTERED_FIGURES) if "loss_tokens" in one]
+        # An arm without a cache has no line.
+        if not found:
+            continue
+        with_loss = fmean(100 * one["loss_tokens"] / one["tokens"] for one in found)
+        beyond = fmean(100 * one["share_beyond_10"] for one in found)
+        # A teacher that is always beyond the clip has no advantage of its own.
+        mean = (
+            f"{fmean(one['mean_advantage'] for one in found):.2f}" if beyond < 100 else "the clip"
+        )
+        lines.append((arm.title, f"{with_loss:.2f}", mean, f"{beyond:.2f}", str(len(found))))
+    return markdown_table(heads, lines)
 
 
 def _caches(figures: Figures, found: Sequence[Arm]) -> list[str]:
     """Return what the altered caches hold, as far as it is known."""
-    texts = [table_of_caches(figures, found, ALTERED_FIGURES)]
+    texts = [_table_of_caches(figures, found)]
     right = recorded(figures, OWN_RIGHT, ALTERED_FIGURES)
     if right:
         share = sum(one["right"] for one in right) / sum(one["rows"] for one in right)

@@ -8,6 +8,7 @@ from pathlib import Path
 from examples.study.arms import (
     HABIT,
     LIGHTNING,
+    Answer,
     Arm,
     Claim,
     Command,
@@ -17,10 +18,12 @@ from examples.study.arms import (
     Verdict,
     distilled,
 )
-from examples.study.comparisons import MARGIN, Answer, Table, mean_of_steps, sign_of, words
 from examples.study.figures import Figures, Interval
+from examples.study.outcomes import MARGIN, sign_of
 from examples.study.plots import draw_rows
+from examples.study.tables import Table, mean_of_steps, titles_of
 from examples.study.unlearned import BASE
+from examples.study.wording import words
 
 RATE = "distill.optimizer.lr=1e-4"
 
@@ -148,7 +151,7 @@ def _what_helps(figures: Figures) -> str:
 
 
 def _table(figures: Figures) -> str:
-    titles = {arm.name: arm.title for arm in (SFT, PLAIN, *REMEDIES)}
+    titles = titles_of((SFT, PLAIN, *REMEDIES))
     return Table(titles, SFT.name, "SFT student").markdown(figures)
 
 

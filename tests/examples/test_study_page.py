@@ -12,7 +12,9 @@ from examples.study import arms, page
 from examples.study.arms import Claim, Verdict
 from examples.study.claims import load_claims
 from examples.study.figures import _T, Figures, Interval, MissingFigures, interval_of
-from examples.study.tables import compare
+from examples.study.outcomes import MARGIN, compare, is_within
+from examples.study.tables import markdown_table, results_table
+from examples.study.wording import shown, words
 
 SEEDS = (2, 3, 4, 5, 6)
 
@@ -145,6 +147,48 @@ def test_equality_needs_the_whole_interval_within_the_margin() -> None:
     assert compare(Interval(-0.05, -0.07, -0.03, 5), 0.02) == "lower"
     # A difference that is there, and of which nobody knows whether it matters.
     assert compare(Interval(-0.02, -0.03, -0.01, 5), 0.02) == "open"
+
+
+def test_an_interval_that_touches_the_margin_is_not_within_it() -> None:
+    assert is_within(Interval(0.0, -0.0199, 0.0199, 5))
+    assert not is_within(Interval(0.0, -MARGIN, 0.0, 5))
+    assert not is_within(Interval(0.0, 0.0, MARGIN, 5))
+
+
+def test_a_difference_has_a_sign_and_the_unit_of_its_metric() -> None:
+    difference = Interval(0.0123, -0.001, 0.0256, 5)
+    assert words(difference, "sampled") == "+1.2 [-0.1, +2.6] points"
+    assert words(difference, "reverse_kl") == "+0.0123 [-0.0010, +0.0256] nats per token"
+    # A mean has no sign, and a share of right answers is in percent.
+    assert shown(Interval(0.951, 0.9, 0.99, 5), "greedy") == "95.1 [90.0, 99.0]"
+
+
+def test_tables_have_as_many_cells_as_heads() -> None:
+    figures = made_up(0.96)
+    titles = {"c1_online": "standard OPD", "habit_lightning": "Lightning OPD"}
+    for reference, num_columns in (("", 5), ("c1_online", 8)):
+        lines = results_table(figures, titles, reference).splitlines()
+        assert [line.count("|") for line in lines] == [num_columns + 1] * 4
+    assert "greedy minus that of “standard OPD”" in lines[0]
+    # A line that ends early, and a column of words at its end.
+    short = markdown_table(["model", "seeds", "outcome"], [["a", "0"]], words=(0, 2))
+    assert short.splitlines() == ["| model | seeds | outcome |", "|---|---:|---|", "| a | 0 | |"]
+
+
+def test_a_weighted_sum_needs_seeds_that_have_all_of_its_arms() -> None:
+    figures = Figures(
+        {
+            "a": {"sampled": dict.fromkeys((2, 3, 4), 0.5)},
+            "b": {"sampled": dict.fromkeys((3, 4, 5), 0.25)},
+            "c": {"sampled": dict.fromkeys((4, 5), 0.125)},
+        }
+    )
+    found = figures.weighted_sum("sampled", (1.0, "a"), (-2.0, "b"))
+    assert (found.mean, found.num_seeds) == (0.0, 2)
+    assert figures.has("a", "sampled")
+    assert not figures.has("a", "sampled", "greedy")
+    with pytest.raises(MissingFigures, match="a and b and c have 1 seeds in common"):
+        figures.weighted_sum("sampled", (1.0, "a"), (1.0, "b"), (1.0, "c"))
 
 
 def made_up(lightning: float, width: float = 0.001, wall: float = 60.0) -> Figures:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.study import claim_4, claim_7, claim_9, comparisons, signals, unlearned
+from examples.study import claim_4, claim_7, claim_9, signals, unlearned
 from examples.study.arms import HABIT_LIGHTNING, Arm, Place
-from examples.study.comparisons import change
-from examples.study.figures import Figures, Interval, MissingFigures, interval_of
+from examples.study.figures import Figures, MissingFigures, change
 from examples.study.gradient_gap import Half, gap_of, pull_of, sequence_chi_square
+from examples.study.tables import Table
 from lopd.config import Config, load_config
 
 CLAIMS = (claim_4.CLAIM, claim_7.CLAIM, claim_9.CLAIM)
@@ -43,12 +43,6 @@ class MadeUp(Figures):
             seed: mean + size * NOISE[SEEDS[(index + shift) % len(SEEDS)]]
             for index, seed in enumerate(SEEDS)
         }
-
-    def mean(self, arm: str, metric: str) -> Interval:
-        return interval_of([*self.values(arm, metric).values()])
-
-    def difference(self, arm: str, other: str, metric: str) -> Interval:
-        return change(self, metric, arm, other)
 
     def steps(self, arm: str, metric: str) -> dict[int, list[tuple[int, float]]]:
         if arm in self._missing:
@@ -289,7 +283,7 @@ def test_the_unlearned_student_is_made_once(
 
 
 def test_a_table_says_what_was_not_measured() -> None:
-    table = comparisons.Table({"a": "A", "b": "B"}, "a", "A").markdown(MadeUp({}, "b"))
+    table = Table({"a": "A", "b": "B"}, "a", "A").markdown(MadeUp({}, "b"))
     lines = table.splitlines()
     assert lines[3].startswith("| B | 0 | not measured |")
     assert len({line.count("|") for line in lines}) == 1, "as many cells as titles"
