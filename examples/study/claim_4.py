@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from examples.study.arms import (
     HABIT,
@@ -86,6 +88,9 @@ ONLINE_16 = point_of(ONLINE_80, "c4_online_16", "the same, after 16 steps", 16)
 OFFLINE = {16: HABIT_LIGHTNING.name, 48: OFFLINE_48.name, 80: OFFLINE_80.name}
 FRESH = {16: ONLINE_16.name, 48: ONLINE_48.name, 80: ONLINE_80.name}
 
+# What gradient_control.py writes into the run of GAP.
+CONTROL = "control.json"
+
 
 def _gap(place: Place) -> tuple[Command, ...]:
     sft = place.of(HABIT_SFT.name) / "sft" / "model"
@@ -97,7 +102,8 @@ def _gap(place: Place) -> tuple[Command, ...]:
         80: place.of(OFFLINE_80.name) / "distill" / "model",
     }
     named = tuple(f"{step}={model}" for step, model in models.items())
-    return (("python", "gradient_gap", str(place.seed), str(place.run), str(sft), *named),)
+    about = (str(place.seed), str(place.run), str(sft), *named)
+    return (("python", "gradient_gap", *about), ("python", "gradient_control", *about))
 
 
 GAP = Arm(
@@ -141,7 +147,13 @@ def judge(figures: Figures) -> Verdict:
     return Verdict(
         answer=answer,
         summary=summary,
-        details=(_table(figures), _by_step(figures), _gaps(figures), _LIMITS),
+        details=(
+            _table(figures),
+            _by_step(figures),
+            _gaps(figures),
+            *_exchanges(figures),
+            _LIMITS,
+        ),
         plots=(Plot("study_4.svg", _CAPTION, partial(_draw, figures)),),
     )
 
@@ -187,6 +199,27 @@ def _gaps(figures: Figures) -> str:
     return f"{_GAP_TEXT}\n\n" + "\n".join(lines)
 
 
+def _exchanges(figures: Figures) -> list[str]:
+    """Return how large the square of the gap would be by chance, as far as it was measured."""
+    try:
+        of_seeds = [*figures.recorded(GAP.name, CONTROL).values()]
+    except MissingFigures:
+        return []
+    lines = [
+        "| steps | square of the gap | its standard deviation by exchange | in such deviations | "
+        "share of exchanges as far from 0, of each seed |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for step in of_seeds[0]:
+        found = [of[step] for of in of_seeds]
+        mean = fmean(one["gap_squared"] for one in found)
+        deviation = math.sqrt(sum(one["deviation"] ** 2 for one in found)) / len(found)
+        shares = ", ".join(f"{one['share_as_large']:.2f}" for one in found)
+        cells = (str(step), f"{mean:.3g}", f"{deviation:.2g}", f"{mean / deviation:.1f}", shares)
+        lines.append(f"| {' | '.join(cells)} |")
+    return [_EXCHANGE_TEXT, "\n".join(lines)]
+
+
 def _plain(interval: Interval) -> str:
     return f"{interval.mean:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
 
@@ -206,13 +239,20 @@ _GAP_TEXT = (
     "frozen ones the SFT student's. Lengths are free of the noise of the responses: they come from "
     "products of two halves of the prompts. A length is 0 where such a product is negative, so the "
     "square of the gap is the unbiased figure. After 0 steps both sets are the SFT student's, and "
-    "that square must be 0 within its interval. The bound is the root mean square length of one "
-    "response's gradient times the root of the chi-square of responses. The paper's bound has G "
-    "sigma_A in place of that root mean square, where G is a largest value that no sample gives: "
-    "it is not measured. G sigma_A is at least as large, so the paper's bound is at least as wide. "
-    "The pull is how much more the frozen update points back to the SFT student's weights than the "
-    "fresh one, in the unit of the gradients. Without a pull above 0, a KL that stays small is no "
-    "work of the covariance term."
+    "the expectation of that square is 0 (see the table below this one). The bound is the root "
+    "mean square length of one response's gradient times the root of the chi-square of responses. "
+    "The paper's bound has G sigma_A in place of that root mean square, where G is a largest value "
+    "that no sample gives: it is not measured. G sigma_A is at least as large, so the paper's "
+    "bound is at least as wide. The pull is how much more the frozen update points back to the SFT "
+    "student's weights than the fresh one, in the unit of the gradients. Without a pull above 0, a "
+    "KL that stays small is no work of the covariance term."
+)
+_EXCHANGE_TEXT = (
+    "How large that square is by chance: the frozen and the fresh response of prompts are "
+    "exchanged at random, which makes its expectation 0 and leaves its noise. The means are over "
+    "the seeds. The row of 0 steps is the control, where any distance from 0 is chance: beyond 2 "
+    "deviations is one chance in 20. A row that is not much further from 0 than the control shows "
+    "no gap."
 )
 _CAPTION = "KL from the SFT student over the steps, with frozen and with fresh rollouts."
 _LIMITS = (

@@ -14,9 +14,9 @@ from lopd.config import DistillSection
 
 # From this share on, of the tokens beyond FAR those beyond ADVANTAGE_CLIP, the teacher counts as
 # sharp: it does not merely prefer another token, it all but excludes this one. The share lies in
-# the middle, by its logarithm, between caches where the sampled token is enough (0.01 to 0.02) and
-# caches where it does harm (0.17 to 0.36), in the three settings that it was taken from. It was set
-# before the caches of the settings were made that test it (docs/study.md, claim 10).
+# the middle, by its logarithm, between the caches of three settings: 0.01 to 0.02 where the sampled
+# token is enough, 0.17 to 0.36 where it does harm. Settings that were made afterwards refute it as
+# a rule and leave it as a hint: it was right in 8 of 11 (docs/study.md, claim 10).
 SHARP_SHARE = 0.06
 # One or two such tokens may be chance.
 LEAST_EXCLUDED = 3
@@ -29,6 +29,8 @@ SAFE_CAP = 1.0
 _DOC = "docs/objectives.md#which-loss-suits-a-cache"
 
 Regime: TypeAlias = Literal["soft teacher", "sharp teacher"]
+# In how many settings of the study, and of how many, the sampled token ended below its SFT student.
+HARMED: dict[Regime, tuple[int, int]] = {"soft teacher": (1, 8), "sharp teacher": (8, 10)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,8 @@ def _of_soft_teacher(figures: RegimeFigures) -> Recommendation:
     else:
         loss = Advice(
             "lightning",
-            "the cache has no top-K, and no sign of harm: in the measured settings without the "
-            "sign the sampled token gained",
+            f"the cache has no top-K; in {_harmed('soft teacher')} the sampled token ended below "
+            "the SFT student",
         )
     clip = Advice(ADVANTAGE_CLIP, "hardly a token is beyond it")
     cap = Advice(None, "the cache has no sign of the harm that it can prevent")
@@ -168,7 +170,10 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
         return f"{seen}; the configured loss suits it"
     is_paper = objective.advantage == "teacher" and objective.loss == "lightning"
     if is_paper and recommendation.regime == "soft teacher":
-        return f"{seen}; no sign that the configured loss does harm, which proves little ({_DOC})"
+        return (
+            f"{seen}; in {_harmed(recommendation.regime)} the sampled token ended below the SFT "
+            f"student ({_DOC})"
+        )
     if is_paper and objective.importance_cap is not None:
         return (
             f"{seen}; with an importance cap no harm of the sampled token was shown in one such "
@@ -177,10 +182,15 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
     if not goes_against(recommendation, distill):
         return f"{seen}; the configured loss was not measured there"
     return (
-        f"{seen}. In such runs the sampled token "
-        f'(distill.objective.loss = "lightning") ended below the SFT student; better is '
+        f"{seen}. In {_harmed(recommendation.regime)} the sampled token "
+        f'(distill.objective.loss = "lightning") ended below the SFT student; safer is '
         f"{_remedy(recommendation)}. Nothing is changed ({_DOC})"
     )
+
+
+def _harmed(regime: Regime) -> str:
+    harmed, of = HARMED[regime]
+    return f"{harmed} of {of} measured settings like this"
 
 
 def _suits(distill: DistillSection) -> bool:

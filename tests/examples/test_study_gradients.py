@@ -11,6 +11,7 @@ import pytest
 
 from examples.study import gradient_gap
 from examples.study.arms import HABIT, LIGHTNING, MODELS
+from examples.study.gradient_control import differences_of, exchanged
 from examples.study.gradient_gap import Gradients, job_with, measured, sample_and_score, samples_of
 from lopd.config import load_config
 from lopd.megatron.ranks import parallel
@@ -44,6 +45,7 @@ def body(folder: str) -> dict[str, float]:
         "log_weight": float(gradients.log_weights(samples).mean()),
         "sequence_log_weight": figures["sequence_log_weight"],
         "gap_squared": found["gap_squared"],
+        "by_prompt": exchanged(differences_of(gradients, samples, others), seed=1)["gap_squared"],
         "same": same["gap_squared"],
         "same_pull": same["pull"],
         "pull": found["pull"],
@@ -63,6 +65,8 @@ def test_gradients_are_the_trainers_and_change_no_weight(tmp_path: Path) -> None
     # The same responses on both sides: no gap, to the bit. The control has other ones.
     assert (found["same"], found["same_pull"]) == (0.0, 0.0)
     assert found["gap_squared"] != 0.0
+    # The control's square, from the gradients of single responses, is the same square.
+    assert found["by_prompt"] == pytest.approx(found["gap_squared"], rel=1e-3)
     assert found["pull"] != 0.0
     assert found["bound"] == pytest.approx(found["rms"] * max(0.0, found["chi_square"]) ** 0.5)
 
@@ -97,3 +101,16 @@ def test_the_gap_names_its_figures_as_the_page_reads_them() -> None:
     assert set(claim_4.GAP_COLUMNS) <= written
     half = gradient_gap.Half(np.ones(2), np.zeros(2))
     assert set(gradient_gap.gap_of(half, half)) <= written
+
+
+def test_exchanges_tell_a_gap_from_noise() -> None:
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(200, 30)).astype(np.float32)
+    nothing = exchanged(noise, seed=1)
+    # The product of two means of 100 such rows, in 30 dimensions.
+    assert nothing["deviation"] == pytest.approx(30**0.5 / 100, rel=0.2)
+    assert nothing["share_as_large"] > 0.05
+    # The control: a difference of 0.2 in every weight, whose square is 1.2.
+    there = exchanged(noise + np.float32(0.2), seed=1)
+    assert there["gap_squared"] == pytest.approx(1.2, abs=0.3)
+    assert there["share_as_large"] < 0.01

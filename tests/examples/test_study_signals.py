@@ -49,6 +49,18 @@ class MadeUp(Figures):
             raise MissingFigures(arm)
         return {seed: [(0, 0.1 + noise), (16, 0.2 + noise)] for seed, noise in NOISE.items()}
 
+    def recorded(self, arm: str, file: str) -> dict[int, Any]:
+        raise MissingFigures(arm)
+
+
+def recorded_control(arm: str, file: str) -> dict[int, Any]:
+    assert (arm, file) == (claim_4.GAP.name, claim_4.CONTROL)
+    rows = {
+        "0": {"gap_squared": 0.6, "deviation": 0.5, "share_as_large": 0.2},
+        "16": {"gap_squared": 2.0, "deviation": 0.5, "share_as_large": 0.0},
+    }
+    return {2: rows, 3: rows, 4: rows, 5: rows}
+
 
 def place_of(arm: Arm, tmp_path: Path) -> Place:
     return Place(3, tmp_path / "seed-3" / arm.name, tmp_path / "seed-3")
@@ -147,6 +159,16 @@ def test_claim_4_says_where_the_gap_was_not_measured() -> None:
     assert any("| 16 | 0.2 [" in text for text in claim_4.judge(MadeUp(means)).details)
     with pytest.raises(MissingFigures):
         claim_4.judge(MadeUp(means, claim_4.ONLINE_80.name))
+
+
+def test_claim_4_says_how_large_the_gap_is_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = MadeUp({})
+    assert not any("by exchange" in text for text in claim_4.judge(figures).details)
+    monkeypatch.setattr(figures, "recorded", recorded_control)
+    (table,) = [text for text in claim_4.judge(figures).details if "by exchange" in text]
+    # The mean of four seeds has half of the deviation of one.
+    assert "| 0 | 0.6 | 0.25 | 2.4 | 0.20, 0.20, 0.20, 0.20 |" in table
+    assert "| 16 | 2 | 0.25 | 8.0 | 0.00, 0.00, 0.00, 0.00 |" in table
 
 
 def stale(forward: float, reverse: float, cap: float = 0.5) -> MadeUp:
