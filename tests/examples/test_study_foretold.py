@@ -12,10 +12,13 @@ import pytest
 from examples.study import claim_10
 from examples.study.figures import Figures, Interval, MissingFigures
 from examples.study.foretold import FRESH, OLDER, SEEN
+from examples.study.page import FIGURES, read_figures
 from examples.study.recommendation import FILE
+from lopd.cache.recommendation import HARMED
 from lopd.cache.regime import RegimeFigures
 from tests.examples.test_study_recommendation import SHARP, SOFT
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 SEEDS = (2, 3, 4)
 # Points of accuracy that differ between seeds, so that an interval has a width.
 NOISE = dict(zip(SEEDS, (-0.01, 0.0, 0.01), strict=True))
@@ -134,6 +137,20 @@ def test_the_limit_of_another_figure_lies_between_what_was_seen() -> None:
         [replace(gained, sft=harmed.sft), replace(harmed, sft=gained.sft)]
     )
     assert turned["the SFT student's right answers at T=1"](outcome(1, SOFT, 0.6))
+
+
+def test_the_counts_that_distill_says_are_those_of_the_page() -> None:
+    """The counts of recommendation.py and of two pages, against the figures of the page."""
+    figures, _ = read_figures(DOCS / FIGURES)
+    every = claim_10.outcomes_of(figures, (*FRESH, *OLDER, *SEEN))
+    assert all(one.sign for one in every), "an open outcome would count for neither"
+    for regime, is_warned in (("sharp teacher", True), ("soft teacher", False)):
+        those = [one for one in every if one.is_warned == is_warned]
+        harmed = sum(one.sign < 0 for one in those)
+        assert HARMED[regime] == (harmed, len(those)), regime
+        for page in ("objectives.md", "understand.md"):
+            words = " ".join((DOCS / page).read_text().split())
+            assert f"{harmed} of {len(those)}" in words, (page, regime)
 
 
 def test_without_figures_it_is_not_judged() -> None:
