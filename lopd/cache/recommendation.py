@@ -122,7 +122,7 @@ def _of_soft_teacher(figures: RegimeFigures) -> Recommendation:
             f"the cache has no top-K; in {_harmed('soft teacher')} the sampled token ended below "
             "the SFT student",
         )
-    clip = Advice(ADVANTAGE_CLIP, "hardly a token is beyond it")
+    clip = Advice(ADVANTAGE_CLIP, "few of the far tokens are beyond it")
     cap = Advice(None, "the cache has no sign of the harm that it can prevent")
     return Recommendation("soft teacher", _seen(figures), loss, clip, cap)
 

@@ -330,9 +330,8 @@ def _sharp_teacher(source: Source, tokens: Sequence[Mapping[str, Any]]) -> Itera
         f"beyond {ADVANTAGE_CLIP:g}."
     )
     remedy = (
-        "A sharp teacher gives strong signals at few sampled tokens. Use a top-K loss "
-        "(score.top_k). Newer rollouts (distill.refresh) or distill.objective.importance_cap = 1 "
-        "lessen the harm."
+        "A sharp teacher gives strong signals at few sampled tokens. Compare with a top-K loss "
+        "(score.top_k) or with newer rollouts (distill.refresh) on a part of the prompts."
     )
     # Losses that are not hurt by it were configured already.
     loss = source.config.get("distill.objective.loss", "lightning")
