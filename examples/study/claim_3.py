@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from examples.study.arms import (
@@ -14,11 +15,14 @@ from examples.study.arms import (
     Answer,
     Arm,
     Claim,
+    Command,
+    Place,
     Plot,
     Verdict,
     distilled,
 )
 from examples.study.claim_1 import EVERY_4, LIGHTNING_8, ONLINE, ONLINE_8, REFRESH
+from examples.study.claim_4 import ONLINE_16
 from examples.study.figures import Figures, Interval, MissingFigures
 from examples.study.outcomes import MARGIN
 from examples.study.tables import costs_table, results_table
@@ -33,6 +37,13 @@ DRIFT = distilled(
     "distill.refresh.min_effective_share=0.97",
     "distill.refresh.num_responses=256",
 )
+
+
+def _one_command(steps: int, place: Place) -> tuple[Command, ...]:
+    few = (f"distill.num_steps={steps}", f"distill.checkpoint_every={steps}")
+    return (("lopd", "run", *LIGHTNING, *few),)
+
+
 # Claim 4's curve has come to the bar at 48 steps on the same cache. No checkpoint is needed.
 LIGHTNING_48 = distilled(
     "c3_lightning_48",
@@ -40,6 +51,18 @@ LIGHTNING_48 = distilled(
     *LIGHTNING,
     "distill.num_steps=48",
     "distill.checkpoint_every=48",
+)
+# The same two trainings as one command from the rollouts on, as a user gives it: its stages share a
+# server, and the starts of one overlap with the work of another.
+RUN_16, RUN_48 = (
+    Arm(
+        name=f"c3_run_{steps}",
+        title=f"Lightning OPD, {steps} steps, one command",
+        setting=HABIT,
+        commands=partial(_one_command, steps),
+        copied=SCORED[:2],
+    )
+    for steps in (16, 48)
 )
 # An arm of its own, without a model: the time of an installation is no cost of a training.
 TRL_ENVIRONMENT = Arm(
@@ -71,8 +94,10 @@ TRL = Arm(
 _TOP_K_TITLE = "the same cache, top-8 reverse KL"
 _TITLES = {
     HABIT_LIGHTNING.name: HABIT_LIGHTNING.title,
+    RUN_16.name: RUN_16.title,
     LIGHTNING_8.name: LIGHTNING_8.title,
     LIGHTNING_48.name: LIGHTNING_48.title,
+    RUN_48.name: RUN_48.title,
     HABIT_TOP_K.name: _TOP_K_TITLE,
     EVERY_4.name: EVERY_4.title,
     DRIFT.name: DRIFT.title,
@@ -92,9 +117,11 @@ def _reaches(figures: Figures, arm: str) -> tuple[bool | None, Interval]:
     """Return whether an arm comes to the bar, or None where the interval does not say it.
 
     Returns:
-        The answer, and the arm's accuracy at T=1 minus that of standard OPD.
+        The answer, and the arm's accuracy at T=1 minus the mean of both draws of standard OPD.
     """
-    difference = figures.difference(arm, ONLINE.name, "sampled")
+    difference = figures.weighted_sum(
+        "sampled", (1.0, arm), (-0.5, ONLINE.name), (-0.5, ONLINE_16.name)
+    )
     if difference.low >= -MARGIN:
         return True, difference
     return (False if difference.high < -MARGIN else None), difference
@@ -163,8 +190,8 @@ def _against_online(figures: Figures, costs: Figures, arm: str) -> tuple[Answer,
 def judge(figures: Figures) -> Verdict:
     """Say what Lightning OPD saves, and whether it comes as far."""
     costs = _with_needed_costs(figures)
-    by_steps, said = _against_online(figures, costs, _OURS)
-    longer, said_longer = _against_online(figures, costs, LIGHTNING_48.name)
+    by_steps, said = _against_online(figures, costs, RUN_16.name)
+    longer, said_longer = _against_online(figures, costs, RUN_48.name)
     answer: Answer = "open"
     if "holds" in (by_steps, longer):
         answer = "holds"
@@ -175,7 +202,7 @@ def judge(figures: Figures) -> Verdict:
         answer=answer,
         summary=(
             f"In as many steps (16) Lightning OPD {said}. In 48 steps on the same cache it "
-            f"{said_longer}. {_with_top_k(figures, costs)}"
+            f"{said_longer}. {_with_top_k(figures, costs)}{_with_trl(figures, costs)}"
         ),
         details=(
             _rule(),
@@ -207,16 +234,33 @@ def _with_top_k(figures: Figures, costs: Figures) -> str:
     return f"The top-8 loss, which is not the paper's, in 16 steps on this cache {said}."
 
 
+def _with_trl(figures: Figures, costs: Figures) -> str:
+    """Return how TRL's trainer stands to the judged trainings, after a space."""
+    if not figures.has(TRL.name, "greedy"):
+        return ""
+    cheaper = " and ".join(
+        costs.difference(TRL.name, arm.name, "processor_seconds").text("+.0f")
+        for arm in (RUN_16, RUN_48)
+    )
+    _, gap = _reaches(figures, TRL.name)
+    return (
+        f" TRL's trainer, with a live teacher and another loss, is at {words(gap, 'sampled')} from "
+        f"standard OPD, and takes {cheaper} s of processor time more than Lightning OPD of 16 and "
+        "48 steps."
+    )
+
+
 def _rule() -> str:
     return (
-        "The bar is standard OPD of 16 steps. An arm comes to it if the interval of its accuracy "
-        f"at T=1 minus that of standard OPD lies above -{100 * MARGIN:g} points; it has the "
-        f"reverse KL if it has at least {_SHARE_OF_KL:.0%} of standard OPD's fall from the SFT "
-        "student. The claim holds if Lightning OPD comes to the bar, in 16 or in 48 steps, with "
-        "wall time and scored tokens that are both lower with their whole interval. It does not "
-        "hold if each of the two stays below the bar or costs more. The 48 steps were taken from "
-        "claim 4, where the same training had come to the bar, so they are no chance find of this "
-        "claim, and no independent one either."
+        "The bar is standard OPD of 16 steps, as the mean of two draws: that of claim 1 and that "
+        "of claim 4. An arm comes to it if the interval of its accuracy at T=1 minus the bar lies "
+        f"above -{100 * MARGIN:g} points; it has the reverse KL if it has at least "
+        f"{_SHARE_OF_KL:.0%} of the fall from the SFT student to standard OPD of claim 1. The "
+        "claim holds if Lightning OPD comes to the bar, in 16 or in 48 steps, with wall time and "
+        "scored tokens that are both lower with their whole interval. It does not hold if each of "
+        "the two stays below the bar or costs more. So it has two chances. The 48 steps were "
+        "chosen after claim 4 had been seen. Judged are the trainings of one command, as a user "
+        "gives them; three commands with starts of their own stand beside them."
     )
 
 
@@ -237,16 +281,18 @@ def _bar_table(figures: Figures) -> str:
 def _notes() -> str:
     return (
         "The seconds are those of a machine on which two arms are made side by side, at different "
-        "loads by seed, so the processor's are the firmer ones. With models this small they are "
-        "mostly starts of servers and single requests: standard OPD has two servers beside the "
-        "trainer and a weight sync for each step. On GPUs, with a teacher that fills them, the "
-        "shares differ (the paper reports 30 against 120 GPU hours). The run of standard OPD has "
-        "the same 512 scored rollouts as the others and needs the first 64 of them; the seconds of "
-        "these two stages, and seven eighths of their tokens and bytes, are not counted for it "
-        "here (claim 1 counts what the runs had). Rollouts that are renewed now and then begin "
-        "with the cache and are charged for all of it. The teacher's tokens of the demonstrations "
-        "are the same for all. Bytes are those of the cache and of all refreshes, with the "
-        "teacher's 8 likeliest tokens of each place, which only the top-8 loss uses."
+        "loads by seed and by arm, so the processor's are the firmer ones. With models this small "
+        "they are mostly starts of servers and single requests: standard OPD has two servers "
+        "beside the trainer and a weight sync for each step. On GPUs, with a teacher that fills "
+        "them, the shares differ (the paper reports 30 against 120 GPU hours). The run of standard "
+        "OPD has the same 512 scored rollouts as the others and needs the first 64 of them; the "
+        "seconds of these two stages, and seven eighths of their tokens and bytes, are not counted "
+        "for it here, so that its first 64 cost it no second (about one; claim 1 counts what the "
+        "runs had). Rollouts that are renewed now and then begin with the cache and are charged "
+        "for all of it. The teacher's tokens of the demonstrations are the same for all. Bytes are "
+        "those of the cache and of all refreshes, with the teacher's 8 likeliest tokens of each "
+        "place, which only the top-8 loss uses. Trainings of 48 steps write one checkpoint, the "
+        "others one every 4 steps."
     )
 
 
@@ -255,15 +301,17 @@ def _trl(figures: Figures) -> str:
         return "TRL's trainer was not run here."
     gap = figures.difference(TRL.name, HABIT_TOP_K.name, "sampled")
     wall = figures.difference(TRL.name, HABIT_TOP_K.name, "wall_seconds")
+    processor = figures.difference(TRL.name, HABIT_TOP_K.name, "processor_seconds")
     return (
         "TRL 1.16's DistillationTrainer has the same SFT student, prompts, steps, batch and rate, "
-        "AdamW with no weight decay, fresh responses at every step, and the exact reverse KL over "
-        "the vocabulary in place of the sampled token, so the top-8 loss is its neighbour: TRL "
-        f"minus it is {words(gap, 'sampled')} at T=1 and {wall.text('+.0f')} s. Teacher, student "
-        "and all logits are in its one process, without a server or a cache: with models this "
-        "small that is cheaper than any start of a server. [The benchmarks]"
-        "(benchmarks.md#rollout-score-and-distill-against-trl) compare both to one bar with as "
-        "little work as each needs."
+        "AdamW without weight decay (beta2 is its own 0.999, ours 0.98), 64 fresh responses at "
+        "every step, and the exact reverse KL over the vocabulary, as a mean over tokens, in place "
+        "of the sampled token. So the top-8 loss is its neighbour: TRL minus it is "
+        f"{words(gap, 'sampled')} at T=1, {processor.text('+.0f')} s of processor time and "
+        f"{wall.text('+.0f')} s of wall time. Teacher, student and all logits are in its one "
+        "process, without a server or a cache: with models this small that is cheaper than any "
+        "start of a server. [The benchmarks](benchmarks.md#rollout-score-and-distill-against-trl) "
+        "compare both to one bar with as little work as each needs."
     )
 
 
@@ -291,10 +339,19 @@ CLAIM = Claim(
     "of their tokens falls below 0.97, Lightning OPD with 48 steps, the top-8 loss on the same "
     "cache, and TRL's trainer, whose teacher is live. Costs are counted from the base student "
     "on, with demonstrations, SFT and every start of servers and ranks.",
-    arms=(DRIFT, LIGHTNING_48, TRL_ENVIRONMENT, TRL),
+    arms=(DRIFT, LIGHTNING_48, RUN_16, RUN_48, TRL_ENVIRONMENT, TRL),
     judge=judge,
     reads=tuple(
         arm.name
-        for arm in (HABIT_SFT, HABIT_LIGHTNING, HABIT_TOP_K, LIGHTNING_8, EVERY_4, ONLINE, ONLINE_8)
+        for arm in (
+            HABIT_SFT,
+            HABIT_LIGHTNING,
+            HABIT_TOP_K,
+            LIGHTNING_8,
+            EVERY_4,
+            ONLINE,
+            ONLINE_8,
+            ONLINE_16,
+        )
     ),
 )
