@@ -119,6 +119,7 @@ def judge(figures: Figures) -> Verdict:
     # What the two differ in besides: how often a response is learnt from, and how many there are.
     once_each = _outcomes(figures, ONLINE_8.name, LIGHTNING_8.name)
     as_many = _outcomes(figures, ONLINE.name, FROZEN_1024.name)
+    more = figures.difference(FROZEN_1024.name, _OURS, "sampled")
     margin = MARGIN_OF_KL * figures.mean(HABIT_SFT.name, "reverse_kl").mean
     rules = (
         f"Two accuracies are called equal if the interval of their difference lies within "
@@ -158,7 +159,8 @@ def judge(figures: Figures) -> Verdict:
             "8 steps then has as many responses as Lightning OPD, which goes through its own "
             "twice. So at equal steps standard OPD learns from 1,024 responses to 512 prompts, and "
             "Lightning OPD twice from 512: what is lost there may be lost by staleness or by fewer "
-            "responses. Lightning OPD with two responses to each prompt tells them apart.",
+            "responses. Lightning OPD with two responses to each prompt minus that with one is "
+            f"{words(more, 'sampled')} at T=1.",
             limits,
         ),
         plots=(

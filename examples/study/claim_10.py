@@ -11,7 +11,7 @@ from statistics import fmean
 
 from examples.study.arms import Answer, Claim, Plot, Verdict
 from examples.study.figures import Figures, Interval
-from examples.study.foretold import ARMS, FRESH, OLDER, SEEN, Foretold, Kind
+from examples.study.foretold import ARMS, FRESH, OLDER, PAIRS, SEEN, Foretold, Kind
 from examples.study.outcomes import sign_of
 from examples.study.plots import draw_scatter
 from examples.study.recommendation import FILE, METRIC
@@ -167,6 +167,7 @@ def judge(figures: Figures) -> Verdict:
             _table(fresh, older, seen),
             _RULES,
             _rules_table(rules, settled, [one for one in (*settled, *older) if one.sign]),
+            _SPLIT,
             _LIMITS,
         ),
         plots=(Plot("study_10.svg", _CAPTION, partial(_draw, figures)),),
@@ -204,14 +205,21 @@ def _rules_table(
     rules: Mapping[str, Rule], settled: Sequence[Outcome], with_older: Sequence[Outcome]
 ) -> str:
     every: dict[str, Rule] = {"the rule of this claim": lambda one: one.is_warned, **rules}
+    pairs = [one for one in settled if one.title in PAIRS]
+    first = [one for one in settled if one.title not in PAIRS]
+    groups = {
+        "the first of them": first,
+        "pairs with another teacher": pairs,
+        "all that were made afterwards": settled,
+        "with the older ones": with_older,
+    }
     lines = [
-        "| what foretells harm | right of those made afterwards | with the older ones |",
-        "|---|---:|---:|",
+        f"| what foretells harm, right in | {' | '.join(groups)} |",
+        f"|---|{'---:|' * len(groups)}",
     ]
     for name, rule in every.items():
-        right = f"{num_right(rule, settled)} of {len(settled)}"
-        also = f"{num_right(rule, with_older)} of {len(with_older)}"
-        lines.append(f"| {name} | {right} | {also} |")
+        cells = [f"{num_right(rule, group)} of {len(group)}" for group in groups.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -226,6 +234,12 @@ _RULES = (
     "line. The kind of the base student foretells harm for every small one and every one whose "
     "training was stopped early, and none for one with a bad habit, without a look at the cache."
 )
+_SPLIT = (
+    "The first of the later settings all did harm, and the rule warned of each, as an eternal "
+    "warning does. The pairs with another teacher were made to tell the rule from the kind of the "
+    "student. The kinds were written down when the first outcomes were known, so the pairs alone "
+    "test them."
+)
 _LIMITS = (
     "The rule: of the tokens whose advantage is beyond 3 nats, 6% or more are beyond 10 nats, and "
     "at least 3 tokens. It was written down when the three settings that it was taken from had "
@@ -236,7 +250,8 @@ _LIMITS = (
     "seeds of a setting share a teacher and a base student, so a setting is one test; settings of "
     "one kind resemble each other; the small student has 64 steps of 256, the two notations of the "
     "older settings a rate of 3e-5, and all others 16 steps of 64 at 1e-4, of which the rule knows "
-    "nothing; all of it is one task with 32 tokens."
+    "nothing; two of the later harms are of a student that is right in 8%, where little can be "
+    "lost; all of it is one task with 32 tokens."
 )
 
 

@@ -251,8 +251,10 @@ _EXCHANGE_TEXT = (
     "How large that square is by chance: the frozen and the fresh response of prompts are "
     "exchanged at random, which makes its expectation 0 and leaves its noise. The means are over "
     "the seeds. The row of 0 steps is the control, where any distance from 0 is chance: beyond 2 "
-    "deviations is one chance in 20. A row that is not much further from 0 than the control shows "
-    "no gap."
+    "deviations is one chance in 20. The interval of a square in the table above is that of the "
+    "seeds alone and does not hold this noise, so the control may lie outside of its own. A row "
+    "below 3 deviations shows no gap, and where most seeds have a share above 0.05 only their mean "
+    "shows one."
 )
 _CAPTION = "KL from the SFT student over the steps, with frozen and with fresh rollouts."
 _LIMITS = (

@@ -235,7 +235,10 @@ def _summary(
         for arm in found
         if arm in TEACHERLESS
     ):
-        sentences.append("No control without a teacher is shown to match: only SFT that goes on.")
+        sentences.append(
+            "No control without a teacher is shown to match: only SFT that goes on, on the "
+            "teacher's demonstrations."
+        )
     sentences += _largest_gain(figures, methods, found)
     missing = [arm.title for arm in (*METHODS, *ARMS) if arm not in (*methods, *found)]
     if missing:

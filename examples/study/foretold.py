@@ -205,6 +205,8 @@ _PAIRS: dict[str, tuple[Kind, tuple[Arm, Arm]]] = {
 }
 ARMS = (SFT_16, SMALL_48, SMALL_192, *(arm for _, pair in _PAIRS.values() for arm in pair))
 _HABIT: Kind = "has a bad habit"
+# The settings in which a base student has another teacher than before.
+PAIRS = tuple(title for title in _PAIRS if "teacher" in title)
 # Made after the limit was set. These count.
 FRESH = (
     *(

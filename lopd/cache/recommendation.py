@@ -15,8 +15,8 @@ from lopd.config import DistillSection
 # From this share on, of the tokens beyond FAR those beyond ADVANTAGE_CLIP, the teacher counts as
 # sharp: it does not merely prefer another token, it all but excludes this one. The share lies in
 # the middle, by its logarithm, between the caches of three settings: 0.01 to 0.02 where the sampled
-# token is enough, 0.17 to 0.36 where it does harm. Settings that were made afterwards refute it as
-# a rule and leave it as a hint: it was right in 8 of 11 (docs/study.md, claim 10).
+# token is enough, 0.17 to 0.36 where it does harm. In settings that were made afterwards it was
+# right in 8 of 11, where a warning every time is right in 7 (docs/study.md, claim 10).
 SHARP_SHARE = 0.06
 # One or two such tokens may be chance.
 LEAST_EXCLUDED = 3
@@ -30,7 +30,8 @@ _DOC = "docs/objectives.md#which-loss-suits-a-cache"
 
 Regime: TypeAlias = Literal["soft teacher", "sharp teacher"]
 # In how many settings of the study, and of how many, the sampled token ended below its SFT student.
-HARMED: dict[Regime, tuple[int, int]] = {"soft teacher": (1, 8), "sharp teacher": (8, 10)}
+# The three settings that the limit is from are not counted.
+HARMED: dict[Regime, tuple[int, int]] = {"soft teacher": (1, 7), "sharp teacher": (6, 8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
     seen = f"{recommendation.regime}: {recommendation.seen}"
     objective = distill.objective
     if _suits(distill):
-        return f"{seen}; the configured loss suits it"
+        return f"{seen}; the configured loss did no harm in any of three measured settings"
     is_paper = objective.advantage == "teacher" and objective.loss == "lightning"
     if is_paper and recommendation.regime == "soft teacher":
         return (
@@ -190,7 +191,7 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
 
 def _harmed(regime: Regime) -> str:
     harmed, of = HARMED[regime]
-    return f"{harmed} of {of} measured settings like this"
+    return f"{harmed} of {of} measured settings that were called so"
 
 
 def _suits(distill: DistillSection) -> bool:

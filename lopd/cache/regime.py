@@ -1,8 +1,8 @@
 """The regime of a cache: how far the teacher is from the policy that wrote the responses.
 
-A loss on the sampled token is decided by few tokens: those that the student samples and the teacher
+Few tokens carry most of a loss on the sampled token: those that the student samples and the teacher
 all but excludes. This file measures them before any training. lopd/cache/recommendation.py says
-what follows.
+what came of such caches in measured settings.
 """
 
 from __future__ import annotations
