@@ -35,7 +35,10 @@ compared with what came of it, and with controls that look at no cache: the same
 same loss, every time."""
 _LIMITS = """\
 The shares of right answers are at T=1. The seeds of one setting share the teacher and the base
-student, so they are one test of the rule and not several. The limit of the warning was set with
+student, so they are one test of the rule and not several. With a top-K in the cache the rule
+recommends the top-K loss every time, so there it equals its control by construction. Without one
+it is compared with the plain and the capped loss alone, and of the student whose training was
+stopped early both end below its SFT student. The limit of the warning was set with
 the caches of these three settings in view, so here it can hardly be wrong; [claim 10](#claim-10)
 tests it with other settings. All of them are tiny models of one task."""
 # By seed.
