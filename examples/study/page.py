@@ -33,7 +33,7 @@ This page is made from its runs by `bash examples/study/run.sh`. Do not edit it:
 besides the figures stands in the files of the claims in `examples/study/`.
 
 ```bash
-bash examples/study/run.sh                      # everything; the same command goes on after a kill
+bash examples/study/run.sh                      # 2.5 hours on two cores; goes on after a kill
 bash examples/study/run.sh --claims 1 3         # some claims
 bash examples/study/run.sh --only page --figures docs/study.json   # this page, without runs
 ```
