@@ -4,6 +4,10 @@ Python runs a signal handler between two instructions of the main thread. If tho
 destructor, or to a callback of the import system, Python prints the exception of the handler and
 goes on as if nothing had happened. A bare `except` in a library has the same effect. A run that
 imports torch meets such places, and a cluster that ends a job does not send its signal twice.
+
+Within the import system an exception does more harm than to be lost. Raised between the call that
+takes the lock of all imports and the block that gives it back, it leaves the lock taken, and every
+other thread that imports something waits for ever. So nothing is raised there.
 """
 
 from __future__ import annotations
@@ -15,13 +19,17 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 # The shell's exit code for a process that SIGINT ended is 128 + 2.
 INTERRUPTED_CODE = 130
 # Servers and ranks get some seconds each to end by themselves. Several of them end one by one.
 END_WITHIN_S = 60.0
 _LOOK_EVERY_S = 0.2
+# The file name of the code of Python's import system that takes and gives back its locks.
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 
 
 class Interrupted(BaseException):
@@ -50,6 +58,7 @@ class Interruption:
         # Clusters end a job with SIGTERM. It must end servers and ranks as Ctrl-C does.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        sys.unraisablehook = _without_interrupted(sys.unraisablehook)
 
     def ends(self) -> None:
         """Note that the command ends now, so that a signal has nothing more to say."""
@@ -62,6 +71,10 @@ class Interruption:
             self._is_watched = True
             # Not threading.Thread: the main thread may hold one of that module's locks just now.
             _thread.start_new_thread(self._watch, (number,))
+        if frame is not None and frame.f_code.co_filename == _IMPORT_SYSTEM:
+            # Nothing is in flight then, so the watching thread sends the signal again.
+            self._in_flight = None
+            return
         error = Interrupted()
         # An exception lives as long as it is on its way up. One that was lost is freed.
         self._in_flight = weakref.ref(error)
@@ -88,6 +101,16 @@ class Interruption:
         )
         sys.stderr.flush()
         os._exit(INTERRUPTED_CODE)
+
+
+def _without_interrupted(former: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a hook that prints no lost Interrupted, because it is raised again."""
+
+    def hook(lost: Any) -> None:
+        if not isinstance(lost.exc_value, Interrupted):
+            former(lost)
+
+    return hook
 
 
 # One for the process, because a signal has one handler.

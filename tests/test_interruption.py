@@ -51,6 +51,8 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 def test_an_interruption_that_python_loses_is_raised_again(name: str) -> None:
     ended = run(_DESTRUCTOR.format(name=name, install="interruption.install()", wait_s=20))
     assert ended.stdout.split("\n")[:2] == ["lost", "interrupted"]
+    # What is raised again is not printed as lost.
+    assert ended.stderr == ""
     assert ended.returncode == 0
 
 
@@ -59,6 +61,61 @@ def test_a_plain_handler_loses_it() -> None:
     install = "signal.signal(signal.SIGTERM, plain)"
     ended = run(_DESTRUCTOR.format(name="SIGTERM", install=install, wait_s=1))
     assert ended.stdout.split("\n")[:2] == ["lost", "never interrupted"]
+
+
+# The signal arrives while the main thread waits for the lock of all imports, in a callback of the
+# import system. Afterwards another thread imports a module that nothing has imported before.
+_IMPORT_LOCK = """
+import _imp, os, signal, threading, time
+import importlib._bootstrap as bootstrap
+from lopd.interruption import Interrupted, Interruption
+
+def hold():
+    _imp.acquire_lock()
+    is_held.set()
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+    _imp.release_lock()
+
+def plain(*_):
+    raise Interrupted
+
+is_held = threading.Event()
+module_lock = bootstrap._get_module_lock("a_module")
+interruption = Interruption(20)
+{install}
+threading.Thread(target=hold).start()
+is_held.wait()
+try:
+    # Its callback takes the lock of all imports.
+    del module_lock
+    time.sleep({wait_s})
+    print("never interrupted")
+except Interrupted:
+    print("interrupted")
+finally:
+    interruption.ends()
+other = threading.Thread(target=lambda: __import__("colorsys"), daemon=True)
+other.start()
+other.join(3)
+print("hangs" if other.is_alive() else "imports", flush=True)
+os._exit(0)
+"""
+
+
+def test_an_interruption_leaves_no_lock_of_the_import_system_taken() -> None:
+    ended = run(_IMPORT_LOCK.format(install="interruption.install()", wait_s=20))
+    assert ended.stdout == "interrupted\nimports\n"
+    assert ended.stderr == ""
+
+
+def test_a_plain_handler_leaves_it_taken() -> None:
+    """The control: this is what Python does by itself."""
+    install = "signal.signal(signal.SIGTERM, plain)"
+    ended = run(_IMPORT_LOCK.format(install=install, wait_s=1))
+    assert ended.stdout == "never interrupted\nhangs\n"
+    assert "Interrupted" in ended.stderr
 
 
 def test_an_end_that_hangs_is_cut_short() -> None:
