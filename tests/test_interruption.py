@@ -73,7 +73,8 @@ from lopd.interruption import Interrupted, Interruption
 def hold():
     _imp.acquire_lock()
     is_held.set()
-    time.sleep(0.3)
+    # Long enough for the main thread to wait for the lock, also on a busy machine.
+    time.sleep(1.5)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.3)
     _imp.release_lock()
@@ -98,14 +99,14 @@ finally:
     interruption.ends()
 other = threading.Thread(target=lambda: __import__("colorsys"), daemon=True)
 other.start()
-other.join(3)
+other.join({join_s})
 print("hangs" if other.is_alive() else "imports", flush=True)
 os._exit(0)
 """
 
 
 def test_an_interruption_leaves_no_lock_of_the_import_system_taken() -> None:
-    ended = run(_IMPORT_LOCK.format(install="interruption.install()", wait_s=20))
+    ended = run(_IMPORT_LOCK.format(install="interruption.install()", wait_s=20, join_s=30))
     assert ended.stdout == "interrupted\nimports\n"
     assert ended.stderr == ""
 
@@ -113,7 +114,7 @@ def test_an_interruption_leaves_no_lock_of_the_import_system_taken() -> None:
 def test_a_plain_handler_leaves_it_taken() -> None:
     """The control: this is what Python does by itself."""
     install = "signal.signal(signal.SIGTERM, plain)"
-    ended = run(_IMPORT_LOCK.format(install=install, wait_s=1))
+    ended = run(_IMPORT_LOCK.format(install=install, wait_s=1, join_s=3))
     assert ended.stdout == "never interrupted\nhangs\n"
     assert "Interrupted" in ended.stderr
 
