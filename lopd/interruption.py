@@ -72,8 +72,7 @@ class Interruption:
             # Not threading.Thread: the main thread may hold one of that module's locks just now.
             _thread.start_new_thread(self._watch, (number,))
         if frame is not None and frame.f_code.co_filename == _IMPORT_SYSTEM:
-            # Nothing is in flight then, so the watching thread sends the signal again.
-            self._in_flight = None
+            # The watching thread sends the signal again, unless an interruption is on its way.
             return
         error = Interrupted()
         # An exception lives as long as it is on its way up. One that was lost is freed.

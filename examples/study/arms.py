@@ -173,7 +173,14 @@ HABIT_SFT = Arm(
     ),
     model="sft/model",
 )
-SCORED = tuple((HABIT_SFT.name, stage) for stage in ("demonstrate", "sft", "rollout", "score"))
+
+
+def scored_by(arm: str) -> tuple[tuple[str, str], ...]:
+    """Return the stages up to the scores of an arm's run, for Arm.copied."""
+    return tuple((arm, stage) for stage in ("demonstrate", "sft", "rollout", "score"))
+
+
+SCORED = scored_by(HABIT_SFT.name)
 # The paper's update, with the rate that suits a model of this size.
 LIGHTNING = ("distill.objective.loss=lightning", "distill.optimizer.lr=1e-4")
 
@@ -192,6 +199,21 @@ def distilled(
         setting=setting,
         commands=lambda place: (("lopd", "distill", *overrides),),
         copied=scored,
+    )
+
+
+def rolled_out_again(name: str, title: str, *overrides: str) -> Arm:
+    """Return an arm that distils rollouts of its own from the SFT student with the bad habit."""
+    return Arm(
+        name=name,
+        title=title,
+        setting=HABIT,
+        commands=lambda place: (
+            ("lopd", "rollout", *overrides),
+            ("lopd", "score", *overrides),
+            ("lopd", "distill", *LIGHTNING, *overrides),
+        ),
+        copied=SCORED[:2],
     )
 
 

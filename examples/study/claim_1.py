@@ -6,17 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from examples.study.arms import (
-    HABIT,
     HABIT_LIGHTNING,
     HABIT_SFT,
     LIGHTNING,
-    SCORED,
     Answer,
-    Arm,
     Claim,
     Plot,
     Verdict,
     distilled,
+    rolled_out_again,
 )
 from examples.study.figures import METRICS, Figures, Interval
 from examples.study.outcomes import MARGIN, Comparison, compare
@@ -43,18 +41,11 @@ EVERY_4 = distilled(
 LIGHTNING_8 = distilled(
     "c3_lightning_8", "Lightning OPD, 8 steps", *LIGHTNING, "distill.num_steps=8"
 )
-_TWO_EACH = "rollout.samples_per_prompt=2"
 # As many different responses as ONLINE learns from in as many steps, and all of them frozen.
-FROZEN_1024 = Arm(
-    name="c1_frozen_1024",
-    title="Lightning OPD, two responses to each prompt",
-    setting=HABIT,
-    commands=lambda place: (
-        ("lopd", "rollout", _TWO_EACH),
-        ("lopd", "score", _TWO_EACH),
-        ("lopd", "distill", *LIGHTNING, _TWO_EACH),
-    ),
-    copied=SCORED[:2],
+FROZEN_1024 = rolled_out_again(
+    "c1_frozen_1024",
+    "Lightning OPD, two responses to each prompt",
+    "rollout.samples_per_prompt=2",
 )
 # The reverse KLs of two students are called equal if the interval of their difference lies within
 # this share of the SFT student's own reverse KL. It was named before the runs.

@@ -235,8 +235,8 @@ _RULES = (
     "training was stopped early, and none for one with a bad habit, without a look at the cache."
 )
 _SPLIT = (
-    "The first of the later settings all did harm, and the rule warned of each, as an eternal "
-    "warning does. The pairs with another teacher were made to tell the rule from the kind of the "
+    "The first of the later settings all did harm, and the rule warned of each, as a warning every "
+    "time does. The pairs with another teacher were made to tell the rule from the kind of the "
     "student. The kinds were written down when the first outcomes were known, so the pairs alone "
     "test them."
 )
@@ -245,8 +245,8 @@ _LIMITS = (
     "at least 3 tokens. It was written down when the three settings that it was taken from had "
     "been seen. The older settings do not count: what came of them was mostly known, and logs had "
     "their shares. Step 550 was chosen when the caches of other settings had been looked at, and "
-    "the pairs with another teacher were added when the first five had all done harm, which an "
-    "eternal warning foretells as well; no cache of theirs was there. What could overturn this: "
+    "the pairs with another teacher were added when the first five had all done harm, which a "
+    "warning every time foretells as well; no cache of theirs was there. What could overturn this: "
     "seeds of a setting share a teacher and a base student, so a setting is one test; settings of "
     "one kind resemble each other; the small student has 64 steps of 256, the two notations of the "
     "older settings a rate of 3e-5, and all others 16 steps of 64 at 1e-4, of which the rule knows "

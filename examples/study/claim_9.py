@@ -17,6 +17,7 @@ from examples.study.arms import (
     Setting,
     Verdict,
     distilled,
+    scored_by,
 )
 from examples.study.figures import Figures, Interval
 from examples.study.outcomes import MARGIN, sign_of
@@ -45,8 +46,7 @@ SFT = Arm(
     ),
     model="sft/model",
 )
-_SCORED = tuple((SFT.name, stage) for stage in ("demonstrate", "sft", "rollout", "score"))
-_distilled = partial(distilled, setting=UNLEARNED, scored=_SCORED)
+_distilled = partial(distilled, setting=UNLEARNED, scored=scored_by(SFT.name))
 PLAIN = _distilled("c9_lightning", "Lightning OPD (sampled token, clip 10)", *LIGHTNING)
 CLIP = _distilled("c9_clip_1", "with clip 1", *LIGHTNING, "distill.advantage_clip=1")
 CAP = _distilled(

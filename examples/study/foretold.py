@@ -22,6 +22,7 @@ from examples.study.arms import (
     Place,
     Setting,
     distilled,
+    scored_by,
 )
 from examples.study.signals import AFTER_SFT, SHORT
 from examples.study.two_teachers import BASE, SFT_A, SFT_B, offline, teacher_model
@@ -50,12 +51,15 @@ class Foretold:
     kind: Kind
 
 
+_SMALL_MIN_RATE = "distill.optimizer.min_lr=5e-6"
+
+
 def _small_after(num_steps: int) -> Arm:
     """Return the small student that is distilled after another number of steps of SFT."""
     sft = f"{SMALL_PREFIX}sft_{num_steps}"
     given = f"sft.num_steps={num_steps}"
     # The rates of the example's arm of this loss.
-    loss = (*LIGHTNING, "distill.optimizer.min_lr=5e-6")
+    loss = (*LIGHTNING, _SMALL_MIN_RATE)
 
     def commands(place: Place) -> tuple[Command, ...]:
         return (
@@ -88,23 +92,39 @@ def _pair(
     models = {"student": student, "teacher": teacher}
     given = tuple(f"models.{role}={model}" for role, model in models.items() if model is not None)
     setting = Setting(name, HABIT.config, lambda seed: (*HABIT.overrides(seed), *given))
+    return _arms_of(setting, title, *first)
+
+
+def _arms_of(
+    setting: Setting, title: str, *first: Command, after: tuple[str, ...] = (), loss: str = ""
+) -> tuple[Arm, Arm]:
+    """Return the SFT student of a setting, and what the sampled token makes of it.
+
+    Args:
+        setting: The setting. The names of the arms have its name.
+        title: What tables call it.
+        first: Commands that make its models.
+        after: Arms that make its models.
+        loss: One more override of the distillation.
+    """
     sft = Arm(
-        name=f"c10_{name}",
+        name=f"c10_{setting.name}",
         title=f"SFT student, {title}",
         setting=setting,
         commands=lambda place: (
             *first,
             *(("lopd", verb) for verb in ("demonstrate", "sft", "rollout", "score")),
         ),
+        after=after,
         model="sft/model",
     )
-    scored = tuple((sft.name, stage) for stage in ("demonstrate", "sft", "rollout", "score"))
     return sft, distilled(
-        f"c10_{name}_lightning",
+        f"{sft.name}_lightning",
         f"{title}, sampled token",
         *LIGHTNING,
+        *((loss,) if loss else ()),
         setting=setting,
-        scored=scored,
+        scored=scored_by(sft.name),
     )
 
 
@@ -124,25 +144,8 @@ def _small_by_itself() -> tuple[Arm, Arm]:
         return (*SMALL.overrides(seed), f"models.teacher={model}")
 
     setting = Setting("small_by_small", SMALL.config, overrides)
-    sft = Arm(
-        name="c10_small_by_small",
-        title="SFT student, a small student by a small teacher",
-        setting=setting,
-        commands=lambda place: tuple(
-            ("lopd", verb) for verb in ("demonstrate", "sft", "rollout", "score")
-        ),
-        after=(teacher,),
-        model="sft/model",
-    )
-    scored = tuple((sft.name, stage) for stage in ("demonstrate", "sft", "rollout", "score"))
-    return sft, distilled(
-        "c10_small_by_small_lightning",
-        "a small student by a small teacher, sampled token",
-        *LIGHTNING,
-        "distill.optimizer.min_lr=5e-6",
-        setting=setting,
-        scored=scored,
-    )
+    title = "a small student by a small teacher"
+    return _arms_of(setting, title, after=(teacher,), loss=_SMALL_MIN_RATE)
 
 
 SMALL_48 = _small_after(48)

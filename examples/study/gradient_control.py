@@ -11,18 +11,13 @@ as far from 0 as the one that was measured.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.study.arms import HABIT, LIGHTNING
 from examples.study.claim_4 import CONTROL
-from examples.study.gradient_gap import Gradients, job_with, samples_of
+from examples.study.gradient_gap import Gradients, job_with, read_order, samples_of
 from examples.study.one_rank import only_rank
 from lopd.artifacts import publish_json
-from lopd.config import load_config
 from lopd.records import Sample
 
 NUM_EXCHANGES = 4000
@@ -69,26 +64,16 @@ def exchanged(differences: NDArray[np.float32], seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("seed", type=int)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("sft", type=Path)
-    parser.add_argument("models", nargs="+", metavar="STEP=MODEL")
-    options = parser.parse_args()
-    run = options.run.resolve()
-    config = load_config(
-        HABIT.config, [*HABIT.overrides(options.seed), *LIGHTNING, f"run.dir={run}"]
-    )
-    frozen = samples_of(run / "sft" / "scores")
+    order = read_order(__doc__)
+    job = job_with(order.config, order.run, order.sft)
+    frozen = samples_of(order.run / "sft" / "scores")
     found: dict[str, dict[str, float]] = {}
-    with only_rank(job_with(config, run, options.sft)):
-        for step, model in (one.split("=", 1) for one in options.models):
-            gradients = Gradients(job_with(config, run, options.sft), Path(model))
-            fresh = samples_of(run / f"step-{step}" / "scores")
-            found[step] = exchanged(differences_of(gradients, frozen, fresh), options.seed)
-    publish_json(run / CONTROL, found)
+    with only_rank(job):
+        for step, model in order.models.items():
+            fresh = samples_of(order.run / f"step-{step}" / "scores")
+            differences = differences_of(Gradients(job, model), frozen, fresh)
+            found[str(step)] = exchanged(differences, order.config.run.seed)
+    publish_json(order.run / CONTROL, found)
 
 
 if __name__ == "__main__":

@@ -262,29 +262,48 @@ def job_with(config: Config, run: Path, initial: Path) -> TrainingJob:
     )
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a command is asked for, here and in gradient_control.py."""
+
+    config: Config
+    sft: Path
+    # By the number of updates.
+    models: dict[int, Path]
+
+    @property
+    def run(self) -> Path:
+        return self.config.run.dir
+
+
+def read_order(description: str | None) -> Order:
+    """Return what the command line asks for: SEED RUN SFT_MODEL STEP=MODEL [STEP=MODEL ...]"""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("seed", type=int)
     parser.add_argument("run", type=Path)
     parser.add_argument("sft", type=Path)
     parser.add_argument("models", nargs="+", metavar="STEP=MODEL")
     options = parser.parse_args()
-    run = options.run.resolve()
-    overrides = (*HABIT.overrides(options.seed), *LIGHTNING, f"run.dir={run}")
-    config = load_config(HABIT.config, list(overrides))
-    steps = {
+    overrides = (*HABIT.overrides(options.seed), *LIGHTNING, f"run.dir={options.run.resolve()}")
+    models = {
         int(step): Path(model) for step, model in (one.split("=", 1) for one in options.models)
     }
-    named = {"sft": options.sft, **{f"step-{step}": model for step, model in steps.items()}}
-    sample_and_score(config, named, config.models.teacher)
-    job = job_with(config, run, options.sft)
+    return Order(load_config(HABIT.config, list(overrides)), options.sft, models)
+
+
+def main() -> None:
+    order = read_order(__doc__)
+    run = order.run
+    named = {"sft": order.sft, **{f"step-{step}": model for step, model in order.models.items()}}
+    sample_and_score(order.config, named, order.config.models.teacher)
+    job = job_with(order.config, run, order.sft)
     frozen = samples_of(run / "sft" / "scores")
     lines: list[str] = []
     with only_rank(job):
-        sft = Gradients(job, options.sft).weights()
-        for step, model in steps.items():
+        sft = Gradients(job, order.sft).weights()
+        for step, model in order.models.items():
             fresh = samples_of(run / f"step-{step}" / "scores")
             figures = measured(Gradients(job, model), frozen, fresh, sft)
             lines.append(json.dumps({"kind": "train", "stage": "distill", "step": step, **figures}))

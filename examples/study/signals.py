@@ -13,6 +13,7 @@ from examples.study.arms import (
     Command,
     Place,
     distilled,
+    rolled_out_again,
 )
 from examples.study.claim_4 import LONG, OFFLINE_80, ONLINE_80
 
@@ -57,17 +58,7 @@ FEW = Arm(
     copied=SCORED[:2],
     after=(HABIT_SFT.name,),
 )
-SHORT = Arm(
-    name="c7_horizon",
-    title="sampled token, rollouts of 24 tokens at most",
-    setting=HABIT,
-    commands=lambda place: (
-        ("lopd", "rollout", HORIZON),
-        ("lopd", "score", HORIZON),
-        ("lopd", "distill", *LIGHTNING, HORIZON),
-    ),
-    copied=SCORED[:2],
-)
+SHORT = rolled_out_again("c7_horizon", "sampled token, rollouts of 24 tokens at most", HORIZON)
 AFTER_SFT = Arm(
     name="c7_sft_16",
     title="sampled token, after 16 steps of SFT in place of 4",

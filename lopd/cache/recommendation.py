@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-from lopd.cache.regime import ADVANTAGE_CLIP, FAR, RegimeFigures
+from lopd.cache.regime import ADVANTAGE_CLIP, FAR, RegimeFigures, share_excluded
 from lopd.config import DistillSection
 
 # From this share on, of the tokens beyond FAR those beyond ADVANTAGE_CLIP, the teacher counts as
@@ -66,19 +66,20 @@ def recommend(figures: RegimeFigures | None) -> Recommendation | None:
     """Return what suits a cache; None where its figures say nothing, or too little."""
     if figures is None or figures.num_tokens < LEAST_TOKENS:
         return None
-    if is_sharp(figures.num_excluded, figures.excluded_share):
+    if is_sharp(figures.num_far, figures.num_excluded):
         return _of_sharp_teacher(figures)
     return _of_soft_teacher(figures)
 
 
-def is_sharp(num_excluded: int, excluded_share: float) -> bool:
+def is_sharp(num_far: int, num_excluded: int) -> bool:
     """Return whether the teacher all but excludes tokens that the student samples.
 
     Args:
+        num_far: The number of tokens whose advantage is beyond FAR nats.
         num_excluded: The number of tokens whose advantage is beyond ADVANTAGE_CLIP nats.
-        excluded_share: Their share among the tokens whose advantage is beyond FAR nats.
     """
-    return num_excluded >= LEAST_EXCLUDED and excluded_share >= SHARP_SHARE
+    share = share_excluded(num_far, num_excluded)
+    return num_excluded >= LEAST_EXCLUDED and share >= SHARP_SHARE
 
 
 def _of_sharp_teacher(figures: RegimeFigures) -> Recommendation:
@@ -191,7 +192,7 @@ def told(recommendation: Recommendation, distill: DistillSection) -> str:
 
 def _harmed(regime: Regime) -> str:
     harmed, of = HARMED[regime]
-    return f"{harmed} of {of} measured settings that were called so"
+    return f"{harmed} of {of} measured settings with a {regime}"
 
 
 def _suits(distill: DistillSection) -> bool:

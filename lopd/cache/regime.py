@@ -84,6 +84,11 @@ class RegimeFigures:
     top_k_coverage: float | None = None
 
     @property
+    def num_far(self) -> int:
+        """The number of tokens whose advantage is beyond FAR nats."""
+        return round(self.far_share * self.num_tokens)
+
+    @property
     def num_excluded(self) -> int:
         """The number of tokens whose advantage is beyond ADVANTAGE_CLIP nats."""
         return round(self.clipped_share * self.num_tokens)
@@ -91,9 +96,12 @@ class RegimeFigures:
     @property
     def excluded_share(self) -> float:
         """The share of these among the tokens that are beyond FAR nats; 0 where there is none."""
-        # Of counts, so that a share at a limit is exactly that.
-        num_far = round(self.far_share * self.num_tokens)
-        return self.num_excluded / num_far if num_far else 0.0
+        return share_excluded(self.num_far, self.num_excluded)
+
+
+def share_excluded(num_far: int, num_excluded: int) -> float:
+    """Return the share of the tokens beyond ADVANTAGE_CLIP among those beyond FAR, or 0."""
+    return num_excluded / num_far if num_far else 0.0
 
 
 class RegimeScan:

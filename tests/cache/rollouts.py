@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lopd import cache
 from lopd.artifacts import ArtifactWriter
+from lopd.cache.regime import RegimeFigures
 from lopd.records import (
     Manifest,
     ModelIdentity,
@@ -33,6 +34,19 @@ TEACHER = ModelIdentity(
     path="teachers/one", weights="1" * 64, tokenizer="2" * 64, template="3" * 64
 )
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_new_tokens": 64}
+
+
+def regime_of(num_far: int, num_excluded: int, num_tokens: int = 20_000) -> RegimeFigures:
+    """What was measured of a cache, of which only these counts matter."""
+    return RegimeFigures(
+        num_tokens=num_tokens,
+        num_shards=1,
+        num_shards_in_cache=1,
+        mean_advantage=-0.07,
+        min_advantage=-20.0,
+        far_share=num_far / num_tokens,
+        clipped_share=num_excluded / num_tokens,
+    )
 
 
 def some_responses(

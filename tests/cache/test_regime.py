@@ -40,6 +40,7 @@ from tests.cache.rollouts import (
     TINY_TEACHER,
     VOCABULARY,
     full_scores,
+    regime_of,
     some_responses,
 )
 from tests.stand_ins import Result, StandIns, command, write_project
@@ -202,16 +203,7 @@ def test_the_depth_of_the_far_tokens_decides(caches: dict[str, Path]) -> None:
 def test_the_limit_is_a_share_of_the_far_tokens(
     num_far: int, num_excluded: int, regime: str
 ) -> None:
-    num_tokens = 20_000
-    figures = RegimeFigures(
-        num_tokens=num_tokens,
-        num_shards=1,
-        num_shards_in_cache=1,
-        mean_advantage=-0.05,
-        min_advantage=-20.0,
-        far_share=num_far / num_tokens,
-        clipped_share=num_excluded / num_tokens,
-    )
+    figures = regime_of(num_far, num_excluded)
     assert SHARP_SHARE == 0.06
     assert LEAST_EXCLUDED == 3
     assert figures.num_excluded == num_excluded
@@ -291,7 +283,7 @@ def test_only_what_did_harm_goes_against_it(
     assert not goes_against(soft, section)
     assert words["against"] not in told(soft, section)
     is_paper = section.objective.loss == "lightning" and section.objective.advantage == "teacher"
-    assert ("in 1 of 7 measured settings that were called so" in told(soft, section)) == is_paper
+    assert ("in 1 of 7 measured settings with a soft teacher" in told(soft, section)) == is_paper
 
 
 def test_little_coverage_is_said(caches: dict[str, Path]) -> None:
@@ -404,7 +396,7 @@ def test_distill_says_it_and_trains_the_same(
     out = distilled("sharp")
     (line,) = [one for one in out.splitlines() if "sharp teacher" in one and "distill: " in one][:1]
     assert "WARNING: sharp teacher: " in line
-    assert "In 6 of 8 measured settings that were called so the sampled token" in line
+    assert "In 6 of 8 measured settings with a sharp teacher the sampled token" in line
     assert 'safer is distill.objective.loss = "top_k_reverse_kl". Nothing is changed' in line
     assert "of 5 of 5 shards)" in line
     (warning,) = read_manifest(folder).extra["warnings"]
@@ -413,7 +405,7 @@ def test_distill_says_it_and_trains_the_same(
     assert any(note == f"WARNING: distill: {warning}" for note in summary["notes"])
     # Where it agrees, one line and no warning.
     for name, overrides, words in (
-        ("soft", (), "in 1 of 7 measured settings that were called so"),
+        ("soft", (), "in 1 of 7 measured settings with a soft teacher"),
         ("sharp", ("distill.objective.loss=top_k_reverse_kl",), "did no harm in any of three"),
         ("sharp sampled", ("distill.objective.importance_cap=1",), "and much in another one"),
     ):

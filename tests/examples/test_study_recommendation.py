@@ -30,19 +30,9 @@ from examples.study.recommendation import (
 )
 from lopd.cache.recommendation import LEAST_TOKENS
 from lopd.cache.regime import RegimeFigures
-from tests.cache.rollouts import publish_cache, some_responses
+from tests.cache.rollouts import publish_cache, regime_of, some_responses
 
-SOFT = RegimeFigures(
-    num_tokens=LEAST_TOKENS,
-    num_shards=1,
-    num_shards_in_cache=1,
-    mean_advantage=-0.07,
-    min_advantage=-9.0,
-    far_share=0.01,
-    clipped_share=0.0,
-    top_k=8,
-    top_k_coverage=0.999,
-)
+SOFT = replace(regime_of(20, 0, LEAST_TOKENS), min_advantage=-9.0, top_k=8, top_k_coverage=0.999)
 SHARP = replace(SOFT, min_advantage=-25.0, clipped_share=0.003)
 
 

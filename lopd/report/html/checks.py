@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lopd.cache.recommendation import is_sharp
-from lopd.cache.regime import ADVANTAGE_CLIP, FAR
+from lopd.cache.regime import ADVANTAGE_CLIP, FAR, share_excluded
 from lopd.records import Manifest
 from lopd.report.console import MODEL_TITLES
 from lopd.report.html.comparing import against_baselines
@@ -324,10 +324,9 @@ def _sharp_teacher(source: Source, tokens: Sequence[Mapping[str, Any]]) -> Itera
     far = overall["over_far"]
     num_far = round(far * overall["tokens"])
     num_excluded = round(overall["over_clip"] * overall["tokens"])
-    excluded_share = num_excluded / num_far if num_far else 0.0
     text = (
-        f"{far:.2%} of the tokens are beyond {FAR:g} nats, and {excluded_share:.0%} of these "
-        f"beyond {ADVANTAGE_CLIP:g}."
+        f"{far:.2%} of the tokens are beyond {FAR:g} nats, and "
+        f"{share_excluded(num_far, num_excluded):.0%} of these beyond {ADVANTAGE_CLIP:g}."
     )
     remedy = (
         "A sharp teacher gives strong signals at few sampled tokens. Compare with a top-K loss "
@@ -336,7 +335,7 @@ def _sharp_teacher(source: Source, tokens: Sequence[Mapping[str, Any]]) -> Itera
     # Losses that are not hurt by it were configured already.
     loss = source.config.get("distill.objective.loss", "lightning")
     cap = source.config.get("distill.objective.importance_cap")
-    wrong = is_sharp(num_excluded, excluded_share) and loss == "lightning" and cap is None
+    wrong = is_sharp(num_far, num_excluded) and loss == "lightning" and cap is None
     yield _judged(wrong, "sharp teacher", text, remedy, "objectives.md#which-loss-suits-a-cache")
 
 
